@@ -1,0 +1,120 @@
+"""Budgets of teacher tokens, and the bucket that holds one request to its budget."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# Slack for comparing a sum of binary fractions with an integer count of tokens.
+EPSILON = 1e-9
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Budget(BaseModel):
+    """A bound on teacher tokens: every part that is set holds.
+
+    fraction: teacher tokens / completion tokens, in [0, 1]; exceeded by at most one span.
+    tokens:   teacher tokens, never exceeded.
+    calls:    teacher calls, never exceeded.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    fraction: Fraction | None = None
+    tokens: Count | None = None
+    calls: Count | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number_is_fraction(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return {"fraction": float(value)}
+        if isinstance(value, dict) and isinstance(value.get("fraction"), int):
+            if not isinstance(value["fraction"], bool):
+                return {**value, "fraction": float(value["fraction"])}
+        return value
+
+    @model_validator(mode="after")
+    def _bounds_something(self) -> "Budget":
+        if self.fraction is None and self.tokens is None and self.calls is None:
+            raise ValueError("set at least one of fraction, tokens, calls")
+        return self
+
+    @property
+    def is_zero(self) -> bool:
+        """True when not a single teacher token may be spent."""
+        return 0 in (self.fraction, self.tokens, self.calls)
+
+    @property
+    def is_unbounded(self) -> bool:
+        """True when the teacher may write everything: the span length is then no limit either."""
+        return self.fraction == 1.0 and self.tokens is None and self.calls is None
+
+
+@dataclass
+class Grant:
+    """Teacher tokens reserved for one span; to be settled exactly once (settling again is a no-op)."""
+
+    tokens: int
+    settled: bool = False
+
+
+@dataclass
+class Bucket:
+    """What one request has spent of its budget.
+
+    Reserve before a span, settle after it. The hard bound, at every moment of the completion:
+
+        teacher_tokens <= fraction * completion_tokens + span_tokens
+
+    A whole span is granted when the bound still holds at its end, so it holds inside it too.
+    """
+
+    budget: Budget
+    span_tokens: int
+    spent: int = 0
+    calls: int = 0
+
+    def earliest(self) -> int | None:
+        """Completion length from which a span may start; None when none may any more."""
+        budget = self.budget
+        if budget.is_zero or self.tokens_left == 0 or self.calls_left == 0:
+            return None
+        if budget.fraction is None or budget.fraction == 1.0:
+            return 0
+        # spent + span <= fraction * (length + span) + span
+        return max(0, math.ceil(self.spent / budget.fraction - self.span_tokens - EPSILON))
+
+    def reserve(self, completion_tokens: int, at_most: int) -> Grant | None:
+        """Reserve the next span of a completion of ``completion_tokens``, ``at_most`` tokens long.
+
+        Returns None when the budget has no room for it.
+        """
+        earliest = self.earliest()
+        if earliest is None or completion_tokens < earliest or at_most < 1:
+            return None
+        tokens = at_most if self.budget.is_unbounded else min(at_most, self.span_tokens)
+        if self.tokens_left is not None:
+            tokens = min(tokens, self.tokens_left)
+        self.spent += tokens
+        self.calls += 1
+        return Grant(tokens)
+
+    def settle(self, grant: Grant, used: int) -> None:
+        """Give back what ``grant`` reserved and the teacher did not write."""
+        if not 0 <= used <= grant.tokens:
+            raise ValueError(f"a grant of {grant.tokens} tokens cannot be settled with {used}")
+        if not grant.settled:
+            grant.settled = True
+            self.spent -= grant.tokens - used
+
+    @property
+    def tokens_left(self) -> int | None:
+        return None if self.budget.tokens is None else self.budget.tokens - self.spent
+
+    @property
+    def calls_left(self) -> int | None:
+        return None if self.budget.calls is None else self.budget.calls - self.calls

@@ -1,0 +1,252 @@
+"""The router checkpoint: one directory that holds everything learned about a pair.
+
+    router.json         `RouterConfig`: format, rows, span length, calibration, fingerprints
+    router.safetensors  taps (count - 1, H), gate.* and value.* tensors
+
+It is joined with its student by `merge`, which writes the taps into the student's reserved rows;
+the result is a plain Hugging Face directory that stock vLLM serves.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from router.gate import GATES, Gate, LearnedGate
+from router.policy import Calibration
+from router.reserved import ReservedRows
+
+CONFIG_FILE = "router.json"
+TENSORS_FILE = "router.safetensors"
+OUTPUT_MATRICES = ("lm_head.weight", "model.embed_tokens.weight")
+HEAD_BYTES = 4096
+
+
+class CheckpointError(ValueError):
+    """A router checkpoint, or the pair it is used with, is not usable; the message names the file."""
+
+
+class Fingerprints(BaseModel):
+    """Identifies the pair a router was trained for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    student: str
+    """`fingerprint` of the student's directory; the same before and after a merge."""
+    tokenizer: str
+    """`tokenizer_fingerprint` shared by the pair."""
+    teacher: str
+    """Name of the teacher, for the operator; a served teacher's weights cannot be seen."""
+
+
+class RouterConfig(BaseModel):
+    """The contents of router.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    reserved_start: PositiveInt
+    reserved_count: PositiveInt
+    gate_width: PositiveInt
+    span_tokens: PositiveInt
+    """Most tokens that the teacher writes for one escalation."""
+    expected_tokens: PositiveFloat
+    """Mean completion length on validation data, in tokens."""
+    calibration: dict[str, list[tuple[float, float]]]
+    """Per gate: (teacher rate, price), see `router.policy.Calibration`."""
+    fingerprints: Fingerprints
+    budget_prompt: str | None = None
+    """Template of a budget prompt with the field `{percent}`, where the student was trained with one."""
+    training: dict[str, float | int | str] = Field(default_factory=dict)
+    """Provenance: recipe, seeds, measured figures. Nothing here is read when serving."""
+
+
+@dataclass(frozen=True)
+class RouterCheckpoint:
+    config: RouterConfig
+    taps: Tensor
+    """(reserved_count - 1, H), read-outs of the last hidden state (after the final norm)."""
+    gate: dict[str, Tensor]
+    """State dict of the `LearnedGate`."""
+    value: dict[str, Tensor] = field(default_factory=dict)
+    """State dict of the value heads; used by training only."""
+
+    @property
+    def reserved(self) -> ReservedRows:
+        return ReservedRows(self.config.reserved_start, self.config.reserved_count)
+
+    def build_gate(self, name: str = "learned") -> Gate:
+        """The gate of that name (see `router.gate.GATES`), ready for inference."""
+        if name not in GATES:
+            raise CheckpointError(f"unknown gate {name!r}; known: {', '.join(GATES)}")
+        if name != "learned":
+            return GATES[name](self.reserved)
+        gate = LearnedGate(self.reserved, self.config.gate_width)
+        gate.load_state_dict(self.gate)
+        return gate.eval().requires_grad_(False)
+
+    def calibration(self, name: str = "learned") -> Calibration:
+        """Raises CheckpointError where that gate was not calibrated."""
+        if name not in self.config.calibration:
+            known = ", ".join(self.config.calibration)
+            raise CheckpointError(f"the router has no calibration for gate {name!r}, only for: {known}")
+        return Calibration(tuple(self.config.calibration[name]))
+
+    def save(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {"taps": self.taps}
+        tensors |= {f"gate.{name}": tensor for name, tensor in self.gate.items()}
+        tensors |= {f"value.{name}": tensor for name, tensor in self.value.items()}
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, directory / TENSORS_FILE)
+        (directory / CONFIG_FILE).write_text(self.config.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> "RouterCheckpoint":
+        """Raises CheckpointError: missing or malformed file, unknown key, tensor of a wrong shape."""
+        config_file, tensors_file = directory / CONFIG_FILE, directory / TENSORS_FILE
+        for file in (config_file, tensors_file):
+            if not file.is_file():
+                raise CheckpointError(f"no router checkpoint in {directory}: {file.name} is missing")
+        try:
+            config = RouterConfig.model_validate_json(config_file.read_text())
+        except ValidationError as error:
+            raise CheckpointError(f"{config_file}: {error}") from error
+        tensors = load_file(tensors_file)
+        parts: dict[str, dict[str, Tensor]] = {"gate": {}, "value": {}}
+        taps = tensors.pop("taps", None)
+        if taps is None or taps.dim() != 2 or taps.shape[0] != config.reserved_count - 1:
+            shape = None if taps is None else tuple(taps.shape)
+            raise CheckpointError(f"{tensors_file}: taps must be ({config.reserved_count - 1}, H), not {shape}")
+        for name, tensor in tensors.items():
+            part, _, key = name.partition(".")
+            if part not in parts:
+                raise CheckpointError(f"{tensors_file}: unknown tensor {name!r}")
+            parts[part][key] = tensor
+        checkpoint = cls(config=config, taps=taps, **parts)
+        try:
+            for name in config.calibration:
+                checkpoint.calibration(name)
+            checkpoint.build_gate()
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{directory}: {error}") from error
+        return checkpoint
+
+    def check_student(self, student: Path) -> None:
+        """Raises CheckpointError when this router was trained for another student."""
+        theirs, ours = fingerprint(student, self.config.reserved_start), self.config.fingerprints.student
+        if theirs != ours:
+            raise CheckpointError(
+                f"the router was trained for student {ours[:12]}, but {student} is {theirs[:12]}; "
+                "use the router that was trained with this student"
+            )
+
+    def merge(self, student: Path, out: Path) -> None:
+        """Write ``student`` with the taps in its reserved rows to ``out`` (atomically; replaces it).
+
+        Only the file with the output matrix is rewritten, every other one is a symbolic link.
+        """
+        self.check_student(student)
+        name, file = _output_matrix(student)
+        tensors = load_file(student / file)
+        matrix = tensors[name]
+        if matrix.shape != (self.reserved.end, self.taps.shape[1]):
+            raise CheckpointError(
+                f"the taps need an output matrix of {(self.reserved.end, self.taps.shape[1])}, "
+                f"but {name} of {student} is {tuple(matrix.shape)}"
+            )
+        matrix[self.reserved.taps] = self.taps.to(matrix.dtype)
+        with safe_open(student / file, "pt") as source:
+            metadata = source.metadata()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=out.name, dir=out.parent))
+        try:
+            for path in student.iterdir():
+                if path.name not in (file, CONFIG_FILE, TENSORS_FILE):
+                    (scratch / path.name).symlink_to(path.resolve())
+            save_file(tensors, scratch / file, metadata=metadata)
+            self.save(scratch)
+            shutil.rmtree(out, ignore_errors=True)
+            os.replace(scratch, out)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+
+
+def fingerprint(model: Path, reserved_start: int) -> str:
+    """Identity of a model's weights: hex SHA-256 over name, shape, type and first 4 KiB of every tensor.
+
+    Cheap for a model of any size, and blind to the reserved rows, which `merge` overwrites.
+    """
+    digest = hashlib.sha256()
+    entries: list[tuple[str, str, list[int], bytes]] = []
+    for file in sorted(model.glob("*.safetensors")):
+        if file.name == TENSORS_FILE:
+            continue
+        with file.open("rb") as stream:
+            header_size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(header_size))
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                start, end = entry["data_offsets"]
+                if name in OUTPUT_MATRICES:
+                    end = start + (end - start) * reserved_start // entry["shape"][0]
+                stream.seek(8 + header_size + start)
+                head = stream.read(min(end - start, HEAD_BYTES))
+                entries.append((name, entry["dtype"], entry["shape"], head))
+    if not entries:
+        raise CheckpointError(f"no *.safetensors weights in {model}")
+    for name, dtype, shape, head in sorted(entries):
+        digest.update(json.dumps([name, dtype, shape]).encode())
+        digest.update(head)
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(model: Path) -> str:
+    """Identity of a vocabulary: hex SHA-256 over the sorted (token, id) pairs of tokenizer.json."""
+    file = model / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError(f"no tokenizer.json in {model}")
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    pairs = list(vocabulary.items()) if isinstance(vocabulary, dict) else [
+        (token, index) for index, (token, _) in enumerate(vocabulary)
+    ]
+    pairs += [(token["content"], token["id"]) for token in tokenizer.get("added_tokens", [])]
+    return hashlib.sha256(json.dumps(sorted(set(pairs))).encode()).hexdigest()
+
+
+def _output_matrix(model: Path) -> tuple[str, str]:
+    """Name of the tensor that maps the last hidden state to logits, and its file."""
+    index = model / "model.safetensors.index.json"
+    files: dict[str, str] = {}
+    if index.is_file():
+        files = json.loads(index.read_text())["weight_map"]
+    else:
+        for file in model.glob("*.safetensors"):
+            if file.name != TENSORS_FILE:
+                with safe_open(file, "pt") as source:
+                    files |= dict.fromkeys(source.keys(), file.name)
+    for name in OUTPUT_MATRICES:
+        if name in files:
+            return name, files[name]
+    raise CheckpointError(f"none of {', '.join(OUTPUT_MATRICES)} in {model}")
+
+
+__all__ = [
+    "CheckpointError",
+    "Fingerprints",
+    "RouterCheckpoint",
+    "RouterConfig",
+    "fingerprint",
+    "tokenizer_fingerprint",
+]

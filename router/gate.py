@@ -1,0 +1,89 @@
+"""Gates: what asking the teacher would be worth at a position, as a score.
+
+A gate asks where its score exceeds the request's price. The learned gate is trained
+(`training`), the confidence gates need no training and work with any pair.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from router.features import features, n_features
+from router.reserved import ReservedRows
+
+
+class Gate(nn.Module, ABC):
+    """Scores positions; every gate shares this signature and differs in nothing else."""
+
+    def __init__(self, reserved: ReservedRows) -> None:
+        super().__init__()
+        self.reserved = reserved
+
+    @abstractmethod
+    def forward(self, logits: Tensor) -> Tensor:
+        """logits: (..., V) raw student logits. Returns the score (...), float32."""
+
+
+class LearnedGate(Gate):
+    """MLP over `router.features`; its score is the predicted value of asking, per teacher token."""
+
+    def __init__(self, reserved: ReservedRows, width: int = 64) -> None:
+        super().__init__(reserved)
+        size = n_features(reserved)
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("scale", torch.ones(size))
+        self.mlp = nn.Sequential(
+            nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)
+        )
+
+    @property
+    def width(self) -> int:
+        return self.mlp[0].out_features
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return self.score(features(logits, self.reserved))
+
+    def score(self, x: Tensor) -> Tensor:
+        """x: (..., F) features. Returns (...)."""
+        return self.mlp((x - self.mean) * self.scale).squeeze(-1)
+
+
+class RandomGate(Gate):
+    """Uniform in [0, 1): asks with probability 1 - price."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return torch.rand(logits.shape[:-1], device=logits.device)
+
+
+class EntropyGate(Gate):
+    """Entropy of the next token, in nats."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        probs = logits[..., : self.reserved.start].float().softmax(-1)
+        return torch.special.entr(probs).sum(-1)
+
+
+class MarginGate(Gate):
+    """Minus the logit gap between the best two tokens (= minus the gap of their log-probabilities)."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        top = logits[..., : self.reserved.start].float().topk(2, dim=-1).values
+        return top[..., 1] - top[..., 0]
+
+
+class MaxProbabilityGate(Gate):
+    """Minus the probability of the best token."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        visible = logits[..., : self.reserved.start].float()
+        return -(visible.amax(-1) - visible.logsumexp(-1)).exp()
+
+
+CONFIDENCE_GATES: dict[str, type[Gate]] = {
+    "random": RandomGate,
+    "entropy": EntropyGate,
+    "margin": MarginGate,
+    "max_probability": MaxProbabilityGate,
+}
+GATES: dict[str, type[Gate]] = {"learned": LearnedGate, **CONFIDENCE_GATES}

@@ -1,0 +1,89 @@
+"""From the state of a budget to the terms on which the student may ask."""
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from router.budget import Bucket
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Terms of one student segment: ask where score > price, but not before that many tokens of it."""
+
+    price: float
+    not_before: int = 0
+
+    @property
+    def never(self) -> bool:
+        return self.price == math.inf
+
+
+NEVER = Terms(price=math.inf)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Price at which a gate realises a teacher rate, measured in the closed loop on validation data.
+
+    points: (rate, price), rate increasing in (0, 1), price not increasing.
+    """
+
+    points: Sequence[tuple[float, float]]
+
+    def __post_init__(self) -> None:
+        rates = [rate for rate, _ in self.points]
+        prices = [price for _, price in self.points]
+        if not rates or rates != sorted(set(rates)) or not 0 < rates[0] <= rates[-1] < 1:
+            raise ValueError(f"calibration rates must increase within (0, 1), got {rates}")
+        if prices != sorted(prices, reverse=True) or not all(map(math.isfinite, prices)):
+            raise ValueError(f"calibration prices must be finite and not increase, got {prices}")
+
+    def price(self, rate: float) -> float:
+        """Price for a teacher rate; linear between points; never (inf) at 0, always (-inf) at 1."""
+        if rate <= 0:
+            return math.inf
+        if rate >= 1:
+            return -math.inf
+        rates = [r for r, _ in self.points]
+        right = bisect_left(rates, rate)
+        if right == 0:
+            return self.points[0][1]
+        if right == len(rates):
+            return self.points[-1][1]
+        (r0, p0), (r1, p1) = self.points[right - 1], self.points[right]
+        return p0 + (p1 - p0) * (rate - r0) / (r1 - r0)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Prices the next student segment of a request.
+
+    A fraction is a rate already. Tokens and calls are spent with a plan: what is left over what is
+    still to be written, so that an eager start does not eat the whole budget.
+    """
+
+    calibration: Calibration
+    expected_tokens: float
+    """Mean completion length on validation data."""
+
+    def terms(self, bucket: Bucket, completion_tokens: int, max_tokens: int) -> Terms:
+        """Terms for a request that has written ``completion_tokens`` of at most ``max_tokens``."""
+        earliest = bucket.earliest()
+        if earliest is None:
+            return NEVER
+        return Terms(
+            price=self.calibration.price(self._rate(bucket, completion_tokens, max_tokens)),
+            not_before=max(0, earliest - completion_tokens),
+        )
+
+    def _rate(self, bucket: Bucket, completion_tokens: int, max_tokens: int) -> float:
+        expected = min(self.expected_tokens, max_tokens)
+        to_write = max(expected - completion_tokens, bucket.span_tokens)
+        rates = [1.0 if bucket.budget.fraction is None else bucket.budget.fraction]
+        if bucket.tokens_left is not None:
+            rates.append(bucket.tokens_left / to_write)
+        if bucket.calls_left is not None:
+            rates.append(bucket.calls_left * bucket.span_tokens / to_write)
+        return min(rates)
