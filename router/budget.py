@@ -32,9 +32,6 @@ class Budget(BaseModel):
     def _number_is_fraction(cls, value: Any) -> Any:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return {"fraction": float(value)}
-        if isinstance(value, dict) and isinstance(value.get("fraction"), int):
-            if not isinstance(value["fraction"], bool):
-                return {**value, "fraction": float(value["fraction"])}
         return value
 
     @model_validator(mode="after")

@@ -27,6 +27,7 @@ from router.reserved import ReservedRows
 
 CONFIG_FILE = "router.json"
 TENSORS_FILE = "router.safetensors"
+MERGED_ROUTER = "router"  # folder inside a merged student: vLLM loads every *.safetensors beside config.json
 OUTPUT_MATRICES = ("lm_head.weight", "model.embed_tokens.weight")
 HEAD_BYTES = 4096
 
@@ -124,8 +125,7 @@ class RouterCheckpoint:
         parts: dict[str, dict[str, Tensor]] = {"gate": {}, "value": {}}
         taps = tensors.pop("taps", None)
         if taps is None or taps.dim() != 2 or taps.shape[0] != config.reserved_count - 1:
-            shape = None if taps is None else tuple(taps.shape)
-            raise CheckpointError(f"{tensors_file}: taps must be ({config.reserved_count - 1}, H), not {shape}")
+            raise CheckpointError(f"{tensors_file}: taps must have the shape ({config.reserved_count - 1}, H)")
         for name, tensor in tensors.items():
             part, _, key = name.partition(".")
             if part not in parts:
@@ -170,10 +170,10 @@ class RouterCheckpoint:
         scratch = Path(tempfile.mkdtemp(prefix=out.name, dir=out.parent))
         try:
             for path in student.iterdir():
-                if path.name not in (file, CONFIG_FILE, TENSORS_FILE):
+                if path.name not in (file, MERGED_ROUTER):
                     (scratch / path.name).symlink_to(path.resolve())
             save_file(tensors, scratch / file, metadata=metadata)
-            self.save(scratch)
+            self.save(scratch / MERGED_ROUTER)
             shutil.rmtree(out, ignore_errors=True)
             os.replace(scratch, out)
         except BaseException:
@@ -189,8 +189,6 @@ def fingerprint(model: Path, reserved_start: int) -> str:
     digest = hashlib.sha256()
     entries: list[tuple[str, str, list[int], bytes]] = []
     for file in sorted(model.glob("*.safetensors")):
-        if file.name == TENSORS_FILE:
-            continue
         with file.open("rb") as stream:
             header_size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(header_size))
@@ -233,9 +231,8 @@ def _output_matrix(model: Path) -> tuple[str, str]:
         files = json.loads(index.read_text())["weight_map"]
     else:
         for file in model.glob("*.safetensors"):
-            if file.name != TENSORS_FILE:
-                with safe_open(file, "pt") as source:
-                    files |= dict.fromkeys(source.keys(), file.name)
+            with safe_open(file, "pt") as source:
+                files |= dict.fromkeys(source.keys(), file.name)
     for name in OUTPUT_MATRICES:
         if name in files:
             return name, files[name]
