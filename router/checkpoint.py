@@ -125,7 +125,7 @@ class RouterCheckpoint:
         parts: dict[str, dict[str, Tensor]] = {"gate": {}, "value": {}}
         taps = tensors.pop("taps", None)
         if taps is None or taps.dim() != 2 or taps.shape[0] != config.reserved_count - 1:
-            raise CheckpointError(f"{tensors_file}: taps must have the shape ({config.reserved_count - 1}, H)")
+            raise CheckpointError(f"{tensors_file}: taps must be ({config.reserved_count - 1}, H)")
         for name, tensor in tensors.items():
             part, _, key = name.partition(".")
             if part not in parts:
@@ -216,9 +216,11 @@ def tokenizer_fingerprint(model: Path) -> str:
         raise CheckpointError(f"no tokenizer.json in {model}")
     tokenizer = json.loads(file.read_text())
     vocabulary = tokenizer["model"]["vocab"]
-    pairs = list(vocabulary.items()) if isinstance(vocabulary, dict) else [
-        (token, index) for index, (token, _) in enumerate(vocabulary)
-    ]
+    pairs = (
+        list(vocabulary.items())
+        if isinstance(vocabulary, dict)
+        else [(token, index) for index, (token, _) in enumerate(vocabulary)]
+    )
     pairs += [(token["content"], token["id"]) for token in tokenizer.get("added_tokens", [])]
     return hashlib.sha256(json.dumps(sorted(set(pairs))).encode()).hexdigest()
 
