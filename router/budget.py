@@ -45,11 +45,6 @@ class Budget(BaseModel):
         """True when not a single teacher token may be spent."""
         return 0 in (self.fraction, self.tokens, self.calls)
 
-    @property
-    def is_unbounded(self) -> bool:
-        """True when the teacher may write everything: the span length is then no limit either."""
-        return self.fraction == 1.0 and self.tokens is None and self.calls is None
-
 
 @dataclass
 class Grant:
@@ -88,14 +83,15 @@ class Bucket:
     def reserve(self, completion_tokens: int, at_most: int) -> Grant | None:
         """Reserve the next span of a completion of ``completion_tokens``, ``at_most`` tokens long.
 
-        Returns None when the budget has no room for it.
+        Returns None when the budget has no room for it. A budget that covers all ``at_most`` tokens
+        grants them in one span, whatever the span length.
         """
         earliest = self.earliest()
         if earliest is None or completion_tokens < earliest or at_most < 1:
             return None
-        tokens = at_most if self.budget.is_unbounded else min(at_most, self.span_tokens)
-        if self.tokens_left is not None:
-            tokens = min(tokens, self.tokens_left)
+        covered = self.budget.fraction in (None, 1.0) and self.budget.calls is None
+        left = at_most if self.tokens_left is None else self.tokens_left
+        tokens = at_most if covered and left >= at_most else min(at_most, self.span_tokens, left)
         self.spent += tokens
         self.calls += 1
         return Grant(tokens)

@@ -19,6 +19,11 @@ class Terms:
     def never(self) -> bool:
         return self.price == math.inf
 
+    @property
+    def always(self) -> bool:
+        """True when the teacher writes at once, without a look at the student."""
+        return self.price == -math.inf and self.not_before == 0
+
 
 NEVER = Terms(price=math.inf)
 
@@ -39,6 +44,16 @@ class Calibration:
             raise ValueError(f"calibration rates must increase within (0, 1), got {rates}")
         if prices != sorted(prices, reverse=True) or not all(map(math.isfinite, prices)):
             raise ValueError(f"calibration prices must be finite and not increase, got {prices}")
+
+    @classmethod
+    def of_random_gate(cls, span_tokens: int) -> "Calibration":
+        """The random gate needs no measurement.
+
+        Asking at a share p of the positions gives the rate r = p K / (p K + 1 - p) for spans of K
+        tokens, and the random gate asks with probability 1 - price.
+        """
+        rates = [step / 100 for step in range(1, 100)]
+        return cls(tuple((r, 1 - r / (span_tokens * (1 - r) + r)) for r in rates))
 
     def price(self, rate: float) -> float:
         """Price for a teacher rate; linear between points; never (inf) at 0, always (-inf) at 1."""

@@ -1,0 +1,119 @@
+"""One completion written by two models: the merged tokens, their text, their log-probabilities."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.exchange import Report, Source
+from server.vllm_api import (
+    CompletionOutput,
+    EngineCoreRequest,
+    IncrementalDetokenizer,
+    Logprob,
+    RequestOutputKind,
+    SamplingParams,
+)
+
+
+@dataclass
+class Piece:
+    """Some tokens that one model wrote in a row, and how it ended, if it did."""
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[dict[int, Logprob]] | None = None
+    """Per token: log-probabilities by token id, the written one among them."""
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    asks: bool = False
+    """The student asks for the teacher behind these tokens."""
+
+
+class Completion:
+    """Accumulates pieces from both models and hands them out as vLLM's `CompletionOutput`.
+
+    One incremental detokeniser and one stop-string matcher run over the merged ids, so a character
+    or a stop string that crosses a span's border comes out as if one model had written it.
+    """
+
+    def __init__(
+        self, tokenizer: Any, prompt_ids: list[int], params: SamplingParams, index: int, report: Report
+    ) -> None:
+        self.index = index
+        self.report = report
+        self.max_tokens = params.max_tokens
+        self.min_tokens = params.min_tokens
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self._kind = params.output_kind
+        self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self._cumulative_logprob = None if params.logprobs is None else 0.0
+        self._handed_out = 0
+        self._detokenizer = IncrementalDetokenizer.from_new_request(
+            tokenizer if params.detokenize else None,
+            EngineCoreRequest(
+                request_id="",
+                prompt_token_ids=prompt_ids,
+                mm_features=None,
+                sampling_params=params,
+                pooling_params=None,
+                arrival_time=0.0,
+                lora_request=None,
+                cache_salt=None,
+                data_parallel_rank=None,
+            ),
+        )
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self._detokenizer.output_token_ids
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens that may still be written."""
+        return self.max_tokens - len(self)
+
+    def extend(self, piece: Piece, source: Source) -> None:
+        """Append what ``source`` wrote.
+
+        Ends the completion on the model's own stop, on a stop string, or at ``max_tokens``; tokens
+        behind a stop string are dropped.
+        """
+        start = len(self)
+        stop_string = self._detokenizer.update(list(piece.token_ids), piece.finish_reason == "stop")
+        kept = len(self) - start
+        if self._logprobs is not None:
+            for token_id, logprobs in zip(piece.token_ids[:kept], piece.logprobs or (), strict=False):
+                self._logprobs.append(logprobs)
+                self._cumulative_logprob += logprobs[token_id].logprob
+        if stop_string is not None:
+            self.finish_reason, self.stop_reason = "stop", stop_string
+        elif piece.finish_reason not in (None, "length"):
+            self.finish_reason, self.stop_reason = piece.finish_reason, piece.stop_reason
+        elif self.tokens_left <= 0:
+            self.finish_reason = "length"
+        self.report.completion_tokens = len(self)
+        if source == "teacher":
+            self.report.tokens += kept
+            self.report.spans[-1][1] = len(self)
+
+    def output(self) -> CompletionOutput:
+        """What the consumer has not seen yet (DELTA), or all there is (CUMULATIVE, FINAL_ONLY)."""
+        delta = self._kind == RequestOutputKind.DELTA
+        start = self._handed_out if delta else 0
+        self._handed_out = len(self)
+        return CompletionOutput(
+            index=self.index,
+            text=self._detokenizer.get_next_output_text(self.finished, delta),
+            token_ids=self.token_ids[start:],
+            cumulative_logprob=self._cumulative_logprob,
+            logprobs=None if self._logprobs is None else self._logprobs[start:],
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )

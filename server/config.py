@@ -1,0 +1,152 @@
+"""The gateway's configuration: one file, environment variables, flags; checked before anything starts."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AnyHttpUrl,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+)
+
+from router.budget import Budget
+from router.gate import GATES
+
+ENVIRONMENT_PREFIX = "WHEELS_"
+
+
+class ConfigError(Exception):
+    """The configuration is not usable; the message is one line for the operator."""
+
+
+def _directory(value: Any) -> Path:
+    path = Path(value)
+    if not path.is_dir():
+        raise ValueError(f"no such directory: {path}")
+    return path
+
+
+def _budget(value: Any) -> Any:
+    """Flags and variables come as text: a fraction, or JSON."""
+    return yaml.safe_load(value) if isinstance(value, str) else value
+
+
+Directory = Annotated[Path, BeforeValidator(_directory)]
+
+
+class ServeConfig(BaseModel):
+    """Settings of `wheels serve`. Flags win over variables (WHEELS_PORT, …), variables over the file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    student: Directory = Field(description="student checkpoint, a Hugging Face directory")
+    teacher: AnyHttpUrl = Field(description="base URL of the teacher's vLLM server, without /v1")
+    router: Directory | None = Field(
+        None, description="router checkpoint; default: the one merged into the student"
+    )
+    teacher_model: str | None = Field(None, description="model name at the teacher; default: its first one")
+    teacher_api_key: SecretStr | None = Field(None, description="sent to the teacher as a bearer token")
+    served_model_name: str = Field("wheels", description="model name that clients use")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="port to listen on")
+    default_budget: Annotated[Budget, BeforeValidator(_budget)] = Field(
+        Budget(fraction=0.1), description="teacher_budget of requests that name none: a fraction or JSON"
+    )
+    gate: Literal[tuple(GATES)] = Field("learned", description=f"what decides: {', '.join(GATES)}")
+    price: float | None = Field(None, description="fixed price, for a gate without a calibration")
+    span_tokens: PositiveInt | None = Field(None, description="span length; default: the router's")
+    on_teacher_error: Literal["degrade", "error"] = Field(
+        "degrade", description="teacher lost: the student goes on, or the request fails with 502"
+    )
+    teacher_timeout: PositiveFloat = Field(10.0, description="longest wait for a teacher token, seconds")
+    teacher_wait: float = Field(0.0, ge=0, description="how long to wait for the teacher at start, seconds")
+    breaker_failures: PositiveInt = Field(3, description="failures in a row that open the circuit breaker")
+    breaker_seconds: PositiveFloat = Field(5.0, description="how long the breaker stays open, seconds")
+    cache: Path = Field(
+        Path.home() / ".cache" / "training-wheels", description="where merged students are kept"
+    )
+    vllm: dict[str, Any] = Field(
+        default_factory=dict, description="further settings of the student's vLLM server, by flag name"
+    )
+
+
+def load(argv: list[str]) -> ServeConfig:
+    """Configuration from the command line; flags of vLLM's own server may follow a ``--``.
+
+    Raises:
+        ConfigError: a value is wrong, a key unknown or a file missing; it names the setting.
+    """
+    own, vllm_flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    parser = argparse.ArgumentParser(
+        prog="wheels serve",
+        description="Serve a student that asks a teacher, behind vLLM's OpenAI-compatible API.",
+        epilog="Flags of vLLM's own server, for the student, may follow after --.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, help="YAML file of the settings below, by name")
+    for name, field in ServeConfig.model_fields.items():
+        if name != "vllm":
+            default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
+            parser.add_argument(f"--{name.replace('_', '-')}", help=(field.description or "") + default)
+    flags = vars(parser.parse_args(own))
+    settings = _from_file(flags.pop("config", None)) | _from_environment() | flags
+    if vllm_flags:
+        settings["vllm"] = {**settings.get("vllm", {}), **_vllm_flags(vllm_flags)}
+    try:
+        return ServeConfig.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_problem(entry) for entry in error.errors())) from error
+
+
+def _problem(entry: Any) -> str:
+    name = str(entry["loc"][0])
+    if entry["type"] == "missing":
+        return f"{name} is required (--{name.replace('_', '-')})"
+    if entry["type"] == "extra_forbidden":
+        return f"unknown setting {name}"
+    return f"{'.'.join(map(str, entry['loc']))}: {entry['msg'].removeprefix('Value error, ')}"
+
+
+def _from_file(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold settings by name")
+    return content
+
+
+def _from_environment() -> dict[str, str]:
+    return {
+        name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
+        for name, value in os.environ.items()
+        if name.startswith(ENVIRONMENT_PREFIX)
+    }
+
+
+def _vllm_flags(flags: list[str]) -> dict[str, Any]:
+    """``--max-model-len 256 --enforce-eager`` as settings; vLLM's parser checks them later."""
+    settings: dict[str, Any] = {}
+    name: str | None = None
+    for word in flags:
+        if word.startswith("--"):
+            name, _, value = word.removeprefix("--").partition("=")
+            settings[name] = value if value else True
+        elif name is None:
+            raise ConfigError(f"expected a flag of vLLM after --, got {word!r}")
+        else:
+            settings[name] = word
+    return settings

@@ -1,0 +1,345 @@
+"""The student's engine, which asks the teacher where its gate says so."""
+
+import copy
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Literal
+
+from router.budget import Bucket, Budget, Grant
+from router.policy import NEVER, Policy, Terms
+from router.reserved import ReservedRows
+from server.completion import Completion, Piece
+from server.exchange import EXCHANGE, Exchange, Report, Source
+from server.gate_processor import PRICE, terms_args
+from server.limits import check_reserved_rows, unsupported
+from server.metrics import ESCALATIONS, counted
+from server.teacher import Teacher, TeacherError
+from server.vllm_api import (
+    AsyncLLM,
+    CompletionOutput,
+    GracefulHTTPError,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+    VLLMValidationError,
+    merge_async_iterators,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Cooperation:
+    """All that the engine needs to work with a teacher."""
+
+    teacher: Teacher
+    policy: Policy
+    reserved: ReservedRows
+    span_tokens: int
+    default_budget: Budget
+    on_teacher_error: Literal["degrade", "error"] = "degrade"
+
+
+@dataclass
+class Choice:
+    """One completion being written, with what its span loop needs."""
+
+    prompt: dict[str, Any]
+    """vLLM's rendered prompt, of type "token"."""
+    params: SamplingParams
+    """The caller's, for this choice alone."""
+    segment_params: SamplingParams
+    """What every student segment has in common."""
+    request_id: str
+    external_id: str
+    """The caller's request id, shared by all choices of a request."""
+    options: dict[str, Any]
+    """Further arguments of `AsyncLLM.generate`, passed on to every student segment."""
+    completion: Completion
+    bucket: Bucket
+    may_ask: bool = True
+    cached_tokens: int | None = None
+
+    @property
+    def report(self) -> Report:
+        return self.completion.report
+
+    @property
+    def prefix(self) -> list[int]:
+        """Prompt and completion so far, as token ids; no trace of an escalation is in it."""
+        return self.prompt["prompt_token_ids"] + self.completion.token_ids
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the next segment: another at every length, or each would draw the same numbers."""
+        if self.params.seed is None:
+            return None
+        return (self.params.seed + len(self.completion) * 0x9E3779B1) % 2**63
+
+    def deny(self, reason: str, *, degraded: bool) -> None:
+        """The student writes the rest alone."""
+        self.may_ask = False
+        self.report.denied[reason] += 1
+        self.report.degraded |= degraded
+        ESCALATIONS.labels("denied", reason).inc()
+
+
+class CooperativeEngine(AsyncLLM):
+    """vLLM's engine for the student, whose `generate` lets two models write one completion.
+
+    Set ``cooperation`` before the first request. With nothing to spend, a request is one plain
+    request to the student.
+    """
+
+    cooperation: Cooperation
+
+    async def _write(self, choice: Choice) -> AsyncIterator[Source]:
+        """The span loop. Writes one completion to its end; yields who wrote something new."""
+        completion = choice.completion
+        while not completion.finished:
+            terms, asked = self._terms(choice), False
+            if not terms.always:
+                async with aclosing(self._student(choice, terms)) as segment:
+                    async for piece in segment:
+                        asked = piece.asks
+                        completion.extend(piece, "student")
+                        yield "student"
+            if completion.finished or not (asked or terms.always):
+                continue
+            grant, used = self._reserve(choice), 0
+            if grant is None:
+                continue
+            try:
+                async with aclosing(self._teacher(choice, grant)) as span:
+                    async for piece in span:
+                        used += len(piece.token_ids)
+                        completion.extend(piece, "teacher")
+                        yield "teacher"
+            except TeacherError as error:
+                self._lose_teacher(choice, error)
+            finally:
+                choice.bucket.settle(grant, used)
+
+    def _terms(self, choice: Choice) -> Terms:
+        """On which terms the student may ask in its next segment."""
+        if choice.may_ask and self.cooperation.teacher.breaker.open:
+            choice.deny("breaker", degraded=True)
+        if not choice.may_ask:
+            return NEVER
+        completion = choice.completion
+        return self.cooperation.policy.terms(choice.bucket, len(completion), completion.max_tokens)
+
+    async def _student(self, choice: Choice, terms: Terms) -> AsyncIterator[Piece]:
+        """One segment of the student, in pieces."""
+        escalation = self.cooperation.reserved.escalation
+        segment = super().generate(
+            {**choice.prompt, "prompt_token_ids": choice.prefix},
+            self._segment_params(choice, terms),
+            f"{choice.request_id}-{len(choice.completion)}-{choice.report.calls}",
+            **choice.options,
+        )
+        async with aclosing(segment) as outputs:
+            async for output in outputs:
+                if choice.cached_tokens is None:
+                    choice.cached_tokens = output.num_cached_tokens
+                (new,) = output.outputs
+                if new.token_ids and new.token_ids[-1] == escalation:
+                    yield Piece(new.token_ids[:-1], new.logprobs, asks=True)
+                else:
+                    yield Piece(new.token_ids, new.logprobs, new.finish_reason, new.stop_reason)
+                if choice.completion.finished:  # by a stop string, of which the engine knows nothing
+                    return
+
+    def _segment_params(self, choice: Choice, terms: Terms) -> SamplingParams:
+        params = copy.copy(choice.segment_params)
+        params.max_tokens = choice.completion.tokens_left
+        params.seed = choice.seed
+        params.extra_args = {**(params.extra_args or {}), **terms_args(terms)}
+        owed = choice.params.min_tokens - len(choice.completion)
+        if owed > 0:
+            # vLLM's own min_tokens would also hold back the escalation token.
+            params.max_tokens = min(params.max_tokens, owed)
+            params.logit_bias = {**(params.logit_bias or {}), **dict.fromkeys(self._ends(params), -100.0)}
+        return params
+
+    def _ends(self, params: SamplingParams) -> list[int]:
+        """Token ids that end a completion."""
+        eos = [] if params.ignore_eos else self._eos_token_ids
+        return [*eos, *(params.stop_token_ids or ())]
+
+    @property
+    def _eos_token_ids(self) -> list[int]:
+        configured = self.model_config.try_get_generation_config().get("eos_token_id")
+        configured = configured if isinstance(configured, list) else [configured]
+        return [i for i in {self.renderer.tokenizer.eos_token_id, *configured} if i is not None]
+
+    def _reserve(self, choice: Choice) -> Grant | None:
+        """Reserve the next span, or take the right to ask from this choice."""
+        teacher, completion = self.cooperation.teacher, choice.completion
+        room = completion.tokens_left
+        if teacher.max_model_len is not None:
+            room = min(room, teacher.max_model_len - len(choice.prompt["prompt_token_ids"]) - len(completion))
+        if room < 1:
+            choice.deny("context", degraded=False)
+            return None
+        if not teacher.breaker.allow():
+            choice.deny("breaker", degraded=True)
+            return None
+        grant = choice.bucket.reserve(len(completion), at_most=room)
+        if grant is None:
+            choice.deny("budget", degraded=False)
+            return None
+        ESCALATIONS.labels("granted", "gate").inc()
+        return grant
+
+    def _teacher(self, choice: Choice, grant: Grant) -> AsyncIterator[Piece]:
+        """One span of the teacher, in pieces."""
+        choice.report.calls += 1
+        choice.report.spans.append([len(choice.completion)] * 2)  # grows as the teacher writes
+        return self.cooperation.teacher.write(
+            choice.prefix,
+            grant.tokens,
+            choice.params,
+            min_tokens=max(0, choice.params.min_tokens - len(choice.completion)),
+            seed=choice.seed,
+            request_id=f"{choice.request_id}-{choice.report.calls}",
+        )
+
+    def _lose_teacher(self, choice: Choice, error: TeacherError) -> None:
+        if self.cooperation.on_teacher_error == "error":
+            raise GracefulHTTPError(f"the teacher failed: {error}", HTTPStatus.BAD_GATEWAY) from error
+        logger.warning("request %s goes on without the teacher: %s", choice.request_id, error)
+        choice.deny(error.reason, degraded=True)
+
+    # From here on: vLLM's `generate` around the loop.
+
+    def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """As `AsyncLLM.generate`; the budget and the reports travel in the context's `Exchange`.
+
+        Raises:
+            VLLMValidationError: a parameter cannot be honoured with a budget above 0, or names a
+                reserved row.
+        """
+        check_reserved_rows(prompt, sampling_params, self.cooperation.reserved)
+        if PRICE in (sampling_params.extra_args or {}):
+            raise VLLMValidationError("the price is the router's to set", parameter="vllm_xargs")
+        exchange = EXCHANGE.get(None) or Exchange()
+        reports = [exchange.open() for _ in range(sampling_params.n)]
+        budget = self._budget(exchange, prompt, sampling_params, options)
+        if budget.is_zero:
+            outputs = super().generate(prompt, sampling_params, request_id, **options)
+            return self._plain(outputs, sampling_params, reports)
+        choices = [
+            self._choice(i, report, budget, prompt, sampling_params, request_id, options)
+            for i, report in enumerate(reports)
+        ]
+        return self._hand_out(choices, exchange)
+
+    def _budget(
+        self, exchange: Exchange, prompt: Any, params: SamplingParams, options: dict[str, Any]
+    ) -> Budget:
+        """The request's budget, or the default one where it names none and can be honoured."""
+        budget = exchange.budget or self.cooperation.default_budget
+        if budget.is_zero:
+            return budget
+        parameter = exchange.unsupported or unsupported(prompt, params, options)
+        if parameter is None:
+            return budget
+        if exchange.budget is None:
+            return Budget(tokens=0)
+        raise VLLMValidationError(
+            f"{parameter} cannot be honoured with a teacher_budget above 0", parameter=parameter
+        )
+
+    def _choice(
+        self,
+        index: int,
+        report: Report,
+        budget: Budget,
+        prompt: dict[str, Any],
+        params: SamplingParams,
+        request_id: str,
+        options: dict[str, Any],
+    ) -> Choice:
+        prompt_ids, reserved = prompt["prompt_token_ids"], self.cooperation.reserved
+        params = params.clone()
+        params.n = 1
+        # A context that is full ends a completion as max_tokens does.
+        room = max(1, self.model_config.max_model_len - len(prompt_ids))
+        params.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        if params.seed is not None:
+            params.seed += index  # as vLLM seeds its choices
+        segment = params.clone()
+        segment.stop, segment.detokenize, segment.min_tokens, segment.skip_clone = [], False, 0, True
+        segment.stop_token_ids = [*(params.stop_token_ids or ()), reserved.escalation]
+        if params.allowed_token_ids is not None:
+            # The gate reads the reserved rows, and masks them afterwards.
+            segment.allowed_token_ids = [*params.allowed_token_ids, *range(reserved.start, reserved.end)]
+        final_only = params.output_kind == RequestOutputKind.FINAL_ONLY and not params.stop
+        segment.output_kind = RequestOutputKind.FINAL_ONLY if final_only else RequestOutputKind.DELTA
+        return Choice(
+            prompt=prompt,
+            params=params,
+            segment_params=segment,
+            request_id=f"{request_id}-{index}",
+            external_id=request_id,
+            options=options,
+            completion=Completion(self.renderer.tokenizer, prompt_ids, params, index, report),
+            bucket=Bucket(budget, self.cooperation.span_tokens),
+        )
+
+    async def _plain(
+        self, outputs: AsyncGenerator[RequestOutput, None], params: SamplingParams, reports: list[Report]
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """A request with nothing to spend: the student's own outputs, counted."""
+        delta = params.output_kind == RequestOutputKind.DELTA
+        with counted(reports, budgeted=False):
+            async with aclosing(outputs):
+                async for output in outputs:
+                    for new in output.outputs:
+                        report = reports[new.index]
+                        report.completion_tokens = len(new.token_ids) + delta * report.completion_tokens
+                        report.finished = new.finish_reason is not None
+                    yield output
+
+    async def _hand_out(
+        self, choices: list[Choice], exchange: Exchange
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Cooperative completions as vLLM's outputs, in the kind that the caller wants."""
+        final: list[CompletionOutput] = []
+        async with aclosing(merge_async_iterators(*map(self._outputs, choices))) as steps:
+            async for index, (output, source) in steps:
+                choice = choices[index]
+                exchange.hand_out(choice.report, source, finished=output.finish_reason is not None)
+                if choice.params.output_kind == RequestOutputKind.FINAL_ONLY:
+                    final.append(output)
+                    if len(final) == len(choices):
+                        yield self._request_output(choices, sorted(final, key=lambda output: output.index))
+                else:
+                    yield self._request_output(choices, [output])
+
+    async def _outputs(self, choice: Choice) -> AsyncGenerator[tuple[CompletionOutput, Source], None]:
+        final_only = choice.params.output_kind == RequestOutputKind.FINAL_ONLY
+        with counted([choice.report], budgeted=True):
+            async with aclosing(self._write(choice)) as steps:
+                async for source in steps:
+                    if not final_only or choice.completion.finished:
+                        yield choice.completion.output(), source
+
+    @staticmethod
+    def _request_output(choices: list[Choice], outputs: list[CompletionOutput]) -> RequestOutput:
+        first = choices[0]
+        return RequestOutput(
+            request_id=first.external_id,
+            prompt=first.prompt.get("prompt"),
+            prompt_token_ids=first.prompt["prompt_token_ids"],
+            prompt_logprobs=None,
+            outputs=outputs,
+            finished=all(choice.report.finished for choice in choices),
+            num_cached_tokens=first.cached_tokens,
+        )

@@ -1,0 +1,77 @@
+"""What the HTTP layer and the engine tell each other about one request, beside vLLM's own types."""
+
+from collections import Counter
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from router.budget import Budget
+
+Source = Literal["student", "teacher"]
+
+
+@dataclass
+class Report:
+    """Who wrote one choice, and at what cost: the `teacher` field of a response."""
+
+    completion_tokens: int = 0
+    tokens: int = 0
+    calls: int = 0
+    spans: list[list[int]] = field(default_factory=list)
+    """[start, end) token offsets of the teacher's spans; adjacent calls are kept apart."""
+    denied: Counter[str] = field(default_factory=Counter)
+    degraded: bool = False
+    source: Source = "student"
+    """Who wrote the tokens handed out last."""
+    finished: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "tokens": self.tokens,
+            "calls": self.calls,
+            "rate": round(self.tokens / self.completion_tokens, 6) if self.completion_tokens else 0.0,
+            "spans": [span for span in self.spans if span[0] < span[1]],
+            "denied": dict(self.denied),
+            "degraded": self.degraded,
+        }
+
+
+@dataclass
+class Exchange:
+    """One HTTP request: the budget it asked for and a report for each of its choices."""
+
+    budget: Budget | None = None
+    """None where the caller named none."""
+    unsupported: str | None = None
+    """A parameter of the HTTP request that rules out a teacher and that the engine never sees."""
+    reports: list[Report] = field(default_factory=list)
+    latest: Report = field(default_factory=Report)
+    """Of the choice that handed out tokens last."""
+
+    def open(self) -> Report:
+        """Add a choice; choices are opened in the order of their indices in the response."""
+        self.reports.append(Report())
+        return self.reports[-1]
+
+    def hand_out(self, report: Report, source: Source, *, finished: bool) -> None:
+        report.source, report.finished = source, finished
+        self.latest = report
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.reports) and all(report.finished for report in self.reports)
+
+    def total(self) -> Report:
+        """All choices as one; spans are offsets within a choice, so several have none in common."""
+        if len(self.reports) == 1:
+            return self.reports[0]
+        return Report(
+            completion_tokens=sum(r.completion_tokens for r in self.reports),
+            tokens=sum(r.tokens for r in self.reports),
+            calls=sum(r.calls for r in self.reports),
+            denied=sum((r.denied for r in self.reports), Counter()),
+            degraded=any(r.degraded for r in self.reports),
+        )
+
+
+EXCHANGE: ContextVar[Exchange] = ContextVar("exchange")

@@ -1,0 +1,161 @@
+"""Our fields in vLLM's protocol: `teacher_budget` in requests, `teacher` and `source` in responses."""
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import msgspec
+from pydantic import ValidationError
+
+from router.budget import Budget
+from server.exchange import EXCHANGE, Exchange
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+FIELD = "teacher_budget"
+
+
+class TeacherFields:
+    """ASGI middleware: takes the budget out of the request, puts the report into the response.
+
+    It stands before every surface of vLLM alike, so a new one needs its path here and no more. The
+    `Exchange` that carries both travels to the engine in a context variable.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
+            return await self.app(scope, receive, send)
+        body = await _read(receive)
+        if body is None:  # the client left before it had sent everything
+            return None
+        try:
+            exchange, body = _take_budget(body)
+        except ValueError as error:
+            return await _refuse(send, str(error))
+        EXCHANGE.set(exchange)
+        return await self.app(scope, _replay(body, receive), _Annotator(exchange, send))
+
+
+def _take_budget(body: bytes) -> tuple[Exchange, bytes]:
+    """The exchange that a request body opens, and the body without our field.
+
+    Raises:
+        ValueError: `teacher_budget` is neither a fraction nor a budget; the message says why.
+    """
+    try:
+        request = msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        return Exchange(), body  # vLLM says what is wrong with it
+    if not isinstance(request, dict):
+        return Exchange(), body
+    unsupported = "use_beam_search" if request.get("use_beam_search") else None
+    if FIELD not in request:
+        return Exchange(unsupported=unsupported), body
+    value = request.pop(FIELD)
+    try:
+        budget = None if value is None else Budget.model_validate(value)
+    except ValidationError as error:
+        raise ValueError(_explain(value, error)) from error
+    return Exchange(budget=budget, unsupported=unsupported), msgspec.json.encode(request)
+
+
+def _explain(value: Any, error: ValidationError) -> str:
+    problems = []
+    for entry in error.errors():
+        path = ".".join([FIELD, *map(str, entry["loc"])])
+        problems.append(f"{path}: {entry['msg'].removeprefix('Value error, ')}")
+    if not isinstance(value, int | float | dict) or isinstance(value, bool):
+        problems = [f"{FIELD}: not {msgspec.json.encode(value).decode()[:80]}"]
+    expected = 'a fraction in [0, 1], or an object of "fraction", "tokens", "calls"'
+    return f"{'; '.join(problems)}; expected {expected}"
+
+
+async def _read(receive: Receive) -> bytes | None:
+    chunks, more = [], True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        chunks.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(chunks)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """The body as one message, then whatever the client does next (it may leave)."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
+
+
+async def _refuse(send: Send, message: str) -> None:
+    error = {"message": message, "type": "BadRequestError", "param": FIELD, "code": 400}
+    body = msgspec.json.encode({"error": error})
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class _Annotator:
+    """The `send` of one request; writes the exchange's reports into what vLLM sends."""
+
+    def __init__(self, exchange: Exchange, send: Send) -> None:
+        self.exchange = exchange
+        self.send = send
+        self.start: Message | None = None  # held back while a JSON body, whose length will change, comes in
+        self.chunks: list[bytes] = []
+        self.streams = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            content_type = dict(message["headers"]).get(b"content-type", b"")
+            self.streams = content_type.startswith(b"text/event-stream")
+            if message["status"] == 200 and content_type.startswith(b"application/json"):
+                self.start = message
+                return
+        elif message["type"] == "http.response.body":
+            if self.start is not None:
+                return await self._json(message)
+            if self.streams and message.get("body"):
+                message["body"] = b"\n".join(map(self._event, message["body"].split(b"\n")))
+        await self.send(message)
+
+    async def _json(self, message: Message) -> None:
+        self.chunks.append(message.get("body", b""))
+        if message.get("more_body", False):
+            return
+        response = msgspec.json.decode(b"".join(self.chunks))
+        reports = self.exchange.reports
+        if len(reports) > 1:
+            for choice in response.get("choices", ()):
+                choice["teacher"] = reports[choice["index"]].as_dict()
+        response["teacher"] = self.exchange.total().as_dict()
+        body = msgspec.json.encode(response)
+        headers = [(name, value) for name, value in self.start["headers"] if name != b"content-length"]
+        headers.append((b"content-length", str(len(body)).encode()))
+        await self.send({**self.start, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
+
+    def _event(self, line: bytes) -> bytes:
+        """One line of a server-sent event."""
+        if not line.startswith(b"data: {"):
+            return line
+        event = msgspec.json.decode(line[len(b"data: ") :])
+        if "error" in event:
+            return line
+        choices = event.get("choices")
+        report = self.exchange.reports[choices[0]["index"]] if choices else self.exchange.latest
+        event["source"] = report.source
+        if choices and report.finished:
+            event["teacher"] = report.as_dict()
+        elif not choices and self.exchange.finished:
+            event["teacher"] = self.exchange.total().as_dict()
+        return b"data: " + msgspec.json.encode(event)

@@ -1,0 +1,48 @@
+"""What a client may not ask of two models, and what it may not touch."""
+
+from typing import Any
+
+from router.reserved import ReservedRows
+from server.vllm_api import SamplingParams, VLLMValidationError
+
+# Sampling parameters that a teacher budget rules out, with the value that leaves them unused.
+# They count or constrain the completion as a whole, and a continuation starts their count anew.
+UNSUPPORTED = {
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "bad_words": None,
+    "structured_outputs": None,
+    "prompt_logprobs": None,
+    "logprob_token_ids": None,
+    "thinking_token_budget": None,
+    "repetition_detection": None,
+    "trace_decode_token_ids": None,
+}
+
+
+def unsupported(prompt: Any, params: SamplingParams, options: dict[str, Any]) -> str | None:
+    """Name of a parameter that cannot be honoured by two models, if the request has one."""
+    if not isinstance(prompt, dict) or prompt.get("type") != "token":
+        return "prompt"
+    if options.get("lora_request") is not None:
+        return "model"
+    if params.logprobs == -1:
+        return "logprobs"
+    return next(
+        (name for name, unused in UNSUPPORTED.items() if (getattr(params, name) or unused) != unused), None
+    )
+
+
+def check_reserved_rows(prompt: Any, params: SamplingParams, reserved: ReservedRows) -> None:
+    """Raises VLLMValidationError where a client names a reserved row: they are the router's."""
+    named = {
+        "prompt": prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None,
+        "stop_token_ids": params.stop_token_ids,
+        "allowed_token_ids": params.allowed_token_ids,
+        "logit_bias": params.logit_bias,
+    }
+    for parameter, ids in named.items():
+        if ids and max(ids) >= reserved.start:
+            raise VLLMValidationError(
+                f"token ids from {reserved.start} are reserved", parameter=parameter, value=max(ids)
+            )

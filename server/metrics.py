@@ -1,0 +1,54 @@
+"""The gateway's Prometheus series; vLLM's own ``vllm:*`` series stand beside them on /metrics."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from server.exchange import Report
+
+REQUESTS = Counter(
+    "wheels_requests", "Choices by how they ended: finished, degraded, aborted, error", ["outcome"]
+)
+COMPLETION_TOKENS = Counter("wheels_completion_tokens", "Completion tokens by who wrote them", ["source"])
+TEACHER_CALLS = Counter(
+    "wheels_teacher_calls",
+    "Teacher calls by outcome: ok, aborted, unreachable, timeout, status, nonsense",
+    ["outcome"],
+)
+TEACHER_CALL_SECONDS = Histogram(
+    "wheels_teacher_call_seconds",
+    "Duration of a teacher call",
+    buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30),
+)
+ESCALATIONS = Counter(
+    "wheels_escalations",
+    "Escalations by decision (granted, denied) and reason: gate; budget, context, breaker, or a call's failure",
+    ["decision", "reason"],
+)
+TEACHER_RATE = Histogram(
+    "wheels_teacher_rate",
+    "Teacher tokens / completion tokens of a choice with a budget above 0",
+    buckets=(0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0),
+)
+PRICE = Gauge("wheels_price", "Price of a teacher token under the default budget, in the gate's units")
+BREAKER_OPEN = Gauge("wheels_breaker_open", "1 while the teacher's circuit breaker is open")
+
+
+@contextmanager
+def counted(reports: Sequence[Report], *, budgeted: bool) -> Iterator[None]:
+    """Count the choices of a request once, however it ends."""
+    unfinished = "aborted"
+    try:
+        yield
+    except Exception:
+        unfinished = "error"
+        raise
+    finally:
+        for report in reports:
+            finished = "degraded" if report.degraded else "finished"
+            REQUESTS.labels(finished if report.finished else unfinished).inc()
+            COMPLETION_TOKENS.labels("student").inc(report.completion_tokens - report.tokens)
+            COMPLETION_TOKENS.labels("teacher").inc(report.tokens)
+            if budgeted and report.completion_tokens:
+                TEACHER_RATE.observe(report.tokens / report.completion_tokens)

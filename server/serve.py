@@ -1,0 +1,203 @@
+"""`wheels serve`: assembles the gateway and runs it."""
+
+import asyncio
+import hashlib
+import json
+import signal
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from router.checkpoint import MERGED_ROUTER, CheckpointError, RouterCheckpoint
+from router.policy import Calibration, Policy
+from router.reserved import ReservedRows
+from server.config import ConfigError, ServeConfig, load
+from server.engine import Cooperation, CooperativeEngine
+from server.fields import TeacherFields
+from server.gate_processor import gate_settings
+from server.metrics import PRICE
+from server.teacher import Breaker, Teacher, TeacherError
+from server.vllm_api import AsyncEngineArgs, HttpLayer, current_platform
+
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Preis: 1.234,56 € am 31.12.2024 um 17:45 Uhr",
+    " leading and  double  spaces\n\nand\ttabs",
+    "üäöß ÜÄÖ éèê 你好 привет 🙂",
+    "{\"json\": [1, 2, 3], 'code': x += 1}",
+)
+
+routes = APIRouter()
+
+
+@routes.get("/ready")
+async def ready(request: Request) -> JSONResponse:
+    """200 when the student's engine and the teacher both answer, else 503 and which does not."""
+    engine: CooperativeEngine = request.app.state.engine_client
+    state = {"student": engine.is_running and not engine.errored, "teacher": False}
+    state["teacher"] = await engine.cooperation.teacher.healthy()
+    return JSONResponse(state, status_code=200 if all(state.values()) else 503)
+
+
+def main(argv: list[str]) -> int:
+    try:
+        config = load(argv)
+        router, student = _student(config)
+        return uvloop.run(_serve(config, router, student))
+    except (ConfigError, CheckpointError, TeacherError) as error:
+        print(f"wheels serve: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _student(config: ServeConfig) -> tuple[RouterCheckpoint | None, Path]:
+    """The router, where there is one, and the directory that the engine loads: both in one."""
+    merged_router = config.student / MERGED_ROUTER
+    if config.router is None:
+        if merged_router.is_dir():
+            return RouterCheckpoint.load(merged_router), config.student
+        if config.gate == "learned":
+            raise ConfigError(
+                "the learned gate needs a router checkpoint (--router), or choose another --gate"
+            )
+        return None, config.student
+    router = RouterCheckpoint.load(config.router)
+    key = hashlib.sha256(router.config.model_dump_json().encode())
+    key.update(str(config.student.resolve()).encode())
+    key.update((config.router / "router.safetensors").read_bytes())
+    merged = config.cache / "merged" / key.hexdigest()[:16]
+    router.merge(config.student, merged)
+    return router, merged
+
+
+def _reserved_rows(router: RouterCheckpoint | None, student: Path) -> ReservedRows:
+    if router is not None:
+        return router.reserved
+    vocabulary = json.loads((student / "config.json").read_text())["vocab_size"]
+    tokenizer = json.loads((student / "tokenizer.json").read_text())
+    ids = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])]
+    try:
+        return ReservedRows.at_end(vocabulary, max(ids) + 1)
+    except ValueError as error:
+        raise ConfigError(f"{student}: {error}") from error
+
+
+def _policy(config: ServeConfig, router: RouterCheckpoint | None, span_tokens: int, max_len: int) -> Policy:
+    expected = router.config.expected_tokens if router else max_len / 4
+    if config.price is not None:
+        return Policy(Calibration(((0.5, config.price),)), expected)
+    if (
+        router is not None
+        and config.gate in router.config.calibration
+        and span_tokens == router.config.span_tokens
+    ):
+        return Policy(router.calibration(config.gate), expected)
+    if config.gate == "random":
+        return Policy(Calibration.of_random_gate(span_tokens), expected)
+    raise ConfigError(
+        f"the gate {config.gate} is not calibrated for this pair and spans of {span_tokens}: "
+        "give a router checkpoint that has its calibration, or a fixed --price"
+    )
+
+
+def _vllm_arguments(
+    config: ServeConfig, student: Path, reserved: ReservedRows, router: RouterCheckpoint | None
+) -> Namespace:
+    """vLLM's own server arguments, parsed and checked by vLLM's own parser."""
+    ours: dict[str, Any] = {
+        "model": str(student),
+        "served-model-name": config.served_model_name,
+        "host": config.host,
+        "port": config.port,
+        "middleware": f"{TeacherFields.__module__}.{TeacherFields.__name__}",
+        "logits-processors": "server.gate_processor:GateProcessor",
+        "additional-config": json.dumps(
+            gate_settings(reserved, config.gate, None if router is None else student / MERGED_ROUTER)
+        ),
+    }
+    theirs = {name.replace("_", "-"): value for name, value in config.vllm.items()}
+    if clash := ours.keys() & theirs:
+        raise ConfigError(f"vllm settings that the gateway sets itself: {', '.join(sorted(clash))}")
+    if current_platform.is_cpu():
+        # The CPU default of 128 would recompute whole short prompts after every span.
+        theirs.setdefault("block-size", 32)
+    return HttpLayer().parse({**ours, **theirs})
+
+
+async def _serve(config: ServeConfig, router: RouterCheckpoint | None, student: Path) -> int:
+    signal.signal(signal.SIGTERM, _interrupt)  # until the HTTP server has installed its own handler
+    reserved = _reserved_rows(router, student)
+    span_tokens = config.span_tokens or (router.config.span_tokens if router else 1)
+    teacher = Teacher(
+        str(config.teacher),
+        model=config.teacher_model,
+        api_key=config.teacher_api_key.get_secret_value() if config.teacher_api_key else None,
+        timeout=config.teacher_timeout,
+        breaker=Breaker(config.breaker_failures, config.breaker_seconds),
+        vocabulary=reserved.start,
+    )
+    deadline = time.monotonic() + config.teacher_wait
+    async with teacher:
+        if not config.teacher_wait:
+            await teacher.connect()  # before the slow part
+        arguments = _vllm_arguments(config, student, reserved, router)
+        http = HttpLayer()
+        address, socket = http.setup_server(arguments, reuse_port=False)
+        engine = CooperativeEngine.from_vllm_config(
+            AsyncEngineArgs.from_cli_args(arguments).create_engine_config(),
+            disable_log_stats=arguments.disable_log_stats,
+            enable_log_requests=arguments.enable_log_requests,
+        )
+        try:
+            await _connect(teacher, deadline)
+            tokenizer = engine.renderer.tokenizer
+            await teacher.check_vocabulary(
+                PROBES, [tokenizer.encode(text, add_special_tokens=False) for text in PROBES]
+            )
+            policy = _policy(config, router, span_tokens, engine.model_config.max_model_len)
+            engine.cooperation = Cooperation(
+                teacher, policy, reserved, span_tokens, config.default_budget, config.on_teacher_error
+            )
+            if config.default_budget.fraction is not None:
+                PRICE.set(policy.calibration.price(config.default_budget.fraction))
+            app = http.build_app(arguments, await engine.get_supported_tasks(), engine.model_config)
+            app.include_router(routes)
+            await http.init_app_state(engine, app.state, arguments, await engine.get_supported_tasks())
+            print(
+                f"wheels serve: listening on {address}, teacher {teacher.model} at {teacher.url}", flush=True
+            )
+            shutdown = await http.serve_http(
+                app,
+                sock=socket,
+                host=arguments.host,
+                port=arguments.port,
+                log_level=arguments.uvicorn_log_level,
+                access_log=not arguments.disable_uvicorn_access_log,
+            )
+            await shutdown
+        finally:
+            engine.shutdown()
+            socket.close()
+    return 0
+
+
+async def _connect(teacher: Teacher, deadline: float) -> None:
+    """Connect, trying again until the deadline while the teacher is not up yet."""
+    while True:
+        try:
+            return await teacher.connect()
+        except TeacherError as error:
+            if error.reason not in ("unreachable", "timeout") or time.monotonic() >= deadline:
+                raise
+            await asyncio.sleep(0.5)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

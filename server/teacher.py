@@ -1,0 +1,313 @@
+"""The teacher: a separately hosted vLLM server that continues token ids over HTTP."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from server.completion import Piece
+from server.metrics import BREAKER_OPEN, TEACHER_CALL_SECONDS, TEACHER_CALLS
+from server.vllm_api import Logprob, SamplingParams
+
+# Up to this many tokens a span comes as one JSON body: cheaper on both sides than a stream.
+STREAM_ABOVE = 8
+
+# Sampling parameters that vLLM's completions endpoint takes under the same name.
+FORWARDED = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "logit_bias",
+    "allowed_token_ids",
+    "stop_token_ids",
+    "ignore_eos",
+)
+
+
+class TeacherError(Exception):
+    """A teacher call failed; ``reason`` is one of a few words fit for a metric's label.
+
+    unreachable | timeout | status | nonsense
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Breaker:
+    """Stops calling a teacher that keeps failing, and tries it again after a while.
+
+    Opens after ``failures`` failures in a row; ``seconds`` later one call is let through, whose
+    outcome closes it or opens it anew.
+    """
+
+    def __init__(self, failures: int, seconds: float) -> None:
+        self._limit, self._seconds = failures, seconds
+        self._failures = 0
+        self._retry_at = 0.0
+
+    @property
+    def open(self) -> bool:
+        """Whether a call would be refused now."""
+        return self._failures >= self._limit and time.monotonic() < self._retry_at
+
+    def allow(self) -> bool:
+        """Whether to make this call; takes the one trial where it is due."""
+        if self._failures < self._limit:
+            return True
+        if self.open:
+            return False
+        self._retry_at = time.monotonic() + self._seconds
+        return True
+
+    def succeeded(self) -> None:
+        self._failures = 0
+        BREAKER_OPEN.set(0)
+
+    def failed(self) -> None:
+        self._failures += 1
+        if self._failures >= self._limit:
+            self._retry_at = time.monotonic() + self._seconds
+            BREAKER_OPEN.set(1)
+
+
+class _Logprobs(msgspec.Struct):
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+
+class _Choice(msgspec.Struct):
+    token_ids: list[int] | None = None
+    logprobs: _Logprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class _Completion(msgspec.Struct):
+    choices: list[_Choice]
+
+
+class _Model(msgspec.Struct):
+    id: str
+    max_model_len: int | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class Teacher:
+    """Client of one teacher. Tokens go out and come in as ids: nothing is tokenised twice."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        api_key: str | None = None,
+        timeout: float = 10.0,
+        breaker: Breaker,
+        vocabulary: int,
+    ) -> None:
+        """``timeout`` is the longest wait for the next token, in seconds; ids are < ``vocabulary``."""
+        self.url = url.rstrip("/")
+        self.model = model
+        self.max_model_len: int | None = None
+        self.timeout = timeout
+        self.breaker = breaker
+        self.vocabulary = vocabulary
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> "Teacher":
+        self._session = aiohttp.ClientSession(
+            headers=self._headers,
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.timeout),
+        )
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        await self._session.close()
+
+    async def connect(self) -> None:
+        """Find the served model. Raises TeacherError where there is none, or not the named one."""
+        models = await self._json("GET", "/v1/models", _Models)
+        names = [model.id for model in models.data]
+        wanted = self.model or (names[0] if names else None)
+        if wanted not in names:
+            served = ", ".join(names) or "no model"
+            raise TeacherError("status", f"the teacher at {self.url} serves {served}, not {wanted!r}")
+        self.model = wanted
+        self.max_model_len = models.data[names.index(wanted)].max_model_len
+
+    async def check_vocabulary(self, texts: Sequence[str], expected: Sequence[list[int]]) -> None:
+        """Raises TeacherError where the teacher's tokenizer splits a probe text in another way."""
+        for text, ids in zip(texts, expected, strict=True):
+            body = {"model": self.model, "prompt": text, "add_special_tokens": False}
+            answer = await self._json("POST", "/tokenize", dict, body)
+            if answer.get("tokens") != ids:
+                raise TeacherError(
+                    "nonsense",
+                    f"the teacher at {self.url} has another vocabulary than the student: it tokenises "
+                    f"{text!r} as {answer.get('tokens')}, the student as {ids}",
+                )
+
+    async def healthy(self) -> bool:
+        """Whether the teacher answers its health check within the timeout."""
+        try:
+            async with asyncio.timeout(self.timeout), self._session.get(f"{self.url}/health") as response:
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    async def write(
+        self,
+        prompt_ids: list[int],
+        tokens: int,
+        params: SamplingParams,
+        *,
+        min_tokens: int = 0,
+        seed: int | None = None,
+        request_id: str,
+    ) -> AsyncIterator[Piece]:
+        """Continue ``prompt_ids`` by at most ``tokens`` tokens, in pieces as they arrive.
+
+        The last piece has a finish reason: "length" where the span is full, else the teacher ended
+        the completion. Closing the iterator closes the connection, by which vLLM aborts the call.
+
+        Raises:
+            TeacherError: whatever went wrong; pieces handed out before it stay valid.
+        """
+        stream = tokens > STREAM_ABOVE
+        body = self._body(params) | {
+            "prompt": prompt_ids,
+            "max_tokens": tokens,
+            "min_tokens": min(min_tokens, tokens),
+            "seed": seed,
+            "stream": stream,
+        }
+        started, written, outcome = time.perf_counter(), 0, "aborted"
+        try:
+            async with self._request("POST", "/v1/completions", body, request_id) as response:
+                replies = self._events(response) if stream else self._body_of(response)
+                async for payload in replies:
+                    piece = self._piece(payload, tokens - written, params)
+                    written += len(piece.token_ids)
+                    if piece.finish_reason is None:
+                        yield piece
+                        continue
+                    outcome = "ok"
+                    async for _ in replies:  # to the end of the stream, so that the connection is reused
+                        pass
+                    yield piece
+                    return
+            raise TeacherError("nonsense", "the teacher's stream ended without a finish reason")
+        except TeacherError as error:
+            outcome = error.reason
+            raise
+        finally:
+            TEACHER_CALLS.labels(outcome).inc()
+            TEACHER_CALL_SECONDS.observe(time.perf_counter() - started)
+            if outcome == "ok":
+                self.breaker.succeeded()
+            elif outcome != "aborted":
+                self.breaker.failed()
+
+    def _body(self, params: SamplingParams) -> dict[str, Any]:
+        body = {name: value for name in FORWARDED if (value := getattr(params, name)) is not None}
+        body |= {"model": self.model, "return_token_ids": True, "add_special_tokens": False}
+        if params.logprobs is not None:
+            body |= {"logprobs": params.logprobs, "return_tokens_as_token_ids": True}
+        return body
+
+    def _piece(self, payload: bytes, room: int, params: SamplingParams) -> Piece:
+        try:
+            (choice,) = msgspec.json.decode(payload, type=_Completion).choices
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise TeacherError("nonsense", f"the teacher's reply is not a completion: {error}") from error
+        ids = choice.token_ids or []
+        if len(ids) > room or any(not 0 <= token_id < self.vocabulary for token_id in ids):
+            raise TeacherError("nonsense", f"the teacher wrote token ids {ids} where {room} were asked for")
+        if not ids and choice.finish_reason == "length":
+            raise TeacherError("nonsense", "the teacher wrote nothing and did not end the completion")
+        if choice.finish_reason not in (None, "stop", "length"):
+            raise TeacherError("nonsense", f"the teacher finished with {choice.finish_reason!r}")
+        logprobs = None
+        if params.logprobs is not None and ids:
+            logprobs = _logprobs(ids, choice.logprobs)
+        return Piece(ids, logprobs, choice.finish_reason, choice.stop_reason)
+
+    async def _json(self, method: str, path: str, type_: Any, body: dict[str, Any] | None = None) -> Any:
+        async with self._request(method, path, body) as response:
+            async for payload in self._body_of(response):
+                try:
+                    return msgspec.json.decode(payload, type=type_)
+                except msgspec.MsgspecError as error:
+                    raise TeacherError("nonsense", f"{self.url}{path}: {error}") from error
+
+    @asynccontextmanager
+    async def _request(
+        self, method: str, path: str, body: dict[str, Any] | None, request_id: str | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        headers = {"X-Request-Id": request_id} if request_id else None
+        request = self._session.request(method, self.url + path, json=body, headers=headers)
+        try:
+            response = await asyncio.wait_for(request, self.timeout)
+        except TimeoutError as error:
+            raise TeacherError("timeout", f"no answer from {self.url} in {self.timeout} s") from error
+        except aiohttp.ClientError as error:
+            raise TeacherError("unreachable", f"cannot reach the teacher at {self.url}: {error}") from error
+        try:
+            if response.status != 200:
+                detail = (await self._wait(response.text()))[:500]
+                raise TeacherError("status", f"{self.url}{path} answered {response.status}: {detail}")
+            yield response
+        finally:
+            # Read to the end, the connection goes back to the pool; cut short, this closes it.
+            response.release() if response.content.at_eof() else response.close()
+
+    async def _body_of(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        yield await self._wait(response.read())
+
+    async def _events(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        """Data of server-sent events, up to the last."""
+        while line := await self._wait(response.content.readline()):
+            if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
+                yield line[len(b"data: ") :]
+
+    async def _wait(self, awaitable: Any) -> Any:
+        try:
+            return await asyncio.wait_for(awaitable, self.timeout)
+        except TimeoutError as error:
+            raise TeacherError("timeout", f"nothing from {self.url} for {self.timeout} s") from error
+        except (aiohttp.ClientError, ValueError) as error:
+            raise TeacherError("unreachable", f"lost the teacher at {self.url}: {error}") from error
+
+
+def _logprobs(ids: list[int], reply: _Logprobs | None) -> list[dict[int, Logprob]]:
+    """vLLM's per-token dictionaries from the reply's lists; keys come as ``token_id:17``."""
+    if reply is None or len(reply.token_logprobs) != len(ids):
+        raise TeacherError("nonsense", "the teacher's log-probabilities do not match its tokens")
+    result = []
+    for position, token_id in enumerate(ids):
+        chosen = reply.token_logprobs[position]
+        top = (reply.top_logprobs or [None] * len(ids))[position] or {}
+        try:
+            by_id = {int(token.removeprefix("token_id:")): value for token, value in top.items()}
+        except ValueError as error:
+            raise TeacherError("nonsense", f"the teacher's log-probabilities have no ids: {error}") from error
+        if chosen is None:
+            raise TeacherError("nonsense", "the teacher's log-probabilities lack a written token")
+        ranked = sorted(by_id.items(), key=lambda item: -item[1])
+        logprobs = {i: Logprob(value, rank=rank) for rank, (i, value) in enumerate(ranked, start=1)}
+        # As vLLM does: the written token first, then the best ones in order.
+        result.append({token_id: logprobs.pop(token_id, Logprob(chosen))} | logprobs)
+    return result
