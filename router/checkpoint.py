@@ -140,6 +140,13 @@ class RouterCheckpoint:
             raise CheckpointError(f"{directory}: {error}") from error
         return checkpoint
 
+    def digest(self) -> str:
+        """Identity of this router and, by its fingerprint, of its student: hex SHA-256."""
+        digest = hashlib.sha256(self.config.model_dump_json().encode())
+        for name, tensor in sorted({"taps": self.taps, **self.gate}.items()):
+            digest.update(name.encode() + tensor.detach().contiguous().cpu().float().numpy().tobytes())
+        return digest.hexdigest()
+
     def check_student(self, student: Path) -> None:
         """Raises CheckpointError when this router was trained for another student."""
         theirs, ours = fingerprint(student, self.config.reserved_start), self.config.fingerprints.student

@@ -159,3 +159,24 @@ class _Annotator:
         elif not choices and self.exchange.finished:
             event["teacher"] = self.exchange.total().as_dict()
         return b"data: " + msgspec.json.encode(event)
+
+
+def document(app: Any) -> None:
+    """Add `teacher_budget` to the request schemas of the app's OpenAPI document."""
+    vllms = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = vllms()
+        schemas = document["components"]["schemas"]
+        budget = Budget.model_json_schema()
+        field = {
+            "title": "Teacher budget",
+            "description": "Bound on teacher tokens: a fraction of the completion, or parts that all hold.",
+            "anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, budget, {"type": "null"}],
+        }
+        for path in PATHS:
+            body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+            schemas[body["$ref"].rsplit("/", 1)[1]]["properties"][FIELD] = field
+        return document
+
+    app.openapi = openapi

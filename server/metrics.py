@@ -23,7 +23,7 @@ TEACHER_CALL_SECONDS = Histogram(
 )
 ESCALATIONS = Counter(
     "wheels_escalations",
-    "Escalations by decision (granted, denied) and reason: gate; budget, context, breaker, or a call's failure",
+    "Escalations: granted by the gate; denied by budget, context, breaker or a failed call",
     ["decision", "reason"],
 )
 TEACHER_RATE = Histogram(

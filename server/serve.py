@@ -1,7 +1,6 @@
 """`wheels serve`: assembles the gateway and runs it."""
 
 import asyncio
-import hashlib
 import json
 import signal
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from router.checkpoint import MERGED_ROUTER, CheckpointError, RouterCheckpoint
@@ -19,7 +18,7 @@ from router.policy import Calibration, Policy
 from router.reserved import ReservedRows
 from server.config import ConfigError, ServeConfig, load
 from server.engine import Cooperation, CooperativeEngine
-from server.fields import TeacherFields
+from server.fields import TeacherFields, document
 from server.gate_processor import gate_settings
 from server.metrics import PRICE
 from server.teacher import Breaker, Teacher, TeacherError
@@ -69,11 +68,10 @@ def _student(config: ServeConfig) -> tuple[RouterCheckpoint | None, Path]:
             )
         return None, config.student
     router = RouterCheckpoint.load(config.router)
-    key = hashlib.sha256(router.config.model_dump_json().encode())
-    key.update(str(config.student.resolve()).encode())
-    key.update((config.router / "router.safetensors").read_bytes())
-    merged = config.cache / "merged" / key.hexdigest()[:16]
-    router.merge(config.student, merged)
+    router.check_student(config.student)
+    merged = config.cache / "merged" / f"{config.student.name}-{router.digest()[:16]}"
+    if not merged.is_dir():
+        router.merge(config.student, merged)
     return router, merged
 
 
@@ -134,45 +132,20 @@ def _vllm_arguments(
 async def _serve(config: ServeConfig, router: RouterCheckpoint | None, student: Path) -> int:
     signal.signal(signal.SIGTERM, _interrupt)  # until the HTTP server has installed its own handler
     reserved = _reserved_rows(router, student)
-    span_tokens = config.span_tokens or (router.config.span_tokens if router else 1)
-    teacher = Teacher(
-        str(config.teacher),
-        model=config.teacher_model,
-        api_key=config.teacher_api_key.get_secret_value() if config.teacher_api_key else None,
-        timeout=config.teacher_timeout,
-        breaker=Breaker(config.breaker_failures, config.breaker_seconds),
-        vocabulary=reserved.start,
-    )
+    arguments = _vllm_arguments(config, student, reserved, router)
     deadline = time.monotonic() + config.teacher_wait
-    async with teacher:
+    async with _teacher(config, reserved) as teacher:
         if not config.teacher_wait:
-            await teacher.connect()  # before the slow part
-        arguments = _vllm_arguments(config, student, reserved, router)
+            await teacher.connect()  # the engine takes a while: say at once what is missing
         http = HttpLayer()
         address, socket = http.setup_server(arguments, reuse_port=False)
-        engine = CooperativeEngine.from_vllm_config(
-            AsyncEngineArgs.from_cli_args(arguments).create_engine_config(),
-            disable_log_stats=arguments.disable_log_stats,
-            enable_log_requests=arguments.enable_log_requests,
-        )
+        engine = _engine(arguments)
         try:
             await _connect(teacher, deadline)
-            tokenizer = engine.renderer.tokenizer
-            await teacher.check_vocabulary(
-                PROBES, [tokenizer.encode(text, add_special_tokens=False) for text in PROBES]
-            )
-            policy = _policy(config, router, span_tokens, engine.model_config.max_model_len)
-            engine.cooperation = Cooperation(
-                teacher, policy, reserved, span_tokens, config.default_budget, config.on_teacher_error
-            )
-            if config.default_budget.fraction is not None:
-                PRICE.set(policy.calibration.price(config.default_budget.fraction))
-            app = http.build_app(arguments, await engine.get_supported_tasks(), engine.model_config)
-            app.include_router(routes)
-            await http.init_app_state(engine, app.state, arguments, await engine.get_supported_tasks())
-            print(
-                f"wheels serve: listening on {address}, teacher {teacher.model} at {teacher.url}", flush=True
-            )
+            await _check_vocabulary(teacher, engine)
+            engine.cooperation = _cooperation(config, router, reserved, teacher, engine)
+            app = await _app(engine, arguments, http)
+            print(f"wheels serve: {address}, teacher {teacher.model} at {teacher.url}", flush=True)
             shutdown = await http.serve_http(
                 app,
                 sock=socket,
@@ -188,6 +161,26 @@ async def _serve(config: ServeConfig, router: RouterCheckpoint | None, student: 
     return 0
 
 
+def _teacher(config: ServeConfig, reserved: ReservedRows) -> Teacher:
+    key = config.teacher_api_key
+    return Teacher(
+        str(config.teacher),
+        model=config.teacher_model,
+        api_key=key.get_secret_value() if key else None,
+        timeout=config.teacher_timeout,
+        breaker=Breaker(config.breaker_failures, config.breaker_seconds),
+        vocabulary=reserved.start,
+    )
+
+
+def _engine(arguments: Namespace) -> CooperativeEngine:
+    return CooperativeEngine.from_vllm_config(
+        AsyncEngineArgs.from_cli_args(arguments).create_engine_config(),
+        disable_log_stats=arguments.disable_log_stats,
+        enable_log_requests=arguments.enable_log_requests,
+    )
+
+
 async def _connect(teacher: Teacher, deadline: float) -> None:
     """Connect, trying again until the deadline while the teacher is not up yet."""
     while True:
@@ -197,6 +190,36 @@ async def _connect(teacher: Teacher, deadline: float) -> None:
             if error.reason not in ("unreachable", "timeout") or time.monotonic() >= deadline:
                 raise
             await asyncio.sleep(0.5)
+
+
+async def _check_vocabulary(teacher: Teacher, engine: CooperativeEngine) -> None:
+    tokenizer = engine.renderer.tokenizer
+    await teacher.check_vocabulary(
+        PROBES, [tokenizer.encode(text, add_special_tokens=False) for text in PROBES]
+    )
+
+
+def _cooperation(
+    config: ServeConfig,
+    router: RouterCheckpoint | None,
+    reserved: ReservedRows,
+    teacher: Teacher,
+    engine: CooperativeEngine,
+) -> Cooperation:
+    span_tokens = config.span_tokens or (router.config.span_tokens if router else 1)
+    policy = _policy(config, router, span_tokens, engine.model_config.max_model_len)
+    if config.default_budget.fraction is not None:
+        PRICE.set(policy.calibration.price(config.default_budget.fraction))
+    return Cooperation(teacher, policy, reserved, span_tokens, config.default_budget, config.on_teacher_error)
+
+
+async def _app(engine: CooperativeEngine, arguments: Namespace, http: HttpLayer) -> FastAPI:
+    tasks = await engine.get_supported_tasks()
+    app = http.build_app(arguments, tasks, engine.model_config)
+    app.include_router(routes)
+    document(app)
+    await http.init_app_state(engine, app.state, arguments, tasks)
+    return app
 
 
 def _interrupt(*_: Any) -> None:
