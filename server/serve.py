@@ -1,6 +1,7 @@
 """`wheels serve`: assembles the gateway and runs it."""
 
 import asyncio
+import hashlib
 import json
 import signal
 import sys
@@ -69,7 +70,9 @@ def _student(config: ServeConfig) -> tuple[RouterCheckpoint | None, Path]:
         return None, config.student
     router = RouterCheckpoint.load(config.router)
     router.check_student(config.student)
-    merged = config.cache / "merged" / f"{config.student.name}-{router.digest()[:16]}"
+    # The merged student links to files of the original: another place makes another one.
+    key = hashlib.sha256(f"{router.digest()} {config.student.resolve()}".encode()).hexdigest()
+    merged = config.cache / "merged" / key[:16]
     if not merged.is_dir():
         router.merge(config.student, merged)
     return router, merged
