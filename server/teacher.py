@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,6 +15,9 @@ from server.vllm_api import Logprob, SamplingParams
 
 # Up to this many tokens a span comes as one JSON body: cheaper on both sides than a stream.
 STREAM_ABOVE = 8
+
+# Idle connections are dropped after this many seconds, before the teacher does it (vLLM: 5 s).
+KEEP_ALIVE = 4
 
 # Sampling parameters that vLLM's completions endpoint takes under the same name.
 FORWARDED = (
@@ -39,6 +42,10 @@ class TeacherError(Exception):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class _ClosedConnection(TeacherError):
+    """The other side closed a connection that was kept alive, before it answered: try another."""
 
 
 class Breaker:
@@ -129,7 +136,7 @@ class Teacher:
     async def __aenter__(self) -> "Teacher":
         self._session = aiohttp.ClientSession(
             headers=self._headers,
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.timeout),
         )
         return self
@@ -258,13 +265,14 @@ class Teacher:
         self, method: str, path: str, body: dict[str, Any] | None, request_id: str | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         headers = {"X-Request-Id": request_id} if request_id else None
-        request = self._session.request(method, self.url + path, json=body, headers=headers)
+
+        def send() -> Awaitable[aiohttp.ClientResponse]:
+            return self._wait(self._session.request(method, self.url + path, json=body, headers=headers))
+
         try:
-            response = await asyncio.wait_for(request, self.timeout)
-        except TimeoutError as error:
-            raise TeacherError("timeout", f"no answer from {self.url} in {self.timeout} s") from error
-        except aiohttp.ClientError as error:
-            raise TeacherError("unreachable", f"cannot reach the teacher at {self.url}: {error}") from error
+            response = await send()
+        except _ClosedConnection:
+            response = await send()
         try:
             if response.status != 200:
                 detail = (await self._wait(response.text()))[:500]
@@ -288,8 +296,10 @@ class Teacher:
             return await asyncio.wait_for(awaitable, self.timeout)
         except TimeoutError as error:
             raise TeacherError("timeout", f"nothing from {self.url} for {self.timeout} s") from error
+        except aiohttp.ServerDisconnectedError as error:
+            raise _ClosedConnection("unreachable", f"the teacher at {self.url} hung up") from error
         except (aiohttp.ClientError, ValueError) as error:
-            raise TeacherError("unreachable", f"lost the teacher at {self.url}: {error}") from error
+            raise TeacherError("unreachable", f"cannot reach the teacher at {self.url}: {error}") from error
 
 
 def _logprobs(ids: list[int], reply: _Logprobs | None) -> list[dict[int, Logprob]]:
