@@ -1,0 +1,75 @@
+# Everything a fresh machine needs: `make demo` and `make test` set themselves up, and reuse it the second time.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+# vLLM has one build for GPUs and one for CPUs: `make BUILD=cpu …` overrules what nvidia-smi says.
+BUILD ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+STAMP = $(VENV)/installed-$(BUILD)
+CPU_TORCH := torch==2.13.0+cpu
+
+# The first that runs and is supported: a name on PATH proves nothing (pyenv's shims exist for absent versions).
+SUPPORTED := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done)
+
+ARGS ?=
+DEMO_ARGS = $(if $(ONCE),--once --json) $(ARGS)
+
+.PHONY: help setup demo serve train test lint unit integration clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 20
+
+setup: $(STAMP)  ## Create the virtual environment and install (GPU or CPU build)
+
+# The stamp's absence means: never installed, interrupted, or the other build. Then start from nothing.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n '$(PYTHON)' || { echo 'make: needs Python 3.11 or 3.12 with ensurepip (Debian: python3-venv)' >&2; exit 1; }
+	@echo 'Installing vLLM ($(BUILD) build) and the rest into $(VENV)…'
+	@test -e $@ || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
+	@$(MAKE) --no-print-directory install-$(BUILD)
+	@touch $@
+
+.PHONY: install-cpu install-gpu
+PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
+UV := $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt
+
+# The CPU build of torch is not on PyPI: pip finds it where its configuration names a place, uv knows PyTorch's.
+# For the rest uv is first, because it is ten times faster; pip follows, as it may know an index that uv does not.
+# Torch's companions come as CUDA builds, which do not load beside a CPU torch and break `import transformers`.
+install-cpu:
+	@$(PIP) uv
+	$(PIP) --no-deps '$(CPU_TORCH)' || $(UV) --no-deps --torch-backend cpu '$(CPU_TORCH)'
+	$(UV) -e '.[cpu,train,dev]' || $(PIP) -e '.[cpu,train,dev]'
+	@$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+
+install-gpu:
+	@$(PIP) uv
+	$(UV) -e '.[gpu,train,dev]' || $(PIP) -e '.[gpu,train,dev]'
+
+demo: setup  ## Two models write one answer: start both, measure, then keep serving (ONCE=1: stop after the table)
+	@$(BIN)/wheels demo $(DEMO_ARGS)
+
+serve: setup  ## Start the gateway (ARGS='--student DIR --router DIR --teacher URL')
+	@$(BIN)/wheels serve $(ARGS)
+
+train: setup  ## Train from a recipe (ARGS='demo key=value …')
+	@$(BIN)/wheels train $(ARGS)
+
+test: lint unit integration  ## Everything CI runs
+
+lint: setup  ## Ruff
+	$(BIN)/ruff check .
+
+unit: setup  ## Unit tests: seconds, no engine
+	$(BIN)/pytest $(ARGS)
+
+integration: setup  ## Integration tests: real vLLM engines
+	$(BIN)/pytest -m integration $(ARGS)
+
+clean:  ## Remove the virtual environment and caches
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,61 @@
+"""The `wheels` command: one name for every entry point.
+
+A command's module is imported only when it is asked for, so that `wheels --help` answers in milliseconds:
+importing vLLM or torch takes seconds.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """Where a command lives (`module:function`, called with the remaining arguments) and what it does."""
+
+    target: str
+    summary: str
+
+
+COMMANDS = {
+    "serve": Command("server.serve:main", "serve the student; it asks the teacher within each request's budget"),
+    "demo": Command("server.demo:main", "start the demo pair, measure it at several budgets, keep serving"),
+    "train": Command("training.cli:train", "train a student and its router from a recipe"),
+    "evaluate": Command("training.cli:evaluate", "measure quality against the realised teacher rate"),
+}
+
+
+def usage() -> str:
+    """What `wheels --help` prints."""
+    rows = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+    return (
+        "usage: wheels COMMAND [options]\n\n"
+        "A small model writes and asks a big one for the tokens it would get wrong.\n\n"
+        f"commands:\n{rows}\n\n"
+        "`wheels COMMAND --help` lists a command's options; `wheels --version` prints the version."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 2 for a usage error, 130 after Ctrl-C."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ("",)
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(f"wheels {version('training-wheels')}")
+        return 0
+    if name not in COMMANDS:
+        problem = f"unknown command {name!r}" if name else "which command?"
+        print(f"wheels: {problem} (one of: {', '.join(COMMANDS)}; see `wheels --help`)", file=sys.stderr)
+        return 2
+    module, function = COMMANDS[name].target.split(":")
+    try:
+        return getattr(importlib.import_module(module), function)(rest)
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
