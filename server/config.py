@@ -1,6 +1,7 @@
 """The gateway's configuration: one file, environment variables, flags; checked before anything starts."""
 
 import argparse
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +13,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    FiniteFloat,
     PositiveFloat,
     PositiveInt,
     SecretStr,
@@ -29,18 +31,34 @@ class ConfigError(Exception):
 
 
 def _directory(value: Any) -> Path:
+    if not isinstance(value, str | Path) or not Path(value).is_dir():
+        raise ValueError(f"no such directory: {value}")
+    return Path(value)
+
+
+def _file(value: Any) -> Path:
     path = Path(value)
-    if not path.is_dir():
-        raise ValueError(f"no such directory: {path}")
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
     return path
 
 
 def _budget(value: Any) -> Any:
     """Flags and variables come as text: a fraction, or JSON."""
-    return yaml.safe_load(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        pass
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"neither a fraction nor JSON: {value!r}") from error
 
 
 Directory = Annotated[Path, BeforeValidator(_directory)]
+File = Annotated[Path, BeforeValidator(_file)]
 
 
 class ServeConfig(BaseModel):
@@ -62,7 +80,7 @@ class ServeConfig(BaseModel):
         Budget(fraction=0.1), description="teacher_budget of requests that name none: a fraction or JSON"
     )
     gate: Literal[tuple(GATES)] = Field("learned", description=f"what decides: {', '.join(GATES)}")
-    price: float | None = Field(None, description="fixed price, for a gate without a calibration")
+    price: FiniteFloat | None = Field(None, description="fixed price, for a gate without a calibration")
     span_tokens: PositiveInt | None = Field(None, description="span length; default: the router's")
     on_teacher_error: Literal["degrade", "error"] = Field(
         "degrade", description="teacher lost: the student goes on, or the request fails with 502"
@@ -71,6 +89,7 @@ class ServeConfig(BaseModel):
     teacher_wait: float = Field(0.0, ge=0, description="how long to wait for the teacher at start, seconds")
     breaker_failures: PositiveInt = Field(3, description="failures in a row that open the circuit breaker")
     breaker_seconds: PositiveFloat = Field(5.0, description="how long the breaker stays open, seconds")
+    examples: File | None = Field(None, description="JSONL of {source}: prompts that the playground offers")
     cache: Path = Field(
         Path.home() / ".cache" / "training-wheels", description="where merged students are kept"
     )
@@ -109,21 +128,22 @@ def load(argv: list[str]) -> ServeConfig:
 
 
 def _problem(entry: Any) -> str:
-    name = str(entry["loc"][0])
+    name, path = entry["loc"][0], ".".join(map(str, entry["loc"]))
     if entry["type"] == "missing":
         return f"{name} is required (--{name.replace('_', '-')})"
     if entry["type"] == "extra_forbidden":
-        return f"unknown setting {name}"
-    return f"{'.'.join(map(str, entry['loc']))}: {entry['msg'].removeprefix('Value error, ')}"
+        return f"unknown setting {path}"
+    return f"{path}: {entry['msg'].removeprefix('Value error, ')}"
 
 
 def _from_file(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_bytes()) or {}
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the configuration file {path}: {error}") from error
+        problem = " ".join(str(error).split())  # YAML's errors are drawn over several lines
+        raise ConfigError(f"cannot read the configuration file {path}: {problem}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold settings by name")
     return content

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
 
 from router.checkpoint import MERGED_ROUTER, CheckpointError, RouterCheckpoint
 from router.policy import Calibration, Policy
@@ -22,6 +21,7 @@ from server.engine import Cooperation, CooperativeEngine
 from server.fields import TeacherFields, document
 from server.gate_processor import gate_settings
 from server.metrics import PRICE
+from server.routes import routes
 from server.teacher import Breaker, Teacher, TeacherError
 from server.vllm_api import AsyncEngineArgs, HttpLayer, current_platform
 
@@ -32,17 +32,6 @@ PROBES = (
     "üäöß ÜÄÖ éèê 你好 привет 🙂",
     "{\"json\": [1, 2, 3], 'code': x += 1}",
 )
-
-routes = APIRouter()
-
-
-@routes.get("/ready")
-async def ready(request: Request) -> JSONResponse:
-    """200 when the student's engine and the teacher both answer, else 503 and which does not."""
-    engine: CooperativeEngine = request.app.state.engine_client
-    state = {"student": engine.is_running and not engine.errored, "teacher": False}
-    state["teacher"] = await engine.cooperation.teacher.healthy()
-    return JSONResponse(state, status_code=200 if all(state.values()) else 503)
 
 
 def main(argv: list[str]) -> int:
@@ -147,7 +136,7 @@ async def _serve(config: ServeConfig, router: RouterCheckpoint | None, student: 
             await _connect(teacher, deadline)
             await _check_vocabulary(teacher, engine)
             engine.cooperation = _cooperation(config, router, reserved, teacher, engine)
-            app = await _app(engine, arguments, http)
+            app = await _app(config, engine, arguments, http)
             print(f"wheels serve: {address}, teacher {teacher.model} at {teacher.url}", flush=True)
             shutdown = await http.serve_http(
                 app,
@@ -216,10 +205,12 @@ def _cooperation(
     return Cooperation(teacher, policy, reserved, span_tokens, config.default_budget, config.on_teacher_error)
 
 
-async def _app(engine: CooperativeEngine, arguments: Namespace, http: HttpLayer) -> FastAPI:
+async def _app(
+    config: ServeConfig, engine: CooperativeEngine, arguments: Namespace, http: HttpLayer
+) -> FastAPI:
     tasks = await engine.get_supported_tasks()
     app = http.build_app(arguments, tasks, engine.model_config)
-    app.include_router(routes)
+    app.include_router(routes(config.examples))
     document(app)
     await http.init_app_state(engine, app.state, arguments, tasks)
     return app

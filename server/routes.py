@@ -1,0 +1,41 @@
+"""The gateway's own routes, beside those of vLLM: readiness and the playground."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse, JSONResponse
+
+PLAYGROUND = Path(__file__).with_name("playground.html")
+# The page is self-contained: it may load nothing from elsewhere and talk to this gateway only.
+PLAYGROUND_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+}
+
+
+def routes(examples: Path | None) -> APIRouter:
+    """Router of the gateway's own pages; ``examples``: JSONL with a `source`, prompts for the playground."""
+    router = APIRouter()
+    prompts = [] if examples is None else [json.loads(line)["source"] for line in examples.open()]
+
+    @router.get("/ready")
+    async def ready(request: Request) -> JSONResponse:
+        """200 when the student's engine and the teacher both answer, else 503 and which does not."""
+        engine: Any = request.app.state.engine_client
+        state = {
+            "student": engine.is_running and not engine.errored,
+            "teacher": await engine.cooperation.teacher.healthy(),
+        }
+        return JSONResponse(state, status_code=200 if all(state.values()) else 503)
+
+    @router.get("/", include_in_schema=False)
+    async def playground() -> FileResponse:
+        return FileResponse(PLAYGROUND, headers=PLAYGROUND_HEADERS)
+
+    @router.get("/playground/examples", include_in_schema=False)
+    async def playground_examples() -> list[str]:
+        return prompts
+
+    return router
