@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 EPSILON = 1e-9
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Budget(BaseModel):
@@ -31,7 +31,7 @@ class Budget(BaseModel):
     @classmethod
     def _number_is_fraction(cls, value: Any) -> Any:
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return {"fraction": float(value)}
+            return {"fraction": value}
         return value
 
     @model_validator(mode="after")
@@ -78,7 +78,8 @@ class Bucket:
         if budget.fraction is None or budget.fraction == 1.0:
             return 0
         # spent + span <= fraction * (length + span) + span
-        return max(0, math.ceil(self.spent / budget.fraction - self.span_tokens - EPSILON))
+        length = self.spent / budget.fraction - self.span_tokens - EPSILON
+        return None if length == math.inf else max(0, math.ceil(length))
 
     def reserve(self, completion_tokens: int, at_most: int) -> Grant | None:
         """Reserve the next span of a completion of ``completion_tokens``, ``at_most`` tokens long.

@@ -86,7 +86,7 @@ class Policy:
     def terms(self, bucket: Bucket, completion_tokens: int, max_tokens: int) -> Terms:
         """Terms for a request that has written ``completion_tokens`` of at most ``max_tokens``."""
         earliest = bucket.earliest()
-        if earliest is None:
+        if earliest is None or earliest >= max_tokens:
             return NEVER
         return Terms(
             price=self.calibration.price(self._rate(bucket, completion_tokens, max_tokens)),
