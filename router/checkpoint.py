@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -118,10 +118,13 @@ class RouterCheckpoint:
             if not file.is_file():
                 raise CheckpointError(f"no router checkpoint in {directory}: {file.name} is missing")
         try:
-            config = RouterConfig.model_validate_json(config_file.read_text())
+            config = RouterConfig.model_validate_json(config_file.read_bytes())
         except ValidationError as error:
             raise CheckpointError(f"{config_file}: {error}") from error
-        tensors = load_file(tensors_file)
+        try:
+            tensors = load_file(tensors_file)
+        except SafetensorError as error:
+            raise CheckpointError(f"{tensors_file}: {error}") from error
         parts: dict[str, dict[str, Tensor]] = {"gate": {}, "value": {}}
         taps = tensors.pop("taps", None)
         if taps is None or taps.dim() != 2 or taps.shape[0] != config.reserved_count - 1:
