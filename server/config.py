@@ -48,10 +48,6 @@ def _budget(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return float(value)
-    except ValueError:
-        pass
-    try:
         return json.loads(value)
     except ValueError as error:
         raise ValueError(f"neither a fraction nor JSON: {value!r}") from error
