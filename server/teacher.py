@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -55,15 +55,15 @@ class Breaker:
     outcome closes it or opens it anew.
     """
 
-    def __init__(self, failures: int, seconds: float) -> None:
-        self._limit, self._seconds = failures, seconds
+    def __init__(self, failures: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit, self._seconds, self._clock = failures, seconds, clock
         self._failures = 0
         self._retry_at = 0.0
 
     @property
     def open(self) -> bool:
         """Whether a call would be refused now."""
-        return self._failures >= self._limit and time.monotonic() < self._retry_at
+        return self._failures >= self._limit and self._clock() < self._retry_at
 
     def allow(self) -> bool:
         """Whether to make this call; takes the one trial where it is due."""
@@ -71,7 +71,7 @@ class Breaker:
             return True
         if self.open:
             return False
-        self._retry_at = time.monotonic() + self._seconds
+        self._retry_at = self._clock() + self._seconds
         return True
 
     def succeeded(self) -> None:
@@ -81,7 +81,7 @@ class Breaker:
     def failed(self) -> None:
         self._failures += 1
         if self._failures >= self._limit:
-            self._retry_at = time.monotonic() + self._seconds
+            self._retry_at = self._clock() + self._seconds
             BREAKER_OPEN.set(1)
 
 
