@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import aiohttp
@@ -212,8 +212,9 @@ class Teacher:
                         yield piece
                         continue
                     outcome = "ok"
-                    async for _ in replies:  # to the end of the stream, so that the connection is reused
-                        pass
+                    with suppress(TeacherError):  # nothing that is still needed
+                        async for _ in replies:  # to the end, so that the connection is reused
+                            pass
                     yield piece
                     return
             raise TeacherError("nonsense", "the teacher's stream ended without a finish reason")
@@ -304,14 +305,13 @@ class Teacher:
 
 def _logprobs(ids: list[int], reply: _Logprobs | None) -> list[dict[int, Logprob]]:
     """vLLM's per-token dictionaries from the reply's lists; keys come as ``token_id:17``."""
-    if reply is None or len(reply.token_logprobs) != len(ids):
+    tops = reply and (reply.top_logprobs or [None] * len(ids))
+    if reply is None or not len(reply.token_logprobs) == len(tops) == len(ids):
         raise TeacherError("nonsense", "the teacher's log-probabilities do not match its tokens")
     result = []
-    for position, token_id in enumerate(ids):
-        chosen = reply.token_logprobs[position]
-        top = (reply.top_logprobs or [None] * len(ids))[position] or {}
+    for token_id, chosen, top in zip(ids, reply.token_logprobs, tops, strict=True):
         try:
-            by_id = {int(token.removeprefix("token_id:")): value for token, value in top.items()}
+            by_id = {int(token.removeprefix("token_id:")): value for token, value in (top or {}).items()}
         except ValueError as error:
             raise TeacherError("nonsense", f"the teacher's log-probabilities have no ids: {error}") from error
         if chosen is None:
