@@ -1,0 +1,199 @@
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.budget import Bucket, Budget
+from router.policy import NEVER, Calibration, Policy, Terms
+
+POINTS = Calibration(((0.1, 4.0), (0.3, 2.0), (0.5, -1.0)))
+# price = 11 - 10 * rate, so that a test can read the rate off the price
+LINE = Calibration(((0.1, 10.0), (0.9, 2.0)))
+POLICY = Policy(LINE, expected_tokens=20)
+
+
+def rate_of(terms: Terms) -> float:
+    return (11 - terms.price) / 10
+
+
+# Calibration
+
+
+@pytest.mark.parametrize(
+    ("rate", "price"),
+    [
+        (0.1, 4.0),
+        (0.15, 3.5),
+        (0.2, 3.0),
+        (0.3, 2.0),
+        (0.4, 0.5),
+        (0.5, -1.0),
+        (0.01, 4.0),  # beyond the ends: the last price that was measured
+        (0.99, -1.0),
+        (0.0, math.inf),
+        (-1.0, math.inf),
+        (1.0, -math.inf),
+        (7.0, -math.inf),
+    ],
+)
+def test_a_price_is_linear_between_the_points(rate, price):
+    assert POINTS.price(rate) == pytest.approx(price)
+
+
+def test_a_single_point_is_a_fixed_price():
+    fixed = Calibration(((0.5, 1.25),))
+    assert [fixed.price(rate) for rate in (0.01, 0.5, 0.99)] == [1.25] * 3
+    assert fixed.price(0) == math.inf
+
+
+@given(low=st.floats(0, 1), high=st.floats(0, 1))
+def test_a_higher_rate_never_has_a_higher_price(low, high):
+    low, high = sorted((low, high))
+    assert POINTS.price(low) >= POINTS.price(high)
+
+
+@pytest.mark.parametrize(
+    ("points", "about"),
+    [
+        ((), "rates"),
+        (((0.3, 1.0), (0.1, 2.0)), "rates"),  # rates fall
+        (((0.1, 2.0), (0.1, 1.0)), "rates"),  # a rate twice
+        (((0.0, 2.0), (0.1, 1.0)), "rates"),
+        (((0.1, 2.0), (1.0, 1.0)), "rates"),
+        (((0.1, 1.0), (0.3, 2.0)), "prices"),  # prices rise
+        (((0.1, math.inf), (0.3, 2.0)), "prices"),
+        (((0.1, 1.0), (0.3, -math.inf)), "prices"),
+        (((0.1, math.nan),), "prices"),
+    ],
+)
+def test_impossible_points_are_refused(points, about):
+    with pytest.raises(ValueError, match=f"calibration {about} must"):
+        Calibration(points)
+
+
+def test_equal_prices_are_possible():
+    assert Calibration(((0.1, 1.0), (0.2, 1.0))).price(0.15) == 1.0
+
+
+# The random gate
+
+
+@pytest.mark.parametrize(
+    ("span_tokens", "rate", "price"),
+    [
+        (1, 0.1, 0.9),  # spans of one token: the rate is the share of positions
+        (1, 0.5, 0.5),
+        (4, 0.5, 0.8),  # one of five positions asks: 4 teacher tokens for 4 of the student
+        (4, 0.2, 1 - 1 / 17),  # one of 17: 4 teacher tokens for 16 of the student
+    ],
+)
+def test_the_random_gates_price_can_be_computed(span_tokens, rate, price):
+    assert Calibration.of_random_gate(span_tokens).price(rate) == pytest.approx(price)
+
+
+@pytest.mark.parametrize("span_tokens", [1, 4, 8])
+@pytest.mark.parametrize("rate", [0.05, 0.2, 0.5, 0.8])
+def test_asking_at_the_random_gates_price_realises_the_rate(span_tokens, rate):
+    price = Calibration.of_random_gate(span_tokens).price(rate)
+    draw = random.Random(0)
+    student = teacher = 0
+    for _ in range(40_000):
+        if draw.random() > price:
+            teacher += span_tokens
+        else:
+            student += 1
+    assert teacher / (teacher + student) == pytest.approx(rate, rel=0.06)
+
+
+# Terms
+
+
+def test_without_a_budget_left_the_student_never_asks():
+    bucket = Bucket(Budget(calls=1), span_tokens=4)
+    bucket.reserve(0, at_most=4)
+    assert POLICY.terms(bucket, 4, max_tokens=100) == NEVER
+    assert NEVER.never
+    assert not NEVER.always
+
+
+def test_a_fraction_is_the_rate():
+    terms = POLICY.terms(Bucket(Budget(fraction=0.25), span_tokens=4), 0, max_tokens=100)
+    assert rate_of(terms) == pytest.approx(0.25)
+    assert terms.not_before == 0
+
+
+def test_a_whole_fraction_lets_the_teacher_write_at_once():
+    assert POLICY.terms(Bucket(Budget(fraction=1), span_tokens=4), 0, max_tokens=100).always
+
+
+def test_a_spent_fraction_sets_when_to_ask_again():
+    bucket = Bucket(Budget(fraction=0.1), span_tokens=4)
+    bucket.reserve(0, at_most=4)  # the next span may start at a length of 36
+    assert [POLICY.terms(bucket, length, max_tokens=100).not_before for length in (4, 30, 36, 50)] == [
+        32,
+        6,
+        0,
+        0,
+    ]
+
+
+@pytest.mark.parametrize(("max_tokens", "never"), [(36, True), (37, False)])
+def test_a_span_that_could_only_start_behind_the_end_is_never_asked_for(max_tokens, never):
+    bucket = Bucket(Budget(fraction=0.1), span_tokens=4)
+    bucket.reserve(0, at_most=4)  # the next span may start at a length of 36
+    assert POLICY.terms(bucket, 4, max_tokens).never is never
+
+
+def test_a_tiny_fraction_is_spent_once_and_then_never_asked_for():
+    bucket = Bucket(Budget(fraction=5e-324), span_tokens=4)
+    assert not POLICY.terms(bucket, 0, max_tokens=100).never
+    bucket.settle(bucket.reserve(0, at_most=4), used=1)
+    assert POLICY.terms(bucket, 1, max_tokens=100) == NEVER
+
+
+@pytest.mark.parametrize(
+    ("tokens", "written", "rate"),
+    [
+        (5, 0, 0.25),  # 5 left for the 20 that are expected
+        (5, 10, 0.5),  # 5 left for 10
+        (2, 18, 0.5),  # near the expected end: at least one span is still to come
+        (2, 400, 0.5),  # and behind it
+    ],
+)
+def test_tokens_are_planned_over_what_is_still_to_be_written(tokens, written, rate):
+    bucket = Bucket(Budget(tokens=tokens), span_tokens=4)
+    assert rate_of(POLICY.terms(bucket, written, max_tokens=1000)) == pytest.approx(rate)
+
+
+def test_tokens_that_were_spent_raise_the_price():
+    bucket = Bucket(Budget(tokens=10), span_tokens=4)
+    before = POLICY.terms(bucket, 0, max_tokens=100)
+    bucket.settle(bucket.reserve(0, at_most=100), used=4)
+    after = POLICY.terms(bucket, 4, max_tokens=100)
+    assert rate_of(before) == pytest.approx(10 / 20)
+    assert rate_of(after) == pytest.approx(6 / 16)
+
+
+def test_max_tokens_shortens_the_plan():
+    bucket = Bucket(Budget(tokens=5), span_tokens=4)
+    assert rate_of(POLICY.terms(bucket, 0, max_tokens=10)) == pytest.approx(0.5)
+
+
+def test_calls_are_planned_as_whole_spans():
+    bucket = Bucket(Budget(calls=2), span_tokens=4)
+    assert rate_of(POLICY.terms(bucket, 0, max_tokens=100)) == pytest.approx(2 * 4 / 20)
+
+
+def test_tokens_for_everything_let_the_teacher_write_at_once():
+    assert POLICY.terms(Bucket(Budget(tokens=20), span_tokens=4), 0, max_tokens=100).always
+
+
+def test_the_tightest_part_sets_the_price():
+    def rate(**parts: float) -> float:
+        return rate_of(POLICY.terms(Bucket(Budget(**parts), span_tokens=4), 0, max_tokens=100))
+
+    assert rate(fraction=0.5, tokens=4, calls=2) == pytest.approx(4 / 20)
+    assert rate(fraction=0.15, tokens=4, calls=2) == pytest.approx(0.15)
+    assert rate(fraction=0.5, tokens=16, calls=1) == pytest.approx(4 / 20)
