@@ -1,0 +1,369 @@
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from router.checkpoint import RouterCheckpoint
+from router.gate import MarginGate
+from router.policy import NEVER, Terms
+from router.reserved import ReservedRows
+from server.gate_processor import (
+    GateProcessor,
+    GateProcessorV2,
+    decide,
+    gate_settings,
+    mask_reserved,
+    terms_args,
+)
+from server.vllm_api import MoveDirectionality, Sampler, SamplingParams
+
+CPU = torch.device("cpu")
+ROWS, ESCALATION, BATCH = 14, 10, 6  # of the `reserved` fixture; the size of the largest batch
+SWAP, ONE_WAY = MoveDirectionality.SWAP, MoveDirectionality.UNIDIRECTIONAL
+
+
+@pytest.fixture(autouse=True)
+def sampler():
+    """Building a gate changes vLLM's sampler for the whole process: a test gives it back."""
+    original = Sampler.__dict__["compute_logprobs"]
+    yield Sampler
+    Sampler.compute_logprobs = original
+
+
+def engine_config(settings: dict) -> SimpleNamespace:
+    return SimpleNamespace(additional_config=settings, scheduler_config=SimpleNamespace(max_num_seqs=BATCH))
+
+
+@pytest.fixture
+def processor(reserved) -> GateProcessor:
+    return GateProcessor(engine_config(gate_settings(reserved, "margin", None)), CPU, False)
+
+
+def margins(*gaps: float) -> Tensor:
+    """(B, V) logits whose margin score is minus the gap; the taps are the largest of all."""
+    logits = torch.zeros(len(gaps), ROWS)
+    logits[:, 3] = torch.tensor(gaps)
+    logits[:, 10:] = 77.0
+    return logits
+
+
+def asks(logits: Tensor) -> list[bool]:
+    """Which rows were left nothing but the escalation token; the others must have lost it."""
+    assert (logits[:, ESCALATION + 1 :] == -math.inf).all()
+    alone = (logits == -math.inf).sum(-1) == ROWS - 1
+    assert (alone == (logits[:, ESCALATION] == 0.0)).all()
+    return alone.tolist()
+
+
+def params(price: float | None = None, not_before: int = 0) -> SamplingParams:
+    return SamplingParams(extra_args=None if price is None else terms_args(Terms(price, not_before)))
+
+
+def update(
+    removed: list[int] = [],  # noqa: B006
+    added: list[tuple[int, SamplingParams, list[int]]] = [],  # noqa: B006
+    moved: list[tuple[int, int, MoveDirectionality]] = [],  # noqa: B006
+) -> SimpleNamespace:
+    """vLLM's BatchUpdate; an added request is (row, params, its growing output ids)."""
+    return SimpleNamespace(
+        removed=removed, added=[(row, p, [1], output) for row, p, output in added], moved=moved
+    )
+
+
+# The decision
+
+
+def test_the_escalation_token_is_forced_exactly_where_the_score_exceeds_the_price(reserved):
+    logits = margins(2.0, 2.0, 2.0, 2.0, 0.0)
+    untouched = logits.clone()
+    price = torch.tensor([-3.0, -2.0, -1.0, math.inf, -math.inf])
+    decide(MarginGate(reserved), logits, price)
+    assert asks(logits) == [True, False, False, False, True]
+    assert torch.equal(logits[1:4, :10], untouched[1:4, :10])
+
+
+def test_the_gate_reads_the_reserved_rows_before_they_are_masked(router):
+    logits = margins(0.0, 0.0)
+    logits[:, 11] = torch.tensor([1.5, 0.5])  # the fixture's gate scores by its first tap
+    decide(router.build_gate(), logits, torch.tensor([1.0, 1.0]))
+    assert asks(logits) == [True, False]
+
+
+def test_a_score_that_is_no_number_does_not_ask(reserved):
+    logits = torch.full((1, ROWS), -math.inf)
+    decide(MarginGate(reserved), logits, torch.tensor([-math.inf]))
+    assert (logits == -math.inf).all()
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_masking_covers_the_reserved_rows_and_no_other(reserved, shape):
+    logits = torch.zeros(*shape, ROWS)
+    mask_reserved(logits, reserved)
+    assert (logits[..., 10:] == -math.inf).all()
+    assert (logits[..., :10] == 0).all()
+
+
+def test_terms_travel_in_extra_args():
+    assert terms_args(Terms(1.5, 7)) == {"wheels_price": 1.5, "wheels_not_before": 7}
+    assert terms_args(NEVER) == {"wheels_price": math.inf, "wheels_not_before": 0}
+
+
+# V1: rows of a persistent batch
+
+
+def step(processor: GateProcessor, batch: int, change: SimpleNamespace | None = None) -> list[bool]:
+    """One decoding step at a margin of 2: a request asks where its price is below -2."""
+    processor.update_state(change)
+    return asks(processor.apply(margins(*[2.0] * batch)))
+
+
+def test_an_empty_processor_masks_and_never_asks(processor):
+    assert step(processor, 3) == [False] * 3
+
+
+def test_the_logits_are_changed_in_place(processor):
+    processor.update_state(update(added=[(0, params(-3.0), [])]))
+    logits = margins(2.0)
+    assert processor.apply(logits) is logits
+
+
+def test_it_changes_greedy_choices_too(processor):
+    assert not processor.is_argmax_invariant()
+
+
+def test_requests_ask_at_their_own_price(processor):
+    added = [(0, params(-3.0), []), (1, params(-1.0), []), (2, params(), []), (3, params(-9.0), [])]
+    assert step(processor, 4, update(added=added)) == [True, False, False, True]
+    assert step(processor, 4) == [True, False, False, True]  # and go on so without an update
+
+
+def test_a_request_with_other_extra_args_never_asks(processor):
+    added = [(0, SamplingParams(extra_args={"kv_transfer": 1}), [])]
+    assert step(processor, 1, update(added=added)) == [False]
+
+
+def test_a_removed_request_leaves_no_price_behind(processor):
+    step(processor, 2, update(added=[(0, params(-3.0), []), (1, params(-3.0), [])]))
+    assert step(processor, 2, update(removed=[1])) == [True, False]
+
+
+def test_a_row_is_used_again(processor):
+    step(processor, 1, update(added=[(0, params(-3.0), [])]))
+    assert step(processor, 1, update(added=[(0, params(), [])])) == [False]
+    assert step(processor, 1, update(added=[(0, params(-4.0), [])])) == [True]
+    assert step(processor, 1, update(removed=[0], added=[(0, params(-1.0), [])])) == [False]
+
+
+def test_a_moved_request_takes_its_price_along(processor):
+    step(processor, 3, update(added=[(0, params(), []), (2, params(-3.0), [])]))
+    assert step(processor, 3, update(removed=[1], moved=[(2, 0, ONE_WAY)])) == [True, False, False]
+
+
+def test_swapped_requests_swap_prices(processor):
+    step(processor, 3, update(added=[(0, params(-3.0), []), (2, params(-1.0), [])]))
+    assert step(processor, 3, update(moved=[(0, 2, SWAP)])) == [False, False, True]
+    assert step(processor, 3, update(moved=[(0, 2, SWAP)])) == [True, False, False]
+
+
+def test_an_update_is_read_in_vllms_order(processor):
+    """Removed, added, moved: the request that is added to row 1 moves on to row 0."""
+    step(processor, 2, update(added=[(0, params(), []), (1, params(-3.0), [])]))
+    change = update(removed=[1], added=[(1, params(-4.0), [])], moved=[(1, 0, ONE_WAY)])
+    assert step(processor, 2, change) == [True, False]
+
+
+def test_a_request_does_not_ask_before_its_time(processor):
+    output: list[int] = []
+    assert step(processor, 1, update(added=[(0, params(-3.0, not_before=2), output)])) == [False]
+    output.append(5)
+    assert step(processor, 1) == [False]
+    output.append(5)
+    assert step(processor, 1) == [True]
+    output.append(5)
+    assert step(processor, 1) == [True]
+
+
+def test_a_request_that_comes_back_has_waited_already(processor):
+    """After a preemption it is added anew, with the tokens that it had written."""
+    assert step(processor, 1, update(added=[(0, params(-3.0, not_before=2), [5, 5])])) == [True]
+
+
+@pytest.mark.parametrize(("direction", "row"), [(ONE_WAY, 2), (SWAP, 2)])
+def test_a_waiting_request_can_be_moved(processor, direction, row):
+    output: list[int] = []
+    step(processor, 3, update(added=[(0, params(-3.0, not_before=1), output)]))
+    assert step(processor, 3, update(moved=[(0, row, direction)])) == [False] * 3
+    output.append(5)
+    assert step(processor, 3) == [False, False, True]
+
+
+def test_waiting_requests_can_be_swapped(processor):
+    first, second = [], []
+    added = [(0, params(-3.0, not_before=1), first), (1, params(-3.0, not_before=1), second)]
+    step(processor, 2, update(added=added))
+    step(processor, 2, update(moved=[(0, 1, SWAP)]))
+    first.append(5)
+    assert step(processor, 2) == [False, True]
+    second.append(5)
+    assert step(processor, 2) == [True, True]
+
+
+def test_a_request_that_left_while_waiting_wakes_nobody(processor):
+    output: list[int] = []
+    step(processor, 1, update(added=[(0, params(-3.0, not_before=1), output)]))
+    step(processor, 1, update(removed=[0], added=[(0, params(), [])]))
+    output.append(5)
+    assert step(processor, 1) == [False]
+
+
+def test_rows_beyond_the_batch_do_not_matter(processor):
+    step(processor, 5, update(added=[(4, params(-3.0), []), (0, params(-3.0), [])]))
+    assert step(processor, 2) == [True, False]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_sequence_of_updates_keeps_prices_with_their_requests(processor, seed):
+    """Against a plain list of requests that is changed as vLLM changes its batch."""
+    draw = random.Random(seed)
+    batch: list[tuple[float, int, list[int]]] = []  # (price, not_before, output ids) by row
+
+    def request() -> tuple[float, int, list[int]]:
+        return draw.choice([-3.0, -1.0, math.inf]), draw.choice([0, 0, 1, 3]), []
+
+    for _ in range(300):
+        removed = [row for row in range(len(batch)) if draw.random() < 0.15]
+        added, moved, free = [], [], sorted(removed)
+        while len(batch) - len(free) < BATCH and draw.random() < 0.4:
+            row = free.pop(0) if free else len(batch)
+            new = request()
+            batch[row : row + 1] = [new]
+            added.append((row, params(new[0], new[1]), new[2]))
+        reused = {row for row, _, _ in added}
+        still_removed = [row for row in removed if row not in reused]
+        for hole in list(free):  # condense: the last request fills the lowest hole
+            while batch and len(batch) - 1 in free:
+                free.remove(len(batch) - 1)
+                batch.pop()
+            if hole not in free:
+                continue
+            moved.append((len(batch) - 1, hole, ONE_WAY))
+            batch[hole] = batch.pop()
+            free.remove(hole)
+        if len(batch) > 1 and draw.random() < 0.3:
+            first, second = draw.sample(range(len(batch)), 2)
+            moved.append((first, second, SWAP))
+            batch[first], batch[second] = batch[second], batch[first]
+
+        changed = bool(removed or added or moved)
+        expected = [price < -2 and len(output) >= wait for price, wait, output in batch]
+        change = update(still_removed, added, moved) if changed else None
+        assert step(processor, len(batch), change) == expected
+        for _, _, output in batch:
+            output.append(5)
+
+
+# V2: slots, mapped to rows at every step
+
+
+class V2:
+    """A processor with four slots, whose prompts have 3, 5, 7 and 9 tokens."""
+
+    def __init__(self, reserved: ReservedRows) -> None:
+        states = SimpleNamespace(
+            device=CPU, max_num_reqs=4, prompt_len=SimpleNamespace(gpu=torch.tensor([3, 5, 7, 9]))
+        )
+        self.processor = GateProcessorV2(engine_config(gate_settings(reserved, "margin", None)), states)
+
+    def add(self, slot: int, sampling_params: SamplingParams) -> None:
+        assert self.processor.add_request(slot, sampling_params)
+
+    def step(self, slots: list[int], pos: list[int]) -> list[bool]:
+        self.processor.apply_staged_writes()
+        context = SimpleNamespace(expanded_idx_mapping=torch.tensor(slots), pos=torch.tensor(pos))
+        return asks(self.processor.apply(margins(*[2.0] * len(slots)), context))
+
+
+def test_v2_maps_rows_to_slots(reserved):
+    v2 = V2(reserved)
+    for slot, price in enumerate([-3.0, -1.0, None, -9.0]):
+        v2.add(slot, params(price))
+    assert v2.step([3, 1, 0, 2], [20, 20, 20, 20]) == [True, False, True, False]
+    assert v2.step([0], [20]) == [True]
+
+
+def test_v2_counts_the_tokens_written_by_position(reserved):
+    v2 = V2(reserved)
+    v2.add(1, params(-3.0, not_before=2))  # 5 prompt tokens: positions 0 to 4
+    asked = [v2.step([1], [pos]) for pos in (4, 5, 6, 7)]  # 0, 1, 2, 3 tokens written
+    assert asked == [[False], [False], [True], [True]]
+
+
+def test_v2_a_slot_is_used_again(reserved):
+    v2 = V2(reserved)
+    v2.add(0, params(-3.0, not_before=1))
+    assert v2.step([0], [9]) == [True]
+    v2.add(0, params())
+    assert v2.step([0], [9]) == [False]
+    v2.add(0, params(-3.0))
+    assert v2.step([0], [2]) == [True]
+
+
+def test_v2_draft_tokens_are_rows_of_their_request(reserved):
+    v2 = V2(reserved)
+    v2.add(0, params(-3.0, not_before=2))
+    v2.add(1, params(-1.0))
+    assert v2.step([0, 0, 0, 1], [3, 4, 5, 9]) == [False, True, True, False]
+
+
+# Building the gate
+
+
+def test_the_engine_builds_the_learned_gate_from_the_router(router, reserved, tmp_path):
+    router.save(tmp_path)
+    processor = GateProcessor(engine_config(gate_settings(reserved, "learned", tmp_path)), CPU, False)
+    processor.update_state(update(added=[(0, params(1.0), []), (1, params(2.0), [])]))
+    logits = margins(9.0, 9.0)
+    logits[:, 11] = 1.5
+    assert asks(processor.apply(logits)) == [True, False]
+
+
+def test_another_router_makes_other_decisions(router, reserved, tmp_path):
+    opposite = {**router.gate, "mlp.4.weight": -router.gate["mlp.4.weight"]}
+    decisions = []
+    for name, gate in (("trained", router.gate), ("opposite", opposite)):
+        RouterCheckpoint(router.config, router.taps, gate).save(tmp_path / name)
+        settings = gate_settings(reserved, "learned", tmp_path / name)
+        processor = GateProcessor(engine_config(settings), CPU, False)
+        processor.update_state(update(added=[(row, params(1.0), []) for row in range(3)]))
+        logits = margins(0.0, 0.0, 0.0)
+        logits[:, 11] = torch.tensor([2.0, -2.0, 0.0])
+        decisions.append(asks(processor.apply(logits)))
+    assert decisions == [[True, False, False], [False, True, False]]
+
+
+def test_the_settings_are_plain_json(reserved, tmp_path):
+    assert gate_settings(reserved, "margin", None) == {
+        "wheels": {"reserved": [10, 4], "gate": "margin", "router": None}
+    }
+    assert gate_settings(reserved, "learned", tmp_path)["wheels"]["router"] == str(tmp_path)
+
+
+# Reported log-probabilities
+
+
+def test_reserved_rows_do_not_show_in_log_probabilities(processor, sampler):
+    logits = margins(0.0, 0.0)
+    before = logits.clone()
+    logprobs = sampler.compute_logprobs(logits)
+    assert torch.equal(logits, before)
+    assert (logprobs[:, 10:] == -math.inf).all()
+    assert torch.allclose(logprobs[:, :10], torch.full((2, 10), -math.log(10)))
+
+
+def test_log_probabilities_are_covered_once(processor, sampler, reserved):
+    once = sampler.compute_logprobs
+    GateProcessor(engine_config(gate_settings(reserved, "entropy", None)), CPU, False)
+    assert sampler.compute_logprobs is once
