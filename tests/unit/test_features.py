@@ -1,0 +1,85 @@
+import math
+
+import pytest
+import torch
+
+from router.features import LOG_PROB_FLOOR, features, n_features
+from router.reserved import ReservedRows
+
+# Of the `reserved` fixture: ten visible tokens, the escalation token, three taps.
+ROWS = 14
+TAPS, TOP, ENTROPY, MARGIN = slice(0, 3), slice(3, 11), 11, 12
+
+
+def test_a_flat_distribution(reserved):
+    x = features(torch.zeros(ROWS), reserved)
+    assert torch.allclose(x[TOP], torch.full((8,), -math.log(10)))
+    assert x[ENTROPY].item() == pytest.approx(math.log(10))
+    assert x[MARGIN].item() == 0
+
+
+def test_two_equal_tokens_and_nothing_else(reserved):
+    logits = torch.full((ROWS,), -math.inf)
+    logits[[3, 7]] = 5.0
+    x = features(logits, reserved)
+    assert torch.allclose(x[TOP][:2], torch.tensor(0.5).log())
+    assert (x[TOP][2:] == LOG_PROB_FLOOR).all()
+    assert x[ENTROPY].item() == pytest.approx(math.log(2))
+    assert x[MARGIN].item() == 0
+
+
+def test_the_margin_is_the_gap_of_the_two_best_log_probabilities(reserved):
+    logits = torch.zeros(ROWS)
+    logits[4], logits[9] = 3.0, 1.0
+    x = features(logits, reserved)
+    assert x[MARGIN].item() == pytest.approx(2.0)
+    assert (x[TOP][0] - x[TOP][1]).item() == pytest.approx(2.0)
+
+
+def test_taps_are_passed_on_as_they_are(reserved):
+    logits = torch.zeros(ROWS)
+    logits[11:] = torch.tensor([7.0, -8.0, 9.0])
+    assert features(logits, reserved)[TAPS].tolist() == [7.0, -8.0, 9.0]
+
+
+def test_reserved_rows_are_no_tokens(reserved):
+    logits = torch.zeros(ROWS)
+    logits[10:] = 50.0
+    x = features(logits, reserved)
+    assert torch.allclose(x[3:], features(torch.zeros(ROWS), reserved)[3:])
+
+
+def test_the_escalation_row_is_no_feature(reserved):
+    logits = torch.randn(ROWS, generator=torch.Generator().manual_seed(0))
+    other = logits.clone()
+    other[reserved.escalation] = 99.0
+    assert torch.equal(features(logits, reserved), features(other, reserved))
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_shape_and_type(reserved, shape, dtype):
+    x = features(torch.zeros(*shape, ROWS, dtype=dtype), reserved)
+    assert x.shape == (*shape, n_features(reserved))
+    assert x.dtype == torch.float32
+
+
+def test_the_length_counts_taps_top_log_probabilities_entropy_and_margin():
+    assert n_features(ReservedRows(start=100, count=32)) == 31 + 8 + 2
+    assert n_features(ReservedRows(start=100, count=1)) == 0 + 8 + 2
+
+
+@pytest.mark.parametrize("allowed", [1, 2, 7, 8, 10])
+def test_masked_tokens_give_finite_features(reserved, allowed):
+    logits = torch.zeros(ROWS)
+    logits[allowed : reserved.start] = -math.inf
+    x = features(logits, reserved)
+    assert x.isfinite().all()
+    assert x[ENTROPY].item() == pytest.approx(math.log(allowed))
+    assert x[MARGIN].item() == pytest.approx(0 if allowed > 1 else -LOG_PROB_FLOOR)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(reserved):
+    logits = torch.randn(5, ROWS, generator=torch.Generator().manual_seed(0))
+    batch = features(logits, reserved)
+    assert all(torch.allclose(batch[i], features(logits[i], reserved)) for i in range(5))
