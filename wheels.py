@@ -19,10 +19,9 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "serve": Command("server.serve:main", "serve the student; it asks the teacher within each request's budget"),
+    "serve": Command("server.serve:main", "serve a student that asks its teacher, within a budget"),
     "demo": Command("server.demo:main", "start the demo pair, measure it at several budgets, keep serving"),
     "train": Command("training.cli:train", "train a student and its router from a recipe"),
-    "evaluate": Command("training.cli:evaluate", "measure quality against the realised teacher rate"),
 }
 
 

@@ -1,0 +1,146 @@
+"""A teacher's stock vLLM server and a gateway on this machine, from the checkpoints of one pair."""
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from server.processes import Child, Service, running
+
+HOST = "127.0.0.1"
+# vLLM's own console script fails in its CPU build; this is what it would run.
+STOCK_SERVER = (sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry")
+GATEWAY = (sys.executable, "-m", "wheels", "serve")
+START_SECONDS = 300.0
+
+# The pair was trained and calibrated in float32; compiling takes longer than a tiny model can win back.
+EXACT = ("--dtype", "float32", "--enforce-eager")
+# Two engines on one GPU: each takes a fixed cache, as profiling would count the other's memory as its own.
+GPU_SHARE = ("--gpu-memory-utilization", "0.3", "--kv-cache-memory-bytes", "1G")
+QUIET = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Checkpoints of two models with one vocabulary, and the router between them."""
+
+    teacher: Path
+    student: Path
+    router: Path
+
+    @classmethod
+    def in_directory(cls, directory: Path) -> "Pair":
+        return cls(directory / "teacher", directory / "student", directory / "router")
+
+    def missing(self) -> list[Path]:
+        return [path for path in (self.teacher, self.student, self.router) if not path.is_dir()]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Where a running pair answers (base URLs, without /v1), and its two processes."""
+
+    teacher: str
+    gateway: str
+    teacher_process: Child
+    gateway_process: Child
+
+    def check(self) -> None:
+        """Raises ServiceError when one of the two has ended."""
+        self.teacher_process.check()
+        self.gateway_process.check()
+
+
+@contextmanager
+def serving(
+    pair: Pair,
+    logs: Path,
+    *,
+    port: int | None = None,
+    flags: Sequence[str] = (),
+    timeout: float = START_SECONDS,
+    watch: Callable[[list[Child]], None] = lambda children: None,
+) -> Iterator[Serving]:
+    """Start teacher and gateway at once; yields when both are ready, ends both when left.
+
+    ``flags`` are further ones of `wheels serve`; ``logs`` is a directory for one log file each.
+
+    Raises:
+        ServiceError: one of them did not become ready.
+    """
+    teacher = f"http://{HOST}:{free_port()}"
+    gateway = f"http://{HOST}:{port or free_port()}"
+    services = (
+        teacher_service(pair.teacher, teacher, logs),
+        gateway_service(pair, teacher, gateway, logs, flags),
+    )
+    with running(services, timeout=timeout, watch=watch) as (teacher_process, gateway_process):
+        yield Serving(teacher, gateway, teacher_process, gateway_process)
+
+
+def teacher_service(model: Path, url: str, logs: Path, name: str = "teacher") -> Service:
+    """A stock vLLM server of one model, on the last core where there is no GPU."""
+    cpu = is_cpu_build()
+    arguments = ("--model", str(model), "--served-model-name", name, "--uvicorn-log-level", "warning")
+    device = ("--block-size", "32") if cpu else GPU_SHARE
+    return Service(
+        name=name,
+        command=(*STOCK_SERVER, *arguments, *_address(url), *EXACT, *device),
+        ready_url=f"{url}/health",
+        log=logs / f"{name}.log",
+        environment=QUIET | (_one_core(-1) if cpu else {}),
+    )
+
+
+def gateway_service(pair: Pair, teacher: str, url: str, logs: Path, flags: Sequence[str] = ()) -> Service:
+    """`wheels serve` for the pair, on the first core where there is no GPU."""
+    cpu = is_cpu_build()
+    models = ("--student", str(pair.student), "--router", str(pair.router))
+    # Both start at once, so the gateway waits for its teacher instead of refusing to start.
+    partner = ("--teacher", teacher, "--teacher-wait", f"{START_SECONDS:.0f}")
+    vllm = ("--", *EXACT, "--uvicorn-log-level", "warning", *(() if cpu else GPU_SHARE))
+    return Service(
+        name="gateway",
+        command=(*GATEWAY, *models, *partner, *_address(url), *flags, *vllm),
+        ready_url=f"{url}/ready",
+        log=logs / "gateway.log",
+        environment=QUIET | (_one_core(0) if cpu else {}),
+    )
+
+
+def free_port(preferred: int = 0) -> int:
+    """A loopback port that nobody listens on now: the preferred one if it is free."""
+    for port in (preferred, 0):
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will
+            probe.bind((HOST, port))
+            return probe.getsockname()[1]
+    raise OSError("no free port")
+
+
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM is the CPU build; read from its metadata, as importing it takes seconds."""
+    try:
+        return "cpu" in version("vllm")
+    except PackageNotFoundError:
+        return True
+
+
+def _address(url: str) -> tuple[str, ...]:
+    host, port = url.removeprefix("http://").split(":")
+    return ("--host", host, "--port", port)
+
+
+def _one_core(index: int) -> dict[str, str]:
+    """vLLM settings for a tiny model on one core of its own: more threads would only wait for each other."""
+    cores = sorted(os.sched_getaffinity(0))
+    return {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": str(cores[index])}

