@@ -1,0 +1,103 @@
+import pytest
+
+from router.reserved import ReservedRows
+from server.limits import UNSUPPORTED, check_reserved_rows, unsupported
+from server.vllm_api import SamplingParams, VLLMValidationError
+
+RESERVED = ReservedRows(start=100, count=4)
+PROMPT = {"type": "token", "prompt_token_ids": [1, 2, 99]}
+
+
+def params(**given: object) -> SamplingParams:
+    return SamplingParams(**given)
+
+
+# What two models cannot honour
+
+USED = {
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
+    "bad_words": ["damn"],
+    "prompt_logprobs": 3,
+}
+
+
+@pytest.mark.parametrize("name", USED)
+def test_a_parameter_that_counts_the_whole_completion_is_named(name):
+    assert unsupported(PROMPT, params(**{name: USED[name]}), {}) == name
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_every_unsupported_parameter_is_one_of_vllms(name):
+    """vLLM renames its parameters now and then; this says so before a client does."""
+    assert hasattr(SamplingParams(), name)
+
+
+def test_log_probabilities_of_the_whole_vocabulary_are_too_many():
+    assert unsupported(PROMPT, params(logprobs=-1), {}) == "logprobs"
+    assert unsupported(PROMPT, params(logprobs=20), {}) is None
+
+
+@pytest.mark.parametrize(
+    "supported",
+    [
+        {},
+        {"presence_penalty": 0.0, "bad_words": []},
+        {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 3},
+        {"stop": ["x"], "stop_token_ids": [5], "min_tokens": 3, "max_tokens": 9, "ignore_eos": True},
+        {"n": 4, "logprobs": 0, "logit_bias": {3: -5.0}, "allowed_token_ids": [3, 4]},
+        {"repetition_penalty": 1.1},
+    ],
+)
+def test_everything_else_can_be_honoured(supported):
+    assert unsupported(PROMPT, params(**supported), {}) is None
+
+
+@pytest.mark.parametrize("prompt", ["text", [1, 2, 3], {"type": "embeds"}, {"type": "multimodal"}])
+def test_a_prompt_that_is_not_token_ids_cannot_be_sent_to_a_teacher(prompt):
+    assert unsupported(prompt, params(), {}) == "prompt"
+
+
+def test_the_teacher_has_no_adapter():
+    assert unsupported(PROMPT, params(), {"lora_request": object()}) == "model"
+    assert unsupported(PROMPT, params(), {"lora_request": None, "priority": 1}) is None
+
+
+# What a client may not touch
+
+
+@pytest.mark.parametrize(
+    ("parameter", "given"),
+    [
+        ("stop_token_ids", {"stop_token_ids": [5, 100]}),
+        ("allowed_token_ids", {"allowed_token_ids": [103, 5]}),
+        ("logit_bias", {"logit_bias": {101: 5.0}}),
+    ],
+)
+def test_a_reserved_row_is_refused_by_the_parameter_that_names_it(parameter, given):
+    with pytest.raises(VLLMValidationError, match="token ids from 100 are reserved") as refusal:
+        check_reserved_rows(PROMPT, params(**given), RESERVED)
+    assert refusal.value.parameter == parameter
+
+
+def test_a_prompt_with_a_reserved_row_is_refused():
+    with pytest.raises(VLLMValidationError) as refusal:
+        check_reserved_rows({"type": "token", "prompt_token_ids": [1, 100]}, params(), RESERVED)
+    assert (refusal.value.parameter, refusal.value.value) == ("prompt", 100)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"stop_token_ids": [99], "allowed_token_ids": [0, 99], "logit_bias": {99: 1.0}},
+        {"stop_token_ids": []},
+    ],
+)
+def test_visible_ids_may_be_named(given):
+    check_reserved_rows(PROMPT, params(**given), RESERVED)
+
+
+@pytest.mark.parametrize("prompt", ["text", {"type": "embeds"}, {"type": "token", "prompt_token_ids": []}])
+def test_a_prompt_without_ids_names_no_row(prompt):
+    check_reserved_rows(prompt, params(), RESERVED)
