@@ -1,0 +1,717 @@
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from prometheus_client import REGISTRY
+
+from server.completion import Piece
+from server.teacher import KEEP_ALIVE, STREAM_ABOVE, Breaker, Teacher, TeacherError
+from server.vllm_api import Logprob, SamplingParams
+
+SHORT, LONG = STREAM_ABOVE, STREAM_ABOVE + 1  # spans that come as one body, as a stream
+EITHER = pytest.mark.parametrize("tokens", [SHORT, LONG], ids=["body", "stream"])
+VOCABULARY = 100
+PATIENCE, IMPATIENCE = 20.0, 0.2  # timeouts that must not, and must, pass
+
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Server:
+    """A teacher on loopback that plays one answer, or several in turn, the last one again and again."""
+
+    def __init__(self) -> None:
+        self.answers: list[Answer] = []
+        self.requests: list[web.Request] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.connections: set[tuple[str, int]] = set()
+        self.lost = asyncio.Event()
+        """Set when a client hangs up on `until_lost`."""
+        self.models: object = {"data": [{"id": "big", "max_model_len": 512}, {"id": "other"}]}
+        self.tokens: dict[str, list[int]] = {}
+        self.health = 200
+        self.url = ""
+
+    async def __aenter__(self) -> "Server":
+        app = web.Application()
+        app.router.add_post("/v1/completions", self._complete)
+        app.router.add_get("/v1/models", self._list)
+        app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_get("/health", self._health)
+        self._server = TestServer(app)
+        await self._server.start_server()
+        self.url = str(self._server.make_url("/"))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._server.close()
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        self.requests.append(request)
+        self.bodies.append(await request.json())
+        self.connections.add(request.transport.get_extra_info("peername"))
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        return await answer(request)
+
+    async def _list(self, _: web.Request) -> web.Response:
+        return web.json_response(self.models)
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        assert body["add_special_tokens"] is False
+        return web.json_response({"count": 1, "tokens": self.tokens[body["prompt"]]})
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.Response(status=self.health)
+
+    async def until_lost(self) -> None:
+        """Hangs; the test server cancels a handler whose client has hung up."""
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.lost.set()
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    async with Server() as server:
+        yield server
+
+
+def client(url: str, timeout: float = PATIENCE, failures: int = 3, **settings: Any) -> Teacher:
+    settings = {"model": "big", "breaker": Breaker(failures, 60.0), "vocabulary": VOCABULARY} | settings
+    return Teacher(url, timeout=timeout, **settings)
+
+
+@pytest.fixture
+async def teacher(server) -> AsyncIterator[Teacher]:
+    async with client(server.url) as teacher:
+        yield teacher
+
+
+@pytest.fixture
+async def impatient(server) -> AsyncIterator[Teacher]:
+    async with client(server.url, IMPATIENCE) as teacher:
+        yield teacher
+
+
+def choice(ids: list[int] | None, finish: str | None = "length", **more: object) -> dict[str, Any]:
+    """One reply of vLLM's /v1/completions, with what else it sends and we do not read."""
+    entry = {"index": 0, "text": "…", "token_ids": ids, "finish_reason": finish, "stop_reason": None, **more}
+    return {"id": "cmpl-1", "object": "text_completion", "choices": [entry], "usage": None}
+
+
+def body(reply: object, status: int = 200) -> Answer:
+    async def answer(_: web.Request) -> web.Response:
+        text = reply if isinstance(reply, str) else json.dumps(reply)
+        return web.Response(text=text, status=status, content_type="application/json")
+
+    return answer
+
+
+async def begin_events(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    return response
+
+
+def event(reply: object) -> bytes:
+    return b"data: " + (reply if isinstance(reply, str) else json.dumps(reply)).encode() + b"\n\n"
+
+
+def stream(*replies: object, done: bool = True, pause: float = 0.0) -> Answer:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await begin_events(request)
+        for reply in replies:
+            await response.write(event(reply))
+            await asyncio.sleep(pause)
+        if done:
+            await response.write(event("[DONE]"))
+        return response
+
+    return answer
+
+
+def either(tokens: int, *replies: object) -> Answer:
+    """The replies as a stream, or the last one as a body, as the span's length asks for."""
+    return stream(*replies) if tokens > STREAM_ABOVE else body(replies[-1])
+
+
+def write(teacher: Teacher, tokens: int, **given: Any) -> AsyncIterator[Piece]:
+    given = {"params": SamplingParams(), "request_id": "r-1"} | given
+    params = given.pop("params")
+    return teacher.write([1, 2, 3], tokens, params, **given)
+
+
+async def collect(pieces: AsyncIterator[Piece]) -> list[Piece]:
+    return [piece async for piece in pieces]
+
+
+async def failure(pieces: AsyncIterator[Piece]) -> TeacherError:
+    with pytest.raises(TeacherError) as error:
+        await collect(pieces)
+    return error.value
+
+
+def calls(outcome: str) -> float:
+    return REGISTRY.get_sample_value("wheels_teacher_calls_total", {"outcome": outcome}) or 0.0
+
+
+# A teacher that works
+
+
+async def test_a_short_span_comes_as_one_piece(server, teacher):
+    server.answers = [body(choice([7, 8, 9]))]
+    (piece,) = await collect(write(teacher, SHORT))
+    assert (piece.token_ids, piece.finish_reason, piece.logprobs) == ([7, 8, 9], "length", None)
+    assert server.bodies[0]["stream"] is False
+
+
+async def test_a_long_span_comes_as_it_is_written(server, teacher):
+    written = asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await begin_events(request)
+        await response.write(event(choice([7], None)))
+        await written.wait()  # the second token waits until the first one was read
+        await response.write(event(choice([8, 9], None)) + event(choice([10])) + event("[DONE]"))
+        return response
+
+    server.answers = [answer]
+    pieces = []
+    async for piece in write(teacher, LONG):
+        pieces.append((piece.token_ids, piece.finish_reason))
+        written.set()
+    assert pieces == [([7], None), ([8, 9], None), ([10], "length")]
+    assert server.bodies[0]["stream"] is True
+
+
+async def test_a_reply_may_arrive_in_any_packets(server, teacher):
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await begin_events(request)
+        for byte in event(choice([7], None)) + event(choice([8])):
+            await response.write(bytes([byte]))
+        return response
+
+    server.answers = [answer]
+    assert [piece.token_ids for piece in await collect(write(teacher, LONG))] == [[7], [8]]
+
+
+@EITHER
+async def test_the_teacher_may_end_the_completion(server, teacher, tokens):
+    server.answers = [either(tokens, choice([99], "stop", stop_reason=99))]
+    (piece,) = await collect(write(teacher, tokens))
+    assert (piece.token_ids, piece.finish_reason, piece.stop_reason) == ([99], "stop", 99)
+
+
+@EITHER
+async def test_the_teacher_may_end_the_completion_without_a_token(server, teacher, tokens):
+    server.answers = [either(tokens, choice([], "stop"))]
+    (piece,) = await collect(write(teacher, tokens))
+    assert (piece.token_ids, piece.finish_reason) == ([], "stop")
+
+
+async def test_a_slow_teacher_is_waited_for_token_by_token(server):
+    """Five pauses of 0.25 s are longer than the timeout, each alone is shorter."""
+    async with client(server.url, timeout=1.0) as teacher:
+        server.answers = [stream(*[choice([i], None) for i in range(5)], choice([5]), pause=0.25)]
+        assert len(await collect(write(teacher, LONG))) == 6
+
+
+# What the teacher is asked
+
+
+async def test_token_ids_go_both_ways(server, teacher):
+    server.answers = [body(choice([7]))]
+    await collect(write(teacher, 5, seed=11))
+    sent = server.bodies[0]
+    assert (sent["prompt"], sent["max_tokens"], sent["seed"]) == ([1, 2, 3], 5, 11)
+    assert (sent["model"], sent["return_token_ids"], sent["add_special_tokens"]) == ("big", True, False)
+    assert "logprobs" not in sent
+
+
+async def test_the_callers_sampling_is_the_teachers(server, teacher):
+    server.answers = [body(choice([7]))]
+    sampling = {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 5,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "stop_token_ids": [4],
+        "allowed_token_ids": [4, 7],
+        "ignore_eos": True,
+    }
+    params = SamplingParams(**sampling, logit_bias={7: 2.0}, stop=["never sent"], n=3, max_tokens=99)
+    await collect(write(teacher, 5, params=params))
+    sent = server.bodies[0]
+    assert {name: sent[name] for name in sampling} == sampling
+    assert sent["logit_bias"] == {"7": 2.0}
+    assert not {"stop", "n"} & sent.keys()
+    assert sent["max_tokens"] == 5
+
+
+@pytest.mark.parametrize(("owed", "sent"), [(0, 0), (3, 3), (9, 5)])
+async def test_min_tokens_are_owed_within_the_span(server, teacher, owed, sent):
+    server.answers = [body(choice([7]))]
+    await collect(write(teacher, 5, min_tokens=owed))
+    assert server.bodies[0]["min_tokens"] == sent
+
+
+async def test_the_request_id_and_the_key_are_headers(server):
+    server.answers = [body(choice([7]))]
+    async with client(server.url, api_key="secret") as teacher:
+        await collect(write(teacher, 5, request_id="r-17"))
+    assert server.requests[0].headers["X-Request-Id"] == "r-17"
+    assert server.requests[0].headers["Authorization"] == "Bearer secret"
+
+
+async def test_without_a_key_there_is_no_header(server, teacher):
+    server.answers = [body(choice([7]))]
+    await collect(write(teacher, 5))
+    assert "Authorization" not in server.requests[0].headers
+
+
+# Log-probabilities
+
+
+def top(**alternatives: float) -> dict[str, float]:
+    return {f"token_id:{name.removeprefix('t')}": value for name, value in alternatives.items()}
+
+
+@EITHER
+async def test_log_probabilities_come_by_token_id(server, teacher, tokens):
+    logprobs = {"token_logprobs": [-0.5, -3.0], "top_logprobs": [top(t7=-0.5, t4=-1.5), top(t4=-0.1)]}
+    server.answers = [either(tokens, choice([7, 8], logprobs=logprobs))]
+    (piece,) = await collect(write(teacher, tokens, params=SamplingParams(logprobs=2)))
+    assert piece.logprobs == [
+        {7: Logprob(-0.5, rank=1), 4: Logprob(-1.5, rank=2)},
+        {8: Logprob(-3.0), 4: Logprob(-0.1, rank=1)},  # 8 was not among the best
+    ]
+    assert [list(entry) for entry in piece.logprobs] == [[7, 4], [8, 4]]  # the written token first
+    assert server.bodies[0]["logprobs"] == 2
+    assert server.bodies[0]["return_tokens_as_token_ids"] is True
+
+
+async def test_alternatives_are_ranked_by_probability(server, teacher):
+    logprobs = {"token_logprobs": [-2.0], "top_logprobs": [top(t7=-2.0, t4=-0.5, t5=-1.0)]}
+    server.answers = [body(choice([7], logprobs=logprobs))]
+    (piece,) = await collect(write(teacher, 1, params=SamplingParams(logprobs=3)))
+    assert {token: entry.rank for token, entry in piece.logprobs[0].items()} == {7: 3, 4: 1, 5: 2}
+
+
+async def test_no_alternatives_were_asked_for(server, teacher):
+    server.answers = [body(choice([7], logprobs={"token_logprobs": [-0.5], "top_logprobs": None}))]
+    (piece,) = await collect(write(teacher, 1, params=SamplingParams(logprobs=0)))
+    assert piece.logprobs == [{7: Logprob(-0.5)}]
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        None,
+        {"token_logprobs": []},
+        {"token_logprobs": [-1.0, -1.0]},
+        {"token_logprobs": [None]},
+        {"token_logprobs": ["high"]},
+        {"token_logprobs": [-1.0], "top_logprobs": [{"seven": -1.0}]},
+        {"token_logprobs": [-1.0], "top_logprobs": [{}, {}]},
+    ],
+)
+async def test_log_probabilities_that_do_not_fit_are_nonsense(server, teacher, logprobs):
+    server.answers = [body(choice([7], logprobs=logprobs))]
+    error = await failure(write(teacher, 1, params=SamplingParams(logprobs=1)))
+    assert error.reason == "nonsense"
+
+
+# A teacher that does not work
+
+
+@EITHER
+async def test_a_teacher_that_is_not_there(tokens):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    async with client(url) as teacher:
+        error = await failure(write(teacher, tokens))
+    assert error.reason == "unreachable"
+    assert url in str(error)
+
+
+@EITHER
+@pytest.mark.parametrize("status", [400, 401, 404, 429, 500, 503])
+async def test_a_teacher_that_refuses(server, teacher, tokens, status):
+    server.answers = [body({"error": {"message": "not today"}}, status)]
+    error = await failure(write(teacher, tokens))
+    assert error.reason == "status"
+    assert str(status) in str(error)
+    assert "not today" in str(error)
+
+
+@EITHER
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "{",
+        "<html>",
+        "[]",
+        {},
+        {"choices": []},
+        {"choices": [{}, {}]},
+        {"error": {"message": "out of memory", "code": 500}},
+        choice([7], "tool_calls"),
+        choice([7], "abort"),
+        choice([7.5]),
+        choice("seven"),
+        choice([-1]),
+        choice([VOCABULARY]),
+        choice(list(range(LONG + 1))),
+        choice([], "length"),
+        choice(None, "length"),
+    ],
+    ids=lambda reply: str(reply)[:60],
+)
+async def test_a_teacher_that_talks_nonsense(server, teacher, tokens, reply):
+    server.answers = [stream(reply) if tokens > STREAM_ABOVE else body(reply)]
+    assert (await failure(write(teacher, tokens))).reason == "nonsense"
+
+
+async def test_a_stream_that_writes_too_much_in_all(server, teacher):
+    server.answers = [stream(choice([1] * 5, None), choice([2] * 5))]
+    pieces = write(teacher, LONG)
+    assert (await anext(pieces)).token_ids == [1] * 5
+    assert (await failure(pieces)).reason == "nonsense"
+
+
+async def test_the_last_visible_token_is_one(server, teacher):
+    server.answers = [body(choice([0, VOCABULARY - 1]))]
+    assert (await collect(write(teacher, SHORT)))[0].token_ids == [0, VOCABULARY - 1]
+
+
+@EITHER
+async def test_a_reply_without_an_ending(server, teacher, tokens):
+    server.answers = [either(tokens, choice([7], None))]
+    pieces = write(teacher, tokens)
+    assert (await anext(pieces)).token_ids == [7]  # what was written stays valid
+    error = await failure(pieces)
+    assert error.reason == "nonsense"
+    assert "without a finish reason" in str(error)
+
+
+@EITHER
+async def test_a_teacher_that_hangs(server, impatient, tokens):
+    async def answer(request: web.Request) -> web.StreamResponse:
+        await server.until_lost()
+        return web.Response()
+
+    server.answers = [answer]
+    assert (await failure(write(impatient, tokens))).reason == "timeout"
+    await asyncio.wait_for(server.lost.wait(), PATIENCE)  # and is not left with the call
+
+
+async def test_a_teacher_that_hangs_amid_a_stream(server, impatient):
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await begin_events(request)
+        await response.write(event(choice([7], None)))
+        await server.until_lost()
+        return response
+
+    server.answers = [answer]
+    pieces = write(impatient, LONG)
+    assert (await anext(pieces)).token_ids == [7]
+    assert (await failure(pieces)).reason == "timeout"
+    await asyncio.wait_for(server.lost.wait(), PATIENCE)
+
+
+@EITHER
+async def test_a_teacher_that_drips_bytes_but_no_tokens(server, impatient, tokens):
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await begin_events(request)
+        while True:
+            await response.write(b" ")
+            await asyncio.sleep(IMPATIENCE / 10)
+
+    server.answers = [answer]
+    assert (await failure(write(impatient, tokens))).reason == "timeout"
+
+
+async def test_a_teacher_that_hangs_behind_its_last_token_loses_nothing(server, impatient):
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await begin_events(request)
+        await response.write(event(choice([7])))
+        await server.until_lost()
+        return response
+
+    server.answers = [answer]
+    assert [piece.token_ids for piece in await collect(write(impatient, LONG))] == [[7]]
+
+
+@EITHER
+async def test_a_teacher_that_dies_amid_its_reply(server, teacher, tokens):
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await begin_events(request)
+        if tokens > STREAM_ABOVE:
+            await response.write(event(choice([7], None)))
+        await response.write(b'data: {"choi')
+        request.transport.close()
+        return response
+
+    server.answers = [answer]
+    assert (await failure(write(teacher, tokens))).reason == "unreachable"
+
+
+# Connections
+
+
+async def hang_up(request: web.Request) -> web.StreamResponse:
+    request.transport.abort()
+    return web.Response()
+
+
+async def test_a_connection_is_used_again(server, teacher):
+    server.answers = [body(choice([7])), stream(choice([7], None), choice([8])), body(choice([7]))]
+    for tokens in (SHORT, LONG, SHORT):
+        await collect(write(teacher, tokens))
+    assert len(server.connections) == 1
+
+
+async def test_a_refusal_leaves_the_connection_usable(server, teacher):
+    server.answers = [body({"error": "busy"}, 503), body(choice([7]))]
+    await failure(write(teacher, SHORT))
+    await collect(write(teacher, SHORT))
+    assert len(server.connections) == 1
+
+
+async def test_a_kept_connection_that_was_closed_meanwhile_is_replaced(server, teacher):
+    server.answers = [hang_up, body(choice([7]))]
+    assert [piece.token_ids for piece in await collect(write(teacher, SHORT))] == [[7]]
+    assert len(server.connections) == 2
+
+
+async def test_a_teacher_that_keeps_hanging_up_is_unreachable(server, teacher):
+    server.answers = [hang_up]
+    assert (await failure(write(teacher, SHORT))).reason == "unreachable"
+    assert len(server.requests) == 2
+
+
+def test_idle_connections_are_dropped_before_vllm_does_it():
+    assert KEEP_ALIVE < 5  # VLLM_HTTP_TIMEOUT_KEEP_ALIVE
+
+
+async def test_leaving_the_iterator_closes_the_connection(server, teacher):
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await begin_events(request)
+        await response.write(event(choice([7], None)))
+        await server.until_lost()
+        return response
+
+    server.answers, before = [answer], calls("aborted")
+    pieces = write(teacher, LONG)
+    await anext(pieces)
+    await pieces.aclose()
+    await asyncio.wait_for(server.lost.wait(), PATIENCE)
+    assert calls("aborted") - before == 1
+    assert teacher.breaker.allow()
+
+
+@EITHER
+async def test_cancelling_the_caller_closes_the_connection(server, teacher, tokens):
+    called = asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        called.set()
+        await server.until_lost()
+        return web.Response()
+
+    server.answers, before = [answer], calls("aborted")
+    task = asyncio.create_task(collect(write(teacher, tokens)))
+    await called.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.wait_for(server.lost.wait(), PATIENCE)
+    assert calls("aborted") - before == 1
+
+
+async def test_calls_at_once_do_not_wait_for_each_other(server, teacher):
+    together = asyncio.Barrier(5)
+
+    async def answer(request: web.Request) -> web.Response:
+        await asyncio.wait_for(together.wait(), PATIENCE)
+        return await body(choice([7]))(request)
+
+    server.answers = [answer]
+    await asyncio.gather(*(collect(write(teacher, SHORT)) for _ in range(5)))
+    assert len(server.connections) == 5
+
+
+# The breaker
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_failures_in_a_row_open_the_breaker():
+    breaker = Breaker(3, 10.0, Clock())
+    for _ in range(2):
+        breaker.failed()
+        assert not breaker.open
+        assert breaker.allow()
+    breaker.failed()
+    assert breaker.open
+    assert not breaker.allow()
+    assert REGISTRY.get_sample_value("wheels_breaker_open") == 1
+
+
+def test_a_success_starts_the_count_anew():
+    breaker = Breaker(2, 10.0, Clock())
+    for _ in range(5):
+        breaker.failed()
+        breaker.succeeded()
+    breaker.failed()
+    assert not breaker.open
+
+
+def opened(clock: Clock) -> Breaker:
+    breaker = Breaker(1, 10.0, clock)
+    breaker.failed()
+    return breaker
+
+
+def test_an_open_breaker_lets_one_trial_through():
+    clock = Clock()
+    breaker = opened(clock)
+    clock.now += 9.9
+    assert breaker.open
+    clock.now += 0.2
+    assert not breaker.open
+    assert [breaker.allow() for _ in range(3)] == [True, False, False]
+    assert breaker.open
+
+
+def test_a_trial_that_succeeds_closes_it():
+    clock = Clock()
+    breaker = opened(clock)
+    clock.now += 11
+    assert breaker.allow()
+    breaker.succeeded()
+    assert not breaker.open
+    assert [breaker.allow() for _ in range(3)] == [True] * 3
+    assert REGISTRY.get_sample_value("wheels_breaker_open") == 0
+
+
+def test_a_trial_that_fails_opens_it_anew():
+    clock = Clock()
+    breaker = opened(clock)
+    clock.now += 11
+    assert breaker.allow()
+    clock.now += 5
+    breaker.failed()
+    clock.now += 9
+    assert not breaker.allow()
+    clock.now += 2
+    assert breaker.allow()
+
+
+def test_a_trial_without_an_outcome_is_followed_by_another():
+    """Its client may have left: then it says nothing about the teacher."""
+    clock = Clock()
+    breaker = opened(clock)
+    clock.now += 11
+    assert breaker.allow()
+    clock.now += 11
+    assert breaker.allow()
+
+
+async def test_failed_calls_open_the_breaker_and_a_good_one_closes_it(server):
+    async with client(server.url, failures=2) as teacher:
+        server.answers = [body("oops", 500), body("{"), body(choice([7]))]
+        await failure(write(teacher, SHORT))
+        assert not teacher.breaker.open
+        await failure(write(teacher, SHORT))
+        assert teacher.breaker.open
+        await collect(write(teacher, SHORT))
+        assert not teacher.breaker.open
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [(body(choice([7])), "ok"), (body("oops", 500), "status"), (body("{"), "nonsense")],
+)
+async def test_a_call_is_counted_once_by_its_outcome(server, teacher, answer, outcome):
+    server.answers = [answer]
+    outcomes = ("ok", "aborted", "unreachable", "timeout", "status", "nonsense")
+    seconds = REGISTRY.get_sample_value("wheels_teacher_call_seconds_count")
+    before = {name: calls(name) for name in outcomes}
+    pieces = write(teacher, SHORT)
+    await (collect(pieces) if outcome == "ok" else failure(pieces))
+    assert {name: calls(name) - before[name] for name in outcomes} == {
+        name: float(name == outcome) for name in outcomes
+    }
+    assert REGISTRY.get_sample_value("wheels_teacher_call_seconds_count") - seconds == 1
+
+
+# Getting to know the teacher
+
+
+@pytest.mark.parametrize(("wanted", "served", "length"), [(None, "big", 512), ("other", "other", None)])
+async def test_the_teachers_model_is_found(server, wanted, served, length):
+    async with client(server.url, model=wanted) as teacher:
+        await teacher.connect()
+        assert (teacher.model, teacher.max_model_len) == (served, length)
+
+
+@pytest.mark.parametrize(
+    ("models", "wanted", "said"),
+    [
+        ({"data": [{"id": "big"}]}, "small", "serves big, not 'small'"),
+        ({"data": []}, None, "serves no model"),
+        ({"data": []}, "big", "serves no model, not 'big'"),
+    ],
+)
+async def test_a_teacher_without_the_model_is_refused(server, models, wanted, said):
+    server.models = models
+    async with client(server.url, model=wanted) as teacher:
+        with pytest.raises(TeacherError, match=said) as error:
+            await teacher.connect()
+    assert error.value.reason == "status"
+
+
+async def test_what_is_not_a_model_list_is_nonsense(server, teacher):
+    server.models = {"models": ["llama"]}
+    with pytest.raises(TeacherError, match="/v1/models") as error:
+        await teacher.connect()
+    assert error.value.reason == "nonsense"
+
+
+async def test_the_same_vocabulary_is_accepted(server, teacher):
+    server.tokens = {"one": [1], "one two": [1, 2]}
+    await teacher.check_vocabulary(["one", "one two"], [[1], [1, 2]])
+
+
+async def test_another_vocabulary_is_refused_with_the_text_that_shows_it(server, teacher):
+    server.tokens = {"one": [1], "one two": [1, 3]}
+    with pytest.raises(TeacherError, match=r"'one two' as \[1, 3\], the student as \[1, 2\]"):
+        await teacher.check_vocabulary(["one", "one two"], [[1], [1, 2]])
+
+
+async def test_health_is_what_the_teacher_says(server, teacher):
+    assert await teacher.healthy()
+    server.health = 503
+    assert not await teacher.healthy()
+
+
+async def test_a_teacher_that_is_gone_is_not_healthy(server):
+    async with client(server.url) as teacher:
+        await server._server.close()
+        assert not await teacher.healthy()
