@@ -18,7 +18,8 @@ PLAYGROUND_HEADERS = {
 def routes(examples: Path | None) -> APIRouter:
     """Router of the gateway's own pages; ``examples``: JSONL with a `source`, prompts for the playground."""
     router = APIRouter()
-    prompts = [] if examples is None else [json.loads(line)["source"] for line in examples.open()]
+    lines = [] if examples is None else examples.read_text().splitlines()
+    prompts = [json.loads(line)["source"] for line in lines]
 
     @router.get("/ready")
     async def ready(request: Request) -> JSONResponse:

@@ -1,0 +1,65 @@
+"""What the integration tests ask and read, in a few words."""
+
+import asyncio
+import re
+import urllib.request
+from typing import Any
+
+from openai import AsyncOpenAI
+
+MODEL = "wheels"
+
+
+def openai_client(url: str) -> AsyncOpenAI:
+    """The official client, without retries: every failure shows."""
+    return AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+async def chat(client: AsyncOpenAI, source: str, budget: Any = None, **parameters: Any) -> Any:
+    """One chat completion at temperature 0, with token ids; ``budget`` None sends no teacher_budget."""
+    extra = {"return_token_ids": True} | parameters.pop("extra_body", {})
+    if budget is not None:
+        extra["teacher_budget"] = budget
+    parameters = {"model": MODEL, "temperature": 0, "max_tokens": 96} | parameters
+    return await client.chat.completions.create(
+        messages=[{"role": "user", "content": source}], extra_body=extra, **parameters
+    )
+
+
+def source_of_tokens(reply: Any, choice: int = 0) -> list[bool]:
+    """For each token of a choice, whether the teacher wrote it."""
+    report = reply.choices[choice].teacher if len(reply.choices) > 1 else reply.teacher
+    ids = reply.choices[choice].token_ids
+    by_teacher = [False] * len(ids)
+    for start, end in report["spans"]:
+        by_teacher[start:end] = [True] * (end - start)
+    return by_teacher
+
+
+def excess(reply: Any, fraction: float, span_tokens: int) -> float:
+    """Most tokens by which any prefix of the completion is above the bound."""
+    spent, worst = 0, 0.0
+    for length, by_teacher in enumerate(source_of_tokens(reply), start=1):
+        spent += by_teacher
+        worst = max(worst, spent - fraction * length - span_tokens)
+    return worst
+
+
+def metric(url: str, name: str, **labels: str) -> float:
+    """Sum of a metric's series that have these labels."""
+    text = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+    total = 0.0
+    for line in text.splitlines():
+        match = re.fullmatch(rf"{re.escape(name)}(?:{{(.*)}})? (\S+)", line)
+        if match and all(f'{key}="{value}"' in (match[1] or "") for key, value in labels.items()):
+            total += float(match[2])
+    return total
+
+
+async def settled(url: str, name: str, value: float, seconds: float = 10, **labels: str) -> float:
+    """Wait until a metric has reached a value; returns what it is in the end."""
+    for _ in range(int(seconds * 10)):
+        if metric(url, name, **labels) == value:
+            break
+        await asyncio.sleep(0.1)
+    return metric(url, name, **labels)

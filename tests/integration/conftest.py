@@ -1,0 +1,54 @@
+"""Real engines: the shipped pair, a stock vLLM server for the teacher, the gateway for the student."""
+
+import json
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from client import openai_client
+from openai import AsyncOpenAI
+
+from server.pair import Pair, Serving, serving
+
+DEMO = Path(os.environ.get("TRAINING_WHEELS_PAIR", Path(__file__).parents[2] / "deploy" / "demo"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.integration)
+
+
+@pytest.fixture(scope="session")
+def pair() -> Pair:
+    return Pair.in_directory(DEMO)
+
+
+@pytest.fixture(scope="session")
+def span_tokens(pair: Pair) -> int:
+    return json.loads((pair.router / "router.json").read_text())["span_tokens"]
+
+
+@pytest.fixture(scope="session")
+def sources() -> list[str]:
+    """Held-out inputs of the demo task."""
+    return [json.loads(line)["source"] for line in (DEMO / "examples.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def stack(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    with serving(pair, tmp_path_factory.mktemp("logs")) as stack:
+        yield stack
+
+
+@pytest.fixture
+async def client(stack: Serving) -> AsyncIterator[AsyncOpenAI]:
+    async with openai_client(stack.gateway) as client:
+        yield client
+
+
+@pytest.fixture
+async def teacher_client(stack: Serving) -> AsyncIterator[AsyncOpenAI]:
+    async with openai_client(stack.teacher) as client:
+        yield client

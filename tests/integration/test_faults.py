@@ -1,0 +1,72 @@
+"""What decides, and what happens when the teacher dies."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from client import chat, metric, openai_client, settled
+from openai import AsyncOpenAI
+
+from router.checkpoint import RouterCheckpoint
+from server.pair import Pair, Serving, serving, teacher_service
+from server.processes import running
+
+
+@pytest.fixture(scope="module")
+def other(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """A second gateway, whose router has the sign of its gate's last layer turned around."""
+    router = RouterCheckpoint.load(pair.router)
+    turned = {name: -tensor if name.startswith("mlp.4.") else tensor for name, tensor in router.gate.items()}
+    directory = tmp_path_factory.mktemp("turned")
+    RouterCheckpoint(router.config, router.taps, turned, router.value).save(directory / "router")
+    flags = ("--breaker-seconds", "1", "--teacher-timeout", "3", "--cache", str(directory / "cache"))
+    with serving(Pair(pair.teacher, pair.student, directory / "router"), directory, flags=flags) as stack:
+        yield stack
+
+
+async def test_the_trained_router_decides(client: AsyncOpenAI, other: Serving, sources: list[str]) -> None:
+    """Other weights, other spans: the served path reads the router's weights."""
+    ours = await asyncio.gather(*(chat(client, source, 0.2) for source in sources[:40]))
+    async with openai_client(other.gateway) as turned:
+        theirs = await asyncio.gather(*(chat(turned, source, 0.2) for source in sources[:40]))
+    differ = sum(a.teacher["spans"] != b.teacher["spans"] for a, b in zip(ours, theirs, strict=True))
+    assert differ >= 30
+
+
+@pytest.fixture
+async def other_client(other: Serving) -> AsyncIterator[AsyncOpenAI]:
+    async with openai_client(other.gateway) as client:
+        yield client
+
+
+async def test_teacher_killed_in_mid_load(
+    other: Serving, other_client: AsyncOpenAI, pair: Pair, sources: list[str], tmp_path: Path
+) -> None:
+    client = other_client
+    requests = [asyncio.create_task(chat(client, source, 0.5)) for source in sources[:200] * 2]
+    await asyncio.wait(requests, return_when=asyncio.FIRST_COMPLETED)
+    other.teacher_process.signal(signal.SIGKILL)
+    other.teacher_process.process.wait()
+    replies = await asyncio.wait_for(asyncio.gather(*requests), 60)
+    assert all(reply.choices[0].finish_reason in ("stop", "length") for reply in replies)
+    assert sum(reply.teacher["degraded"] for reply in replies) > 100
+    assert metric(other.gateway, "wheels_breaker_open") == 1
+    async with httpx.AsyncClient() as http:
+        assert (await http.get(f"{other.gateway}/ready")).status_code == 503
+    after = await chat(client, sources[0], 0.5)
+    assert after.teacher["degraded"]
+    assert after.teacher["calls"] == 0
+
+    # The teacher comes back at its address: the gateway finds it again by itself.
+    with running([teacher_service(pair.teacher, other.teacher, tmp_path)], timeout=120):
+        for _ in range(50):
+            if not (await chat(client, sources[0], 0.5)).teacher["degraded"]:
+                break
+            await asyncio.sleep(0.2)
+        replies = await asyncio.gather(*(chat(client, source, 0.5) for source in sources[:20]))
+        assert not any(reply.teacher["degraded"] for reply in replies)
+        assert sum(reply.teacher["tokens"] for reply in replies) > 0
+        assert await settled(other.gateway, "wheels_breaker_open", 0) == 0
