@@ -212,9 +212,11 @@ def _print_completions(replies: dict[float, list[Reply]], pair: Pair, console: C
     for alone, helped in wrong:
         console.print()
         console.print(Text(f"    {alone.example.source}", style="dim"))
+        lines = Table.grid(padding=(0, 1))
         for reply in (alone, helped):
-            verdict = Text("  ✓ ", style="green") if reply.right else Text("  ✗ ", style="red")
-            console.print(verdict + _coloured(reply, tokenizer, console))
+            verdict = Text("  ✓", style="green") if reply.right else Text("  ✗", style="red")
+            lines.add_row(verdict, _coloured(reply, tokenizer, console))
+        console.print(lines)
     console.print()
 
 
