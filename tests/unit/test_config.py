@@ -1,0 +1,284 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from router.budget import Budget
+from server.config import ConfigError, ServeConfig, load
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch) -> pytest.MonkeyPatch:
+    """Starts without a variable of ours; a test sets its own."""
+    for name in os.environ:
+        if name.startswith("WHEELS_"):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.fixture
+def needed(tmp_path) -> list[str]:
+    """The flags without which nothing starts."""
+    (tmp_path / "student").mkdir()
+    return ["--student", str(tmp_path / "student"), "--teacher", "http://127.0.0.1:8001"]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a configuration file; returns the flags that name it."""
+
+    def write(content: object) -> list[str]:
+        file = tmp_path / "wheels.yaml"
+        file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        return ["--config", str(file)]
+
+    return write
+
+
+def refusal(argv: list[str]) -> str:
+    with pytest.raises(ConfigError) as error:
+        load(argv)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# What is set where
+
+
+def test_the_needed_settings_are_enough(needed, tmp_path):
+    config = load(needed)
+    assert config.student == tmp_path / "student"
+    assert str(config.teacher) == "http://127.0.0.1:8001/"
+    assert config.router is None
+    assert (config.host, config.port) == ("127.0.0.1", 8000)
+    assert config.default_budget == Budget(fraction=0.1)
+    assert (config.gate, config.on_teacher_error) == ("learned", "degrade")
+    assert config.vllm == {}
+
+
+def test_every_setting_can_stand_in_a_file(needed, write, tmp_path):
+    settings = {
+        "student": needed[1],
+        "teacher": "http://10.0.0.2:8001",
+        "router": str(tmp_path),
+        "port": 9000,
+        "default_budget": {"fraction": 0.2, "calls": 5},
+        "gate": "margin",
+        "price": -2.5,
+        "teacher_timeout": 3,
+        "vllm": {"max_model_len": 256},
+    }
+    config = load(write(settings))
+    assert config.router == tmp_path
+    assert config.port == 9000
+    assert config.default_budget == Budget(fraction=0.2, calls=5)
+    assert (config.gate, config.price, config.teacher_timeout) == ("margin", -2.5, 3.0)
+    assert config.vllm == {"max_model_len": 256}
+
+
+def test_every_setting_can_stand_in_the_environment(needed, environment):
+    for name, value in {
+        "STUDENT": needed[1],
+        "TEACHER": needed[3],
+        "PORT": "9000",
+        "DEFAULT_BUDGET": '{"tokens": 7}',
+        "ON_TEACHER_ERROR": "error",
+    }.items():
+        environment.setenv(f"WHEELS_{name}", value)
+    config = load([])
+    assert (config.port, config.on_teacher_error) == (9000, "error")
+    assert config.default_budget == Budget(tokens=7)
+
+
+def test_flags_win_over_variables_and_variables_over_the_file(needed, write, environment):
+    file = write({"port": 1001, "host": "10.0.0.1", "gate": "random"})
+    environment.setenv("WHEELS_PORT", "1002")
+    environment.setenv("WHEELS_HOST", "10.0.0.2")
+    config = load([*needed, *file, "--port", "1003"])
+    assert (config.port, config.host, config.gate) == (1003, "10.0.0.2", "random")
+
+
+def test_variables_of_others_are_ignored(needed, environment):
+    environment.setenv("NOT_WHEELS_PORT", "1")
+    environment.setenv("PORT", "2")
+    assert load(needed).port == 8000
+
+
+@pytest.mark.parametrize("content", ["", "# nothing yet\n"])
+def test_an_empty_file_sets_nothing(needed, write, content):
+    assert load([*needed, *write(content)]).port == 8000
+
+
+def test_a_configuration_cannot_be_changed(needed):
+    with pytest.raises(ValueError, match="frozen"):
+        load(needed).port = 1
+
+
+def test_the_key_is_not_shown(needed):
+    config = load([*needed, "--teacher-api-key", "sk-secret"])
+    assert "sk-secret" not in repr(config)
+    assert config.teacher_api_key.get_secret_value() == "sk-secret"
+
+
+# Budgets as text
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("0", Budget(fraction=0)),
+        ("1", Budget(fraction=1)),
+        ("0.25", Budget(fraction=0.25)),
+        ("5e-2", Budget(fraction=0.05)),
+        ('{"tokens": 3}', Budget(tokens=3)),
+        ('{"fraction": 0.5, "tokens": 3, "calls": 2}', Budget(fraction=0.5, tokens=3, calls=2)),
+    ],
+)
+def test_a_budget_can_be_text(needed, environment, text, budget):
+    assert load([*needed, "--default-budget", text]).default_budget == budget
+    environment.setenv("WHEELS_DEFAULT_BUDGET", text)
+    assert load(needed).default_budget == budget
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("1.5", "default_budget.fraction: Input should be less than or equal to 1"),
+        ("NaN", "default_budget.fraction: Input should be a finite number"),
+        ("a lot", "default_budget: neither a fraction nor JSON: 'a lot'"),
+        ('{"tokens": ', "default_budget: neither a fraction nor JSON"),
+        ('{"tokens": 1.5}', "default_budget.tokens: Input should be a valid integer"),
+        ('{"dollars": 3}', "unknown setting default_budget.dollars"),
+        ("{}", "default_budget: set at least one of fraction, tokens, calls"),
+        ("null", "default_budget: Input should be a valid dictionary"),
+        ("true", "default_budget: Input should be a valid dictionary"),
+    ],
+)
+def test_a_wrong_budget_is_refused(needed, text, said):
+    assert said in refusal([*needed, "--default-budget", text])
+
+
+# What stops the start
+
+
+def test_an_unknown_key_in_the_file_is_named(needed, write):
+    assert refusal([*needed, *write({"prot": 9000})]) == "unknown setting prot"
+
+
+def test_an_unknown_variable_is_named(needed, environment):
+    environment.setenv("WHEELS_PROT", "9000")
+    assert refusal(needed) == "unknown setting prot"
+
+
+@pytest.mark.parametrize("flag", ["--prot", "--por", "--vllm"])
+def test_an_unknown_flag_is_named(needed, capsys, flag):
+    with pytest.raises(SystemExit) as end:
+        load([*needed, flag, "9000"])
+    assert end.value.code == 2
+    assert f"unrecognized arguments: {flag} 9000" in capsys.readouterr().err
+
+
+def test_every_problem_is_named_at_once(needed):
+    message = refusal(["--student", needed[1], "--port", "0", "--gate", "oracle"])
+    assert {problem.split()[0] for problem in message.split("; ")} == {"teacher", "port:", "gate:"}
+
+
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_a_needed_setting_is_asked_for_by_its_flag(needed, name):
+    at = needed.index(f"--{name}")
+    assert refusal(needed[:at] + needed[at + 2 :]) == f"{name} is required (--{name})"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("port", "0", "greater than or equal to 1"),
+        ("port", "65536", "less than or equal to 65535"),
+        ("port", "http", "valid integer"),
+        ("student", "/no/where", "no such directory: /no/where"),
+        ("router", "/no/where", "no such directory: /no/where"),
+        ("teacher", "127.0.0.1:8001", "URL"),
+        ("teacher", "ftp://127.0.0.1", "URL scheme should be 'http' or 'https'"),
+        ("gate", "oracle", "'learned', 'random', 'entropy', 'margin' or 'max_probability'"),
+        ("price", "nan", "finite"),
+        ("price", "inf", "finite"),
+        ("span_tokens", "0", "greater than 0"),
+        ("on_teacher_error", "retry", "'degrade' or 'error'"),
+        ("teacher_timeout", "0", "greater than 0"),
+        ("teacher_wait", "-1", "greater than or equal to 0"),
+        ("breaker_failures", "0", "greater than 0"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_name(needed, setting, value, said):
+    message = refusal([*needed, f"--{setting.replace('_', '-')}", value])
+    assert message.startswith(f"{setting}: ")
+    assert said in message
+
+
+def test_a_file_is_no_directory(needed, tmp_path):
+    (tmp_path / "router").write_text("")
+    assert "no such directory" in refusal([*needed, "--router", str(tmp_path / "router")])
+
+
+@pytest.mark.parametrize("value", [None, 17, ["a", "b"]])
+def test_a_directory_is_a_path(needed, write, value):
+    assert refusal([*needed[2:], *write({"student": value})]).startswith("student: no such directory")
+
+
+def test_a_file_that_is_not_there_is_named(needed):
+    assert "/no/where.yaml" in refusal([*needed, "--config", "/no/where.yaml"])
+
+
+@pytest.mark.parametrize("content", ["port: [", "- port\n- host", "just text", "17"])
+def test_a_file_without_settings_is_named(needed, write, tmp_path, content):
+    assert str(tmp_path / "wheels.yaml") in refusal([*needed, *write(content)])
+
+
+def test_a_file_that_is_no_text_is_named(needed, tmp_path):
+    (tmp_path / "wheels.yaml").write_bytes(b"\xff\x00\xff")
+    assert "wheels.yaml" in refusal([*needed, "--config", str(tmp_path / "wheels.yaml")])
+
+
+# Flags of vLLM
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [
+        ([], {}),
+        (["--max-model-len", "256"], {"max-model-len": "256"}),
+        (["--max-model-len=256"], {"max-model-len": "256"}),
+        (["--enforce-eager"], {"enforce-eager": True}),
+        (["--enforce-eager", "--seed", "-1"], {"enforce-eager": True, "seed": "-1"}),
+    ],
+)
+def test_vllms_flags_follow_two_dashes(needed, flags, settings):
+    assert load([*needed, "--", *flags]).vllm == settings
+
+
+def test_vllms_flags_win_over_the_file(needed, write):
+    file = write({"vllm": {"seed": 1, "max-model-len": 256}})
+    assert load([*needed, *file, "--", "--seed", "2"]).vllm == {"seed": "2", "max-model-len": 256}
+
+
+def test_a_word_that_is_no_flag_of_vllm_is_refused(needed):
+    assert refusal([*needed, "--", "256"]) == "expected a flag of vLLM after --, got '256'"
+
+
+# Help
+
+
+def test_help_names_every_setting(needed, capsys):
+    with pytest.raises(SystemExit) as end:
+        load(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for name in ServeConfig.model_fields.keys() - {"vllm"}:
+        assert f"--{name.replace('_', '-')} " in text
+
+
+def test_settings_are_plain_data(needed):
+    assert Path(json.loads(load(needed).model_dump_json())["student"]) == Path(needed[1])
