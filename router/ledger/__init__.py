@@ -1,0 +1,82 @@
+"""Budgets that many requests share: reserve before a span, settle after it."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+from router.ledger.base import (
+    Denial,
+    FractionOfTraffic,
+    Lease,
+    Ledger,
+    Limit,
+    OnExpiry,
+    Scope,
+    Settlement,
+    Status,
+    TokensPerWindow,
+    WhenUnavailable,
+)
+from router.ledger.memory import MemoryLedger
+
+Seconds = Annotated[float, Field(ge=1.0, le=3600.0)]
+
+
+class MemoryLedgerConfig(BaseModel):
+    """A ledger for one gateway; a restart forgets what was spent."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["memory"] = "memory"
+    lease_seconds: Seconds = 30.0
+    """After this time a lease that nobody settled ends; a span may take 0.8 of it."""
+    on_expiry: OnExpiry = "return"
+    """See `router.ledger.base.Ledger.on_expiry`."""
+
+    def build(self) -> Ledger:
+        return MemoryLedger(**self.model_dump(exclude={"type"}))
+
+
+class RedisLedgerConfig(BaseModel):
+    """A ledger for several gateways, which share it by naming the same URL and prefix."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["redis"]
+    url: Annotated[str, Field(pattern=r"^(rediss?|unix)://")]
+    cluster: bool = False
+    """Whether the URL names a node of a Redis cluster."""
+    prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "wheels"
+    lease_seconds: Seconds = 30.0
+    on_expiry: OnExpiry = "return"
+    when_unavailable: WhenUnavailable = "refuse"
+    """What becomes of a reservation while Redis is away."""
+    timeout: PositiveFloat = 0.25
+    """Longest wait for Redis, seconds."""
+    retry_seconds: PositiveFloat = 1.0
+    """How often an absent Redis is tried again."""
+    connections: PositiveInt = 16
+
+    def build(self) -> Ledger:
+        from router.ledger.redis import RedisLedger  # only who uses Redis needs its client
+
+        return RedisLedger.connect(**self.model_dump(exclude={"type"}))
+
+
+LedgerConfig = Annotated[MemoryLedgerConfig | RedisLedgerConfig, Field(discriminator="type")]
+
+__all__ = [
+    "Denial",
+    "FractionOfTraffic",
+    "Lease",
+    "Ledger",
+    "LedgerConfig",
+    "Limit",
+    "MemoryLedger",
+    "MemoryLedgerConfig",
+    "RedisLedgerConfig",
+    "Scope",
+    "Settlement",
+    "Status",
+    "TokensPerWindow",
+]

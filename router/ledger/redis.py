@@ -1,0 +1,265 @@
+"""The ledger of several gateways: in Redis, one script per operation."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any
+
+from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, RedisClusterException, RedisError
+
+from router.ledger import scripts
+from router.ledger.base import (
+    SPENDABLE,
+    Denial,
+    FractionOfTraffic,
+    Lease,
+    OnExpiry,
+    Scope,
+    Settlement,
+    Snapshot,
+    Status,
+    WhenUnavailable,
+    check_reservation,
+    check_settlement,
+    lease_ids,
+    sub_window_ms,
+)
+
+logger = logging.getLogger(__name__)
+
+FAILURES = 3
+"""So many failures in a row, and Redis is left alone for a while."""
+
+
+class _Unavailable(Exception):
+    """Redis gave no answer in time, or no useful one; where ``sent``, it may have done the work."""
+
+    def __init__(self, *, sent: bool) -> None:
+        super().__init__()
+        self.sent = sent
+
+
+class RedisLedger:
+    """A `Ledger` shared by all gateways that name the same Redis and prefix.
+
+    No call takes longer than ``timeout`` seconds. Where Redis gives no answer, a reservation is refused
+    or allowed as ``when_unavailable`` says; after three failures in a row Redis is asked only once in
+    ``retry_seconds``, so that its absence costs nobody a wait. Settlements are kept and tried again.
+
+    What is spent is safe in Redis as far as Redis is safe: see docs/budgets.md for its settings.
+    """
+
+    def __init__(
+        self,
+        client: Redis | RedisCluster,
+        *,
+        prefix: str = "wheels",
+        lease_seconds: float = 30.0,
+        on_expiry: OnExpiry = "return",
+        when_unavailable: WhenUnavailable = "refuse",
+        timeout: float = 0.25,
+        retry_seconds: float = 1.0,
+        connections: int = 16,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        """``clock`` stands in for Redis's own in a test; in service there is no clock but Redis's."""
+        self.on_expiry: OnExpiry = on_expiry
+        self._client = client
+        self._tag = f"{{{prefix}}}:"
+        self._lease = lease_seconds
+        self._when_unavailable = when_unavailable
+        self._timeout = timeout
+        self._retry = retry_seconds
+        self._connections = asyncio.Semaphore(connections)
+        self._clock = clock
+        self._failures = 0
+        self._retry_at = 0.0
+        self._owed: dict[str, tuple[Lease, int]] = {}
+        self._paying: asyncio.Task[None] | None = None
+        self._ids = lease_ids()
+
+    @classmethod
+    def connect(
+        cls, url: str, *, cluster: bool = False, timeout: float = 0.25, connections: int = 16, **options: Any
+    ) -> "RedisLedger":
+        """A ledger at ``url`` (redis://, rediss://, unix://), which need not be up yet."""
+        # The client must not try again by itself: a record is not idempotent, and time is short.
+        settings = {
+            "socket_timeout": timeout,
+            "socket_connect_timeout": timeout,
+            "retry": Retry(NoBackoff(), 0),
+        }
+        if cluster:
+            client = RedisCluster.from_url(url, max_connections=connections, **settings)
+        else:
+            pool = BlockingConnectionPool.from_url(
+                url, max_connections=connections, timeout=timeout, **settings
+            )
+            client = Redis.from_pool(pool)
+        return cls(client, timeout=timeout, connections=connections, **options)
+
+    async def reserve(
+        self,
+        scopes: Sequence[Scope],
+        tokens: int,
+        *,
+        at_least: int | None = None,
+        student_tokens: int = 0,
+    ) -> Lease | Denial:
+        at_least = check_reservation(tokens, at_least, student_tokens)
+        scopes = tuple(scopes)
+        # Taken before the call: Redis's lease begins later, so it ends later than the holder thinks.
+        deadline = self._monotonic() + SPENDABLE * self._lease
+        lease = Lease(next(self._ids), scopes, tokens, deadline)
+        if not scopes:
+            return lease
+        arguments = [lease.id, tokens, at_least, student_tokens]
+        for scope in scopes:
+            arguments += _limit_arguments(scope)
+        try:
+            reply = await self._call(scripts.reserve, scopes, arguments)
+        except asyncio.CancelledError:
+            self._owe(lease, 0)
+            raise
+        except _Unavailable as error:
+            if error.sent:
+                self._owe(lease, 0)
+            if self._when_unavailable == "allow":
+                return Lease(lease.id, scopes, tokens, deadline, accounted=False)
+            return Denial(scopes[0], "unavailable", self._retry)
+        if isinstance(reply, int):
+            return Lease(lease.id, scopes, reply, deadline)
+        tightest = scopes[reply[0] - 1]
+        return Denial.of(tightest, _snapshot(tightest, reply[1]), at_least)
+
+    async def settle(self, lease: Lease, used: int) -> Settlement:
+        check_settlement(lease, used)
+        if not lease.accounted or not lease.scopes:
+            return "settled"
+        try:
+            return await self._settle(lease, used)
+        except _Unavailable:
+            self._owe(lease, used)
+            return "deferred"
+        except asyncio.CancelledError:
+            self._owe(lease, used)
+            raise
+
+    async def record(self, scopes: Sequence[Scope], student_tokens: int) -> None:
+        if scopes and student_tokens:
+            with suppress(_Unavailable):
+                await self._call(scripts.record, scopes, [student_tokens, *(s.window_ms for s in scopes)])
+
+    async def status(self, scopes: Sequence[Scope]) -> list[Status] | None:
+        if not scopes:
+            return []
+        try:
+            replies = await self._call(scripts.status, scopes, [s.window_ms for s in scopes])
+        except _Unavailable:
+            return None
+        return [
+            Status.of(scope, _snapshot(scope, reply)) for scope, reply in zip(scopes, replies, strict=True)
+        ]
+
+    @property
+    def available(self) -> bool:
+        return self._failures < FAILURES
+
+    async def aclose(self) -> None:
+        if self._paying is not None:
+            self._paying.cancel()
+        for lease, used in list(self._owed.values()):
+            with suppress(_Unavailable):
+                await self._settle(lease, used)
+        await self._client.aclose()
+
+    async def _settle(self, lease: Lease, used: int) -> Settlement:
+        arguments = [lease.id, used, *(scope.window_ms for scope in lease.scopes)]
+        return (await self._call(scripts.settle, lease.scopes, arguments)).decode()
+
+    async def _call(self, script: scripts.Script, scopes: Iterable[Scope], arguments: list[Any]) -> Any:
+        """Run a script over the scopes' keys. Raises _Unavailable after ``timeout`` at the latest."""
+        if not self.available:
+            if time.monotonic() < self._retry_at:
+                raise _Unavailable(sent=False)
+            self._retry_at = time.monotonic() + self._retry  # this call is the one that tries again
+        keys = [key for scope in scopes for key in _keys(self._tag, scope.id)]
+        now = "" if self._clock is None else int(self._clock() * 1000)
+        arguments = [len(keys), *keys, now, self.on_expiry, round(self._lease * 1000), *arguments]
+        try:
+            async with asyncio.timeout(self._timeout), self._connections:
+                try:
+                    reply = await self._client.evalsha(script.digest, *arguments)
+                except NoScriptError:  # a new or restarted Redis
+                    reply = await self._client.eval(script.text, *arguments)
+        except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
+            self._failed(error)
+            raise _Unavailable(sent=True) from error
+        if not self.available:
+            logger.warning("the ledger's Redis is back")
+        self._failures = 0
+        return reply
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        self._retry_at = time.monotonic() + self._retry
+        if self._failures == FAILURES:
+            logger.error(
+                "the ledger's Redis is away, teacher tokens are %sed: %s",
+                self._when_unavailable,
+                error or "no answer in time",
+            )
+
+    def _owe(self, lease: Lease, used: int) -> None:
+        """Settle as soon as Redis lets us. A settlement is idempotent, so trying again is safe."""
+        self._owed[lease.id] = (lease, used)
+        if self._paying is None or self._paying.done():
+            self._paying = asyncio.create_task(self._pay())
+
+    async def _pay(self) -> None:
+        while self._owed:
+            for lease, used in list(self._owed.values()):
+                try:
+                    await self._settle(lease, used)
+                except _Unavailable:
+                    break
+                del self._owed[lease.id]
+            else:
+                continue
+            await asyncio.sleep(self._retry)
+
+    def _monotonic(self) -> float:
+        return time.monotonic() if self._clock is None else self._clock()
+
+
+@lru_cache(4096)
+def _keys(tag: str, scope_id: str) -> tuple[str, ...]:
+    return tuple(f"{tag}{scope_id}:{part}" for part in ("state", "held", "leases", "lapsed"))
+
+
+def _limit_arguments(scope: Scope) -> tuple[int, str, int, int]:
+    limit = scope.limit
+    if isinstance(limit, FractionOfTraffic):
+        return scope.window_ms, limit.type, limit.parts, limit.slack_tokens
+    return scope.window_ms, limit.type, limit.tokens, 0
+
+
+def _snapshot(scope: Scope, reply: list[Any]) -> Snapshot:
+    now, spent, student, reserved, total_spent, total_student, next_expiry, flat = reply
+    return Snapshot(
+        now_ms=now,
+        sub_window_ms=sub_window_ms(scope.window_ms),
+        spent_in=dict(zip(flat[::2], flat[1::2], strict=True)),
+        spent=spent,
+        student=student,
+        reserved=reserved,
+        total_spent=total_spent,
+        total_student=total_student,
+        next_expiry_ms=None if next_expiry < 0 else next_expiry,
+    )

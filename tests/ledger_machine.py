@@ -1,0 +1,262 @@
+"""A gateway's life as a hypothesis state machine, against a model that only keeps lists.
+
+The model knows what was written and when, and recomputes everything else from that at every step; it
+shares no code with the ledger. It runs against any ledger: subclasses say how to build one.
+"""
+
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, TypeVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+
+from router.ledger import Denial, FractionOfTraffic, Lease, Ledger, Scope, TokensPerWindow
+
+T = TypeVar("T")
+
+LEASE_SECONDS = 10
+START_MS = 1_000_000_007
+
+ALICE = Scope("tenant", "alice", TokensPerWindow(tokens=20, window_seconds=60))
+BOB = Scope("tenant", "bob", TokensPerWindow(tokens=15, window_seconds=30))
+ALL = Scope("global", "", TokensPerWindow(tokens=30, window_seconds=120))
+RATE = Scope("global", "", FractionOfTraffic(fraction=0.25, window_seconds=60, slack_tokens=4))
+SCOPES = (ALICE, BOB, ALL, RATE)
+TOGETHER = ((ALICE,), (ALICE, ALL), (BOB, ALL), (BOB, ALL, RATE), (ALICE, RATE))
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    def __init__(self) -> None:
+        self.ms = START_MS
+
+    def __call__(self) -> float:
+        return self.ms / 1000
+
+
+@dataclass
+class Holding:
+    """A lease in the hands of a gateway, and what was written on it."""
+
+    lease: Lease
+    expires_ms: int
+    deadline_ms: int
+    writes: list[tuple[int, int]] = field(default_factory=list)
+    """(ms, tokens)"""
+    settled: bool = False
+    in_time: bool = True
+
+    @property
+    def used(self) -> int:
+        return sum(tokens for _, tokens in self.writes)
+
+
+@dataclass
+class Books:
+    """One scope, by the model."""
+
+    scope: Scope
+    charges: list[tuple[int, int]] = field(default_factory=list)
+    """(ms, teacher tokens), corrections below 0 among them"""
+    student: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def width(self) -> int:
+        return int(self.scope.limit.window_seconds * 1000 / 60)
+
+    def within(self, entries: list[tuple[int, int]], now: int) -> int:
+        """Sum over the current sub-window and the 60 before it."""
+        return sum(tokens for ms, tokens in entries if ms // self.width >= now // self.width - 60)
+
+    def room(self, reserved: int, now: int) -> int:
+        limit, held = self.scope.limit, self.within(self.charges, now) + reserved
+        if isinstance(limit, TokensPerWindow):
+            return limit.tokens - held
+        f, n = Fraction(limit.fraction), 0
+        student = self.within(self.student, now)
+        while held + n + 1 <= f * (student + held + n + 1) + limit.slack_tokens:
+            n += 1
+        return n if held <= f * (student + held) + limit.slack_tokens else -1
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Subclasses set `on_expiry`, and open and reopen a ledger on `self.clock`."""
+
+    on_expiry = "return"
+    forgets = False
+    """Whether a restart loses everything."""
+
+    leases = Bundle("leases")
+
+    def open(self) -> Ledger:
+        raise NotImplementedError
+
+    def reopen(self) -> Ledger:
+        """The ledger after a restart of the gateway."""
+        raise NotImplementedError
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """The result of a coroutine that never waits."""
+        try:
+            coroutine.send(None)
+        except StopIteration as done:
+            return done.value
+        raise AssertionError("the ledger waited")
+
+    def close(self) -> None:
+        self.run(self.ledger.aclose())
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.holdings: list[Holding] = []
+        self.books = {scope.id: Books(scope) for scope in SCOPES}
+
+    @initialize()
+    def start(self) -> None:
+        self.ledger = self.open()
+
+    # What happens to a gateway
+
+    @rule(ms=st.sampled_from([1, 100, 999, 1000, 2500, 7999, 8000, 10_000, 31_000, 61_000, 122_000]))
+    def wait(self, ms: int) -> None:
+        self.clock.ms += ms
+        self._expire()
+
+    @rule(
+        target=leases,
+        scopes=st.sampled_from(TOGETHER),
+        tokens=st.integers(1, 12),
+        all_or_nothing=st.booleans(),
+        student=st.integers(0, 20),
+    )
+    def reserve(self, scopes: Sequence[Scope], tokens: int, all_or_nothing: bool, student: int):  # type: ignore[no-untyped-def]
+        at_least = tokens if all_or_nothing else 1
+        for scope in scopes:
+            self.books[scope.id].student.append((self.clock.ms, student))
+        rooms = [self.books[s.id].room(self._reserved(s), self.clock.ms) for s in scopes]
+        reply = self.run(self.ledger.reserve(scopes, tokens, at_least=at_least, student_tokens=student))
+        expected = min(tokens, *rooms)
+        if isinstance(reply, Denial):
+            assert expected < at_least, "refused though there was room"
+            assert rooms[scopes.index(reply.scope)] == min(rooms)
+            assert reply.retry_after_seconds is None or reply.retry_after_seconds > 0
+            return multiple()
+        assert reply.tokens == expected
+        ends = self.clock.ms + LEASE_SECONDS * 1000
+        holding = Holding(reply, ends, deadline_ms=ends - 2000)
+        assert reply.deadline * 1000 <= holding.deadline_ms + 1e-6
+        self.holdings.append(holding)
+        return holding
+
+    @rule(holding=leases, tokens=st.integers(1, 12))
+    def write(self, holding: Holding, tokens: int) -> None:
+        """The teacher writes, if the deadline has not passed."""
+        tokens = min(tokens, holding.lease.tokens - holding.used)
+        if tokens and not holding.settled and self.clock.ms < holding.deadline_ms:
+            holding.writes.append((self.clock.ms, tokens))
+
+    @rule(holding=leases)
+    def settle(self, holding: Holding) -> None:
+        """In time, late, again: all the same call."""
+        outcome = self.run(self.ledger.settle(holding.lease, holding.used))
+        known = holding in self.holdings and not holding.settled
+        in_time = known and self.clock.ms < holding.expires_ms
+        if in_time:
+            self._charge(holding, self.clock.ms, holding.used)
+        elif known and outcome == "late":
+            charged = holding.lease.tokens if self.on_expiry == "charge" else 0
+            self._charge(holding, holding.expires_ms, holding.used - charged)
+        expected = {"settled"} if in_time else {"late", "unknown"} if known else {"unknown"}
+        assert outcome in expected
+        if known and outcome == "unknown":  # forgotten only when no window could have told the difference
+            assert all(
+                holding.expires_ms // books.width < self.clock.ms // books.width - 60
+                for books in self._books(holding)
+            )
+        holding.settled = True
+        holding.in_time &= in_time or not known
+
+    @rule(scopes=st.sampled_from(TOGETHER), tokens=st.integers(0, 40))
+    def record(self, scopes: Sequence[Scope], tokens: int) -> None:
+        self.run(self.ledger.record(scopes, tokens))
+        for scope in scopes:
+            self.books[scope.id].student.append((self.clock.ms, tokens))
+
+    @rule()
+    def restart(self) -> None:
+        """The gateway dies with all its leases in hand, and comes back."""
+        self.ledger = self.reopen()
+        if self.forgets:
+            self.holdings = []
+            self.books = {scope.id: Books(scope) for scope in SCOPES}
+
+    # What must hold
+
+    @invariant()
+    def accounts_agree(self) -> None:
+        for status in self.run(self.ledger.status(SCOPES)):
+            books, now = self.books[status.scope.id], self.clock.ms
+            assert status.spent == books.within(books.charges, now)
+            assert status.student_tokens == books.within(books.student, now)
+            assert status.reserved == self._reserved(status.scope)
+            assert status.total_spent == sum(tokens for _, tokens in books.charges)
+
+    @invariant()
+    def never_over_the_bound(self) -> None:
+        """Tokens really written, in any interval of a window's length."""
+        for books in self.books.values():
+            if not isinstance(books.scope.limit, TokensPerWindow):
+                continue
+            window = books.scope.window_ms
+            writes = [
+                write
+                for holding in self.holdings
+                if books.scope in holding.lease.scopes and self._counts(holding)
+                for write in holding.writes
+            ]
+            for start, _ in writes:
+                written = sum(tokens for ms, tokens in writes if start <= ms <= start + window)
+                assert written <= books.scope.limit.tokens
+
+    def teardown(self) -> None:
+        """Whatever happened: once the last lease has ended and a window passed, all of it is back."""
+        if hasattr(self, "ledger"):
+            self.clock.ms += LEASE_SECONDS * 1000
+            for status in self.run(self.ledger.status(SCOPES)):
+                assert status.reserved == 0
+            self.clock.ms += 122_000
+            for scope in (ALICE, BOB, ALL):
+                lease = self.run(self.ledger.reserve([scope], scope.limit.tokens))
+                assert isinstance(lease, Lease)
+            self.close()
+
+    def _counts(self, holding: Holding) -> bool:
+        """Whether the bound speaks of it: where leases are given back, not what their holders hid."""
+        if self.on_expiry == "charge":
+            return True
+        return holding.in_time and (holding.settled or self.clock.ms < holding.expires_ms)
+
+    def _reserved(self, scope: Scope) -> int:
+        return sum(
+            holding.lease.tokens
+            for holding in self.holdings
+            if scope in holding.lease.scopes and not holding.settled and self.clock.ms < holding.expires_ms
+        )
+
+    def _expire(self) -> None:
+        for holding in self.holdings:
+            if holding.in_time and not holding.settled and self.clock.ms >= holding.expires_ms:
+                holding.in_time = False
+                if self.on_expiry == "charge":
+                    self._charge(holding, holding.expires_ms, holding.lease.tokens)
+
+    def _charge(self, holding: Holding, ms: int, tokens: int) -> None:
+        for books in self._books(holding):
+            books.charges.append((ms, tokens))
+
+    def _books(self, holding: Holding) -> list[Books]:
+        return [self.books[scope.id] for scope in holding.lease.scopes]
