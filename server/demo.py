@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
                 _print_how_to_call(servers, examples[0], logs, console)
                 _wait(servers)
     except ServiceError as error:
-        console.print(f"wheels demo: {error}", style="red", markup=False, highlight=False)
+        console.print(f"wheels demo: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     shutil.rmtree(logs)
     return 0
