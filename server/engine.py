@@ -106,7 +106,8 @@ class CooperativeEngine(AsyncLLM):
                     async for piece in segment:
                         asked = piece.asks
                         completion.extend(piece, "student")
-                        yield "student"
+                        if piece.token_ids or completion.finished:
+                            yield "student"
             if completion.finished or not (asked or terms.always):
                 continue
             grant, used = self._reserve(choice), 0
@@ -118,6 +119,8 @@ class CooperativeEngine(AsyncLLM):
                         used += len(piece.token_ids)
                         completion.extend(piece, "teacher")
                         yield "teacher"
+                        if completion.finished:  # by a stop string: the teacher would write on
+                            break
             except TeacherError as error:
                 self._lose_teacher(choice, error)
             finally:
