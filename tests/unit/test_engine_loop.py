@@ -1,0 +1,807 @@
+"""The span loop over a scripted vLLM and a scripted teacher.
+
+Both write letters of the alphabet by their place in the completion, the student small ones and the
+teacher capitals, so a completion's text shows who wrote each token and that every prefix was right:
+"abCDef" is two tokens of the student, a span of two, two tokens of the student.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+
+from router.budget import Budget
+from router.policy import Calibration, Policy
+from router.reserved import ReservedRows
+from server.completion import Piece
+from server.engine import Choice, Cooperation, CooperativeEngine
+from server.exchange import EXCHANGE, Exchange, Report
+from server.gate_processor import NOT_BEFORE, PRICE
+from server.teacher import Breaker, TeacherError
+from server.vllm_api import (
+    AsyncLLM,
+    CompletionOutput,
+    GracefulHTTPError,
+    Logprob,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+    VLLMValidationError,
+)
+
+EOS = 256  # of the `tokenizer` fixture, whose other ids are bytes
+RESERVED = ReservedRows(start=260, count=4)
+PROMPT_IDS = list(b"Hi")
+PROMPT = {"type": "token", "prompt": "Hi", "prompt_token_ids": PROMPT_IDS}
+DELTA, CUMULATIVE, FINAL_ONLY = (
+    RequestOutputKind.DELTA,
+    RequestOutputKind.CUMULATIVE,
+    RequestOutputKind.FINAL_ONLY,
+)
+INF = float("inf")
+
+
+def letter(place: int, first: str) -> int:
+    return ord(first) + place % 26
+
+
+@dataclass
+class Segment:
+    """A request that reached the student's engine."""
+
+    prefix: list[int]
+    params: SamplingParams
+    request_id: str
+    options: dict[str, Any]
+    closed: bool = False
+
+    @property
+    def price(self) -> float:
+        return (self.params.extra_args or {}).get(PRICE, INF)
+
+    @property
+    def not_before(self) -> int:
+        return (self.params.extra_args or {}).get(NOT_BEFORE, 0)
+
+
+class ScriptedLLM(AsyncLLM):
+    """vLLM's engine: asks at some places where its terms allow it, ends at one."""
+
+    def __init__(self, tokenizer: Any, ask_at: Collection[int], ends_at: int | None) -> None:
+        self.renderer = SimpleNamespace(tokenizer=tokenizer)
+        generation = {"eos_token_id": EOS}
+        self.model_config = SimpleNamespace(max_model_len=200, try_get_generation_config=lambda: generation)
+        self.ask_at, self.ends_at = ask_at, ends_at
+        self.segments: list[Segment] = []
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Nothing was started."""
+
+    async def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        segment = Segment(list(prompt["prompt_token_ids"]), sampling_params, request_id, options)
+        self.segments.append(segment)
+        written: list[int] = []
+        reason = None
+        try:
+            while reason is None:
+                await asyncio.sleep(0)
+                token, reason = self._next(segment, len(written))
+                written.append(token)
+                if sampling_params.output_kind == DELTA:
+                    yield self._output(segment, [token], reason)
+                elif sampling_params.output_kind == CUMULATIVE or reason is not None:
+                    yield self._output(segment, list(written), reason)
+        finally:
+            segment.closed = True
+
+    def _next(self, segment: Segment, written: int) -> tuple[int, str | None]:
+        place = len(segment.prefix) - len(PROMPT_IDS) + written
+        if place in self.ask_at and segment.price < INF and written >= segment.not_before:
+            return RESERVED.escalation, "stop"
+        if place == self.ends_at and EOS not in (segment.params.logit_bias or {}):
+            return EOS, "stop"
+        full = written + 1 == segment.params.max_tokens
+        return letter(place, "a"), "length" if full else None
+
+    @staticmethod
+    def _output(segment: Segment, ids: list[int], reason: str | None) -> RequestOutput:
+        wanted = segment.params.logprobs is not None
+        completion = CompletionOutput(
+            index=0,
+            text="",
+            token_ids=ids,
+            cumulative_logprob=None,
+            logprobs=[{token: Logprob(-1.0)} for token in ids] if wanted else None,
+            finish_reason=reason,
+        )
+        return RequestOutput(
+            request_id=segment.request_id,
+            prompt=None,
+            prompt_token_ids=segment.prefix,
+            prompt_logprobs=None,
+            outputs=[completion],
+            finished=reason is not None,
+            num_cached_tokens=len(segment.prefix) // 2,
+        )
+
+
+class Engine(CooperativeEngine, ScriptedLLM):
+    """The engine under test, whose `super().generate` is the scripted one; keeps its choices."""
+
+    def __init__(self, *script: Any) -> None:
+        super().__init__(*script)
+        self.choices: list[Choice] = []
+
+    def _choice(self, *arguments: Any) -> Choice:
+        self.choices.append(super()._choice(*arguments))
+        return self.choices[-1]
+
+
+@dataclass
+class Call:
+    """A call that reached the teacher."""
+
+    prefix: list[int]
+    tokens: int
+    min_tokens: int
+    seed: int | None
+    request_id: str
+    closed: bool = False
+
+
+@dataclass
+class ScriptedTeacher:
+    """Writes a token per piece; fails or hangs at some place, ends at one."""
+
+    breaker: Breaker = field(default_factory=lambda: Breaker(1, 60.0))
+    max_model_len: int | None = None
+    ends_at: int | None = None
+    fails_at: int | None = None
+    hangs_at: int | None = None
+    calls: list[Call] = field(default_factory=list)
+    hanging: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
+
+    async def write(
+        self,
+        prompt_ids: list[int],
+        tokens: int,
+        params: SamplingParams,
+        *,
+        min_tokens: int,
+        seed: int | None,
+        request_id: str,
+    ) -> AsyncIterator[Piece]:
+        call = Call(list(prompt_ids), tokens, min_tokens, seed, request_id)
+        self.calls.append(call)
+        try:
+            for written in range(tokens):
+                await asyncio.sleep(0)
+                yield await self._piece(
+                    len(prompt_ids) - len(PROMPT_IDS) + written, written + 1 == tokens, params
+                )
+                if self.ends_at == len(prompt_ids) - len(PROMPT_IDS) + written:
+                    return
+        finally:
+            call.closed = True
+
+    async def _piece(self, place: int, full: bool, params: SamplingParams) -> Piece:
+        if place == self.fails_at:
+            raise TeacherError("timeout", "the script says so")
+        if place == self.hangs_at:
+            self.hanging.release()
+            await asyncio.Event().wait()
+        ends = place == self.ends_at
+        token = EOS if ends else letter(place, "A")
+        logprobs = None if params.logprobs is None else [{token: Logprob(-0.5)}]
+        return Piece([token], logprobs, "stop" if ends else "length" if full else None)
+
+
+@pytest.fixture
+def pair(tokenizer):
+    """Builds an engine and its teacher: ``pair(ask_at={2}, fails_at=3, span_tokens=4)``."""
+
+    def pair(
+        *,
+        ask_at: Collection[int] = (),
+        ends_at: int | None = None,
+        span_tokens: int = 2,
+        default: float = 0.5,
+        on_teacher_error: str = "degrade",
+        **teacher: Any,
+    ) -> tuple[Engine, ScriptedTeacher]:
+        engine = Engine(tokenizer, ask_at, ends_at)
+        engine.cooperation = Cooperation(
+            teacher=ScriptedTeacher(**teacher),
+            policy=Policy(Calibration(((0.5, 1.0),)), expected_tokens=20),
+            reserved=RESERVED,
+            span_tokens=span_tokens,
+            default_budget=Budget(fraction=default),
+            on_teacher_error=on_teacher_error,
+        )
+        return engine, engine.cooperation.teacher
+
+    return pair
+
+
+@dataclass
+class Result:
+    outputs: list[RequestOutput]
+    exchange: Exchange
+
+    @property
+    def report(self) -> Report:
+        (report,) = self.exchange.reports
+        return report
+
+    def text(self, index: int = 0) -> str:
+        return bytes(token for token in self.ids(index) if token < EOS).decode()
+
+    def ids(self, index: int = 0) -> list[int]:
+        """Of DELTA outputs."""
+        return [token for new in self.choice(index) for token in new.token_ids]
+
+    def choice(self, index: int = 0) -> list[CompletionOutput]:
+        return [new for output in self.outputs for new in output.outputs if new.index == index]
+
+    @property
+    def last(self) -> CompletionOutput:
+        return self.outputs[-1].outputs[-1]
+
+
+def start(
+    engine: Engine, budget: object = None, *, unsupported: str | None = None, **params: Any
+) -> tuple[AsyncGenerator[RequestOutput, None], Exchange]:
+    exchange = Exchange(None if budget is None else Budget.model_validate(budget), unsupported)
+    options = params.pop("options", {})
+    sampling = SamplingParams(**{"max_tokens": 8, "output_kind": DELTA} | params)
+    token = EXCHANGE.set(exchange)
+    try:
+        return engine.generate(PROMPT, sampling, "r", **options), exchange
+    finally:
+        EXCHANGE.reset(token)
+
+
+async def write(engine: Engine, budget: object = None, **params: Any) -> Result:
+    outputs, exchange = start(engine, budget, **params)
+    return Result([output async for output in outputs], exchange)
+
+
+def count(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+def spent(engine: Engine) -> tuple[int, int]:
+    """Teacher tokens and calls on the books of the only choice."""
+    (choice,) = engine.choices
+    return choice.bucket.spent, choice.bucket.calls
+
+
+# Who writes what
+
+
+async def test_two_models_write_one_completion(pair):
+    engine, teacher = pair(ask_at={2, 6})
+    result = await write(engine, 0.5, max_tokens=10)
+    assert result.text() == "abCDefGHij"
+    assert (result.report.spans, result.report.tokens, result.report.calls) == ([[2, 4], [6, 8]], 4, 2)
+    assert result.report.completion_tokens == 10
+    assert result.report.denied == {}
+    assert not result.report.degraded
+    assert result.last.finish_reason == "length"
+    assert spent(engine) == (4, 2)
+    assert [call.tokens for call in teacher.calls] == [2, 2]
+
+
+async def test_every_prefix_is_prompt_and_completion_without_a_trace_of_asking(pair):
+    engine, teacher = pair(ask_at={2, 6})
+    await write(engine, 0.5, max_tokens=10)
+    assert [bytes(segment.prefix) for segment in engine.segments] == [b"Hi", b"HiabCD", b"HiabCDefGH"]
+    assert [bytes(call.prefix) for call in teacher.calls] == [b"Hiab", b"HiabCDef"]
+
+
+async def test_a_span_may_follow_a_span(pair):
+    engine, _ = pair(ask_at={1, 3})
+    result = await write(engine, 0.5, max_tokens=6)
+    assert result.text() == "aBCDEf"
+    assert result.report.spans == [[1, 3], [3, 5]]
+
+
+async def test_a_span_may_come_first(pair):
+    engine, _ = pair(ask_at={0})
+    assert (await write(engine, 0.5, max_tokens=4)).text() == "ABcd"
+
+
+async def test_a_span_ends_at_max_tokens(pair):
+    engine, teacher = pair(ask_at={3}, span_tokens=4)
+    result = await write(engine, 0.5, max_tokens=5)
+    assert result.text() == "abcDE"
+    assert teacher.calls[0].tokens == 2
+    assert (result.last.finish_reason, result.outputs[-1].finished) == ("length", True)
+
+
+async def test_every_output_says_who_wrote_it(pair):
+    engine, _ = pair(ask_at={2})
+    outputs, exchange = start(engine, 0.5, max_tokens=5)
+    seen = [(bytes(o.outputs[0].token_ids).decode(), exchange.latest.source) async for o in outputs]
+    assert [entry for entry in seen if entry[0]] == [
+        ("a", "student"),
+        ("b", "student"),
+        ("C", "teacher"),
+        ("D", "teacher"),
+        ("e", "student"),
+    ]
+    assert exchange.finished
+
+
+async def test_the_student_may_end_it(pair):
+    engine, _ = pair(ask_at={2}, ends_at=5)
+    result = await write(engine, 0.5)
+    assert (result.text(), result.ids()[-1]) == ("abCDe", EOS)
+    assert result.last.finish_reason == "stop"
+
+
+async def test_the_teacher_may_end_it(pair):
+    engine, teacher = pair(ask_at={2}, ends_at=9, span_tokens=4)
+    teacher.ends_at = 3
+    result = await write(engine, 0.5, max_tokens=20)
+    assert (result.text(), result.ids()[-1]) == ("abC", EOS)
+    assert result.last.finish_reason == "stop"
+    assert result.report.spans == [[2, 4]]
+    assert spent(engine) == (2, 1)  # of the four that were reserved
+    assert len(engine.segments) == 1
+
+
+# Budgets
+
+
+async def test_a_budget_of_0_is_one_plain_request(pair):
+    engine, teacher = pair(ask_at={2})
+    result = await write(engine, 0, temperature=0.3, options={"priority": 3})
+    assert result.text() == "abcdefgh"
+    assert teacher.calls == []
+    (segment,) = engine.segments
+    assert (segment.request_id, segment.options, segment.price) == ("r", {"priority": 3}, INF)
+    assert segment.params.temperature == 0.3
+    assert segment.params.extra_args is None
+    assert result.report.as_dict() | {"rate": 0} == Report().as_dict()
+    assert result.report.completion_tokens == 8
+    assert result.exchange.finished
+
+
+@pytest.mark.parametrize("kind", [DELTA, CUMULATIVE, FINAL_ONLY])
+async def test_a_plain_requests_tokens_are_counted(pair, kind):
+    engine, _ = pair(ends_at=4)
+    assert (await write(engine, 0, output_kind=kind)).report.completion_tokens == 5
+
+
+async def test_a_budget_of_1_is_one_call(pair):
+    engine, teacher = pair()
+    result = await write(engine, 1)
+    assert result.text() == "ABCDEFGH"
+    assert engine.segments == []
+    assert [call.tokens for call in teacher.calls] == [8]
+    assert (result.report.calls, result.report.spans) == (1, [[0, 8]])
+
+
+async def test_without_a_budget_the_default_holds(pair):
+    engine, teacher = pair(ask_at={2}, default=0.5)
+    assert (await write(engine)).text() == "abCDefgh"
+    engine, teacher = pair(ask_at={2}, default=0)
+    assert (await write(engine)).text() == "abcdefgh"
+    assert teacher.calls == []
+
+
+async def test_a_spent_budget_forbids_asking(pair):
+    engine, _ = pair(ask_at=range(100))
+    result = await write(engine, {"tokens": 3}, max_tokens=10)
+    assert result.text() == "ABCdefghij"
+    assert [segment.price for segment in engine.segments][-1] == INF
+    assert result.report.denied == {}  # it never came to a refusal
+
+
+async def test_the_terms_travel_with_each_segment(pair):
+    engine, _ = pair(ask_at={0, 4})
+    await write(engine, 0.25, max_tokens=20, extra_args={"caller": "x"})
+    # behind the first span: 2 + 2 <= 0.25 * (length + 2) + 2 from a length of 6, four tokens later
+    assert [(s.price, s.not_before) for s in engine.segments] == [(1.0, 0), (1.0, 4)]
+    assert all(segment.params.extra_args["caller"] == "x" for segment in engine.segments)
+
+
+@pytest.mark.parametrize("span_tokens", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    "budget", [0.05, 0.1, 0.25, 0.5, 0.9, {"tokens": 7}, {"calls": 3}, {"fraction": 0.3, "tokens": 9}]
+)
+async def test_a_student_that_always_asks_stays_within_its_budget(pair, budget, span_tokens):
+    engine, _ = pair(ask_at=range(1000), span_tokens=span_tokens)
+    result = await write(engine, budget, max_tokens=120)
+    bound = Budget.model_validate(budget)
+    by_teacher = [character.isupper() for character in result.text()]
+    assert any(by_teacher)
+    for length in range(1, len(by_teacher) + 1):
+        tokens = sum(by_teacher[:length])
+        if bound.fraction is not None:
+            assert tokens <= bound.fraction * length + span_tokens + 1e-9
+        assert bound.tokens is None or tokens <= bound.tokens
+    assert bound.calls is None or result.report.calls <= bound.calls
+    assert result.report.tokens == sum(by_teacher)
+    assert result.report.denied == {}
+
+
+# A teacher that fails
+
+
+async def test_a_lost_teacher_leaves_the_rest_to_the_student(pair):
+    engine, teacher = pair(ask_at={2, 6}, fails_at=2)
+    result = await write(engine, 0.5, max_tokens=8)
+    assert result.text() == "abcdefgh"
+    assert result.report.degraded
+    assert result.report.denied == {"timeout": 1}
+    assert (result.report.calls, result.report.tokens) == (1, 0)
+    assert result.report.as_dict()["spans"] == []
+    assert spent(engine) == (0, 1)
+    assert engine.segments[-1].price == INF
+    assert len(teacher.calls) == 1
+
+
+async def test_what_a_teacher_wrote_before_it_was_lost_stays(pair):
+    engine, teacher = pair(ask_at={2}, fails_at=4, span_tokens=4)
+    result = await write(engine, 0.5, max_tokens=8)
+    assert result.text() == "abCDefgh"
+    assert (result.report.spans, result.report.tokens) == ([[2, 4]], 2)
+    assert spent(engine) == (2, 1)
+    assert teacher.calls[0].closed
+    assert bytes(engine.segments[-1].prefix) == b"HiabCD"
+
+
+async def test_a_lost_teacher_can_be_an_error(pair):
+    engine, _ = pair(ask_at={2}, fails_at=3, on_teacher_error="error")
+    failed = count("wheels_requests_total", outcome="error")
+    outputs, exchange = start(engine, 0.5)
+    written = [(await anext(outputs)).outputs[0].token_ids for _ in range(3)]
+    assert written == [[ord("a")], [ord("b")], [ord("C")]]
+    with pytest.raises(GracefulHTTPError, match="the teacher failed: the script says so") as error:
+        await anext(outputs)
+    assert error.value.http_status == HTTPStatus.BAD_GATEWAY
+    assert spent(engine) == (1, 1)
+    assert not exchange.finished
+    assert count("wheels_requests_total", outcome="error") - failed == 1
+
+
+async def test_an_open_breaker_forbids_asking(pair):
+    engine, teacher = pair(ask_at={2})
+    teacher.breaker.failed()
+    result = await write(engine, 0.5)
+    assert result.text() == "abcdefgh"
+    assert (result.report.degraded, result.report.denied) == (True, {"breaker": 1})
+    assert teacher.calls == []
+    assert [segment.price for segment in engine.segments] == [INF]
+
+
+async def test_a_breaker_that_opens_meanwhile_refuses_the_span(pair):
+    engine, teacher = pair(ask_at={2})
+    outputs, exchange = start(engine, 0.5)
+    text = ""
+    async for output in outputs:
+        teacher.breaker.failed()  # by another request
+        text += bytes(output.outputs[0].token_ids).decode()
+    assert text == "abcdefgh"
+    assert exchange.total().denied == {"breaker": 1}
+    assert exchange.total().degraded
+    assert spent(engine) == (0, 0)
+    assert teacher.calls == []
+
+
+@pytest.mark.parametrize(("context", "text"), [(4, "abcdefgh"), (5, "abCdefgh"), (6, "abCDefgh")])
+async def test_the_teachers_context_bounds_a_span(pair, context, text):
+    engine, _ = pair(ask_at={2}, max_model_len=context)  # two tokens of prompt, two of the student
+    result = await write(engine, {"calls": 1})
+    assert result.text() == text
+    assert result.report.denied == ({"context": 1} if context == 4 else {})
+    assert not result.report.degraded
+
+
+# Clients that leave
+
+
+async def test_leaving_amid_a_span_closes_the_call_and_settles(pair):
+    engine, teacher = pair(ask_at={2}, span_tokens=4)
+    aborted = count("wheels_requests_total", outcome="aborted")
+    outputs, exchange = start(engine, 0.5)
+    text = ""
+    async for output in outputs:
+        text += bytes(output.outputs[0].token_ids).decode()
+        if text.endswith("D"):
+            break
+    assert spent(engine) == (4, 1)  # reserved
+    await outputs.aclose()
+    assert spent(engine) == (2, 1)
+    assert teacher.calls[0].closed
+    assert not exchange.finished
+    assert count("wheels_requests_total", outcome="aborted") - aborted == 1
+
+
+async def test_leaving_amid_a_segment_closes_it(pair):
+    engine, teacher = pair()
+    outputs, _ = start(engine, 0.5)
+    await anext(outputs)
+    await outputs.aclose()
+    assert engine.segments[0].closed
+    assert teacher.calls == []
+
+
+async def test_leaving_a_plain_request_closes_it(pair):
+    engine, _ = pair()
+    outputs, _ = start(engine, 0)
+    await anext(outputs)
+    await outputs.aclose()
+    assert engine.segments[0].closed
+
+
+async def test_cancelling_while_the_teacher_hangs_closes_the_call_and_settles(pair):
+    engine, teacher = pair(ask_at={2}, hangs_at=3, span_tokens=4)
+    task = asyncio.create_task(write(engine, 0.5))
+    await teacher.hanging.acquire()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert teacher.calls[0].closed
+    assert spent(engine) == (1, 1)
+
+
+async def test_leaving_two_choices_closes_both(pair):
+    engine, teacher = pair(ask_at={2}, hangs_at=3, span_tokens=4)
+    task = asyncio.create_task(write(engine, 0.5, n=2))
+    await teacher.hanging.acquire()
+    await teacher.hanging.acquire()
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    for _ in range(10):  # the iterators of both choices end in tasks of their own
+        await asyncio.sleep(0)
+    assert [call.closed for call in teacher.calls] == [True, True]
+    assert [choice.bucket.spent for choice in engine.choices] == [1, 1]
+
+
+# Stop strings, minimum lengths, seeds
+
+
+@pytest.mark.parametrize(
+    ("stop", "shown", "kept"), [("bC", "a", "abC"), ("CD", "ab", "abCD"), ("De", "abC", "abCDe")]
+)
+@pytest.mark.parametrize("kind", [DELTA, FINAL_ONLY])
+async def test_a_stop_string_ends_the_completion_wherever_it_is(pair, stop, shown, kept, kind):
+    engine, teacher = pair(ask_at={2}, span_tokens=4 if stop == "CD" else 2)
+    result = await write(engine, 0.5, stop=[stop], output_kind=kind)
+    assert "".join(new.text for new in result.choice()) == shown
+    assert result.text() == kept
+    assert (result.last.finish_reason, result.last.stop_reason) == ("stop", stop)
+    assert [output.finished for output in result.outputs].count(True) == 1
+    assert all(call.closed for call in teacher.calls)
+    assert all(segment.closed for segment in engine.segments)
+    assert result.report.completion_tokens == len(kept)
+    assert result.report.tokens == sum(character.isupper() for character in kept)
+
+
+async def test_min_tokens_hold_the_ending_back_but_not_the_question(pair):
+    engine, teacher = pair(ask_at={1}, ends_at=4, span_tokens=1)
+    result = await write(engine, 0.5, min_tokens=6, max_tokens=9)
+    assert result.text() == "aBcdefghi"
+    assert [call.min_tokens for call in teacher.calls] == [5]  # one was written
+    assert [segment.params.min_tokens for segment in engine.segments] == [0, 0, 0]
+    assert [segment.params.max_tokens for segment in engine.segments] == [6, 4, 3]
+    assert [(segment.params.logit_bias or {}).get(EOS) for segment in engine.segments] == [-100, -100, None]
+
+
+async def test_min_tokens_are_no_length_of_their_own(pair):
+    engine, _ = pair(ends_at=4)
+    result = await write(engine, 0.5, min_tokens=2, max_tokens=9)
+    assert (result.text(), result.last.finish_reason) == ("abcd", "stop")
+
+
+async def test_every_segment_has_a_seed_of_its_own(pair):
+    engine, teacher = pair(ask_at={2, 6})
+    await write(engine, 0.5, max_tokens=10, seed=7)
+    seeds = [s.params.seed for s in engine.segments] + [call.seed for call in teacher.calls]
+    assert seeds[0] == 7
+    assert len(set(seeds)) == 5
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+async def test_the_same_seed_gives_the_same_seeds(pair):
+    async def seeds() -> list[int]:
+        engine, _ = pair(ask_at={2})
+        await write(engine, 0.5, seed=2**63 - 1)
+        return [segment.params.seed for segment in engine.segments]
+
+    assert await seeds() == await seeds()
+
+
+async def test_without_a_seed_there_is_none(pair):
+    engine, teacher = pair(ask_at={2})
+    await write(engine, 0.5)
+    assert [s.params.seed for s in engine.segments] == [None, None]
+    assert [call.seed for call in teacher.calls] == [None]
+
+
+# What the student's engine is asked
+
+
+async def test_the_escalation_token_stops_a_segment_and_is_no_stop_of_the_callers(pair):
+    engine, _ = pair(ask_at={2})
+    params = SamplingParams(max_tokens=8, output_kind=DELTA, stop_token_ids=[5], stop=["zz"])
+    outputs = engine.generate(PROMPT, params, "r")
+    assert [output async for output in outputs]
+    assert all(s.params.stop_token_ids == [5, RESERVED.escalation] for s in engine.segments)
+    assert all(s.params.stop == [] and s.params.detokenize is False for s in engine.segments)
+    assert (params.stop_token_ids, params.stop, params.extra_args) == ([5], ["zz"], None)
+
+
+async def test_allowed_tokens_leave_the_gate_its_rows(pair):
+    engine, _ = pair()
+    await write(engine, 0.5, allowed_token_ids=[97, 98])
+    assert engine.segments[0].params.allowed_token_ids == [97, 98, 260, 261, 262, 263]
+
+
+async def test_ids_and_options_of_segments(pair):
+    engine, teacher = pair(ask_at={2, 6})
+    await write(engine, 0.5, max_tokens=10, options={"priority": 3})
+    ids = [segment.request_id for segment in engine.segments] + [call.request_id for call in teacher.calls]
+    assert len(set(ids)) == 5
+    assert all(request_id.startswith("r-") for request_id in ids)
+    assert all(segment.options == {"priority": 3} for segment in engine.segments)
+
+
+async def test_max_tokens_are_what_is_left(pair):
+    engine, _ = pair(ask_at={2})
+    await write(engine, 0.5, max_tokens=10)
+    assert [segment.params.max_tokens for segment in engine.segments] == [10, 6]
+
+
+@pytest.mark.parametrize("wanted", [None, 500])
+async def test_the_context_bounds_a_completion(pair, wanted):
+    engine, _ = pair(ask_at={2})
+    result = await write(engine, 0.5, max_tokens=wanted)
+    assert len(result.ids()) == 200 - len(PROMPT_IDS)
+    assert result.last.finish_reason == "length"
+
+
+# What the caller gets
+
+
+@pytest.mark.parametrize("kind", [CUMULATIVE, FINAL_ONLY])
+async def test_outputs_come_in_the_kind_that_was_asked_for(pair, kind):
+    engine, _ = pair(ask_at={2})
+    result = await write(engine, 0.5, max_tokens=6, output_kind=kind)
+    assert (result.last.text, bytes(result.last.token_ids)) == ("abCDef", b"abCDef")
+    assert [output.finished for output in result.outputs].count(True) == 1
+    assert result.outputs[-1].finished
+    if kind == FINAL_ONLY:
+        assert len(result.outputs) == 1
+
+
+async def test_outputs_name_the_request_as_the_caller_did(pair):
+    engine, _ = pair(ask_at={2})
+    result = await write(engine, 0.5)
+    for output in result.outputs:
+        assert (output.request_id, output.prompt, output.prompt_token_ids) == ("r", "Hi", PROMPT_IDS)
+        assert output.num_cached_tokens == 1  # of the first segment: half of its prefix
+
+
+async def test_log_probabilities_are_of_whoever_wrote_the_token(pair):
+    engine, _ = pair(ask_at={2})
+    result = await write(engine, 0.5, max_tokens=6, logprobs=0)
+    entries = [entry for new in result.choice() for entry in new.logprobs]
+    assert [entry[token].logprob for entry, token in zip(entries, result.ids(), strict=True)] == [
+        -1.0,
+        -1.0,
+        -0.5,
+        -0.5,
+        -1.0,
+        -1.0,
+    ]
+    assert result.last.cumulative_logprob == -5.0
+
+
+async def test_no_output_is_empty(pair):
+    engine, _ = pair(ask_at={2, 6})
+    result = await write(engine, 0.5, max_tokens=10)
+    assert all(output.outputs[0].token_ids for output in result.outputs)
+
+
+# Several choices
+
+
+async def test_choices_are_written_apart(pair):
+    engine, teacher = pair(ask_at={2})
+    result = await write(engine, 0.5, n=3, max_tokens=6, seed=7)
+    assert [result.text(index) for index in range(3)] == ["abCDef"] * 3
+    assert [report.spans for report in result.exchange.reports] == [[[2, 4]]] * 3
+    assert len(teacher.calls) == 3
+    first = [s.params.seed for s in engine.segments if bytes(s.prefix) == b"Hi"]
+    assert sorted(first) == [7, 8, 9]
+    assert all(segment.params.n == 1 for segment in engine.segments)
+    assert [output.finished for output in result.outputs] == [False] * (len(result.outputs) - 1) + [True]
+
+
+async def test_final_choices_come_together_in_order(pair):
+    engine, _ = pair(ask_at={2})
+    result = await write(engine, 0.5, n=3, max_tokens=6, output_kind=FINAL_ONLY)
+    (output,) = result.outputs
+    assert output.finished
+    assert [(new.index, new.text) for new in output.outputs] == [(i, "abCDef") for i in range(3)]
+
+
+async def test_every_choice_has_the_whole_budget(pair):
+    engine, _ = pair(ask_at=range(100))
+    result = await write(engine, {"tokens": 2}, n=2, max_tokens=5)
+    assert [report.tokens for report in result.exchange.reports] == [2, 2]
+
+
+# What is refused
+
+
+async def test_a_parameter_that_two_models_cannot_honour_is_refused(pair):
+    engine, _ = pair()
+    with pytest.raises(VLLMValidationError, match="teacher_budget above 0") as error:
+        start(engine, 0.5, presence_penalty=1.0)
+    assert error.value.parameter == "presence_penalty"
+    with pytest.raises(VLLMValidationError) as error:
+        start(engine, 0.5, unsupported="use_beam_search")
+    assert error.value.parameter == "use_beam_search"
+    assert engine.segments == []
+
+
+@pytest.mark.parametrize("budget", [None, 0])
+async def test_without_a_budget_of_its_own_such_a_request_is_the_students_alone(pair, budget):
+    engine, teacher = pair(ask_at={2})
+    result = await write(engine, budget, presence_penalty=1.0)
+    assert result.text() == "abcdefgh"
+    assert engine.segments[0].params.presence_penalty == 1.0
+    assert teacher.calls == []
+
+
+@pytest.mark.parametrize("budget", [0, 0.5, 1])
+async def test_reserved_rows_and_the_price_are_not_the_clients(pair, budget):
+    engine, _ = pair()
+    with pytest.raises(VLLMValidationError, match="reserved"):
+        start(engine, budget, stop_token_ids=[RESERVED.escalation])
+    with pytest.raises(VLLMValidationError, match="the price is the router's to set"):
+        start(engine, budget, extra_args={PRICE: -INF})
+
+
+# Metrics
+
+
+async def test_requests_tokens_and_escalations_are_counted(pair):
+    engine, _ = pair(ask_at={2})
+    series = [
+        ("wheels_requests_total", {"outcome": "finished"}, 1),
+        ("wheels_completion_tokens_total", {"source": "student"}, 4),
+        ("wheels_completion_tokens_total", {"source": "teacher"}, 2),
+        ("wheels_escalations_total", {"decision": "granted", "reason": "gate"}, 1),
+        ("wheels_teacher_rate_count", {}, 1),
+        ("wheels_teacher_rate_sum", {}, 2 / 6),
+    ]
+    before = [count(name, **labels) for name, labels, _ in series]
+    await write(engine, 0.5, max_tokens=6)
+    after = [count(name, **labels) for name, labels, _ in series]
+    assert [b - a for a, b in zip(before, after, strict=True)] == pytest.approx([n for *_, n in series])
+
+
+async def test_a_degraded_request_is_counted_as_such(pair):
+    engine, _ = pair(ask_at={2}, fails_at=2)
+    series = [
+        ("wheels_requests_total", {"outcome": "degraded"}),
+        ("wheels_escalations_total", {"decision": "denied", "reason": "timeout"}),
+    ]
+    before = [count(name, **labels) for name, labels in series]
+    await write(engine, 0.5)
+    assert [count(name, **labels) for name, labels in series] == [n + 1 for n in before]
