@@ -1,62 +1,14 @@
-"""A Redis of the tests' own; and by its place, what lies here can be imported by every test."""
+"""By the place of this file, what lies beside it can be imported by every test."""
 
-import shutil
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-
-class RedisServer:
-    """redis-server on a free port, with every write on disk before it is answered."""
-
-    def __init__(self, directory: Path, *options: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"redis://127.0.0.1:{self.port}"
-        self._command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        self._command += ["--dir", str(directory), "--appendonly", "yes", "--appendfsync", "always", *options]
-        self.process: subprocess.Popen[bytes] | None = None
-        self.start()
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 20
-        while not self._answers():
-            assert self.process.poll() is None, "redis-server did not start"
-            assert time.monotonic() < deadline, "redis-server does not answer"
-            time.sleep(0.02)
-
-    def _answers(self) -> bool:
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
-                connection.sendall(b"PING\r\n")
-                return connection.recv(64) == b"+PONG\r\n"
-        except OSError:
-            return False
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def command(self, *words: str) -> str:
-        """What redis-cli answers."""
-        command = ["redis-cli", "-p", str(self.port), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-
-@pytest.fixture(scope="session")
-def redis_available() -> None:
-    if shutil.which("redis-server") is None:
-        pytest.fail("these tests start a redis-server: install it (Debian: redis-server)")
+from redis_server import RedisServer
 
 
 @pytest.fixture
-def redis_server(tmp_path: Path, redis_available: None) -> Iterator[RedisServer]:
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
     server = RedisServer(tmp_path)
     yield server
     server.stop()

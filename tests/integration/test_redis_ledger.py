@@ -1,0 +1,382 @@
+"""The Redis ledger against a real redis-server: interleavings, processes that die, a Redis that goes away."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ledger_worker as worker
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
+from ledger_machine import LEASE_SECONDS, LedgerMachine
+from redis import Redis as SyncRedis
+from redis_server import RedisServer, free_port
+
+from router.ledger import Denial, FractionOfTraffic, Lease, Scope, TokensPerWindow
+from router.ledger.redis import RedisLedger
+
+T = TypeVar("T")
+
+TENANT = Scope("tenant", "acme", TokensPerWindow(tokens=100, window_seconds=3600))
+RATE = Scope("global", "", FractionOfTraffic(fraction=0.5, window_seconds=3600, slack_tokens=8))
+TIMEOUT = 0.2
+
+
+class RedisMachine(LedgerMachine):
+    """Every example has a prefix, hence a state, of its own. A restart also empties the script cache."""
+
+    url = ""
+    examples = 0
+
+    def open(self) -> RedisLedger:
+        type(self).examples += 1
+        self.prefix = f"example{self.examples}"
+        self.runner = asyncio.Runner()
+        return self.connect()
+
+    def connect(self) -> RedisLedger:
+        async def connect() -> RedisLedger:
+            return RedisLedger.connect(
+                self.url,
+                prefix=self.prefix,
+                lease_seconds=LEASE_SECONDS,
+                on_expiry=self.on_expiry,
+                timeout=5.0,
+                clock=self.clock,
+            )
+
+        return self.run(connect())
+
+    def reopen(self) -> RedisLedger:
+        super().close()
+        with SyncRedis.from_url(self.url) as redis:
+            redis.script_flush()
+        return self.connect()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(coroutine)
+
+    def close(self) -> None:
+        super().close()
+        self.runner.close()
+
+
+class ChargingRedisMachine(RedisMachine):
+    on_expiry = "charge"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("machine", [RedisMachine, ChargingRedisMachine])
+def test_never_over_the_bound_and_nothing_leaked(
+    machine: type[RedisMachine], redis_server: RedisServer
+) -> None:
+    machine.url = redis_server.url
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=40,
+            stateful_step_count=30,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+@contextmanager
+def gateways(url: str, count: int, directory: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Worker processes; their output goes to DIRECTORY/0, 1, …"""
+    processes = []
+    try:
+        for i in range(count):
+            with (directory / str(i)).open("wb") as output:
+                command = [sys.executable, worker.__file__, url, str(i)]
+                root = Path(__file__).parents[2]
+                processes.append(subprocess.Popen(command, stdout=output, cwd=root, env=_environment(root)))
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _environment(root: Path) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(root)}
+
+
+def lines(directory: Path, i: int) -> list[str]:
+    """What a worker printed, but for a line that its death cut short."""
+    return (directory / str(i)).read_text().split("\n")[:-1]
+
+
+async def until(condition: Callable[[], Coroutine[Any, Any, bool]], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not await condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        await asyncio.sleep(0.02)
+
+
+@pytest.mark.timeout(300)
+async def test_four_gateways_some_killed(redis_server: RedisServer, tmp_path: Path) -> None:
+    """Thousands of concurrent reservations, two of four processes killed: not a token over the limit."""
+    ledger = RedisLedger.connect(redis_server.url, lease_seconds=worker.LEASE_SECONDS, timeout=2.0)
+    limit = worker.EVERYBODY.limit.tokens
+    highest = 0
+
+    async def everybody():  # type: ignore[no-untyped-def]
+        nonlocal highest
+        (status,) = await ledger.status([worker.EVERYBODY])
+        highest = max(highest, status.spent + status.reserved)
+        assert highest <= limit
+        return status
+
+    async def half_spent() -> bool:
+        return (await everybody()).spent > limit / 2
+
+    with gateways(redis_server.url, 4, tmp_path) as processes:
+        await until(half_spent, 120)
+        for victim in processes[:2]:
+            victim.send_signal(signal.SIGKILL)
+            victim.wait()
+        died = time.monotonic()
+        held = (await everybody()).reserved
+        assert held > 0
+
+        async def all_spent() -> bool:
+            status = await everybody()
+            return status.spent == limit and status.reserved == 0
+
+        # The survivors go on until the last token is spent, those of the dead included.
+        await until(all_spent, 120)
+        assert await ledger.status([worker.TENANT]) is not None
+    # What the dead held came back within its lease: a refused survivor asks every 0.2 s.
+    settled = [[int(line) for line in lines(tmp_path, i) if line != "-"] for i in range(4)]
+    assert sum(map(len, settled)) > 3000
+    assert all(settled), "every gateway got its share"
+    # A worker that was killed may have settled without having said so; one span per stream at most.
+    unsaid = limit - sum(map(sum, settled))
+    assert 0 <= unsaid <= 2 * worker.STREAMS * 8
+    assert time.monotonic() - died < 120
+    await ledger.aclose()
+
+
+async def test_what_the_dead_held_comes_back_within_its_lease(redis_server: RedisServer) -> None:
+    dead = RedisLedger.connect(redis_server.url, lease_seconds=1.0)
+    alive = RedisLedger.connect(redis_server.url, lease_seconds=1.0)
+    started = time.monotonic()
+    assert isinstance(await dead.reserve([TENANT, RATE], 8), Lease)
+    assert isinstance(await dead.reserve([TENANT], 92), Lease)
+    await dead._client.aclose()  # a killed process closes its connections, and says nothing else
+
+    async def free() -> bool:
+        return isinstance(await alive.reserve([TENANT, RATE], 8), Lease)
+
+    assert not await free()
+    await until(free, 5)
+    assert 0.9 < time.monotonic() - started < 1.5
+    await alive.aclose()
+
+
+async def test_the_time_is_redis_own(redis_server: RedisServer) -> None:
+    """A lease ends by Redis's clock; its holder's deadline lies safely before that."""
+    ledger = RedisLedger.connect(redis_server.url, lease_seconds=10.0)
+    before = time.monotonic()
+    lease = await ledger.reserve([TENANT], 8)
+    assert before + 7.9 < lease.deadline < before + 8.1
+    (expiry,) = (
+        score
+        for _, score in SyncRedis.from_url(redis_server.url).zrange(
+            _key(TENANT, "leases"), 0, -1, withscores=True
+        )
+    )
+    assert time.time() + 9 < expiry / 1000 < time.time() + 10.1
+    await ledger.aclose()
+
+
+def _key(scope: Scope, part: str) -> str:
+    return f"{{wheels}}:{scope.id}:{part}"
+
+
+async def test_all_keys_have_one_slot_in_a_cluster(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+    try:
+        server.command("cluster", "addslotsrange", "0", "16383")
+        ledger = RedisLedger.connect(server.url, cluster=True, timeout=5.0)
+
+        async def up() -> bool:
+            return "cluster_state:ok" in server.command("cluster", "info")
+
+        await until(up, 20)
+        lease = await ledger.reserve([TENANT, RATE], 8)
+        assert isinstance(lease, Lease)
+        assert await ledger.settle(lease, 5) == "settled"
+        assert await ledger.settle(lease, 5) == "unknown"
+        await ledger.record([TENANT, RATE], 100)
+        statuses = await ledger.status([TENANT, RATE])
+        assert [(s.spent, s.reserved, s.student_tokens) for s in statuses] == [(5, 0, 100)] * 2
+        await ledger.aclose()
+    finally:
+        server.stop()
+
+
+async def test_idle_scopes_vanish(redis_server: RedisServer) -> None:
+    """Every key has a time to live: two windows and a lease."""
+    ledger = RedisLedger.connect(redis_server.url, lease_seconds=10.0)
+    await ledger.reserve([TENANT], 8)
+    for part in ("state", "held", "leases"):
+        assert 7_200_000 < int(redis_server.command("pttl", _key(TENANT, part))) <= 7_210_000
+    await ledger.aclose()
+
+
+# Redis goes away
+
+
+def answer(ledger: RedisLedger) -> Coroutine[Any, Any, Lease | Denial]:
+    return ledger.reserve([TENANT, RATE], 4)
+
+
+async def timed(coroutine: Coroutine[Any, Any, T]) -> tuple[T, float]:
+    started = time.perf_counter()
+    return await coroutine, time.perf_counter() - started
+
+
+def ledger_at(server: RedisServer, **options: Any) -> RedisLedger:
+    return RedisLedger.connect(server.url, timeout=TIMEOUT, retry_seconds=0.3, **options)
+
+
+@pytest.mark.parametrize("rule", ["refuse", "allow"])
+@pytest.mark.parametrize("fault", ["gone", "paused"])
+async def test_redis_away(redis_server: RedisServer, rule: str, fault: str) -> None:
+    """Refused or allowed as configured, within the timeout; at once after three failures; back by itself."""
+    ledger = ledger_at(redis_server, when_unavailable=rule)
+    lease = await answer(ledger)
+    assert isinstance(lease, Lease)
+    if fault == "gone":
+        redis_server.stop()
+    else:
+        redis_server.process.send_signal(signal.SIGSTOP)
+    waits = []
+    for _ in range(12):
+        reply, seconds = await timed(answer(ledger))
+        waits.append(seconds)
+        if rule == "refuse":
+            assert isinstance(reply, Denial)
+            assert (reply.reason, reply.label, reply.retry_after_seconds) == (
+                "unavailable",
+                "unavailable",
+                0.3,
+            )
+        else:
+            assert isinstance(reply, Lease)
+            assert not reply.accounted
+            assert await ledger.settle(reply, 4) == "settled"
+    assert max(waits) < TIMEOUT + 0.1
+    assert sorted(waits)[6] < 0.005, "an absent Redis costs a wait only now and then"
+    assert not ledger.available
+    assert await ledger.status([TENANT]) is None
+    outcome, seconds = await timed(ledger.settle(lease, 3))
+    assert outcome == "deferred"
+    assert seconds < TIMEOUT + 0.1
+    await ledger.record([TENANT], 10)
+
+    if fault == "gone":
+        redis_server.start()
+    else:
+        redis_server.process.send_signal(signal.SIGCONT)
+
+    async def settled() -> bool:
+        statuses = await ledger.status([TENANT])
+        return statuses is not None and (statuses[0].spent, statuses[0].reserved) == (3, 0)
+
+    await until(settled, 5)  # the settlement arrived, and nothing that was refused meanwhile is held
+    assert ledger.available
+    assert isinstance(await answer(ledger), Lease)
+    await ledger.aclose()
+
+
+async def test_restart_under_load_loses_nothing(redis_server: RedisServer) -> None:
+    """Redis killed and restarted while 40 streams reserve and settle: spent exactly what was settled."""
+    ledger = ledger_at(redis_server)
+    scope = Scope("global", "", TokensPerWindow(tokens=10**6, window_seconds=3600))
+    spent, refused, slowest, stop = 0, 0, 0.0, False
+
+    async def stream() -> None:
+        nonlocal spent, refused, slowest
+        while not stop:
+            reply, seconds = await timed(ledger.reserve([scope], 5))
+            slowest = max(slowest, seconds)
+            if isinstance(reply, Denial):
+                refused += 1
+                await asyncio.sleep(0.02)
+                continue
+            await asyncio.sleep(0.005)
+            _, seconds = await timed(ledger.settle(reply, 3))
+            slowest = max(slowest, seconds)
+            spent += 3
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(40):
+            group.create_task(stream())
+        for _ in range(3):
+            await asyncio.sleep(0.4)
+            await asyncio.to_thread(redis_server.stop)
+            await asyncio.sleep(0.4)
+            await asyncio.to_thread(redis_server.start)
+            await asyncio.sleep(0.4)
+        stop = True
+    assert spent > 0
+    assert refused > 0
+    assert slowest < TIMEOUT + 0.3
+
+    async def exact() -> bool:
+        statuses = await ledger.status([scope])
+        return statuses is not None and (statuses[0].spent, statuses[0].reserved) == (spent, 0)
+
+    await until(exact, 5)
+    await ledger.aclose()
+
+
+async def test_a_cancelled_reservation_holds_nothing(redis_server: RedisServer) -> None:
+    """Clients that leave while the reservation is under way, at every possible moment."""
+    ledger = RedisLedger.connect(redis_server.url, timeout=5.0, connections=4)
+    scope = Scope("global", "", TokensPerWindow(tokens=10**6, window_seconds=3600))
+    await ledger.reserve([scope], 1)
+    tasks = []
+    for i in range(300):
+        tasks.append(asyncio.create_task(ledger.reserve([scope], 7)))
+        await asyncio.sleep(i % 10 * 0.0001)
+        tasks[-1].cancel()
+    replies = await asyncio.gather(*tasks, return_exceptions=True)
+    for reply in replies:
+        if isinstance(reply, Lease):
+            await ledger.settle(reply, 0)
+    assert any(isinstance(reply, asyncio.CancelledError) for reply in replies)
+
+    async def only_the_first() -> bool:
+        (status,) = await ledger.status([scope])
+        return (status.spent, status.reserved) == (0, 1)
+
+    await until(only_the_first, 5)
+    assert isinstance(await ledger.reserve([scope], 3), Lease), "the connections are in order"
+    await ledger.aclose()
+
+
+async def test_a_full_redis_is_an_absent_one(redis_server: RedisServer) -> None:
+    """An error reply is no permission."""
+    ledger = ledger_at(redis_server)
+    assert isinstance(await answer(ledger), Lease)
+    redis_server.command("config", "set", "maxmemory", "1")
+    reply = await answer(ledger)
+    assert isinstance(reply, Denial)
+    assert reply.reason == "unavailable"
+    redis_server.command("config", "set", "maxmemory", "0")
+    assert isinstance(await answer(ledger), Lease)
+    await ledger.aclose()
