@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
 import pytest
@@ -39,6 +39,24 @@ def imports(package: str) -> Iterator[tuple[Path, str]]:
                 yield from ((file, alias.name.split(".")[0]) for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 yield file, (node.module or "").split(".")[0]
+
+
+@pytest.mark.parametrize(("package", "extras"), [("router", []), ("server", []), ("training", ["train"])])
+def test_every_import_is_declared(package: str, extras: list[str]) -> None:
+    """Torch and vLLM come with the build's extra, cpu or gpu."""
+    lines = [
+        *PROJECT["dependencies"],
+        *(line for e in extras for line in PROJECT["optional-dependencies"][e]),
+    ]
+    declared = {canonicalize_name(Requirement(line).name) for line in lines}
+    distributions = packages_distributions()
+    foreign = {name for _, name in imports(package)} - sys.stdlib_module_names - {*PACKAGES, "torch", "vllm"}
+    undeclared = {
+        name
+        for name in foreign
+        if not declared & {canonicalize_name(found) for found in distributions.get(name, ())}
+    }
+    assert undeclared == set()
 
 
 def test_every_direct_dependency_is_pinned() -> None:
