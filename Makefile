@@ -65,10 +65,10 @@ lint: setup  ## Ruff
 	$(BIN)/ruff check .
 
 unit: setup  ## Unit tests: seconds, no engine
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest tests/unit $(ARGS)
 
 integration: setup  ## Integration tests: real vLLM engines
-	$(BIN)/pytest -m integration $(ARGS)
+	$(BIN)/pytest tests/integration -m integration $(ARGS)
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache build dist
