@@ -41,13 +41,13 @@ UV := $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt
 # For the rest uv is first, because it is ten times faster; pip follows, as it may know an index that uv does not.
 # Torch's companions come as CUDA builds, which do not load beside a CPU torch and break `import transformers`.
 install-cpu:
-	@$(PIP) uv
+	@$(PIP) uv || echo 'no uv: pip does it all'
 	$(PIP) --no-deps '$(CPU_TORCH)' || $(UV) --no-deps --torch-backend cpu '$(CPU_TORCH)'
 	$(UV) -e '.[cpu,train,dev]' || $(PIP) -e '.[cpu,train,dev]'
 	@$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
 
 install-gpu:
-	@$(PIP) uv
+	@$(PIP) uv || echo 'no uv: pip does it all'
 	$(UV) -e '.[gpu,train,dev]' || $(PIP) -e '.[gpu,train,dev]'
 
 demo: setup  ## Two models write one answer: start both, measure, then keep serving (ONCE=1: stop after the table)
