@@ -67,9 +67,12 @@ class Books:
     def width(self) -> int:
         return int(self.scope.limit.window_seconds * 1000 / 60)
 
+    def covers(self, ms: int, now: int) -> bool:
+        """Whether the window, the current sub-window and the 60 before it, holds that moment."""
+        return ms // self.width >= now // self.width - 60
+
     def within(self, entries: list[tuple[int, int]], now: int) -> int:
-        """Sum over the current sub-window and the 60 before it."""
-        return sum(tokens for ms, tokens in entries if ms // self.width >= now // self.width - 60)
+        return sum(tokens for ms, tokens in entries if self.covers(ms, now))
 
     def room(self, reserved: int, now: int) -> int:
         limit, held = self.scope.limit, self.within(self.charges, now) + reserved
@@ -165,18 +168,19 @@ class LedgerMachine(RuleBasedStateMachine):
         outcome = self.run(self.ledger.settle(holding.lease, holding.used))
         known = holding in self.holdings and not holding.settled
         in_time = known and self.clock.ms < holding.expires_ms
+        remembered = [
+            books for books in self._books(holding) if books.covers(holding.expires_ms, self.clock.ms)
+        ]
         if in_time:
+            assert outcome == "settled"
             self._charge(holding, self.clock.ms, holding.used)
-        elif known and outcome == "late":
+        elif known and remembered:
+            assert outcome == "late"
             charged = holding.lease.tokens if self.on_expiry == "charge" else 0
-            self._charge(holding, holding.expires_ms, holding.used - charged)
-        expected = {"settled"} if in_time else {"late", "unknown"} if known else {"unknown"}
-        assert outcome in expected
-        if known and outcome == "unknown":  # forgotten only when no window could have told the difference
-            assert all(
-                holding.expires_ms // books.width < self.clock.ms // books.width - 60
-                for books in self._books(holding)
-            )
+            for books in remembered:
+                books.charges.append((holding.expires_ms, holding.used - charged))
+        else:
+            assert outcome == "unknown"
         holding.settled = True
         holding.in_time &= in_time or not known
 

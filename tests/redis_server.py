@@ -14,14 +14,16 @@ def free_port() -> int:
 
 
 class RedisServer:
-    """redis-server on a free port, with every write on disk before it is answered."""
+    """redis-server on a free port; ``durable``: every write is on disk before it is answered."""
 
-    def __init__(self, directory: Path, *options: str) -> None:
+    def __init__(self, directory: Path, *options: str, durable: bool = False) -> None:
         self.port = free_port()
         assert shutil.which("redis-server"), "these tests start a redis-server (Debian: redis-server)"
         self.url = f"redis://127.0.0.1:{self.port}"
         self._command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        self._command += ["--dir", str(directory), "--appendonly", "yes", "--appendfsync", "always", *options]
+        self._command += ["--dir", str(directory), *options]
+        if durable:
+            self._command += ["--appendonly", "yes", "--appendfsync", "always"]
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 

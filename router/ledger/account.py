@@ -34,19 +34,19 @@ class Account:
         self._lapsed: dict[str, _Held] = {}
 
     def advance(self, now_ms: int) -> None:
-        """Let time pass: sub-windows leave the window, leases expire. A clock set back stands still."""
+        """Let time pass: leases expire, sub-windows leave the window. A clock set back stands still."""
         self._now = max(self._now, now_ms)
-        if self._now // self._width > self._newest:
-            self._roll(self._now // self._width)
         while self._leases:
             lease_id, held = next(iter(self._leases.items()))
             if held.expires_ms > self._now:
-                return
+                break
             del self._leases[lease_id]
             self.reserved -= held.tokens
             self._lapsed[lease_id] = held
             if self._on_expiry == "charge":
                 self._charge(held.expires_ms // self._width, held.tokens)
+        if self._now // self._width > self._newest:
+            self._roll(self._now // self._width)
 
     def hold(self, lease_id: str, tokens: int, lease_ms: int) -> None:
         self._leases[lease_id] = _Held(tokens, self._now + lease_ms)

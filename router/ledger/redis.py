@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
-from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
+from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisClusterException, RedisError
@@ -89,19 +89,9 @@ class RedisLedger:
         cls, url: str, *, cluster: bool = False, timeout: float = 0.25, connections: int = 16, **options: Any
     ) -> "RedisLedger":
         """A ledger at ``url`` (redis://, rediss://, unix://), which need not be up yet."""
-        # The client must not try again by itself: a record is not idempotent, and time is short.
-        settings = {
-            "socket_timeout": timeout,
-            "socket_connect_timeout": timeout,
-            "retry": Retry(NoBackoff(), 0),
-        }
-        if cluster:
-            client = RedisCluster.from_url(url, max_connections=connections, **settings)
-        else:
-            pool = BlockingConnectionPool.from_url(
-                url, max_connections=connections, timeout=timeout, **settings
-            )
-            client = Redis.from_pool(pool)
+        # The client must not try again by itself, a record is not idempotent; nor does it keep the time.
+        settings = {"retry": Retry(NoBackoff(), 0), "socket_timeout": None, "socket_connect_timeout": None}
+        client = (RedisCluster if cluster else Redis).from_url(url, max_connections=connections, **settings)
         return cls(client, timeout=timeout, connections=connections, **options)
 
     async def reserve(

@@ -24,6 +24,7 @@ if not now then
   now = t[1] * 1000 + math.floor(t[2] / 1000)
 end
 local charge_expired = ARGV[2] == 'charge'
+local lease_ms = tonumber(ARGV[3])
 
 local function charge(a, sub_window, tokens)
   a.total_spent = a.total_spent + tokens
@@ -34,7 +35,7 @@ local function charge(a, sub_window, tokens)
 end
 
 local function roll(a, newest)
-  a.newest = newest
+  a.newest, a.rolled = newest, true
   local oldest, gone = newest - SUB_WINDOWS, {}
   local fields = call('HGETALL', a.state)
   for i = 1, #fields, 2 do
@@ -46,10 +47,9 @@ local function roll(a, newest)
     end
   end
   if #gone > 0 then call('HDEL', a.state, unpack(gone)) end
-  local forgotten = call('ZRANGEBYSCORE', a.lapsed, '-inf', '(' .. oldest * a.width)
-  if #forgotten > 0 then
-    call('ZREM', a.lapsed, unpack(forgotten))
-    call('HDEL', a.held, unpack(forgotten))
+  for _, id in ipairs(call('ZRANGEBYSCORE', a.lapsed, '-inf', '(' .. oldest * a.width)) do
+    call('ZREM', a.lapsed, id)
+    call('HDEL', a.held, id)
   end
 end
 
@@ -62,15 +62,16 @@ local function account(i, window)
   a.window = window
   a.width = math.ceil(window / SUB_WINDOWS)
   a.now = math.max(a.now, now)
-  local newest = math.floor(a.now / a.width)
-  if newest > a.newest then roll(a, newest) end
   for _, id in ipairs(call('ZRANGEBYSCORE', a.leases, '-inf', a.now)) do
     local tokens, expires = tonumber(call('HGET', a.held, id)), tonumber(call('ZSCORE', a.leases, id))
     call('ZREM', a.leases, id)
     call('ZADD', a.lapsed, expires, id)
+    for _, key in ipairs({a.lapsed, a.held}) do call('PEXPIRE', key, 2 * window + lease_ms) end
     a.reserved = a.reserved - tokens
     if charge_expired then charge(a, math.floor(expires / a.width), tokens) end
   end
+  local newest = math.floor(a.now / a.width)
+  if newest > a.newest then roll(a, newest) end
   return a
 end
 
@@ -82,12 +83,11 @@ local function record(a, student)
   end
 end
 
-local function save(a, lease_ms)
+-- An idle scope vanishes once nothing of it matters any more, its leases before its totals.
+local function save(a)
   call('HSET', a.state, 'now', a.now, 'newest', a.newest, 'spent', a.spent, 'student', a.student,
        'reserved', a.reserved, 'total_spent', a.total_spent, 'total_student', a.total_student)
-  -- An idle scope vanishes, but not before all of it has left the window.
-  local idle = 2 * a.window + lease_ms
-  for _, key in ipairs({a.state, a.held, a.leases, a.lapsed}) do call('PEXPIRE', key, idle) end
+  if a.rolled then call('PEXPIRE', a.state, 3 * a.window + lease_ms) end
 end
 
 local function snapshot(a)
@@ -108,7 +108,7 @@ end
 RESERVE = """
 -- ARGV: now, on_expiry, lease ms, lease id, tokens, at least, student tokens;
 -- then by scope: window ms, type, tokens or parts, slack.
-local lease_ms, id, student = tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[7])
+local id, student = ARGV[4], tonumber(ARGV[7])
 local granted, at_least = tonumber(ARGV[5]), tonumber(ARGV[6])
 local accounts, tightest = {}, 0
 
@@ -134,9 +134,10 @@ for _, a in ipairs(accounts) do
   -- Sent twice by a client library that tries again, it is still one lease.
   if grants and call('HSETNX', a.held, id, granted) == 1 then
     call('ZADD', a.leases, a.now + lease_ms, id)
+    for _, key in ipairs({a.leases, a.held}) do call('PEXPIRE', key, 2 * a.window + lease_ms) end
     a.reserved = a.reserved + granted
   end
-  save(a, lease_ms)
+  save(a)
 end
 if grants then return granted end
 return {tightest, snapshot(accounts[tightest])}
@@ -162,7 +163,7 @@ for i = 1, #KEYS / 4 do
     end
     call('HDEL', a.held, id)
   end
-  save(a, tonumber(ARGV[3]))
+  save(a)
 end
 return outcome
 """
@@ -172,7 +173,7 @@ RECORD = """
 for i = 1, #KEYS / 4 do
   local a = account(i, tonumber(ARGV[4 + i]))
   record(a, tonumber(ARGV[4]))
-  save(a, tonumber(ARGV[3]))
+  save(a)
 end
 """
 
@@ -181,7 +182,7 @@ STATUS = """
 local result = {}
 for i = 1, #KEYS / 4 do
   local a = account(i, tonumber(ARGV[3 + i]))
-  save(a, tonumber(ARGV[3]))
+  save(a)
   result[i] = snapshot(a)
 end
 return result

