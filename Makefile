@@ -25,11 +25,12 @@ help:  ## Show this list
 
 setup: $(STAMP)  ## Create the virtual environment and install (GPU or CPU build)
 
-# The stamp's absence means: never installed, interrupted, or the other build. Then start from nothing.
+# A stamp of the other build means that its vLLM is in the way: then start from nothing.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n '$(PYTHON)' || { echo 'make: needs Python 3.11 or 3.12 with ensurepip (Debian: python3-venv)' >&2; exit 1; }
 	@echo 'Installing vLLM ($(BUILD) build) and the rest into $(VENV)…'
-	@test -e $@ || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
+	@test -e $@ || ! ls $(VENV)/installed-* >/dev/null 2>&1 || rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 	@$(MAKE) --no-print-directory install-$(BUILD)
 	@touch $@
 
