@@ -85,6 +85,8 @@ def test_equal_prices_are_possible():
     [
         (1, 0.1, 0.9),  # spans of one token: the rate is the share of positions
         (1, 0.5, 0.5),
+        (1, 0.01, 0.99),
+        (1, 0.99, 0.01),
         (4, 0.5, 0.8),  # one of five positions asks: 4 teacher tokens for 4 of the student
         (4, 0.2, 1 - 1 / 17),  # one of 17: 4 teacher tokens for 16 of the student
     ],

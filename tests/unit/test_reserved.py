@@ -35,6 +35,10 @@ def test_rows_are_taken_from_what_the_tokenizer_leaves_free(vocabulary, tokenize
     assert ReservedRows.at_end(vocabulary, tokenizer) == expected
 
 
+def test_two_visible_tokens_are_enough():
+    assert ReservedRows(start=2, count=1).end == 3
+
+
 def test_fewer_rows_can_be_asked_for():
     assert ReservedRows.at_end(1024, 900, count=8) == ReservedRows(1016, 8)
 
