@@ -1,0 +1,136 @@
+"""From a budget that many requests share to a rate that each of them may aim at.
+
+The ledger sees to it that a limit holds. Whoever has only a ledger serves first come, first served, and is
+out of tokens when they are worth most. The controller moves one rate for all, hence one price, such that the
+limit is just met: a span is asked for where it is worth that price, whoever asks and whenever.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from router.ledger import FractionOfTraffic, Scope, Status, TokensPerWindow
+from router.ledger.base import SUB_WINDOWS
+from router.policy import Calibration
+
+GAIN = 100.0
+"""An error of one hundredth of what a window allows moves the rate by a factor e."""
+LAG_SECONDS = 2.0
+"""The rate follows no faster than this: a new price reaches a request with its next segment."""
+STEP = 0.05
+"""Most by which one span moves the logarithm of the rate: a small budget moves slowly."""
+JUMP = 0.5
+"""Most by which one update moves it: updates may be rare for a short window."""
+AIM = 0.98
+"""Share of a limit that is aimed at: aimed at itself, the ledger would refuse now and then."""
+EVENLY = AIM * SUB_WINDOWS / (SUB_WINDOWS + 1)
+"""The same for tokens per window: the ledger's window is up to a sub-window longer than asked for."""
+MEMORY = 0.05
+"""Traffic is estimated over about this share of a window."""
+
+
+@dataclass
+class RateController:
+    """The rate to aim at under one limit, by dual ascent on what was spent.
+
+        rate = target * exp(u),    du = GAIN * (allowed - spent) / allowed in a window
+
+    The price is the limit's dual variable; its step is proportional to the limit's violation (adaptive
+    pacing: Balseiro and Gur, Management Science 2019). Changed here: the step is taken in the logarithm of
+    the rate, from which `Calibration` makes the price, so it knows neither the gate's units nor the amount of
+    traffic; and u stops at the ends of the calibrated range, so it does not wind up while the limit does not
+    bind.
+
+    The target of a fraction is that fraction; of tokens per window, the rate that spends them evenly in time.
+    """
+
+    limit: TokensPerWindow | FractionOfTraffic
+    lowest: float
+    highest: float
+    """The calibrated range of rates."""
+    span_tokens: int
+    u: float = 0.0
+    target: float = 1.0
+    last: tuple[float, int, int] | None = None
+    """Seconds, total spent and the student's total at the last update."""
+    traffic: float = 0.0
+    """Completion tokens, and in how many seconds; both fade."""
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.limit, FractionOfTraffic) and self.limit.fraction < 1.0:
+            self.target = AIM * self.limit.fraction
+
+    @property
+    def rate(self) -> float:
+        """1 where the limit cannot bind, 0 where it allows nothing."""
+        if not 0.0 < self.target < 1.0:
+            return min(self.target, 1.0)
+        return min(max(self.target * math.exp(self.u), self.lowest), self.highest)
+
+    def update(self, now: float, status: Status) -> None:
+        """Learn what was spent up to ``now`` (seconds, of a steady clock); the more often, the better."""
+        last, self.last = self.last, (now, status.total_spent, status.total_student)
+        if last is None or status.total_student < last[2]:  # the first time, or the ledger forgot
+            return
+        seconds = now - last[0]
+        spent, student = status.total_spent - last[1], status.total_student - last[2]
+        if isinstance(self.limit, FractionOfTraffic):
+            allowed = self.target * (spent + student)
+            in_window = self.target * (status.spent + status.student_tokens)
+        else:
+            in_window = EVENLY * self.limit.tokens
+            allowed = in_window * seconds / self.limit.window_seconds
+            self._spread(seconds, spent + student)
+        if in_window <= 0 or not 0 < self.target < 1:
+            return
+        gain = min(GAIN, self.limit.window_seconds / LAG_SECONDS, STEP * in_window / self.span_tokens)
+        self.u += min(max(gain * (allowed - spent) / in_window, -JUMP), JUMP)
+        self.u = min(max(self.u, math.log(self.lowest / self.target)), math.log(self.highest / self.target))
+
+    def _spread(self, seconds: float, completion: int) -> None:
+        """The target that spends tokens per window evenly over the traffic seen lately."""
+        fade = math.exp(-seconds / (MEMORY * self.limit.window_seconds))
+        self.traffic = fade * self.traffic + completion
+        self.seconds = fade * self.seconds + seconds
+        if self.traffic > 0:
+            evenly = EVENLY * self.limit.tokens / self.limit.window_seconds
+            self.target = evenly * self.seconds / self.traffic
+
+
+@dataclass
+class PriceController:
+    """The controllers of all limits, and the price that they make together."""
+
+    calibration: Calibration
+    span_tokens: int
+    controllers: dict[str, RateController] = field(default_factory=dict)
+    """By scope id."""
+
+    def update(self, now: float, statuses: Iterable[Status]) -> None:
+        """Learn the scopes' states. Every gateway learns from the same ledger, so all aim alike."""
+        for status in statuses:
+            controller = self.controllers.get(status.scope.id)
+            if controller is None or controller.limit != status.scope.limit:
+                controller = self.controllers[status.scope.id] = RateController(
+                    limit=status.scope.limit,
+                    lowest=self.calibration.points[0][0],
+                    highest=self.calibration.points[-1][0],
+                    span_tokens=self.span_tokens,
+                )
+            controller.update(now, status)
+
+    def rate(self, scopes: Iterable[Scope], weight: float = 1.0) -> float:
+        """The rate that a request under these limits may aim at, besides what its own budget says.
+
+        ``weight`` is the tenant's priority: of what is everybody's, it gets so many times the common rate.
+        """
+        rates = [1.0]
+        for scope in scopes:
+            if controller := self.controllers.get(scope.id):
+                rates.append(controller.rate * (weight if scope.kind == "global" else 1.0))
+        return min(rates)
+
+    def price(self, scopes: Iterable[Scope], weight: float = 1.0) -> float:
+        """What a teacher token costs under these limits, in the gate's units; -inf where none binds."""
+        return self.calibration.price(self.rate(scopes, weight))
