@@ -180,8 +180,7 @@ class Denial:
     @classmethod
     def of(cls, scope: Scope, snapshot: Snapshot, tokens: int) -> "Denial":
         """The refusal of ``tokens`` by a scope in this state."""
-        retry = snapshot.retry_after_ms(scope.limit, tokens)
-        return cls(scope, scope.limit.type, None if retry is None else retry / 1000)
+        return cls(scope, scope.limit.type, _seconds(snapshot.retry_after_ms(scope.limit, tokens)))
 
     @property
     def label(self) -> str:
@@ -205,6 +204,8 @@ class Status:
     total_student: int
     reset_seconds: float
     """When all that is spent now has left the window."""
+    retry_after_seconds: float | None
+    """When there may be room for a token; 0 where there is, None = never."""
 
     @classmethod
     def of(cls, scope: Scope, snapshot: Snapshot) -> "Status":
@@ -217,6 +218,7 @@ class Status:
             total_spent=snapshot.total_spent,
             total_student=snapshot.total_student,
             reset_seconds=snapshot.leaves_ms(max(spent_in)) / 1000 if spent_in else 0.0,
+            retry_after_seconds=_seconds(snapshot.retry_after_ms(scope.limit, 1)),
         )
 
     @property
@@ -289,6 +291,10 @@ class Ledger(Protocol):
     async def aclose(self) -> None:
         """Settle what is still owed, if it can be done at once, and let go of connections."""
         ...
+
+
+def _seconds(ms: int | None) -> float | None:
+    return None if ms is None else ms / 1000
 
 
 def lease_ids() -> Iterator[str]:

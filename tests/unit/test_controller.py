@@ -18,7 +18,7 @@ def status(
     limit: FractionOfTraffic | TokensPerWindow, spent: int, student: int, kind: str = "global"
 ) -> Status:
     """A scope all of whose life lies within the window."""
-    return Status(Scope(kind, "", limit), spent, 0, student, spent, student, 0.0)
+    return Status(Scope(kind, "", limit), spent, 0, student, spent, student, 0.0, 0.0)
 
 
 def controller(limit: FractionOfTraffic | TokensPerWindow) -> RateController:

@@ -1,0 +1,46 @@
+"""What `GET /budgets` answers: every limit, what is spent of it, and the price that it makes."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from router.controller import PriceController
+from router.ledger import Status
+from server.tenants import Tenant
+
+
+def view(
+    statuses: Sequence[Status] | None, tenants: Sequence[Tenant], prices: PriceController | None
+) -> dict[str, Any]:
+    """The answer as JSON knows it; ``statuses`` None where the ledger's store is away."""
+    return {
+        "available": statuses is not None,
+        "budgets": [_budget(status, prices) for status in statuses or ()],
+        "tenants": [_tenant(tenant) for tenant in tenants],
+    }
+
+
+def _budget(status: Status, prices: PriceController | None) -> dict[str, Any]:
+    scope = status.scope
+    entry = {
+        "scope": scope.kind,
+        "tenant": scope.key if scope.kind == "tenant" else None,
+        "limit": scope.limit.model_dump(),
+        "spent": status.spent,
+        "reserved": status.reserved,
+        "remaining": status.remaining,
+        "student_tokens": status.student_tokens,
+        "rate": round(status.rate, 6),
+        "reset_seconds": status.reset_seconds,
+        "aim": None,
+        "price": None,
+    }
+    if prices is not None:
+        price = prices.price([scope])
+        entry["aim"] = round(prices.rate([scope]), 6)
+        entry["price"] = price if math.isfinite(price) else None
+    return entry
+
+
+def _tenant(tenant: Tenant) -> dict[str, Any]:
+    return tenant.model_dump(exclude={"keys", "limits"}, exclude_none=True)

@@ -1,0 +1,235 @@
+"""Tenants: who may use the gateway, by API key, and how much of the teacher.
+
+    admin_keys: [<sha256>]              # may see every budget
+    tenants:
+      - name: acme
+        keys: [<sha256>, <sha256>]      # two while a key is replaced
+        default_budget: 0.1             # of requests that name none
+        maximum_budget: {fraction: 0.3, calls: 40}
+        over_maximum: clamp             # or: refuse
+        limits:
+          - {type: tokens, tokens: 1000000, window_seconds: 86400}
+          - {type: fraction, fraction: 0.2, window_seconds: 3600}
+        exhausted: student              # or: refuse
+        priority: 2.0
+
+Keys are kept as SHA-256 of a random secret: `printf %s "$KEY" | sha256sum`, with KEY from
+`openssl rand -hex 24`. (A password would need a slow hash; 24 random bytes cannot be guessed.)
+"""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+
+from router.budget import Budget
+from router.ledger import Limit, Scope
+from server.config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+KeyHash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of an API key, in hex")]
+PARTS = ("fraction", "tokens", "calls")
+
+
+class OverMaximum(ValueError):
+    """A request asks for more than its tenant may have; the message says what."""
+
+
+class Resolved(NamedTuple):
+    """The budget that a request gets, and whether it is less than it asked for."""
+
+    budget: Budget
+    clamped: bool
+
+
+class Tenant(BaseModel):
+    """One customer of the gateway."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    keys: Annotated[tuple[KeyHash, ...], Field(min_length=1)]
+    default_budget: Budget | None = None
+    """Of requests that name none; None = the server's default."""
+    maximum_budget: Budget | None = None
+    over_maximum: Literal["clamp", "refuse"] = "clamp"
+    """A request that asks for more gets the maximum, or a 400."""
+    limits: tuple[Limit, ...] = ()
+    """What all requests of the tenant share."""
+    exhausted: Literal["student", "refuse"] = "student"
+    """With nothing left of a limit, the student writes alone, or the request gets a 429."""
+    priority: PositiveFloat = 1.0
+    """Of a limit that all tenants share, it may aim at so many times the common rate."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Tenant":
+        if self.default_budget and self.maximum_budget and self._above(self.default_budget):
+            raise ValueError("default_budget is more than maximum_budget")
+        if len({scope.id for scope in self.scopes}) < len(self.limits):
+            raise ValueError("two limits of one type and window: the smaller one is enough")
+        return self
+
+    @cached_property
+    def scopes(self) -> tuple[Scope, ...]:
+        """The tenant's limits, as the ledger knows them."""
+        return tuple(Scope("tenant", self.name, limit) for limit in self.limits)
+
+    def resolve(self, requested: Budget | None, server_default: Budget) -> Resolved:
+        """The budget of a request that names ``requested``, or none.
+
+        A part of the maximum that the request does not name holds besides what it names. A default that is
+        more than the maximum is lowered without a word: nobody asked for it.
+
+        Raises:
+            OverMaximum: a part is more than the maximum, and this tenant's requests are refused then.
+        """
+        budget = requested or self.default_budget or server_default
+        if self.maximum_budget is None:
+            return Resolved(budget, clamped=False)
+        above = self._above(budget)
+        if requested and above and self.over_maximum == "refuse":
+            part = above[0]
+            raise OverMaximum(
+                f"{part} {getattr(budget, part):g} is more than this key's maximum of "
+                f"{getattr(self.maximum_budget, part):g}"
+            )
+        parts = {
+            part: min(values)
+            for part in PARTS
+            if (values := [v for b in (budget, self.maximum_budget) if (v := getattr(b, part)) is not None])
+        }
+        return Resolved(Budget(**parts), clamped=bool(requested and above))
+
+    def _above(self, budget: Budget) -> list[str]:
+        """The parts of a budget that are more than the maximum's."""
+        return [
+            part
+            for part in PARTS
+            if (most := getattr(self.maximum_budget, part)) is not None
+            and (value := getattr(budget, part)) is not None
+            and value > most
+        ]
+
+
+class TenantList(BaseModel):
+    """The contents of a tenants file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    admin_keys: tuple[KeyHash, ...] = ()
+    tenants: tuple[Tenant, ...] = ()
+
+    @model_validator(mode="after")
+    def _unique(self) -> "TenantList":
+        names = [tenant.name for tenant in self.tenants]
+        keys = [*self.admin_keys, *(key for tenant in self.tenants for key in tenant.keys)]
+        for what, values in (("tenants named", names), ("uses of the key", keys)):
+            if twice := sorted({value for value in values if values.count(value) > 1}):
+                raise ValueError(f"two {what} {twice[0]}")
+        return self
+
+
+ADMIN = Literal["admin"]
+
+
+class Tenants:
+    """The tenants of now: reads them from a file, and again when the file changes.
+
+    ``source`` is the file's path, or the contents themselves (from an environment variable): whatever has
+    a line break or begins with a brace.
+    """
+
+    def __init__(self, source: str) -> None:
+        """Raises ConfigError where the source is not usable."""
+        inline = "\n" in source or source.lstrip().startswith("{")
+        self._inline = source if inline else None
+        self._path = None if inline else Path(source)
+        # Keys are looked up by a hash that no client can compute, so that the time it takes tells nothing.
+        self._secret = os.urandom(32)
+        self._seen: tuple[int, ...] | None = None
+        self.reload()
+
+    @property
+    def current(self) -> TenantList:
+        return self._current
+
+    def authenticate(self, credential: str | None) -> "Tenant | ADMIN | None":
+        """Whose key it is: a tenant's, the admin's ("admin"), or nobody's.
+
+        credential: an Authorization header (``Bearer KEY``) or an x-api-key header (the key).
+        """
+        if credential is None:
+            return None
+        scheme, _, key = credential.partition(" ")
+        key = key.strip() if scheme.lower() == "bearer" else credential.strip()
+        digest = hash_key(key)
+        stored, owner = self._owners.get(self._index(digest), ("", None))
+        return owner if hmac.compare_digest(stored, digest) else None
+
+    def reload(self) -> bool:
+        """Read the source if it has changed since it was read last; True where it had.
+
+        Raises:
+            ConfigError: it is not usable; the tenants of before stay.
+        """
+        seen = self._stat()
+        if seen == self._seen and self._seen is not None:
+            return False
+        tenants = self._read()
+        owners: dict[bytes, tuple[str, Tenant | ADMIN]] = {}
+        for key in tenants.admin_keys:
+            owners[self._index(key)] = (key, "admin")
+        for tenant in tenants.tenants:
+            owners |= {self._index(key): (key, tenant) for key in tenant.keys}
+        self._current, self._owners, self._seen = tenants, owners, seen
+        return True
+
+    async def watch(self, seconds: float = 2.0) -> None:
+        """Reload whenever the file changes, for ever; an unusable file is logged and changes nothing."""
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                if await asyncio.to_thread(self.reload):
+                    logger.info("tenants reloaded: %d", len(self.current.tenants))
+            except ConfigError as error:
+                logger.error("tenants stay as they were: %s", error)
+
+    def _index(self, digest: str) -> bytes:
+        return hmac.digest(self._secret, digest.encode(), "sha256")
+
+    def _stat(self) -> tuple[int, ...]:
+        """Changes with the file, also where another one has taken its place."""
+        if self._path is None:
+            return (0,)
+        try:
+            stat = self._path.stat()
+        except OSError as error:
+            raise ConfigError(f"cannot read the tenants: {error}") from error
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+    def _read(self) -> TenantList:
+        where = "the tenants" if self._path is None else str(self._path)
+        try:
+            content = yaml.safe_load(self._inline if self._path is None else self._path.read_text())
+            return TenantList.model_validate({} if content is None else content)
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read {where}: {error}") from error
+        except ValidationError as error:
+            problems = (
+                f"{'.'.join(map(str, entry['loc']))}: {entry['msg'].removeprefix('Value error, ')}"
+                for entry in error.errors()
+            )
+            raise ConfigError(f"{where}: {'; '.join(problems)}") from error
+
+
+def hash_key(key: str) -> str:
+    """What the tenants file keeps of an API key."""
+    return hashlib.sha256(key.encode()).hexdigest()
