@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from server.config import ConfigError
 from server.ratelimit import duration, headers, retry_after
 from server.tenants import OverMaximum, Resolved, Tenant, Tenants, hash_key
 
+LIMIT = {"type": "tokens", "tokens": 100, "window_seconds": 60}
 SERVER_DEFAULT = Budget(fraction=0.1)
 
 
@@ -116,19 +118,25 @@ def test_an_unusable_file_changes_nothing(tmp_path: Path) -> None:
     assert tenants.authenticate("Bearer secret").name == "acme"
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never came true")
+
+
 async def test_watch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "tenants.yaml"
     write(path, entry("acme", "old"))
     tenants = Tenants(str(path))
     watching = asyncio.create_task(tenants.watch(0.01))
     path.write_text("nonsense: true")
-    while "stay as they were" not in caplog.text:
-        await asyncio.sleep(0.01)
+    await until(lambda: "stay as they were" in caplog.text)
     scratch = tmp_path / "scratch"
     write(scratch, entry("acme", "new"))
     scratch.rename(path)
-    while tenants.authenticate("Bearer new") is None:
-        await asyncio.sleep(0.01)
+    await until(lambda: tenants.authenticate("Bearer new") is not None)
     assert tenants.authenticate("Bearer old") is None
     watching.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -152,11 +160,7 @@ async def test_watch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         ({"tenants": [entry(over_maximum="ignore")]}, r"tenants\.0\.over_maximum"),
         ({"tenants": [entry(limits=[{"type": "calls", "calls": 3}])]}, r"tenants\.0\.limits\.0"),
         (
-            {
-                "tenants": [
-                    entry(limits=[{"type": "tokens", "tokens": n, "window_seconds": 60} for n in (1, 2)])
-                ]
-            },
+            {"tenants": [entry(limits=[LIMIT, LIMIT | {"tokens": 2}])]},
             "two limits of one type and window",
         ),
     ],
@@ -220,10 +224,7 @@ def test_over_the_maximum_may_be_refused() -> None:
 
 
 def test_scopes() -> None:
-    limits = [
-        {"type": "tokens", "tokens": 100, "window_seconds": 60},
-        {"type": "fraction", "fraction": 0.2, "window_seconds": 60},
-    ]
+    limits = [LIMIT, {"type": "fraction", "fraction": 0.2, "window_seconds": 60}]
     first, second = tenant(limits=limits).scopes
     assert first == Scope("tenant", "acme", TokensPerWindow(tokens=100, window_seconds=60))
     assert second == Scope("tenant", "acme", FractionOfTraffic(fraction=0.2, window_seconds=60))
@@ -284,7 +285,7 @@ def test_duration(seconds: float, text: str) -> None:
 async def test_view() -> None:
     ledger = MemoryLedger()
     acme = tenant(
-        limits=[{"type": "tokens", "tokens": 100, "window_seconds": 60}],
+        limits=[LIMIT],
         maximum_budget=0.5,
     )
     everybody = Scope("global", "", FractionOfTraffic(fraction=0.1, window_seconds=60))
