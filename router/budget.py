@@ -62,13 +62,24 @@ class Bucket:
 
         teacher_tokens <= fraction * completion_tokens + span_tokens
 
-    A whole span is granted when the bound still holds at its end, so it holds inside it too.
+    The student asks for ``ask_tokens`` at a time, and asks again behind them where its gate says so:
+    a span ends where the gate no longer asks. They are granted when the bound still holds at their
+    end, so it holds inside them too.
     """
 
     budget: Budget
     span_tokens: int
+    """Longest span, and the credit that a fraction starts with."""
+    ask_tokens: int | None = None
+    """Tokens of one teacher call; None: a whole span."""
     spent: int = 0
     calls: int = 0
+
+    def __post_init__(self) -> None:
+        if self.ask_tokens is None:
+            self.ask_tokens = self.span_tokens
+        if not 1 <= self.ask_tokens <= self.span_tokens:
+            raise ValueError(f"cannot ask for {self.ask_tokens} tokens of a span of {self.span_tokens}")
 
     def earliest(self) -> int | None:
         """Completion length from which a span may start; None when none may any more."""
@@ -77,22 +88,23 @@ class Bucket:
             return None
         if budget.fraction is None or budget.fraction == 1.0:
             return 0
-        # spent + span <= fraction * (length + span) + span
-        length = self.spent / budget.fraction - self.span_tokens - EPSILON
+        # spent + ask <= fraction * (length + ask) + span
+        spent = self.spent + self.ask_tokens - self.span_tokens
+        length = spent / budget.fraction - self.ask_tokens - EPSILON
         return None if length == math.inf else max(0, math.ceil(length))
 
     def reserve(self, completion_tokens: int, at_most: int) -> Grant | None:
-        """Reserve the next span of a completion of ``completion_tokens``, ``at_most`` tokens long.
+        """Reserve a teacher call's tokens behind ``completion_tokens``, ``at_most`` of them.
 
         Returns None when the budget has no room for it. A budget that covers all ``at_most`` tokens
-        grants them in one span, whatever the span length.
+        grants them in one call, whatever the span length.
         """
         earliest = self.earliest()
         if earliest is None or completion_tokens < earliest or at_most < 1:
             return None
         covered = self.budget.fraction in (None, 1.0) and self.budget.calls is None
         left = at_most if self.tokens_left is None else self.tokens_left
-        tokens = at_most if covered and left >= at_most else min(at_most, self.span_tokens, left)
+        tokens = at_most if covered and left >= at_most else min(at_most, self.ask_tokens, left)
         self.spent += tokens
         self.calls += 1
         return Grant(tokens)

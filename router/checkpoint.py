@@ -59,7 +59,9 @@ class RouterConfig(BaseModel):
     reserved_count: PositiveInt
     gate_width: PositiveInt
     span_tokens: PositiveInt
-    """Most tokens that the teacher writes for one escalation."""
+    """Longest span, and the credit of a request's bucket, see `router.budget.Bucket`."""
+    ask_tokens: PositiveInt | None = None
+    """Tokens of one teacher call; None: a whole span."""
     expected_tokens: PositiveFloat
     """Mean completion length on validation data, in tokens."""
     calibration: dict[str, list[tuple[float, float]]]

@@ -46,14 +46,14 @@ class Calibration:
             raise ValueError(f"calibration prices must be finite and not increase, got {prices}")
 
     @classmethod
-    def of_random_gate(cls, span_tokens: int) -> "Calibration":
+    def of_random_gate(cls, ask_tokens: int) -> "Calibration":
         """The random gate needs no measurement.
 
-        Asking at a share p of the positions gives the rate r = p K / (p K + 1 - p) for spans of K
+        Asking at a share p of the positions gives the rate r = p K / (p K + 1 - p) for calls of K
         tokens, and the random gate asks with probability 1 - price.
         """
         rates = [step / 100 for step in range(1, 100)]
-        return cls(tuple((r, 1 - r / (span_tokens * (1 - r) + r)) for r in rates))
+        return cls(tuple((r, 1 - r / (ask_tokens * (1 - r) + r)) for r in rates))
 
     def price(self, rate: float) -> float:
         """Price for a teacher rate; linear between points; never (inf) at 0, always (-inf) at 1."""
@@ -95,10 +95,10 @@ class Policy:
 
     def _rate(self, bucket: Bucket, completion_tokens: int, max_tokens: int) -> float:
         expected = min(self.expected_tokens, max_tokens)
-        to_write = max(expected - completion_tokens, bucket.span_tokens)
+        to_write = max(expected - completion_tokens, bucket.ask_tokens)
         rates = [1.0 if bucket.budget.fraction is None else bucket.budget.fraction]
         if bucket.tokens_left is not None:
             rates.append(bucket.tokens_left / to_write)
         if bucket.calls_left is not None:
-            rates.append(bucket.calls_left * bucket.span_tokens / to_write)
+            rates.append(bucket.calls_left * bucket.ask_tokens / to_write)
         return min(rates)

@@ -77,7 +77,10 @@ class ServeConfig(BaseModel):
     )
     gate: Literal[tuple(GATES)] = Field("learned", description=f"what decides: {', '.join(GATES)}")
     price: FiniteFloat | None = Field(None, description="fixed price, for a gate without a calibration")
-    span_tokens: PositiveInt | None = Field(None, description="span length; default: the router's")
+    span_tokens: PositiveInt | None = Field(None, description="longest span; default: the router's, or 1")
+    ask_tokens: PositiveInt | None = Field(
+        None, description="tokens of one teacher call; default: the router's, or a whole span"
+    )
     on_teacher_error: Literal["degrade", "error"] = Field(
         "degrade", description="teacher lost: the student goes on, or the request fails with 502"
     )

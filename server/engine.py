@@ -41,6 +41,7 @@ class Cooperation:
     span_tokens: int
     default_budget: Budget
     on_teacher_error: Literal["degrade", "error"] = "degrade"
+    ask_tokens: int | None = None
 
 
 @dataclass
@@ -293,7 +294,7 @@ class CooperativeEngine(AsyncLLM):
             external_id=request_id,
             options=options,
             completion=Completion(self.renderer.tokenizer, prompt_ids, params, index, report),
-            bucket=Bucket(budget, self.cooperation.span_tokens),
+            bucket=Bucket(budget, self.cooperation.span_tokens, self.cooperation.ask_tokens),
         )
 
     async def _plain(

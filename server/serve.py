@@ -79,22 +79,31 @@ def _reserved_rows(router: RouterCheckpoint | None, student: Path) -> ReservedRo
         raise ConfigError(f"{student}: {error}") from error
 
 
-def _policy(config: ServeConfig, router: RouterCheckpoint | None, span_tokens: int, max_len: int) -> Policy:
+def _policy(config: ServeConfig, router: RouterCheckpoint | None, max_len: int) -> Policy:
     expected = router.config.expected_tokens if router else max_len / 4
+    span_tokens, ask_tokens = _spans(config, router)
     if config.price is not None:
         return Policy(Calibration(((0.5, config.price),)), expected)
-    if (
-        router is not None
-        and config.gate in router.config.calibration
-        and span_tokens == router.config.span_tokens
-    ):
+    calibrated = router is not None and (span_tokens, ask_tokens) == _spans(None, router)
+    if calibrated and config.gate in router.config.calibration:
         return Policy(router.calibration(config.gate), expected)
     if config.gate == "random":
-        return Policy(Calibration.of_random_gate(span_tokens), expected)
+        return Policy(Calibration.of_random_gate(ask_tokens), expected)
     raise ConfigError(
         f"the gate {config.gate} is not calibrated for this pair and spans of {span_tokens}: "
         "give a router checkpoint that has its calibration, or a fixed --price"
     )
+
+
+def _spans(config: ServeConfig | None, router: RouterCheckpoint | None) -> tuple[int, int]:
+    """(span_tokens, ask_tokens): the configuration's, else the router's."""
+    span_tokens = (config and config.span_tokens) or (router.config.span_tokens if router else 1)
+    ask_tokens = (
+        (config and config.ask_tokens) or (router.config.ask_tokens if router else None) or span_tokens
+    )
+    if ask_tokens > span_tokens:
+        raise ConfigError(f"ask_tokens: {ask_tokens} is more than a span of {span_tokens}")
+    return span_tokens, ask_tokens
 
 
 def _vllm_arguments(
@@ -198,11 +207,19 @@ def _cooperation(
     teacher: Teacher,
     engine: CooperativeEngine,
 ) -> Cooperation:
-    span_tokens = config.span_tokens or (router.config.span_tokens if router else 1)
-    policy = _policy(config, router, span_tokens, engine.model_config.max_model_len)
+    policy = _policy(config, router, engine.model_config.max_model_len)
     if config.default_budget.fraction is not None:
         PRICE.set(policy.calibration.price(config.default_budget.fraction))
-    return Cooperation(teacher, policy, reserved, span_tokens, config.default_budget, config.on_teacher_error)
+    span_tokens, ask_tokens = _spans(config, router)
+    return Cooperation(
+        teacher=teacher,
+        policy=policy,
+        reserved=reserved,
+        span_tokens=span_tokens,
+        ask_tokens=ask_tokens,
+        default_budget=config.default_budget,
+        on_teacher_error=config.on_teacher_error,
+    )
 
 
 async def _app(

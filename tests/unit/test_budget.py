@@ -196,10 +196,10 @@ budgets = st.builds(
 turns = st.lists(st.tuples(st.integers(0, 25), st.integers(1, 40), st.floats(0, 1)), max_size=25)
 
 
-@given(parts=budgets, span_tokens=st.integers(1, 8), turns=turns)
-def test_no_prefix_of_any_completion_is_above_its_budget(parts, span_tokens, turns):
+@given(parts=budgets, span_tokens=st.integers(1, 8), ask_tokens=st.integers(1, 8), turns=turns)
+def test_no_prefix_of_any_completion_is_above_its_budget(parts, span_tokens, ask_tokens, turns):
     budget = Budget.model_validate(parts)
-    bucket = Bucket(budget, span_tokens)
+    bucket = Bucket(budget, span_tokens, min(ask_tokens, span_tokens))
     completion = teacher = calls = 0
     for student, at_most, use in turns:
         completion += student
@@ -239,3 +239,18 @@ def test_earliest_is_the_first_length_at_which_a_span_is_granted(parts, span_tok
             assert bucket.spent + span_tokens > budget.fraction * end + span_tokens
         if completion >= earliest:
             spend(bucket, completion, used=0 if at_most < 1 else round(use))
+
+
+def test_asking_for_less_than_a_span_starts_with_a_spans_credit():
+    bucket = Bucket(Budget(fraction=0.1), span_tokens=4, ask_tokens=1)
+    for _ in range(4):
+        assert bucket.reserve(bucket.spent, at_most=10).tokens == 1
+    # 4 tokens are spent: a fifth fits when 5 <= 0.1 * (length + 1) + 4, from length 9 on.
+    assert bucket.earliest() == 9
+    assert bucket.reserve(8, at_most=10) is None
+    assert bucket.reserve(9, at_most=10).tokens == 1
+
+
+def test_a_call_is_no_longer_than_a_span():
+    with pytest.raises(ValueError, match="span of 4"):
+        Bucket(Budget(fraction=0.1), span_tokens=4, ask_tokens=5)
