@@ -107,7 +107,9 @@ def _positive(text: str) -> int:
 @contextmanager
 def _start(pair: Pair, logs: Path, options: argparse.Namespace, console: Console) -> Iterator[Serving]:
     """Both servers, with a progress display while they load."""
-    flags = ("--gate", options.gate) if options.gate else ()
+    flags = ["--examples", str(options.pair / "examples.jsonl")]
+    if options.gate:
+        flags += ["--gate", options.gate]
     port = options.port or free_port(preferred=USUAL_PORT)
     console.print(f"Starting two vLLM engines (their logs: {logs})", highlight=False)
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()

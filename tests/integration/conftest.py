@@ -38,7 +38,8 @@ def sources() -> list[str]:
 
 @pytest.fixture(scope="session")
 def stack(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    with serving(pair, tmp_path_factory.mktemp("logs")) as stack:
+    flags = ("--examples", str(DEMO / "examples.jsonl"))
+    with serving(pair, tmp_path_factory.mktemp("logs"), flags=flags) as stack:
         yield stack
 
 

@@ -1,0 +1,92 @@
+"""The playground in a real browser, against the real gateway."""
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from server.pair import Serving
+
+# Chromium's own chatter would look for hosts that are not there.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.fail("the playground is tested in Chromium: install it (Debian: chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, stack: Serving) -> Iterator[Page]:
+    page = browser.new_page()
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on(
+        "request",
+        lambda request: None if request.url.startswith(stack.gateway) else problems.append(request.url),
+    )
+    page.goto(stack.gateway)
+    yield page
+    page.close()
+    assert not problems  # no script error, and nothing asked of anyone but the gateway
+
+
+def set_budget(page: Page, percent: int) -> None:
+    """With the keyboard, as one who has no mouse: Home is 0, each arrow one percent."""
+    page.get_by_label("Teacher budget").press("Home")
+    for _ in range(percent):
+        page.get_by_label("Teacher budget").press("ArrowRight")
+
+
+def test_the_teachers_words_are_marked_and_say_why(page: Page) -> None:
+    set_budget(page, 30)
+    expect(page.locator("#budget-value")).to_have_text("30 %")
+    page.get_by_role("button", name="Random example").click()
+    expect(page.locator("#facts")).to_contain_text("of the answer, budget 30 %", timeout=30_000)
+    marked = page.locator("#text .teacher")
+    expect(marked).not_to_have_count(0)
+    marked.first.focus()
+    expect(page.get_by_role("tooltip")).to_contain_text("Written by the teacher")
+    share = page.locator("#facts").inner_text()
+    tokens = int(share.split(" of ")[0])
+    assert tokens > 0
+    assert len(page.locator("#text").inner_text()) > len("".join(marked.all_inner_texts()))
+
+
+def test_budget_zero_marks_nothing(page: Page) -> None:
+    set_budget(page, 0)
+    page.get_by_role("textbox", name="Prompt").fill("The train leaves at 17:45.")
+    page.get_by_role("textbox", name="Prompt").press("Control+Enter")
+    expect(page.locator("#facts")).to_contain_text("0 of", timeout=30_000)
+    assert page.locator("#text").inner_text()
+    expect(page.locator("#text .teacher")).to_have_count(0)
+
+
+def test_side_by_side_at_several_budgets(page: Page) -> None:
+    page.get_by_role("button", name="Compare budgets").click()
+    rows = page.locator("#rows tr")
+    expect(rows.nth(4).locator("td.n")).to_have_count(3, timeout=60_000)
+    rates = [float(rows.nth(i).locator("td.n").first.inner_text().removesuffix(" %")) for i in range(5)]
+    assert rates[0] == 0
+    assert rates[4] == 100
+
+
+def test_what_goes_wrong_is_said(page: Page) -> None:
+    page.get_by_role("textbox", name="Prompt").fill("word " * 2000)  # longer than the model's context
+    page.get_by_role("button", name="Write").click()
+    expect(page.locator("#facts .error")).to_contain_text("context", timeout=30_000)
+
+
+def test_the_chart_moves(page: Page) -> None:
+    page.get_by_role("button", name="Random example").click()
+    expect(page.locator("#live")).to_contain_text("Since start", timeout=10_000)
+    for series in ("rate", "price"):
+        expect(page.locator(f"#chart path.{series}")).not_to_have_attribute("d", "", timeout=15_000)
