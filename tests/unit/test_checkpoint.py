@@ -14,6 +14,7 @@ from router.checkpoint import (
     fingerprint,
     tokenizer_fingerprint,
 )
+from router.gate import GATES
 
 # The pair of the `reserved` and `router` fixtures: 10 visible rows, 4 reserved ones, 4 hidden units.
 ROWS, HIDDEN, START = 14, 4, 10
@@ -96,6 +97,11 @@ def test_the_reserved_rows_are_the_configs(router, reserved):
     assert router.build_gate("margin").reserved == reserved
 
 
+@pytest.mark.parametrize("name", GATES)
+def test_every_gate_can_be_built_by_name(router, name):
+    assert type(router.build_gate(name)) is GATES[name]
+
+
 def test_an_unknown_gate_is_refused(router):
     with pytest.raises(CheckpointError, match="unknown gate 'oracle'; known: learned, random"):
         router.build_gate("oracle")
@@ -144,6 +150,10 @@ BROKEN = {
     "wrong type": (lambda d: edit_config(d, span_tokens="four"), "router.json"),
     "no span": (lambda d: edit_config(d, span_tokens=0), "router.json"),
     "fingerprint missing": (lambda d: edit_config(d, fingerprints={"student": "0"}), "router.json"),
+    "unknown fingerprint": (
+        lambda d: edit_config(d, fingerprints=dict.fromkeys(["student", "tokenizer", "teacher", "cat"], "0")),
+        "router.json",
+    ),
     "rates fall": (lambda d: edit_config(d, calibration={"margin": [[0.2, 1], [0.1, 2]]}), "calibration"),
     "no points": (lambda d: edit_config(d, calibration={"margin": []}), "calibration"),
     "tensors empty": (lambda d: (d / "router.safetensors").write_bytes(b""), "router.safetensors"),
@@ -180,9 +190,9 @@ def test_a_directory_that_is_not_there_is_refused(tmp_path):
 
 
 def test_a_merge_writes_the_taps_and_nothing_else(router, student, tmp_path):
-    router, before = trained_for(router, student), all_tensors(student)
-    router.merge(student, tmp_path / "merged")
-    after = all_tensors(tmp_path / "merged")
+    router, before, merged = trained_for(router, student), all_tensors(student), tmp_path / "new" / "merged"
+    router.merge(student, merged)
+    after = all_tensors(merged)
     output = "lm_head.weight" if "lm_head.weight" in before else "model.embed_tokens.weight"
     expected = before[output].clone()
     expected[11:14] = router.taps
@@ -266,6 +276,23 @@ def test_a_student_without_weights_is_refused(router, tmp_path):
         router.merge(tmp_path / "empty", tmp_path / "merged")
 
 
+def test_a_student_without_an_output_matrix_is_refused(router, plain_student, tmp_path):
+    save_file({"model.norm.weight": torch.ones(HIDDEN)}, plain_student / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"none of lm_head.weight, model.embed_tokens.weight in"):
+        trained_for(router, plain_student).merge(plain_student, tmp_path / "merged")
+
+
+def test_a_merge_that_fails_leaves_nothing_behind(router, plain_student, tmp_path):
+    """And what was there before stays: here a router without a file to write to."""
+    router, merged = trained_for(router, plain_student), tmp_path / "merged"
+    router.merge(plain_student, merged)
+    before = contents(merged)
+    with pytest.raises(AttributeError):
+        replace(router, taps=router.taps + 1, value={"broken": None}).merge(plain_student, merged)
+    assert contents(merged) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "student"]
+
+
 # Fingerprints
 
 
@@ -284,7 +311,17 @@ def test_a_fingerprint_does_not_depend_on_the_files(tmp_path):
     assert fingerprint(one, START) == fingerprint(many, START)
 
 
-def test_a_fingerprint_depends_on_shape_and_type(plain_student):
+def test_a_fingerprint_depends_on_names_shapes_and_types(plain_student):
+    prints = set()
+    for name, shape in (("a", (4,)), ("b", (4,)), ("a", (2, 2)), ("a", (4, 1))):
+        save_file({name: torch.ones(shape)}, plain_student / "model.safetensors")
+        prints.add(fingerprint(plain_student, START))
+    save_file({"a": torch.ones(4).view(torch.int32)}, plain_student / "model.safetensors")  # the same bytes
+    prints.add(fingerprint(plain_student, START))
+    assert len(prints) == 5
+
+
+def test_a_fingerprint_reads_the_bytes_of_every_type(plain_student):
     prints = {fingerprint(plain_student, START)}
     for dtype in (torch.bfloat16, torch.float16):
         tensors = {name: tensor.to(dtype) for name, tensor in student_tensors(tied=False).items()}

@@ -228,6 +228,17 @@ def test_a_directory_is_a_path(needed, write, value):
     assert refusal([*needed[2:], *write({"student": value})]).startswith("student: no such directory")
 
 
+@pytest.mark.parametrize("value", ["/no/where.jsonl", "/", 17])
+def test_a_file_is_one(needed, write, value):
+    assert refusal([*needed, *write({"examples": value})]) == f"examples: no such file: {value}"
+
+
+def test_a_file_that_is_there_is_accepted(needed, tmp_path):
+    (tmp_path / "examples.jsonl").write_text("")
+    config = load([*needed, "--examples", str(tmp_path / "examples.jsonl")])
+    assert config.examples == tmp_path / "examples.jsonl"
+
+
 def test_a_file_that_is_not_there_is_named(needed):
     assert "/no/where.yaml" in refusal([*needed, "--config", "/no/where.yaml"])
 
@@ -278,6 +289,8 @@ def test_help_names_every_setting(needed, capsys):
     text = capsys.readouterr().out
     for name in ServeConfig.model_fields.keys() - {"vllm"}:
         assert f"--{name.replace('_', '-')} " in text
+    assert "port to listen on (default: 8000)" in text
+    assert text.count("(default: None)") == 0
 
 
 def test_settings_are_plain_data(needed):

@@ -42,6 +42,7 @@ class Upstream:
             more = message.get("more_body", False)
         if self.exchange is not None:
             self.exchange.reports = list(self.reports)
+        # ASGI's messages may leave out what has its default: an empty body, and no more of it.
         headers = [
             (b"content-type", self.content_type.encode()),
             (b"content-length", str(sum(map(len, self.chunks))).encode()),
@@ -52,7 +53,7 @@ class Upstream:
             if self.exchange is not None:
                 self.before_chunk(index, self.exchange)
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await send({"type": "http.response.body"})
 
 
 @dataclass
@@ -81,7 +82,7 @@ async def post(
     """Sends a request through the middleware; the client leaves behind its body. None: no answer."""
     last = len(chunks) - 1
     incoming = [
-        {"type": "http.request", "body": chunk, "more_body": index < last}
+        {"type": "http.request", "body": chunk} | ({"more_body": True} if index < last else {})
         for index, chunk in enumerate(chunks)
     ]
     sent: list[dict] = []
@@ -97,7 +98,8 @@ async def post(
         return None
     start, *bodies = sent
     assert start["type"] == "http.response.start"
-    assert [message.get("more_body", False) for message in bodies][-1:] == [False]
+    assert {message["type"] for message in bodies} == {"http.response.body"}
+    assert [message.get("more_body", False) for message in bodies] == [True] * (len(bodies) - 1) + [False]
     return Answer(start["status"], dict(start["headers"]), [message.get("body", b"") for message in bodies])
 
 
@@ -122,6 +124,10 @@ async def test_the_budget_is_taken_out_of_the_body(path, value, budget):
     await post(upstream, request(teacher_budget=value, seed=2**70), path=path)
     assert upstream.exchange.budget == budget
     assert json.loads(upstream.body) == {"model": "wheels", "prompt": "Hi", "seed": 2**70}
+
+
+def test_every_surface_has_the_field():
+    assert set(PATHS) == {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
 
 
 @pytest.mark.parametrize("fields", [{}, {"teacher_budget": None}])
@@ -328,7 +334,7 @@ async def test_several_choices_have_their_own_reports():
     ("status", "content_type"), [(400, "application/json"), (502, "application/json"), (200, "text/plain")]
 )
 async def test_errors_and_other_types_are_not_touched(status, content_type):
-    chunks = (b'{"error": ', b'"x"}')
+    chunks = (b'data: {"error": ', b'"x"}')
     answer = await post(Upstream(status, content_type, chunks), request(teacher_budget=0.1))
     assert answer.status == status
     assert answer.chunks[:2] == list(chunks)
@@ -439,7 +445,7 @@ def test_the_budget_is_documented_on_every_path():
 
     app = App()
     document(app)
-    app.openapi()
+    assert app.openapi()["paths"].keys() == set(PATHS)
     for schema in schemas.values():
         number, parts, nothing = schema["properties"]["teacher_budget"]["anyOf"]
         assert (number["minimum"], number["maximum"]) == (0, 1)
