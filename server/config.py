@@ -37,10 +37,9 @@ def _directory(value: Any) -> Path:
 
 
 def _file(value: Any) -> Path:
-    path = Path(value)
-    if not path.is_file():
-        raise ValueError(f"no such file: {path}")
-    return path
+    if not isinstance(value, str | Path) or not Path(value).is_file():
+        raise ValueError(f"no such file: {value}")
+    return Path(value)
 
 
 def _budget(value: Any) -> Any:
