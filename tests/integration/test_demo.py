@@ -1,0 +1,51 @@
+"""`wheels demo`, as a stranger runs it: what the shipped pair promises."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from conftest import DEMO
+
+
+def demo(*flags: str) -> dict[float, dict[str, Any]]:
+    """Rows of `wheels demo --once --json` by budget."""
+    command = [sys.executable, "-m", "wheels", "demo", "--once", "--json", "--pair", str(DEMO), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return {row["budget"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
+
+
+def recovered(rows: dict[float, dict[str, Any]], budget: float) -> float:
+    alone, teacher = rows[0.0]["exact_match"], rows[1.0]["exact_match"]
+    return (rows[budget]["exact_match"] - alone) / (teacher - alone)
+
+
+@pytest.fixture(scope="module")
+def learned() -> dict[float, dict[str, Any]]:
+    return demo()
+
+
+def test_quality_rises_with_the_budget(learned: dict[float, dict[str, Any]]) -> None:
+    matches = [learned[budget]["exact_match"] for budget in sorted(learned)]
+    assert matches == sorted(matches)
+    assert 0.4 <= matches[0] <= 0.7
+    assert matches[-1] >= 0.97
+
+
+def test_a_small_budget_recovers_most_of_the_gap(learned: dict[float, dict[str, Any]]) -> None:
+    assert recovered(learned, 0.1) >= 0.6
+    assert recovered(learned, 0.2) >= 0.8
+
+
+def test_no_request_is_above_its_bound(learned: dict[float, dict[str, Any]]) -> None:
+    assert all(row["max_excess_tokens"] == 0 for row in learned.values())
+    assert all(row["teacher_rate"] <= budget + 0.02 for budget, row in learned.items())
+    assert learned[0.0]["calls_per_request"] == 0
+
+
+def test_asking_where_the_router_says_beats_asking_at_random(learned: dict[float, dict[str, Any]]) -> None:
+    random = demo("--gate", "random")
+    for budget in (0.05, 0.1, 0.2):
+        assert recovered(learned, budget) > recovered(random, budget) + 0.2
