@@ -1,0 +1,159 @@
+"""The closed loop in process: the bound, the caches, the tree of greedy decoding, gates, calibration."""
+
+import math
+
+import pytest
+import torch
+
+from router.checkpoint import RouterCheckpoint
+from router.gate import EntropyGate, RandomGate
+from router.reserved import ReservedRows
+from training.calibration import calibrate, teacher_rate
+from training.config import GateConfig, Shape
+from training.gates import Head, Trajectories, collect, fit, span_gain
+from training.models import new_model
+from training.rollout import Cooperation, Positions, Request, with_gate
+from training.tree import Setting, Tree
+
+torch.set_num_threads(1)  # tiny models: threads only wait for each other
+VISIBLE, END, MAX_TOKENS = 40, 1, 24
+RESERVED = ReservedRows(VISIBLE)
+
+
+class Words:
+    """As much of a tokenizer as `new_model` needs."""
+
+    eos_token_id = END
+
+    def __len__(self) -> int:
+        return VISIBLE
+
+
+def model(seed: int, layers: int = 1):
+    shape = Shape(hidden=32, layers=layers, heads=1, feed_forward=32)
+    made = new_model(shape, Words(), seed).eval().requires_grad_(False)
+    # Larger weights: random models that do not repeat one token for ever.
+    for p in made.parameters():
+        p.data.mul_(4 if p.ndim == 2 else 1)
+    return made
+
+
+@pytest.fixture(scope="module")
+def pair() -> Cooperation:
+    return Cooperation(
+        student=model(0),
+        teacher=model(1, layers=2),
+        score=EntropyGate(RESERVED),
+        visible=VISIBLE,
+        end=END,
+        span_tokens=2,
+        max_tokens=MAX_TOKENS,
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(2, VISIBLE, (3 + i % 5,), generator=generator).tolist() for i in range(40)]
+
+
+def test_greedy_completions_are_the_models_own(pair, prompts):
+    """Against plain forward passes without cache, padding or batch."""
+    for price, fraction, writer in ((math.inf, 0.0, pair.student), (-math.inf, 1.0, pair.teacher)):
+        completions = pair.write([Request(p, price, fraction) for p in prompts], batch=16)
+        assert len({tuple(c.tokens) for c in completions}) > 10
+        for prompt, completion in zip(prompts, completions, strict=True):
+            ids = torch.tensor([prompt + completion.tokens])
+            expected = writer(ids).logits[0, len(prompt) - 1 : -1, :VISIBLE].argmax(-1).tolist()
+            assert completion.tokens == expected
+            assert END not in completion.tokens[:-1]
+            assert set(completion.by_teacher) == {writer is pair.teacher}
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.7])
+@pytest.mark.parametrize(("span", "ask"), [(1, 1), (4, 1), (4, 4)])
+def test_the_bound_holds_at_every_moment_even_when_the_gate_always_asks(pair, prompts, fraction, span, ask):
+    tree = Tree(pair, prompts, {"entropy": EntropyGate(RESERVED)})
+    (completions,) = tree.run([Setting("entropy", -math.inf, fraction, span, ask)])
+    assert max(c.teacher_tokens for c in completions) >= span
+    for completion in completions:
+        spent = 0
+        for length, foreign in enumerate(completion.by_teacher, 1):
+            spent += foreign
+            assert spent <= fraction * length + span + 1e-9
+
+
+def test_no_budget_no_teacher(pair, prompts):
+    tree = Tree(pair, prompts, {"entropy": EntropyGate(RESERVED)})
+    (completions,) = tree.run([Setting("entropy", -math.inf, 0.0, 2)])
+    assert sum(c.teacher_tokens for c in completions) == 0
+    assert all(not c.starts for c in completions)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_the_tree_decodes_as_the_batch_does(pair, prompts, share):
+    tree = Tree(pair, prompts, {"entropy": EntropyGate(RESERVED)})
+    price = torch.quantile(tree.scores("entropy"), share).item()
+    (walked,) = tree.run([Setting("entropy", price, 0.3, pair.span_tokens)])
+    written = pair.write([Request(p, price, 0.3) for p in prompts], batch=7)
+    assert 0 < teacher_rate(written) < 0.4
+    assert walked == written
+
+
+def test_the_tree_refuses_sampling(pair, prompts):
+    with pytest.raises(ValueError, match="greedy"):
+        Tree(with_gate(pair, pair.score, explore=0.1), prompts, {})
+
+
+def test_calibration_keeps_the_budget_and_its_prices_fall(pair, prompts):
+    tree = Tree(pair, prompts, {"entropy": EntropyGate(RESERVED), "random": RandomGate(RESERVED)})
+    budgets = (0.05, 0.2, 0.5)
+    for gate in ("entropy", "random"):
+        # Here more teacher tokens are better, without end: the calibration must use what the budget allows.
+        points = calibrate(tree, gate, budgets, (1, 1), quality=teacher_rate)
+        assert [budget for budget, _ in points] == list(budgets)
+        prices = [price for _, price in points]
+        assert prices == sorted(prices, reverse=True)
+        runs = tree.run([Setting(gate, price, budget, 1) for budget, price in points])
+        rates = [teacher_rate(run) for run in runs]
+        assert rates == sorted(rates)
+        assert all(rate <= budget for rate, budget in zip(rates, budgets, strict=True))
+        assert rates[-1] > 0.3
+
+
+def positions(rows: list[int], steps: list[int]) -> Positions:
+    none = torch.zeros(len(rows))
+    return Positions(
+        row=torch.tensor(rows), step=torch.tensor(steps), states=none[:, None],
+        own=none, theirs=none, regret=none, best=none, kl=none, entropy=none,
+    )  # fmt: skip
+
+
+def test_span_gain_by_hand():
+    seen = positions([0, 0, 0, 1, 1], [0, 1, 2, 0, 1])
+    by_teacher = torch.tensor([False, True, False, False, False])
+    gain = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+    target, known = span_gain(gain, Trajectories(seen, by_teacher), 2)
+    assert target.tolist() == [1.5, 3.0, 2.0, 12.0, 8.0]  # rows do not leak into each other
+    assert known.tolist() == [True, False, True, True, True]  # the teacher wrote the span's first token there
+    target, known = span_gain(gain, Trajectories(seen, by_teacher), 1)
+    assert target.tolist() == gain.tolist()
+    assert known.all()
+
+
+def test_a_fitted_gate_finds_what_it_is_taught_and_survives_the_checkpoint(pair, prompts):
+    seen, _ = collect(pair, [Request(p) for p in prompts])
+    states = seen.positions.states
+    target = (states[:, 0] > 0).float()
+    head = Head(pair.student, RESERVED, 16)
+    head.start_from(states)
+    config = GateConfig(span_tokens=1, ask_tokens=1, gain="excess", epochs=40, batch=64)
+    loss = fit(head, states, target, config, seed=0)
+    assert loss < 0.3 * target.var().item()
+    with torch.no_grad():
+        logits = head.logits(states)
+        assert torch.allclose(
+            logits[:, :VISIBLE], states @ pair.student.lm_head.weight[:VISIBLE].T, atol=1e-5
+        )
+        assert torch.allclose(head.gate(logits), head(states))
+    assert RouterCheckpoint.__dataclass_fields__.keys() >= {"taps", "gate"}

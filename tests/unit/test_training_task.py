@@ -1,0 +1,140 @@
+"""The shipped task: splits that cannot leak, references that accept what is right and nothing else."""
+
+import random
+from itertools import islice, pairwise, product
+
+import pytest
+
+from training.tasks import References, make_task
+from training.tasks.base import Example
+from training.tasks.numbers import split_of
+from training.tasks.spelling import cardinals, clock, price
+
+
+@pytest.fixture(scope="module")
+def task():
+    return make_task("numbers")
+
+
+@pytest.fixture(scope="module")
+def examples(task) -> list[Example]:
+    return list(islice(task.train(0), 600))
+
+
+def levenshtein(a: str, b: str) -> int:
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def answers(references: References) -> list[str]:
+    return ["".join(choice) for form in references.forms for choice in product(*form)]
+
+
+def test_held_out_sources_never_appear_in_training(task):
+    held_out = {example.source for example in task.valid() + task.test()}
+    assert len(task.valid()) == 500
+    assert len(task.test()) == 1000
+    assert len(held_out) == 1500  # distinct, and the two are disjoint
+    for seed in range(3):
+        sources = {example.source for example in islice(task.train(seed), 3000)}
+        assert not sources & held_out
+        assert {split_of(source) for source in sources} == {"train"}
+
+
+def test_the_same_seed_gives_the_same_stream_and_another_gives_another(task):
+    first, again, other = (list(islice(task.train(seed), 50)) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_every_sample_is_accepted_and_corruptions_are_not(examples):
+    rng = random.Random(0)
+    for example in examples:
+        answer = example.references.sample(rng)
+        assert example.references.accepts(answer)
+        for wrong in (
+            answer[:-1],
+            answer + " ",
+            answer[1:],
+            answer.replace("e", "a", 1),
+            answer.replace("un", "nu"),
+        ):
+            assert wrong == answer or not example.references.accepts(wrong)
+
+
+def test_acceptance_agrees_with_enumeration(examples):
+    for example in examples[:20]:
+        listed = answers(example.references)
+        assert len(listed) == len(example.references)
+        assert all(map(example.references.accepts, listed))
+
+
+def test_answers_to_other_sources_are_refused(examples):
+    refused = [not a.references.accepts(b.references.first()) for a, b in pairwise(examples)]
+    assert sum(refused) > 0.99 * len(refused)
+
+
+def test_most_sentences_leave_free_choices(examples):
+    counts = sorted(len(example.references) for example in examples)
+    assert counts[len(counts) // 10] >= 4
+
+
+def test_similarity_is_the_best_over_all_answers(examples):
+    rng = random.Random(1)
+    few = [example for example in examples if len(example.references) <= 8]
+    assert len(few) > 10
+    for example in few[:10]:
+        text = "".join(c for c in example.references.sample(rng) if rng.random() > 0.1)
+        distances = {answer: levenshtein(text, answer) for answer in answers(example.references)}
+        nearest = min(distances.values())
+        expected = max(1 - d / max(len(text), len(a)) for a, d in distances.items() if d == nearest)
+        assert example.references.similarity(text) == pytest.approx(expected)
+
+
+def test_similarity_by_hand():
+    references = References((((("ab", "xyz")), ("c",)),))
+    assert references.similarity("abc") == 1.0
+    assert references.similarity("abd") == pytest.approx(1 - 1 / 3)
+    assert references.similarity("xyzc") == 1.0
+    assert references.similarity("") == 0.0
+
+
+def test_spelling():
+    assert cardinals(347812) == ("dreihundertsiebenundvierzigtausendachthundertzwölf",)
+    assert cardinals(105) == ("einhundertfünf", "hundertfünf")
+    times = dict(clock(random.Random(seed)) for seed in range(3000))
+    assert times["2:30 pm"] == times["14:30"] == ("vierzehn Uhr dreißig", "halb drei")
+    assert times["12:45"] == ("zwölf Uhr fünfundvierzig", "Viertel vor eins")
+    amounts = dict(price(random.Random(seed)) for seed in range(30000))
+    assert amounts["€3.50"] == ("drei Euro fünfzig", "drei Euro und fünfzig Cent")
+
+
+def test_references_survive_json(examples):
+    references = examples[0].references
+    assert References.from_json(references.to_json()) == references
+
+
+def test_jsonl_names_the_line_that_is_wrong(tmp_path):
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text('{"source": "a", "target": "b"}\n')
+    bad.write_text('{"source": "a", "target": "b"}\n{"source": "a"}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2"):
+        make_task("jsonl", train=str(bad), valid=str(good), test=str(good))
+
+
+def test_jsonl_keeps_held_out_sources_out_of_training(tmp_path):
+    train, held = tmp_path / "train.jsonl", tmp_path / "held.jsonl"
+    train.write_text('{"source": "a", "target": "b"}\n{"source": "c", "target": "d"}\n')
+    held.write_text('{"source": "a", "target": "b"}\n')
+    task = make_task("jsonl", train=str(train), valid=str(held), test=str(held))
+    assert {example.source for example in islice(task.train(0), 10)} == {"c"}
+    assert task.score(task.test(), ["b"]).quality == [1.0]
+
+
+def test_unknown_task_is_named():
+    with pytest.raises(KeyError, match="nosuch"):
+        make_task("nosuch")

@@ -1,0 +1,1 @@
+"""Student and router checkpoints: tasks, losses, rollouts, constrained training, evaluation, export."""

@@ -1,0 +1,80 @@
+"""Demonstrations as padded batches, addressed by step: what makes a resumed run repeat itself exactly."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from training.tasks import Task
+from training.tokenizer import encode_answers, encode_prompts
+
+SHARD_BATCHES = 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded prompts with their answers.
+
+    ids:    (B, T) int64
+    answer: (B, T) bool, True at t where the model at t predicts a token of the answer, ids[:, t + 1]
+    """
+
+    ids: Tensor
+    answer: Tensor
+
+    @property
+    def targets(self) -> Tensor:
+        """(N,) the answers' tokens, in the order of `answer`'s True cells."""
+        return self.ids.roll(-1, dims=1)[self.answer]
+
+    @classmethod
+    def of(cls, prompts: list[list[int]], answers: list[list[int]], pad: int) -> Batch:
+        rows = [p + a for p, a in zip(prompts, answers, strict=True)]
+        width = -(-max(map(len, rows)) // 8) * 8  # few distinct widths: friendlier to caches and compilers
+        ids = torch.full((len(rows), width), pad)
+        answer = torch.zeros_like(ids, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            answer[i, len(prompts[i]) - 1 : len(row) - 1] = True
+        return cls(ids, answer)
+
+
+def left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """ids (B, T) and mask (B, T), int64; 0 in the mask is padding."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+class Demonstrations:
+    """Batch number `step` of a seeded stream of references; rows of similar length share a batch."""
+
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, batch: int, seed: int) -> None:
+        self._task, self._tokenizer, self._batch, self._seed = task, tokenizer, batch, seed
+        self._shard: tuple[int, list[Batch]] = (-1, [])
+
+    def __getitem__(self, step: int) -> Batch:
+        shard, at = divmod(step, SHARD_BATCHES)
+        if self._shard[0] != shard:
+            self._shard = (shard, self._load(shard))
+        return self._shard[1][at]
+
+    def _load(self, shard: int) -> list[Batch]:
+        seed = self._seed * 1_000_003 + shard
+        rng = random.Random(seed)
+        examples = list(islice(self._task.train(seed), self._batch * SHARD_BATCHES))
+        prompts = encode_prompts(self._tokenizer, [example.source for example in examples])
+        answers = encode_answers(self._tokenizer, [example.references.sample(rng) for example in examples])
+        rows = sorted(zip(prompts, answers, strict=True), key=lambda row: len(row[0]) + len(row[1]))
+        batches = [
+            Batch.of(*map(list, zip(*rows[at : at + self._batch], strict=True)), self._tokenizer.eos_token_id)
+            for at in range(0, len(rows), self._batch)
+        ]
+        rng.shuffle(batches)
+        return batches

@@ -1,0 +1,86 @@
+"""The price of each budget, measured in the closed loop on validation data, under the bucket of that budget.
+
+It aims at the mean teacher rate that equals the fraction, unless that costs quality: a tight bucket can only
+be spent to its mean by emptying it on trifles, and then it is empty when it matters (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from training.rollout import Completion
+from training.tree import Setting, Tree
+
+Quality = Callable[[Sequence[Completion]], float]
+
+SHARES = (
+    0.0,
+    0.3,
+    0.5,
+    0.6,
+    0.7,
+    0.75,
+    0.8,
+    0.84,
+    0.87,
+    0.89,
+    0.91,
+    0.93,
+    0.945,
+    0.96,
+    0.97,
+    0.98,
+    0.99,
+    0.997,
+)
+"""Shares of positions below the prices that the aim is compared with: fine where asking is rare."""
+TOLERANCE = 0.01
+"""Loss of mean quality that is taken for noise."""
+ROUNDS = 12
+
+
+def teacher_rate(completions: Sequence[Completion]) -> float:
+    """Teacher tokens / completion tokens, over all of them together."""
+    return sum(c.teacher_tokens for c in completions) / sum(len(c.tokens) for c in completions)
+
+
+def calibrate(
+    tree: Tree, gate: str, budgets: Sequence[float], spans: tuple[int, int], quality: Quality
+) -> list[tuple[float, float]]:
+    """(fraction, price) for each of the increasing budgets; prices do not increase.
+
+    spans: (span_tokens, ask_tokens) of the bucket.
+    """
+    scores = tree.scores(gate).double()
+    points: list[tuple[float, float]] = []
+    for budget, aim in zip(budgets, price_at_rate(tree, gate, budgets, spans), strict=True):
+        prices = [aim, *torch.quantile(scores, torch.tensor(SHARES, dtype=torch.float64)).tolist()]
+        runs = tree.run([Setting(gate, price, budget, *spans) for price in prices])
+        qualities = [quality(run) if teacher_rate(run) <= budget else -1.0 for run in runs]
+        price = aim if qualities[0] >= max(qualities) - TOLERANCE else prices[qualities.index(max(qualities))]
+        points.append((budget, min(price, points[-1][1]) if points else price))
+    return points
+
+
+def price_at_rate(tree: Tree, gate: str, rates: Sequence[float], spans: tuple[int, int]) -> list[float]:
+    """The lowest price, to 1 / 2^ROUNDS of all scores, that realises no more than each rate.
+
+    Bisection over the quantiles of the scores in the tree: more asking raises the realised rate on average.
+    """
+    scores = tree.scores(gate).double()
+    low, high = [0.0] * len(rates), [1.0] * len(rates)  # shares of positions that lie under the price
+
+    def price(share: float) -> float:
+        return torch.quantile(scores, share).item()
+
+    for _ in range(ROUNDS):
+        middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
+        settings = [Setting(gate, price(m), rate, *spans) for m, rate in zip(middle, rates, strict=True)]
+        for i, completions in enumerate(tree.run(settings)):
+            if teacher_rate(completions) > rates[i]:
+                low[i] = middle[i]
+            else:
+                high[i] = middle[i]
+    return [price(share) for share in high]

@@ -1,0 +1,78 @@
+"""`wheels train` and `wheels evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from training.config import RecipeError, load_recipe
+from training.pipeline import STAGES, run
+from training.report import evaluate_pair, plot, table
+from training.tasks import make_task
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def find_recipe(name: str) -> Path:
+    """A path, or the name of a recipe that ships with the project."""
+    shipped = RECIPES / f"{name}.yaml"
+    return shipped if shipped.exists() else Path(name)
+
+
+def train(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "wheels train", description="Train what a recipe says; resumes by itself."
+    )
+    parser.add_argument(
+        "recipe", help="a YAML file, or one of: " + ", ".join(p.stem for p in RECIPES.glob("*.yaml"))
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. teacher.schedule.steps=100")
+    parser.add_argument("--stage", choices=STAGES, action="append", help="only this stage (repeatable)")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        recipe = load_recipe(find_recipe(args.recipe), args.overrides)
+    except RecipeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    run(recipe, tuple(args.stage or STAGES))
+    return 0
+
+
+def evaluate(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "wheels evaluate", description="Quality against teacher rate, all gates."
+    )
+    parser.add_argument("pair", type=Path, help="directory with teacher, student and router")
+    parser.add_argument("--task", default="numbers", help="a task without options")
+    parser.add_argument("--examples", type=int, default=1000, help="of the test split")
+    parser.add_argument("--spans", type=int, nargs="*", default=[1, 2, 4], help="span lengths of the curves")
+    parser.add_argument("--max-tokens", type=int, default=64, help="longest completion")
+    parser.add_argument("--out", type=Path, help="directory for report.json and plots")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object, last")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    task = make_task(args.task)
+    report = evaluate_pair(args.pair, task, task.test()[: args.examples], args.spans, args.max_tokens)
+    print(table(report))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "report.json").write_text(report.to_json() + "\n")
+        plot(report, args.out)
+    if args.json:
+        print(report.to_json())
+    return 0
+
+
+COMMANDS = {"train": train, "evaluate": evaluate}
+
+
+def main(argv: list[str]) -> int:
+    command, *rest = argv
+    return COMMANDS[command](rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,136 @@
+"""The gate: what it is taught to predict, and how.
+
+Difference form (the gate as a policy of its own): the score regresses on what the next span would gain if the
+teacher wrote it, per teacher token; the price it is compared with at serving time plays lambda's part, so
+that one gate serves all budgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from transformers import PreTrainedModel
+
+from router.features import features
+from router.gate import LearnedGate
+from router.reserved import ReservedRows
+from training.config import GateConfig
+from training.rollout import Completion, Cooperation, Positions, Request, concatenate
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Positions of many completions, in order of (row, step), as (N, ...) tensors; see `Positions`.
+
+    by_teacher: (N,) whether the teacher wrote the token there.
+    """
+
+    positions: Positions
+    by_teacher: Tensor
+
+    def __len__(self) -> int:
+        return len(self.by_teacher)
+
+
+def collect(
+    cooperation: Cooperation, requests: Sequence[Request], batch: int = 512
+) -> tuple[Trajectories, list[Completion]]:
+    seen: list[Positions] = []
+    completions = cooperation.write(requests, batch=batch, watch=seen.append)
+    joined = concatenate(seen)
+    order = (joined.row * cooperation.max_tokens + joined.step).argsort()
+    by_teacher = torch.tensor([flag for completion in completions for flag in completion.by_teacher])
+    ordered = Positions(**{name: column[order] for name, column in vars(joined).items()})
+    return Trajectories(ordered, by_teacher), completions
+
+
+def join(parts: Sequence[Trajectories]) -> Trajectories:
+    """One after the other; rows stay apart because a row's positions stay neighbours and start at step 0."""
+    positions = concatenate([part.positions for part in parts])
+    return Trajectories(positions, torch.cat([part.by_teacher for part in parts]))
+
+
+# What asking at a position would gain there, in nats: (N,) from Positions.
+GAINS: dict[str, Callable[[Positions], Tensor]] = {
+    # -log p_T(own token): training.md's regret. Also large where the teacher itself has many good tokens.
+    "regret": lambda p: p.regret,
+    # The same above the teacher's best token: zero where both agree, small among synonyms.
+    "excess": lambda p: p.regret - p.best,
+    # 1 - p_T(own) / p_T(best): the share of the teacher's mass that the own token gives away; bounded.
+    "ratio": lambda p: 1 - (p.best - p.regret).exp(),
+    # The whole distribution's: dense, less noisy, blind to which token is really written.
+    "kl": lambda p: p.kl,
+}
+
+
+def span_gain(gain: Tensor, trajectories: Trajectories, span: int) -> tuple[Tensor, Tensor]:
+    """Mean over the student's own next `span` tokens of gain (N,), and where it is known (N,) bool.
+
+    A position is known when the student itself wrote every token of the span before its last; spans that run
+    over the end of the completion count the missing tokens as zero.
+    """
+    row, step = trajectories.positions.row, trajectories.positions.step
+    total, known = gain.clone(), torch.ones_like(trajectories.by_teacher)
+    own = ~trajectories.by_teacher
+    for ahead in range(1, span):
+        follows = (row[ahead:] == row[:-ahead]) & (step[ahead:] == step[:-ahead] + ahead)
+        total[:-ahead] += torch.where(follows, gain[ahead:], 0.0)
+        known[:-ahead] &= ~follows | own[ahead - 1 : -1]
+    return total / span, known
+
+
+class Head(nn.Module):
+    """Taps and learned gate over a frozen student, as they will be merged into it."""
+
+    def __init__(self, student: PreTrainedModel, reserved: ReservedRows, width: int) -> None:
+        super().__init__()
+        self.gate = LearnedGate(reserved, width)
+        self.taps = nn.Parameter(torch.zeros(reserved.count - 1, student.config.hidden_size))
+        self.register_buffer(
+            "visible", student.get_output_embeddings().weight[: reserved.start].detach().clone()
+        )
+
+    def start_from(self, states: Tensor) -> None:
+        """Taps = the directions of most variance of states (N, H); features standardised on them."""
+        _, _, directions = torch.pca_lowrank(states, q=min(self.taps.shape), niter=4)
+        self.taps.data[: directions.shape[1]] = directions.T
+        with torch.no_grad():
+            x = features(self.logits(states), self.gate.reserved)
+        self.gate.mean.copy_(x.mean(0))
+        self.gate.scale.copy_(1 / x.std(0).clamp(min=1e-3))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(N, H) -> (N, V): what the merged student computes there. The escalation row stays 0."""
+        escalation = states.new_zeros(len(states), 1)
+        return torch.cat((states @ self.visible.T, escalation, states @ self.taps.T), dim=-1)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.gate(self.logits(states))
+
+
+def fit(head: Head, states: Tensor, target: Tensor, config: GateConfig, seed: int) -> float:
+    """Least squares of the score on target (N,); returns the last epoch's mean loss."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(
+        head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    steps = config.epochs * -(-len(states) // config.batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=steps, pct_start=0.1
+    )
+    mean = 0.0
+    for _ in range(config.epochs):
+        losses = []
+        for chunk in torch.randperm(len(states), generator=generator).split(config.batch):
+            loss = mse_loss(head(states[chunk]), target[chunk])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+        mean = sum(losses) / len(losses)
+    return mean

@@ -1,0 +1,224 @@
+"""The closed loop in process: student and teacher step together over a batch, and the gate decides who
+writes.
+
+It follows the served path decision for decision (`router.budget.Bucket`, spans that end with the completion,
+no decision inside a span), so what is calibrated and measured here holds there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from router.budget import EPSILON
+from training.batches import left_padded
+from training.cache import growing_cache
+
+ScoreFn = Callable[[Tensor], Tensor]
+"""Raw student logits (B, V), taps included -> score (B,)."""
+
+COMPACT = 0.7  # drop the finished rows from the batch when less than this share is left
+
+
+FREE = 1 - 1e-6
+"""Fraction of a bucket that never binds; at 1 itself one span covers the whole completion."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """price: ask where score > price. fraction: of the bucket that holds the request to its budget."""
+
+    prompt: list[int]
+    price: float = math.inf
+    fraction: float = 0.0
+
+
+@dataclass
+class Completion:
+    """tokens: with the end-of-sequence token. by_teacher: who wrote each. starts: where the spans start."""
+
+    tokens: list[int] = field(default_factory=list)
+    by_teacher: list[bool] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+
+    @property
+    def teacher_tokens(self) -> int:
+        return sum(self.by_teacher)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What one step saw, for the rows that were alive (R of them).
+
+    row: (R,) index of the request; step: (R,) tokens written so far; states: (R, H) the student's last hidden
+    states; own, theirs: (R,) the next token of student and teacher;
+    regret: (R,) -log p_T of the student's own next token; best: (R,) -max log p_T; kl: (R,) KL(pi || p_T);
+    entropy: (R,) of p_T. All in nats.
+    """
+
+    row: Tensor
+    step: Tensor
+    states: Tensor
+    own: Tensor
+    theirs: Tensor
+    regret: Tensor
+    best: Tensor
+    kl: Tensor
+    entropy: Tensor
+
+
+def concatenate(parts: Sequence[Positions]) -> Positions:
+    return Positions(
+        **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Positions)}
+    )
+
+
+class Stepper:
+    """One model with its key-value cache over the rows that are still being written."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model, self._cache = model, growing_cache()
+
+    def step(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """ids (B, S) new tokens, mask (B, T) of all so far. Returns states (B, H) and logits (B, V) at the
+        end.
+        """
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        out = self._model.get_decoder()(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache
+        )
+        states = out.last_hidden_state[:, -1]
+        return states, self._model.get_output_embeddings()(states)
+
+    def keep(self, rows: Tensor) -> None:
+        self._cache.batch_select_indices(rows)
+
+
+@dataclass(frozen=True)
+class Cooperation:
+    """A pair and how it works together.
+
+    visible: token ids below this may be written. temperature: of the student's own tokens, 0 = greedy; the
+    teacher writes greedily. explore: probability of asking where the gate would not, or not asking where it
+    would.
+    """
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    score: ScoreFn
+    visible: int
+    end: int
+    span_tokens: int = 1
+    ask_tokens: int | None = None
+    max_tokens: int = 64
+    temperature: float = 0.0
+    explore: float = 0.0
+
+    @torch.inference_mode()
+    def write(
+        self, requests: Sequence[Request], batch: int = 512, watch: Callable[[Positions], None] | None = None
+    ) -> list[Completion]:
+        """Completions in the order of the requests. `watch` is shown every step's positions."""
+        done = [Completion() for _ in requests]
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
+        for at in range(0, len(order), batch):
+            self._write(requests, done, order[at : at + batch], watch)
+        return done
+
+    def _write(
+        self,
+        requests: Sequence[Request],
+        done: list[Completion],
+        rows: list[int],
+        watch: Callable[[Positions], None] | None,
+    ) -> None:
+        ids, mask = left_padded([requests[row].prompt for row in rows], self.end)
+        row = torch.tensor(rows)
+        price = torch.tensor([requests[i].price for i in rows])
+        fraction = torch.tensor([requests[i].fraction for i in rows], dtype=torch.float64)
+        spent = torch.zeros_like(row)
+        span_left = torch.zeros_like(row)
+        alive = torch.ones_like(row, dtype=torch.bool)
+        student, teacher = Stepper(self.student), Stepper(self.teacher)
+        for length in range(self.max_tokens):
+            states, logits = student.step(ids, mask)
+            _, teacher_logits = teacher.step(ids, mask)
+            own = self._choose(logits[:, : self.visible])
+            theirs = teacher_logits[:, : self.visible]
+            if watch is not None:
+                watch(observe(row, length, states, logits[:, : self.visible], own, theirs, alive))
+            wants = self.score(logits) > price
+            if self.explore:
+                wants ^= torch.rand(wants.shape) < self.explore
+            asks = wants & (span_left == 0) & (length >= self._earliest(spent, fraction))
+            span_left = torch.where(asks, self._span(fraction), span_left)
+            by_teacher = span_left > 0
+            token = torch.where(by_teacher, theirs.argmax(-1), own)
+            spent += by_teacher
+            span_left -= by_teacher.long()
+            columns = (x[alive].tolist() for x in (row, token, by_teacher, asks))
+            for i, written, foreign, asked in zip(*columns, strict=True):
+                done[i].tokens.append(written)
+                done[i].by_teacher.append(foreign)
+                if asked:
+                    done[i].starts.append(length)
+            alive &= token != self.end
+            left = int(alive.sum())
+            if left == 0:
+                return
+            if left < COMPACT * len(alive):  # copying the caches at every step would cost more than it saves
+                kept = alive.nonzero().squeeze(1)
+                student.keep(kept)
+                teacher.keep(kept)
+                row, price, fraction, spent, span_left, token, mask, alive = (
+                    x[kept] for x in (row, price, fraction, spent, span_left, token, mask, alive)
+                )
+            ids = token[:, None]
+            mask = torch.cat((mask, torch.ones_like(ids)), dim=1)
+
+    @property
+    def asks(self) -> int:
+        """Tokens of one teacher call."""
+        return self.ask_tokens or self.span_tokens
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        return (logits / self.temperature).softmax(-1).multinomial(1).squeeze(1)
+
+    def _span(self, fraction: Tensor) -> Tensor:
+        """A budget of 1 bounds nothing: the teacher writes to the end (`Budget.is_unbounded`)."""
+        return torch.where(fraction >= 1, self.max_tokens, self.asks)
+
+    def _earliest(self, spent: Tensor, fraction: Tensor) -> Tensor:
+        """`Bucket.earliest` of every row, in float64; never (inf) at fraction 0."""
+        earliest = ((spent + self.asks - self.span_tokens) / fraction - self.asks - EPSILON).ceil()
+        return torch.where(fraction >= 1, 0.0, torch.where(fraction <= 0, math.inf, earliest))
+
+
+def with_gate(cooperation: Cooperation, score: ScoreFn, explore: float = 0.0) -> Cooperation:
+    return replace(cooperation, score=score, explore=explore)
+
+
+def observe(
+    row: Tensor, length: int, states: Tensor, student: Tensor, own: Tensor, teacher: Tensor, alive: Tensor
+) -> Positions:
+    """student, teacher: (B, visible) logits; alive: (B,) the rows to report."""
+    row, states, student, own, teacher = (x[alive] for x in (row, states, student, own, teacher))
+    log_pi, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    return Positions(
+        row=row,
+        step=torch.full_like(row, length),
+        states=states,
+        own=own,
+        theirs=teacher.argmax(-1),
+        regret=-log_p.gather(1, own[:, None]).squeeze(1),
+        best=-log_p.amax(-1),
+        kl=(log_pi.exp() * (log_pi - log_p)).sum(-1),
+        entropy=torch.special.entr(log_p.exp()).sum(-1),
+    )

@@ -1,0 +1,138 @@
+"""The router over a frozen pair: on-policy rollouts, the gate, its calibration and the confidence gates'."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, fingerprint, tokenizer_fingerprint
+from router.gate import CONFIDENCE_GATES, Gate, RandomGate
+from router.reserved import ReservedRows
+from training.calibration import Quality, calibrate
+from training.config import GateConfig
+from training.evaluate import ends, mean_quality
+from training.gates import GAINS, Head, Trajectories, collect, fit, join, span_gain
+from training.models import load_model, reserved_rows
+from training.rollout import FREE, Cooperation, Request, with_gate
+from training.tasks import Task
+from training.tokenizer import encode_prompts
+from training.tree import Tree
+
+
+def load_cooperation(
+    teacher: Path,
+    student: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    spans: tuple[int, int],
+    max_tokens: int,
+) -> Cooperation:
+    """The pair of two directories, frozen, asking at random. spans: (span_tokens, ask_tokens)."""
+    models = [load_model(path).requires_grad_(False) for path in (student, teacher)]
+    reserved = reserved_rows(models[0], tokenizer)
+    return Cooperation(
+        student=models[0],
+        teacher=models[1],
+        score=RandomGate(reserved),
+        visible=reserved.start,
+        end=tokenizer.eos_token_id,
+        span_tokens=spans[0],
+        ask_tokens=spans[1],
+        max_tokens=max_tokens,
+    )
+
+
+def train_gate(
+    cooperation: Cooperation, prompts: list[list[int]], reserved: ReservedRows, config: GateConfig, seed: int
+) -> Head:
+    """Rounds of rollouts, each followed by a fit on all of them; the taps end in the student's reserved rows.
+
+    prompts: `config.prompts` for each round.
+    """
+    torch.manual_seed(seed)
+    head = Head(cooperation.student, reserved, config.width)
+    gate: Gate = RandomGate(reserved)
+    price = 1 - config.rate
+    seen: list[Trajectories] = []
+    for round_ in range(config.rounds):
+        some = prompts[round_ * config.prompts : (round_ + 1) * config.prompts]
+        explore = config.explore if round_ else 0.0
+        asking = with_gate(cooperation, gate, explore)
+        # Half of the rollouts never ask: most of a served completion is the student's own path.
+        half = len(some) // 2
+        requests = [Request(p) for p in some[:half]] + [Request(p, price, FREE) for p in some[half:]]
+        seen.append(collect(asking, requests)[0])
+        data = join(seen)
+        if round_ == 0:
+            head.start_from(data.positions.states)
+        gain = GAINS[config.gain](data.positions).clamp(0, config.clip)
+        target, known = span_gain(gain, data, config.ask_tokens)
+        states = data.positions.states[known]
+        loss = fit(head, states, target[known], config, seed)
+        spread = target[known].var().item()
+        print(f"gate round {round_}: {len(states):,} positions, loss {loss:.4f} of {spread:.4f}", flush=True)
+        install_taps(cooperation, head.taps.detach(), reserved)
+        gate = head.gate.eval()
+        with torch.no_grad():
+            price = torch.quantile(head(states[-100_000:]), 1 - config.rate).item()
+    return head.requires_grad_(False).eval()
+
+
+def install_taps(cooperation: Cooperation, taps: torch.Tensor, reserved: ReservedRows) -> None:
+    """In memory what `RouterCheckpoint.merge` does to the files."""
+    cooperation.student.get_output_embeddings().weight.data[reserved.taps] = taps
+
+
+def calibrate_gates(
+    tree: Tree, gates: Iterable[str], quality: Quality, config: GateConfig
+) -> dict[str, list[tuple[float, float]]]:
+    points = {}
+    for name in gates:
+        points[name] = calibrate(tree, name, config.budgets, (config.span_tokens, config.ask_tokens), quality)
+        print(f"calibrated {name}: " + " ".join(f"{b:g}:{p:.4g}" for b, p in points[name]), flush=True)
+    return points
+
+
+def train_router(
+    teacher: Path, student: Path, out: Path, task: Task, tokenizer: PreTrainedTokenizerBase,
+    config: GateConfig, max_tokens: int, seed: int,
+) -> RouterCheckpoint:  # fmt: skip
+    cooperation = load_cooperation(
+        teacher, student, tokenizer, (config.span_tokens, config.ask_tokens), max_tokens
+    )
+    reserved = reserved_rows(cooperation.student, tokenizer)
+    sources = [e.source for e in islice(task.train(ROUTER_SEED + seed), config.prompts * config.rounds)]
+    head = train_gate(cooperation, encode_prompts(tokenizer, sources), reserved, config, seed)
+    gates: dict[str, Gate] = {"learned": head.gate}
+    gates |= {name: gate(reserved) for name, gate in CONFIDENCE_GATES.items()}
+    valid = task.valid()[: config.calibration_examples]
+    tree = Tree(cooperation, encode_prompts(tokenizer, [e.source for e in valid]), gates)
+    calibration = calibrate_gates(tree, gates, mean_quality(task, tokenizer, valid), config)
+    alone = tree.run(ends("learned")[:1])[0]
+    checkpoint = RouterCheckpoint(
+        config=RouterConfig(
+            reserved_start=reserved.start,
+            reserved_count=reserved.count,
+            gate_width=config.width,
+            span_tokens=config.span_tokens,
+            ask_tokens=config.ask_tokens,
+            expected_tokens=sum(len(c.tokens) for c in alone) / len(alone),
+            calibration=calibration,
+            fingerprints=Fingerprints(
+                student=fingerprint(student, reserved.start),
+                tokenizer=tokenizer_fingerprint(student),
+                teacher=teacher.name,
+            ),
+            training={"gain": config.gain, "seed": seed, "task": task.name},
+        ),
+        taps=head.taps,
+        gate=head.gate.state_dict(),
+    )
+    checkpoint.save(out)
+    return checkpoint
+
+
+ROUTER_SEED = 7_000_000  # streams of training sources that the pair was not trained on

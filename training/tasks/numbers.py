@@ -1,0 +1,280 @@
+"""`numbers`: English sentences with numbers, dates, clock times and amounts -> German with all of them
+spelled out.
+
+Parts are easy (fixed words, small numbers), parts are hard (inverted tens, long numbers, "halb drei" for
+2:30), and most sentences leave free choices (word order, synonyms, "vierzehn Uhr dreißig"), which are all
+right: a student that hesitates there makes no mistake. Training targets are drawn uniformly among the right
+answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from training.tasks import spelling
+from training.tasks.base import Example, Form, References, Slot, Task, register
+from training.tasks.spelling import Value
+
+
+def among(*pairs: tuple[str, str]) -> Callable[[random.Random], Value]:
+    """Words with a fixed translation; alternatives after a bar."""
+    values = [(english, tuple(german.split("|"))) for english, german in pairs]
+    return lambda rng: rng.choice(values)
+
+
+def names(*words: str) -> Callable[[random.Random], Value]:
+    return among(*((word, word) for word in words))
+
+
+KINDS: dict[str, Callable[[random.Random], Value]] = {
+    "small": spelling.small,
+    "count": spelling.whole(2, 3),
+    "many": spelling.whole(3, 5),
+    "decimal": spelling.decimal,
+    "percent": spelling.percent,
+    "degrees": spelling.degrees,
+    "digits": spelling.digit_string,
+    "year": spelling.year,
+    "early": spelling.early_year,
+    "late": spelling.late_year,
+    "floor": spelling.floor,
+    "date": spelling.date,
+    "clock": spelling.clock,
+    "price": spelling.price,
+    "fortune": spelling.fortune,
+    "day": spelling.day,
+    "month": spelling.month,
+    "name": names(
+        "Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jonas", "Karl", "Lena"
+    ),
+    "city": among(
+        ("Berlin", "Berlin"),
+        ("Vienna", "Wien"),
+        ("Munich", "München"),
+        ("Cologne", "Köln"),
+        ("Zurich", "Zürich"),
+        ("Geneva", "Genf"),
+        ("Hamburg", "Hamburg"),
+        ("Prague", "Prag"),
+        ("Rome", "Rom"),
+        ("Lisbon", "Lissabon"),
+    ),
+    "bought": among(
+        ("car", "das Auto|den Wagen"),
+        ("bike", "das Fahrrad|das Rad"),
+        ("phone", "das Handy|das Telefon"),
+        ("sofa", "das Sofa|die Couch"),
+        ("ticket", "die Karte|das Ticket"),
+        ("painting", "das Bild|das Gemälde"),
+        ("lamp", "die Lampe|die Leuchte"),
+        ("shirt", "das Hemd|das Oberhemd"),
+    ),
+    "building": among(("bridge", "Brücke"), ("church", "Kirche"), ("castle", "Burg"), ("mill", "Mühle")),
+    "goods": among(("cars", "Autos"), ("books", "Bücher"), ("chairs", "Stühle"), ("watches", "Uhren")),
+    "fruit": among(("apples", "Äpfel"), ("pears", "Birnen"), ("lemons", "Zitronen"), ("plums", "Pflaumen")),
+    "grew": among(("rose", "stieg|wuchs"), ("fell", "sank|fiel")),
+}
+
+# English variants on the first line, separated by a bar; German forms below. <kind> or <kind:label> is a
+# value, {a|b} a free choice.
+TEMPLATES = """
+The train to <city> leaves at <clock>.|The train for <city> departs at <clock>.
+  {Der Zug|Die Bahn} nach <city> {fährt|geht} um <clock>{| los}.
+  Um <clock> {fährt|geht} {der Zug|die Bahn} nach <city>{| los}.
+<name> paid <price> for the <bought>.|<name> spent <price> on the <bought>.
+  <name> hat <price> für <bought> {bezahlt|gezahlt|ausgegeben}.
+  <name> {bezahlte|zahlte} <price> für <bought>.
+  Für <bought> hat <name> <price> {bezahlt|gezahlt|ausgegeben}.
+<name> was born in <city> on <date>.|<name> was born on <date> in <city>.
+  <name> {wurde|ist} am <date> in <city> geboren.
+  <name> kam am <date> in <city> {zur|auf die} Welt.
+  Am <date> {wurde|ist} <name> in <city> geboren.
+About <many> people live in <city>.|Roughly <many> people live in <city>.
+  In <city> {leben|wohnen} {etwa|ungefähr|rund|circa} <many> {Menschen|Leute|Personen}.
+  {Etwa|Ungefähr|Rund|Circa} <many> {Menschen|Leute|Personen} {leben|wohnen} in <city>.
+The meeting on <date> starts at <clock>.|The meeting on <date> begins at <clock>.
+  {Die Sitzung|Das Treffen|Die Besprechung} am <date> {beginnt|startet} um <clock>.
+  Am <date> {beginnt|startet} {die Sitzung|das Treffen|die Besprechung} um <clock>.
+On <day> it will be <degrees> degrees in <city>.|In <city> it will be <degrees> degrees on <day>.
+  Am <day> {wird|werden} es in <city> <degrees> Grad.
+  In <city> {wird|werden} es am <day> <degrees> Grad.
+It is <decimal> kilometers from <city> to <city:2>.
+  Von <city> {nach|bis} <city:2> sind es {genau|exakt} <decimal> Kilometer.
+  Es sind {genau|exakt} <decimal> Kilometer von <city> {nach|bis} <city:2>.
+The <building> in <city> was built in <year>.
+  Die <building> in <city> wurde {im Jahr|im Jahre} <year> {gebaut|erbaut|errichtet}.
+  Die <building> in <city> ist {im Jahr|im Jahre} <year> {gebaut|erbaut|errichtet} worden.
+  {Im Jahr|Im Jahre} <year> hat man die <building> in <city> {gebaut|erbaut|errichtet}.
+Sales <grew> by <percent> percent in <month>.
+  {Der Umsatz|Der Absatz} <grew> im <month> um <percent> Prozent.
+  Im <month> <grew> {der Umsatz|der Absatz} um <percent> Prozent.
+The company sold <many> <goods> in <year>.
+  {Die Firma|Das Unternehmen|Der Betrieb} hat {im Jahr|im Jahre} <year> <many> <goods> {verkauft|abgesetzt}.
+  {Im Jahr|Im Jahre} <year> hat {die Firma|das Unternehmen|der Betrieb} <many> <goods> {verkauft|abgesetzt}.
+<name> got <many> votes and <name:2> got <count>.
+  <name> {bekam|erhielt} <many> Stimmen{ und|,} <name:2> {bekam|erhielt} <count>.
+  <many> Stimmen {gingen|fielen} an <name>{ und|,} <count> an <name:2>.
+The number of the room is <digits>.|The room has the number <digits>.
+  {Die Nummer|Die Zahl} des {Zimmers|Raumes} {ist|lautet} <digits>.
+  {Das Zimmer|Der Raum} {hat|trägt} die Nummer <digits>.
+The office is on the <floor> floor.|The office is located on the <floor> floor.
+  Das Büro {ist|liegt|befindet sich} im <floor> {Stock|Stockwerk}.
+  Im <floor> {Stock|Stockwerk} {ist|liegt|befindet sich} das Büro.
+She bought <small> <fruit> and <small:2> <fruit:2>.
+  Sie hat <small> <fruit> und <small:2> <fruit:2> {gekauft|besorgt|geholt}.
+  Sie {kaufte|besorgte|holte} <small> <fruit> und <small:2> <fruit:2>.
+<name> has <small> brothers and <small:2> sisters.
+  <name> hat <small> Brüder und <small:2> Schwestern.
+The package weighs <decimal> kilograms.
+  {Das Paket|Die Sendung} {wiegt|hat ein Gewicht von} {genau|exakt} <decimal> {Kilo|Kilogramm}.
+  {Genau|Exakt} <decimal> {Kilo|Kilogramm} wiegt {das Paket|die Sendung}.
+The invoice of <date> comes to <price>.|The bill of <date> comes to <price>.
+  Die Rechnung vom <date> {beträgt|ergibt|macht} <price>.
+The shop is open from <clock> to <clock:2>.
+  {Der Laden|Das Geschäft} {ist|hat} von <clock> bis <clock:2> {geöffnet|offen}.
+  Von <clock> bis <clock:2> {ist|hat} {der Laden|das Geschäft} {geöffnet|offen}.
+With <percent> percent off it costs only <price>.
+  {Mit|Bei} <percent> Prozent {Rabatt|Nachlass} kostet es {nur|bloß|lediglich} <price>.
+  Es kostet {mit|bei} <percent> Prozent {Rabatt|Nachlass} {nur|bloß|lediglich} <price>.
+From <early> to <late> she lived in <city>.
+  Von <early> bis <late> {lebte|wohnte} sie in <city>.
+  Sie {lebte|wohnte} von <early> bis <late> in <city>.
+The book has <count> pages and costs <price>.
+  {Das Buch|Der Roman|Der Band} {hat|zählt} <count> Seiten und kostet <price>.
+<name> won <fortune> in the lottery on <day>.
+  <name> hat am <day> <fortune> {im Lotto|in der Lotterie} gewonnen.
+  Am <day> {gewann|erzielte} <name> <fortune> {im Lotto|in der Lotterie}.
+"""
+
+OPENINGS = """
+Good news:
+  {Gute Nachrichten|Gute Neuigkeiten|Eine gute Nachricht}:
+Please note:
+  {Bitte beachten|Bitte merken|Zur Beachtung}:
+As far as I know:
+  {Soviel|Soweit} ich weiß:
+Thank you for your question.
+  {Vielen|Besten|Herzlichen} Dank für Ihre {Frage|Anfrage}.
+Here is the answer to your question:
+  Hier {ist|kommt} die Antwort auf Ihre {Frage|Anfrage}:
+"""
+
+CLOSINGS = """
+Many thanks!
+  {Vielen Dank|Danke sehr|Besten Dank}!
+See you soon!
+  {Bis bald|Bis dann|Auf bald}!
+Have a nice day!
+  {Einen|Noch einen} schönen Tag{| wünsche ich}!
+Please tell me if this is not right.
+  Bitte {sagen Sie mir|geben Sie mir} Bescheid, {wenn|falls} das nicht {stimmt|richtig ist}.
+"""
+FRAMED = 0.6  # share of sentences with an opening, and of those with a closing
+
+_VALUE = re.compile(r"<([a-z]+)(?::\d)?>")
+_PIECE = re.compile(r"(<[^>]+>|\{[^}]*\})")
+
+
+@dataclass(frozen=True)
+class Template:
+    english: list[str]
+    german: list[list[str]]  # forms, each cut into pieces
+
+    @classmethod
+    def parse(cls, text: str) -> list[Template]:
+        templates: list[Template] = []
+        for line in text.strip().splitlines():
+            if line.startswith("  "):
+                templates[-1].german.append([piece for piece in _PIECE.split(line.strip()) if piece])
+            else:
+                templates.append(cls(line.split("|"), []))
+        return templates
+
+    def fill(self, english: str, values: dict[str, Value]) -> tuple[str, list[list[Slot]]]:
+        for key, (word, _) in values.items():
+            english = english.replace(key, word)
+        return english, [_upper_first([self._slot(piece, values) for piece in form]) for form in self.german]
+
+    @staticmethod
+    def _slot(piece: str, values: dict[str, Value]) -> Slot:
+        if piece in values:
+            return values[piece][1]
+        return tuple(piece[1:-1].split("|")) if piece.startswith("{") else (piece,)
+
+
+def _merge(slots: list[Slot]) -> Form:
+    """Join neighbours that leave no choice."""
+    merged: list[Slot] = []
+    for slot in slots:
+        if merged and len(slot) == len(merged[-1]) == 1:
+            merged[-1] = (merged[-1][0] + slot[0],)
+        else:
+            merged.append(slot)
+    return tuple(merged)
+
+
+def _upper_first(form: list[Slot]) -> list[Slot]:
+    return [tuple(choice[:1].upper() + choice[1:] for choice in form[0]), *form[1:]]
+
+
+SENTENCES, BEFORE, AFTER = (Template.parse(text) for text in (TEMPLATES, OPENINGS, CLOSINGS))
+
+
+def draw(rng: random.Random) -> Example:
+    template = rng.choice(SENTENCES)
+    english = rng.choice(template.english)
+    values: dict[str, Value] = {}
+    for found in _VALUE.finditer(english):
+        value = KINDS[found[1]](rng)
+        while value in values.values():
+            value = KINDS[found[1]](rng)
+        values[found[0]] = value
+    source, forms = template.fill(english, values)
+    if rng.random() < FRAMED:
+        text, (opening,) = _fixed(BEFORE, rng)
+        source, forms = f"{text} {source}", [[*opening, (" ",), *form] for form in forms]
+    if rng.random() < FRAMED:
+        text, (closing,) = _fixed(AFTER, rng)
+        source, forms = f"{source} {text}", [[*form, (" ",), *closing] for form in forms]
+    return Example(source, References(tuple(map(_merge, forms))))
+
+
+def _fixed(templates: list[Template], rng: random.Random) -> tuple[str, list[list[Slot]]]:
+    template = rng.choice(templates)
+    return template.fill(rng.choice(template.english), {})
+
+
+def split_of(source: str) -> str:
+    """A source belongs to one split for good, by its hash: no seed brings a test sentence into training."""
+    bucket = hashlib.sha256(source.encode()).digest()[0]
+    return "test" if bucket < 13 else "valid" if bucket < 26 else "train"
+
+
+@register
+class Numbers(Task):
+    name = "numbers"
+
+    def _stream(self, split: str, seed: int | str) -> Iterator[Example]:
+        rng = random.Random(f"{self.name}/{split}/{seed}")
+        while True:
+            example = draw(rng)
+            if split_of(example.source) == split:
+                yield example
+
+    def _fixed(self, split: str, count: int) -> list[Example]:
+        distinct = {example.source: example for example in islice(self._stream(split, "fixed"), count * 2)}
+        return list(distinct.values())[:count]
+
+    def train(self, seed: int) -> Iterator[Example]:
+        return self._stream("train", seed)
+
+    def valid(self) -> list[Example]:
+        return self._fixed("valid", 500)
+
+    def test(self) -> list[Example]:
+        return self._fixed("test", 1000)

@@ -1,0 +1,75 @@
+"""A small byte-level BPE tokenizer, in the Hugging Face layout, with one prompt format: its chat template.
+
+Digits stay single tokens, so that a number is read figure by figure. Bytes that the training data and
+printable ASCII do not use have no id (they become `<|unk|>`): with 480 ids in all, merges are worth more.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+UNK, END, SYSTEM, USER, ASSISTANT = "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], size: int, context: int) -> PreTrainedTokenizerBase:
+    """Raises ValueError where the data has too little variety for `size` ids."""
+    tokenizer = Tokenizer(models.BPE(unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    ascii_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(
+        string.digits + string.ascii_letters + string.punctuation + " \n"
+    )
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=[UNK, END, SYSTEM, USER, ASSISTANT],
+            initial_alphabet=sorted(set("".join(piece for piece, _ in ascii_bytes))),
+            show_progress=False,
+        ),
+    )
+    if tokenizer.get_vocab_size() != size:
+        raise ValueError(f"the data gave {tokenizer.get_vocab_size()} token ids, not {size}")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=UNK,
+        eos_token=END,
+        pad_token=END,
+        additional_special_tokens=[SYSTEM, USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, sources: list[str]) -> list[list[int]]:
+    """Token ids of each source as the single user message of a chat, ready for the answer."""
+    chats = [[{"role": "user", "content": source}] for source in sources]
+    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: list[str]) -> list[list[int]]:
+    """Token ids of each answer, ended by the end-of-sequence token."""
+    ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    return [[*answer, tokenizer.eos_token_id] for answer in ids]
+
+
+def decode_answers(tokenizer: PreTrainedTokenizerBase, answers: list[list[int]]) -> list[str]:
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
