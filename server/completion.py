@@ -41,7 +41,6 @@ class Completion:
         self.index = index
         self.report = report
         self.max_tokens = params.max_tokens
-        self.min_tokens = params.min_tokens
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self._kind = params.output_kind
