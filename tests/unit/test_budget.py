@@ -183,6 +183,32 @@ def test_a_grant_cannot_be_settled_with_more_than_it_is(used):
     assert bucket.spent == 4
 
 
+def test_asking_for_less_than_a_span_starts_with_a_spans_credit():
+    bucket = Bucket(Budget(fraction=0.1), span_tokens=4, ask_tokens=1)
+    for _ in range(4):
+        assert bucket.reserve(bucket.spent, at_most=10).tokens == 1
+    # 4 tokens are spent: a fifth fits when 5 <= 0.1 * (length + 1) + 4, from length 9 on.
+    assert bucket.earliest() == 9
+    assert bucket.reserve(8, at_most=10) is None
+    assert bucket.reserve(9, at_most=10).tokens == 1
+
+
+def test_tokens_and_calls_are_counted_per_call():
+    bucket = Bucket(Budget(tokens=3, calls=9), span_tokens=4, ask_tokens=2)
+    assert [bucket.reserve(50, at_most=100).tokens for _ in range(2)] == [2, 1]
+    assert bucket.calls_left == 7
+
+
+def test_a_call_is_a_whole_span_unless_said_otherwise():
+    assert Bucket(Budget(fraction=0.1), span_tokens=4).ask_tokens == 4
+
+
+@pytest.mark.parametrize("ask_tokens", [0, -1, 5])
+def test_a_call_is_no_longer_than_a_span_and_no_shorter_than_a_token(ask_tokens):
+    with pytest.raises(ValueError, match=f"cannot ask for {ask_tokens} tokens of a span of 4"):
+        Bucket(Budget(fraction=0.1), span_tokens=4, ask_tokens=ask_tokens)
+
+
 # Whatever happens
 
 fractions = st.one_of(st.floats(0, 1), st.sampled_from([0.05, 0.1, 0.2, 1 / 3, 1.0]))
@@ -220,10 +246,10 @@ def test_no_prefix_of_any_completion_is_above_its_budget(parts, span_tokens, ask
         assert budget.calls is None or calls <= budget.calls
 
 
-@given(parts=budgets, span_tokens=st.integers(1, 8), turns=turns)
-def test_earliest_is_the_first_length_at_which_a_span_is_granted(parts, span_tokens, turns):
+@given(parts=budgets, span_tokens=st.integers(1, 8), ask_tokens=st.integers(1, 8), turns=turns)
+def test_earliest_is_the_first_length_at_which_a_call_is_granted(parts, span_tokens, ask_tokens, turns):
     budget = Budget.model_validate(parts)
-    bucket = Bucket(budget, span_tokens)
+    bucket = Bucket(budget, span_tokens, min(ask_tokens, span_tokens))
     completion = 0
     for student, at_most, use in turns:
         completion += student
@@ -234,23 +260,9 @@ def test_earliest_is_the_first_length_at_which_a_span_is_granted(parts, span_tok
         assert copy.copy(bucket).reserve(earliest, at_most) is not None
         if earliest > 0:
             assert copy.copy(bucket).reserve(earliest - 1, at_most) is None
-            # and not a token too late: a span that began there could end above the bound
-            end = earliest - 1 + span_tokens
-            assert bucket.spent + span_tokens > budget.fraction * end + span_tokens
+            # and not a token too late: a call that began there could end above the bound
+            end = earliest - 1 + bucket.ask_tokens
+            assert bucket.spent + bucket.ask_tokens > budget.fraction * end + span_tokens
         if completion >= earliest:
-            spend(bucket, completion, used=0 if at_most < 1 else round(use))
-
-
-def test_asking_for_less_than_a_span_starts_with_a_spans_credit():
-    bucket = Bucket(Budget(fraction=0.1), span_tokens=4, ask_tokens=1)
-    for _ in range(4):
-        assert bucket.reserve(bucket.spent, at_most=10).tokens == 1
-    # 4 tokens are spent: a fifth fits when 5 <= 0.1 * (length + 1) + 4, from length 9 on.
-    assert bucket.earliest() == 9
-    assert bucket.reserve(8, at_most=10) is None
-    assert bucket.reserve(9, at_most=10).tokens == 1
-
-
-def test_a_call_is_no_longer_than_a_span():
-    with pytest.raises(ValueError, match="span of 4"):
-        Bucket(Budget(fraction=0.1), span_tokens=4, ask_tokens=5)
+            spend(bucket, completion, used=round(use))
+            completion += round(use)

@@ -213,6 +213,7 @@ def pair(tokenizer):
         ask_at: Collection[int] = (),
         ends_at: int | None = None,
         span_tokens: int = 2,
+        ask_tokens: int | None = None,
         default: float = 0.5,
         on_teacher_error: str = "degrade",
         **teacher: Any,
@@ -223,6 +224,7 @@ def pair(tokenizer):
             policy=Policy(Calibration(((0.5, 1.0),)), expected_tokens=20),
             reserved=RESERVED,
             span_tokens=span_tokens,
+            ask_tokens=ask_tokens,
             default_budget=Budget(fraction=default),
             on_teacher_error=on_teacher_error,
         )
@@ -312,6 +314,16 @@ async def test_a_span_may_follow_a_span(pair):
     result = await write(engine, 0.5, max_tokens=6)
     assert result.text() == "aBCDEf"
     assert result.report.spans == [[1, 3], [3, 5]]
+
+
+async def test_a_span_may_be_asked_for_token_by_token(pair):
+    """The gate decides behind every token of the teacher whether to ask for another."""
+    engine, teacher = pair(ask_at={2, 3, 4}, span_tokens=4, ask_tokens=1)
+    result = await write(engine, 0.5, max_tokens=8)
+    assert result.text() == "abCDEfgh"
+    assert [call.tokens for call in teacher.calls] == [1, 1, 1]
+    assert result.report.spans == [[2, 3], [3, 4], [4, 5]]
+    assert spent(engine) == (3, 3)
 
 
 async def test_a_span_may_come_first(pair):
@@ -415,12 +427,12 @@ async def test_the_terms_travel_with_each_segment(pair):
     assert all(segment.params.extra_args["caller"] == "x" for segment in engine.segments)
 
 
-@pytest.mark.parametrize("span_tokens", [1, 2, 3, 8])
+@pytest.mark.parametrize(("span_tokens", "ask_tokens"), [(1, 1), (2, 2), (3, 1), (8, 8), (8, 3)])
 @pytest.mark.parametrize(
     "budget", [0.05, 0.1, 0.25, 0.5, 0.9, {"tokens": 7}, {"calls": 3}, {"fraction": 0.3, "tokens": 9}]
 )
-async def test_a_student_that_always_asks_stays_within_its_budget(pair, budget, span_tokens):
-    engine, _ = pair(ask_at=range(1000), span_tokens=span_tokens)
+async def test_a_student_that_always_asks_stays_within_its_budget(pair, budget, span_tokens, ask_tokens):
+    engine, _ = pair(ask_at=range(1000), span_tokens=span_tokens, ask_tokens=ask_tokens)
     result = await write(engine, budget, max_tokens=120)
     bound = Budget.model_validate(budget)
     by_teacher = [character.isupper() for character in result.text()]

@@ -188,6 +188,12 @@ def test_calls_are_planned_as_whole_spans():
     assert rate_of(POLICY.terms(bucket, 0, max_tokens=100)) == pytest.approx(2 * 4 / 20)
 
 
+def test_calls_for_less_than_a_span_are_planned_as_what_they_are():
+    bucket = Bucket(Budget(calls=2), span_tokens=4, ask_tokens=1)
+    assert rate_of(POLICY.terms(bucket, 0, max_tokens=100)) == pytest.approx(2 * 1 / 20)
+    assert rate_of(POLICY.terms(bucket, 17, max_tokens=100)) == pytest.approx(2 * 1 / 3)
+
+
 def test_tokens_for_everything_let_the_teacher_write_at_once():
     assert POLICY.terms(Bucket(Budget(tokens=20), span_tokens=4), 0, max_tokens=100).always
 
