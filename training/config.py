@@ -73,7 +73,29 @@ class KDConfig(Frozen):
     type: Literal["kd"]
 
 
-MethodConfig = Annotated[SFTConfig | KDConfig, Field(discriminator="type")]
+class GKDConfig(Frozen):
+    """Generalised Jensen-Shannon divergence, on the student's own completions."""
+
+    type: Literal["gkd"]
+    beta: float = Field(default=1.0, ge=0, le=1)
+    """0: forward KL, 1: reverse KL."""
+    on_policy: float = Field(default=0.5, ge=0, le=1)
+    """Share of the steps on the student's own completions; the others are on the references."""
+
+
+class PCLConfig(Frozen):
+    """Path consistency with V = 0: squared log-ratios, on the student's own completions and the references.
+    """
+
+    type: Literal["pcl"]
+    window: NonNegativeInt = 0
+    """Decisions of a sub-path; 0: one step, all actions."""
+    clip: PositiveFloat = 4.0
+    """Residuals count linearly beyond this, nats."""
+    on_policy: float = Field(default=0.5, ge=0, le=1)
+
+
+MethodConfig = Annotated[SFTConfig | KDConfig | GKDConfig | PCLConfig, Field(discriminator="type")]
 
 
 class ModelConfig(Frozen):

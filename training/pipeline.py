@@ -82,7 +82,7 @@ def train_model(
     if config.schedule.compile:
         for one in filter(None, (model, teacher)):
             one.get_decoder().compile(dynamic=True)
-    method = METHODS[config.method.type](config.method, len(tokenizer), teacher)
+    method = METHODS[config.method.type](config.method, len(tokenizer), teacher, tokenizer.eos_token_id)
     batches = Demonstrations(task, tokenizer, config.schedule.batch, recipe.seed)
     trainer.train(model, method.loss, batches, config.schedule, space.model(role))
     save_model(model, tokenizer, space.exported(role))

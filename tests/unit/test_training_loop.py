@@ -7,10 +7,22 @@ import pytest
 import torch
 
 from training.batches import Batch, Demonstrations
-from training.config import KDConfig, RecipeError, Schedule, SFTConfig, Shape, load_recipe
-from training.methods import KD, SFT
+from training.config import (
+    GKDConfig,
+    KDConfig,
+    PCLConfig,
+    RecipeError,
+    Schedule,
+    SFTConfig,
+    Shape,
+    load_recipe,
+)
+from training.methods import GKD, KD, PCL, SFT
+from training.methods.gkd import generalised_jsd
 from training.methods.kd import forward_kl
+from training.methods.pcl import all_actions_loss, path_residuals
 from training.models import load_model, new_model, reserved_rows, save_model
+from training.sampling import sampled, until_end
 from training.tasks import make_task
 from training.tokenizer import decode_answers, encode_answers, encode_prompts, load_tokenizer, train_tokenizer
 from training.trainer import train
@@ -100,14 +112,67 @@ def test_a_killed_run_repeats_itself_exactly(task, tokenizer, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
 
 
-def test_teacher_equal_to_student_gives_zero_loss_and_gradient(task, tokenizer):
+DISTILLATIONS = [
+    (KD, KDConfig(type="kd")),
+    (GKD, GKDConfig(type="gkd", beta=1.0, on_policy=1.0)),
+    (GKD, GKDConfig(type="gkd", beta=0.5, on_policy=0.0)),
+    (PCL, PCLConfig(type="pcl", window=0, on_policy=0.0)),
+    (PCL, PCLConfig(type="pcl", window=3, on_policy=1.0)),
+]
+
+
+@pytest.mark.parametrize(("method", "config"), DISTILLATIONS)
+def test_teacher_equal_to_student_gives_zero_loss_and_gradient(task, tokenizer, method, config):
     student, teacher, other = (new_model(SHAPE, tokenizer, seed) for seed in (0, 0, 1))
     batch = Demonstrations(task, tokenizer, 4, seed=0)[0]
-    loss, _ = KD(KDConfig(type="kd"), len(tokenizer), teacher).loss(student, batch)
+    end = tokenizer.eos_token_id
+    loss, _ = method(config, len(tokenizer), teacher, end).loss(student, batch)
     loss.backward()
     assert abs(loss.item()) < 1e-6
-    assert max(p.grad.abs().max().item() for p in student.parameters()) < 1e-6
-    assert KD(KDConfig(type="kd"), len(tokenizer), other).loss(student, batch)[0].item() > 1e-3
+    assert max(p.grad.abs().max().item() for p in student.parameters()) < 1e-5
+    assert method(config, len(tokenizer), other, end).loss(student, batch)[0].item() > 1e-3
+
+
+def test_sampled_batches_keep_the_prompts_and_end_once(task, tokenizer):
+    batch = Demonstrations(task, tokenizer, 6, seed=0)[0]
+    end = tokenizer.eos_token_id
+    torch.manual_seed(0)
+    drawn = sampled(new_model(SHAPE, tokenizer, 0), batch, len(tokenizer), end)
+    for before, after in zip(batch.answer, drawn.answer, strict=True):
+        assert before.int().argmax() == after.int().argmax()
+    start = int(batch.answer[0].int().argmax()) + 1
+    assert torch.equal(batch.ids[0, :start], drawn.ids[0, :start])
+    assert drawn.ids.max() < len(tokenizer)
+    assert until_end([5, end, 7, end], end) == [5, end]
+    assert until_end([5, 7], end) == [5, 7]
+
+
+def test_path_residuals_by_hand():
+    ratio, row = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]), torch.tensor([0, 0, 0, 1, 1])
+    assert path_residuals(ratio, row, 1).tolist() == [1, 2, 4, 8, 16]
+    assert path_residuals(ratio, row, 2).tolist() == [3, 6, 4, 24, 16]
+    assert path_residuals(ratio, row, 3).tolist() == [7, 6, 4, 24, 16]
+
+
+def test_all_actions_loss_by_hand():
+    log_pi, log_p = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    # weights (0.375, 0.625); residuals log(1/2), log(3/2)
+    expected = 0.375 * 0.6931472**2 / 2 + 0.625 * 0.4054651**2 / 2
+    assert all_actions_loss(log_pi, log_p, clip=10.0).item() == pytest.approx(expected, abs=1e-6)
+    clipped = 0.375 * 0.5 * (0.6931472 - 0.25) + 0.625 * 0.4054651**2 / 2
+    assert all_actions_loss(log_pi, log_p, clip=0.5).item() == pytest.approx(clipped, abs=1e-6)
+
+
+def test_generalised_jsd_ends_are_the_two_kls():
+    student, teacher = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    forward = 0.25 * torch.tensor(0.5).log() + 0.75 * torch.tensor(1.5).log()
+    reverse = 0.5 * torch.tensor(2.0).log() + 0.5 * torch.tensor(2 / 3).log()
+    assert generalised_jsd(student, teacher, 0.0).item() == pytest.approx(forward.item(), abs=1e-6)
+    assert generalised_jsd(student, teacher, 1.0).item() == pytest.approx(reverse.item(), abs=1e-6)
+    # m = (0.375, 0.625)
+    middle = 0.5 * (0.25 * torch.tensor(2 / 3).log() + 0.75 * torch.tensor(1.2).log())
+    middle += 0.5 * (0.5 * torch.tensor(4 / 3).log() + 0.5 * torch.tensor(0.8).log())
+    assert generalised_jsd(student, teacher, 0.5).item() == pytest.approx(middle.item(), abs=1e-6)
 
 
 def test_forward_kl_by_hand():

@@ -1,9 +1,11 @@
 """Training methods by `type`, one small file each."""
 
 from training.methods.base import Method
+from training.methods.gkd import GKD
 from training.methods.kd import KD
+from training.methods.pcl import PCL
 from training.methods.sft import SFT
 
-METHODS: dict[str, type[Method]] = {"sft": SFT, "kd": KD}
+METHODS: dict[str, type[Method]] = {"sft": SFT, "kd": KD, "gkd": GKD, "pcl": PCL}
 
 __all__ = ["METHODS", "Method"]

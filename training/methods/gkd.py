@@ -1,0 +1,45 @@
+"""Generalised knowledge distillation (Agarwal et al. 2023, arXiv 2306.13649): a divergence on the student's
+own text.
+
+`beta` interpolates the generalised Jensen-Shannon divergence: 0 is the forward KL, 1 the reverse KL, as in
+TRL.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from training.batches import Batch
+from training.methods.base import Method
+from training.models import answer_logits
+
+
+def generalised_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """beta KL(p_T || m) + (1 - beta) KL(pi || m), m = beta p_T + (1 - beta) pi, mean over positions, nats.
+
+    Both (N, V) logits. At the ends 0 and 1 it is the limit: KL(p_T || pi) and KL(pi || p_T).
+    """
+    log_pi, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    if beta == 0:
+        return kl(log_p, log_pi)
+    if beta == 1:
+        return kl(log_pi, log_p)
+    weights = log_p.new_tensor([beta, 1 - beta]).log()
+    log_m = torch.logaddexp(log_p + weights[0], log_pi + weights[1])
+    return beta * kl(log_p, log_m) + (1 - beta) * kl(log_pi, log_m)
+
+
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b), mean over positions; both (N, V) log-probabilities."""
+    return (log_a.exp() * (log_a - log_b)).sum(-1).mean()
+
+
+class GKD(Method):
+    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = self.mixed(model, batch, self.config.on_policy)
+        with torch.no_grad():
+            teacher = answer_logits(self.teacher, batch, self.visible)
+        loss = generalised_jsd(answer_logits(model, batch, self.visible), teacher, self.config.beta)
+        return loss, {"loss": loss.detach()}

@@ -1,0 +1,63 @@
+"""PCL-KD: path consistency learning (Nachum et al. 2017, arXiv 1702.08892) for distillation, r = log
+p_T(a|s).
+
+The residual over a sub-path of d decisions, with gamma = T = 1:
+
+    C = -V(s_i) + V(s_{i+d}) + sum_j log p_T(a_j|s_j) - log pi(a_j|s_j),    loss C^2 / 2
+
+Changed here: V = 0, which is its value at the optimum pi = p_T (a learned V collapses: the policy turns
+deterministic and V memorises the path's log p_T), and clipped residuals. With `window` 0 the residual is
+taken for every action of every position instead of the sampled one, weighted by (pi + p_T) / 2: one step, no
+sampling noise, both modes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from training.batches import Batch
+from training.methods.base import Method
+from training.models import answer_logits
+
+
+def all_actions_loss(log_pi: Tensor, log_p: Tensor, clip: float) -> Tensor:
+    """Half the expected squared one-step residual under (pi + p_T) / 2, mean over positions. Both (N, V)."""
+    weights = (log_pi.exp() + log_p.exp()).detach() / 2
+    return (weights * half_square(log_p - log_pi, clip)).sum(-1).mean()
+
+
+def path_residuals(log_ratio: Tensor, row: Tensor, window: int) -> Tensor:
+    """Sums of `window` consecutive log-ratios log p_T - log pi of one row, for every start; (M,).
+
+    log_ratio, row: (N,) of the taken tokens, and the row each belongs to. Sub-paths that the end of a row
+    cuts short count too: after the end the value is 0.
+    """
+    totals = log_ratio.clone()
+    for ahead in range(1, window):
+        follows = row[ahead:] == row[:-ahead]
+        totals[:-ahead] = totals[:-ahead] + torch.where(follows, log_ratio[ahead:], 0.0)
+    return totals
+
+
+def half_square(residual: Tensor, clip: float) -> Tensor:
+    """C^2 / 2, linear beyond |C| = clip (Huber), so that no single residual outweighs a batch."""
+    size = residual.abs()
+    return torch.where(size <= clip, residual.square() / 2, clip * (size - clip / 2))
+
+
+class PCL(Method):
+    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = self.mixed(model, batch, self.config.on_policy)
+        with torch.no_grad():
+            log_p = answer_logits(self.teacher, batch, self.visible).log_softmax(-1)
+        log_pi = answer_logits(model, batch, self.visible).log_softmax(-1)
+        if self.config.window == 0:
+            loss = all_actions_loss(log_pi, log_p, self.config.clip)
+        else:
+            taken = batch.targets[:, None]
+            ratio = (log_p.gather(1, taken) - log_pi.gather(1, taken)).squeeze(1)
+            row = batch.answer.nonzero()[:, 0]
+            loss = half_square(path_residuals(ratio, row, self.config.window), self.config.clip).mean()
+        return loss, {"loss": loss.detach()}
