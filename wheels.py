@@ -22,6 +22,7 @@ COMMANDS = {
     "serve": Command("server.serve:main", "serve a student that asks its teacher, within a budget"),
     "demo": Command("server.demo:main", "start the demo pair, measure it at several budgets, keep serving"),
     "train": Command("training.cli:train", "train a student and its router from a recipe"),
+    "evaluate": Command("training.cli:evaluate", "measure quality against the realised teacher rate"),
 }
 
 
