@@ -11,6 +11,7 @@ from router.gate import MarginGate
 from router.policy import NEVER, Terms
 from router.reserved import ReservedRows
 from server.gate_processor import (
+    PRICE,
     GateProcessor,
     GateProcessorV2,
     decide,
@@ -39,7 +40,9 @@ def engine_config(settings: dict) -> SimpleNamespace:
 
 @pytest.fixture
 def processor(reserved) -> GateProcessor:
-    return GateProcessor(engine_config(gate_settings(reserved, "margin", None)), CPU, False)
+    processor = GateProcessor(engine_config(gate_settings(reserved, "margin", None)), CPU, False)
+    processor.device_prices = processor.prices.clone()  # two tensors, as on a GPU
+    return processor
 
 
 def margins(*gaps: float) -> Tensor:
@@ -131,7 +134,7 @@ def test_the_logits_are_changed_in_place(processor):
 
 
 def test_it_changes_greedy_choices_too(processor):
-    assert not processor.is_argmax_invariant()
+    assert processor.is_argmax_invariant() is False
 
 
 def test_requests_ask_at_their_own_price(processor):
@@ -143,6 +146,17 @@ def test_requests_ask_at_their_own_price(processor):
 def test_a_request_with_other_extra_args_never_asks(processor):
     added = [(0, SamplingParams(extra_args={"kv_transfer": 1}), [])]
     assert step(processor, 1, update(added=added)) == [False]
+
+
+def test_a_price_alone_is_enough(processor):
+    assert step(processor, 1, update(added=[(0, SamplingParams(extra_args={PRICE: -3.0}), [])])) == [True]
+
+
+def test_prices_go_to_the_device_only_when_they_change(processor):
+    step(processor, 1, update(added=[(0, params(-3.0), [])]))
+    processor.device_prices.fill_(math.inf)  # what a needless copy would undo
+    assert step(processor, 2) == [False, False]
+    assert step(processor, 2, update(added=[(1, params(-3.0), [])])) == [True, True]
 
 
 def test_a_removed_request_leaves_no_price_behind(processor):
@@ -276,6 +290,7 @@ class V2:
             device=CPU, max_num_reqs=4, prompt_len=SimpleNamespace(gpu=torch.tensor([3, 5, 7, 9]))
         )
         self.processor = GateProcessorV2(engine_config(gate_settings(reserved, "margin", None)), states)
+        self.processor.device_terms = self.processor.terms.clone()  # two tensors, as on a GPU
 
     def add(self, slot: int, sampling_params: SamplingParams) -> None:
         assert self.processor.add_request(slot, sampling_params)
@@ -309,6 +324,23 @@ def test_v2_a_slot_is_used_again(reserved):
     assert v2.step([0], [9]) == [False]
     v2.add(0, params(-3.0))
     assert v2.step([0], [2]) == [True]
+
+
+def test_v2_a_price_alone_is_enough(reserved):
+    v2 = V2(reserved)
+    v2.add(0, params(-3.0, not_before=5))
+    v2.add(0, SamplingParams(extra_args={PRICE: -3.0}))
+    assert v2.step([0], [2]) == [True]
+
+
+def test_v2_terms_go_to_the_device_only_when_they_change(reserved):
+    v2 = V2(reserved)
+    v2.add(0, params(-3.0))
+    assert v2.step([0], [9]) == [True]
+    v2.processor.device_terms.fill_(math.inf)  # what a needless copy would undo
+    assert v2.step([0], [9]) == [False]
+    v2.add(1, params(-3.0))
+    assert v2.step([0, 1], [9, 9]) == [True, True]
 
 
 def test_v2_draft_tokens_are_rows_of_their_request(reserved):
