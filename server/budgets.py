@@ -6,7 +6,20 @@ from typing import Any
 
 from router.controller import PriceController
 from router.ledger import Status
-from server.tenants import Tenant
+from server.shared import SharedBudgets
+from server.tenants import ADMIN, Tenant, Tenants
+
+
+async def answer(
+    shared: SharedBudgets, tenants: Tenants | None, owner: Tenant | ADMIN | None
+) -> dict[str, Any]:
+    """What the owner of a key may see: a tenant its own budgets, the admin all; without keys, all."""
+    if isinstance(owner, Tenant):
+        seen, scopes = [owner], owner.scopes
+    else:
+        seen = list(tenants.current.tenants) if tenants else []
+        scopes = [*shared.everybody, *(scope for tenant in seen for scope in tenant.scopes)]
+    return view(await shared.ledger.status(scopes), seen, shared.prices)
 
 
 def view(

@@ -1,0 +1,101 @@
+"""The budgets that requests share, as the span loop uses them: one `Share` for every choice."""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from router.controller import PriceController
+from router.ledger import Denial, Lease, Ledger, Limit, Scope, Status
+from server.tenants import Tenant
+
+logger = logging.getLogger(__name__)
+
+STEER_SECONDS = 0.5
+"""How often the prices follow what the ledger says; and how old a request's terms may be."""
+
+
+class SharedBudgets:
+    """The ledger, and the prices that it makes. Settlements and records run beside the request."""
+
+    def __init__(self, ledger: Ledger, prices: PriceController, limits: Sequence[Limit] = ()) -> None:
+        self.ledger = ledger
+        self.prices = prices
+        self.everybody = tuple(Scope("global", "", limit) for limit in limits)
+        self._used: dict[str, Scope] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def share(self, tenant: Tenant | None) -> "Share":
+        """A new choice's part in the budgets of its tenant and of all."""
+        scopes = self.everybody if tenant is None else (*tenant.scopes, *self.everybody)
+        return Share(self, scopes, 1.0 if tenant is None else tenant.priority)
+
+    async def steer(self) -> None:
+        """Let the prices follow the ledger, for ever."""
+        while True:
+            await asyncio.sleep(STEER_SECONDS)
+            await self.update()
+
+    async def update(self) -> Sequence[Status]:
+        """Let the prices follow the ledger once, under the limits that were used since the last time."""
+        used, self._used = self._used, {}
+        statuses = await self.ledger.status(list(used.values())) or ()
+        self.prices.update(time.monotonic(), statuses)
+        return statuses
+
+    def use(self, scopes: Sequence[Scope]) -> None:
+        self._used |= {scope.id: scope for scope in scopes}
+
+    def beside(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Run to its end what no request has to wait for, whatever becomes of the request."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            logger.error("a settlement failed", exc_info=error)
+
+    async def aclose(self) -> None:
+        """Settle everything and close the ledger."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.ledger.aclose()
+
+
+@dataclass
+class Share:
+    """What one choice has to do with shared budgets."""
+
+    budgets: SharedBudgets
+    scopes: tuple[Scope, ...]
+    weight: float
+    recorded: int = 0
+    """Student tokens of this choice that the ledger knows of."""
+
+    @property
+    def rate(self) -> float:
+        """The teacher rate that the shared limits leave to aim at; 1 where none binds."""
+        return self.budgets.prices.rate(self.scopes, self.weight)
+
+    async def reserve(self, tokens: int, student_tokens: int) -> Lease | Denial:
+        """Reserve up to ``tokens`` for a choice of which the student has written ``student_tokens``."""
+        if not self.scopes:
+            return Lease("", (), tokens, math.inf)
+        self.budgets.use(self.scopes)
+        new, self.recorded = student_tokens - self.recorded, student_tokens
+        return await self.budgets.ledger.reserve(self.scopes, tokens, at_least=1, student_tokens=new)
+
+    def settle(self, lease: Lease, used: int) -> None:
+        if lease.scopes:
+            self.budgets.beside(self.budgets.ledger.settle(lease, used))
+
+    def close(self, student_tokens: int) -> None:
+        """The choice has ended; record what the student has written since the last reservation."""
+        if self.scopes and student_tokens > self.recorded:
+            self.budgets.use(self.scopes)
+            new, self.recorded = student_tokens - self.recorded, student_tokens
+            self.budgets.beside(self.budgets.ledger.record(self.scopes, new))

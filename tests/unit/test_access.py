@@ -1,0 +1,132 @@
+"""Keys before every route, the headers of a limited tenant, a tenant that has used up its limit."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from router.controller import PriceController
+from router.ledger import FractionOfTraffic, MemoryLedger
+from router.policy import Calibration
+from server.access import OPEN, Access, owner_of
+from server.budgets import answer
+from server.shared import SharedBudgets
+from server.tenants import Tenants, hash_key
+
+LIMITED = {
+    "name": "limited",
+    "keys": [hash_key("limited")],
+    "limits": [{"type": "tokens", "tokens": 100, "window_seconds": 60}],
+}
+STRICT = LIMITED | {"name": "strict", "keys": [hash_key("strict")], "exhausted": "refuse"}
+FREE = {"name": "free", "keys": [hash_key("free")]}
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    """Says whose key it saw."""
+    owner = owner_of(scope)
+    body = str(getattr(owner, "name", owner)).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": body})
+
+
+@pytest.fixture
+def tenants() -> Tenants:
+    return Tenants(json.dumps({"tenants": [LIMITED, STRICT, FREE], "admin_keys": [hash_key("root")]}))
+
+
+@pytest.fixture
+def access(tenants: Tenants) -> Access:
+    return Access(app, tenants, MemoryLedger())
+
+
+async def ask(
+    access: Access, key: str | None, method: str = "POST", path: str = "/v1/chat/completions"
+) -> httpx.Response:
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(access), base_url="http://gateway") as client:
+        return await client.request(method, path, headers=headers)
+
+
+async def spend(access: Access, name: str, tokens: int) -> None:
+    (tenant,) = (t for t in access.tenants.current.tenants if t.name == name)
+    lease = await access.ledger.reserve(tenant.scopes, tokens)
+    await access.ledger.settle(lease, tokens)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models", "/budgets", "/tokenize", "/anything"])
+@pytest.mark.parametrize("key", [None, "wrong", hash_key("free")])
+async def test_no_route_without_a_key(access: Access, path: str, key: str | None) -> None:
+    response = await ask(access, key, path=path)
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == "Bearer"
+    error = response.json()["error"]
+    assert (error["type"], error["param"], error["code"]) == ("AuthenticationError", None, 401)
+
+
+@pytest.mark.parametrize(("key", "owner"), [("free", "free"), ("root", "admin")])
+async def test_whose_key_it_is(access: Access, key: str, owner: str) -> None:
+    response = await ask(access, key)
+    assert (response.status_code, response.text) == (200, owner)
+
+
+async def test_anthropic_clients_send_their_key_otherwise(access: Access) -> None:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(access), base_url="http://gateway") as client:
+        response = await client.post("/v1/messages", headers={"x-api-key": "free"})
+    assert response.text == "free"
+
+
+@pytest.mark.parametrize("path", sorted(OPEN))
+async def test_probes_need_no_key(access: Access, path: str) -> None:
+    assert (await ask(access, None, "GET", path)).status_code == 200
+    assert (await ask(access, None, "POST", path)).status_code == 401
+
+
+async def test_a_websocket_needs_a_key(access: Access) -> None:
+    sent = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await access({"type": "websocket", "path": "/v1/realtime", "headers": []}, None, send)
+    assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+async def test_responses_say_what_is_left(access: Access) -> None:
+    await spend(access, "limited", 30)
+    response = await ask(access, "limited")
+    assert response.headers["x-ratelimit-limit-teacher-tokens"] == "100"
+    assert response.headers["x-ratelimit-remaining-teacher-tokens"] == "70"
+    assert response.headers["content-type"] == "text/plain"
+    assert "x-ratelimit-limit-teacher-tokens" not in (await ask(access, "free")).headers
+
+
+async def test_used_up(access: Access) -> None:
+    """One tenant goes on with the student alone, the other wants to be told."""
+    await spend(access, "limited", 100)
+    await spend(access, "strict", 100)
+    assert (await ask(access, "limited")).headers["x-ratelimit-remaining-teacher-tokens"] == "0"
+    response = await ask(access, "strict")
+    assert response.status_code == 429
+    assert 59 <= int(response.headers["retry-after"]) <= 62
+    assert response.headers["x-ratelimit-remaining-teacher-tokens"] == "0"
+    error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("RateLimitError", 429)
+    assert error["message"] == "100 teacher tokens in 60 s are used up"
+    assert (await ask(access, "strict", "GET", "/v1/models")).status_code == 200
+
+
+async def test_whoever_may_see_which_budgets(tenants: Tenants) -> None:
+    limit = FractionOfTraffic(fraction=0.2, window_seconds=60)
+    prices = PriceController(Calibration(((0.5, 1.0),)), span_tokens=4)
+    shared = SharedBudgets(MemoryLedger(), prices, [limit])
+    tenant = tenants.current.tenants[0]
+
+    async def seen(owner: Any, tenants: Tenants | None = tenants) -> list[str | None]:
+        view = await answer(shared, tenants, owner)
+        return [budget["tenant"] for budget in view["budgets"]]
+
+    assert await seen(tenant) == ["limited"]
+    assert await seen("admin") == [None, "limited", "strict"]
+    assert await seen(None, None) == [None]
