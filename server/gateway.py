@@ -1,0 +1,234 @@
+"""Assembles the gateway from its configuration, and runs it."""
+
+import asyncio
+import hashlib
+import json
+import signal
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from fastapi import FastAPI
+
+from router.checkpoint import MERGED_ROUTER, RouterCheckpoint
+from router.policy import Calibration, Policy
+from router.reserved import ReservedRows
+from server.config import ConfigError, ServeConfig
+from server.engine import Cooperation, CooperativeEngine
+from server.fields import TeacherFields, document
+from server.gate_processor import gate_settings
+from server.metrics import PRICE
+from server.routes import routes
+from server.teacher import Breaker, Teacher, TeacherError
+from server.vllm_api import AsyncEngineArgs, HttpLayer, current_platform
+
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Preis: 1.234,56 € am 31.12.2024 um 17:45 Uhr",
+    " leading and  double  spaces\n\nand\ttabs",
+    "üäöß ÜÄÖ éèê 你好 привет 🙂",
+    "{\"json\": [1, 2, 3], 'code': x += 1}",
+)
+
+
+def run(config: ServeConfig) -> int:
+    """Serve until a signal ends it; the exit status.
+
+    Raises:
+        ConfigError, CheckpointError, TeacherError: the gateway cannot start; one line says why.
+    """
+    router, student = _student(config)
+    return uvloop.run(_serve(config, router, student))
+
+
+def _student(config: ServeConfig) -> tuple[RouterCheckpoint | None, Path]:
+    """The router, where there is one, and the directory that the engine loads: both in one."""
+    merged_router = config.student / MERGED_ROUTER
+    if config.router is None:
+        if merged_router.is_dir():
+            return RouterCheckpoint.load(merged_router), config.student
+        if config.gate == "learned":
+            raise ConfigError(
+                "the learned gate needs a router checkpoint (--router), or choose another --gate"
+            )
+        return None, config.student
+    router = RouterCheckpoint.load(config.router)
+    router.check_student(config.student)
+    # The merged student links to files of the original: another place makes another one.
+    key = hashlib.sha256(f"{router.digest()} {config.student.resolve()}".encode()).hexdigest()
+    merged = config.cache / "merged" / key[:16]
+    if not merged.is_dir():
+        router.merge(config.student, merged)
+    return router, merged
+
+
+def _reserved_rows(router: RouterCheckpoint | None, student: Path) -> ReservedRows:
+    if router is not None:
+        return router.reserved
+    vocabulary = json.loads((student / "config.json").read_text())["vocab_size"]
+    tokenizer = json.loads((student / "tokenizer.json").read_text())
+    ids = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])]
+    try:
+        return ReservedRows.at_end(vocabulary, max(ids) + 1)
+    except ValueError as error:
+        raise ConfigError(f"{student}: {error}") from error
+
+
+def _policy(config: ServeConfig, router: RouterCheckpoint | None, max_len: int) -> Policy:
+    expected = router.config.expected_tokens if router else max_len / 4
+    span_tokens, ask_tokens = _spans(config, router)
+    if config.price is not None:
+        return Policy(Calibration(((0.5, config.price),)), expected)
+    calibrated = router is not None and (span_tokens, ask_tokens) == _spans(None, router)
+    if calibrated and config.gate in router.config.calibration:
+        return Policy(router.calibration(config.gate), expected)
+    if config.gate == "random":
+        return Policy(Calibration.of_random_gate(ask_tokens), expected)
+    raise ConfigError(
+        f"the gate {config.gate} is not calibrated for this pair and spans of {span_tokens}: "
+        "give a router checkpoint that has its calibration, or a fixed --price"
+    )
+
+
+def _spans(config: ServeConfig | None, router: RouterCheckpoint | None) -> tuple[int, int]:
+    """(span_tokens, ask_tokens): the configuration's, else the router's."""
+    span_tokens = (config and config.span_tokens) or (router.config.span_tokens if router else 1)
+    ask_tokens = (
+        (config and config.ask_tokens) or (router.config.ask_tokens if router else None) or span_tokens
+    )
+    if ask_tokens > span_tokens:
+        raise ConfigError(f"ask_tokens: {ask_tokens} is more than a span of {span_tokens}")
+    return span_tokens, ask_tokens
+
+
+def _vllm_arguments(
+    config: ServeConfig, student: Path, reserved: ReservedRows, router: RouterCheckpoint | None
+) -> Namespace:
+    """vLLM's own server arguments, parsed and checked by vLLM's own parser."""
+    ours: dict[str, Any] = {
+        "model": str(student),
+        "served-model-name": config.served_model_name,
+        "host": config.host,
+        "port": config.port,
+        "middleware": f"{TeacherFields.__module__}.{TeacherFields.__name__}",
+        "logits-processors": "server.gate_processor:GateProcessor",
+        "additional-config": json.dumps(
+            gate_settings(reserved, config.gate, None if router is None else student / MERGED_ROUTER)
+        ),
+    }
+    theirs = {name.replace("_", "-"): value for name, value in config.vllm.items()}
+    if clash := ours.keys() & theirs:
+        raise ConfigError(f"vllm settings that the gateway sets itself: {', '.join(sorted(clash))}")
+    if current_platform.is_cpu():
+        # The CPU default of 128 would recompute whole short prompts after every span.
+        theirs.setdefault("block-size", 32)
+    return HttpLayer().parse({**ours, **theirs})
+
+
+async def _serve(config: ServeConfig, router: RouterCheckpoint | None, student: Path) -> int:
+    signal.signal(signal.SIGTERM, _interrupt)  # until the HTTP server has installed its own handler
+    reserved = _reserved_rows(router, student)
+    arguments = _vllm_arguments(config, student, reserved, router)
+    deadline = time.monotonic() + config.teacher_wait
+    async with _teacher(config, reserved) as teacher:
+        if not config.teacher_wait:
+            await teacher.connect()  # the engine takes a while: say at once what is missing
+        http = HttpLayer()
+        address, socket = http.setup_server(arguments, reuse_port=False)
+        engine = _engine(arguments)
+        try:
+            await _connect(teacher, deadline)
+            await _check_vocabulary(teacher, engine)
+            engine.cooperation = _cooperation(config, router, reserved, teacher, engine)
+            app = await _app(config, engine, arguments, http)
+            print(f"wheels serve: {address}, teacher {teacher.model} at {teacher.url}", flush=True)
+            shutdown = await http.serve_http(
+                app,
+                sock=socket,
+                host=arguments.host,
+                port=arguments.port,
+                log_level=arguments.uvicorn_log_level,
+                access_log=not arguments.disable_uvicorn_access_log,
+            )
+            await shutdown
+        finally:
+            engine.shutdown()
+            socket.close()
+    return 0
+
+
+def _teacher(config: ServeConfig, reserved: ReservedRows) -> Teacher:
+    key = config.teacher_api_key
+    return Teacher(
+        str(config.teacher),
+        model=config.teacher_model,
+        api_key=key.get_secret_value() if key else None,
+        timeout=config.teacher_timeout,
+        breaker=Breaker(config.breaker_failures, config.breaker_seconds),
+        vocabulary=reserved.start,
+    )
+
+
+def _engine(arguments: Namespace) -> CooperativeEngine:
+    return CooperativeEngine.from_vllm_config(
+        AsyncEngineArgs.from_cli_args(arguments).create_engine_config(),
+        disable_log_stats=arguments.disable_log_stats,
+        enable_log_requests=arguments.enable_log_requests,
+    )
+
+
+async def _connect(teacher: Teacher, deadline: float) -> None:
+    """Connect, trying again until the deadline while the teacher is not up yet."""
+    while True:
+        try:
+            return await teacher.connect()
+        except TeacherError as error:
+            if error.reason not in ("unreachable", "timeout") or time.monotonic() >= deadline:
+                raise
+            await asyncio.sleep(0.5)
+
+
+async def _check_vocabulary(teacher: Teacher, engine: CooperativeEngine) -> None:
+    tokenizer = engine.renderer.tokenizer
+    await teacher.check_vocabulary(
+        PROBES, [tokenizer.encode(text, add_special_tokens=False) for text in PROBES]
+    )
+
+
+def _cooperation(
+    config: ServeConfig,
+    router: RouterCheckpoint | None,
+    reserved: ReservedRows,
+    teacher: Teacher,
+    engine: CooperativeEngine,
+) -> Cooperation:
+    policy = _policy(config, router, engine.model_config.max_model_len)
+    if config.default_budget.fraction is not None:
+        PRICE.set(policy.calibration.price(config.default_budget.fraction))
+    span_tokens, ask_tokens = _spans(config, router)
+    return Cooperation(
+        teacher=teacher,
+        policy=policy,
+        reserved=reserved,
+        span_tokens=span_tokens,
+        ask_tokens=ask_tokens,
+        default_budget=config.default_budget,
+        on_teacher_error=config.on_teacher_error,
+    )
+
+
+async def _app(
+    config: ServeConfig, engine: CooperativeEngine, arguments: Namespace, http: HttpLayer
+) -> FastAPI:
+    tasks = await engine.get_supported_tasks()
+    app = http.build_app(arguments, tasks, engine.model_config)
+    app.include_router(routes(config.examples))
+    document(app)
+    await http.init_app_state(engine, app.state, arguments, tasks)
+    return app
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
