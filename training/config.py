@@ -111,7 +111,7 @@ class GateConfig(Frozen):
     ask_tokens: PositiveInt
     """Tokens of one teacher call, at most a span."""
     width: PositiveInt = 64
-    gain: Literal["regret", "excess", "ratio", "kl"]
+    gain: Literal["regret", "excess", "ratio", "differs", "kl"]
     """What the score predicts, see `training.gates.GAINS`."""
     clip: PositiveFloat = 8.0
     """Cap of a token's gain, nats."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from training.calibration import Quality, teacher_rate
+from training.calibration import teacher_rate
 from training.rollout import Completion
 from training.tasks import Example, Task
 from training.tokenizer import decode_answers
@@ -34,16 +34,29 @@ class Point:
     excess: float
 
 
-def measure(
-    tree: Tree,
-    settings: Sequence[Setting],
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[Example],
-) -> list[Point]:
-    """One point for each setting; `examples` are those of the tree's prompts."""
+class Scorer:
+    """Scores completions of `examples`; remembers answers, of which a tree gives few different ones."""
+
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> None:
+        self._task, self._tokenizer, self._examples = task, tokenizer, examples
+        self._known: dict[tuple[int, tuple[int, ...]], tuple[float, float]] = {}
+
+    def __call__(self, completions: Sequence[Completion]) -> tuple[float, float]:
+        """Mean quality and similarity."""
+        keys = [(i, tuple(c.tokens)) for i, c in enumerate(completions)]
+        new = [key for key in keys if key not in self._known]
+        if new:
+            answers = decode_answers(self._tokenizer, [list(tokens) for _, tokens in new])
+            scores = self._task.score([self._examples[i] for i, _ in new], answers)
+            self._known.update(zip(new, zip(scores.quality, scores.similarity, strict=True), strict=True))
+        both = [self._known[key] for key in keys]
+        return sum(q for q, _ in both) / len(both), sum(s for _, s in both) / len(both)
+
+
+def measure(tree: Tree, settings: Sequence[Setting], scorer: Scorer) -> list[Point]:
+    """One point for each setting; the scorer's examples are those of the tree's prompts."""
     return [
-        point(completions, setting, task, tokenizer, examples)
+        point(completions, setting, scorer)
         for setting, completions in zip(settings, tree.run(settings), strict=True)
     ]
 
@@ -53,40 +66,19 @@ def ends(gate: str) -> list[Setting]:
     return [Setting(gate, math.inf, 0.0, 1), Setting(gate, -math.inf, 1.0, 1)]
 
 
-def point(
-    completions: list[Completion],
-    setting: Setting,
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[Example],
-) -> Point:
-    scores = task.score(examples, decode_answers(tokenizer, [c.tokens for c in completions]))
+def point(completions: list[Completion], setting: Setting, scorer: Scorer) -> Point:
+    quality, similarity = scorer(completions)
     count, span = len(completions), setting.span_tokens if 0 < setting.fraction < 1 else 0
     return Point(
         budget=setting.fraction,
         price=setting.price,
         rate=teacher_rate(completions),
-        quality=sum(scores.quality) / count,
-        similarity=sum(scores.similarity) / count,
+        quality=quality,
+        similarity=similarity,
         calls=sum(len(c.starts) for c in completions) / count,
         tokens=sum(len(c.tokens) for c in completions) / count,
         excess=max(c.teacher_tokens - setting.fraction * len(c.tokens) - span for c in completions),
     )
-
-
-def mean_quality(task: Task, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> Quality:
-    """Quality of completions of these examples; remembers answers: a tree gives few different ones."""
-    known: dict[tuple[int, tuple[int, ...]], float] = {}
-
-    def quality(completions: Sequence[Completion]) -> float:
-        keys = [(i, tuple(c.tokens)) for i, c in enumerate(completions)]
-        new = [key for key in keys if key not in known]
-        answers = decode_answers(tokenizer, [list(tokens) for _, tokens in new])
-        scores = task.score([examples[i] for i, _ in new], answers).quality if new else []
-        known.update(zip(new, scores, strict=True))
-        return sum(known[key] for key in keys) / len(keys)
-
-    return quality
 
 
 def recovered(quality: float, student: float, teacher: float) -> float:

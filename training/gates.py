@@ -62,6 +62,8 @@ GAINS: dict[str, Callable[[Positions], Tensor]] = {
     "excess": lambda p: p.regret - p.best,
     # 1 - p_T(own) / p_T(best): the share of the teacher's mass that the own token gives away; bounded.
     "ratio": lambda p: 1 - (p.best - p.regret).exp(),
+    # The supervised label of R2R and others: harmless differences count like mistakes.
+    "differs": lambda p: (p.own != p.theirs).float(),
     # The whole distribution's: dense, less noisy, blind to which token is really written.
     "kl": lambda p: p.kl,
 }

@@ -12,7 +12,7 @@ import torch
 
 from router.checkpoint import RouterCheckpoint
 from router.gate import CONFIDENCE_GATES
-from training.evaluate import Point, ends, measure, recovered
+from training.evaluate import Point, Scorer, ends, measure, recovered
 from training.gates import GAINS
 from training.rollout import FREE, Completion
 from training.router_stage import install_taps, load_cooperation
@@ -81,8 +81,10 @@ def evaluate_pair(
     tree.add("oracle", GAINS["excess"])
     tree.add("oracle_kl", GAINS["kl"])
 
+    scorer = Scorer(task, tokenizer, examples)
+
     def at(settings: list[Setting]) -> list[Point]:
-        return measure(tree, settings, task, tokenizer, examples)
+        return measure(tree, settings, scorer)
 
     student, teacher = (point.quality for point in at(ends("learned")))
     curves: dict[str, list[dict[str, float]]] = {}

@@ -14,7 +14,7 @@ from router.gate import CONFIDENCE_GATES, Gate, RandomGate
 from router.reserved import ReservedRows
 from training.calibration import Quality, calibrate
 from training.config import GateConfig
-from training.evaluate import ends, mean_quality
+from training.evaluate import Scorer, ends
 from training.gates import GAINS, Head, Trajectories, collect, fit, join, span_gain
 from training.models import load_model, reserved_rows
 from training.rollout import FREE, Cooperation, Request, with_gate
@@ -110,7 +110,8 @@ def train_router(
     gates |= {name: gate(reserved) for name, gate in CONFIDENCE_GATES.items()}
     valid = task.valid()[: config.calibration_examples]
     tree = Tree(cooperation, encode_prompts(tokenizer, [e.source for e in valid]), gates)
-    calibration = calibrate_gates(tree, gates, mean_quality(task, tokenizer, valid), config)
+    scorer = Scorer(task, tokenizer, valid)
+    calibration = calibrate_gates(tree, gates, lambda run: scorer(run)[0], config)
     alone = tree.run(ends("learned")[:1])[0]
     checkpoint = RouterCheckpoint(
         config=RouterConfig(
