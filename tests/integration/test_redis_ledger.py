@@ -98,7 +98,7 @@ def test_never_over_the_bound_and_nothing_leaked(
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=40,
+            max_examples=100,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,

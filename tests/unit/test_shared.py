@@ -57,10 +57,11 @@ async def test_what_is_left_is_granted_and_no_more(prices: PriceController, tena
     assert denial.label == "tenant_tokens"
 
 
-async def test_the_price_follows_what_is_spent(prices: PriceController, tenant: Tenant) -> None:
+async def test_the_price_follows_what_is_spent(prices: PriceController) -> None:
     """Of 1,000 new tokens none but 4 were the teacher's: the rate goes up. A low priority gets half of it."""
     budgets = SharedBudgets(MemoryLedger(), prices, [TENTH])
-    share, everybody = budgets.share(tenant), budgets.share(None)
+    lesser = Tenant(name="lesser", keys=(hash_key("secret"),), priority=0.5)
+    share, everybody = budgets.share(lesser), budgets.share(None)
     share.settle(await share.reserve(4, 100), 4)
     await budgets.update()
     assert everybody.rate == pytest.approx(AIM * 0.1)
