@@ -84,8 +84,7 @@ class GKDConfig(Frozen):
 
 
 class PCLConfig(Frozen):
-    """Path consistency with V = 0: squared log-ratios, on the student's own completions and the references.
-    """
+    """Path consistency with V = 0: squared log-ratios, on own completions and references."""
 
     type: Literal["pcl"]
     window: NonNegativeInt = 0

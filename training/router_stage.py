@@ -22,6 +22,8 @@ from training.tasks import Task
 from training.tokenizer import encode_prompts
 from training.tree import Tree
 
+ROUTER_SEED = 7_000_000  # streams of training sources that the pair was not trained on
+
 
 def load_cooperation(
     teacher: Path,
@@ -134,6 +136,3 @@ def train_router(
     )
     checkpoint.save(out)
     return checkpoint
-
-
-ROUTER_SEED = 7_000_000  # streams of training sources that the pair was not trained on
