@@ -25,8 +25,8 @@ AIM = 0.98
 """Share of a limit that is aimed at: aimed at itself, the ledger would refuse now and then."""
 EVENLY = AIM * SUB_WINDOWS / (SUB_WINDOWS + 1)
 """The same for tokens per window: the ledger's window is up to a sub-window longer than asked for."""
-MEMORY = 0.05
-"""Traffic is estimated over about this share of a window."""
+LEARNING = 0.05
+"""Share of a window that traffic is watched for before it is believed to go on like that."""
 
 
 @dataclass
@@ -41,7 +41,8 @@ class RateController:
     traffic; and u stops at the ends of the calibrated range, so it does not wind up while the limit does not
     bind.
 
-    The target of a fraction is that fraction; of tokens per window, the rate that spends them evenly in time.
+    The target of a fraction is that fraction; of tokens per window, the rate that spends them on as much
+    traffic as the last window brought, however unevenly (before it has seen a window: as it would bring).
     """
 
     limit: TokensPerWindow | FractionOfTraffic
@@ -51,11 +52,10 @@ class RateController:
     span_tokens: int
     u: float = 0.0
     target: float = 1.0
-    last: tuple[float, int, int] | None = None
-    """Seconds, total spent and the student's total at the last update."""
-    traffic: float = 0.0
-    """Completion tokens, and in how many seconds; both fade."""
-    seconds: float = 0.0
+    last: tuple[int, int] | None = None
+    """Total spent and the student's total at the last update."""
+    first: tuple[float, int] | None = None
+    """Seconds, and all tokens so far, at the first update."""
 
     def __post_init__(self) -> None:
         if isinstance(self.limit, FractionOfTraffic) and self.limit.fraction < 1.0:
@@ -70,32 +70,29 @@ class RateController:
 
     def update(self, now: float, status: Status) -> None:
         """Learn what was spent up to ``now`` (seconds, of a steady clock); the more often, the better."""
-        last, self.last = self.last, (now, status.total_spent, status.total_student)
-        if last is None or status.total_student < last[2]:  # the first time, or the ledger forgot
+        total = status.total_spent + status.total_student
+        last, self.last = self.last, (status.total_spent, status.total_student)
+        if last is None or status.total_student < last[1]:  # the first time, or the ledger forgot
+            self.first = (now, total)
             return
-        seconds = now - last[0]
-        spent, student = status.total_spent - last[1], status.total_student - last[2]
-        if isinstance(self.limit, FractionOfTraffic):
-            allowed = self.target * (spent + student)
-            in_window = self.target * (status.spent + status.student_tokens)
-        else:
-            in_window = EVENLY * self.limit.tokens
-            allowed = in_window * seconds / self.limit.window_seconds
-            self._spread(seconds, spent + student)
+        completion = total - sum(last)
+        in_window = status.spent + status.student_tokens
+        if isinstance(self.limit, TokensPerWindow) and in_window:
+            self.target = EVENLY * self.limit.tokens / self._traffic(now, total, in_window)
         if in_window <= 0 or not 0 < self.target < 1:
             return
+        allowed, spent = self.target * completion, status.total_spent - last[0]
+        in_window = self.target * in_window
         gain = min(GAIN, self.limit.window_seconds / LAG_SECONDS, STEP * in_window / self.span_tokens)
         self.u += min(max(gain * (allowed - spent) / in_window, -JUMP), JUMP)
         self.u = min(max(self.u, math.log(self.lowest / self.target)), math.log(self.highest / self.target))
 
-    def _spread(self, seconds: float, completion: int) -> None:
-        """The target that spends tokens per window evenly over the traffic seen lately."""
-        fade = math.exp(-seconds / (MEMORY * self.limit.window_seconds))
-        self.traffic = fade * self.traffic + completion
-        self.seconds = fade * self.seconds + seconds
-        if self.traffic > 0:
-            evenly = EVENLY * self.limit.tokens / self.limit.window_seconds
-            self.target = evenly * self.seconds / self.traffic
+    def _traffic(self, now: float, total: int, in_window: int) -> float:
+        """Completion tokens that a window will bring."""
+        began, before = self.first
+        window = self.limit.window_seconds
+        age = max(now - began, LEARNING * window)
+        return max(in_window, (total - before) * window / age) if age < window else in_window
 
 
 @dataclass

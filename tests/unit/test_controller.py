@@ -72,15 +72,21 @@ def test_a_small_budget_moves_slowly() -> None:
     assert abs(rates.u) < 0.05
 
 
-def test_tokens_are_spent_evenly() -> None:
-    """10 tokens a second, of 100 that are written: a tenth. Then traffic trebles, and it is a thirtieth."""
+def test_tokens_are_spent_on_as_much_traffic_as_is_to_come() -> None:
+    """100 tokens are written a second, 360,000 an hour: 36,000 are a tenth of them."""
     rates = controller(HOURLY)
     for second in range(1000):
         rates.update(float(second), status(HOURLY, 10 * second, 90 * second))
     assert rates.target == pytest.approx(EVENLY * 0.1)
-    for second in range(1000):
-        rates.update(1000.0 + second, status(HOURLY, 10_000 + 10 * second, 90_000 + 290 * second))
-    assert rates.target == pytest.approx(EVENLY / 30, rel=0.01)
+
+
+def test_tokens_may_be_spent_in_a_burst() -> None:
+    """All traffic of an hour, every hour, is 100,000 tokens in a minute: 36 % of it, once that is known."""
+    rates = controller(HOURLY)
+    scope = Scope("tenant", "", HOURLY)
+    rates.update(0.0, Status(scope, 0, 0, 100_000, 0, 100_000, 0.0, 0.0))
+    rates.update(3600.0, Status(scope, 0, 0, 100_000, 0, 200_000, 0.0, 0.0))
+    assert rates.target == pytest.approx(EVENLY * 0.36)
 
 
 def test_tokens_enough_for_everything_bind_nobody() -> None:
