@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 from server.pair import Serving
 
@@ -27,12 +27,15 @@ def browser() -> Iterator[Browser]:
 def page(browser: Browser, stack: Serving) -> Iterator[Page]:
     page = browser.new_page()
     problems: list[str] = []
-    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+
+    def watch(message: ConsoleMessage) -> None:
+        # A refused request is for the page to show, and not an error in it.
+        if message.type == "error" and not message.text.startswith("Failed to load resource"):
+            problems.append(message.text)
+
+    page.on("console", watch)
     page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on(
-        "request",
-        lambda request: None if request.url.startswith(stack.gateway) else problems.append(request.url),
-    )
+    page.on("request", lambda r: None if r.url.startswith(stack.gateway) else problems.append(r.url))
     page.goto(stack.gateway)
     yield page
     page.close()
