@@ -17,9 +17,13 @@ from server.processes import running
 
 @pytest.fixture(scope="module")
 def other(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """A second gateway, whose router has the sign of its gate's last layer turned around."""
+    """A second gateway, whose router has the sign of its gate turned around."""
     router = RouterCheckpoint.load(pair.router)
-    turned = {name: -tensor if name.startswith("mlp.4.") else tensor for name, tensor in router.gate.items()}
+    # score' = 0.5 - score: it asks where the student is sure, and not where it is in trouble.
+    turned = router.gate | {
+        "mlp.4.weight": -router.gate["mlp.4.weight"],
+        "mlp.4.bias": 0.5 - router.gate["mlp.4.bias"],
+    }
     directory = tmp_path_factory.mktemp("turned")
     RouterCheckpoint(router.config, router.taps, turned, router.value).save(directory / "router")
     flags = ("--breaker-seconds", "1", "--teacher-timeout", "3", "--cache", str(directory / "cache"))
