@@ -62,7 +62,7 @@ async def test_teacher_killed_in_mid_load(
         assert (await http.get(f"{other.gateway}/ready")).status_code == 503
     after = await chat(client, sources[0], 0.5)
     assert after.teacher["degraded"]
-    assert after.teacher["calls"] == 0
+    assert after.teacher["calls"] <= 1  # the breaker's trial may be due
 
     # The teacher comes back at its address: the gateway finds it again by itself.
     with running([teacher_service(pair.teacher, other.teacher, tmp_path)], timeout=120):
