@@ -21,7 +21,6 @@ def test_a_report_as_clients_see_it():
         "spans": [[3, 5], [6, 7]],
         "denied": {"budget": 1},
         "degraded": True,
-        "clamped": False,
     }
 
 
@@ -33,7 +32,6 @@ def test_a_report_of_nothing():
         "spans": [],
         "denied": {},
         "degraded": False,
-        "clamped": False,
     }
 
 
@@ -97,7 +95,6 @@ def test_the_total_of_several_choices_is_their_sum_without_spans():
         "spans": [],
         "denied": {"budget": 2, "timeout": 1},
         "degraded": True,
-        "clamped": False,
     }
 
 
