@@ -706,12 +706,12 @@ async def test_another_vocabulary_is_refused_with_the_text_that_shows_it(server,
 
 
 async def test_health_is_what_the_teacher_says(server, teacher):
-    assert await teacher.healthy()
+    assert await teacher.healthy() is True
     server.health = 503
-    assert not await teacher.healthy()
+    assert await teacher.healthy() is False
 
 
 async def test_a_teacher_that_is_gone_is_not_healthy(server):
     async with client(server.url) as teacher:
         await server._server.close()
-        assert not await teacher.healthy()
+        assert await teacher.healthy() is False
