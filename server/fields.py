@@ -16,6 +16,8 @@ Send = Callable[[Message], Awaitable[None]]
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 FIELD = "teacher_budget"
+# How a chunk of a chat completion or completion starts; an error does not.
+PLAIN_EVENTS = b'data: {"id":'
 
 
 class TeacherFields:
@@ -149,6 +151,10 @@ class _Annotator:
         """One line of a server-sent event."""
         if not line.startswith(b"data: {"):
             return line
+        reports = self.exchange.reports
+        if len(reports) == 1 and not reports[0].finished and line.startswith(PLAIN_EVENTS):
+            # Nearly every event of nearly every stream: nothing to read in it, so it is not parsed.
+            return b'data: {"source":"%s",%s' % (reports[0].source.encode(), line[len(b"data: {") :])
         event = msgspec.json.decode(line[len(b"data: ") :])
         if "error" in event:
             return line

@@ -50,7 +50,7 @@ async def compare(gateway: str, stock: str, rounds: int) -> None:
         "vllm": (stock, {"model": "stock"}),
     }
     for streams in STREAMS:
-        requests = max(6, 4 * streams)
+        requests = max(12, 6 * streams)
         for url, extra in sides.values():
             await rate(url, extra, streams, streams)  # warm-up
         rates: dict[str, list[float]] = {name: [] for name in sides}
