@@ -347,8 +347,8 @@ def event(document: Any) -> bytes:
     return b"data: " + json.dumps(document).encode() + b"\n\n"
 
 
-def delta(text: str, index: int = 0, **more: Any) -> bytes:
-    return event({"choices": [{"index": index, "text": text} | more]})
+def delta(text: str, index: int = 0) -> bytes:
+    return event({"id": "cmpl-1", "choices": [{"index": index, "text": text}]})
 
 
 def stream(*chunks: bytes, **more: Any) -> Upstream:
@@ -374,6 +374,21 @@ async def test_every_chunk_of_a_stream_names_its_source():
     assert ["teacher" in e for e in answer.events] == [False, False, True]
     assert answer.events[2]["teacher"]["spans"] == [[1, 2]]
     assert answer.chunks[3] == b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize("first", [{"id": "cmpl-1"}, {"object": "chunk"}], ids=["not parsed", "parsed"])
+@pytest.mark.parametrize("finished", [False, True])
+async def test_an_event_that_is_not_parsed_says_the_same(first, finished):
+    """The event of vLLM that starts with its id gets its source without a look at the rest."""
+    document = first | {"choices": [{"index": 0, "text": 'für 5 €", "source": "x'}], "usage": None}
+    chunk = b"data: " + json.dumps(document, separators=(",", ":")).encode() + b"\n\n"
+    report = Report(10, 2, source="teacher", finished=finished)
+    answer = await post(stream(chunk, reports=(report,)), request(stream=True))
+    (got,) = answer.events
+    assert got.pop("source") == "teacher"
+    assert got.pop("teacher", None) == (report.as_dict() if finished else None)
+    assert got == document
+    assert answer.chunks[0].endswith(b"}\n\n")
 
 
 async def test_the_choices_of_a_stream_have_their_own_sources_and_reports():
