@@ -1,18 +1,14 @@
 """Our fields in vLLM's protocol: `teacher_budget` in requests, `teacher` and `source` in responses."""
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 import msgspec
 from pydantic import ValidationError
 
 from router.budget import Budget
+from server.asgi import Message, Receive, Send, refuse
 from server.exchange import EXCHANGE, Exchange
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 FIELD = "teacher_budget"
@@ -39,7 +35,7 @@ class TeacherFields:
         try:
             exchange, body = _take_budget(body)
         except ValueError as error:
-            return await _refuse(send, str(error))
+            return await refuse(send, 400, "BadRequestError", str(error), param=FIELD)
         EXCHANGE.set(exchange)
         return await self.app(scope, _replay(body, receive), _Annotator(exchange, send))
 
@@ -97,14 +93,6 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return replay
-
-
-async def _refuse(send: Send, message: str) -> None:
-    error = {"message": message, "type": "BadRequestError", "param": FIELD, "code": 400}
-    body = json.dumps({"error": error}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 class _Annotator:
