@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import cached_property
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -174,7 +175,7 @@ class CooperativeEngine(AsyncLLM):
         eos = [] if params.ignore_eos else self._eos_token_ids
         return [*eos, *(params.stop_token_ids or ())]
 
-    @property
+    @cached_property
     def _eos_token_ids(self) -> list[int]:
         configured = self.model_config.try_get_generation_config().get("eos_token_id")
         configured = configured if isinstance(configured, list) else [configured]
