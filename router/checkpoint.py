@@ -221,20 +221,23 @@ def fingerprint(model: Path, reserved_start: int) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_fingerprint(model: Path) -> str:
-    """Identity of a vocabulary: hex SHA-256 over the sorted (token, id) pairs of tokenizer.json."""
+def vocabulary(model: Path) -> set[tuple[str, int]]:
+    """(token, id) pairs of tokenizer.json, added tokens among them. Raises CheckpointError without one."""
     file = model / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"no tokenizer.json in {model}")
     tokenizer = json.loads(file.read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    pairs = (
-        list(vocabulary.items())
-        if isinstance(vocabulary, dict)
-        else [(token, index) for index, (token, _) in enumerate(vocabulary)]
-    )
-    pairs += [(token["content"], token["id"]) for token in tokenizer.get("added_tokens", [])]
-    return hashlib.sha256(json.dumps(sorted(set(pairs))).encode()).hexdigest()
+    base = tokenizer["model"]["vocab"]
+    if isinstance(base, dict):
+        pairs = set(base.items())
+    else:  # unigram: a list of (token, score)
+        pairs = {(token, index) for index, (token, _) in enumerate(base)}
+    return pairs | {(token["content"], token["id"]) for token in tokenizer.get("added_tokens", [])}
+
+
+def tokenizer_fingerprint(model: Path) -> str:
+    """Identity of a vocabulary: hex SHA-256 over its sorted pairs."""
+    return hashlib.sha256(json.dumps(sorted(vocabulary(model))).encode()).hexdigest()
 
 
 def _output_matrix(model: Path) -> tuple[str, str]:
@@ -260,4 +263,5 @@ __all__ = [
     "RouterConfig",
     "fingerprint",
     "tokenizer_fingerprint",
+    "vocabulary",
 ]

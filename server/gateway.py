@@ -12,7 +12,7 @@ from typing import Any
 import uvloop
 from fastapi import FastAPI
 
-from router.checkpoint import MERGED_ROUTER, RouterCheckpoint
+from router.checkpoint import MERGED_ROUTER, RouterCheckpoint, vocabulary
 from router.policy import Calibration, Policy
 from router.reserved import ReservedRows
 from server.config import ConfigError, ServeConfig
@@ -67,11 +67,10 @@ def _student(config: ServeConfig) -> tuple[RouterCheckpoint | None, Path]:
 def _reserved_rows(router: RouterCheckpoint | None, student: Path) -> ReservedRows:
     if router is not None:
         return router.reserved
-    vocabulary = json.loads((student / "config.json").read_text())["vocab_size"]
-    tokenizer = json.loads((student / "tokenizer.json").read_text())
-    ids = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])]
+    rows = json.loads((student / "config.json").read_text())["vocab_size"]
+    known = max(token_id for _, token_id in vocabulary(student)) + 1
     try:
-        return ReservedRows.at_end(vocabulary, max(ids) + 1)
+        return ReservedRows.at_end(rows, known)
     except ValueError as error:
         raise ConfigError(f"{student}: {error}") from error
 
@@ -172,8 +171,11 @@ def _teacher(config: ServeConfig, reserved: ReservedRows) -> Teacher:
 
 
 def _engine(arguments: Namespace) -> CooperativeEngine:
+    config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+    if config.use_v2_model_runner:  # vLLM's choice on GPUs, known only now; it takes its own interface alone
+        config.model_config.logits_processors = ["server.gate_processor:GateProcessorV2"]
     return CooperativeEngine.from_vllm_config(
-        AsyncEngineArgs.from_cli_args(arguments).create_engine_config(),
+        config,
         disable_log_stats=arguments.disable_log_stats,
         enable_log_requests=arguments.enable_log_requests,
     )
