@@ -19,7 +19,7 @@ from training.tree import Setting, Tree
 class Point:
     """One setting over a set of examples.
 
-    budget: fraction asked for; rate: realised; quality, similarity: means in [0, 1]; calls: per request;
+    budget: fraction asked for; rate: realised; quality, similarity: in [0, 1]; calls: per request;
     tokens: mean completion length; excess: tokens by which the worst request lies above its bound fraction *
     completion + span (never above 0).
     """
@@ -39,18 +39,20 @@ class Scorer:
 
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> None:
         self._task, self._tokenizer, self._examples = task, tokenizer, examples
-        self._known: dict[tuple[int, tuple[int, ...]], tuple[float, float]] = {}
+        self._known: dict[tuple[int, tuple[int, ...]], tuple[str, float, float]] = {}
 
     def __call__(self, completions: Sequence[Completion]) -> tuple[float, float]:
-        """Mean quality and similarity."""
+        """Quality and mean similarity."""
         keys = [(i, tuple(c.tokens)) for i, c in enumerate(completions)]
         new = [key for key in keys if key not in self._known]
         if new:
             answers = decode_answers(self._tokenizer, [list(tokens) for _, tokens in new])
             scores = self._task.score([self._examples[i] for i, _ in new], answers)
-            self._known.update(zip(new, zip(scores.quality, scores.similarity, strict=True), strict=True))
-        both = [self._known[key] for key in keys]
-        return sum(q for q, _ in both) / len(both), sum(s for _, s in both) / len(both)
+            triples = zip(answers, scores.quality, scores.similarity, strict=True)
+            self._known.update(zip(new, triples, strict=True))
+        answers, qualities, similarities = map(list, zip(*(self._known[key] for key in keys), strict=True))
+        quality = self._task.quality(self._examples, answers, qualities)
+        return quality, sum(similarities) / len(similarities)
 
 
 def measure(tree: Tree, settings: Sequence[Setting], scorer: Scorer) -> list[Point]:

@@ -36,7 +36,8 @@ def train(model: nn.Module, loss: Loss, batches: Batches, schedule: Schedule, di
     began = time.monotonic()
     for step in range(start, schedule.steps):
         batch = batches[step]
-        value, metrics = loss(model, batch)
+        with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=schedule.precision == "bf16"):
+            value, metrics = loss(model, batch)
         value.backward()
         metrics["grad_norm"] = clip_grad_norm_(model.parameters(), schedule.clip)
         for optimizer in optimizers:

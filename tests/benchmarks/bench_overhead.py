@@ -32,7 +32,8 @@ async def rate(url: str, extra: dict[str, object], streams: int, requests: int) 
     """Tokens/s of `requests` completions, `streams` at a time."""
     slots = asyncio.Semaphore(streams)
     fixed = {"max_tokens": TOKENS, "ignore_eos": True, "temperature": 0, "stream": True} | extra
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)  # no race with a server that closes idle ones
+    async with aiohttp.ClientSession(connector=connector) as session:
 
         async def one(number: int) -> None:
             async with slots:

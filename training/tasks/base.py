@@ -132,6 +132,10 @@ class Task(ABC):
             similarity=[example.references.similarity(answer) for example, answer in pairs],
         )
 
+    def quality(self, examples: list[Example], answers: list[str], each: list[float]) -> float:
+        """Of a whole set, in [0, 1]: the mean of `each` (what `score` gave), or the corpus's own metric."""
+        return sum(each) / len(each)
+
 
 TASKS: dict[str, Callable[..., Task]] = {}
 TaskClass = TypeVar("TaskClass", bound=type[Task])

@@ -38,17 +38,44 @@ METRICS: dict[str, Callable[[list[str], list[str]], list[float]]] = {
 }  # fmt: skip
 
 
+def _corpus_bleu(targets: list[str], answers: list[str]) -> float:
+    from sacrebleu import corpus_bleu
+
+    return corpus_bleu(answers, [targets]).score / 100
+
+
+def _corpus_chrf(targets: list[str], answers: list[str]) -> float:
+    from sacrebleu import corpus_chrf
+
+    return corpus_chrf(answers, [targets]).score / 100
+
+
+CORPUS: dict[str, Callable[[list[str], list[str]], float]] = {"bleu": _corpus_bleu, "chrf": _corpus_chrf}
+"""Metrics that are defined on a whole set; the others are means over its examples."""
+
+
 @register
 class Jsonl(Task):
-    """Raises ValueError, naming file and line, for a line without `source` and `target`."""
+    """Files of a directory. Raises ValueError, naming file and line, for a line without `source` and
+    `target`; OSError for a file that is not there.
+    """
 
     name = "jsonl"
 
-    def __init__(self, train: str, valid: str, test: str, metric: str = "exact") -> None:
+    def __init__(
+        self,
+        directory: str = ".",
+        train: str = "train.jsonl",
+        valid: str = "valid.jsonl",
+        test: str = "test.jsonl",
+        metric: str = "exact",
+    ) -> None:
         if metric not in METRICS:
             raise ValueError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
-        self._metric = METRICS[metric]
-        self._train, self._valid, self._test = (self._read(Path(path)) for path in (train, valid, test))
+        self._metric, self._corpus = METRICS[metric], CORPUS.get(metric)
+        self._train, self._valid, self._test = (
+            self._read(Path(directory) / path) for path in (train, valid, test)
+        )
         held_out = {example.source for example in self._valid + self._test}
         self._train = [example for example in self._train if example.source not in held_out]
 
@@ -81,3 +108,8 @@ class Jsonl(Task):
                 example.references.similarity(a) for example, a in zip(examples, answers, strict=True)
             ],
         )
+
+    def quality(self, examples: list[Example], answers: list[str], each: list[float]) -> float:
+        if self._corpus is None:
+            return super().quality(examples, answers, each)
+        return self._corpus([example.references.first() for example in examples], answers)
