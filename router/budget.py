@@ -117,6 +117,12 @@ class Bucket:
             grant.settled = True
             self.spent -= grant.tokens - used
 
+    def cancel(self, grant: Grant) -> None:
+        """Take back a grant that led to no call."""
+        if not grant.settled:
+            self.settle(grant, 0)
+            self.calls -= 1
+
     @property
     def tokens_left(self) -> int | None:
         return None if self.budget.tokens is None else self.budget.tokens - self.spent

@@ -83,14 +83,25 @@ class Policy:
     expected_tokens: float
     """Mean completion length on validation data."""
 
-    def terms(self, bucket: Bucket, completion_tokens: int, max_tokens: int) -> Terms:
-        """Terms for a request that has written ``completion_tokens`` of at most ``max_tokens``."""
+    def terms(
+        self,
+        bucket: Bucket,
+        completion_tokens: int,
+        max_tokens: int,
+        *,
+        ceiling: float = 1.0,
+        pause: int = 0,
+    ) -> Terms:
+        """Terms for a request that has written ``completion_tokens`` of at most ``max_tokens``.
+
+        ``ceiling`` is the rate that shared limits leave to aim at; for ``pause`` tokens it may not ask.
+        """
         earliest = bucket.earliest()
         if earliest is None or earliest >= max_tokens:
             return NEVER
         return Terms(
-            price=self.calibration.price(self._rate(bucket, completion_tokens, max_tokens)),
-            not_before=max(0, earliest - completion_tokens),
+            price=self.calibration.price(min(ceiling, self._rate(bucket, completion_tokens, max_tokens))),
+            not_before=max(0, earliest - completion_tokens, pause),
         )
 
     def _rate(self, bucket: Bucket, completion_tokens: int, max_tokens: int) -> float:

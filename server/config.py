@@ -22,6 +22,7 @@ from pydantic import (
 
 from router.budget import Budget
 from router.gate import GATES
+from router.ledger import LedgerConfig, Limit, MemoryLedgerConfig
 
 ENVIRONMENT_PREFIX = "WHEELS_"
 
@@ -52,6 +53,16 @@ def _budget(value: Any) -> Any:
         raise ValueError(f"neither a fraction nor JSON: {value!r}") from error
 
 
+def _structure(value: Any) -> Any:
+    """Flags and variables come as text: JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {value!r}") from error
+
+
 Directory = Annotated[Path, BeforeValidator(_directory)]
 File = Annotated[Path, BeforeValidator(_file)]
 
@@ -74,6 +85,13 @@ class ServeConfig(BaseModel):
     default_budget: Annotated[Budget, BeforeValidator(_budget)] = Field(
         Budget(fraction=0.1), description="teacher_budget of requests that name none: a fraction or JSON"
     )
+    limits: Annotated[tuple[Limit, ...], BeforeValidator(_structure)] = Field(
+        (), description="limits that all requests share, as JSON; see docs/budgets.md"
+    )
+    ledger: Annotated[LedgerConfig, BeforeValidator(_structure)] = Field(
+        MemoryLedgerConfig(), description="where shared limits are kept, as JSON; default: in memory"
+    )
+    tenants: str | None = Field(None, description="file of API keys and their budgets, or its contents")
     gate: Literal[tuple(GATES)] = Field("learned", description=f"what decides: {', '.join(GATES)}")
     price: FiniteFloat | None = Field(None, description="fixed price, for a gate without a calibration")
     span_tokens: PositiveInt | None = Field(None, description="longest span; default: the router's, or 1")

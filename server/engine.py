@@ -1,7 +1,10 @@
 """The student's engine, which asks the teacher where its gate says so."""
 
+import asyncio
 import copy
 import logging
+import math
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -10,6 +13,7 @@ from http import HTTPStatus
 from typing import Any, Literal
 
 from router.budget import Bucket, Budget, Grant
+from router.ledger import Denial, Lease
 from router.policy import NEVER, Policy, Terms
 from router.reserved import ReservedRows
 from server.completion import Completion, Piece
@@ -17,7 +21,9 @@ from server.exchange import EXCHANGE, Exchange, Report, Source
 from server.gate_processor import PRICE, terms_args
 from server.limits import check_reserved_rows, unsupported
 from server.metrics import ESCALATIONS, counted
+from server.shared import Share, SharedBudgets
 from server.teacher import Teacher, TeacherError
+from server.tenants import OverMaximum
 from server.vllm_api import (
     AsyncLLM,
     CompletionOutput,
@@ -31,6 +37,11 @@ from server.vllm_api import (
 
 logger = logging.getLogger(__name__)
 
+LEASE_TOKENS = 64
+"""Most that is reserved at a time under a shared limit, also for a request that may have all of it."""
+PAUSE_TOKENS = 32
+"""Where a shared limit refuses a span, the choice does not ask again for so many tokens."""
+
 
 @dataclass(frozen=True)
 class Cooperation:
@@ -41,8 +52,17 @@ class Cooperation:
     reserved: ReservedRows
     span_tokens: int
     default_budget: Budget
+    shared: SharedBudgets
     on_teacher_error: Literal["degrade", "error"] = "degrade"
     ask_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Span:
+    """What was reserved for a span: in the request's own budget, and in the shared ones."""
+
+    grant: Grant
+    lease: Lease
 
 
 @dataclass
@@ -62,12 +82,19 @@ class Choice:
     """Further arguments of `AsyncLLM.generate`, passed on to every student segment."""
     completion: Completion
     bucket: Bucket
+    share: Share
     may_ask: bool = True
+    ask_from: int = 0
+    """Length of the completion from which it may ask again."""
     cached_tokens: int | None = None
 
     @property
     def report(self) -> Report:
         return self.completion.report
+
+    @property
+    def student_tokens(self) -> int:
+        return len(self.completion) - self.report.tokens
 
     @property
     def prefix(self) -> list[int]:
@@ -84,6 +111,14 @@ class Choice:
     def deny(self, reason: str, *, degraded: bool) -> None:
         """The student writes the rest alone."""
         self.may_ask = False
+        self._denied(reason, degraded=degraded)
+
+    def put_off(self, denial: Denial) -> None:
+        """The student writes on alone for a while: what others share may have room again."""
+        self.ask_from = len(self.completion) + PAUSE_TOKENS
+        self._denied(denial.label, degraded=denial.reason == "unavailable")
+
+    def _denied(self, reason: str, *, degraded: bool) -> None:
         self.report.denied[reason] += 1
         self.report.degraded |= degraded
         ESCALATIONS.labels("denied", reason).inc()
@@ -112,12 +147,12 @@ class CooperativeEngine(AsyncLLM):
                             yield "student"
             if completion.finished or not (asked or terms.always):
                 continue
-            grant, used = self._reserve(choice), 0
-            if grant is None:
+            span, used = await self._reserve(choice), 0
+            if span is None:
                 continue
             try:
-                async with aclosing(self._teacher(choice, grant)) as span:
-                    async for piece in span:
+                async with aclosing(_until(span.lease.deadline, self._teacher(choice, span))) as pieces:
+                    async for piece in pieces:
                         used += len(piece.token_ids)
                         completion.extend(piece, "teacher")
                         yield "teacher"
@@ -126,7 +161,8 @@ class CooperativeEngine(AsyncLLM):
             except TeacherError as error:
                 self._lose_teacher(choice, error)
             finally:
-                choice.bucket.settle(grant, used)
+                choice.bucket.settle(span.grant, used)
+                choice.share.settle(span.lease, used)
 
     def _terms(self, choice: Choice) -> Terms:
         """On which terms the student may ask in its next segment."""
@@ -135,7 +171,13 @@ class CooperativeEngine(AsyncLLM):
         if not choice.may_ask:
             return NEVER
         completion = choice.completion
-        return self.cooperation.policy.terms(choice.bucket, len(completion), completion.max_tokens)
+        return self.cooperation.policy.terms(
+            choice.bucket,
+            len(completion),
+            completion.max_tokens,
+            ceiling=choice.share.rate,
+            pause=choice.ask_from - len(completion),
+        )
 
     async def _student(self, choice: Choice, terms: Terms) -> AsyncIterator[Piece]:
         """One segment of the student, in pieces."""
@@ -181,8 +223,8 @@ class CooperativeEngine(AsyncLLM):
         configured = configured if isinstance(configured, list) else [configured]
         return [i for i in {self.renderer.tokenizer.eos_token_id, *configured} if i is not None]
 
-    def _reserve(self, choice: Choice) -> Grant | None:
-        """Reserve the next span, or take the right to ask from this choice."""
+    async def _reserve(self, choice: Choice) -> Span | None:
+        """Reserve the next span in every budget, or let the choice ask later, or never again."""
         teacher, completion = self.cooperation.teacher, choice.completion
         room = completion.tokens_left
         if teacher.max_model_len is not None:
@@ -193,20 +235,27 @@ class CooperativeEngine(AsyncLLM):
         if not teacher.breaker.allow():
             choice.deny("breaker", degraded=True)
             return None
+        if choice.share.scopes:  # what one holds, no other can have
+            room = min(room, LEASE_TOKENS if choice.share.rate >= 1.0 else self.cooperation.span_tokens)
         grant = choice.bucket.reserve(len(completion), at_most=room)
         if grant is None:
             choice.deny("budget", degraded=False)
             return None
+        lease = await choice.share.reserve(grant.tokens, choice.student_tokens)
+        if isinstance(lease, Denial):
+            choice.bucket.cancel(grant)
+            choice.put_off(lease)
+            return None
         ESCALATIONS.labels("granted", "gate").inc()
-        return grant
+        return Span(grant, lease)
 
-    def _teacher(self, choice: Choice, grant: Grant) -> AsyncIterator[Piece]:
+    def _teacher(self, choice: Choice, span: Span) -> AsyncIterator[Piece]:
         """One span of the teacher, in pieces."""
         choice.report.calls += 1
         choice.report.spans.append([len(choice.completion)] * 2)  # grows as the teacher writes
         return self.cooperation.teacher.write(
             choice.prefix,
-            grant.tokens,
+            span.lease.tokens,
             choice.params,
             min_tokens=max(0, choice.params.min_tokens - len(choice.completion)),
             seed=choice.seed,
@@ -236,11 +285,14 @@ class CooperativeEngine(AsyncLLM):
         exchange = EXCHANGE.get(None) or Exchange()
         reports = [exchange.open() for _ in range(sampling_params.n)]
         budget = self._budget(exchange, prompt, sampling_params, options)
+        shared, tenant = self.cooperation.shared, exchange.tenant
         if budget.is_zero:
             outputs = super().generate(prompt, sampling_params, request_id, **options)
-            return self._plain(outputs, sampling_params, reports)
+            return self._plain(outputs, sampling_params, reports, shared.share(tenant))
         choices = [
-            self._choice(i, report, budget, prompt, sampling_params, request_id, options)
+            self._choice(
+                i, report, budget, shared.share(tenant), prompt, sampling_params, request_id, options
+            )
             for i, report in enumerate(reports)
         ]
         return self._hand_out(choices, exchange)
@@ -250,6 +302,13 @@ class CooperativeEngine(AsyncLLM):
     ) -> Budget:
         """The request's budget, or the default one where it names none and can be honoured."""
         budget = exchange.budget or self.cooperation.default_budget
+        if exchange.tenant is not None:
+            try:
+                budget, clamped = exchange.tenant.resolve(exchange.budget, self.cooperation.default_budget)
+            except OverMaximum as error:
+                raise VLLMValidationError(str(error), parameter="teacher_budget") from error
+            for report in exchange.reports:
+                report.clamped = clamped
         if budget.is_zero:
             return budget
         parameter = exchange.unsupported or unsupported(prompt, params, options)
@@ -266,6 +325,7 @@ class CooperativeEngine(AsyncLLM):
         index: int,
         report: Report,
         budget: Budget,
+        share: Share,
         prompt: dict[str, Any],
         params: SamplingParams,
         request_id: str,
@@ -296,21 +356,29 @@ class CooperativeEngine(AsyncLLM):
             options=options,
             completion=Completion(self.renderer.tokenizer, prompt_ids, params, index, report),
             bucket=Bucket(budget, self.cooperation.span_tokens, self.cooperation.ask_tokens),
+            share=share,
         )
 
     async def _plain(
-        self, outputs: AsyncGenerator[RequestOutput, None], params: SamplingParams, reports: list[Report]
+        self,
+        outputs: AsyncGenerator[RequestOutput, None],
+        params: SamplingParams,
+        reports: list[Report],
+        share: Share,
     ) -> AsyncGenerator[RequestOutput, None]:
         """A request with nothing to spend: the student's own outputs, counted."""
         delta = params.output_kind == RequestOutputKind.DELTA
-        with counted(reports, budgeted=False):
-            async with aclosing(outputs):
-                async for output in outputs:
-                    for new in output.outputs:
-                        report = reports[new.index]
-                        report.completion_tokens = len(new.token_ids) + delta * report.completion_tokens
-                        report.finished = new.finish_reason is not None
-                    yield output
+        try:
+            with counted(reports, budgeted=False):
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        for new in output.outputs:
+                            report = reports[new.index]
+                            report.completion_tokens = len(new.token_ids) + delta * report.completion_tokens
+                            report.finished = new.finish_reason is not None
+                        yield output
+        finally:
+            share.close(sum(report.completion_tokens for report in reports))
 
     async def _hand_out(
         self, choices: list[Choice], exchange: Exchange
@@ -330,11 +398,14 @@ class CooperativeEngine(AsyncLLM):
 
     async def _outputs(self, choice: Choice) -> AsyncGenerator[tuple[CompletionOutput, Source], None]:
         final_only = choice.params.output_kind == RequestOutputKind.FINAL_ONLY
-        with counted([choice.report], budgeted=True):
-            async with aclosing(self._write(choice)) as steps:
-                async for source in steps:
-                    if not final_only or choice.completion.finished:
-                        yield choice.completion.output(), source
+        try:
+            with counted([choice.report], budgeted=True):
+                async with aclosing(self._write(choice)) as steps:
+                    async for source in steps:
+                        if not final_only or choice.completion.finished:
+                            yield choice.completion.output(), source
+        finally:
+            choice.share.close(choice.student_tokens)
 
     @staticmethod
     def _request_output(choices: list[Choice], outputs: list[CompletionOutput]) -> RequestOutput:
@@ -348,3 +419,16 @@ class CooperativeEngine(AsyncLLM):
             finished=all(choice.report.finished for choice in choices),
             num_cached_tokens=first.cached_tokens,
         )
+
+
+async def _until(deadline: float, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+    """The pieces that come before the deadline (of `time.monotonic`): behind it, the tokens are not ours."""
+    async with aclosing(pieces):
+        while True:
+            left = None if deadline == math.inf else deadline - time.monotonic()
+            try:
+                async with asyncio.timeout(left):
+                    piece = await anext(pieces)
+            except (StopAsyncIteration, TimeoutError):
+                return
+            yield piece

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from router.budget import Budget
+from server.tenants import Tenant
 
 Source = Literal["student", "teacher"]
 
@@ -21,6 +22,8 @@ class Report:
     """[start, end) token offsets of the teacher's spans; adjacent calls are kept apart."""
     denied: Counter[str] = field(default_factory=Counter)
     degraded: bool = False
+    clamped: bool = False
+    """The key's maximum was less than the budget asked for."""
     source: Source = "student"
     """Who wrote the tokens handed out last."""
     finished: bool = False
@@ -33,6 +36,7 @@ class Report:
             "spans": [span for span in self.spans if span[0] < span[1]],
             "denied": dict(self.denied),
             "degraded": self.degraded,
+            "clamped": self.clamped,
         }
 
 
@@ -44,6 +48,8 @@ class Exchange:
     """None where the caller named none."""
     unsupported: str | None = None
     """A parameter of the HTTP request that rules out a teacher and that the engine never sees."""
+    tenant: Tenant | None = None
+    """Whose key the request came with; None where the gateway asks for none, or it was the admin's."""
     reports: list[Report] = field(default_factory=list)
     latest: Report = field(default_factory=Report)
     """Of the choice that handed out tokens last."""
@@ -71,6 +77,7 @@ class Exchange:
             calls=sum(r.calls for r in self.reports),
             denied=sum((r.denied for r in self.reports), Counter()),
             degraded=any(r.degraded for r in self.reports),
+            clamped=any(r.clamped for r in self.reports),
         )
 
 

@@ -7,8 +7,10 @@ import msgspec
 from pydantic import ValidationError
 
 from router.budget import Budget
+from server.access import owner_of
 from server.asgi import Message, Receive, Send, refuse
 from server.exchange import EXCHANGE, Exchange
+from server.tenants import Tenant
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 FIELD = "teacher_budget"
@@ -36,6 +38,8 @@ class TeacherFields:
             exchange, body = _take_budget(body)
         except ValueError as error:
             return await refuse(send, 400, "BadRequestError", str(error), param=FIELD)
+        owner = owner_of(scope)
+        exchange.tenant = owner if isinstance(owner, Tenant) else None
         EXCHANGE.set(exchange)
         return await self.app(scope, _replay(body, receive), _Annotator(exchange, send))
 

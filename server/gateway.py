@@ -6,6 +6,8 @@ import json
 import signal
 import time
 from argparse import Namespace
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,19 @@ import uvloop
 from fastapi import FastAPI
 
 from router.checkpoint import MERGED_ROUTER, RouterCheckpoint, vocabulary
+from router.controller import PriceController
 from router.policy import Calibration, Policy
 from router.reserved import ReservedRows
+from server.access import Access
 from server.config import ConfigError, ServeConfig
 from server.engine import Cooperation, CooperativeEngine
 from server.fields import TeacherFields, document
 from server.gate_processor import gate_settings
 from server.metrics import PRICE
 from server.routes import routes
+from server.shared import SharedBudgets
 from server.teacher import Breaker, Teacher, TeacherError
+from server.tenants import Tenants
 from server.vllm_api import AsyncEngineArgs, HttpLayer, current_platform
 
 PROBES = (
@@ -118,6 +124,8 @@ def _vllm_arguments(
         ),
     }
     theirs = {name.replace("_", "-"): value for name, value in config.vllm.items()}
+    if config.tenants is not None and "api-key" in theirs:
+        raise ConfigError("tenants have API keys of their own: leave out vllm's api-key")
     if clash := ours.keys() & theirs:
         raise ConfigError(f"vllm settings that the gateway sets itself: {', '.join(sorted(clash))}")
     if current_platform.is_cpu():
@@ -130,6 +138,7 @@ async def _serve(config: ServeConfig, router: RouterCheckpoint | None, student: 
     signal.signal(signal.SIGTERM, _interrupt)  # until the HTTP server has installed its own handler
     reserved = _reserved_rows(router, student)
     arguments = _vllm_arguments(config, student, reserved, router)
+    tenants = None if config.tenants is None else Tenants(config.tenants)
     deadline = time.monotonic() + config.teacher_wait
     async with _teacher(config, reserved) as teacher:
         if not config.teacher_wait:
@@ -141,17 +150,18 @@ async def _serve(config: ServeConfig, router: RouterCheckpoint | None, student: 
             await _connect(teacher, deadline)
             await _check_vocabulary(teacher, engine)
             engine.cooperation = _cooperation(config, router, reserved, teacher, engine)
-            app = await _app(config, engine, arguments, http)
-            print(f"wheels serve: {address}, teacher {teacher.model} at {teacher.url}", flush=True)
-            shutdown = await http.serve_http(
-                app,
-                sock=socket,
-                host=arguments.host,
-                port=arguments.port,
-                log_level=arguments.uvicorn_log_level,
-                access_log=not arguments.disable_uvicorn_access_log,
-            )
-            await shutdown
+            app = await _app(config, engine, tenants, arguments, http)
+            async with _background(engine.cooperation.shared, tenants):
+                print(f"wheels serve: {address}, teacher {teacher.model} at {teacher.url}", flush=True)
+                shutdown = await http.serve_http(
+                    app,
+                    sock=socket,
+                    host=arguments.host,
+                    port=arguments.port,
+                    log_level=arguments.uvicorn_log_level,
+                    access_log=not arguments.disable_uvicorn_access_log,
+                )
+                await shutdown
         finally:
             engine.shutdown()
             socket.close()
@@ -217,19 +227,43 @@ def _cooperation(
         span_tokens=span_tokens,
         ask_tokens=ask_tokens,
         default_budget=config.default_budget,
+        shared=SharedBudgets(
+            config.ledger.build(), PriceController(policy.calibration, ask_tokens), config.limits
+        ),
         on_teacher_error=config.on_teacher_error,
     )
 
 
 async def _app(
-    config: ServeConfig, engine: CooperativeEngine, arguments: Namespace, http: HttpLayer
+    config: ServeConfig,
+    engine: CooperativeEngine,
+    tenants: Tenants | None,
+    arguments: Namespace,
+    http: HttpLayer,
 ) -> FastAPI:
     tasks = await engine.get_supported_tasks()
     app = http.build_app(arguments, tasks, engine.model_config)
-    app.include_router(routes(config.examples))
+    app.include_router(routes(config.examples, tenants))
+    if tenants is not None:
+        # vLLM has built its stack of middlewares already: keys stand before all of it.
+        app.middleware_stack = Access(app.middleware_stack, tenants, engine.cooperation.shared.ledger)
     document(app)
     await http.init_app_state(engine, app.state, arguments, tasks)
     return app
+
+
+@asynccontextmanager
+async def _background(shared: SharedBudgets, tenants: Tenants | None) -> AsyncIterator[None]:
+    """What goes on beside the requests; at the end, every span that was reserved is settled."""
+    tasks = [asyncio.create_task(shared.steer())]
+    if tenants is not None:
+        tasks.append(asyncio.create_task(tenants.watch()))
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await shared.aclose()
 
 
 def _interrupt(*_: Any) -> None:

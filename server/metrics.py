@@ -23,7 +23,8 @@ TEACHER_CALL_SECONDS = Histogram(
 )
 ESCALATIONS = Counter(
     "wheels_escalations",
-    "Escalations: granted by the gate; denied by budget, context, breaker or a failed call",
+    "Escalations: granted by the gate; denied by budget, context, breaker, a failed call, a shared limit "
+    "(tenant_tokens, tenant_fraction, global_tokens, global_fraction) or its ledger (unavailable)",
     ["decision", "reason"],
 )
 TEACHER_RATE = Histogram(
@@ -32,6 +33,15 @@ TEACHER_RATE = Histogram(
     buckets=(0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0),
 )
 PRICE = Gauge("wheels_price", "Price of a teacher token under the default budget, in the gate's units")
+SHARED_LIMIT = ["scope", "tenant", "limit"]
+BUDGET_REMAINING = Gauge(
+    "wheels_budget_remaining", "Teacher tokens that a shared limit has left", SHARED_LIMIT
+)
+BUDGET_RATE = Gauge("wheels_budget_rate", "Realised teacher rate over a shared limit's window", SHARED_LIMIT)
+BUDGET_PRICE = Gauge(
+    "wheels_budget_price", "Price that a shared limit makes, in the gate's units", SHARED_LIMIT
+)
+LEDGER_AVAILABLE = Gauge("wheels_ledger_available", "1 while the ledger of shared limits answers")
 BREAKER_OPEN = Gauge("wheels_breaker_open", "1 while the teacher's circuit breaker is open")
 
 

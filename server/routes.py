@@ -1,4 +1,4 @@
-"""The gateway's own routes, beside those of vLLM: readiness and the playground."""
+"""The gateway's own routes, beside those of vLLM: readiness, budgets and the playground."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse
+
+from server.access import owner_of
+from server.budgets import answer
+from server.tenants import Tenants
 
 PLAYGROUND = Path(__file__).with_name("playground.html")
 # The page is self-contained: it may load nothing from elsewhere and talk to this gateway only.
@@ -15,7 +19,7 @@ PLAYGROUND_HEADERS = {
 }
 
 
-def routes(examples: Path | None) -> APIRouter:
+def routes(examples: Path | None, tenants: Tenants | None) -> APIRouter:
     """Router of the gateway's own pages; ``examples``: JSONL with a `source`, prompts for the playground."""
     router = APIRouter()
     lines = [] if examples is None else examples.read_text().splitlines()
@@ -30,6 +34,12 @@ def routes(examples: Path | None) -> APIRouter:
             "teacher": await engine.cooperation.teacher.healthy(),
         }
         return JSONResponse(state, status_code=200 if all(state.values()) else 503)
+
+    @router.get("/budgets")
+    async def budgets(request: Request) -> dict[str, Any]:
+        """Limits that requests share: a tenant's key shows its own, the admin's all of them."""
+        engine: Any = request.app.state.engine_client
+        return await answer(engine.cooperation.shared, tenants, owner_of(request.scope))
 
     @router.get("/", include_in_schema=False)
     async def playground() -> FileResponse:

@@ -10,6 +10,7 @@ from typing import Any
 
 from router.controller import PriceController
 from router.ledger import Denial, Lease, Ledger, Limit, Scope, Status
+from server.metrics import BUDGET_PRICE, BUDGET_RATE, BUDGET_REMAINING, LEDGER_AVAILABLE
 from server.tenants import Tenant
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,13 @@ class SharedBudgets:
         used, self._used = self._used, {}
         statuses = await self.ledger.status(list(used.values())) or ()
         self.prices.update(time.monotonic(), statuses)
+        LEDGER_AVAILABLE.set(self.ledger.available)
+        for status in statuses:
+            scope = status.scope
+            labels = (scope.kind, scope.key, f"{scope.limit.type}/{scope.limit.window_seconds:g}s")
+            BUDGET_REMAINING.labels(*labels).set(status.remaining)
+            BUDGET_RATE.labels(*labels).set(status.rate)
+            BUDGET_PRICE.labels(*labels).set(self.prices.price([scope]))
         return statuses
 
     def use(self, scopes: Sequence[Scope]) -> None:

@@ -17,13 +17,17 @@ import pytest
 from prometheus_client import REGISTRY
 
 from router.budget import Budget
+from router.controller import PriceController
+from router.ledger import FractionOfTraffic, Limit, MemoryLedger, TokensPerWindow
 from router.policy import Calibration, Policy
 from router.reserved import ReservedRows
 from server.completion import Piece
 from server.engine import Choice, Cooperation, CooperativeEngine
 from server.exchange import EXCHANGE, Exchange, Report
 from server.gate_processor import NOT_BEFORE, PRICE
+from server.shared import SharedBudgets
 from server.teacher import Breaker, TeacherError
+from server.tenants import Tenant, hash_key
 from server.vllm_api import (
     AsyncLLM,
     CompletionOutput,
@@ -45,6 +49,7 @@ DELTA, CUMULATIVE, FINAL_ONLY = (
     RequestOutputKind.FINAL_ONLY,
 )
 INF = float("inf")
+CALIBRATION = Calibration(((0.5, 1.0),))
 
 
 def letter(place: int, first: str) -> int:
@@ -216,16 +221,18 @@ def pair(tokenizer):
         ask_tokens: int | None = None,
         default: float = 0.5,
         on_teacher_error: str = "degrade",
+        shared: SharedBudgets | None = None,
         **teacher: Any,
     ) -> tuple[Engine, ScriptedTeacher]:
         engine = Engine(tokenizer, ask_at, ends_at)
         engine.cooperation = Cooperation(
             teacher=ScriptedTeacher(**teacher),
-            policy=Policy(Calibration(((0.5, 1.0),)), expected_tokens=20),
+            policy=Policy(CALIBRATION, expected_tokens=20),
             reserved=RESERVED,
             span_tokens=span_tokens,
             ask_tokens=ask_tokens,
             default_budget=Budget(fraction=default),
+            shared=shared or SharedBudgets(MemoryLedger(), PriceController(CALIBRATION, span_tokens)),
             on_teacher_error=on_teacher_error,
         )
         return engine, engine.cooperation.teacher
@@ -817,3 +824,140 @@ async def test_a_degraded_request_is_counted_as_such(pair):
     before = [count(name, **labels) for name, labels in series]
     await write(engine, 0.5)
     assert [count(name, **labels) for name, labels in series] == [n + 1 for n in before]
+
+
+# Budgets that requests share
+
+
+def shared_by_all(*limits: Limit, **ledger: Any) -> SharedBudgets:
+    return SharedBudgets(MemoryLedger(**ledger), PriceController(CALIBRATION, 2), limits)
+
+
+def tokens(count: int) -> TokensPerWindow:
+    return TokensPerWindow(tokens=count, window_seconds=3600)
+
+
+async def on_the_books(shared: SharedBudgets) -> tuple[int, int, int]:
+    """Spent, reserved and student's tokens under the only limit, once everything is settled."""
+    await shared.aclose()
+    (status,) = await shared.ledger.status(shared.everybody)
+    return status.spent, status.reserved, status.student_tokens
+
+
+async def test_spans_are_reserved_and_settled(pair):
+    shared = shared_by_all(tokens(100))
+    engine, _ = pair(ask_at={2, 6}, shared=shared)
+    result = await write(engine, 0.5, max_tokens=10)
+    assert result.text() == "abCDefGHij"
+    assert await on_the_books(shared) == (4, 0, 6)
+
+
+async def test_what_the_teacher_did_not_write_is_given_back(pair):
+    shared = shared_by_all(tokens(100))
+    engine, _ = pair(ask_at={2}, span_tokens=4, shared=shared, fails_at=3)
+    await write(engine, 0.9, max_tokens=8)
+    assert await on_the_books(shared) == (1, 0, 7)
+
+
+async def test_a_shared_limit_refuses_and_the_student_goes_on(pair):
+    """The first span gets the only two tokens; then nobody asks for a while, in vain again."""
+    shared = shared_by_all(tokens(2))
+    engine, teacher = pair(ask_at={1, 5, 6, 7, 45}, span_tokens=4, shared=shared)
+    result = await write(engine, 0.9, max_tokens=60)
+    assert [call.tokens for call in teacher.calls] == [2]
+    assert result.report.spans == [[1, 3]]
+    assert result.report.denied == {"global_tokens": 2}, "at 5, and again at 45, PAUSE_TOKENS later"
+    assert not result.report.degraded
+    assert spent(engine) == (2, 1)
+    assert await on_the_books(shared) == (2, 0, 58)
+
+
+async def test_a_request_that_may_have_everything_reserves_a_little_at_a_time(pair):
+    shared = shared_by_all(tokens(10_000))
+    engine, teacher = pair(shared=shared)
+    result = await write(engine, 1, max_tokens=150)
+    assert [call.tokens for call in teacher.calls] == [64, 64, 22]
+    assert result.report.calls == 3
+    assert await on_the_books(shared) == (150, 0, 0)
+
+
+async def test_a_span_ends_at_its_deadline(pair):
+    """The teacher hangs before its third token; what it wrote in time stays, and is paid."""
+    shared = shared_by_all(tokens(100), lease_seconds=0.25)
+    engine, teacher = pair(ask_at={2}, span_tokens=4, hangs_at=4, shared=shared)
+    result = await write(engine, {"calls": 1}, max_tokens=8)
+    assert result.text() == "abCDefgh"
+    assert teacher.calls[0].closed
+    assert not result.report.degraded
+    assert await on_the_books(shared) == (2, 0, 6)
+
+
+async def test_a_client_that_leaves_in_a_span_pays_for_what_was_written(pair):
+    shared = shared_by_all(tokens(100))
+    engine, teacher = pair(ask_at={2}, span_tokens=4, hangs_at=3, shared=shared)
+    outputs, _ = start(engine, 0.9, max_tokens=8)
+    reading = asyncio.create_task(collect(outputs))
+    await teacher.hanging.acquire()
+    reading.cancel()
+    await asyncio.wait([reading])
+    await outputs.aclose()
+    assert await on_the_books(shared) == (1, 0, 2)
+
+
+async def collect(outputs: AsyncGenerator[RequestOutput, None]) -> list[RequestOutput]:
+    return [output async for output in outputs]
+
+
+async def test_requests_without_a_teacher_are_traffic_too(pair):
+    shared = shared_by_all(tokens(100))
+    engine, _ = pair(shared=shared)
+    await write(engine, 0, max_tokens=8)
+    assert await on_the_books(shared) == (0, 0, 8)
+
+
+async def test_the_shared_price_is_the_requests_price(pair):
+    """A limit of nothing makes the price infinite, once the ledger has been heard."""
+    shared = shared_by_all(FractionOfTraffic(fraction=0.0, window_seconds=60))
+    engine, teacher = pair(ask_at={2}, shared=shared)
+    await shared.share(None).reserve(1, 1)
+    await shared.update()
+    result = await write(engine, 1, max_tokens=8)
+    assert result.text() == "abcdefgh"
+    assert teacher.calls == []
+    assert result.report.denied == {}
+
+
+async def test_a_tenants_maximum(pair):
+    engine, teacher = pair(ask_at={0, 2, 4}, default=0.5)
+    keys = (hash_key("secret"),)
+    clamping = Tenant(name="acme", keys=keys, maximum_budget={"calls": 1})
+    exchange = Exchange(Budget(calls=3), tenant=clamping)
+    await collect(generate(engine, exchange))
+    assert len(teacher.calls) == 1
+    assert exchange.total().as_dict()["clamped"] is True
+    exchange = Exchange(tenant=clamping)
+    await collect(generate(engine, exchange))
+    assert exchange.total().as_dict()["clamped"] is False
+    refusing = clamping.model_copy(update={"over_maximum": "refuse"})
+    with pytest.raises(VLLMValidationError, match="calls 3 is more than this key's maximum of 1"):
+        generate(engine, Exchange(Budget(calls=3), tenant=refusing))
+
+
+def generate(engine: Engine, exchange: Exchange) -> AsyncGenerator[RequestOutput, None]:
+    token = EXCHANGE.set(exchange)
+    try:
+        return engine.generate(PROMPT, SamplingParams(max_tokens=8, output_kind=DELTA), "r")
+    finally:
+        EXCHANGE.reset(token)
+
+
+async def test_a_tenants_limit_and_everybodys(pair):
+    shared = shared_by_all(tokens(100))
+    engine, _ = pair(ask_at={2, 4}, span_tokens=2, shared=shared)
+    tenant = Tenant(name="acme", keys=(hash_key("secret"),), limits=(tokens(3),))
+    exchange = Exchange(Budget(calls=5), tenant=tenant)
+    await collect(generate(engine, exchange))
+    await shared.aclose()
+    own, everybody = await shared.ledger.status([*tenant.scopes, *shared.everybody])
+    assert (own.spent, everybody.spent) == (3, 3)
+    assert exchange.total().as_dict()["tokens"] == 3

@@ -21,6 +21,7 @@ def test_a_report_as_clients_see_it():
         "spans": [[3, 5], [6, 7]],
         "denied": {"budget": 1},
         "degraded": True,
+        "clamped": False,
     }
 
 
@@ -32,6 +33,7 @@ def test_a_report_of_nothing():
         "spans": [],
         "denied": {},
         "degraded": False,
+        "clamped": False,
     }
 
 
@@ -95,6 +97,7 @@ def test_the_total_of_several_choices_is_their_sum_without_spans():
         "spans": [],
         "denied": {"budget": 2, "timeout": 1},
         "degraded": True,
+        "clamped": False,
     }
 
 

@@ -294,6 +294,7 @@ async def test_a_response_carries_the_report():
             "spans": [[3, 5]],
             "denied": {},
             "degraded": False,
+            "clamped": False,
         },
     }
 
@@ -327,6 +328,7 @@ async def test_several_choices_have_their_own_reports():
         "spans": [],
         "denied": {},
         "degraded": False,
+        "clamped": False,
     }
 
 
