@@ -7,6 +7,7 @@ It is joined with its student by `merge`, which writes the taps into the student
 the result is a plain Hugging Face directory that stock vLLM serves.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -162,9 +163,10 @@ class RouterCheckpoint:
             )
 
     def merge(self, student: Path, out: Path) -> None:
-        """Write ``student`` with the taps in its reserved rows to ``out`` (atomically; replaces it).
+        """Write ``student`` with the taps in its reserved rows to ``out``, all at once.
 
-        Only the file with the output matrix is rewritten, every other one is a symbolic link.
+        Only the file with the output matrix is rewritten, every other one is a symbolic link. What stands
+        at ``out`` already stays: of gateways that start at once, none takes the files from under another.
         """
         self.check_student(student)
         name, file = _output_matrix(student)
@@ -186,11 +188,13 @@ class RouterCheckpoint:
                     (scratch / path.name).symlink_to(path.resolve())
             save_file(tensors, scratch / file, metadata=metadata)
             self.save(scratch / MERGED_ROUTER)
-            shutil.rmtree(out, ignore_errors=True)
-            os.replace(scratch, out)
-        except BaseException:
+            try:
+                os.replace(scratch, out)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+        finally:
             shutil.rmtree(scratch, ignore_errors=True)
-            raise
 
 
 def fingerprint(model: Path, reserved_start: int) -> str:
@@ -226,13 +230,16 @@ def vocabulary(model: Path) -> set[tuple[str, int]]:
     file = model / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"no tokenizer.json in {model}")
-    tokenizer = json.loads(file.read_text())
-    base = tokenizer["model"]["vocab"]
-    if isinstance(base, dict):
-        pairs = set(base.items())
-    else:  # unigram: a list of (token, score)
-        pairs = {(token, index) for index, (token, _) in enumerate(base)}
-    return pairs | {(token["content"], token["id"]) for token in tokenizer.get("added_tokens", [])}
+    try:
+        tokenizer = json.loads(file.read_text())
+        base = tokenizer["model"]["vocab"]
+        if isinstance(base, dict):
+            pairs = set(base.items())
+        else:  # unigram: a list of (token, score)
+            pairs = {(token, index) for index, (token, _) in enumerate(base)}
+        return pairs | {(token["content"], token["id"]) for token in tokenizer.get("added_tokens", [])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} holds no vocabulary: {type(error).__name__} {error}") from error
 
 
 def tokenizer_fingerprint(model: Path) -> str:

@@ -73,11 +73,13 @@ def _student(config: ServeConfig) -> tuple[RouterCheckpoint | None, Path]:
 def _reserved_rows(router: RouterCheckpoint | None, student: Path) -> ReservedRows:
     if router is not None:
         return router.reserved
-    rows = json.loads((student / "config.json").read_text())["vocab_size"]
     known = max(token_id for _, token_id in vocabulary(student)) + 1
     try:
+        rows = json.loads((student / "config.json").read_text())["vocab_size"]
         return ReservedRows.at_end(rows, known)
-    except ValueError as error:
+    except KeyError as error:
+        raise ConfigError(f"{student}/config.json has no {error}") from error
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{student}: {error}") from error
 
 

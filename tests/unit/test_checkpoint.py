@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -238,12 +239,26 @@ def test_a_merged_student_can_get_another_router(router, plain_student, tmp_path
     assert RouterCheckpoint.load(tmp_path / "second" / MERGED_ROUTER).digest() == second.digest()
 
 
-def test_a_merge_replaces_what_is_there(router, plain_student, tmp_path):
-    merged = tmp_path / "merged"
-    merged.mkdir()
-    (merged / "left-over.safetensors").write_bytes(b"old")
-    trained_for(router, plain_student).merge(plain_student, merged)
-    assert not (merged / "left-over.safetensors").exists()
+def test_a_merge_leaves_what_is_there(router, plain_student, tmp_path):
+    """Another gateway's, from which it may be loading just now."""
+    merged, router = tmp_path / "merged", trained_for(router, plain_student)
+    router.merge(plain_student, merged)
+    before = contents(merged)
+    replace(router, taps=router.taps + 1).merge(plain_student, merged)
+    assert contents(merged) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "student"]
+
+
+def test_merges_at_once_leave_one_that_nobody_takes_away(router, plain_student, tmp_path):
+    merged, router = tmp_path / "merged", trained_for(router, plain_student)
+
+    def merge(_: int) -> int:
+        router.merge(plain_student, merged)
+        return (merged / MERGED_ROUTER).stat().st_ino
+
+    with ThreadPoolExecutor(8) as threads:
+        assert len(set(threads.map(merge, range(32)))) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "student"]
 
 
 def test_a_merged_matrix_keeps_its_type(router, plain_student, tmp_path):
@@ -283,14 +298,10 @@ def test_a_student_without_an_output_matrix_is_refused(router, plain_student, tm
 
 
 def test_a_merge_that_fails_leaves_nothing_behind(router, plain_student, tmp_path):
-    """And what was there before stays: here a router without a file to write to."""
     router, merged = trained_for(router, plain_student), tmp_path / "merged"
-    router.merge(plain_student, merged)
-    before = contents(merged)
     with pytest.raises(AttributeError):
-        replace(router, taps=router.taps + 1, value={"broken": None}).merge(plain_student, merged)
-    assert contents(merged) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "student"]
+        replace(router, value={"broken": None}).merge(plain_student, merged)
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
 # Fingerprints
