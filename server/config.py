@@ -63,6 +63,17 @@ def _structure(value: Any) -> Any:
         raise ValueError(f"not JSON: {value!r}") from error
 
 
+def _several(value: Any) -> Any:
+    """One, or several: as a list, or as text with commas between them."""
+    values = (
+        value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    )
+    values = [entry.strip() if isinstance(entry, str) else entry for entry in values]
+    if len(set(map(str, values))) < len(values):
+        raise ValueError("one of them is named twice")
+    return values
+
+
 Directory = Annotated[Path, BeforeValidator(_directory)]
 File = Annotated[Path, BeforeValidator(_file)]
 
@@ -73,7 +84,9 @@ class ServeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     student: Directory = Field(description="student checkpoint, a Hugging Face directory")
-    teacher: AnyHttpUrl = Field(description="base URL of the teacher's vLLM server, without /v1")
+    teacher: Annotated[tuple[AnyHttpUrl, ...], BeforeValidator(_several), Field(min_length=1)] = Field(
+        description="base URL of the teacher's vLLM server, without /v1; of its replicas, with commas between"
+    )
     router: Directory | None = Field(
         None, description="router checkpoint; default: the one merged into the student"
     )
@@ -103,8 +116,12 @@ class ServeConfig(BaseModel):
     )
     teacher_timeout: PositiveFloat = Field(10.0, description="longest wait for a teacher token, seconds")
     teacher_wait: float = Field(0.0, ge=0, description="how long to wait for the teacher at start, seconds")
-    breaker_failures: PositiveInt = Field(3, description="failures in a row that open the circuit breaker")
-    breaker_seconds: PositiveFloat = Field(5.0, description="how long the breaker stays open, seconds")
+    span_timeout: PositiveFloat = Field(20.0, description="longest wait for 64 teacher tokens, seconds")
+    teacher_concurrency: PositiveInt = Field(256, description="calls at once at each replica of the teacher")
+    teacher_queue: float = Field(0.2, ge=0, description="how long a span waits for a busy teacher, seconds")
+    teacher_probe: PositiveFloat = Field(2.0, description="how often each replica is probed, seconds")
+    breaker_failures: PositiveInt = Field(3, description="failures in a row that open a replica's breaker")
+    breaker_seconds: PositiveFloat = Field(5.0, description="how long a breaker stays open, seconds")
     examples: File | None = Field(None, description="JSONL of {source}: prompts that the playground offers")
     cache: Path = Field(
         Path.home() / ".cache" / "training-wheels", description="where merged students are kept"

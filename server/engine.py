@@ -5,10 +5,12 @@ import copy
 import logging
 import math
 import time
+from array import array
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -21,8 +23,9 @@ from server.exchange import EXCHANGE, Exchange, Report, Source
 from server.gate_processor import PRICE, terms_args
 from server.limits import check_reserved_rows, unsupported
 from server.metrics import ESCALATIONS, counted
+from server.pool import Slot, TeacherPool
 from server.shared import Share, SharedBudgets
-from server.teacher import Teacher, TeacherError
+from server.teacher import TeacherError
 from server.tenants import OverMaximum
 from server.vllm_api import (
     AsyncLLM,
@@ -47,7 +50,7 @@ PAUSE_TOKENS = 32
 class Cooperation:
     """All that the engine needs to work with a teacher."""
 
-    teacher: Teacher
+    teacher: TeacherPool
     policy: Policy
     reserved: ReservedRows
     span_tokens: int
@@ -59,10 +62,11 @@ class Cooperation:
 
 @dataclass(frozen=True)
 class Span:
-    """What was reserved for a span: in the request's own budget, and in the shared ones."""
+    """What was reserved for a span: in the request's own budget, in the shared ones, at the teacher."""
 
     grant: Grant
     lease: Lease
+    slot: Slot
 
 
 @dataclass
@@ -78,6 +82,8 @@ class Choice:
     request_id: str
     external_id: str
     """The caller's request id, shared by all choices of a request."""
+    affinity: bytes
+    """What the teacher's replicas are ranked by: the same for the same prompt."""
     options: dict[str, Any]
     """Further arguments of `AsyncLLM.generate`, passed on to every student segment."""
     completion: Completion
@@ -113,10 +119,10 @@ class Choice:
         self.may_ask = False
         self._denied(reason, degraded=degraded)
 
-    def put_off(self, denial: Denial) -> None:
+    def put_off(self, reason: str, *, degraded: bool) -> None:
         """The student writes on alone for a while: what others share may have room again."""
         self.ask_from = len(self.completion) + PAUSE_TOKENS
-        self._denied(denial.label, degraded=denial.reason == "unavailable")
+        self._denied(reason, degraded=degraded)
 
     def _denied(self, reason: str, *, degraded: bool) -> None:
         self.report.denied[reason] += 1
@@ -159,15 +165,17 @@ class CooperativeEngine(AsyncLLM):
                         if completion.finished:  # by a stop string: the teacher would write on
                             break
             except TeacherError as error:
+                logger.warning("request %s lost the teacher: %s", choice.request_id, error)
                 self._lose_teacher(choice, error)
             finally:
                 choice.bucket.settle(span.grant, used)
                 choice.share.settle(span.lease, used)
+                span.slot.release()
 
     def _terms(self, choice: Choice) -> Terms:
         """On which terms the student may ask in its next segment."""
-        if choice.may_ask and self.cooperation.teacher.breaker.open:
-            choice.deny("breaker", degraded=True)
+        if choice.may_ask and self.cooperation.teacher.down:
+            self._lose_teacher(choice, TeacherError("breaker", "it counts as down"))
         if not choice.may_ask:
             return NEVER
         completion = choice.completion
@@ -232,9 +240,6 @@ class CooperativeEngine(AsyncLLM):
         if room < 1:
             choice.deny("context", degraded=False)
             return None
-        if not teacher.breaker.allow():
-            choice.deny("breaker", degraded=True)
-            return None
         if choice.share.scopes:  # what one holds, no other can have
             room = min(room, LEASE_TOKENS if choice.share.rate >= 1.0 else self.cooperation.span_tokens)
         grant = choice.bucket.reserve(len(completion), at_most=room)
@@ -244,16 +249,26 @@ class CooperativeEngine(AsyncLLM):
         lease = await choice.share.reserve(grant.tokens, choice.student_tokens)
         if isinstance(lease, Denial):
             choice.bucket.cancel(grant)
-            choice.put_off(lease)
+            choice.put_off(lease.label, degraded=lease.reason == "unavailable")
+            return None
+        try:
+            slot = await teacher.admit(choice.affinity)  # last: it may be a breaker's only trial
+        except BaseException as error:
+            choice.bucket.cancel(grant)
+            choice.share.settle(lease, 0)
+            if not isinstance(error, TeacherError):
+                raise
+            self._lose_teacher(choice, error)
             return None
         ESCALATIONS.labels("granted", "gate").inc()
-        return Span(grant, lease)
+        return Span(grant, lease, slot)
 
     def _teacher(self, choice: Choice, span: Span) -> AsyncIterator[Piece]:
         """One span of the teacher, in pieces."""
         choice.report.calls += 1
         choice.report.spans.append([len(choice.completion)] * 2)  # grows as the teacher writes
         return self.cooperation.teacher.write(
+            span.slot,
             choice.prefix,
             span.lease.tokens,
             choice.params,
@@ -265,8 +280,10 @@ class CooperativeEngine(AsyncLLM):
     def _lose_teacher(self, choice: Choice, error: TeacherError) -> None:
         if self.cooperation.on_teacher_error == "error":
             raise GracefulHTTPError(f"the teacher failed: {error}", HTTPStatus.BAD_GATEWAY) from error
-        logger.warning("request %s goes on without the teacher: %s", choice.request_id, error)
-        choice.deny(error.reason, degraded=True)
+        if error.reason == "saturated":
+            choice.put_off(error.reason, degraded=True)
+        else:
+            choice.deny(error.reason, degraded=True)
 
     # From here on: vLLM's `generate` around the loop.
 
@@ -353,6 +370,7 @@ class CooperativeEngine(AsyncLLM):
             segment_params=segment,
             request_id=f"{request_id}-{index}",
             external_id=request_id,
+            affinity=blake2b(array("I", prompt_ids).tobytes(), digest_size=16).digest(),
             options=options,
             completion=Completion(self.renderer.tokenizer, prompt_ids, params, index, report),
             bucket=Bucket(budget, self.cooperation.span_tokens, self.cooperation.ask_tokens),

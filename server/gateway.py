@@ -6,8 +6,8 @@ import json
 import signal
 import time
 from argparse import Namespace
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ from router.controller import PriceController
 from router.policy import Calibration, Policy
 from router.reserved import ReservedRows
 from server.access import Access
+from server.breaker import Breaker
 from server.config import ConfigError, ServeConfig
 from server.engine import Cooperation, CooperativeEngine
 from server.fields import TeacherFields, document
 from server.gate_processor import gate_settings
 from server.metrics import PRICE
+from server.pool import TeacherPool
 from server.routes import routes
 from server.shared import SharedBudgets
-from server.teacher import Breaker, Teacher, TeacherError
+from server.teacher import Teacher, TeacherError
 from server.tenants import Tenants
 from server.vllm_api import AsyncEngineArgs, HttpLayer, current_platform
 
@@ -153,8 +155,11 @@ async def _serve(config: ServeConfig, router: RouterCheckpoint | None, student: 
             await _check_vocabulary(teacher, engine)
             engine.cooperation = _cooperation(config, router, reserved, teacher, engine)
             app = await _app(config, engine, tenants, arguments, http)
-            async with _background(engine.cooperation.shared, tenants):
-                print(f"wheels serve: {address}, teacher {teacher.model} at {teacher.url}", flush=True)
+            shared = engine.cooperation.shared
+            works = [shared.steer(), teacher.watch(config.teacher_probe)]
+            works += [] if tenants is None else [tenants.watch()]
+            async with aclosing(shared), _background(works):  # at the end, every span is settled
+                print(f"wheels serve: {address}, teacher {teacher}", flush=True)
                 shutdown = await http.serve_http(
                     app,
                     sock=socket,
@@ -170,16 +175,21 @@ async def _serve(config: ServeConfig, router: RouterCheckpoint | None, student: 
     return 0
 
 
-def _teacher(config: ServeConfig, reserved: ReservedRows) -> Teacher:
+def _teacher(config: ServeConfig, reserved: ReservedRows) -> TeacherPool:
     key = config.teacher_api_key
-    return Teacher(
-        str(config.teacher),
-        model=config.teacher_model,
-        api_key=key.get_secret_value() if key else None,
-        timeout=config.teacher_timeout,
-        breaker=Breaker(config.breaker_failures, config.breaker_seconds),
-        vocabulary=reserved.start,
-    )
+    replicas = [
+        Teacher(
+            str(url),
+            model=config.teacher_model,
+            api_key=key.get_secret_value() if key else None,
+            timeout=config.teacher_timeout,
+            span_timeout=config.span_timeout,
+            breaker=Breaker(config.breaker_failures, config.breaker_seconds),
+            vocabulary=reserved.start,
+        )
+        for url in config.teacher
+    ]
+    return TeacherPool(replicas, concurrency=config.teacher_concurrency, queue_seconds=config.teacher_queue)
 
 
 def _engine(arguments: Namespace) -> CooperativeEngine:
@@ -193,7 +203,7 @@ def _engine(arguments: Namespace) -> CooperativeEngine:
     )
 
 
-async def _connect(teacher: Teacher, deadline: float) -> None:
+async def _connect(teacher: TeacherPool, deadline: float) -> None:
     """Connect, trying again until the deadline while the teacher is not up yet."""
     while True:
         try:
@@ -204,7 +214,7 @@ async def _connect(teacher: Teacher, deadline: float) -> None:
             await asyncio.sleep(0.5)
 
 
-async def _check_vocabulary(teacher: Teacher, engine: CooperativeEngine) -> None:
+async def _check_vocabulary(teacher: TeacherPool, engine: CooperativeEngine) -> None:
     tokenizer = engine.renderer.tokenizer
     await teacher.check_vocabulary(
         PROBES, [tokenizer.encode(text, add_special_tokens=False) for text in PROBES]
@@ -215,7 +225,7 @@ def _cooperation(
     config: ServeConfig,
     router: RouterCheckpoint | None,
     reserved: ReservedRows,
-    teacher: Teacher,
+    teacher: TeacherPool,
     engine: CooperativeEngine,
 ) -> Cooperation:
     policy = _policy(config, router, engine.model_config.max_model_len)
@@ -255,17 +265,14 @@ async def _app(
 
 
 @asynccontextmanager
-async def _background(shared: SharedBudgets, tenants: Tenants | None) -> AsyncIterator[None]:
-    """What goes on beside the requests; at the end, every span that was reserved is settled."""
-    tasks = [asyncio.create_task(shared.steer())]
-    if tenants is not None:
-        tasks.append(asyncio.create_task(tenants.watch()))
+async def _background(works: Sequence[Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+    """What goes on beside the requests."""
+    tasks = [asyncio.create_task(work) for work in works]
     try:
         yield
     finally:
         for task in tasks:
             task.cancel()
-        await shared.aclose()
 
 
 def _interrupt(*_: Any) -> None:

@@ -14,17 +14,18 @@ COMPLETION_TOKENS = Counter("wheels_completion_tokens", "Completion tokens by wh
 TEACHER_CALLS = Counter(
     "wheels_teacher_calls",
     "Teacher calls by outcome: ok, aborted, unreachable, timeout, status, nonsense",
-    ["outcome"],
+    ["replica", "outcome"],
 )
 TEACHER_CALL_SECONDS = Histogram(
     "wheels_teacher_call_seconds",
     "Duration of a teacher call",
+    ["replica"],
     buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30),
 )
 ESCALATIONS = Counter(
     "wheels_escalations",
-    "Escalations: granted by the gate; denied by budget, context, breaker, a failed call, a shared limit "
-    "(tenant_tokens, tenant_fraction, global_tokens, global_fraction) or its ledger (unavailable)",
+    "Escalations: granted by the gate; denied by budget, context, breaker, saturated, a failed call, shared "
+    "limits (tenant_tokens, tenant_fraction, global_tokens, global_fraction) or their ledger (unavailable)",
     ["decision", "reason"],
 )
 TEACHER_RATE = Histogram(
@@ -42,7 +43,9 @@ BUDGET_PRICE = Gauge(
     "wheels_budget_price", "Price that a shared limit makes, in the gate's units", SHARED_LIMIT
 )
 LEDGER_AVAILABLE = Gauge("wheels_ledger_available", "1 while the ledger of shared limits answers")
-BREAKER_OPEN = Gauge("wheels_breaker_open", "1 while the teacher's circuit breaker is open")
+BREAKER_OPEN = Gauge("wheels_breaker_open", "1 while the replica's last calls failed", ["replica"])
+TEACHER_UP = Gauge("wheels_teacher_up", "1 while the replica answers when it is probed", ["replica"])
+TEACHER_RUNNING = Gauge("wheels_teacher_running", "Calls under way", ["replica"])
 
 
 @contextmanager

@@ -2,19 +2,24 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
 
+from server.breaker import Breaker
 from server.completion import Piece
 from server.metrics import BREAKER_OPEN, TEACHER_CALL_SECONDS, TEACHER_CALLS
 from server.vllm_api import Logprob, SamplingParams
 
 # Up to this many tokens a span comes as one JSON body: cheaper on both sides than a stream.
 STREAM_ABOVE = 8
+
+# So many tokens have `Teacher.span_timeout` to be written, and so many more as long again.
+SPAN = 64
 
 # Idle connections are dropped after this many seconds, before the teacher does it (vLLM: 5 s).
 KEEP_ALIVE = 4
@@ -33,56 +38,25 @@ FORWARDED = (
 )
 
 
-class TeacherError(Exception):
-    """A teacher call failed; ``reason`` is one of a few words fit for a metric's label.
+# Statuses by which a server says that the request is wrong, not itself.
+REFUSALS = (400, 413, 422)
 
-    unreachable | timeout | status | nonsense
+
+class TeacherError(Exception):
+    """A teacher call failed, or was not made; ``reason`` is one of a few words fit for a metric's label.
+
+    unreachable | timeout | status | nonsense; not made: breaker | saturated
     """
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: str, message: str, *, refused: bool = False) -> None:
+        """``refused``: the teacher is well, and would refuse the same call again."""
         super().__init__(message)
         self.reason = reason
+        self.refused = refused
 
 
 class _ClosedConnection(TeacherError):
     """The other side closed a connection that was kept alive, before it answered: try another."""
-
-
-class Breaker:
-    """Stops calling a teacher that keeps failing, and tries it again after a while.
-
-    Opens after ``failures`` failures in a row; ``seconds`` later one call is let through, whose
-    outcome closes it or opens it anew.
-    """
-
-    def __init__(self, failures: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit, self._seconds, self._clock = failures, seconds, clock
-        self._failures = 0
-        self._retry_at = 0.0
-
-    @property
-    def open(self) -> bool:
-        """Whether a call would be refused now."""
-        return self._failures >= self._limit and self._clock() < self._retry_at
-
-    def allow(self) -> bool:
-        """Whether to make this call; takes the one trial where it is due."""
-        if self._failures < self._limit:
-            return True
-        if self.open:
-            return False
-        self._retry_at = self._clock() + self._seconds
-        return True
-
-    def succeeded(self) -> None:
-        self._failures = 0
-        BREAKER_OPEN.set(0)
-
-    def failed(self) -> None:
-        self._failures += 1
-        if self._failures >= self._limit:
-            self._retry_at = self._clock() + self._seconds
-            BREAKER_OPEN.set(1)
 
 
 class _Logprobs(msgspec.Struct):
@@ -110,8 +84,20 @@ class _Models(msgspec.Struct):
     data: list[_Model]
 
 
+class _Patience:
+    """How long a call may still wait: for its next token, and for every 64 of them."""
+
+    def __init__(self, token_seconds: float, span_seconds: float, started: float) -> None:
+        self._token_seconds, self._span_seconds, self._started = token_seconds, span_seconds, started
+        self.written = 0
+
+    def seconds(self) -> float:
+        due = self._started + self._span_seconds * (1 + self.written // SPAN)
+        return min(self._token_seconds, due - time.monotonic())
+
+
 class Teacher:
-    """Client of one teacher. Tokens go out and come in as ids: nothing is tokenised twice."""
+    """Client of one server of the teacher. Tokens go out and come in as ids: nothing is tokenised twice."""
 
     def __init__(
         self,
@@ -120,15 +106,22 @@ class Teacher:
         model: str | None = None,
         api_key: str | None = None,
         timeout: float = 10.0,
+        span_timeout: float = 20.0,
         breaker: Breaker,
         vocabulary: int,
     ) -> None:
-        """``timeout`` is the longest wait for the next token, in seconds; ids are < ``vocabulary``."""
+        """``timeout`` is the longest wait for the next token, ``span_timeout`` for 64 of them and for what is
+        left of them, both in seconds; ids are < ``vocabulary``.
+        """
         self.url = url.rstrip("/")
+        self.name = urlsplit(url).netloc.rpartition("@")[2]
+        """Host and port: the label of this server's metrics."""
         self.model = model
         self.max_model_len: int | None = None
         self.timeout = timeout
+        self.span_timeout = span_timeout
         self.breaker = breaker
+        BREAKER_OPEN.labels(self.name).set_function(lambda: breaker.tripped)
         self.vocabulary = vocabulary
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session: aiohttp.ClientSession | None = None
@@ -184,11 +177,13 @@ class Teacher:
         min_tokens: int = 0,
         seed: int | None = None,
         request_id: str,
+        started: float | None = None,
     ) -> AsyncIterator[Piece]:
         """Continue ``prompt_ids`` by at most ``tokens`` tokens, in pieces as they arrive.
 
         The last piece has a finish reason: "length" where the span is full, else the teacher ended
         the completion. Closing the iterator closes the connection, by which vLLM aborts the call.
+        The time for a span counts from ``started`` (of `time.monotonic`; default: now).
 
         Raises:
             TeacherError: whatever went wrong; pieces handed out before it stay valid.
@@ -201,13 +196,14 @@ class Teacher:
             "seed": seed,
             "stream": stream,
         }
-        started, written, outcome = time.perf_counter(), 0, "aborted"
+        called, outcome, blamed = time.monotonic(), "aborted", False
+        patience = _Patience(self.timeout, self.span_timeout, called if started is None else started)
         try:
-            async with self._request("POST", "/v1/completions", body, request_id) as response:
-                replies = self._events(response) if stream else self._body_of(response)
+            async with self._request("POST", "/v1/completions", patience, body, request_id) as response:
+                replies = self._events(response, patience) if stream else self._body_of(response, patience)
                 async for payload in replies:
-                    piece = self._piece(payload, tokens - written, params)
-                    written += len(piece.token_ids)
+                    piece = self._piece(payload, tokens - patience.written, params)
+                    patience.written += len(piece.token_ids)
                     if piece.finish_reason is None:
                         yield piece
                         continue
@@ -219,15 +215,15 @@ class Teacher:
                     return
             raise TeacherError("nonsense", "the teacher's stream ended without a finish reason")
         except TeacherError as error:
-            outcome = error.reason
+            outcome, blamed = error.reason, not error.refused
             raise
         finally:
-            TEACHER_CALLS.labels(outcome).inc()
-            TEACHER_CALL_SECONDS.observe(time.perf_counter() - started)
-            if outcome == "ok":
-                self.breaker.succeeded()
-            elif outcome != "aborted":
+            TEACHER_CALLS.labels(self.name, outcome).inc()
+            TEACHER_CALL_SECONDS.labels(self.name).observe(time.monotonic() - called)
+            if blamed:
                 self.breaker.failed()
+            elif outcome != "aborted":
+                self.breaker.succeeded()
 
     def _body(self, params: SamplingParams) -> dict[str, Any]:
         body = {name: value for name in FORWARDED if (value := getattr(params, name)) is not None}
@@ -254,8 +250,9 @@ class Teacher:
         return Piece(ids, logprobs, choice.finish_reason, choice.stop_reason)
 
     async def _json(self, method: str, path: str, type_: Any, body: dict[str, Any] | None = None) -> Any:
-        async with self._request(method, path, body) as response:
-            async for payload in self._body_of(response):
+        patience = _Patience(self.timeout, self.span_timeout, time.monotonic())
+        async with self._request(method, path, patience, body) as response:
+            async for payload in self._body_of(response, patience):
                 try:
                     return msgspec.json.decode(payload, type=type_)
                 except msgspec.MsgspecError as error:
@@ -263,12 +260,18 @@ class Teacher:
 
     @asynccontextmanager
     async def _request(
-        self, method: str, path: str, body: dict[str, Any] | None, request_id: str | None = None
+        self,
+        method: str,
+        path: str,
+        patience: _Patience,
+        body: dict[str, Any] | None,
+        request_id: str | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         headers = {"X-Request-Id": request_id} if request_id else None
 
         def send() -> Awaitable[aiohttp.ClientResponse]:
-            return self._wait(self._session.request(method, self.url + path, json=body, headers=headers))
+            request = self._session.request(method, self.url + path, json=body, headers=headers)
+            return self._wait(request, patience)
 
         try:
             response = await send()
@@ -276,27 +279,29 @@ class Teacher:
             response = await send()
         try:
             if response.status != 200:
-                detail = (await self._wait(response.text()))[:500]
-                raise TeacherError("status", f"{self.url}{path} answered {response.status}: {detail}")
+                detail = (await self._wait(response.text(), patience))[:500]
+                message = f"{self.url}{path} answered {response.status}: {detail}"
+                raise TeacherError("status", message, refused=response.status in REFUSALS)
             yield response
         finally:
             # Read to the end, the connection goes back to the pool; cut short, this closes it.
             response.release() if response.content.at_eof() else response.close()
 
-    async def _body_of(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-        yield await self._wait(response.read())
+    async def _body_of(self, response: aiohttp.ClientResponse, patience: _Patience) -> AsyncIterator[bytes]:
+        yield await self._wait(response.read(), patience)
 
-    async def _events(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    async def _events(self, response: aiohttp.ClientResponse, patience: _Patience) -> AsyncIterator[bytes]:
         """Data of server-sent events, up to the last."""
-        while line := await self._wait(response.content.readline()):
+        while line := await self._wait(response.content.readline(), patience):
             if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
                 yield line[len(b"data: ") :]
 
-    async def _wait(self, awaitable: Any) -> Any:
+    async def _wait(self, awaitable: Any, patience: _Patience) -> Any:
+        seconds = patience.seconds()
         try:
-            return await asyncio.wait_for(awaitable, self.timeout)
+            return await asyncio.wait_for(awaitable, seconds)
         except TimeoutError as error:
-            raise TeacherError("timeout", f"nothing from {self.url} for {self.timeout} s") from error
+            raise TeacherError("timeout", f"nothing from {self.url} for {max(0.0, seconds):.1f} s") from error
         except aiohttp.ServerDisconnectedError as error:
             raise _ClosedConnection("unreachable", f"the teacher at {self.url} hung up") from error
         except (aiohttp.ClientError, ValueError) as error:

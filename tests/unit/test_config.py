@@ -51,7 +51,7 @@ def refusal(argv: list[str]) -> str:
 def test_the_needed_settings_are_enough(needed, tmp_path):
     config = load(needed)
     assert config.student == tmp_path / "student"
-    assert str(config.teacher) == "http://127.0.0.1:8001/"
+    assert [str(url) for url in config.teacher] == ["http://127.0.0.1:8001/"]
     assert config.router is None
     assert (config.host, config.port) == ("127.0.0.1", 8000)
     assert config.default_budget == Budget(fraction=0.1)
@@ -186,6 +186,14 @@ def test_every_problem_is_named_at_once(needed):
     assert {problem.split()[0] for problem in message.split("; ")} == {"teacher", "port:", "gate:"}
 
 
+@pytest.mark.parametrize("teacher", ["http://a:1,http://b:2", ["http://a:1", "http://b:2"]])
+def test_a_teacher_may_have_replicas(needed, tmp_path, teacher):
+    file = tmp_path / "wheels.yaml"
+    file.write_text(json.dumps({"teacher": teacher}))
+    config = load([*needed[:2], "--config", str(file)])
+    assert [str(url) for url in config.teacher] == ["http://a:1/", "http://b:2/"]
+
+
 @pytest.mark.parametrize("name", ["student", "teacher"])
 def test_a_needed_setting_is_asked_for_by_its_flag(needed, name):
     at = needed.index(f"--{name}")
@@ -201,6 +209,10 @@ def test_a_needed_setting_is_asked_for_by_its_flag(needed, name):
         ("student", "/no/where", "no such directory: /no/where"),
         ("router", "/no/where", "no such directory: /no/where"),
         ("teacher", "127.0.0.1:8001", "URL"),
+        ("teacher", "http://a,http://b,http://a", "named twice"),
+        ("span_timeout", "0", "greater than 0"),
+        ("teacher_concurrency", "0", "greater than 0"),
+        ("teacher_queue", "-0.1", "greater than or equal to 0"),
         ("teacher", "ftp://127.0.0.1", "URL scheme should be 'http' or 'https'"),
         ("gate", "oracle", "'learned', 'random', 'entropy', 'margin' or 'max_probability'"),
         ("price", "nan", "finite"),
@@ -214,7 +226,7 @@ def test_a_needed_setting_is_asked_for_by_its_flag(needed, name):
 )
 def test_a_wrong_value_is_refused_by_its_name(needed, setting, value, said):
     message = refusal([*needed, f"--{setting.replace('_', '-')}", value])
-    assert message.startswith(f"{setting}: ")
+    assert message.startswith((f"{setting}: ", f"{setting}.0: "))
     assert said in message
 
 

@@ -1,153 +1,49 @@
-"""The span loop over a scripted vLLM and a scripted teacher.
-
-Both write letters of the alphabet by their place in the completion, the student small ones and the
-teacher capitals, so a completion's text shows who wrote each token and that every prefix was right:
-"abCDef" is two tokens of the student, a span of two, two tokens of the student.
-"""
+"""The span loop over a scripted vLLM and a scripted teacher (see `scripted_student`)."""
 
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
+from scripted_student import (
+    CUMULATIVE,
+    DELTA,
+    EOS,
+    FINAL_ONLY,
+    INF,
+    PROMPT,
+    PROMPT_IDS,
+    RESERVED,
+    Engine,
+    letter,
+)
 
 from router.budget import Budget
 from router.controller import PriceController
 from router.ledger import FractionOfTraffic, Limit, MemoryLedger, TokensPerWindow
 from router.policy import Calibration, Policy
-from router.reserved import ReservedRows
+from server.breaker import Breaker
 from server.completion import Piece
-from server.engine import Choice, Cooperation, CooperativeEngine
+from server.engine import Cooperation
 from server.exchange import EXCHANGE, Exchange, Report
-from server.gate_processor import NOT_BEFORE, PRICE
+from server.gate_processor import PRICE
 from server.shared import SharedBudgets
-from server.teacher import Breaker, TeacherError
+from server.teacher import TeacherError
 from server.tenants import Tenant, hash_key
 from server.vllm_api import (
-    AsyncLLM,
     CompletionOutput,
     GracefulHTTPError,
     Logprob,
     RequestOutput,
-    RequestOutputKind,
     SamplingParams,
     VLLMValidationError,
 )
 
-EOS = 256  # of the `tokenizer` fixture, whose other ids are bytes
-RESERVED = ReservedRows(start=260, count=4)
-PROMPT_IDS = list(b"Hi")
-PROMPT = {"type": "token", "prompt": "Hi", "prompt_token_ids": PROMPT_IDS}
-DELTA, CUMULATIVE, FINAL_ONLY = (
-    RequestOutputKind.DELTA,
-    RequestOutputKind.CUMULATIVE,
-    RequestOutputKind.FINAL_ONLY,
-)
-INF = float("inf")
 CALIBRATION = Calibration(((0.5, 1.0),))
-
-
-def letter(place: int, first: str) -> int:
-    return ord(first) + place % 26
-
-
-@dataclass
-class Segment:
-    """A request that reached the student's engine."""
-
-    prefix: list[int]
-    params: SamplingParams
-    request_id: str
-    options: dict[str, Any]
-    closed: bool = False
-
-    @property
-    def price(self) -> float:
-        return (self.params.extra_args or {}).get(PRICE, INF)
-
-    @property
-    def not_before(self) -> int:
-        return (self.params.extra_args or {}).get(NOT_BEFORE, 0)
-
-
-class ScriptedLLM(AsyncLLM):
-    """vLLM's engine: asks at some places where its terms allow it, ends at one."""
-
-    def __init__(self, tokenizer: Any, ask_at: Collection[int], ends_at: int | None) -> None:
-        self.renderer = SimpleNamespace(tokenizer=tokenizer)
-        generation = {"eos_token_id": EOS}
-        self.model_config = SimpleNamespace(max_model_len=200, try_get_generation_config=lambda: generation)
-        self.ask_at, self.ends_at = ask_at, ends_at
-        self.segments: list[Segment] = []
-
-    def shutdown(self, timeout: float | None = None) -> None:
-        """Nothing was started."""
-
-    async def generate(
-        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
-    ) -> AsyncGenerator[RequestOutput, None]:
-        segment = Segment(list(prompt["prompt_token_ids"]), sampling_params, request_id, options)
-        self.segments.append(segment)
-        written: list[int] = []
-        reason = None
-        try:
-            while reason is None:
-                await asyncio.sleep(0)
-                token, reason = self._next(segment, len(written))
-                written.append(token)
-                if sampling_params.output_kind == DELTA:
-                    yield self._output(segment, [token], reason)
-                elif sampling_params.output_kind == CUMULATIVE or reason is not None:
-                    yield self._output(segment, list(written), reason)
-        finally:
-            segment.closed = True
-
-    def _next(self, segment: Segment, written: int) -> tuple[int, str | None]:
-        place = len(segment.prefix) - len(PROMPT_IDS) + written
-        if place in self.ask_at and segment.price < INF and written >= segment.not_before:
-            return RESERVED.escalation, "stop"
-        if place == self.ends_at and EOS not in (segment.params.logit_bias or {}):
-            return EOS, "stop"
-        full = written + 1 == segment.params.max_tokens
-        return letter(place, "a"), "length" if full else None
-
-    @staticmethod
-    def _output(segment: Segment, ids: list[int], reason: str | None) -> RequestOutput:
-        wanted = segment.params.logprobs is not None
-        completion = CompletionOutput(
-            index=0,
-            text="",
-            token_ids=ids,
-            cumulative_logprob=None,
-            logprobs=[{token: Logprob(-1.0)} for token in ids] if wanted else None,
-            finish_reason=reason,
-        )
-        return RequestOutput(
-            request_id=segment.request_id,
-            prompt=None,
-            prompt_token_ids=segment.prefix,
-            prompt_logprobs=None,
-            outputs=[completion],
-            finished=reason is not None,
-            num_cached_tokens=len(segment.prefix) // 2,
-        )
-
-
-class Engine(CooperativeEngine, ScriptedLLM):
-    """The engine under test, whose `super().generate` is the scripted one; keeps its choices."""
-
-    def __init__(self, *script: Any) -> None:
-        super().__init__(*script)
-        self.choices: list[Choice] = []
-
-    def _choice(self, *arguments: Any) -> Choice:
-        self.choices.append(super()._choice(*arguments))
-        return self.choices[-1]
 
 
 @dataclass
@@ -171,11 +67,31 @@ class ScriptedTeacher:
     ends_at: int | None = None
     fails_at: int | None = None
     hangs_at: int | None = None
+    refuses: str | None = None
     calls: list[Call] = field(default_factory=list)
     hanging: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
+    admitted: list[bytes] = field(default_factory=list)
+    released: int = 0
+
+    @property
+    def down(self) -> bool:
+        return self.breaker.open
+
+    async def admit(self, key: bytes) -> "ScriptedTeacher":
+        await asyncio.sleep(0)
+        if not self.breaker.allow():
+            raise TeacherError("breaker", "the script says so")
+        if self.refuses is not None:
+            raise TeacherError(self.refuses, "the script says so")
+        self.admitted.append(key)
+        return self
+
+    def release(self) -> None:
+        self.released += 1
 
     async def write(
         self,
+        slot: "ScriptedTeacher",
         prompt_ids: list[int],
         tokens: int,
         params: SamplingParams,
@@ -824,6 +740,78 @@ async def test_a_degraded_request_is_counted_as_such(pair):
     before = [count(name, **labels) for name, labels in series]
     await write(engine, 0.5)
     assert [count(name, **labels) for name, labels in series] == [n + 1 for n in before]
+
+
+# A place at the teacher
+
+
+async def test_the_same_prompt_goes_to_the_same_replica(pair):
+    engine, teacher = pair(ask_at={2, 6})
+    await write(engine, 0.5, max_tokens=10, n=2)
+    assert len(teacher.admitted) == 4
+    assert len(set(teacher.admitted)) == 1
+    assert teacher.released == 4
+
+
+async def test_a_saturated_teacher_is_asked_again_later(pair):
+    engine, teacher = pair(ask_at={2, 20, 40}, refuses="saturated")
+    outputs, exchange = start(engine, 0.5, max_tokens=50)
+    text = ""
+    async for output in outputs:
+        text += bytes(output.outputs[0].token_ids).decode()
+        if len(text) == 30:
+            teacher.refuses = None
+    (report,) = exchange.reports
+    assert report.spans == [[40, 42]], "not at 20: PAUSE_TOKENS have to pass"
+    assert (report.denied, report.degraded, report.calls) == ({"saturated": 1}, True, 1)
+    assert spent(engine) == (2, 1)
+
+
+async def test_a_refused_span_is_on_nobodys_books(pair):
+    shared = shared_by_all(tokens(100))
+    engine, teacher = pair(ask_at={2, 6}, refuses="breaker", shared=shared)
+    result = await write(engine, {"calls": 1}, max_tokens=8)
+    assert result.text() == "abcdefgh"
+    assert (result.report.denied, result.report.degraded) == ({"breaker": 1}, True)
+    assert (spent(engine), result.report.calls, teacher.released) == ((0, 0), 0, 0)
+    assert await on_the_books(shared) == (0, 0, 8)
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+async def test_a_refused_budget_does_not_use_up_the_breakers_trial(pair, limit):
+    """Nor does a shared one: the trial is taken when all else is reserved."""
+    clock = [0.0]
+    engine, teacher = pair(ask_at={0}, shared=shared_by_all(tokens(limit)))
+    teacher.breaker = Breaker(1, 10.0, lambda: clock[0])
+    teacher.breaker.failed()
+    clock[0] = 11.0
+    await write(engine, {"calls": 1})
+    assert teacher.breaker.open is (limit > 0)
+
+
+async def test_whoever_leaves_while_waiting_for_the_teacher_gives_everything_back(pair):
+    shared = shared_by_all(tokens(100))
+    engine, teacher = pair(ask_at={2}, shared=shared)
+    waits = asyncio.Event()
+
+    async def admit(key: bytes) -> None:
+        waits.set()
+        await asyncio.Event().wait()
+
+    teacher.admit = admit
+    task = asyncio.create_task(write(engine, 0.5))
+    await waits.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    assert spent(engine) == (0, 0)
+    assert await on_the_books(shared) == (0, 0, 2)
+
+
+async def test_a_teacher_that_is_down_can_be_an_error(pair):
+    engine, teacher = pair(ask_at={2}, on_teacher_error="error")
+    teacher.breaker.failed()
+    with pytest.raises(GracefulHTTPError, match="counts as down"):
+        await write(engine, 0.5)
 
 
 # Budgets that requests share

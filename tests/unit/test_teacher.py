@@ -1,79 +1,23 @@
 import asyncio
-import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestServer
+from fake_teacher import Answer, Server, begin_events, body, choice, event, stream
 from prometheus_client import REGISTRY
 
+from server.breaker import Breaker
 from server.completion import Piece
-from server.teacher import KEEP_ALIVE, STREAM_ABOVE, Breaker, Teacher, TeacherError
+from server.teacher import KEEP_ALIVE, SPAN, STREAM_ABOVE, Teacher, TeacherError
 from server.vllm_api import Logprob, SamplingParams
 
 SHORT, LONG = STREAM_ABOVE, STREAM_ABOVE + 1  # spans that come as one body, as a stream
 EITHER = pytest.mark.parametrize("tokens", [SHORT, LONG], ids=["body", "stream"])
 VOCABULARY = 100
 PATIENCE, IMPATIENCE = 20.0, 0.2  # timeouts that must not, and must, pass
-
-Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-class Server:
-    """A teacher on loopback that plays one answer, or several in turn, the last one again and again."""
-
-    def __init__(self) -> None:
-        self.answers: list[Answer] = []
-        self.requests: list[web.Request] = []
-        self.bodies: list[dict[str, Any]] = []
-        self.connections: set[tuple[str, int]] = set()
-        self.lost = asyncio.Event()
-        """Set when a client hangs up on `until_lost`."""
-        self.models: object = {"data": [{"id": "big", "max_model_len": 512}, {"id": "other"}]}
-        self.tokens: dict[str, list[int]] = {}
-        self.health = 200
-        self.url = ""
-
-    async def __aenter__(self) -> "Server":
-        app = web.Application()
-        app.router.add_post("/v1/completions", self._complete)
-        app.router.add_get("/v1/models", self._list)
-        app.router.add_post("/tokenize", self._tokenize)
-        app.router.add_get("/health", self._health)
-        self._server = TestServer(app)
-        await self._server.start_server()
-        self.url = str(self._server.make_url("/"))
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._server.close()
-
-    async def _complete(self, request: web.Request) -> web.StreamResponse:
-        self.requests.append(request)
-        self.bodies.append(await request.json())
-        self.connections.add(request.transport.get_extra_info("peername"))
-        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        return await answer(request)
-
-    async def _list(self, _: web.Request) -> web.Response:
-        return web.json_response(self.models)
-
-    async def _tokenize(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        assert body["add_special_tokens"] is False
-        return web.json_response({"count": 1, "tokens": self.tokens[body["prompt"]]})
-
-    async def _health(self, _: web.Request) -> web.Response:
-        return web.Response(status=self.health)
-
-    async def until_lost(self) -> None:
-        """Hangs; the test server cancels a handler whose client has hung up."""
-        try:
-            await asyncio.Event().wait()
-        finally:
-            self.lost.set()
 
 
 @pytest.fixture
@@ -99,43 +43,6 @@ async def impatient(server) -> AsyncIterator[Teacher]:
         yield teacher
 
 
-def choice(ids: list[int] | None, finish: str | None = "length", **more: object) -> dict[str, Any]:
-    """One reply of vLLM's /v1/completions, with what else it sends and we do not read."""
-    entry = {"index": 0, "text": "…", "token_ids": ids, "finish_reason": finish, "stop_reason": None, **more}
-    return {"id": "cmpl-1", "object": "text_completion", "choices": [entry], "usage": None}
-
-
-def body(reply: object, status: int = 200) -> Answer:
-    async def answer(_: web.Request) -> web.Response:
-        text = reply if isinstance(reply, str) else json.dumps(reply)
-        return web.Response(text=text, status=status, content_type="application/json")
-
-    return answer
-
-
-async def begin_events(request: web.Request) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-    await response.prepare(request)
-    return response
-
-
-def event(reply: object) -> bytes:
-    return b"data: " + (reply if isinstance(reply, str) else json.dumps(reply)).encode() + b"\n\n"
-
-
-def stream(*replies: object, done: bool = True, pause: float = 0.0) -> Answer:
-    async def answer(request: web.Request) -> web.StreamResponse:
-        response = await begin_events(request)
-        for reply in replies:
-            await response.write(event(reply))
-            await asyncio.sleep(pause)
-        if done:
-            await response.write(event("[DONE]"))
-        return response
-
-    return answer
-
-
 def either(tokens: int, *replies: object) -> Answer:
     """The replies as a stream, or the last one as a body, as the span's length asks for."""
     return stream(*replies) if tokens > STREAM_ABOVE else body(replies[-1])
@@ -157,8 +64,9 @@ async def failure(pieces: AsyncIterator[Piece]) -> TeacherError:
     return error.value
 
 
-def calls(outcome: str) -> float:
-    return REGISTRY.get_sample_value("wheels_teacher_calls_total", {"outcome": outcome}) or 0.0
+def calls(teacher: Teacher, outcome: str) -> float:
+    labels = {"replica": teacher.name, "outcome": outcome}
+    return REGISTRY.get_sample_value("wheels_teacher_calls_total", labels) or 0.0
 
 
 # A teacher that works
@@ -440,6 +348,26 @@ async def test_a_teacher_that_drips_bytes_but_no_tokens(server, impatient, token
     assert (await failure(write(impatient, tokens))).reason == "timeout"
 
 
+async def test_a_span_has_a_deadline_however_steadily_it_drips(server):
+    """A token every 0.1 s would take 1 s for ten: the span has 0.45 s."""
+    async with client(server.url, span_timeout=0.45) as teacher:
+        server.answers = [stream(*[choice([i], None) for i in range(9)], choice([9]), pause=0.1)]
+        assert (await failure(write(teacher, LONG + 1))).reason == "timeout"
+
+
+async def test_the_deadline_counts_from_the_start_of_the_span(server, teacher):
+    server.answers = [body(choice([7]))]
+    error = await failure(write(teacher, SHORT, started=time.monotonic() - 60))
+    assert error.reason == "timeout"
+
+
+async def test_a_span_that_moves_on_may_be_as_long_as_it_is(server):
+    """64 tokens come at once, so there is as much time again for the next ones."""
+    async with client(server.url, span_timeout=0.5) as teacher:
+        server.answers = [stream(choice([1] * SPAN, None), choice([2], None), choice([3]), pause=0.3)]
+        assert len(await collect(write(teacher, SPAN + 2))) == 3
+
+
 async def test_a_teacher_that_hangs_behind_its_last_token_loses_nothing(server, impatient):
     async def answer(request: web.Request) -> web.StreamResponse:
         response = await begin_events(request)
@@ -510,12 +438,12 @@ async def test_leaving_the_iterator_closes_the_connection(server, teacher):
         await server.until_lost()
         return response
 
-    server.answers, before = [answer], calls("aborted")
+    server.answers, before = [answer], calls(teacher, "aborted")
     pieces = write(teacher, LONG)
     await anext(pieces)
     await pieces.aclose()
     await asyncio.wait_for(server.lost.wait(), PATIENCE)
-    assert calls("aborted") - before == 1
+    assert calls(teacher, "aborted") - before == 1
     assert teacher.breaker.allow()
 
 
@@ -528,14 +456,14 @@ async def test_cancelling_the_caller_closes_the_connection(server, teacher, toke
         await server.until_lost()
         return web.Response()
 
-    server.answers, before = [answer], calls("aborted")
+    server.answers, before = [answer], calls(teacher, "aborted")
     task = asyncio.create_task(collect(write(teacher, tokens)))
     await called.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     await asyncio.wait_for(server.lost.wait(), PATIENCE)
-    assert calls("aborted") - before == 1
+    assert calls(teacher, "aborted") - before == 1
 
 
 async def test_calls_at_once_do_not_wait_for_each_other(server, teacher):
@@ -550,87 +478,7 @@ async def test_calls_at_once_do_not_wait_for_each_other(server, teacher):
     assert len(server.connections) == 5
 
 
-# The breaker
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_failures_in_a_row_open_the_breaker():
-    breaker = Breaker(3, 10.0, Clock())
-    for _ in range(2):
-        breaker.failed()
-        assert not breaker.open
-        assert breaker.allow()
-    breaker.failed()
-    assert breaker.open
-    assert not breaker.allow()
-    assert REGISTRY.get_sample_value("wheels_breaker_open") == 1
-
-
-def test_a_success_starts_the_count_anew():
-    breaker = Breaker(2, 10.0, Clock())
-    for _ in range(5):
-        breaker.failed()
-        breaker.succeeded()
-    breaker.failed()
-    assert not breaker.open
-
-
-def opened(clock: Clock) -> Breaker:
-    breaker = Breaker(1, 10.0, clock)
-    breaker.failed()
-    return breaker
-
-
-def test_an_open_breaker_lets_one_trial_through():
-    clock = Clock()
-    breaker = opened(clock)
-    clock.now += 9.9
-    assert breaker.open
-    clock.now += 0.2
-    assert not breaker.open
-    assert [breaker.allow() for _ in range(3)] == [True, False, False]
-    assert breaker.open
-
-
-def test_a_trial_that_succeeds_closes_it():
-    clock = Clock()
-    breaker = opened(clock)
-    clock.now += 11
-    assert breaker.allow()
-    breaker.succeeded()
-    assert not breaker.open
-    assert [breaker.allow() for _ in range(3)] == [True] * 3
-    assert REGISTRY.get_sample_value("wheels_breaker_open") == 0
-
-
-def test_a_trial_that_fails_opens_it_anew():
-    clock = Clock()
-    breaker = opened(clock)
-    clock.now += 11
-    assert breaker.allow()
-    clock.now += 5
-    breaker.failed()
-    clock.now += 9
-    assert not breaker.allow()
-    clock.now += 2
-    assert breaker.allow()
-
-
-def test_a_trial_without_an_outcome_is_followed_by_another():
-    """Its client may have left: then it says nothing about the teacher."""
-    clock = Clock()
-    breaker = opened(clock)
-    clock.now += 11
-    assert breaker.allow()
-    clock.now += 11
-    assert breaker.allow()
+# What the breaker is told
 
 
 async def test_failed_calls_open_the_breaker_and_a_good_one_closes_it(server):
@@ -640,8 +488,22 @@ async def test_failed_calls_open_the_breaker_and_a_good_one_closes_it(server):
         assert not teacher.breaker.open
         await failure(write(teacher, SHORT))
         assert teacher.breaker.open
+        labels = {"replica": teacher.name}
+        assert REGISTRY.get_sample_value("wheels_breaker_open", labels) == 1
         await collect(write(teacher, SHORT))
         assert not teacher.breaker.open
+        assert REGISTRY.get_sample_value("wheels_breaker_open", labels) == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "opens"), [(400, False), (413, False), (422, False), (404, True), (503, True)]
+)
+async def test_a_request_that_is_wrong_does_not_speak_against_the_teacher(server, status, opens):
+    """Or one client could take the teacher from all others."""
+    async with client(server.url, failures=1) as teacher:
+        server.answers = [body({"error": {"message": "no"}}, status)]
+        assert (await failure(write(teacher, SHORT))).refused is not opens
+        assert teacher.breaker.open is opens
 
 
 @pytest.mark.parametrize(
@@ -651,14 +513,14 @@ async def test_failed_calls_open_the_breaker_and_a_good_one_closes_it(server):
 async def test_a_call_is_counted_once_by_its_outcome(server, teacher, answer, outcome):
     server.answers = [answer]
     outcomes = ("ok", "aborted", "unreachable", "timeout", "status", "nonsense")
-    seconds = REGISTRY.get_sample_value("wheels_teacher_call_seconds_count")
-    before = {name: calls(name) for name in outcomes}
+    before = {name: calls(teacher, name) for name in outcomes}
     pieces = write(teacher, SHORT)
     await (collect(pieces) if outcome == "ok" else failure(pieces))
-    assert {name: calls(name) - before[name] for name in outcomes} == {
+    assert {name: calls(teacher, name) - before[name] for name in outcomes} == {
         name: float(name == outcome) for name in outcomes
     }
-    assert REGISTRY.get_sample_value("wheels_teacher_call_seconds_count") - seconds == 1
+    labels = {"replica": teacher.name}
+    assert REGISTRY.get_sample_value("wheels_teacher_call_seconds_count", labels) == 1
 
 
 # Getting to know the teacher

@@ -1,0 +1,103 @@
+"""A teacher's HTTP side, answering as a test says."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Server:
+    """A teacher on loopback that plays one answer, or several in turn, the last one again and again."""
+
+    def __init__(self) -> None:
+        self.answers: list[Answer] = []
+        self.requests: list[web.Request] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.connections: set[tuple[str, int]] = set()
+        self.lost = asyncio.Event()
+        """Set when a client hangs up on `until_lost`."""
+        self.models: object = {"data": [{"id": "big", "max_model_len": 512}, {"id": "other"}]}
+        self.tokens: dict[str, list[int]] = {}
+        self.health = 200
+        self.url = ""
+
+    async def __aenter__(self) -> "Server":
+        app = web.Application()
+        app.router.add_post("/v1/completions", self._complete)
+        app.router.add_get("/v1/models", self._list)
+        app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_get("/health", self._health)
+        self._server = TestServer(app)
+        await self._server.start_server()
+        self.url = str(self._server.make_url("/"))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._server.close()
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        self.requests.append(request)
+        self.bodies.append(await request.json())
+        self.connections.add(request.transport.get_extra_info("peername"))
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        return await answer(request)
+
+    async def _list(self, _: web.Request) -> web.Response:
+        return web.json_response(self.models)
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        assert body["add_special_tokens"] is False
+        return web.json_response({"count": 1, "tokens": self.tokens[body["prompt"]]})
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.Response(status=self.health)
+
+    async def until_lost(self) -> None:
+        """Hangs; the test server cancels a handler whose client has hung up."""
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.lost.set()
+
+
+def choice(ids: list[int] | None, finish: str | None = "length", **more: object) -> dict[str, Any]:
+    """One reply of vLLM's /v1/completions, with what else it sends and we do not read."""
+    entry = {"index": 0, "text": "…", "token_ids": ids, "finish_reason": finish, "stop_reason": None, **more}
+    return {"id": "cmpl-1", "object": "text_completion", "choices": [entry], "usage": None}
+
+
+def body(reply: object, status: int = 200) -> Answer:
+    async def answer(_: web.Request) -> web.Response:
+        text = reply if isinstance(reply, str) else json.dumps(reply)
+        return web.Response(text=text, status=status, content_type="application/json")
+
+    return answer
+
+
+async def begin_events(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    return response
+
+
+def event(reply: object) -> bytes:
+    return b"data: " + (reply if isinstance(reply, str) else json.dumps(reply)).encode() + b"\n\n"
+
+
+def stream(*replies: object, done: bool = True, pause: float = 0.0) -> Answer:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await begin_events(request)
+        for reply in replies:
+            await response.write(event(reply))
+            await asyncio.sleep(pause)
+        if done:
+            await response.write(event("[DONE]"))
+        return response
+
+    return answer

@@ -1,0 +1,133 @@
+"""The student's side of the span loop: a scripted vLLM under the engine that is tested.
+
+It writes small letters of the alphabet by their place in the completion, a scripted teacher capitals.
+So a completion's text shows who wrote each token and that every prefix was right: "abCDef" is two tokens of
+the student, a span of two, two tokens of the student.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Collection
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from router.reserved import ReservedRows
+from server.engine import Choice, CooperativeEngine
+from server.gate_processor import NOT_BEFORE, PRICE
+from server.vllm_api import (
+    AsyncLLM,
+    CompletionOutput,
+    Logprob,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+)
+
+EOS = 256  # of the `tokenizer` fixture, whose other ids are bytes
+RESERVED = ReservedRows(start=260, count=4)
+PROMPT_IDS = list(b"Hi")
+PROMPT = {"type": "token", "prompt": "Hi", "prompt_token_ids": PROMPT_IDS}
+DELTA, CUMULATIVE, FINAL_ONLY = (
+    RequestOutputKind.DELTA,
+    RequestOutputKind.CUMULATIVE,
+    RequestOutputKind.FINAL_ONLY,
+)
+INF = float("inf")
+
+
+def letter(place: int, first: str) -> int:
+    return ord(first) + place % 26
+
+
+@dataclass
+class Segment:
+    """A request that reached the student's engine."""
+
+    prefix: list[int]
+    params: SamplingParams
+    request_id: str
+    options: dict[str, Any]
+    closed: bool = False
+
+    @property
+    def price(self) -> float:
+        return (self.params.extra_args or {}).get(PRICE, INF)
+
+    @property
+    def not_before(self) -> int:
+        return (self.params.extra_args or {}).get(NOT_BEFORE, 0)
+
+
+class ScriptedLLM(AsyncLLM):
+    """vLLM's engine: asks at some places where its terms allow it, ends at one."""
+
+    def __init__(self, tokenizer: Any, ask_at: Collection[int], ends_at: int | None) -> None:
+        self.renderer = SimpleNamespace(tokenizer=tokenizer)
+        generation = {"eos_token_id": EOS}
+        self.model_config = SimpleNamespace(max_model_len=200, try_get_generation_config=lambda: generation)
+        self.ask_at, self.ends_at = ask_at, ends_at
+        self.segments: list[Segment] = []
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Nothing was started."""
+
+    async def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        segment = Segment(list(prompt["prompt_token_ids"]), sampling_params, request_id, options)
+        self.segments.append(segment)
+        written: list[int] = []
+        reason = None
+        try:
+            while reason is None:
+                await asyncio.sleep(0)
+                token, reason = self._next(segment, len(written))
+                written.append(token)
+                if sampling_params.output_kind == DELTA:
+                    yield self._output(segment, [token], reason)
+                elif sampling_params.output_kind == CUMULATIVE or reason is not None:
+                    yield self._output(segment, list(written), reason)
+        finally:
+            segment.closed = True
+
+    def _next(self, segment: Segment, written: int) -> tuple[int, str | None]:
+        place = len(segment.prefix) - len(PROMPT_IDS) + written
+        if place in self.ask_at and segment.price < INF and written >= segment.not_before:
+            return RESERVED.escalation, "stop"
+        if place == self.ends_at and EOS not in (segment.params.logit_bias or {}):
+            return EOS, "stop"
+        full = written + 1 == segment.params.max_tokens
+        return letter(place, "a"), "length" if full else None
+
+    @staticmethod
+    def _output(segment: Segment, ids: list[int], reason: str | None) -> RequestOutput:
+        wanted = segment.params.logprobs is not None
+        completion = CompletionOutput(
+            index=0,
+            text="",
+            token_ids=ids,
+            cumulative_logprob=None,
+            logprobs=[{token: Logprob(-1.0)} for token in ids] if wanted else None,
+            finish_reason=reason,
+        )
+        return RequestOutput(
+            request_id=segment.request_id,
+            prompt=None,
+            prompt_token_ids=segment.prefix,
+            prompt_logprobs=None,
+            outputs=[completion],
+            finished=reason is not None,
+            num_cached_tokens=len(segment.prefix) // 2,
+        )
+
+
+class Engine(CooperativeEngine, ScriptedLLM):
+    """The engine under test, whose `super().generate` is the scripted one; keeps its choices."""
+
+    def __init__(self, *script: Any) -> None:
+        super().__init__(*script)
+        self.choices: list[Choice] = []
+
+    def _choice(self, *arguments: Any) -> Choice:
+        self.choices.append(super()._choice(*arguments))
+        return self.choices[-1]
