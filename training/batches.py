@@ -32,6 +32,23 @@ class Batch:
         """(N,) the answers' tokens, in the order of `answer`'s True cells."""
         return self.ids.roll(-1, dims=1)[self.answer]
 
+    @property
+    def positions(self) -> int:
+        return int(self.answer.sum())
+
+    def prompts(self) -> list[list[int]]:
+        lengths = self.answer.int().argmax(1) + 1
+        return [row[:n] for row, n in zip(self.ids.tolist(), lengths.tolist(), strict=True)]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.ids.to(device), self.answer.to(device))
+
+    def parts(self, count: int) -> list[Batch]:
+        """`count` batches of equally many rows. Raises ValueError where that does not come out even."""
+        if len(self.ids) % count:
+            raise ValueError(f"a batch of {len(self.ids)} does not split into {count} equal parts")
+        return [Batch(*pair) for pair in zip(self.ids.chunk(count), self.answer.chunk(count), strict=True)]
+
     @classmethod
     def of(cls, prompts: list[list[int]], answers: list[list[int]], pad: int) -> Batch:
         rows = [p + a for p, a in zip(prompts, answers, strict=True)]

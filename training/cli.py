@@ -7,12 +7,16 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 
 from training.config import RecipeError, load_recipe
 from training.pipeline import STAGES, run
 from training.report import evaluate_pair, plot, table
+from training.served import TeacherError
+from training.stopping import Stopped
 from training.tasks import make_task
 
+STOPPED = 130  # exit status of a run that was asked to stop
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -32,12 +36,16 @@ def train(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. teacher.schedule.steps=100")
     parser.add_argument("--stage", choices=STAGES, action="append", help="only this stage (repeatable)")
     args = parser.parse_intermixed_args(argv)
+    transformers.utils.logging.disable_progress_bar()
     try:
         recipe = load_recipe(find_recipe(args.recipe), args.overrides)
-    except RecipeError as error:
+        run(recipe, tuple(args.stage or STAGES))
+    except (RecipeError, TeacherError) as error:
         print(error, file=sys.stderr)
         return 2
-    run(recipe, tuple(args.stage or STAGES))
+    except Stopped as stopped:
+        print(f"{stopped}; the same command goes on from there", file=sys.stderr)
+        return STOPPED
     return 0
 
 

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 Rate = Annotated[float, Field(gt=0, lt=1)]
 
@@ -25,10 +36,29 @@ class TaskConfig(Frozen):
 
 
 class TokenizerConfig(Frozen):
-    size: PositiveInt
+    """Trained on the task (`size`), or a ready one (`pretrained`)."""
+
+    size: PositiveInt | None = None
     """Ids that the tokenizer knows; the models add the reserved rows behind them."""
     examples: PositiveInt = 20_000
     """Training examples that the merges are learned on."""
+    pretrained: str | None = None
+    """Directory or hub name."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.size is None) == (self.pretrained is None):
+            raise ValueError("tokenizer: give size or pretrained")
+        return self
+
+
+class ChatConfig(Frozen):
+    """How a ready tokenizer renders the source as a user's message; exported with the student."""
+
+    template: str | None = None
+    """Jinja template in place of the tokenizer's own; needed where that has none."""
+    options: dict[str, bool | int | str] = {}
+    """Variables fixed in the template, e.g. `enable_thinking: false`."""
 
 
 class Shape(Frozen):
@@ -48,6 +78,9 @@ class Schedule(Frozen):
 
     steps: PositiveInt
     batch: PositiveInt
+    """Examples of one optimizer step, over all processes."""
+    accumulate: PositiveInt = 1
+    """Passes that a process splits its share of the batch into: less memory, the same gradient."""
     learning_rate: PositiveFloat
     warmup: NonNegativeInt = 100
     decay: Rate = 0.5
@@ -61,6 +94,9 @@ class Schedule(Frozen):
     """bf16: matrix products under autocast; weights and optimizer stay float32."""
     checkpoint_every: PositiveInt = 250
     log_every: PositiveInt = 25
+    validate_every: NonNegativeInt = 0
+    """Steps between greedy completions of validation examples, scored by the task; 0: never."""
+    validate_examples: PositiveInt = 100
 
 
 class SFTConfig(Frozen):
@@ -99,10 +135,68 @@ class PCLConfig(Frozen):
 MethodConfig = Annotated[SFTConfig | KDConfig | GKDConfig | PCLConfig, Field(discriminator="type")]
 
 
-class ModelConfig(Frozen):
+class ScratchConfig(Frozen):
+    """A model trained from nothing."""
+
     shape: Shape
     method: MethodConfig
     schedule: Schedule
+
+
+class LoraConfig(Frozen):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) are trained instead of the weights."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of the modules that get an adapter; by default all linear ones but the output matrix."""
+
+
+class PretrainedConfig(Frozen):
+    """A ready model; trained further where it has a method and a schedule, else taken as it is."""
+
+    pretrained: str
+    """Directory or hub name."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights; keep float32 for what is trained."""
+    lora: LoraConfig | None = None
+    method: MethodConfig | None = None
+    schedule: Schedule | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.method is None) != (self.schedule is None):
+            raise ValueError("method and schedule go together")
+        if self.lora is not None and self.method is None:
+            raise ValueError("lora needs a method and a schedule")
+        return self
+
+
+class ServedConfig(Frozen):
+    """A teacher behind a vLLM server's URL."""
+
+    url: str
+    model: str | None = None
+    """The name it is served by; None: the only one there."""
+    top_logprobs: int = Field(default=20, ge=2)
+    """Likeliest tokens asked for at every position (the server's `--max-logprobs` bounds it); all others
+    count as one event."""
+
+
+def _kind(value: Any) -> str | None:
+    keys = value.keys() if isinstance(value, dict) else value.__dict__.keys()
+    return next((kind for kind in ("shape", "pretrained", "url") if kind in keys), None)
+
+
+Scratch = Annotated[ScratchConfig, Tag("shape")]
+Pretrained = Annotated[PretrainedConfig, Tag("pretrained")]
+WHICH = Discriminator(
+    _kind, custom_error_type="model", custom_error_message="a model has shape, pretrained or (teacher) url"
+)
+ModelConfig = ScratchConfig | PretrainedConfig
+StudentConfig = Annotated[Scratch | Pretrained, WHICH]
+TeacherConfig = Annotated[Scratch | Pretrained | Annotated[ServedConfig, Tag("url")], WHICH]
 
 
 class GateConfig(Frozen):
@@ -142,10 +236,28 @@ class Recipe(Frozen):
     max_tokens: PositiveInt = 64
     """Longest completion in rollouts, calibration and evaluation."""
     task: TaskConfig
-    tokenizer: TokenizerConfig
-    teacher: ModelConfig
-    student: ModelConfig
+    tokenizer: TokenizerConfig | None = None
+    """None: the pretrained student's, or else the pretrained teacher's."""
+    chat: ChatConfig = ChatConfig()
+    teacher: TeacherConfig
+    student: StudentConfig
     router: GateConfig
+
+    @property
+    def ready_tokenizer(self) -> str | None:
+        """Directory or hub name; None where one is trained."""
+        if self.tokenizer is not None:
+            return self.tokenizer.pretrained
+        return getattr(self.student, "pretrained", None) or getattr(self.teacher, "pretrained", None)
+
+    @model_validator(mode="after")
+    def _vocabulary(self) -> Self:
+        if self.tokenizer is None and self.ready_tokenizer is None:
+            raise ValueError("tokenizer: say size, or pretrained")
+        trained = self.tokenizer is not None and self.tokenizer.size is not None
+        if trained and not all(isinstance(one, ScratchConfig) for one in (self.teacher, self.student)):
+            raise ValueError("tokenizer.size: a ready model brings its own tokenizer")
+        return self
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:

@@ -19,7 +19,24 @@ from transformers import (
 
 from router.reserved import RESERVED_ROWS, ReservedRows
 from training.batches import Batch
-from training.config import Shape
+from training.config import ModelConfig, ScratchConfig, Shape
+from training.lora import add_lora
+from training.parallel import reader
+
+
+def build(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """The model to train, on the CPU. Raises ValueError where it has too few rows for the tokenizer."""
+    if isinstance(config, ScratchConfig):
+        return new_model(config.shape, tokenizer, seed)
+    model = AutoModelForCausalLM.from_pretrained(config.pretrained, dtype=getattr(torch, config.dtype))
+    if model.config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"{config.pretrained} has {model.config.vocab_size} rows for the tokenizer's {len(tokenizer)} ids"
+        )
+    if config.lora is not None:
+        torch.manual_seed(seed)
+        add_lora(model, config.lora)
+    return model
 
 
 def new_model(shape: Shape, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -44,8 +61,9 @@ def new_model(shape: Shape, tokenizer: PreTrainedTokenizerBase, seed: int) -> Pr
     return LlamaForCausalLM(config)
 
 
-def load_model(directory: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """On the CPU."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -61,15 +79,15 @@ def reserved_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return ReservedRows.at_end(model.config.vocab_size, len(tokenizer))
 
 
-def parameters(model: PreTrainedModel) -> int:
-    return sum(p.numel() for p in model.parameters())
+def parameters(model: PreTrainedModel, *, trained_only: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)
 
 
 def answer_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Last hidden states (after the final norm) at the positions that predict the answers: (N, H)."""
-    return model.get_decoder()(input_ids=batch.ids, use_cache=False).last_hidden_state[batch.answer]
+    return reader(model)(batch.answer, input_ids=batch.ids, use_cache=False)[0]
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch, visible: int) -> Tensor:
     """Logits (N, visible) there, over the tokenizer's ids only: the reserved rows belong to the router."""
-    return model.get_output_embeddings()(answer_states(model, batch))[:, :visible]
+    return reader(model)(batch.answer, input_ids=batch.ids, use_cache=False)[1][:, :visible]

@@ -11,16 +11,22 @@ from pathlib import Path
 from random import Random
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from training import trainer
+from training import parallel, trainer
 from training.batches import Demonstrations
-from training.config import ModelConfig, Recipe
-from training.methods import METHODS
-from training.models import load_model, new_model, parameters, save_model
+from training.checkpoints import weights_of
+from training.config import ModelConfig, Recipe, RecipeError, Schedule, ServedConfig
+from training.lora import merge_lora
+from training.methods import METHODS, Method
+from training.models import build, load_model, parameters, save_model
 from training.router_stage import train_router
 from training.tasks import Task, make_task
+from training.teacher import Teacher
 from training.tokenizer import load_tokenizer, train_tokenizer
+from training.validation import Validation
+from training.vocabulary import check_pair, ready_tokenizer, served_teacher
 
 TOKENIZER_SEED = -1  # a stream of training examples that no model is trained on
 
@@ -39,20 +45,30 @@ class Workspace:
     def exported(self, role: str) -> Path:
         return self.recipe.output / role
 
+    def is_exported(self, role: str) -> bool:
+        return (self.exported(role) / "config.json").exists()
+
 
 STAGES = ("teacher", "student", "router")
 EXPORTED_EXAMPLES = 200
 
 
 def run(recipe: Recipe, stages: tuple[str, ...] = STAGES) -> None:
+    """Under `torchrun` the models are trained by all processes, the router by the first one alone.
+
+    Raises RecipeError for a pair that cannot work; Stopped as `trainer.train` does.
+    """
     torch.set_num_threads(recipe.threads)
     space = Workspace(recipe)
     task = make_task(recipe.task.name, **recipe.task.options)
-    tokenizer = ensure_tokenizer(space, task)
-    for role in ("teacher", "student"):
-        if role in stages and not (space.exported(role) / "config.json").exists():
-            train_model(space, role, task, tokenizer)
-    if "router" in stages and not (space.exported("router") / "router.json").exists():
+    with parallel.processes():
+        first = parallel.is_first()
+        tokenizer = ensure_tokenizer(space, task)
+        check(recipe, stages, tokenizer)
+        for role in ("teacher", "student"):
+            if role in stages and not space.is_exported(role):
+                make_model(space, role, task, tokenizer)
+    if first and "router" in stages and not (space.exported("router") / "router.json").exists():
         export_examples(task, recipe.output / "examples.jsonl")
         train_router(
             space.exported("teacher"), space.exported("student"), space.exported("router"),
@@ -60,33 +76,120 @@ def run(recipe: Recipe, stages: tuple[str, ...] = STAGES) -> None:
         )  # fmt: skip
 
 
+def check(recipe: Recipe, stages: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> None:
+    """What can be refused before any compute is spent."""
+    if "router" in stages and isinstance(recipe.teacher, ServedConfig):
+        raise RecipeError(
+            "the router's rollouts need the teacher in process, not behind a URL; with a served teacher "
+            "train the student alone (--stage student)"
+        )
+    for role in ("teacher", "student"):
+        schedule: Schedule | None = getattr(getattr(recipe, role), "schedule", None)
+        if schedule is not None and schedule.batch % (schedule.accumulate * parallel.size()):
+            raise RecipeError(
+                f"{role}.schedule.batch {schedule.batch} does not split evenly over {parallel.size()} "
+                f"processes with accumulate {schedule.accumulate}"
+            )
+    check_pair(recipe, tokenizer)
+
+
 def ensure_tokenizer(space: Workspace, task: Task) -> PreTrainedTokenizerBase:
-    if not (space.tokenizer / "tokenizer.json").exists():
+    if space.recipe.ready_tokenizer is not None:
+        return ready_tokenizer(space.recipe)
+    if parallel.is_first() and not (space.tokenizer / "tokenizer.json").exists():
         config, rng = space.recipe.tokenizer, Random(space.recipe.seed)
         examples = islice(task.train(TOKENIZER_SEED), config.examples)
         texts = (text for e in examples for text in (e.source, e.references.sample(rng)))
         context = space.recipe.teacher.shape.context
         train_tokenizer(texts, config.size, context).save_pretrained(space.tokenizer)
+    parallel.barrier()
     return load_tokenizer(space.tokenizer)
 
 
-def train_model(
-    space: Workspace, role: str, task: Task, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
+def make_model(space: Workspace, role: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Train and export it; a ready model that is not trained is exported as it is (the teacher as a link)."""
+    config = getattr(space.recipe, role)
+    if isinstance(config, ServedConfig):
+        return
+    if config.schedule is not None:
+        train_model(space, role, task, tokenizer)
+    elif parallel.is_first():
+        if role == "teacher":
+            space.recipe.output.mkdir(parents=True, exist_ok=True)
+            space.exported(role).symlink_to(directory_of(config.pretrained))
+        else:
+            save_model(build(config, tokenizer, space.recipe.seed), tokenizer, space.exported(role))
+    parallel.barrier()
+
+
+def directory_of(name: str) -> Path:
+    """Of a directory or hub name."""
+    return Path(name).resolve() if Path(name).is_dir() else Path(snapshot_download(name))
+
+
+def train_model(space: Workspace, role: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
     recipe = space.recipe
     config: ModelConfig = getattr(recipe, role)
-    needs_teacher = METHODS[config.method.type].needs_teacher
-    teacher = load_model(space.exported("teacher")) if needs_teacher else None
-    model = new_model(config.shape, tokenizer, recipe.seed)
-    print(f"{role}: {parameters(model):,} parameters")
-    if config.schedule.compile:
-        for one in filter(None, (model, teacher)):
-            one.get_decoder().compile(dynamic=True)
-    method = METHODS[config.method.type](config.method, len(tokenizer), teacher, tokenizer.eos_token_id)
+    model, method = trained_pair(space, role, tokenizer)
+    if parallel.is_first():
+        print(f"{role}: {parameters(model, trained_only=True):,} of {parameters(model):,} parameters trained")
+    for one in (model, method.teacher):
+        if isinstance(one, PreTrainedModel):
+            place(one, config.schedule)
     batches = Demonstrations(task, tokenizer, config.schedule.batch, recipe.seed)
-    trainer.train(model, method.loss, batches, config.schedule, space.model(role))
-    save_model(model, tokenizer, space.exported(role))
-    return model
+    validation = Validation(task, tokenizer, config.schedule.validate_examples, recipe.max_tokens)
+    trainer.train(
+        model, method.loss, batches, config.schedule, space.model(role),
+        prepare=method.prepare, validate=validation, seed=recipe.seed,
+    )  # fmt: skip
+    export(model, config, tokenizer, recipe.seed, space.exported(role))
+
+
+def trained_pair(
+    space: Workspace, role: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, Method]:
+    """The model to train, on the CPU still, and its method with the teacher that it needs."""
+    config: ModelConfig = getattr(space.recipe, role)
+    kind = METHODS[config.method.type]
+    teacher = load_teacher(space) if kind.needs_teacher else None
+    model = build(config, tokenizer, space.recipe.seed)
+    return model, kind(config.method, len(tokenizer), teacher, tokenizer.eos_token_id)
+
+
+def load_teacher(space: Workspace) -> Teacher:
+    config = space.recipe.teacher
+    if isinstance(config, ServedConfig):
+        return served_teacher(config)
+    dtype = getattr(torch, getattr(config, "dtype", "float32"))
+    return load_model(space.exported("teacher"), dtype).requires_grad_(False)
+
+
+def place(model: PreTrainedModel, schedule: Schedule) -> None:
+    """Onto this process's device, compiled, and sharded over the processes."""
+    if schedule.compile:  # a sharded model gathers parameters between its layers: compile those
+        blocks = model.get_decoder().layers if parallel.size() > 1 else [model.get_decoder()]
+        for block in blocks:
+            block.compile(dynamic=True)
+    parallel.shard(model)
+
+
+def export(
+    model: PreTrainedModel,
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    directory: Path,
+) -> None:
+    """A plain Hugging Face directory, adapters merged; written by the first process."""
+    if parallel.is_sharded(model):
+        weights = weights_of(model)
+        if parallel.is_first():
+            model = build(config, tokenizer, seed)
+            model.load_state_dict(weights)
+    if parallel.is_first():
+        merge_lora(model)
+        save_model(model, tokenizer, directory)
+    parallel.barrier()
 
 
 def export_examples(task: Task, path: Path) -> None:

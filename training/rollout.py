@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from router.budget import EPSILON
 from training.batches import left_padded
 from training.cache import growing_cache
+from training.parallel import reader
 
 ScoreFn = Callable[[Tensor], Tensor]
 """Raw student logits (B, V), taps included -> score (B,)."""
@@ -89,11 +90,13 @@ class Stepper:
         end.
         """
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        out = self._model.get_decoder()(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache
+        return reader(self._model)(
+            (slice(None), -1),
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
         )
-        states = out.last_hidden_state[:, -1]
-        return states, self._model.get_output_embeddings()(states)
 
     def keep(self, rows: Tensor) -> None:
         self._cache.batch_select_indices(rows)

@@ -1,37 +1,65 @@
-"""On-policy batches: a model's own completions of a batch's prompts."""
+"""Completions by one model: on-policy batches, and greedy answers for validation."""
 
 from __future__ import annotations
 
 import torch
 from transformers import PreTrainedModel
 
+from training import parallel
 from training.batches import Batch, left_padded
 from training.rollout import Stepper
 
 
-@torch.no_grad()
 def sampled(model: PreTrainedModel, batch: Batch, visible: int, end: int, temperature: float = 1.0) -> Batch:
-    """The batch's prompts with completions drawn from `model`, at top_p = 1; no longer than the batch is
-    wide.
+    """The batch's prompts with completions drawn from `model`, at top_p = 1; no longer than the batch's
+    longest answer.
 
     visible: only ids below it are drawn. end: the end-of-sequence id, also used to pad.
     """
-    lengths = batch.answer.int().argmax(1) + 1
-    prompts = [row[:n].tolist() for row, n in zip(batch.ids, lengths.tolist(), strict=True)]
-    ids, mask = left_padded(prompts, end)
+    longest = int(parallel.largest(int(batch.answer.sum(1).max()))) + 1
+    prompts = batch.prompts()
+    answers = complete(model, prompts, visible, end, longest, temperature)
+    return Batch.of(prompts, answers, end).to(batch.ids.device)
+
+
+@torch.no_grad()
+def complete(
+    model: PreTrainedModel, prompts: list[list[int]], visible: int, end: int, longest: int, temperature: float
+) -> list[list[int]]:
+    """Answers of at most `longest` tokens, the end token with them; temperature 0 is greedy.
+
+    Where the model is sharded, all processes call this together, each with as many prompts.
+    """
+    ids, mask = (x.to(model.device) for x in left_padded(prompts, end))
     stepper, written = Stepper(model), []
-    alive = torch.ones(len(prompts), dtype=torch.bool)
-    for _ in range(int(batch.answer.sum(1).max()) + 1):
-        _, logits = stepper.step(ids, mask)
-        token = (logits[:, :visible] / temperature).softmax(-1).multinomial(1)
-        token[~alive] = end
-        written.append(token)
-        alive &= token.squeeze(1) != end
-        if not alive.any():
-            break
-        ids, mask = token, torch.cat((mask, torch.ones_like(token)), dim=1)
-    answers = [until_end(row, end) for row in torch.cat(written, dim=1).tolist()]
-    return Batch.of(prompts, answers, end)
+    alive = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
+    with parallel.whole(model):
+        for _ in range(longest):
+            _, logits = stepper.step(ids, mask)
+            logits = logits[:, :visible].float()
+            token = drawn((logits / temperature).softmax(-1)) if temperature else logits.argmax(-1)
+            token = torch.where(alive, token, end)
+            written.append(token)
+            alive &= token != end
+            if not parallel.any_of(bool(alive.any())):
+                break
+            ids = token[:, None]
+            mask = torch.cat((mask, torch.ones_like(ids)), dim=1)
+    return [until_end(row, end) for row in torch.stack(written, dim=1).tolist()]
+
+
+def drawn(probabilities: torch.Tensor) -> torch.Tensor:
+    """One id of each row of (B, V), by inversion: (B,).
+
+    The uniform numbers are drawn on the CPU for the rows of all processes, of which each takes its own. So
+    they differ between processes that share a seed, and do not depend on how rows are spread over processes
+    and devices.
+    """
+    rows = len(probabilities)
+    uniform = torch.rand(parallel.size(), rows)[parallel.rank()].to(probabilities.device)
+    cumulative = probabilities.cumsum(-1)
+    ids = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True).squeeze(1)
+    return ids.clamp(max=probabilities.shape[1] - 1)
 
 
 def until_end(tokens: list[int], end: int) -> list[int]:

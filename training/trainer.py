@@ -1,58 +1,131 @@
-"""The training loop: batch, step, log, checkpoint; a killed run resumes and repeats itself exactly."""
+"""The training loop: batch, step, log, checkpoint; a killed run resumes and repeats itself exactly.
+
+A step's batch is split into equal parts over the processes (`training.parallel`) and over
+`schedule.accumulate` passes; the loss of each counts by its share of the positions, so that however it is
+split, the gradient is the whole batch's.
+"""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Muon, Optimizer
-from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedModel
 
+from training import parallel
 from training.batches import Batch
+from training.checkpoints import restore, save
 from training.config import Schedule
+from training.progress import Log, Progress
+from training.stopping import Stopped, stop_requests
 
-Loss = Callable[[Any, Batch], tuple[Tensor, dict[str, Tensor]]]
+Loss = Callable[[PreTrainedModel, Batch], tuple[Tensor, dict[str, Tensor]]]
+"""A scalar, the mean over the positions of the batch's answers, and scalars to log."""
+Prepare = Callable[[PreTrainedModel, Batch], Batch]
+"""What the loss is taken of, e.g. the model's own completions; called without gradient."""
+Validate = Callable[[PreTrainedModel], dict[str, float]]
 
 
 class Batches(Protocol):
+    """Batch number `step`, the same in every process."""
+
     def __getitem__(self, step: int) -> Batch: ...
 
 
-def train(model: nn.Module, loss: Loss, batches: Batches, schedule: Schedule, directory: Path) -> None:
-    """Train `model` in place for `schedule.steps`, from `directory`'s checkpoint where there is one."""
+def unchanged(model: PreTrainedModel, batch: Batch) -> Batch:
+    return batch
+
+
+def train(
+    model: PreTrainedModel, loss: Loss, batches: Batches, schedule: Schedule, directory: Path, *,
+    prepare: Prepare = unchanged, validate: Validate | None = None, seed: int = 0,
+) -> None:  # fmt: skip
+    """Train `model` in place for `schedule.steps`, from `directory`'s checkpoint where there is one.
+
+    Raises Stopped, after writing a checkpoint, on SIGTERM or SIGINT; ValueError where `schedule.batch` does
+    not split over processes and `schedule.accumulate`; FloatingPointError where a metric is not finite.
+    """
     optimizers = make_optimizers(model, schedule)
-    log = Log(directory)
     start = restore(directory, model, optimizers)
-    log.truncate(start)
     model.train()
-    began = time.monotonic()
-    for step in range(start, schedule.steps):
-        batch = batches[step]
-        with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=schedule.precision == "bf16"):
-            value, metrics = loss(model, batch)
-        value.backward()
-        metrics["grad_norm"] = clip_grad_norm_(model.parameters(), schedule.clip)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.learning_rate * learning_rate_factor(step, schedule)
-            optimizer.step()
-            optimizer.zero_grad()
-        done = step + 1
-        if done % schedule.log_every == 0 or done == schedule.steps:
-            rate = (done - start) / (time.monotonic() - began)
-            log.write(done, {k: float(v) for k, v in metrics.items()} | {"steps_per_second": rate})
-        if done % schedule.checkpoint_every == 0 or done == schedule.steps:
-            checkpoint(directory, done, model, optimizers)
-    log.close()
+    with (
+        stop_requests() as stop,
+        Log(directory, start) as log,
+        Progress(directory.name, start, schedule.steps) as progress,
+    ):
+        tokens, since, began = 0, start, time.monotonic()
+        for step in range(start, schedule.steps):
+            metrics, count = update(model, loss, prepare, optimizers, batches[step], step, schedule, seed)
+            done, last = step + 1, step + 1 == schedule.steps
+            tokens += count
+            progress.advance(count)
+            if done % schedule.log_every == 0 or last:
+                now = time.monotonic()
+                speed = {"steps_per_second": (done - since) / (now - began),
+                         "tokens_per_second": tokens / (now - began)}  # fmt: skip
+                log.write(done, averaged(metrics) | speed)
+                tokens, since, began = 0, done, now
+            if validate and schedule.validate_every and (done % schedule.validate_every == 0 or last):
+                model.eval()
+                log.write(done, validate(model))
+                model.train()
+            stopping = parallel.any_of(stop.requested)
+            if done % schedule.checkpoint_every == 0 or last or stopping:
+                save(directory, done, model, optimizers)
+            if stopping and not last:
+                raise Stopped(f"{directory.name}: stopped after step {done} of {schedule.steps}")
     model.eval()
+
+
+def update(
+    model: PreTrainedModel, loss: Loss, prepare: Prepare, optimizers: list[Optimizer], batch: Batch,
+    step: int, schedule: Schedule, seed: int,
+) -> tuple[dict[str, Tensor], int]:  # fmt: skip
+    """One optimizer step. Returns this process's metrics (their sum over the processes is the whole batch's,
+    but for `grad_norm`, which is known to all) and the whole batch's number of trained positions.
+    """
+    torch.manual_seed(seed * 1_000_003 + step)  # a resumed run draws the same
+    device = parallel.device()
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=schedule.precision == "bf16")
+    accumulate, size = schedule.accumulate, parallel.size()
+    mine = batch.parts(accumulate * size)[parallel.rank() :: size]
+    with torch.no_grad(), amp:
+        parts = [prepare(model, part.to(device)) for part in mine]
+    positions = int(parallel.total(sum(part.positions for part in parts)))
+    metrics: dict[str, Tensor] = defaultdict(float)
+    for i, part in enumerate(parts):
+        parallel.synchronise_gradients(model, i + 1 == accumulate)
+        with amp:
+            value, logged = loss(model, part)
+        share = part.positions / positions
+        (value * share * size).backward()  # the processes' gradients are averaged, not summed
+        for name, metric in logged.items():
+            metrics[name] += metric * share
+    metrics["grad_norm"] = clip_grad_norm_(
+        [p for p in model.parameters() if p.requires_grad], schedule.clip, foreach=True
+    )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.learning_rate * learning_rate_factor(step, schedule)
+        optimizer.step()
+        optimizer.zero_grad()
+    return metrics, positions
+
+
+def averaged(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """The whole batch's metrics as numbers."""
+    norm = metrics["grad_norm"]
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()
+    others = {k: parallel.total(float(v)) for k, v in metrics.items() if k != "grad_norm"}
+    return others | {"grad_norm": float(norm)}
 
 
 def learning_rate_factor(step: int, schedule: Schedule) -> float:
@@ -61,7 +134,7 @@ def learning_rate_factor(step: int, schedule: Schedule) -> float:
     return min(1.0, (step + 1) / max(1, schedule.warmup), left)
 
 
-def make_optimizers(model: nn.Module, schedule: Schedule) -> list[Optimizer]:
+def make_optimizers(model: PreTrainedModel, schedule: Schedule) -> list[Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices inside the blocks, at AdamW's scale; AdamW for all else."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     inner = [p for name, p in trained if schedule.optimizer == "muon" and p.ndim == 2 and ".layers." in name]
@@ -72,57 +145,3 @@ def make_optimizers(model: nn.Module, schedule: Schedule) -> list[Optimizer]:
         return [adamw]
     muon = Muon(inner, weight_decay=schedule.weight_decay, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]
-
-
-CHECKPOINT = "checkpoint.pt"
-
-
-def checkpoint(directory: Path, step: int, model: nn.Module, optimizers: list[Optimizer]) -> None:
-    """Atomic: a kill leaves the old one or the new one."""
-    state = {"step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-             "rng": torch.get_rng_state()}  # fmt: skip
-    scratch = directory / (CHECKPOINT + ".tmp")
-    torch.save(state, scratch)
-    os.replace(scratch, directory / CHECKPOINT)
-
-
-def restore(directory: Path, model: nn.Module, optimizers: list[Optimizer]) -> int:
-    """Step to go on from; 0 without a checkpoint."""
-    if not (directory / CHECKPOINT).exists():
-        return 0
-    state = torch.load(directory / CHECKPOINT, weights_only=True)
-    model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    torch.set_rng_state(state["rng"])
-    return state["step"]
-
-
-class Log:
-    """Scalars to `log.jsonl` and TensorBoard."""
-
-    def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._directory, self._file = directory, directory / "log.jsonl"
-        self._board: SummaryWriter | None = None
-
-    def truncate(self, step: int) -> None:
-        """Forget what lies behind the checkpoint: it will be run again."""
-        lines = self._file.read_text().splitlines() if self._file.exists() else []
-        self._file.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
-        self._board = SummaryWriter(self._directory / "tensorboard", purge_step=step)
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        if not all(map(math.isfinite, metrics.values())):
-            raise FloatingPointError(f"step {step}: a metric is not finite: {metrics}")
-        with self._file.open("a") as file:
-            file.write(json.dumps({"step": step} | metrics) + "\n")
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
-        print(
-            f"{self._directory.name} {step} " + " ".join(f"{k}={v:.4g}" for k, v in metrics.items()),
-            flush=True,
-        )
-
-    def close(self) -> None:
-        self._board.close()

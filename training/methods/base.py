@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from training.batches import Batch
 from training.sampling import sampled
+from training.teacher import LogProbs, Teacher, both
 
 
 class Method(ABC):
@@ -20,17 +21,22 @@ class Method(ABC):
 
     needs_teacher = True
 
-    def __init__(self, config: Any, visible: int, teacher: PreTrainedModel | None, end: int = 0) -> None:
+    def __init__(self, config: Any, visible: int, teacher: Teacher | None, end: int = 0) -> None:
         if self.needs_teacher and teacher is None:
             raise ValueError(f"{type(self).__name__} needs a teacher")
         self.config, self.visible, self.teacher, self.end = config, visible, teacher, end
 
-    @abstractmethod
-    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar to minimise, and scalars to log."""
-
-    def mixed(self, model: PreTrainedModel, batch: Batch, on_policy: float) -> Batch:
-        """The model's own completions of the batch's prompts with that probability, else the batch."""
-        if torch.rand(()) >= on_policy:
+    def prepare(self, model: PreTrainedModel, batch: Batch) -> Batch:
+        """What `loss` is taken of: with probability `on_policy` the model's own completions of the batch's
+        prompts, else the batch. All processes of a run choose alike.
+        """
+        if torch.rand(()) >= getattr(self.config, "on_policy", 0.0):
             return batch
         return sampled(model, batch, self.visible, self.end)
+
+    @abstractmethod
+    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar to minimise, the mean over the positions of a prepared batch's answers; scalars to log."""
+
+    def log_probs(self, model: PreTrainedModel, batch: Batch) -> LogProbs:
+        return both(model, self.teacher, batch, self.visible)

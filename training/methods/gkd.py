@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from training.batches import Batch
 from training.methods.base import Method
-from training.models import answer_logits
 
 
 def generalised_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
@@ -38,8 +37,6 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 class GKD(Method):
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = self.mixed(model, batch, self.config.on_policy)
-        with torch.no_grad():
-            teacher = answer_logits(self.teacher, batch, self.visible)
-        loss = generalised_jsd(answer_logits(model, batch, self.visible), teacher, self.config.beta)
+        of = self.log_probs(model, batch)
+        loss = generalised_jsd(of.student, of.teacher, self.config.beta)
         return loss, {"loss": loss.detach()}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from training.batches import Batch
 from training.methods.base import Method
-from training.models import answer_logits
 
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -19,7 +17,6 @@ def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 class KD(Method):
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            teacher = answer_logits(self.teacher, batch, self.visible)
-        loss = forward_kl(answer_logits(model, batch, self.visible), teacher)
+        of = self.log_probs(model, batch)
+        loss = forward_kl(of.student, of.teacher)
         return loss, {"loss": loss.detach()}

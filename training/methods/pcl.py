@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from training.batches import Batch
 from training.methods.base import Method
-from training.models import answer_logits
 
 
 def all_actions_loss(log_pi: Tensor, log_p: Tensor, clip: float) -> Tensor:
@@ -49,15 +48,11 @@ def half_square(residual: Tensor, clip: float) -> Tensor:
 
 class PCL(Method):
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = self.mixed(model, batch, self.config.on_policy)
-        with torch.no_grad():
-            log_p = answer_logits(self.teacher, batch, self.visible).log_softmax(-1)
-        log_pi = answer_logits(model, batch, self.visible).log_softmax(-1)
+        of = self.log_probs(model, batch)
         if self.config.window == 0:
-            loss = all_actions_loss(log_pi, log_p, self.config.clip)
+            loss = all_actions_loss(of.student, of.teacher, self.config.clip)
         else:
-            taken = batch.targets[:, None]
-            ratio = (log_p.gather(1, taken) - log_pi.gather(1, taken)).squeeze(1)
             row = batch.answer.nonzero()[:, 0]
-            loss = half_square(path_residuals(ratio, row, self.config.window), self.config.clip).mean()
+            residuals = path_residuals(of.log_ratio, row, self.config.window)
+            loss = half_square(residuals, self.config.clip).mean()
         return loss, {"loss": loss.detach()}

@@ -1,0 +1,150 @@
+"""One process or many (`torchrun`): ranks, devices, and models sharded by FSDP2.
+
+Without `torchrun` everything here is the identity, so that training has one code path.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import MethodType
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from transformers import PreTrainedModel
+
+T = TypeVar("T")
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Join the processes that `torchrun` started; on one machine or many."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    where = device()
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """This process's GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Whether this process logs, exports and writes checkpoints."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    if size() > 1:
+        largest(0)
+
+
+def total(value: float) -> float:
+    """Sum over all processes."""
+    return _reduced(value, dist.ReduceOp.SUM)
+
+
+def largest(value: float) -> float:
+    return _reduced(value, dist.ReduceOp.MAX)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is set in any process: loops that call a sharded model have to end together."""
+    return bool(largest(float(flag)))
+
+
+def _reduced(value: float, operation: dist.ReduceOp) -> float:
+    if size() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)  # on the CPU: gloo, beside the GPUs' own traffic
+    dist.all_reduce(tensor, operation)
+    return tensor.item()
+
+
+def mine(items: Sequence[T]) -> Sequence[T]:
+    """This process's share; `gathered` puts the shares together again."""
+    return items[rank() :: size()]
+
+
+def gathered(share: Sequence[T]) -> list[T]:
+    """What every process got of `mine`, in the order of the whole."""
+    if size() == 1:
+        return list(share)
+    shares: list[Sequence[T]] = [()] * size()
+    dist.all_gather_object(shares, list(share))
+    return [shares[i % size()][i // size()] for i in range(sum(map(len, shares)))]
+
+
+def read(model: PreTrainedModel, select: object, **inputs: object) -> tuple[Tensor, Tensor]:
+    """Last hidden states (after the final norm) at the positions `select` of (B, T), and their logits:
+    (N, H) and (N, V).
+    """
+    states = model.get_decoder()(**inputs).last_hidden_state[select]
+    return states, model.get_output_embeddings()(states)
+
+
+def reader(model: PreTrainedModel) -> MethodType:
+    """`read` of this model, with the gathering of parameters where it is sharded."""
+    return model.read if is_sharded(model) else MethodType(read, model)
+
+
+def shard(model: PreTrainedModel) -> None:
+    """Move the model to this process's device; with several processes, split its parameters, gradients and
+    optimizer states among them (FSDP2: Zhao et al. 2023, arXiv 2304.11277, by parameter), layer by layer.
+    """
+    model.to(device())
+    if size() == 1:
+        return
+    for layer in model.get_decoder().layers:
+        fully_shard(layer)
+    fully_shard(model)
+    model.read = MethodType(read, model)
+    register_fsdp_forward_method(model, "read")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def synchronise_gradients(model: nn.Module, now: bool) -> None:
+    """Whether the next backward pass sums gradients over the processes; False while they accumulate."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Gather a sharded model's parameters once for many forward passes, as generation needs."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.set_reshard_after_forward(False)
+    try:
+        yield
+    finally:
+        model.set_reshard_after_forward(True)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

@@ -1,0 +1,42 @@
+"""SIGTERM and SIGINT end a run at the end of its step, with a checkpoint; the second one ends it at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has written a checkpoint; the same command goes on from it."""
+
+
+class StopRequests:
+    requested = False
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequests]:
+    """Only the main thread can receive signals; elsewhere nothing is ever requested."""
+    requests = StopRequests()
+    if threading.current_thread() is not threading.main_thread():
+        yield requests
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        requests.requested = True
+        for each in SIGNALS:
+            signal.signal(each, before[each])
+
+    for number in SIGNALS:
+        signal.signal(number, note)
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,62 @@
+"""The teacher's view of a batch beside the student's: log-probabilities over the same events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from training.batches import Batch
+from training.models import answer_logits
+from training.served import ServedTeacher
+
+Teacher: TypeAlias = PreTrainedModel | ServedTeacher
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """Of the next token at the N positions that predict a batch's answers, nats.
+
+    student, teacher: (N, K), each row normalised. The K events are all visible ids where the teacher is in
+    process, else its likeliest ids and, last, all others in one. taken: (N,) the batch's own token among
+    them.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    taken: Tensor
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """(N,) log p_T - log pi of the batch's own tokens."""
+        own = self.taken[:, None]
+        return (self.teacher.gather(1, own) - self.student.gather(1, own)).squeeze(1)
+
+
+def both(model: PreTrainedModel, teacher: Teacher, batch: Batch, visible: int) -> LogProbs:
+    """Gradients flow to `model` only."""
+    log_pi = answer_logits(model, batch, visible).float().log_softmax(-1)
+    if isinstance(teacher, ServedTeacher):
+        ids, log_p = (x.to(log_pi.device) for x in teacher.likeliest(batch))
+        return LogProbs(lump(log_pi, ids), remainder(log_p), (ids == batch.targets[:, None]).int().argmax(1))
+    with torch.no_grad():
+        log_p = answer_logits(teacher, batch, visible).float().log_softmax(-1)
+    return LogProbs(log_pi, log_p, batch.targets)
+
+
+def lump(log_probs: Tensor, ids: Tensor) -> Tensor:
+    """(N, V) over the whole vocabulary -> (N, K + 1): of each row's ids (N, K), and of all others in one."""
+    others = log_probs.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat((log_probs.gather(1, ids), others), dim=1)
+
+
+LEAST = 1e-7  # a remainder below float32's resolution is noise
+
+
+def remainder(log_probs: Tensor) -> Tensor:
+    """(N, K) of some events -> (N, K + 1): what they leave of 1 is the last."""
+    left = (1 - log_probs.double().exp().sum(-1, keepdim=True)).clamp(min=LEAST).log()
+    return torch.cat((log_probs, left.to(log_probs.dtype)), dim=1).log_softmax(-1)

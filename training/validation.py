@@ -1,0 +1,46 @@
+"""Validation in the loop: the task's own metric of greedy completions, and a few of them to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from training import parallel
+from training.progress import console
+from training.sampling import complete
+from training.tasks import Task
+from training.tokenizer import decode_answers, encode_prompts
+
+SHOWN = 2
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Of the first `examples` of the task's validation split; completions of at most `longest` tokens."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    examples: int
+    longest: int
+
+    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+        """Every process completes its share; scalars to log: `valid_quality`, `valid_similarity`."""
+        examples = self.task.valid()[: self.examples]
+        prompts = encode_prompts(self.tokenizer, [example.source for example in examples])
+        # Sharded models run in step: a process whose share is shorter completes its last prompt again.
+        share = list(parallel.mine(prompts)) or prompts[:1]
+        padding = int(parallel.largest(len(share))) - len(share)
+        share += share[-1:] * padding
+        visible, end = len(self.tokenizer), self.tokenizer.eos_token_id
+        tokens = complete(model, share, visible, end, self.longest, temperature=0)
+        answers = parallel.gathered(decode_answers(self.tokenizer, tokens)[: len(parallel.mine(prompts))])
+        scores = self.task.score(examples, answers)
+        if parallel.is_first():
+            for example, answer, quality in list(zip(examples, answers, scores.quality, strict=True))[:SHOWN]:
+                console.print(Text(f"  {example.source}\n  → {answer}  [{quality:.2f}]"))
+        return {
+            "valid_quality": self.task.quality(examples, answers, scores.quality),
+            "valid_similarity": sum(scores.similarity) / len(examples),
+        }

@@ -1,0 +1,71 @@
+"""One vocabulary for the whole pair: the ready tokenizer of a recipe, and what is checked before any compute
+is spent.
+"""
+
+from __future__ import annotations
+
+import json
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from router.reserved import ReservedRows
+from training.config import ChatConfig, PretrainedConfig, Recipe, RecipeError, ServedConfig
+from training.served import ServedTeacher
+
+
+def ready_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The pretrained tokenizer that a recipe names, with the recipe's chat template."""
+    name = recipe.ready_tokenizer
+    tokenizer = _load(name)
+    tokenizer.chat_template = chat_template(tokenizer, recipe.chat)
+    if tokenizer.eos_token_id is None:
+        raise RecipeError(f"the tokenizer of {name} has no end-of-sequence token")
+    return tokenizer
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase, chat: ChatConfig) -> str:
+    template = chat.template or tokenizer.chat_template
+    if not isinstance(template, str):
+        raise RecipeError(f"{tokenizer.name_or_path} has no chat template: give one as chat.template")
+    fixed = "".join(f"{{%- set {name} = {json.dumps(value)} %}}" for name, value in chat.options.items())
+    return fixed + template
+
+
+def check_pair(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises RecipeError, naming the model, where student or teacher has another vocabulary than `tokenizer`,
+    or the student no row to spare; TeacherError where a served teacher cannot be used.
+    """
+    for role in ("teacher", "student"):
+        config = getattr(recipe, role)
+        if isinstance(config, ServedConfig):
+            served_teacher(config).check_vocabulary(tokenizer)
+        elif isinstance(config, PretrainedConfig):
+            check_vocabulary(role, config.pretrained, tokenizer)
+            rows = AutoConfig.from_pretrained(config.pretrained).vocab_size
+            try:
+                if role == "student":
+                    ReservedRows.at_end(rows, len(tokenizer))
+            except ValueError as error:
+                raise RecipeError(f"student {config.pretrained}: {error}") from error
+
+
+def check_vocabulary(role: str, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    ours, theirs = tokenizer.get_vocab(), _load(name).get_vocab()
+    if ours != theirs:
+        token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+        raise RecipeError(
+            f"the {role} {name} has another vocabulary than {tokenizer.name_or_path}: {token!r} is "
+            f"{theirs.get(token, 'unknown')} there, {ours.get(token, 'unknown')} here; a pair needs one "
+            "vocabulary"
+        )
+
+
+def served_teacher(config: ServedConfig) -> ServedTeacher:
+    return ServedTeacher(config.url, config.model, config.top_logprobs)
+
+
+def _load(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"no tokenizer in {name}: {error}") from error
