@@ -1,0 +1,81 @@
+"""Dashboards, recording rules and alerts: they parse, name series that exist, and fire when they should."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import promql
+import pytest
+import yaml
+from prometheus_client import REGISTRY, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+import server.metrics  # noqa: F401  (registers the gateway's series)
+
+RULE_TESTS = Path(__file__).with_name("rules_test.yml")
+OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
+SUFFIX = re.compile("_(bucket|sum|count|total)$")
+
+
+def promtool(*arguments: str) -> str:
+    result = subprocess.run(["promtool", *arguments], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_rules_are_valid() -> None:
+    promtool("check", "rules", *map(str, promql.RULES))
+
+
+def test_rules_do_what_they_say() -> None:
+    promtool("test", "rules", str(RULE_TESTS))
+
+
+def test_every_alert_is_seen_firing() -> None:
+    tests = yaml.safe_load(RULE_TESTS.read_text())["tests"]
+    cases = [case for test in tests for case in test.get("alert_rule_test", ())]
+    fired = {case["alertname"] for case in cases if case["exp_alerts"]}
+    assert fired == {rule["alert"] for rule in promql.rules() if "alert" in rule}
+
+
+def test_every_alert_is_explained() -> None:
+    sections = set(re.findall(r"^#+ (Wheels\w+)$", OPERATIONS.read_text(), re.MULTILINE))
+    assert sections == {rule["alert"] for rule in promql.rules() if "alert" in rule}
+
+
+@pytest.mark.parametrize(
+    "expression", promql.rule_expressions() + promql.panel_expressions(), ids=lambda e: e.place
+)
+def test_own_series_exist(expression: promql.Expression) -> None:
+    """Ours are in the gateway's own registry, recorded ones in the rules; a real scrape shows the rest."""
+    families = text_string_to_metric_families(generate_latest(REGISTRY).decode())
+    known = {family.name for family in families}
+    for selector in expression.selectors():
+        if ":" in selector.name and not selector.name.startswith("vllm:"):
+            assert selector.name in promql.recorded()
+        elif selector.name.startswith("wheels_"):
+            assert SUFFIX.sub("", selector.name) in known
+
+
+def test_panels_are_complete() -> None:
+    for dashboard, panel in promql.panels():
+        assert panel["description"], f"{dashboard}: {panel['title']} says not what it shows"
+        assert panel["datasource"]["uid"] == "${datasource}"
+        for target in panel["targets"]:
+            assert target["expr"]
+
+
+@pytest.mark.parametrize("path", promql.DASHBOARDS, ids=lambda path: path.stem)
+def test_panels_do_not_overlap(path: Path) -> None:
+    panels = yaml.safe_load(path.read_text())["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken: set[tuple[int, int]] = set()
+    for place in (panel["gridPos"] for panel in panels):
+        assert place["x"] + place["w"] <= 24
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken
+        taken |= cells
