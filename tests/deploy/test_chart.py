@@ -1,0 +1,153 @@
+"""The Helm chart: linted, rendered, validated, compared with what it was, and refused where it should be."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import helm
+import kubernetes_validate
+import pytest
+import yaml
+from cloudcoil.models.keda.v1alpha1 import ScaledObject
+from cloudcoil.models.prometheus_operator.v1 import PrometheusRule, ServiceMonitor
+from pydantic import BaseModel, TypeAdapter
+
+from router.ledger import LedgerConfig
+from server.config import ENVIRONMENT_PREFIX, ServeConfig, load
+
+# The oldest Kubernetes that the chart admits, and the newest that there are schemas of.
+KUBERNETES = ("1.30", "1.37")
+CUSTOM: dict[str, type[BaseModel]] = {
+    "ScaledObject": ScaledObject,
+    "ServiceMonitor": ServiceMonitor,
+    "PrometheusRule": PrometheusRule,
+}
+MONITORING = "--set=" + ",".join(
+    f"monitoring.{part}.enabled=true" for part in ("serviceMonitor", "rules", "dashboards")
+)
+
+
+def manifests(text: str) -> list[dict[str, Any]]:
+    return [manifest for manifest in yaml.safe_load_all(text) if manifest]
+
+
+def of_kind(text: str, kind: str, component: str = "gateway") -> dict[str, Any]:
+    (found,) = (
+        manifest
+        for manifest in manifests(text)
+        if manifest["kind"] == kind and manifest["metadata"]["name"] == f"wheels-{component}"
+    )
+    return found
+
+
+def check(manifest: dict[str, Any]) -> None:
+    """Raises where a field is unknown, missing or of the wrong type."""
+    if model := CUSTOM.get(manifest["kind"]):
+        parsed = model.model_validate(manifest)
+        assert not unknown(manifest["spec"], parsed.spec)
+    else:
+        for version in KUBERNETES:
+            kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def unknown(given: Any, parsed: Any) -> list[str]:
+    """Fields of a resource that its model dropped: these models ignore what they do not know."""
+    if isinstance(given, list):
+        return [name for one, other in zip(given, parsed, strict=True) for name in unknown(one, other)]
+    if not isinstance(given, dict) or not isinstance(parsed, BaseModel):
+        return []
+    fields = {field.alias or name: name for name, field in type(parsed).model_fields.items()}
+    return [name for name in given if name not in fields] + [
+        inner
+        for name, value in given.items()
+        if name in fields
+        for inner in unknown(value, getattr(parsed, fields[name]))
+    ]
+
+
+def test_lint() -> None:
+    for case in helm.CASES:
+        result = helm.helm("lint", "--strict", str(helm.CHART), "--values", f"{helm.HERE}/values/{case}.yaml")
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("case", helm.CASES)
+def test_manifests_are_as_before(case: str) -> None:
+    """A change that is meant: `python -m tests.deploy.helm`, then read the difference."""
+    assert helm.rendered(case) == helm.golden(case).read_text()
+
+
+@pytest.mark.parametrize("case", helm.CASES)
+def test_manifests_are_valid(case: str) -> None:
+    for manifest in manifests(helm.rendered(case)):
+        check(manifest)
+
+
+def test_monitoring_manifests_are_valid() -> None:
+    kinds = [manifest["kind"] for manifest in manifests(helm.template(MONITORING).stdout)]
+    assert kinds.count("ServiceMonitor") == 2
+    assert kinds.count("PrometheusRule") == 2
+    for manifest in manifests(helm.template(MONITORING).stdout):
+        check(manifest)
+
+
+def test_a_wrong_manifest_is_noticed() -> None:
+    good = of_kind(helm.rendered("fleet"), "ScaledObject")
+    check(good)
+    with pytest.raises(AssertionError, match="maxReplicas"):
+        check(good | {"spec": good["spec"] | {"maxReplicas": 3}})
+    deployment = of_kind(helm.rendered("demo"), "Deployment")
+    with pytest.raises(kubernetes_validate.ValidationError):
+        check(deployment | {"spec": deployment["spec"] | {"replica": 3}})
+
+
+def test_the_schema_is_the_gateways() -> None:
+    assert helm.schema_with(helm.configuration_schema()) == helm.SCHEMA.read_text()
+
+
+@pytest.mark.parametrize("case", ["demo", "cpu-external-teacher"])
+def test_the_gateway_takes_its_configuration(case: str, tmp_path: Path) -> None:
+    text = of_kind(helm.rendered(case), "ConfigMap")["data"]["config.yaml"]
+    file = tmp_path / "config.yaml"
+    file.write_text(text.replace("/opt/demo", str(helm.ROOT / "deploy" / "demo")))
+    assert load(["--config", str(file)]).default_budget.fraction == 0.1
+
+
+@pytest.mark.parametrize("case", helm.CASES)
+def test_variables_are_settings(case: str) -> None:
+    """The gateway refuses variables that it does not know."""
+    pod = of_kind(helm.rendered(case), "Deployment")["spec"]["template"]["spec"]
+    assert pod["enableServiceLinks"] is False  # a Service named "wheels" would set WHEELS_PORT
+    variables = {variable["name"]: variable.get("value") for variable in pod["containers"][0]["env"]}
+    ours = {name for name in variables if name.startswith(ENVIRONMENT_PREFIX)}
+    assert {name.removeprefix(ENVIRONMENT_PREFIX).lower() for name in ours} <= set(ServeConfig.model_fields)
+    if "WHEELS_LEDGER" in ours:
+        assert list(variables).index("LEDGER_URL") < list(variables).index("WHEELS_LEDGER")
+        value = variables["WHEELS_LEDGER"].replace("$(LEDGER_URL)", "redis://:pass@cache:6379/0")
+        TypeAdapter(LedgerConfig).validate_python(json.loads(value))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("gateway.replica=3", "additional properties 'replica' not allowed"),
+        ("gateway.replicas=0", "minimum: got 0, want 1"),
+        ("gateway.config.gate=guess", "value must be one of"),
+        ("gateway.config.default_budget=2", "maximum: got 2, want 1"),
+        ("gateway.config.spam=1", "additional properties 'spam' not allowed"),
+        ("gateway.config.student=/s", "additional properties 'student' not allowed"),
+        ("gateway.config.limits[0].type=tokens,gateway.config.limits[0].tokens=5", "window_seconds"),
+        ("ledger.settings.url=redis://cache", "additional properties 'url' not allowed"),
+        ("teacher.url=teacher:8000", "does not match pattern"),
+        ("secrets.tenants.name=tenants", "several gateways with limits or tenants need ledger.urlSecret"),
+        (
+            "secrets.tenants.name=tenants,secrets.apiKey.name=key,ledger.urlSecret.name=redis",
+            "secrets.tenants and secrets.apiKey exclude each other",
+        ),
+        ("teacher.url=http://t,teacher.autoscaling.enabled=true", "teacher.autoscaling"),
+    ],
+)
+def test_wrong_values_are_refused(values: str, message: str) -> None:
+    result = helm.template("--set", values)
+    assert result.returncode != 0
+    assert message in result.stderr
