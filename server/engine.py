@@ -15,7 +15,7 @@ from http import HTTPStatus
 from typing import Any, Literal
 
 from router.budget import Bucket, Budget, Grant
-from router.ledger import Denial, Lease
+from router.ledger import Denial
 from router.policy import NEVER, Policy, Terms
 from router.reserved import ReservedRows
 from server.completion import Completion, Piece
@@ -24,7 +24,7 @@ from server.gate_processor import PRICE, terms_args
 from server.limits import check_reserved_rows, unsupported
 from server.metrics import ESCALATIONS, counted
 from server.pool import Slot, TeacherPool
-from server.shared import Share, SharedBudgets
+from server.shared import Draw, Share, SharedBudgets
 from server.teacher import TeacherError
 from server.tenants import OverMaximum
 from server.vllm_api import (
@@ -65,7 +65,7 @@ class Span:
     """What was reserved for a span: in the request's own budget, in the shared ones, at the teacher."""
 
     grant: Grant
-    lease: Lease
+    draw: Draw
     slot: Slot
 
 
@@ -157,7 +157,7 @@ class CooperativeEngine(AsyncLLM):
             if span is None:
                 continue
             try:
-                async with aclosing(_until(span.lease.deadline, self._teacher(choice, span))) as pieces:
+                async with aclosing(_until(span.draw.deadline, self._teacher(choice, span))) as pieces:
                     async for piece in pieces:
                         used += len(piece.token_ids)
                         completion.extend(piece, "teacher")
@@ -169,7 +169,7 @@ class CooperativeEngine(AsyncLLM):
                 self._lose_teacher(choice, error)
             finally:
                 choice.bucket.settle(span.grant, used)
-                choice.share.settle(span.lease, used)
+                choice.share.settle(used)
                 span.slot.release()
 
     def _terms(self, choice: Choice) -> Terms:
@@ -246,22 +246,23 @@ class CooperativeEngine(AsyncLLM):
         if grant is None:
             choice.deny("budget", degraded=False)
             return None
-        lease = await choice.share.reserve(grant.tokens, choice.student_tokens)
-        if isinstance(lease, Denial):
+        ahead = min(room, self.cooperation.span_tokens)
+        draw = await choice.share.reserve(grant.tokens, choice.student_tokens, ahead=ahead)
+        if isinstance(draw, Denial):
             choice.bucket.cancel(grant)
-            choice.put_off(lease.label, degraded=lease.reason == "unavailable")
+            choice.put_off(draw.label, degraded=draw.reason == "unavailable")
             return None
         try:
             slot = await teacher.admit(choice.affinity)  # last: it may be a breaker's only trial
         except BaseException as error:
             choice.bucket.cancel(grant)
-            choice.share.settle(lease, 0)
+            choice.share.settle(0)
             if not isinstance(error, TeacherError):
                 raise
             self._lose_teacher(choice, error)
             return None
         ESCALATIONS.labels("granted", "gate").inc()
-        return Span(grant, lease, slot)
+        return Span(grant, draw, slot)
 
     def _teacher(self, choice: Choice, span: Span) -> AsyncIterator[Piece]:
         """One span of the teacher, in pieces."""
@@ -270,7 +271,7 @@ class CooperativeEngine(AsyncLLM):
         return self.cooperation.teacher.write(
             span.slot,
             choice.prefix,
-            span.lease.tokens,
+            span.draw.tokens,
             choice.params,
             min_tokens=max(0, choice.params.min_tokens - len(choice.completion)),
             seed=choice.seed,

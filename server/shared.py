@@ -17,14 +17,23 @@ logger = logging.getLogger(__name__)
 
 STEER_SECONDS = 0.5
 """How often the prices follow what the ledger says; and how old a request's terms may be."""
+HOLD_SECONDS = 0.25
+"""How long a choice keeps what its lease has left: asks that follow closely cost the ledger nothing."""
 
 
 class SharedBudgets:
     """The ledger, and the prices that it makes. Settlements and records run beside the request."""
 
-    def __init__(self, ledger: Ledger, prices: PriceController, limits: Sequence[Limit] = ()) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        prices: PriceController,
+        limits: Sequence[Limit] = (),
+        hold_seconds: float = HOLD_SECONDS,
+    ) -> None:
         self.ledger = ledger
         self.prices = prices
+        self.hold_seconds = hold_seconds
         self.everybody = tuple(Scope("global", "", limit) for limit in limits)
         self._used: dict[str, Scope] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -74,36 +83,84 @@ class SharedBudgets:
         await self.ledger.aclose()
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Teacher tokens that a span may have: none of them at or after the deadline (of `time.monotonic`)."""
+
+    tokens: int
+    deadline: float
+
+
 @dataclass
 class Share:
-    """What one choice has to do with shared budgets."""
+    """What one choice has to do with shared budgets. One span at a time: reserve, then settle, in turn."""
 
     budgets: SharedBudgets
     scopes: tuple[Scope, ...]
     weight: float
     recorded: int = 0
     """Student tokens of this choice that the ledger knows of."""
+    lease: Lease | None = None
+    """What the spans are drawn from, while something of it is left."""
+    used: int = 0
+    """Tokens of the lease that were written."""
+    renew_at: float = 0.0
+    """A later span gets a lease of its own, so that it has time."""
+    release_later: asyncio.TimerHandle | None = None
 
     @property
     def rate(self) -> float:
         """The teacher rate that the shared limits leave to aim at; 1 where none binds."""
         return self.budgets.prices.rate(self.scopes, self.weight)
 
-    async def reserve(self, tokens: int, student_tokens: int) -> Lease | Denial:
-        """Reserve up to ``tokens`` for a choice of which the student has written ``student_tokens``."""
-        if not self.scopes:
-            return Lease("", (), tokens, math.inf)
-        self.budgets.use(self.scopes)
-        new, self.recorded = student_tokens - self.recorded, student_tokens
-        return await self.budgets.ledger.reserve(self.scopes, tokens, at_least=1, student_tokens=new)
+    async def reserve(self, tokens: int, student_tokens: int, *, ahead: int = 0) -> Draw | Denial:
+        """Up to ``tokens`` for a choice of which the student has written ``student_tokens``.
 
-    def settle(self, lease: Lease, used: int) -> None:
-        if lease.scopes:
-            self.budgets.beside(self.budgets.ledger.settle(lease, used))
+        Where the lease at hand does not have them, a new one is taken, of ``ahead`` tokens if that is more.
+        """
+        if not self.scopes:
+            return Draw(tokens, math.inf)
+        self._keep()
+        if self.lease is None or self.lease.tokens - self.used < tokens or time.monotonic() >= self.renew_at:
+            self.release()
+            self.budgets.use(self.scopes)
+            new, self.recorded = student_tokens - self.recorded, student_tokens
+            lease = await self.budgets.ledger.reserve(
+                self.scopes, max(tokens, ahead), at_least=1, student_tokens=new
+            )
+            if isinstance(lease, Denial):
+                return lease
+            self.lease, self.used = lease, 0
+            self.renew_at = (time.monotonic() + lease.deadline) / 2
+        return Draw(min(tokens, self.lease.tokens - self.used), self.lease.deadline)
+
+    def settle(self, used: int) -> None:
+        """So many tokens of what was reserved last were written."""
+        if self.lease is None:
+            return
+        self.used += used
+        if self.used == self.lease.tokens:
+            self.release()
+        else:
+            loop = asyncio.get_running_loop()
+            self.release_later = loop.call_later(self.budgets.hold_seconds, self.release)
+
+    def release(self) -> None:
+        """Settle the lease: what is left of it is for others."""
+        self._keep()
+        if self.lease is not None:
+            lease, self.lease = self.lease, None
+            self.budgets.beside(self.budgets.ledger.settle(lease, self.used))
 
     def close(self, student_tokens: int) -> None:
         """The choice has ended; record what the student has written since the last reservation."""
+        self.release()
         if self.scopes and student_tokens > self.recorded:
             self.budgets.use(self.scopes)
             new, self.recorded = student_tokens - self.recorded, student_tokens
             self.budgets.beside(self.budgets.ledger.record(self.scopes, new))
+
+    def _keep(self) -> None:
+        if self.release_later is not None:
+            self.release_later.cancel()
+            self.release_later = None

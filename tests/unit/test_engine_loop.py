@@ -840,6 +840,22 @@ async def test_spans_are_reserved_and_settled(pair):
     assert await on_the_books(shared) == (4, 0, 6)
 
 
+async def test_a_span_that_is_asked_for_token_by_token_is_reserved_once(pair):
+    shared = shared_by_all(tokens(100))
+    engine, _ = pair(ask_at={2, 3, 4, 5}, span_tokens=4, ask_tokens=1, shared=shared)
+    leases, reserve = [], shared.ledger.reserve
+
+    async def counting(*arguments: Any, **options: Any) -> Any:
+        leases.append(await reserve(*arguments, **options))
+        return leases[-1]
+
+    shared.ledger.reserve = counting
+    result = await write(engine, 0.5, max_tokens=10)
+    assert (result.text(), result.report.calls) == ("abCDEFghij", 4)
+    assert [lease.tokens for lease in leases] == [4]
+    assert await on_the_books(shared) == (4, 0, 6)
+
+
 async def test_what_the_teacher_did_not_write_is_given_back(pair):
     shared = shared_by_all(tokens(100))
     engine, _ = pair(ask_at={2}, span_tokens=4, shared=shared, fails_at=3)
@@ -907,7 +923,7 @@ async def test_the_shared_price_is_the_requests_price(pair):
     """A limit of nothing makes the price infinite, once the ledger has been heard."""
     shared = shared_by_all(FractionOfTraffic(fraction=0.0, window_seconds=60))
     engine, teacher = pair(ask_at={2}, shared=shared)
-    await shared.share(None).reserve(1, 1)
+    await shared.share(None).reserve(1, 1)  # refused
     await shared.update()
     result = await write(engine, 1, max_tokens=8)
     assert result.text() == "abcdefgh"

@@ -2,13 +2,17 @@
 
 import asyncio
 import math
+from collections import Counter
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from router.controller import AIM, PriceController
 from router.ledger import Denial, FractionOfTraffic, Lease, MemoryLedger, TokensPerWindow
 from router.policy import Calibration
-from server.shared import SharedBudgets
+from server.shared import Draw, SharedBudgets
 from server.tenants import Tenant, hash_key
 
 MINUTE = TokensPerWindow(tokens=100, window_seconds=60)
@@ -27,10 +31,8 @@ def tenant() -> Tenant:
 
 async def test_without_limits_nothing_is_counted(prices: PriceController) -> None:
     share = SharedBudgets(MemoryLedger(), prices).share(None)
-    lease = await share.reserve(1000, 50)
-    assert isinstance(lease, Lease)
-    assert (lease.tokens, lease.deadline) == (1000, math.inf)
-    share.settle(lease, 1000)
+    assert await share.reserve(1000, 50) == Draw(1000, math.inf)
+    share.settle(1000)
     share.close(5000)
     assert share.rate == 1.0
 
@@ -38,21 +40,21 @@ async def test_without_limits_nothing_is_counted(prices: PriceController) -> Non
 async def test_every_student_token_is_recorded_once(prices: PriceController, tenant: Tenant) -> None:
     budgets = SharedBudgets(MemoryLedger(), prices, [TENTH])
     share = budgets.share(tenant)
-    lease = await share.reserve(4, 90)
-    share.settle(lease, 3)
-    assert isinstance(await share.reserve(4, 100), Lease)
+    assert isinstance(await share.reserve(4, 90), Draw)
+    share.settle(3)
+    assert isinstance(await share.reserve(4, 100), Draw)
     share.close(130)
     share.close(130)
     await budgets.aclose()
     for status in await budgets.ledger.status(share.scopes):
-        assert (status.spent, status.reserved, status.student_tokens) == (3, 4, 130)
+        assert (status.spent, status.reserved, status.student_tokens) == (3, 0, 130)
 
 
 async def test_what_is_left_is_granted_and_no_more(prices: PriceController, tenant: Tenant) -> None:
-    share = SharedBudgets(MemoryLedger(), prices).share(tenant)
-    assert (await share.reserve(98, 0)).tokens == 98
-    assert (await share.reserve(8, 0)).tokens == 2
-    denial = await share.reserve(8, 0)
+    budgets = SharedBudgets(MemoryLedger(), prices)
+    assert (await budgets.share(tenant).reserve(98, 0)).tokens == 98
+    assert (await budgets.share(tenant).reserve(8, 0)).tokens == 2
+    denial = await budgets.share(tenant).reserve(8, 0)
     assert isinstance(denial, Denial)
     assert denial.label == "tenant_tokens"
 
@@ -62,7 +64,9 @@ async def test_the_price_follows_what_is_spent(prices: PriceController) -> None:
     budgets = SharedBudgets(MemoryLedger(), prices, [TENTH])
     lesser = Tenant(name="lesser", keys=(hash_key("secret"),), priority=0.5)
     share, everybody = budgets.share(lesser), budgets.share(None)
-    share.settle(await share.reserve(4, 100), 4)
+    await share.reserve(4, 100)
+    share.settle(4)
+    await asyncio.sleep(0)
     await budgets.update()
     assert everybody.rate == pytest.approx(AIM * 0.1)
     share.close(1000)
@@ -81,6 +85,121 @@ async def test_only_what_is_used_is_looked_at(prices: PriceController, tenant: T
     assert not await budgets.update()
 
 
+# Asks that follow closely
+
+
+class CountingLedger(MemoryLedger):
+    """Counts what a ledger in Redis would be asked over the network."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.calls: Counter[str] = Counter()
+
+    async def reserve(self, *arguments: Any, **options: Any) -> Lease | Denial:
+        self.calls["reserve"] += 1
+        return await super().reserve(*arguments, **options)
+
+    async def settle(self, lease: Lease, used: int) -> str:
+        self.calls["settle"] += 1
+        return await super().settle(lease, used)
+
+
+async def books(budgets: SharedBudgets) -> tuple[int, int]:
+    """Spent and reserved under the first limit, when settlements under way are done."""
+    await asyncio.gather(*budgets._tasks)
+    status, *_ = await budgets.ledger.status(budgets.everybody)
+    return status.spent, status.reserved
+
+
+def counting(prices: PriceController, hold_seconds: float = 60.0, **options: Any) -> SharedBudgets:
+    return SharedBudgets(CountingLedger(**options), prices, [MINUTE], hold_seconds)
+
+
+async def test_asks_that_follow_closely_share_a_lease(prices: PriceController) -> None:
+    budgets = counting(prices)
+    share = budgets.share(None)
+    for asked in range(8):
+        assert (await share.reserve(1, asked, ahead=4)).tokens == 1
+        share.settle(1)
+    assert await books(budgets) == (8, 0)
+    assert budgets.ledger.calls == {"reserve": 2, "settle": 2}
+
+
+async def test_what_a_lease_has_left_is_kept_for_a_moment(prices: PriceController) -> None:
+    budgets = counting(prices, hold_seconds=0.05)
+    share = budgets.share(None)
+    await share.reserve(1, 0, ahead=4)
+    share.settle(1)
+    assert await books(budgets) == (0, 4)
+    await asyncio.sleep(0.1)
+    assert await books(budgets) == (1, 0)
+    assert (await share.reserve(1, 9, ahead=4)).tokens == 1
+    assert await books(budgets) == (1, 4)
+
+
+async def test_a_lease_is_not_given_back_while_a_span_is_under_way(prices: PriceController) -> None:
+    budgets = counting(prices, hold_seconds=0.05)
+    share = budgets.share(None)
+    await share.reserve(1, 0, ahead=4)
+    share.settle(1)
+    await share.reserve(1, 0, ahead=4)
+    await asyncio.sleep(0.1)
+    assert await books(budgets) == (0, 4)
+    share.settle(1)
+    share.close(0)
+    assert await books(budgets) == (2, 0)
+
+
+async def test_a_lease_with_too_little_left_makes_room_for_another(prices: PriceController) -> None:
+    budgets = counting(prices)
+    share = budgets.share(None)
+    await share.reserve(4, 0, ahead=6)
+    share.settle(4)
+    assert (await share.reserve(4, 0, ahead=6)).tokens == 4
+    assert await books(budgets) == (4, 6)
+
+
+async def test_a_span_gets_half_the_time_of_a_lease_at_least(prices: PriceController) -> None:
+    budgets = counting(prices, lease_seconds=0.25)
+    share = budgets.share(None)
+    first = await share.reserve(1, 0, ahead=4)
+    share.settle(1)
+    assert (await share.reserve(1, 0, ahead=4)).deadline == first.deadline
+    share.settle(1)
+    await asyncio.sleep(0.11)
+    later = await share.reserve(1, 0, ahead=4)
+    assert later.deadline >= first.deadline + 0.1
+    assert await books(budgets) == (2, 4)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 3), st.integers(0, 3), st.booleans()), max_size=60)
+)
+async def test_shares_at_once_stay_within_the_limit(asks: list[tuple[int, int, int, bool]]) -> None:
+    """Three choices ask, write some of it, and end now and then, each with what its lease has left."""
+    controller = PriceController(Calibration(((0.01, 9.0), (0.5, 1.0))), span_tokens=4)
+    limit = TokensPerWindow(tokens=30, window_seconds=3600)
+    budgets = SharedBudgets(MemoryLedger(), controller, [limit])
+    shares, written = [budgets.share(None) for _ in range(3)], 0
+    for number, wanted, used, ends in asks:
+        draw = await shares[number].reserve(wanted, 0, ahead=4)
+        if isinstance(draw, Draw):
+            assert 1 <= draw.tokens <= wanted
+            shares[number].settle(min(used, draw.tokens))
+            written += min(used, draw.tokens)
+        if ends:
+            shares[number].close(0)
+            shares[number] = budgets.share(None)
+        spent, reserved = await books(budgets)
+        assert written <= spent + reserved <= 30
+    for share in shares:
+        share.close(0)
+    assert await books(budgets) == (written, 0)
+
+
+# Settlements
+
+
 class SlowLedger(MemoryLedger):
     """Settles after a moment, or not at all."""
 
@@ -96,13 +215,14 @@ class SlowLedger(MemoryLedger):
 async def test_settlements_survive_their_request(prices: PriceController, tenant: Tenant) -> None:
     budgets = SharedBudgets(SlowLedger(), prices)
     share = budgets.share(tenant)
-    lease = await share.reserve(8, 0)
+    await share.reserve(8, 0)
 
     async def request() -> None:
         try:
             await asyncio.Event().wait()
         finally:
-            share.settle(lease, 5)
+            share.settle(5)
+            share.close(0)
 
     task = asyncio.create_task(request())
     await asyncio.sleep(0)
@@ -120,7 +240,8 @@ async def test_a_failed_settlement_is_logged(
     ledger.fails = True
     budgets = SharedBudgets(ledger, prices)
     share = budgets.share(tenant)
-    share.settle(await share.reserve(8, 0), 5)
+    await share.reserve(8, 0)
+    share.settle(8)
     await budgets.aclose()
     await asyncio.sleep(0)
     assert "a settlement failed" in caplog.text
