@@ -25,6 +25,9 @@ def save(directory: Path, step: int, model: PreTrainedModel, optimizers: list[Op
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights, states = get_state_dict(model, optimizers, options=options)
     if parallel.is_first():
+        # A frozen output matrix that is the embedding too is still there, under its second name.
+        frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        weights = {name: tensor for name, tensor in weights.items() if name not in frozen}
         scratch = directory / (CHECKPOINT + ".tmp")
         torch.save({"step": step, "model": weights, "optimizers": states}, scratch)
         os.replace(scratch, directory / CHECKPOINT)

@@ -140,8 +140,9 @@ def make_optimizers(model: PreTrainedModel, schedule: Schedule) -> list[Optimize
     inner = [p for name, p in trained if schedule.optimizer == "muon" and p.ndim == 2 and ".layers." in name]
     chosen = {id(p) for p in inner}
     outer = [p for _, p in trained if id(p) not in chosen]
-    adamw = AdamW(outer, betas=(0.9, 0.98), weight_decay=schedule.weight_decay, fused=True)
-    if not inner:
-        return [adamw]
-    muon = Muon(inner, weight_decay=schedule.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [adamw, muon]
+    optimizers: list[Optimizer] = []
+    if outer:
+        optimizers += [AdamW(outer, betas=(0.9, 0.98), weight_decay=schedule.weight_decay, fused=True)]
+    if inner:
+        optimizers += [Muon(inner, weight_decay=schedule.weight_decay, adjust_lr_fn="match_rms_adamw")]
+    return optimizers

@@ -1,0 +1,149 @@
+"""Ready pairs: checked before any compute is spent, trained in whole or by adapters, exported plainly."""
+
+import json
+from itertools import islice
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from router.checkpoint import RouterCheckpoint
+from router.reserved import RESERVED_ROWS
+from training.cli import train
+from training.config import Shape
+from training.models import new_model, save_model
+from training.tasks import make_task
+from training.tokenizer import load_tokenizer, train_tokenizer
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory):
+    """A directory with `teacher` and `student`, untrained."""
+    directory = tmp_path_factory.mktemp("ready")
+    texts = [t for e in islice(make_task("numbers").train(5), 500) for t in (e.source, e.references.first())]
+    tokenizer = train_tokenizer(texts, 300, 512)
+    for role, hidden in (("teacher", 64), ("student", 32)):
+        shape = Shape(hidden=hidden, layers=2, heads=1, feed_forward=32)
+        save_model(new_model(shape, tokenizer, hidden), tokenizer, directory / role)
+    return directory
+
+
+@pytest.fixture
+def recipe(ready, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"""
+output: {tmp_path}/out
+work: {tmp_path}/work
+task: {{name: numbers}}
+teacher: {{pretrained: {ready}/teacher}}
+student:
+  pretrained: {ready}/student
+  lora: {{rank: 4}}
+  method: {{type: gkd, on_policy: 0.5}}
+  schedule: {{steps: 6, batch: 4, learning_rate: 1e-2, checkpoint_every: 2, log_every: 1, compile: false}}
+router: {{span_tokens: 2, ask_tokens: 1, gain: excess, prompts: 8, calibration_examples: 4}}
+""")
+    return str(path)
+
+
+def losses(directory):
+    lines = map(json.loads, (directory / "log.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines]
+
+
+def test_an_adapter_is_trained_resumed_and_merged(ready, recipe, tmp_path, monkeypatch):
+    students = ["--stage", "teacher", "--stage", "student"]
+    assert train([recipe, *students]) == 0
+    straight = losses(tmp_path / "work" / "student")
+    assert straight[-1] < straight[0]
+
+    before = load_file(ready / "student" / "model.safetensors")
+    merged = load_file(tmp_path / "out" / "student" / "model.safetensors")
+    assert merged.keys() == before.keys()
+    changed = {name for name in before if not torch.equal(before[name], merged[name])}
+    assert changed == {name for name in before if "_proj" in name}
+    assert (tmp_path / "out" / "teacher").resolve() == ready / "teacher"
+
+    again = [recipe, f"output={tmp_path}/out2", f"work={tmp_path}/work2", *students]
+    with monkeypatch.context() as patch:
+        patch.setattr("training.trainer.save", dies_after(4))
+        with pytest.raises(KeyboardInterrupt):
+            train(again)
+    assert train(again) == 0
+    assert losses(tmp_path / "work2" / "student") == straight
+    assert merged.keys() == load_file(tmp_path / "out2" / "student" / "model.safetensors").keys()
+    saved = torch.load(tmp_path / "work2" / "student" / "checkpoint.pt")["model"]
+    assert all("lora_" in name for name in saved)
+
+
+def dies_after(last):
+    from training.checkpoints import save
+
+    def stand_in(directory, step, *state):
+        save(directory, step, *state)
+        if step == last:
+            raise KeyboardInterrupt
+
+    return stand_in
+
+
+def test_a_router_over_a_ready_pair_that_is_not_trained(recipe, ready, tmp_path):
+    assert train([recipe, f"student={{pretrained: {ready}/student}}"]) == 0
+    router = RouterCheckpoint.load(tmp_path / "out" / "router")
+    router.check_student(tmp_path / "out" / "student")
+    assert router.reserved.start == 300
+
+
+def test_a_model_that_is_not_there_is_named(recipe, tmp_path, capsys):
+    assert train([recipe, f"student={{pretrained: {tmp_path}/none}}"]) == 2
+    assert f"no tokenizer in {tmp_path}/none" in capsys.readouterr().err
+
+
+def other_tokenizer(directory):
+    vocabulary = {chr(33 + i): i for i in range(90)} | {"<|end|>": 90}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocabulary, merges=[])), eos_token="<|end|>"
+    )
+    tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
+def test_another_vocabulary_is_refused_by_name(recipe, ready, tmp_path, capsys):
+    strange = tmp_path / "strange"
+    tokenizer = other_tokenizer(strange)
+    save_model(
+        new_model(Shape(hidden=32, layers=1, heads=1, feed_forward=32), tokenizer, 0), tokenizer, strange
+    )
+    assert train([recipe, f"teacher.pretrained={strange}"]) == 2
+    message = capsys.readouterr().err
+    assert f"the teacher {strange} has another vocabulary than {ready / 'student'}" in message
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_student_without_a_row_to_spare_is_refused(recipe, ready, tmp_path, capsys):
+    full = tmp_path / "full"
+    model = AutoModelForCausalLM.from_pretrained(ready / "student")
+    model.resize_token_embeddings(model.config.vocab_size - RESERVED_ROWS)
+    save_model(model, load_tokenizer(ready / "student"), full)
+    assert train([recipe, f"student.pretrained={full}"]) == 2
+    assert f"student {full}: the vocabulary has no spare row" in capsys.readouterr().err
+
+
+def test_a_template_and_its_variables_go_with_the_student(recipe, ready, tmp_path):
+    bare = tmp_path / "bare"
+    tokenizer = load_tokenizer(ready / "student")
+    tokenizer.chat_template = None
+    for role in ("teacher", "student"):
+        save_model(AutoModelForCausalLM.from_pretrained(ready / role), tokenizer, bare / role)
+    pair = [f"teacher.pretrained={bare}/teacher", f"student={{pretrained: {bare}/student}}"]
+    only = ["--stage", "student"]
+    assert train([recipe, *pair, *only]) == 2
+    template = "{% if loud %}LOUD {% endif %}{{ messages[0].content }}"
+    assert train([recipe, *pair, f"chat.template='{template}'", "chat.options.loud=true", *only]) == 0
+    exported = load_tokenizer(tmp_path / "out" / "student")
+    chat = [{"role": "user", "content": "At 2:30 pm."}]
+    assert exported.apply_chat_template(chat, tokenize=False) == "LOUD At 2:30 pm."
