@@ -75,6 +75,21 @@ unit: setup  ## Unit tests: seconds, no engine
 integration: setup  ## Integration tests: real vLLM engines
 	$(BIN)/pytest tests/integration -m integration $(ARGS)
 
+.PHONY: sbom audit licences
+# Each tool runs in an environment of its own, and looks at ours from outside.
+sbom: setup  ## Write build/sbom.json: everything that is installed, as CycloneDX
+	@mkdir -p build
+	$(BIN)/uvx --from cyclonedx-bom==7.5.0 cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+		-o build/sbom.json $(BIN)/python
+
+audit: setup  ## Known vulnerabilities of everything that is installed (asks PyPI's advisory service)
+	PIPAPI_PYTHON_LOCATION=$(BIN)/python $(BIN)/uvx --from pip-audit==2.10.1 pip-audit --local --skip-editable
+
+# Some packages give their whole licence for its name: only the first line of each is kept.
+licences: setup  ## Write deploy/licences.md
+	$(BIN)/uvx --from pip-licenses==5.5.5 pip-licenses --python=$(BIN)/python --from=mixed --format=markdown \
+		--with-urls --packages $$(sed -n 's/==.*//p' constraints.txt) | grep -v '^| *| *|' > deploy/licences.md
+
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
