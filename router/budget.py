@@ -93,6 +93,11 @@ class Bucket:
         length = spent / budget.fraction - self.ask_tokens - EPSILON
         return None if length == math.inf else max(0, math.ceil(length))
 
+    def credit(self, completion_tokens: int) -> float:
+        """Teacher tokens that a fraction leaves behind so many completion tokens."""
+        fraction = 1.0 if self.budget.fraction is None else self.budget.fraction
+        return fraction * completion_tokens + self.span_tokens - self.spent
+
     def reserve(self, completion_tokens: int, at_most: int) -> Grant | None:
         """Reserve a teacher call's tokens behind ``completion_tokens``, ``at_most`` of them.
 

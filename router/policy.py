@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from router.budget import Bucket
 
+REFILL_TOKENS = 10
+"""A bucket that takes longer to gain a call raises its price less: the price stays for the whole segment."""
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -75,8 +78,9 @@ class Calibration:
 class Policy:
     """Prices the next student segment of a request.
 
-    A fraction is a rate already. Tokens and calls are spent with a plan: what is left over what is
-    still to be written, so that an eager start does not eat the whole budget.
+    A fraction is a rate already, and a bucket with less left than a call makes it dearer: the next call goes
+    where it is worth most, not to the first place behind the last one. Tokens and calls are spent with a
+    plan: what is left over what is still to be written, so that an eager start does not eat the whole budget.
     """
 
     calibration: Calibration
@@ -107,9 +111,20 @@ class Policy:
     def _rate(self, bucket: Bucket, completion_tokens: int, max_tokens: int) -> float:
         expected = min(self.expected_tokens, max_tokens)
         to_write = max(expected - completion_tokens, bucket.ask_tokens)
-        rates = [1.0 if bucket.budget.fraction is None else bucket.budget.fraction]
+        rates = [self._fraction(bucket, completion_tokens)]
         if bucket.tokens_left is not None:
             rates.append(bucket.tokens_left / to_write)
         if bucket.calls_left is not None:
             rates.append(bucket.calls_left * bucket.ask_tokens / to_write)
         return min(rates)
+
+    def _fraction(self, bucket: Bucket, completion_tokens: int) -> float:
+        """The rate of the budget's fraction: f exp(-a (1 - calls in the bucket)) below one call.
+
+        The form and a = min(1, REFILL_TOKENS * f / ask_tokens) are from trial: see docs/budgets.md.
+        """
+        fraction = bucket.budget.fraction
+        if fraction in (None, 1.0):
+            return 1.0
+        lacking = max(0.0, 1 - bucket.credit(completion_tokens) / bucket.ask_tokens)
+        return fraction * math.exp(-min(1.0, REFILL_TOKENS * fraction / bucket.ask_tokens) * lacking)

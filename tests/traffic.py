@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from router.budget import Bucket, Budget
 from router.controller import PriceController
 from router.ledger import FractionOfTraffic, Lease, MemoryLedger, Scope, TokensPerWindow
-from router.policy import Calibration
+from router.policy import Calibration, Policy
 
 SPAN = 4
 STEP_SECONDS = 0.05
@@ -67,14 +67,14 @@ def score(rng: random.Random, value: float) -> float:
     return value * math.exp(rng.gauss(0.0, NOISE))
 
 
-def calibrate(seed: int = 0, positions: int = 20_000, hard: float = 0.5) -> Calibration:
+def calibrate(seed: int = 0, positions: int = 20_000, hard: float = 0.5, ask: int = SPAN) -> Calibration:
     """Prices by rate on half easy, half hard traffic: asking at a share p gives p K / (p K + 1 - p)."""
     rng = random.Random(seed)
     scores = sorted((score(rng, worth(rng, rng.random() < hard)) for _ in range(positions)), reverse=True)
     points = []
     for percent in (1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90):
         rate = percent / 100
-        share = rate / (SPAN * (1 - rate) + rate)
+        share = rate / (ask * (1 - rate) + rate)
         points.append((rate, scores[int(share * positions)]))
     return Calibration(tuple(points))
 
@@ -127,7 +127,9 @@ def fixed_schedule(rate: float) -> Price:
 
 def controlled(request: Request, controller: PriceController, scopes: Sequence[Scope]) -> float:
     """What this package does."""
-    return controller.calibration.price(min(request.bucket.budget.fraction, controller.rate(scopes)))
+    policy = Policy(controller.calibration, MEAN_LENGTH)
+    terms = policy.terms(request.bucket, request.written, request.length, ceiling=controller.rate(scopes))
+    return terms.price
 
 
 async def simulate(
@@ -136,8 +138,12 @@ async def simulate(
     price: Price,
     calibration: Calibration,
     own: float = 0.5,
+    ask: int = SPAN,
 ) -> Outcome:
-    """Run the traffic through a real ledger and controller; every request has a budget of ``own``."""
+    """Run the traffic through a real ledger and controller; every request has a budget of ``own``.
+
+    A span is asked for ``ask`` tokens at a time.
+    """
     now = 0.0
     ledger = MemoryLedger(clock=lambda: now)
     scope = Scope("global", "", limit)
@@ -152,7 +158,7 @@ async def simulate(
         now = step * STEP_SECONDS
         while following and following[0] <= step:
             _, hard, length = following
-            active.append(Request(hard, length, Bucket(Budget(fraction=own), SPAN)))
+            active.append(Request(hard, length, Bucket(Budget(fraction=own), SPAN, ask)))
             following = next(coming, None)
         student = 0
         for request in active:
@@ -163,7 +169,7 @@ async def simulate(
             if request.pause:
                 request.pause -= 1
             elif seen > request.price and (
-                grant := request.bucket.reserve(request.written, min(SPAN, request.length - request.written))
+                grant := request.bucket.reserve(request.written, request.length - request.written)
             ):
                 request.price = math.inf
                 lease = await ledger.reserve(scopes, grant.tokens, at_least=1)

@@ -126,6 +126,25 @@ def test_a_fraction_is_the_rate():
     assert terms.not_before == 0
 
 
+def test_a_bucket_with_less_than_a_call_makes_the_next_one_dearer():
+    """f exp(-a (1 - calls in the bucket)), a = 10 f / ask_tokens."""
+    bucket = Bucket(Budget(fraction=0.25), span_tokens=4)
+    bucket.reserve(0, at_most=4)  # at a length of 4 the bucket has 1 token of 4, at 16 it has 4
+    assert rate_of(POLICY.terms(bucket, 4, max_tokens=100)) == pytest.approx(0.25 * math.exp(-0.625 * 0.75))
+    assert rate_of(POLICY.terms(bucket, 10, max_tokens=100)) == pytest.approx(0.25 * math.exp(-0.625 * 0.375))
+    assert rate_of(POLICY.terms(bucket, 16, max_tokens=100)) == pytest.approx(0.25)
+    assert rate_of(POLICY.terms(bucket, 60, max_tokens=100)) == pytest.approx(0.25)
+
+
+def test_a_bucket_with_many_calls_left_has_the_plain_price():
+    bucket = Bucket(Budget(fraction=0.25), span_tokens=4, ask_tokens=1)
+    for _ in range(3):
+        bucket.reserve(0, at_most=1)
+    assert rate_of(POLICY.terms(bucket, 3, max_tokens=100)) == pytest.approx(0.25)
+    bucket.reserve(3, at_most=1)  # 0.75 calls of one token are left
+    assert rate_of(POLICY.terms(bucket, 3, max_tokens=100)) == pytest.approx(0.25 * math.exp(-0.25))
+
+
 def test_a_whole_fraction_lets_the_teacher_write_at_once():
     assert POLICY.terms(Bucket(Budget(fraction=1), span_tokens=4), 0, max_tokens=100).always
 
