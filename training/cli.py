@@ -12,7 +12,7 @@ import transformers
 from training.config import RecipeError, load_recipe
 from training.pipeline import STAGES, run
 from training.report import evaluate_pair, plot, table
-from training.served import TeacherError
+from training.served import ServerError
 from training.stopping import Stopped
 from training.tasks import make_task
 
@@ -40,7 +40,7 @@ def train(argv: list[str]) -> int:
     try:
         recipe = load_recipe(find_recipe(args.recipe), args.overrides)
         run(recipe, tuple(args.stage or STAGES))
-    except (RecipeError, TeacherError) as error:
+    except (RecipeError, ServerError) as error:
         print(error, file=sys.stderr)
         return 2
     except Stopped as stopped:

@@ -135,12 +135,23 @@ class PCLConfig(Frozen):
 MethodConfig = Annotated[SFTConfig | KDConfig | GKDConfig | PCLConfig, Field(discriminator="type")]
 
 
+class RolloutConfig(Frozen):
+    """The model's own completions are written by a vLLM server of it; see `training.rollout_server`."""
+
+    url: str
+    directory: Path | None = None
+    """Where the weights are handed over, readable by both; None: `rollouts` in the model's work directory."""
+    every: PositiveInt = 1
+    """Batches drawn between two transfers of weights."""
+
+
 class ScratchConfig(Frozen):
     """A model trained from nothing."""
 
     shape: Shape
     method: MethodConfig
     schedule: Schedule
+    rollouts: RolloutConfig | None = None
 
 
 class LoraConfig(Frozen):
@@ -163,13 +174,14 @@ class PretrainedConfig(Frozen):
     lora: LoraConfig | None = None
     method: MethodConfig | None = None
     schedule: Schedule | None = None
+    rollouts: RolloutConfig | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if (self.method is None) != (self.schedule is None):
             raise ValueError("method and schedule go together")
-        if self.lora is not None and self.method is None:
-            raise ValueError("lora needs a method and a schedule")
+        if self.method is None and (self.lora is not None or self.rollouts is not None):
+            raise ValueError("lora and rollouts need a method and a schedule")
         return self
 
 

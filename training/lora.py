@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import peft
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
@@ -20,10 +21,12 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
     )
 
 
-def merge_lora(model: PreTrainedModel) -> None:
-    """Add the adapters to the weights they belong to, in place; a model without any stays as it is."""
-    adapted = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
-    for name, module in adapted:
-        module.merge()
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module.get_base_layer())
+def merged(weights: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """`weights`, all of the model's, with its adapters added to what they belong to, and gone."""
+    plain = {n.replace(".base_layer.", "."): t for n, t in weights.items() if ".lora_" not in n}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            (adapter,) = module.active_adapters
+            down, up = (weights[f"{name}.lora_{part}.{adapter}.weight"] for part in "AB")
+            plain[f"{name}.weight"] = plain[f"{name}.weight"] + module.scaling[adapter] * (up @ down)
+    return plain

@@ -18,9 +18,10 @@ from training import parallel, trainer
 from training.batches import Demonstrations
 from training.checkpoints import weights_of
 from training.config import ModelConfig, Recipe, RecipeError, Schedule, ServedConfig
-from training.lora import merge_lora
+from training.lora import merged
 from training.methods import METHODS, Method
 from training.models import build, load_model, parameters, save_model
+from training.rollout_server import RolloutServer
 from training.router_stage import train_router
 from training.tasks import Task, make_task
 from training.teacher import Teacher
@@ -136,6 +137,8 @@ def train_model(space: Workspace, role: str, task: Task, tokenizer: PreTrainedTo
     for one in (model, method.teacher):
         if isinstance(one, PreTrainedModel):
             place(one, config.schedule)
+    if config.rollouts is not None:
+        method.sampler = rollout_server(space, role, model, tokenizer).sampled
     batches = Demonstrations(task, tokenizer, config.schedule.batch, recipe.seed)
     validation = Validation(task, tokenizer, config.schedule.validate_examples, recipe.max_tokens)
     trainer.train(
@@ -164,6 +167,20 @@ def load_teacher(space: Workspace) -> Teacher:
     return load_model(space.exported("teacher"), dtype).requires_grad_(False)
 
 
+def rollout_server(
+    space: Workspace, role: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> RolloutServer:
+    """Its directory holds a whole model from the start, so that the server can be started on it."""
+    config: ModelConfig = getattr(space.recipe, role)
+    directory = config.rollouts.directory or space.model(role) / "rollouts"
+    if not (directory / "config.json").exists():
+        export(model, config, tokenizer, space.recipe.seed, directory)
+    if parallel.is_first():
+        print(f"{role}: rollouts by {config.rollouts.url}, to be started as")
+        print(f"  VLLM_SERVER_DEV_MODE=1 vllm serve {directory}")
+    return RolloutServer(config.rollouts.url, directory, config.rollouts.every)
+
+
 def place(model: PreTrainedModel, schedule: Schedule) -> None:
     """Onto this process's device, compiled, and sharded over the processes."""
     if schedule.compile:  # a sharded model gathers parameters between its layers: compile those
@@ -181,14 +198,11 @@ def export(
     directory: Path,
 ) -> None:
     """A plain Hugging Face directory, adapters merged; written by the first process."""
-    if parallel.is_sharded(model):
-        weights = weights_of(model)
-        if parallel.is_first():
-            model = build(config, tokenizer, seed)
-            model.load_state_dict(weights)
+    weights = weights_of(model)
     if parallel.is_first():
-        merge_lora(model)
-        save_model(model, tokenizer, directory)
+        plain = build(config.model_copy(update={"lora": None}), tokenizer, seed)
+        plain.load_state_dict(merged(weights, model))
+        save_model(plain, tokenizer, directory)
     parallel.barrier()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -13,6 +14,7 @@ from training.batches import Batch
 from training.models import answer_logits
 from training.served import ServedTeacher
 
+LEAST = 1e-7  # a remainder below float32's resolution is noise
 Teacher: TypeAlias = PreTrainedModel | ServedTeacher
 
 
@@ -49,11 +51,11 @@ def both(model: PreTrainedModel, teacher: Teacher, batch: Batch, visible: int) -
 
 def lump(log_probs: Tensor, ids: Tensor) -> Tensor:
     """(N, V) over the whole vocabulary -> (N, K + 1): of each row's ids (N, K), and of all others in one."""
-    others = log_probs.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    none = math.log(
+        LEAST / log_probs.shape[1]
+    )  # not -inf: where the ids are all of them, gradients stay finite
+    others = log_probs.scatter(1, ids, none).logsumexp(-1, keepdim=True)
     return torch.cat((log_probs.gather(1, ids), others), dim=1)
-
-
-LEAST = 1e-7  # a remainder below float32's resolution is noise
 
 
 def remainder(log_probs: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from router.reserved import ReservedRows
 from training.config import ChatConfig, PretrainedConfig, Recipe, RecipeError, ServedConfig
-from training.served import ServedTeacher
+from training.served import ServedTeacher, Server
 
 
 def ready_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -33,7 +33,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, chat: ChatConfig) -> str:
 
 def check_pair(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises RecipeError, naming the model, where student or teacher has another vocabulary than `tokenizer`,
-    or the student no row to spare; TeacherError where a served teacher cannot be used.
+    or the student no row to spare; ServerError where a served teacher cannot be used.
     """
     for role in ("teacher", "student"):
         config = getattr(recipe, role)
@@ -61,7 +61,7 @@ def check_vocabulary(role: str, name: str, tokenizer: PreTrainedTokenizerBase) -
 
 
 def served_teacher(config: ServedConfig) -> ServedTeacher:
-    return ServedTeacher(config.url, config.model, config.top_logprobs)
+    return ServedTeacher(Server("teacher", config.url, config.model), config.top_logprobs)
 
 
 def _load(name: str) -> PreTrainedTokenizerBase:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from transformers import PreTrainedModel
 from training.batches import Batch
 from training.sampling import sampled
 from training.teacher import LogProbs, Teacher, both
+
+Sampler = Callable[[PreTrainedModel, Batch, int, int], Batch]
+"""`training.sampling.sampled`, or what stands in for it."""
 
 
 class Method(ABC):
@@ -25,6 +29,7 @@ class Method(ABC):
         if self.needs_teacher and teacher is None:
             raise ValueError(f"{type(self).__name__} needs a teacher")
         self.config, self.visible, self.teacher, self.end = config, visible, teacher, end
+        self.sampler: Sampler = sampled
 
     def prepare(self, model: PreTrainedModel, batch: Batch) -> Batch:
         """What `loss` is taken of: with probability `on_policy` the model's own completions of the batch's
@@ -32,7 +37,7 @@ class Method(ABC):
         """
         if torch.rand(()) >= getattr(self.config, "on_policy", 0.0):
             return batch
-        return sampled(model, batch, self.visible, self.end)
+        return self.sampler(model, batch, self.visible, self.end)
 
     @abstractmethod
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

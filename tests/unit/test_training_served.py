@@ -1,0 +1,169 @@
+"""A teacher and a rollout server behind URLs: what is asked, what is made of the replies, what is refused."""
+
+import json
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from training import served
+from training.batches import Batch
+from training.config import GKDConfig, KDConfig, LoraConfig, PCLConfig, Shape
+from training.lora import add_lora
+from training.methods import GKD, KD, PCL
+from training.models import answer_logits, new_model
+from training.rollout_server import RolloutServer
+from training.served import ServedTeacher, Server, ServerError
+from training.teacher import lump, remainder
+
+SHAPE = Shape(hidden=32, layers=1, heads=1, feed_forward=32)
+VISIBLE = 257  # of the byte tokenizer of conftest.py
+BATCH = Batch.of([[5, 6], [7]], [[1, 2], [3, 256]], pad=256)
+
+
+class VLLM:
+    """Answers as a vLLM server of `model` does, whose vocabulary has only the visible ids."""
+
+    def __init__(self, model):
+        self.model, self.asked, self.weights = model, [], None
+
+    def __call__(self, request):
+        body = json.loads(request.content or b"{}")
+        self.asked.append((request.url.path, body))
+        return httpx.Response(200, json=getattr(self, request.url.path.strip("/").replace("/", "_"))(body))
+
+    def v1_models(self, body):
+        return {"data": [{"id": "big"}]}
+
+    def v1_completions(self, body):
+        choices = []
+        for index, row in enumerate(body["prompt"]):
+            choice = {"index": index, "token_ids": [65, 66, 256]}
+            if top := body.get("prompt_logprobs"):
+                choice["prompt_logprobs"] = [None, *self.prompt_logprobs(row, top)]
+            choices.append(choice)
+        return {"choices": choices[::-1]}  # the order is not promised
+
+    @torch.no_grad()
+    def prompt_logprobs(self, row, top):
+        log_p = self.model(torch.tensor([row])).logits[0, :, :VISIBLE].log_softmax(-1)
+        for at, own in enumerate(row[1:]):
+            ids = {*log_p[at].topk(top).indices.tolist(), own}
+            yield {str(i): {"logprob": log_p[at, i].item()} for i in ids}
+
+    def collective_rpc(self, body):
+        self.weights = load_file(f"{body['kwargs']['weights_path']}/model.safetensors")
+        return {"results": [None]}
+
+    def reset_prefix_cache(self, body):
+        return {"success": True}
+
+
+@pytest.fixture
+def vllm(tokenizer):
+    return VLLM(new_model(SHAPE, tokenizer, 1))
+
+
+def client(handler):
+    return httpx.Client(transport=httpx.MockTransport(handler))
+
+
+def served_teacher(handler, top):
+    return ServedTeacher(Server("teacher", "http://there", None, client(handler)), top)
+
+
+def test_the_likeliest_tokens_and_the_rest(vllm):
+    ids, log_p = served_teacher(vllm, 5).likeliest(BATCH)
+    whole = answer_logits(vllm.model, BATCH, VISIBLE).log_softmax(-1)
+    assert ids.shape == (4, 5)
+    assert ids[:, 0].tolist() == [1, 2, 3, 256]
+    assert torch.allclose(log_p, whole.gather(1, ids), atol=1e-5)
+    expected = lump(whole, ids)
+    assert torch.allclose(expected.exp().sum(-1), torch.ones(4))
+    assert torch.allclose(remainder(log_p), expected, atol=1e-4)
+    assert vllm.asked[-1][1]["prompt"] == [[5, 6, 1, 2], [7, 3, 256]]
+
+
+METHODS = [
+    (KD, KDConfig(type="kd")),
+    (GKD, GKDConfig(type="gkd", beta=0.5)),
+    (PCL, PCLConfig(type="pcl", window=0)),
+    (PCL, PCLConfig(type="pcl", window=2)),
+]
+
+
+@pytest.mark.parametrize(("method", "config"), METHODS)
+def test_with_all_tokens_a_served_teacher_is_the_one_in_process(vllm, tokenizer, method, config):
+    def gradient(teacher):
+        student = new_model(SHAPE, tokenizer, 0)
+        method(config, VISIBLE, teacher, 256).loss(student, BATCH)[0].backward()
+        return student.get_output_embeddings().weight.grad
+
+    expected = gradient(vllm.model)
+    assert torch.allclose(gradient(served_teacher(vllm, VISIBLE)), expected, atol=1e-4 * expected.abs().max())
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(tokenizer):
+    def answer(request):
+        if request.url.path == "/tokenize":
+            return httpx.Response(200, json={"tokens": [1, 2, 3]})
+        return httpx.Response(200, json={"data": [{"id": "big"}]})
+
+    with pytest.raises(ServerError, match=r"big at http://there has another vocabulary"):
+        served_teacher(answer, 5).check_vocabulary(tokenizer)
+
+
+def test_a_server_that_comes_back_is_asked_again(monkeypatch):
+    monkeypatch.setattr(served, "FIRST_PAUSE", 0.001)
+    replies = [
+        httpx.ConnectError("refused"),
+        httpx.Response(503),
+        httpx.Response(200, json={"data": [{"id": "x"}]}),
+    ]
+
+    def answer(request):
+        reply = replies.pop(0)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    assert Server("teacher", "http://there", None, client(answer)).model == "x"
+
+
+def test_a_refusal_is_passed_on_at_once():
+    def answer(request):
+        asked.append(request)
+        return httpx.Response(400, json={"error": {"message": "at most 20 logprobs"}})
+
+    asked = []
+    with pytest.raises(ServerError, match=r"teacher at http://there/v1/models: 400 .*at most 20"):
+        Server("teacher", "http://there", None, client(answer))
+    assert len(asked) == 1
+
+
+def test_rollouts_are_drawn_with_the_weights_of_the_moment(vllm, tokenizer, tmp_path):
+    model = new_model(SHAPE, tokenizer, 0)
+    add_lora(model, LoraConfig(rank=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    rollouts = RolloutServer("http://there", tmp_path, every=2, client=client(vllm))
+    drawn = rollouts.sampled(model, BATCH, VISIBLE, 256)
+    assert drawn.prompts() == BATCH.prompts()
+    assert drawn.targets.tolist() == [65, 66, 256] * 2
+    request = vllm.asked[-1][1]
+    assert request["prompt"] == [[5, 6], [7]]
+    assert (request["temperature"], request["top_p"], request["max_tokens"]) == (1, 1, 3)
+    assert request["logit_bias"] == {str(i): -100.0 for i in range(VISIBLE, VISIBLE + 32)}
+
+    plain = new_model(SHAPE, tokenizer, 2)
+    missing, unexpected = plain.load_state_dict(vllm.weights, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])
+    ours, theirs = (answer_logits(one, BATCH, VISIBLE) for one in (model, plain))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+    rollouts.sampled(model, BATCH, VISIBLE, 256)
+    rollouts.sampled(model, BATCH, VISIBLE, 256)
+    assert [path for path, _ in vllm.asked].count("/collective_rpc") == 2
