@@ -35,6 +35,9 @@ TEACHER_RATE = Histogram(
 )
 PRICE = Gauge("wheels_price", "Price of a teacher token under the default budget, in the gate's units")
 SHARED_LIMIT = ["scope", "tenant", "limit"]
+BUDGET_LIMIT = Gauge(
+    "wheels_budget_limit", "What a shared limit allows: tokens in its window, or a teacher rate", SHARED_LIMIT
+)
 BUDGET_REMAINING = Gauge(
     "wheels_budget_remaining", "Teacher tokens that a shared limit has left", SHARED_LIMIT
 )

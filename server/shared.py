@@ -10,7 +10,7 @@ from typing import Any
 
 from router.controller import PriceController
 from router.ledger import Denial, Lease, Ledger, Limit, Scope, Status
-from server.metrics import BUDGET_PRICE, BUDGET_RATE, BUDGET_REMAINING, LEDGER_AVAILABLE
+from server.metrics import BUDGET_LIMIT, BUDGET_PRICE, BUDGET_RATE, BUDGET_REMAINING, LEDGER_AVAILABLE
 from server.tenants import Tenant
 
 logger = logging.getLogger(__name__)
@@ -56,8 +56,9 @@ class SharedBudgets:
         self.prices.update(time.monotonic(), statuses)
         LEDGER_AVAILABLE.set(self.ledger.available)
         for status in statuses:
-            scope = status.scope
-            labels = (scope.kind, scope.key, f"{scope.limit.type}/{scope.limit.window_seconds:g}s")
+            scope, limit = status.scope, status.scope.limit
+            labels = (scope.kind, scope.key, f"{limit.type}/{limit.window_seconds:g}s")
+            BUDGET_LIMIT.labels(*labels).set(limit.tokens if limit.type == "tokens" else limit.fraction)
             BUDGET_REMAINING.labels(*labels).set(status.remaining)
             BUDGET_RATE.labels(*labels).set(status.rate)
             BUDGET_PRICE.labels(*labels).set(self.prices.price([scope]))
