@@ -138,13 +138,13 @@ def test_variables_are_settings(case: str) -> None:
         ("gateway.config.student=/s", "additional properties 'student' not allowed"),
         ("gateway.config.limits[0].type=tokens,gateway.config.limits[0].tokens=5", "window_seconds"),
         ("ledger.settings.url=redis://cache", "additional properties 'url' not allowed"),
-        ("teacher.url=teacher:8000", "does not match pattern"),
+        ("teacher.urls[0]=teacher:8000", "does not match pattern"),
         ("secrets.tenants.name=tenants", "several gateways with limits or tenants need ledger.urlSecret"),
         (
             "secrets.tenants.name=tenants,secrets.apiKey.name=key,ledger.urlSecret.name=redis",
             "secrets.tenants and secrets.apiKey exclude each other",
         ),
-        ("teacher.url=http://t,teacher.autoscaling.enabled=true", "teacher.autoscaling"),
+        ("teacher.urls[0]=http://t,teacher.autoscaling.enabled=true", "teacher.autoscaling"),
     ],
 )
 def test_wrong_values_are_refused(values: str, message: str) -> None:

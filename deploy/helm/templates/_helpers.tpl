@@ -20,8 +20,18 @@ helm.sh/chart: {{ printf "%s-%s" (index . 0).Chart.Name (index . 0).Chart.Versio
 {{ .Values.image.repository }}:{{ .Values.image.tag | default (printf "%s-%s" .Chart.AppVersion (ternary "gpu" "cpu" .Values.gpu)) }}
 {{- end }}
 
-{{- define "wheels.teacherUrl" -}}
-{{ .Values.teacher.url | default (printf "http://%s-teacher:8000" (include "wheels.name" .)) }}
+{{/* Every replica by its own name, so that the spans of a request go to the one that has its prefix in the cache.
+Those that autoscaling has not started are names of nobody, which gateways ask again now and then. */}}
+{{- define "wheels.teacherUrls" -}}
+{{- if .Values.teacher.urls }}
+{{- toYaml .Values.teacher.urls }}
+{{- else }}
+{{- $name := printf "%s-teacher" (include "wheels.name" .) }}
+{{- $scaling := .Values.teacher.autoscaling }}
+{{- range until (int (ternary $scaling.maxReplicas .Values.teacher.replicas $scaling.enabled)) }}
+- http://{{ $name }}-{{ . }}.{{ $name }}:8000
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{/* Settings of vLLM that follow from the shape of a pod. Call with gateway or teacher. */}}
@@ -39,7 +49,7 @@ data-parallel-size: {{ .dataParallel }}
 {{- $config := deepCopy .Values.gateway.config }}
 {{- $_ := set $config "student" .Values.gateway.student }}
 {{- with .Values.gateway.router }}{{ $_ = set $config "router" . }}{{ end }}
-{{- $_ = set $config "teacher" (include "wheels.teacherUrl" .) }}
+{{- $_ = set $config "teacher" (fromYamlArray (include "wheels.teacherUrls" .)) }}
 {{- with .Values.secrets.tenants }}{{ if .name }}{{ $_ = set $config "tenants" (printf "/etc/wheels/tenants/%s" .key) }}{{ end }}{{ end }}
 {{- with fromYaml (include "wheels.parallel" .Values.gateway) }}{{ $_ = set $config "vllm" (merge . ($config.vllm | default dict)) }}{{ end }}
 {{- toYaml $config }}
