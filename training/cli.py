@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from training.config import RecipeError, load_recipe
+from training.dry_run import dry_run
 from training.pipeline import STAGES, run
 from training.report import evaluate_pair, plot, table
 from training.served import ServerError
@@ -35,11 +36,15 @@ def train(argv: list[str]) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. teacher.schedule.steps=100")
     parser.add_argument("--stage", choices=STAGES, action="append", help="only this stage (repeatable)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print shapes, memory and a time estimate; keep nothing"
+    )
     args = parser.parse_intermixed_args(argv)
     transformers.utils.logging.disable_progress_bar()
     try:
         recipe = load_recipe(find_recipe(args.recipe), args.overrides)
-        run(recipe, tuple(args.stage or STAGES))
+        go = dry_run if args.dry_run else run
+        go(recipe, tuple(args.stage or STAGES))
     except (RecipeError, ServerError) as error:
         print(error, file=sys.stderr)
         return 2

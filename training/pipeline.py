@@ -128,41 +128,52 @@ def directory_of(name: str) -> Path:
     return Path(name).resolve() if Path(name).is_dir() else Path(snapshot_download(name))
 
 
-def train_model(space: Workspace, role: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
-    recipe = space.recipe
-    config: ModelConfig = getattr(recipe, role)
-    model, method = trained_pair(space, role, tokenizer)
-    if parallel.is_first():
-        print(f"{role}: {parameters(model, trained_only=True):,} of {parameters(model):,} parameters trained")
-    for one in (model, method.teacher):
-        if isinstance(one, PreTrainedModel):
-            place(one, config.schedule)
-    if config.rollouts is not None:
-        method.sampler = rollout_server(space, role, model, tokenizer).sampled
-    batches = Demonstrations(task, tokenizer, config.schedule.batch, recipe.seed)
-    validation = Validation(task, tokenizer, config.schedule.validate_examples, recipe.max_tokens)
-    trainer.train(
-        model, method.loss, batches, config.schedule, space.model(role),
-        prepare=method.prepare, validate=validation, seed=recipe.seed,
-    )  # fmt: skip
-    export(model, config, tokenizer, recipe.seed, space.exported(role))
+@dataclass(frozen=True)
+class Job:
+    """All that the training of one model needs; model and local teacher are where they compute."""
+
+    config: ModelConfig
+    model: PreTrainedModel
+    method: Method
+    batches: Demonstrations
 
 
-def trained_pair(
-    space: Workspace, role: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreTrainedModel, Method]:
-    """The model to train, on the CPU still, and its method with the teacher that it needs."""
+def job(space: Workspace, role: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> Job:
     config: ModelConfig = getattr(space.recipe, role)
     kind = METHODS[config.method.type]
     teacher = load_teacher(space) if kind.needs_teacher else None
+    method = kind(config.method, len(tokenizer), teacher, tokenizer.eos_token_id)
     model = build(config, tokenizer, space.recipe.seed)
-    return model, kind(config.method, len(tokenizer), teacher, tokenizer.eos_token_id)
+    for one in (model, teacher):
+        if isinstance(one, PreTrainedModel):
+            place(one, config.schedule)
+    return Job(
+        config, model, method, Demonstrations(task, tokenizer, config.schedule.batch, space.recipe.seed)
+    )
+
+
+def train_model(space: Workspace, role: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    recipe, this = space.recipe, job(space, role, task, tokenizer)
+    schedule = this.config.schedule
+    if parallel.is_first():
+        counts = parameters(this.model, trained_only=True), parameters(this.model)
+        print("{}: {:,} of {:,} parameters trained".format(role, *counts))
+    if this.config.rollouts is not None:
+        this.method.sampler = rollout_server(space, role, this.model, tokenizer).sampled
+    trainer.train(
+        this.model, this.method.loss, this.batches, schedule, space.model(role), prepare=this.method.prepare,
+        validate=Validation(task, tokenizer, schedule.validate_examples, recipe.max_tokens), seed=recipe.seed,
+    )  # fmt: skip
+    export(this.model, this.config, tokenizer, recipe.seed, space.exported(role))
 
 
 def load_teacher(space: Workspace) -> Teacher:
+    """The exported one. Raises RecipeError where it is not there yet."""
     config = space.recipe.teacher
     if isinstance(config, ServedConfig):
         return served_teacher(config)
+    if not space.is_exported("teacher"):
+        raise RecipeError(f"no teacher in {space.exported('teacher')}: train it first (--stage teacher)")
     dtype = getattr(torch, getattr(config, "dtype", "float32"))
     return load_model(space.exported("teacher"), dtype).requires_grad_(False)
 

@@ -1,7 +1,10 @@
 """Tokenizer, recipe and trainer: round trips, refusals, and a killed run that repeats itself exactly."""
 
 import json
+import os
+import signal
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,9 +26,11 @@ from training.methods.kd import forward_kl
 from training.methods.pcl import all_actions_loss, path_residuals
 from training.models import load_model, new_model, reserved_rows, save_model
 from training.sampling import sampled, until_end
+from training.stopping import Stopped
 from training.tasks import make_task
 from training.tokenizer import decode_answers, encode_answers, encode_prompts, load_tokenizer, train_tokenizer
 from training.trainer import train
+from training.validation import Validation
 
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
 SHAPE = Shape(hidden=32, layers=1, heads=1, feed_forward=32)
@@ -110,6 +115,52 @@ def test_a_killed_run_repeats_itself_exactly(task, tokenizer, tmp_path):
     assert curve[-1][1] < curve[0][1]
     assert resumed_curve == curve
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+def test_sigterm_ends_the_step_and_leaves_a_checkpoint(task, tokenizer, tmp_path, monkeypatch):
+    _, curve = run(tokenizer, task, tmp_path / "straight")
+    plain = SFT.loss
+    calls = []
+
+    def loss(self, model, batch):
+        calls.append(batch)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SFT, "loss", loss)
+        with pytest.raises(Stopped, match="after step 5 of 8"):
+            run(tokenizer, task, tmp_path / "stopped")
+    assert torch.load(tmp_path / "stopped" / "checkpoint.pt")["step"] == 5
+    assert run(tokenizer, task, tmp_path / "stopped")[1] == curve
+
+
+def test_validation_scores_greedy_completions(task, tokenizer):
+    example = task.valid()[0]
+    answer = encode_answers(tokenizer, [example.references.first()])[0]
+
+    class Knows(torch.nn.Module):
+        """Writes the right answer, whatever it is asked."""
+
+        device = torch.device("cpu")
+
+        def get_decoder(self):
+            return self
+
+        def get_output_embeddings(self):
+            return torch.nn.Identity()
+
+        def forward(self, input_ids, attention_mask, **others):
+            width = attention_mask.shape[1] - self.prompt
+            logits = torch.zeros(len(input_ids), input_ids.shape[1], len(tokenizer))
+            logits[:, -1, answer[width]] = 1.0
+            return SimpleNamespace(last_hidden_state=logits)
+
+    model = Knows()
+    model.prompt = len(encode_prompts(tokenizer, [example.source])[0])
+    validation = Validation(task, tokenizer, examples=1, longest=len(answer) + 5)
+    assert validation(model) == {"valid_quality": 1.0, "valid_similarity": 1.0}
 
 
 DISTILLATIONS = [

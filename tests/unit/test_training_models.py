@@ -147,3 +147,22 @@ def test_a_template_and_its_variables_go_with_the_student(recipe, ready, tmp_pat
     exported = load_tokenizer(tmp_path / "out" / "student")
     chat = [{"role": "user", "content": "At 2:30 pm."}]
     assert exported.apply_chat_template(chat, tokenize=False) == "LOUD At 2:30 pm."
+
+
+def test_a_dry_run_tells_and_keeps_nothing(recipe, tmp_path, capsys):
+    assert train([recipe, "--dry-run", "--stage", "student"]) == 0
+    told = capsys.readouterr().out
+    assert "28,704, trained 3,584" in told
+    assert "reserved rows 300 to 331" in told
+    assert "for 6 steps" in told
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml"}
+
+
+def test_a_batch_that_does_not_split_is_refused(recipe, capsys):
+    assert train([recipe, "student.schedule.accumulate=3"]) == 2
+    assert "student.schedule.batch 4 does not split evenly" in capsys.readouterr().err
+
+
+def test_a_router_needs_its_teacher_in_process(recipe, capsys):
+    assert train([recipe, "teacher={url: 'http://127.0.0.1:9'}"]) == 2
+    assert "not behind a URL" in capsys.readouterr().err

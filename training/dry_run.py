@@ -1,0 +1,108 @@
+"""`wheels train --dry-run`: what a recipe would train, in how much memory, for how long; nothing is kept."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from training import parallel
+from training.batches import Batch
+from training.config import Recipe, ServedConfig
+from training.models import build, parameters, reserved_rows, save_model
+from training.pipeline import Job, Workspace, check, ensure_tokenizer, job, make_model
+from training.progress import console
+from training.tasks import make_task
+from training.trainer import make_optimizers, update
+
+STEPS = 9
+"""Measured; the first ones compile and warm up, so that the median counts."""
+
+
+def dry_run(recipe: Recipe, stages: tuple[str, ...]) -> None:
+    """A few steps of each model that the stages would train, with an untrained teacher where there is none
+    yet. Raises what `training.pipeline.run` would at its start.
+    """
+    torch.set_num_threads(recipe.threads)
+    task = make_task(recipe.task.name, **recipe.task.options)
+    with parallel.processes(), TemporaryDirectory() as scratch:
+        space = Workspace(recipe.model_copy(update={"work": Path(scratch) / "work"}))
+        tokenizer = ensure_tokenizer(space, task)
+        check(recipe, stages, tokenizer)
+        local = not isinstance(recipe.teacher, ServedConfig)
+        if local and "student" in stages and not space.is_exported("teacher"):
+            space = Workspace(space.recipe.model_copy(update={"output": Path(scratch) / "output"}))
+            if recipe.teacher.schedule is None:
+                make_model(space, "teacher", task, tokenizer)
+            else:
+                untrained = build(recipe.teacher, tokenizer, recipe.seed)
+                save_model(untrained, tokenizer, space.exported("teacher"))
+        for role in ("teacher", "student"):
+            if role in stages and getattr(getattr(recipe, role), "schedule", None) is not None:
+                report(role, job(space, role, task, tokenizer), tokenizer, recipe.seed)
+
+
+def report(role: str, this: Job, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    model, schedule = this.model, this.config.schedule
+    optimizers = make_optimizers(model, schedule)
+    seconds, tokens = [], []
+    for step in range(STEPS):
+        batch, began = this.batches[step], time.monotonic()
+        _, count = update(
+            model, this.method.loss, this.method.prepare, optimizers, batch, step, schedule, seed
+        )
+        seconds.append(time.monotonic() - began)
+        tokens.append(count)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    states = [x for o in optimizers for state in o.state.values() for x in state.values()]
+    usual = median(seconds)
+    total = timedelta(seconds=round(sum(seconds) + usual * (schedule.steps - STEPS)))
+    reserved = reserved_rows(model, tokenizer)
+    rows = {
+        "parameters": f"{parameters(model):,}, trained {parameters(model, trained_only=True):,}",
+        "vocabulary": f"{len(tokenizer):,} ids, reserved rows {reserved.start:,} to {reserved.end - 1:,}",
+        "batch": shape_of(batch, schedule.accumulate),
+        "memory of a process": f"weights {size(model.parameters())}, gradients {size(trained)}, "
+        f"optimizer {size(states)}, peak {peak()}",
+        "a step": f"{usual:.3g} s (the first {seconds[0]:.1f} s), "
+        f"{median(tokens) / usual:,.0f} trained tokens/s",
+        "in all": f"{total} for {schedule.steps:,} steps; validation not counted",
+    }
+    if parallel.is_first():
+        title = f"{role}: {this.config.method.type} on {parallel.size()} × {parallel.device().type}"
+        table = Table(title=title, show_header=False)
+        for name, value in rows.items():
+            table.add_row(name, value)
+        console.print(table)
+
+
+def shape_of(batch: Batch, accumulate: int) -> str:
+    rows, width = batch.ids.shape
+    parts = f", as {parallel.size()} × {accumulate} parts" if parallel.size() * accumulate > 1 else ""
+    return f"{rows} × {width} ids, {batch.positions:,} of them trained (the last one measured){parts}"
+
+
+def size(tensors: Iterable[object]) -> str:
+    """Of what lies in this process."""
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors if isinstance(t, Tensor)]
+    return megabytes(sum(t.numel() * t.element_size() for t in local))
+
+
+def peak() -> str:
+    """Of the GPU's memory, or of the whole process where there is none."""
+    if torch.cuda.is_available():
+        return megabytes(torch.cuda.max_memory_allocated())
+    return megabytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) + " (whole process)"
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB"
