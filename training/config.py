@@ -105,6 +105,14 @@ class SFTConfig(Frozen):
     type: Literal["sft"]
 
 
+class SeqKDConfig(Frozen):
+    """Sequence-level distillation: fine-tuning on the teacher's own completions."""
+
+    type: Literal["seqkd"]
+    temperature: float = Field(default=0.0, ge=0)
+    """0: greedy, the likeliest completion; 1: drawn from the teacher."""
+
+
 class KDConfig(Frozen):
     """Word-level distillation: forward KL to the teacher on the references' prefixes."""
 
@@ -132,7 +140,9 @@ class PCLConfig(Frozen):
     on_policy: float = Field(default=0.5, ge=0, le=1)
 
 
-MethodConfig = Annotated[SFTConfig | KDConfig | GKDConfig | PCLConfig, Field(discriminator="type")]
+MethodConfig = Annotated[
+    SFTConfig | SeqKDConfig | KDConfig | GKDConfig | PCLConfig, Field(discriminator="type")
+]
 
 
 class RolloutConfig(Frozen):

@@ -4,8 +4,9 @@ from training.methods.base import Method
 from training.methods.gkd import GKD
 from training.methods.kd import KD
 from training.methods.pcl import PCL
+from training.methods.seqkd import SeqKD
 from training.methods.sft import SFT
 
-METHODS: dict[str, type[Method]] = {"sft": SFT, "kd": KD, "gkd": GKD, "pcl": PCL}
+METHODS: dict[str, type[Method]] = {"sft": SFT, "seqkd": SeqKD, "kd": KD, "gkd": GKD, "pcl": PCL}
 
 __all__ = ["METHODS", "Method"]
