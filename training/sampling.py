@@ -33,7 +33,8 @@ def complete(
     ids, mask = (x.to(model.device) for x in left_padded(prompts, end))
     stepper, written = Stepper(model), []
     alive = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
-    with parallel.whole(model):
+    # A compiled decoder is for batches of one length; a growing cache would compile it again and again.
+    with parallel.whole(model), torch.compiler.set_stance("force_eager"):
         for _ in range(longest):
             _, logits = stepper.step(ids, mask)
             logits = logits[:, :visible].float()
