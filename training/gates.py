@@ -22,6 +22,9 @@ from training.config import GateConfig
 from training.rollout import Completion, Cooperation, Positions, Request, concatenate
 
 
+CHUNK = 4096  # positions at a time: their logits are as wide as the vocabulary
+
+
 @dataclass(frozen=True)
 class Trajectories:
     """Positions of many completions, in order of (row, step), as (N, ...) tensors; see `Positions`.
@@ -101,7 +104,12 @@ class Head(nn.Module):
         _, _, directions = torch.pca_lowrank(states, q=min(self.taps.shape), niter=4)
         self.taps.data[: directions.shape[1]] = directions.T
         with torch.no_grad():
-            x = features(self.logits(states), self.gate.reserved)
+            x = torch.cat(
+                [
+                    features(self.logits(chunk.to(self.taps.device)), self.gate.reserved)
+                    for chunk in states.split(CHUNK)
+                ]
+            )
         self.gate.mean.copy_(x.mean(0))
         self.gate.scale.copy_(1 / x.std(0).clamp(min=1e-3))
 
@@ -128,7 +136,8 @@ def fit(head: Head, states: Tensor, target: Tensor, config: GateConfig, seed: in
     for _ in range(config.epochs):
         losses = []
         for chunk in torch.randperm(len(states), generator=generator).split(config.batch):
-            loss = mse_loss(head(states[chunk]), target[chunk])
+            x, y = (column[chunk].to(head.taps.device) for column in (states, target))
+            loss = mse_loss(head(x), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

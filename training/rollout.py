@@ -140,10 +140,11 @@ class Cooperation:
         rows: list[int],
         watch: Callable[[Positions], None] | None,
     ) -> None:
-        ids, mask = left_padded([requests[row].prompt for row in rows], self.end)
-        row = torch.tensor(rows)
-        price = torch.tensor([requests[i].price for i in rows])
-        fraction = torch.tensor([requests[i].fraction for i in rows], dtype=torch.float64)
+        device = self.student.device
+        ids, mask = (x.to(device) for x in left_padded([requests[row].prompt for row in rows], self.end))
+        row = torch.tensor(rows, device=device)
+        price = torch.tensor([requests[i].price for i in rows], device=device)
+        fraction = torch.tensor([requests[i].fraction for i in rows], dtype=torch.float64, device=device)
         spent = torch.zeros_like(row)
         span_left = torch.zeros_like(row)
         alive = torch.ones_like(row, dtype=torch.bool)
@@ -157,7 +158,7 @@ class Cooperation:
                 watch(observe(row, length, states, logits[:, : self.visible], own, theirs, alive))
             wants = self.score(logits) > price
             if self.explore:
-                wants ^= torch.rand(wants.shape) < self.explore
+                wants ^= torch.rand(wants.shape, device=device) < self.explore
             asks = wants & (span_left == 0) & (length >= self._earliest(spent, fraction))
             span_left = torch.where(asks, self._span(fraction), span_left)
             by_teacher = span_left > 0
@@ -211,10 +212,12 @@ def with_gate(cooperation: Cooperation, score: ScoreFn, explore: float = 0.0) ->
 def observe(
     row: Tensor, length: int, states: Tensor, student: Tensor, own: Tensor, teacher: Tensor, alive: Tensor
 ) -> Positions:
-    """student, teacher: (B, visible) logits; alive: (B,) the rows to report."""
+    """student, teacher: (B, visible) logits; alive: (B,) the rows to report, which go to the CPU: all
+    positions of a run together outgrow a GPU.
+    """
     row, states, student, own, teacher = (x[alive] for x in (row, states, student, own, teacher))
     log_pi, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
-    return Positions(
+    seen = Positions(
         row=row,
         step=torch.full_like(row, length),
         states=states,
@@ -225,3 +228,4 @@ def observe(
         kl=(log_pi.exp() * (log_pi - log_p)).sum(-1),
         entropy=torch.special.entr(log_p.exp()).sum(-1),
     )
+    return Positions(**{name: column.cpu() for name, column in vars(seen).items()})

@@ -15,8 +15,9 @@ from router.reserved import ReservedRows
 from training.calibration import Quality, calibrate
 from training.config import GateConfig
 from training.evaluate import Scorer, ends
-from training.gates import GAINS, Head, Trajectories, collect, fit, join, span_gain
+from training.gates import CHUNK, GAINS, Head, Trajectories, collect, fit, join, span_gain
 from training.models import load_model, reserved_rows
+from training.parallel import device
 from training.rollout import FREE, Cooperation, Request, with_gate
 from training.tasks import Task
 from training.tokenizer import encode_prompts
@@ -33,7 +34,7 @@ def load_cooperation(
     max_tokens: int,
 ) -> Cooperation:
     """The pair of two directories, frozen, asking at random. spans: (span_tokens, ask_tokens)."""
-    models = [load_model(path).requires_grad_(False) for path in (student, teacher)]
+    models = [load_model(path).requires_grad_(False).to(device()) for path in (student, teacher)]
     reserved = reserved_rows(models[0], tokenizer)
     return Cooperation(
         student=models[0],
@@ -55,7 +56,7 @@ def train_gate(
     prompts: `config.prompts` for each round.
     """
     torch.manual_seed(seed)
-    head = Head(cooperation.student, reserved, config.width)
+    head = Head(cooperation.student, reserved, config.width).to(cooperation.student.device)
     gate: Gate = RandomGate(reserved)
     price = 1 - config.rate
     seen: list[Trajectories] = []
@@ -79,7 +80,8 @@ def train_gate(
         install_taps(cooperation, head.taps.detach(), reserved)
         gate = head.gate.eval()
         with torch.no_grad():
-            price = torch.quantile(head(states[-100_000:]), 1 - config.rate).item()
+            recent = torch.cat([head(x.to(head.taps.device)) for x in states[-100_000:].split(CHUNK)])
+            price = torch.quantile(recent, 1 - config.rate).item()
     return head.requires_grad_(False).eval()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from router.budget import Bucket, Budget
 from router.gate import Gate
+from training.gates import CHUNK
 from training.rollout import Completion, Cooperation, Positions, Request, concatenate
 
 ScoreGate = Gate | Callable[[Positions], Tensor]
@@ -159,4 +160,6 @@ class Tree:
         if not isinstance(gate, Gate):
             return gate(positions).tolist()
         matrix = self._cooperation.student.get_output_embeddings().weight
-        return torch.cat([gate(chunk @ matrix.T) for chunk in positions.states.split(16384)]).tolist()
+        gate.to(matrix.device)
+        chunks = (chunk.to(matrix.device) @ matrix.T for chunk in positions.states.split(CHUNK))
+        return torch.cat([gate(logits) for logits in chunks]).tolist()
