@@ -21,7 +21,6 @@ from router.reserved import ReservedRows
 from training.config import GateConfig
 from training.rollout import Completion, Cooperation, Positions, Request, concatenate
 
-
 CHUNK = 4096  # positions at a time: their logits are as wide as the vocabulary
 
 
