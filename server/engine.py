@@ -1,10 +1,7 @@
 """The student's engine, which asks the teacher where its gate says so."""
 
-import asyncio
 import copy
 import logging
-import math
-import time
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -157,7 +154,7 @@ class CooperativeEngine(AsyncLLM):
             if span is None:
                 continue
             try:
-                async with aclosing(_until(span.draw.deadline, self._teacher(choice, span))) as pieces:
+                async with aclosing(self._teacher(choice, span)) as pieces:
                     async for piece in pieces:
                         used += len(piece.token_ids)
                         completion.extend(piece, "teacher")
@@ -276,6 +273,7 @@ class CooperativeEngine(AsyncLLM):
             min_tokens=max(0, choice.params.min_tokens - len(choice.completion)),
             seed=choice.seed,
             request_id=f"{choice.request_id}-{choice.report.calls}",
+            deadline=span.draw.deadline,
         )
 
     def _lose_teacher(self, choice: Choice, error: TeacherError) -> None:
@@ -438,16 +436,3 @@ class CooperativeEngine(AsyncLLM):
             finished=all(choice.report.finished for choice in choices),
             num_cached_tokens=first.cached_tokens,
         )
-
-
-async def _until(deadline: float, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
-    """The pieces that come before the deadline (of `time.monotonic`): behind it, the tokens are not ours."""
-    async with aclosing(pieces):
-        while True:
-            left = None if deadline == math.inf else deadline - time.monotonic()
-            try:
-                async with asyncio.timeout(left):
-                    piece = await anext(pieces)
-            except (StopAsyncIteration, TimeoutError):
-                return
-            yield piece

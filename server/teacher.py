@@ -1,6 +1,7 @@
 """The teacher: a separately hosted vLLM server that continues token ids over HTTP."""
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -85,15 +86,16 @@ class _Models(msgspec.Struct):
 
 
 class _Patience:
-    """How long a call may still wait: for its next token, and for every 64 of them."""
+    """How long a call may still wait: for its next token, for every 64 of them, and in all."""
 
-    def __init__(self, token_seconds: float, span_seconds: float, started: float) -> None:
-        self._token_seconds, self._span_seconds, self._started = token_seconds, span_seconds, started
+    def __init__(self, token_seconds: float, span_seconds: float, started: float, deadline: float) -> None:
+        self._token_seconds, self._span_seconds = token_seconds, span_seconds
+        self._started, self._deadline = started, deadline
         self.written = 0
 
     def seconds(self) -> float:
         due = self._started + self._span_seconds * (1 + self.written // SPAN)
-        return min(self._token_seconds, due - time.monotonic())
+        return min(self._token_seconds, min(due, self._deadline) - time.monotonic())
 
 
 class Teacher:
@@ -178,12 +180,14 @@ class Teacher:
         seed: int | None = None,
         request_id: str,
         started: float | None = None,
+        deadline: float = math.inf,
     ) -> AsyncIterator[Piece]:
         """Continue ``prompt_ids`` by at most ``tokens`` tokens, in pieces as they arrive.
 
         The last piece has a finish reason: "length" where the span is full, else the teacher ended
         the completion. Closing the iterator closes the connection, by which vLLM aborts the call.
-        The time for a span counts from ``started`` (of `time.monotonic`; default: now).
+        The time for a span counts from ``started`` (default: now); no piece comes behind the ``deadline``
+        (both of `time.monotonic`).
 
         Raises:
             TeacherError: whatever went wrong; pieces handed out before it stay valid.
@@ -197,7 +201,8 @@ class Teacher:
             "stream": stream,
         }
         called, outcome, blamed = time.monotonic(), "aborted", False
-        patience = _Patience(self.timeout, self.span_timeout, called if started is None else started)
+        started = called if started is None else started
+        patience = _Patience(self.timeout, self.span_timeout, started, deadline)
         try:
             async with self._request("POST", "/v1/completions", patience, body, request_id) as response:
                 replies = self._events(response, patience) if stream else self._body_of(response, patience)
@@ -250,7 +255,7 @@ class Teacher:
         return Piece(ids, logprobs, choice.finish_reason, choice.stop_reason)
 
     async def _json(self, method: str, path: str, type_: Any, body: dict[str, Any] | None = None) -> Any:
-        patience = _Patience(self.timeout, self.span_timeout, time.monotonic())
+        patience = _Patience(self.timeout, self.span_timeout, time.monotonic(), math.inf)
         async with self._request(method, path, patience, body) as response:
             async for payload in self._body_of(response, patience):
                 try:

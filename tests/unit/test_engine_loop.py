@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -55,6 +56,7 @@ class Call:
     min_tokens: int
     seed: int | None
     request_id: str
+    deadline: float
     closed: bool = False
 
 
@@ -99,8 +101,9 @@ class ScriptedTeacher:
         min_tokens: int,
         seed: int | None,
         request_id: str,
+        deadline: float,
     ) -> AsyncIterator[Piece]:
-        call = Call(list(prompt_ids), tokens, min_tokens, seed, request_id)
+        call = Call(list(prompt_ids), tokens, min_tokens, seed, request_id, deadline)
         self.calls.append(call)
         try:
             for written in range(tokens):
@@ -885,15 +888,16 @@ async def test_a_request_that_may_have_everything_reserves_a_little_at_a_time(pa
     assert await on_the_books(shared) == (150, 0, 0)
 
 
-async def test_a_span_ends_at_its_deadline(pair):
-    """The teacher hangs before its third token; what it wrote in time stays, and is paid."""
-    shared = shared_by_all(tokens(100), lease_seconds=0.25)
-    engine, teacher = pair(ask_at={2}, span_tokens=4, hangs_at=4, shared=shared)
-    result = await write(engine, {"calls": 1}, max_tokens=8)
-    assert result.text() == "abCDefgh"
-    assert teacher.calls[0].closed
-    assert not result.report.degraded
-    assert await on_the_books(shared) == (2, 0, 6)
+async def test_a_span_ends_with_its_lease(pair):
+    """No token may come behind the lease's deadline: without shared limits there is none."""
+    shared = shared_by_all(tokens(100), lease_seconds=10)
+    engine, teacher = pair(ask_at={2}, shared=shared)
+    before = time.monotonic()
+    await write(engine, 0.5)
+    assert before + 8 <= teacher.calls[0].deadline <= time.monotonic() + 8
+    engine, teacher = pair(ask_at={2})
+    await write(engine, 0.5)
+    assert teacher.calls[0].deadline == INF
 
 
 async def test_a_client_that_leaves_in_a_span_pays_for_what_was_written(pair):

@@ -361,6 +361,19 @@ async def test_the_deadline_counts_from_the_start_of_the_span(server, teacher):
     assert error.reason == "timeout"
 
 
+async def test_no_token_comes_behind_the_deadline(server, teacher):
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await begin_events(request)
+        await response.write(event(choice([7], None)))
+        await server.until_lost()
+        return response
+
+    server.answers = [answer]
+    pieces = write(teacher, LONG, deadline=time.monotonic() + 1)
+    assert (await anext(pieces)).token_ids == [7]
+    assert (await failure(pieces)).reason == "timeout"
+
+
 async def test_a_span_that_moves_on_may_be_as_long_as_it_is(server):
     """64 tokens come at once, so there is as much time again for the next ones."""
     async with client(server.url, span_timeout=0.5) as teacher:
