@@ -10,7 +10,9 @@ from server.exchange import Report
 REQUESTS = Counter(
     "wheels_requests", "Choices by how they ended: finished, degraded, aborted, error", ["outcome"]
 )
-COMPLETION_TOKENS = Counter("wheels_completion_tokens", "Completion tokens by who wrote them", ["source"])
+COMPLETION_TOKENS = Counter(
+    "wheels_completion_tokens", "Completion tokens by who wrote them: student, teacher", ["source"]
+)
 TEACHER_CALLS = Counter(
     "wheels_teacher_calls",
     "Teacher calls by outcome: ok, aborted, unreachable, timeout, status, nonsense",

@@ -14,6 +14,7 @@ import server.metrics  # noqa: F401  (registers the gateway's series)
 
 RULE_TESTS = Path(__file__).with_name("rules_test.yml")
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
+FAMILIES = tuple(text_string_to_metric_families(generate_latest(REGISTRY).decode()))
 SUFFIX = re.compile("_(bucket|sum|count|total)$")
 
 
@@ -48,13 +49,29 @@ def test_every_alert_is_explained() -> None:
 )
 def test_own_series_exist(expression: promql.Expression) -> None:
     """Ours are in the gateway's own registry, recorded ones in the rules; a real scrape shows the rest."""
-    families = text_string_to_metric_families(generate_latest(REGISTRY).decode())
-    known = {family.name for family in families}
+    known = {family.name for family in FAMILIES}
     for selector in expression.selectors():
         if ":" in selector.name and not selector.name.startswith("vllm:"):
             assert selector.name in promql.recorded()
         elif selector.name.startswith("wheels_"):
             assert SUFFIX.sub("", selector.name) in known
+
+
+@pytest.mark.parametrize(
+    "expression", promql.rule_expressions() + promql.panel_expressions(), ids=lambda e: e.place
+)
+def test_own_labels_have_these_values(expression: promql.Expression) -> None:
+    """Every outcome, reason and source by which something is selected is one that the series' help names."""
+    for selector in expression.selectors():
+        if "wheels_" not in selector.name:
+            continue
+        (about,) = (
+            f.documentation for f in FAMILIES if f"{f.name}_" in selector.name.replace(":", "_") + "_"
+        )
+        for matcher in selector.matchers.matchers:
+            if matcher.name in ("outcome", "reason", "source", "decision"):
+                for value in matcher.value.split("|"):
+                    assert re.search(rf"\b{value}\b", about), (selector.name, value)
 
 
 def test_panels_are_complete() -> None:
