@@ -101,6 +101,19 @@ def test_a_wrong_manifest_is_noticed() -> None:
         check(deployment | {"spec": deployment["spec"] | {"replica": 3}})
 
 
+def test_the_guides_values_are_right(tmp_path: Path) -> None:
+    """The indented block behind "Write the values" in docs/operations.md."""
+    guide = (helm.ROOT / "docs" / "operations.md").read_text()
+    block = guide.split("4. Write the values.")[1].split("\n\n")[1]
+    values = tmp_path / "values.yaml"
+    values.write_text(block)
+    result = helm.template("--values", str(values))
+    assert result.returncode == 0, result.stderr
+    config = yaml.safe_load(of_kind(result.stdout, "ConfigMap")["data"]["config.yaml"])
+    assert config["student"] == "/models/student"
+    assert config["vllm"] == {}
+
+
 def test_the_schema_is_the_gateways() -> None:
     assert helm.schema_with(helm.configuration_schema()) == helm.SCHEMA.read_text()
 
