@@ -201,8 +201,8 @@ class RedisLedger:
         self._retry_at = time.monotonic() + self._retry
         if self._failures == FAILURES:
             logger.error(
-                "the ledger's Redis is away, teacher tokens are %sed: %s",
-                self._when_unavailable,
+                "the ledger's Redis is away, teacher tokens are %s: %s",
+                {"refuse": "refused", "allow": "allowed"}[self._when_unavailable],
                 error or "no answer in time",
             )
 

@@ -4,9 +4,9 @@ State of a scope, four keys in one slot (every key of a ledger carries one hash 
 
     state    hash: now, newest (sub-window), spent, student, reserved, total_spent, total_student,
              and s<i>, t<i>: teacher and student tokens of sub-window i
-    held     hash: lease id -> tokens
+    held     hash: lease id -> tokens; 0 for one that was given up
     leases   sorted set of lease ids by the ms at which they expire
-    lapsed   sorted set of expired lease ids, with the same scores
+    lapsed   sorted set of expired lease ids, with the same scores, and of those that were given up
 
 `router.ledger.account.Account` is the same in Python, with the reasons. The time is Redis's own.
 """
@@ -150,7 +150,12 @@ local id, used, outcome = ARGV[4], tonumber(ARGV[5]), 'unknown'
 for i = 1, #KEYS / 4 do
   local a = account(i, tonumber(ARGV[5 + i]))
   local tokens = tonumber(call('HGET', a.held, id))
-  if tokens then
+  if not tokens and used == 0 then
+    -- Perhaps given up before it has arrived: held with 0 tokens, it is not made when it does.
+    call('HSET', a.held, id, 0)
+    call('ZADD', a.lapsed, a.now, id)
+    for _, key in ipairs({a.lapsed, a.held}) do call('PEXPIRE', key, 2 * a.window + lease_ms) end
+  elseif tokens and tokens > 0 then
     if call('ZREM', a.leases, id) == 1 then
       a.reserved = a.reserved - tokens
       charge(a, a.newest, used)

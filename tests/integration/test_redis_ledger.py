@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 from ledger_machine import LEASE_SECONDS, LedgerMachine
+from network import Network
 from redis import Redis as SyncRedis
 from redis_server import RedisServer, free_port
 
@@ -363,6 +364,84 @@ async def test_restart_under_load_loses_nothing(durable_redis: RedisServer, conn
         return statuses is not None and (statuses[0].spent, statuses[0].reserved) == (spent, 0)
 
     await until(exact, 5)
+
+
+@pytest.mark.parametrize("rule", ["refuse", "allow"])
+@pytest.mark.parametrize("fault", ["paused", "partitioned"])
+async def test_an_outage_under_load(
+    durable_redis: RedisServer, fault: str, rule: str, connect: Connect
+) -> None:
+    """Redis is out of reach three times while 40 streams reserve and settle: nobody hangs, nothing is lost.
+
+    Nor is anything held that nobody knows of: a reservation that was given up arrives all the same when the
+    way is free again, after the settlement that gave it back.
+    """
+    async with Network(durable_redis.port) as network:
+        url = f"redis://127.0.0.1:{network.port}"
+        ledger = RedisLedger.connect(url, when_unavailable=rule, lease_seconds=60.0, **IMPATIENT)
+        scope = Scope("global", "", TokensPerWindow(tokens=10**6, window_seconds=3600))
+        spent, without, slowest, stop = 0, 0, 0.0, False
+
+        async def stream() -> None:
+            nonlocal spent, without, slowest
+            while not stop:
+                reply, seconds = await timed(ledger.reserve([scope], 5))
+                slowest = max(slowest, seconds)
+                if isinstance(reply, Denial) or not reply.accounted:
+                    assert isinstance(reply, Denial) is (rule == "refuse")
+                    without += 1
+                    await asyncio.sleep(0.02)
+                    continue
+                await asyncio.sleep(0.005)
+                _, seconds = await timed(ledger.settle(reply, 3))
+                slowest = max(slowest, seconds)
+                spent += 3
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(40):
+                group.create_task(stream())
+            for _ in range(3):
+                await asyncio.sleep(0.4)
+                network.cut() if fault == "partitioned" else durable_redis.process.send_signal(signal.SIGSTOP)
+                await asyncio.sleep(0.6)
+                network.mend() if fault == "partitioned" else durable_redis.process.send_signal(
+                    signal.SIGCONT
+                )
+                await asyncio.sleep(0.8)
+            stop = True
+        assert spent > 0
+        assert without > 0
+        assert slowest < TIMEOUT + 0.5
+
+        async def exact() -> bool:
+            statuses = await ledger.status([scope])
+            return statuses is not None and (statuses[0].spent, statuses[0].reserved) == (spent, 0)
+
+        await until(exact, 10)
+        await ledger.aclose()
+
+
+async def test_a_reservation_that_arrives_behind_its_settlement_holds_nothing(
+    redis_server: RedisServer, connect: Connect
+) -> None:
+    """It was given up while the network was cut; TCP delivers it all the same, when it may."""
+    direct = connect(redis_server)
+    async with Network(redis_server.port, straggle=0.0) as network:
+        ledger = RedisLedger.connect(f"redis://127.0.0.1:{network.port}", **IMPATIENT)
+        lease = await granted(ledger)
+        network.cut()
+        assert isinstance(await answer(ledger), Denial)
+        ((given_up, _),) = ledger._owed.values()
+        for _ in range(2):
+            assert await direct.settle(given_up, 0) == "unknown"
+        ledger._paying.cancel()  # this was it, on another connection
+        ledger._owed.clear()
+        network.mend()
+        await ledger.settle(await granted(ledger), 2)
+        await ledger.settle(lease, 4)
+        (status,) = await direct.status([TENANT])
+        assert (status.spent, status.reserved) == (6, 0)
+        await ledger.aclose()
 
 
 async def test_a_cancelled_reservation_holds_nothing(redis_server: RedisServer, connect: Connect) -> None:
