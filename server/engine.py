@@ -171,18 +171,20 @@ class CooperativeEngine(AsyncLLM):
 
     def _terms(self, choice: Choice) -> Terms:
         """On which terms the student may ask in its next segment."""
-        if choice.may_ask and self.cooperation.teacher.down:
-            self._lose_teacher(choice, TeacherError("breaker", "it counts as down"))
         if not choice.may_ask:
             return NEVER
         completion = choice.completion
-        return self.cooperation.policy.terms(
+        terms = self.cooperation.policy.terms(
             choice.bucket,
             len(completion),
             completion.max_tokens,
             ceiling=choice.share.rate,
             pause=choice.ask_from - len(completion),
         )
+        if not terms.never and self.cooperation.teacher.down:
+            self._lose_teacher(choice, TeacherError("breaker", "it counts as down"))
+            return NEVER
+        return terms
 
     async def _student(self, choice: Choice, terms: Terms) -> AsyncIterator[Piece]:
         """One segment of the student, in pieces."""

@@ -810,6 +810,17 @@ async def test_whoever_leaves_while_waiting_for_the_teacher_gives_everything_bac
     assert await on_the_books(shared) == (0, 0, 2)
 
 
+@pytest.mark.parametrize("on_teacher_error", ["degrade", "error"])
+async def test_a_teacher_that_goes_when_nothing_is_left_to_spend_is_not_missed(pair, on_teacher_error):
+    engine, teacher = pair(ask_at={2}, on_teacher_error=on_teacher_error)
+    outputs, exchange = start(engine, {"calls": 1})
+    async for _ in outputs:
+        if exchange.reports[0].calls:
+            teacher.breaker.failed()
+    (report,) = exchange.reports
+    assert (report.tokens, report.degraded, report.denied) == (2, False, {})
+
+
 async def test_a_teacher_that_is_down_can_be_an_error(pair):
     engine, teacher = pair(ask_at={2}, on_teacher_error="error")
     teacher.breaker.failed()
