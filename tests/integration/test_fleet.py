@@ -1,0 +1,238 @@
+"""Several gateways for real: two of them, two teachers, Redis, nginx, Prometheus; one of each dies."""
+
+import asyncio
+import json
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from signal import SIGKILL
+from typing import Any, NamedTuple
+
+import openai
+import promql
+import pytest
+import yaml
+from client import chat, openai_client
+from redis_server import RedisServer, free_port
+
+from server.pair import HOST, START_SECONDS, Pair, gateway_service, teacher_service
+from server.processes import Child, Service, running
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+REQUESTS = 400
+AT_ONCE = 24
+LIMIT = 400
+"""Teacher tokens for all requests together: about half of what they ask for at this price."""
+PRICE = 0.4
+LEASE_SECONDS = 6
+
+
+def local() -> str:
+    return f"http://{HOST}:{free_port()}"
+
+
+@dataclass
+class Fleet:
+    """Where everything answers, and the processes that die."""
+
+    front: str
+    gateways: list[str]
+    prometheus: str
+    redis: RedisServer
+    processes: dict[str, Child]
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """An instant query's result vector."""
+        query = urllib.parse.urlencode({"query": expression})
+        with urllib.request.urlopen(f"{self.prometheus}/api/v1/query?{query}", timeout=10) as reply:
+            return json.load(reply)["data"]["result"]
+
+    def kill(self, name: str) -> None:
+        self.processes[name].signal(SIGKILL)
+        self.processes[name].process.wait()
+
+    def budget(self) -> dict[str, Any]:
+        """The global limit, as the gateway that survives sees it."""
+        with urllib.request.urlopen(f"{self.gateways[1]}/budgets", timeout=10) as reply:
+            (budget,) = (b for b in json.load(reply)["budgets"] if b["limit"]["type"] == "tokens")
+        return budget
+
+
+class Event(NamedTuple):
+    time: float
+    replies: int
+    """How many there were before."""
+
+
+@dataclass
+class Load:
+    """What became of the requests."""
+
+    replies: list[Any] = field(default_factory=list)
+    failed: list[float] = field(default_factory=list)
+    """When those that failed were sent."""
+    events: dict[str, "Event"] = field(default_factory=dict)
+
+    def note(self, what: str) -> None:
+        self.events[what] = Event(time.monotonic(), len(self.replies))
+
+    @property
+    def ended(self) -> int:
+        return len(self.replies) + len(self.failed)
+
+
+@pytest.fixture(scope="module")
+def fleet(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    directory = tmp_path_factory.mktemp("fleet")
+    logs = {name: directory / name for name in ("gateway-1", "gateway-2", "teacher-1", "teacher-2")}
+    for log in logs.values():
+        log.mkdir()
+    gateways, teachers, front, prometheus = [local(), local()], [local(), local()], local(), local()
+    redis = RedisServer(directory, durable=True)
+    ledger = {"type": "redis", "url": redis.url, "lease_seconds": LEASE_SECONDS, "on_expiry": "charge"}
+    limits = [
+        {"type": "tokens", "tokens": LIMIT, "window_seconds": 3600},
+        {"type": "fraction", "fraction": 0.5, "window_seconds": 3600, "slack_tokens": 64},
+    ]
+    # At a fixed price nothing spares the budget: whether it holds is up to the ledger alone.
+    flags = ("--price", str(PRICE), "--ledger", json.dumps(ledger), "--limits", json.dumps(limits))
+    services = {
+        "gateway-1": gateway_service(pair, ",".join(teachers), gateways[0], logs["gateway-1"], flags),
+        "gateway-2": gateway_service(pair, ",".join(teachers), gateways[1], logs["gateway-2"], flags),
+        "teacher-1": teacher_service(pair.teacher, teachers[0], logs["teacher-1"]),
+        "teacher-2": teacher_service(pair.teacher, teachers[1], logs["teacher-2"]),
+        "nginx": nginx(front, gateways, directory),
+        "prometheus": prometheus_service(prometheus, gateways, teachers, directory),
+    }
+    try:
+        with running(list(services.values()), timeout=2 * START_SECONDS) as children:
+            yield Fleet(front, gateways, prometheus, redis, dict(zip(services, children, strict=True)))
+    finally:
+        redis.stop()
+
+
+def nginx(front: str, gateways: list[str], directory: Path) -> Service:
+    """nginx with the configuration that we ship, at other addresses."""
+    text = (DEPLOY / "nginx" / "gateways.conf").read_text()
+    for number, gateway in enumerate(gateways, start=1):
+        assert f"server gateway-{number}:8000" in text
+        text = text.replace(f"gateway-{number}:8000", gateway.removeprefix("http://"))
+    text = text.replace("listen 8080", f"listen {front.removeprefix('http://')}")
+    paths = "".join(
+        f"{kind}_temp_path {directory}/{kind};"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    main = directory / "nginx.conf"
+    main.write_text(
+        f"user root; daemon off; pid {directory}/nginx.pid; error_log stderr; events {{}}"
+        f"http {{ access_log off; {paths}\n{text} }}"
+    )
+    command = ("nginx", "-e", "stderr", "-p", str(directory), "-c", str(main))
+    return Service("nginx", command, f"{front}/health", directory / "nginx.log")
+
+
+def prometheus_service(url: str, gateways: list[str], teachers: list[str], directory: Path) -> Service:
+    """Prometheus with the configuration and rules that we ship, at other addresses, and hurried."""
+    config = yaml.safe_load((DEPLOY / "compose" / "prometheus.yml").read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(path) for path in promql.RULES]
+    targets = {"wheels-gateway": gateways, "wheels-teacher": teachers}
+    for job in config["scrape_configs"]:
+        del job["dns_sd_configs"]
+        addresses = [target.removeprefix("http://") for target in targets.pop(job["job_name"])]
+        job["static_configs"] = [{"targets": addresses}]
+    assert not targets
+    file = directory / "prometheus.yml"
+    file.write_text(yaml.safe_dump(config))
+    address = url.removeprefix("http://")
+    command = ["prometheus", f"--config.file={file}", f"--storage.tsdb.path={directory / 'tsdb'}"]
+    command.append(f"--web.listen-address={address}")
+    return Service("prometheus", command, f"{url}/-/ready", directory / "prometheus.log")
+
+
+@pytest.fixture(scope="module")
+def load(fleet: Fleet, sources: list[str]) -> Load:
+    """Requests through nginx. Under way, a gateway and a teacher are killed, then Redis, which comes back."""
+    return asyncio.run(_load(fleet, (sources * 4)[:REQUESTS]))
+
+
+async def _load(fleet: Fleet, prompts: list[str]) -> Load:
+    load, turn = Load(), asyncio.Semaphore(AT_ONCE)
+
+    async def ask(prompt: str) -> None:
+        async with turn:
+            sent = time.monotonic()
+            try:
+                load.replies.append(await chat(client, prompt, 0.5))
+            except openai.OpenAIError:
+                load.failed.append(sent)
+
+    async def until(ended: int) -> None:
+        while load.ended < ended:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+    async with openai_client(fleet.front) as client, asyncio.timeout(300):
+        requests = [asyncio.create_task(ask(prompt)) for prompt in prompts]
+        await until(50)
+        fleet.kill("gateway-1")
+        load.note("gateway killed")
+        await until(90)
+        fleet.kill("teacher-1")
+        load.note("teacher killed")
+        await until(150)
+        fleet.redis.stop()
+        load.note("Redis killed")
+        await until(190)
+        fleet.redis.start()
+        await asyncio.gather(*requests)
+    await asyncio.sleep(LEASE_SECONDS + 3)  # what the dead held is charged; Prometheus sees it all
+    return load
+
+
+def test_only_what_the_dead_gateway_had_under_way_is_lost(load: Load) -> None:
+    assert load.ended == REQUESTS
+    assert len(load.failed) <= AT_ONCE
+    assert all(sent <= load.events["gateway killed"].time for sent in load.failed)
+    assert all(reply.choices[0].finish_reason in ("stop", "length") for reply in load.replies)
+
+
+def test_the_budget_holds(fleet: Fleet, load: Load) -> None:
+    written = sum(reply.teacher["tokens"] for reply in load.replies)
+    budget = fleet.budget()
+    assert 0 < written <= budget["spent"] <= LIMIT
+    assert budget["reserved"] == 0
+
+
+def test_it_had_to_be_held(load: Load) -> None:
+    assert sum(reply.teacher["denied"].get("global_tokens", 0) for reply in load.replies) > 0
+
+
+def test_the_other_teacher_takes_over(load: Load) -> None:
+    start, end = load.events["teacher killed"].replies + AT_ONCE, load.events["Redis killed"].replies
+    replies = load.replies[start:end]
+    assert len(replies) > 10
+    assert sum(reply.teacher["tokens"] for reply in replies) > 0
+    assert not any(reply.teacher["degraded"] for reply in replies)
+
+
+@pytest.mark.parametrize("expression", promql.panel_expressions(), ids=lambda e: e.place)
+def test_every_panel_shows_something(fleet: Fleet, load: Load, expression: promql.Expression) -> None:
+    assert fleet.query(expression.text), expression.text
+
+
+@pytest.mark.parametrize(
+    "expression", promql.rule_expressions() + promql.panel_expressions(), ids=lambda e: e.place
+)
+def test_every_series_exists(fleet: Fleet, load: Load, expression: promql.Expression) -> None:
+    """Whatever rules and panels select is exported, with the labels by which they select it."""
+    for selector in expression.selectors():
+        assert fleet.query(promql.existing(selector)), promql.existing(selector)
+
+
+def test_the_deaths_are_noticed(fleet: Fleet, load: Load) -> None:
+    alerts = {result["metric"]["alertname"] for result in fleet.query("ALERTS")}
+    assert {"WheelsGatewayDown", "WheelsTeacherDown"} <= alerts
+    assert not {"WheelsNoGateway", "WheelsTeacherUnreachable"} & alerts
