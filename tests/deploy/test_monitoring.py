@@ -1,12 +1,18 @@
 """Dashboards, recording rules and alerts: they parse, name series that exist, and fire when they should."""
 
+import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import promql
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -19,6 +25,7 @@ SUFFIX = re.compile("_(bucket|sum|count|total)$")
 
 
 def promtool(*arguments: str) -> str:
+    assert shutil.which("promtool"), "these tests run promtool (Debian: prometheus)"
     result = subprocess.run(["promtool", *arguments], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -74,6 +81,29 @@ def test_own_labels_have_these_values(expression: promql.Expression) -> None:
                     assert re.search(rf"\b{value}\b", about), (selector.name, value)
 
 
+def dropped(given: Any, parsed: Any, path: str = "") -> list[str]:
+    """Fields of a document that are not in what was made of it."""
+    if isinstance(given, dict):
+        return [
+            name
+            for key, value in given.items()
+            for name in (dropped(value, parsed[key], f"{path}.{key}") if key in parsed else [f"{path}.{key}"])
+        ]
+    if isinstance(given, list):
+        pairs = enumerate(zip(given, parsed, strict=True))
+        return [name for i, (one, other) in pairs for name in dropped(one, other, f"{path}[{i}]")]
+    return [] if given == parsed else [path]
+
+
+@pytest.mark.parametrize("path", promql.DASHBOARDS, ids=lambda path: path.stem)
+def test_grafana_knows_every_field(path: Path) -> None:
+    """By Grafana's own models of dashboards and panels."""
+    register_default_plugins()
+    given = json.loads(path.read_text())
+    parsed = json.loads(JSONEncoder().encode(Dashboard.from_json(given)))
+    assert not dropped(given, parsed)
+
+
 def test_panels_are_complete() -> None:
     for dashboard, panel in promql.panels():
         assert panel["description"], f"{dashboard}: {panel['title']} says not what it shows"
@@ -84,7 +114,7 @@ def test_panels_are_complete() -> None:
 
 @pytest.mark.parametrize("path", promql.DASHBOARDS, ids=lambda path: path.stem)
 def test_panels_do_not_overlap(path: Path) -> None:
-    panels = yaml.safe_load(path.read_text())["panels"]
+    panels = json.loads(path.read_text())["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     taken: set[tuple[int, int]] = set()
     for place in (panel["gridPos"] for panel in panels):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import time
 import urllib.parse
 import urllib.request
@@ -86,6 +87,8 @@ class Load:
 
 @pytest.fixture(scope="module")
 def fleet(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    for program, package in (("nginx", "nginx-light"), ("prometheus", "prometheus")):
+        assert shutil.which(program), f"these tests start {program} (Debian: {package})"
     directory = tmp_path_factory.mktemp("fleet")
     logs = {name: directory / name for name in ("gateway-1", "gateway-2", "teacher-1", "teacher-2")}
     for log in logs.values():
