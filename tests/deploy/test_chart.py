@@ -115,6 +115,7 @@ def test_the_guides_values_are_right(tmp_path: Path) -> None:
 
 
 def test_the_schema_is_the_gateways() -> None:
+    """After a new setting of the gateway: `python -m tests.deploy.helm`."""
     assert helm.schema_with(helm.configuration_schema()) == helm.SCHEMA.read_text()
 
 
@@ -147,6 +148,7 @@ def test_variables_are_settings(case: str) -> None:
         ("gateway.replicas=0", "minimum: got 0, want 1"),
         ("gateway.config.gate=guess", "value must be one of"),
         ("gateway.config.default_budget=2", "maximum: got 2, want 1"),
+        ("gateway.env.WHEELS_PORT=x", "invalid propertyName 'WHEELS_PORT'"),
         ("gateway.config.spam=1", "additional properties 'spam' not allowed"),
         ("gateway.config.student=/s", "additional properties 'student' not allowed"),
         ("gateway.config.limits[0].type=tokens,gateway.config.limits[0].tokens=5", "window_seconds"),
