@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import logging
 import signal
 import time
 from argparse import Namespace
@@ -14,7 +15,7 @@ from typing import Any
 import uvloop
 from fastapi import FastAPI
 
-from router.checkpoint import MERGED_ROUTER, RouterCheckpoint, vocabulary
+from router.checkpoint import MERGED_ROUTER, CheckpointError, RouterCheckpoint, vocabulary
 from router.controller import PriceController
 from router.policy import Calibration, Policy
 from router.reserved import ReservedRows
@@ -31,6 +32,8 @@ from server.shared import SharedBudgets
 from server.teacher import Teacher, TeacherError
 from server.tenants import Tenants
 from server.vllm_api import AsyncEngineArgs, HttpLayer, current_platform
+
+logger = logging.getLogger(__name__)
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -88,11 +91,17 @@ def _reserved_rows(router: RouterCheckpoint | None, student: Path) -> ReservedRo
 def _policy(config: ServeConfig, router: RouterCheckpoint | None, max_len: int) -> Policy:
     expected = router.config.expected_tokens if router else max_len / 4
     span_tokens, ask_tokens = _spans(config, router)
+    if config.aim == "rate" and (config.price is not None or router is None):
+        raise ConfigError("aim rate needs a router checkpoint with its calibration, and no fixed price")
     if config.price is not None:
         return Policy(Calibration(((0.5, config.price),)), expected)
     calibrated = router is not None and (span_tokens, ask_tokens) == _spans(None, router)
     if calibrated and config.gate in router.config.calibration:
-        return Policy(router.calibration(config.gate), expected)
+        try:
+            spare = router.spare(config.gate) if config.aim == "rate" else None
+        except CheckpointError as error:
+            raise ConfigError(f"aim rate: {error}") from error
+        return Policy(router.calibration(config.gate), expected, spare)
     if config.gate == "random":
         return Policy(Calibration.of_random_gate(ask_tokens), expected)
     raise ConfigError(
@@ -268,11 +277,18 @@ async def _app(
 async def _background(works: Sequence[Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
     """What goes on beside the requests."""
     tasks = [asyncio.create_task(work) for work in works]
+    for task in tasks:
+        task.add_done_callback(_report_death)
     try:
         yield
     finally:
         for task in tasks:
             task.cancel()
+
+
+def _report_death(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        logger.critical("%s ended: restart the gateway", task.get_coro(), exc_info=task.exception())
 
 
 def _interrupt(*_: Any) -> None:

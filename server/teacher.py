@@ -25,6 +25,9 @@ SPAN = 64
 # Idle connections are dropped after this many seconds, before the teacher does it (vLLM: 5 s).
 KEEP_ALIVE = 4
 
+# Behind its last token a teacher has this long to end its reply, or the connection is not used again.
+END_SECONDS = 1.0
+
 # Sampling parameters that vLLM's completions endpoint takes under the same name.
 FORWARDED = (
     "temperature",
@@ -89,13 +92,13 @@ class _Patience:
     """How long a call may still wait: for its next token, for every 64 of them, and in all."""
 
     def __init__(self, token_seconds: float, span_seconds: float, started: float, deadline: float) -> None:
-        self._token_seconds, self._span_seconds = token_seconds, span_seconds
+        self.token_seconds, self._span_seconds = token_seconds, span_seconds
         self._started, self._deadline = started, deadline
         self.written = 0
 
     def seconds(self) -> float:
         due = self._started + self._span_seconds * (1 + self.written // SPAN)
-        return min(self._token_seconds, min(due, self._deadline) - time.monotonic())
+        return min(self.token_seconds, min(due, self._deadline) - time.monotonic())
 
 
 class Teacher:
@@ -213,6 +216,7 @@ class Teacher:
                         yield piece
                         continue
                     outcome = "ok"
+                    patience.token_seconds = min(patience.token_seconds, END_SECONDS)
                     with suppress(TeacherError):  # nothing that is still needed
                         async for _ in replies:  # to the end, so that the connection is reused
                             pass
