@@ -13,7 +13,7 @@ from server.pair import is_cpu_build
 
 ROOT = Path(__file__).parents[2]
 # Not the same in the two builds, or removed again by the Makefile.
-PER_BUILD = re.compile(r"torchvision|torchaudio|torchcodec|triton|apache-tvm-ffi|intel-.*")
+PER_BUILD = re.compile(r"torchvision|torchaudio|torchcodec|triton|apache-tvm-ffi")
 
 
 def brought_along(name: str, extras: frozenset[str], seen: set[tuple[str, frozenset[str]]]) -> Iterator[str]:
