@@ -89,8 +89,20 @@ class Bucket:
         if budget.fraction is None or budget.fraction == 1.0:
             return 0
         # spent + ask <= fraction * (length + ask) + span
-        spent = self.spent + self.ask_tokens - self.span_tokens
-        length = spent / budget.fraction - self.ask_tokens - EPSILON
+        return self._length(self.spent + self.ask_tokens - self.span_tokens)
+
+    def spare_from(self) -> int | None:
+        """Completion length from which a call fits into the fraction itself, without the span on top.
+
+        None when it never does, and for budgets without a fraction in (0, 1).
+        """
+        if self.budget.fraction in (None, 0.0, 1.0):
+            return None
+        return self._length(self.spent + self.ask_tokens)
+
+    def _length(self, tokens: int) -> int | None:
+        """Completion length whose fraction, with a call behind it, covers so many teacher tokens."""
+        length = tokens / self.budget.fraction - self.ask_tokens - EPSILON
         return None if length == math.inf else max(0, math.ceil(length))
 
     def credit(self, completion_tokens: int) -> float:

@@ -67,6 +67,8 @@ class RouterConfig(BaseModel):
     """Mean completion length on validation data, in tokens."""
     calibration: dict[str, list[tuple[float, float]]]
     """Per gate: (teacher rate, price), see `router.policy.Calibration`."""
+    spare: dict[str, list[tuple[float, float]]] = Field(default_factory=dict)
+    """Per gate: (fraction, spare price that makes it the realised rate), see `router.policy.Policy`."""
     fingerprints: Fingerprints
     budget_prompt: str | None = None
     """Template of a budget prompt with the field `{percent}`, where the student was trained with one."""
@@ -100,10 +102,18 @@ class RouterCheckpoint:
 
     def calibration(self, name: str = "learned") -> Calibration:
         """Raises CheckpointError where that gate was not calibrated."""
-        if name not in self.config.calibration:
-            known = ", ".join(self.config.calibration)
+        return self._calibrated(self.config.calibration, name)
+
+    def spare(self, name: str = "learned") -> Calibration:
+        """Raises CheckpointError where that gate was not calibrated."""
+        return self._calibrated(self.config.spare, name)
+
+    @staticmethod
+    def _calibrated(points: dict[str, list[tuple[float, float]]], name: str) -> Calibration:
+        if name not in points:
+            known = ", ".join(points) or "none"
             raise CheckpointError(f"the router has no calibration for gate {name!r}, only for: {known}")
-        return Calibration(tuple(self.config.calibration[name]))
+        return Calibration(tuple(points[name]))
 
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -141,6 +151,8 @@ class RouterCheckpoint:
         try:
             for name in config.calibration:
                 checkpoint.calibration(name)
+            for name in config.spare:
+                checkpoint.spare(name)
             checkpoint.build_gate()
         except (ValueError, RuntimeError) as error:
             raise CheckpointError(f"{directory}: {error}") from error

@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from router.budget import Bucket
 
@@ -13,10 +13,15 @@ REFILL_TOKENS = 10
 
 @dataclass(frozen=True)
 class Terms:
-    """Terms of one student segment: ask where score > price, but not before that many tokens of it."""
+    """Terms of one student segment: ask where score > price, but not before that many tokens of it.
+
+    From ``spare_from`` tokens on the price is ``spare_price``, where there is one.
+    """
 
     price: float
     not_before: int = 0
+    spare_price: float | None = None
+    spare_from: int = 0
 
     @property
     def never(self) -> bool:
@@ -81,11 +86,16 @@ class Policy:
     A fraction is a rate already, and a bucket with less left than a call makes it dearer: the next call goes
     where it is worth most, not to the first place behind the last one. Tokens and calls are spent with a
     plan: what is left over what is still to be written, so that an eager start does not eat the whole budget.
+
+    A fraction is a bound that is not used up where more teacher tokens would not help. With ``spare`` it is
+    a rate to hit: while a call fits into the fraction itself, the price is the spare one, and the span on top
+    is kept for what is worth the other.
     """
 
     calibration: Calibration
     expected_tokens: float
     """Mean completion length on validation data."""
+    spare: Calibration | None = None
 
     def terms(
         self,
@@ -103,15 +113,28 @@ class Policy:
         earliest = bucket.earliest()
         if earliest is None or earliest >= max_tokens:
             return NEVER
-        return Terms(
-            price=self.calibration.price(min(ceiling, self._rate(bucket, completion_tokens, max_tokens))),
-            not_before=max(0, earliest - completion_tokens, pause),
+        rate = min(ceiling, self._rate(bucket, completion_tokens, max_tokens))
+        terms = Terms(self.calibration.price(rate), max(0, earliest - completion_tokens, pause))
+        spare_from = bucket.spare_from()
+        if self.spare is None or spare_from is None:
+            return terms
+        rate = min(ceiling, bucket.budget.fraction, self._planned(bucket, completion_tokens, max_tokens))
+        return replace(
+            terms,
+            spare_price=min(terms.price, self.spare.price(rate)),
+            spare_from=max(terms.not_before, spare_from - completion_tokens),
         )
 
     def _rate(self, bucket: Bucket, completion_tokens: int, max_tokens: int) -> float:
+        return min(
+            self._fraction(bucket, completion_tokens), self._planned(bucket, completion_tokens, max_tokens)
+        )
+
+    def _planned(self, bucket: Bucket, completion_tokens: int, max_tokens: int) -> float:
+        """Rate at which the tokens and calls that are left last to the end; inf without such a budget."""
         expected = min(self.expected_tokens, max_tokens)
         to_write = max(expected - completion_tokens, bucket.ask_tokens)
-        rates = [self._fraction(bucket, completion_tokens)]
+        rates = [math.inf]
         if bucket.tokens_left is not None:
             rates.append(bucket.tokens_left / to_write)
         if bucket.calls_left is not None:

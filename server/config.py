@@ -107,6 +107,9 @@ class ServeConfig(BaseModel):
     tenants: str | None = Field(None, description="file of API keys and their budgets, or its contents")
     gate: Literal[tuple(GATES)] = Field("learned", description=f"what decides: {', '.join(GATES)}")
     price: FiniteFloat | None = Field(None, description="fixed price, for a gate without a calibration")
+    aim: Literal["quality", "rate"] = Field(
+        "quality", description="a fraction of a budget is a bound (quality), or a rate to be spent (rate)"
+    )
     span_tokens: PositiveInt | None = Field(None, description="longest span; default: the router's, or 1")
     ask_tokens: PositiveInt | None = Field(
         None, description="tokens of one teacher call; default: the router's, or a whole span"

@@ -22,6 +22,8 @@ from server.vllm_api import LogitsProcessor, LogitsProcessorV2, MoveDirectionali
 SETTINGS = "wheels"
 PRICE = "wheels_price"
 NOT_BEFORE = "wheels_not_before"
+SPARE_PRICE = "wheels_spare_price"
+SPARE_FROM = "wheels_spare_from"
 
 
 def gate_settings(reserved: ReservedRows, gate: str, router: Path | None) -> dict[str, Any]:
@@ -37,7 +39,18 @@ def gate_settings(reserved: ReservedRows, gate: str, router: Path | None) -> dic
 
 def terms_args(terms: Terms) -> dict[str, float | int]:
     """The ``extra_args`` that carry a segment's terms to the engine's process."""
-    return {PRICE: terms.price, NOT_BEFORE: terms.not_before}
+    args: dict[str, float | int] = {PRICE: terms.price, NOT_BEFORE: terms.not_before}
+    if terms.spare_price is not None:
+        args |= {SPARE_PRICE: terms.spare_price, SPARE_FROM: terms.spare_from}
+    return args
+
+
+def price_steps(args: dict[str, Any]) -> list[tuple[float, float]]:
+    """(from that many tokens of the segment on, price), in order; never (inf) before the first."""
+    steps = [(args.get(NOT_BEFORE, 0), args.get(PRICE, math.inf))]
+    if SPARE_PRICE in args:
+        steps.append((args[SPARE_FROM], args[SPARE_PRICE]))
+    return steps
 
 
 def decide(gate: Gate, logits: Tensor, price: Tensor) -> None:
@@ -82,6 +95,10 @@ def _hide_reserved_rows_from_logprobs(reserved: ReservedRows) -> None:
     Sampler.compute_logprobs = staticmethod(compute_logprobs)
 
 
+Waiting = tuple[list[tuple[float, float]], list[int]]
+"""The price steps still to come, and the request's growing output ids."""
+
+
 class GateProcessor(LogitsProcessor):
     """V1 interface: batch rows are requests, in the order of the persistent batch."""
 
@@ -91,8 +108,7 @@ class GateProcessor(LogitsProcessor):
         self.prices = torch.full((rows,), math.inf)
         self.device_prices = self.prices.to(device)
         self.finite: set[int] = set()
-        # row -> (price, not_before, the request's growing output ids): not allowed to ask yet
-        self.waiting: dict[int, tuple[float, int, list[int]]] = {}
+        self.waiting: dict[int, Waiting] = {}  # by row
         self.changed = False
 
     def is_argmax_invariant(self) -> bool:
@@ -103,20 +119,21 @@ class GateProcessor(LogitsProcessor):
             for row in batch_update.removed:
                 self._set(row, math.inf)
             for row, params, _, output_ids in batch_update.added:
-                args = params.extra_args or {}
-                price, not_before = args.get(PRICE, math.inf), args.get(NOT_BEFORE, 0)
-                if not_before > len(output_ids):
-                    self._set(row, math.inf)
-                    self.waiting[row] = (price, not_before, output_ids)
-                else:
-                    self._set(row, price)
+                self._set(row, math.inf)
+                self._advance(row, price_steps(params.extra_args or {}), output_ids)
             for first, second, direction in batch_update.moved:
                 self._move(first, second, swap=direction == MoveDirectionality.SWAP)
-        due = [
-            row for row, (_, not_before, output_ids) in self.waiting.items() if len(output_ids) >= not_before
-        ]
-        for row in due:
-            self._set(row, self.waiting[row][0])
+        for row, (steps, output_ids) in list(self.waiting.items()):
+            if steps[0][0] <= len(output_ids):
+                self._advance(row, steps, output_ids)
+
+    def _advance(self, row: int, steps: list[tuple[float, float]], output_ids: list[int]) -> None:
+        """Set the price of the last step that has come; the others wait."""
+        due = [price for start, price in steps if start <= len(output_ids)]
+        if due:
+            self._set(row, due[-1])
+        if len(due) < len(steps):
+            self.waiting[row] = (steps[len(due) :], output_ids)
 
     def _set(self, row: int, price: float) -> None:
         self.waiting.pop(row, None)
@@ -133,7 +150,9 @@ class GateProcessor(LogitsProcessor):
         self._restore(second, first_price, first_waiting)
         self._restore(first, second_price if swap else math.inf, second_waiting if swap else None)
 
-    def _restore(self, row: int, price: float, waiting: tuple[float, int, list[int]] | None) -> None:
+    def _restore(
+        self, row: int, price: float, waiting: tuple[list[tuple[float, float]], list[int]] | None
+    ) -> None:
         self._set(row, price)
         if waiting is not None:
             self.waiting[row] = waiting
@@ -155,14 +174,14 @@ class GateProcessorV2(LogitsProcessorV2):
     def __init__(self, vllm_config: Any, req_states: Any) -> None:
         self.req_states = req_states
         self.gate = build_gate(vllm_config, req_states.device)
-        self.terms = torch.zeros(2, req_states.max_num_reqs)  # (price, not_before)
+        # two steps (from, price) of every slot
+        self.terms = torch.zeros(2, 2, req_states.max_num_reqs)
         self.device_terms = self.terms.to(req_states.device)
         self.changed = False
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        args = sampling_params.extra_args or {}
-        self.terms[0, req_idx] = args.get(PRICE, math.inf)
-        self.terms[1, req_idx] = args.get(NOT_BEFORE, 0)
+        first, second = [*price_steps(sampling_params.extra_args or {}), (math.inf, math.inf)][:2]
+        self.terms[:, :, req_idx] = torch.tensor([first, second])
         self.changed = True
         return True
 
@@ -173,7 +192,9 @@ class GateProcessorV2(LogitsProcessorV2):
 
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
         slots = ctx.expanded_idx_mapping
-        price, not_before = self.device_terms[:, slots]
         written = ctx.pos + 1 - self.req_states.prompt_len.gpu[slots]
-        decide(self.gate, logits, torch.where(written < not_before, math.inf, price))
+        price = torch.full_like(written, math.inf, dtype=torch.float32)
+        for start, from_then in self.device_terms[:, :, slots]:
+            price = torch.where(written >= start, from_then, price)
+        decide(self.gate, logits, price)
         return logits

@@ -1,12 +1,14 @@
-"""The price of each budget, measured in the closed loop on validation data, under the bucket of that budget.
+"""The prices of each budget, measured in the closed loop on validation data, under the bucket of that budget.
 
-It aims at the mean teacher rate that equals the fraction, unless that costs quality: a tight bucket can only
-be spent to its mean by emptying it on trifles, and then it is empty when it matters (docs/log.md).
+The price aims at the mean teacher rate that equals the fraction, unless that costs quality: a tight bucket
+can only be spent to its mean by emptying it on trifles, and then it is empty when it matters (docs/log.md).
+The spare price spends the rest of a fraction, for those who want a rate and not a bound.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 
@@ -36,8 +38,8 @@ SHARES = (
     0.997,
 )
 """Shares of positions below the prices that the aim is compared with: fine where asking is rare."""
-TOLERANCE = 0.01
-"""Loss of mean quality that is taken for noise."""
+TOLERANCE = 0.02
+"""Share of the gap between student and teacher that is taken for noise."""
 ROUNDS = 12
 
 
@@ -51,7 +53,8 @@ def calibrate(
 ) -> list[tuple[float, float]]:
     """(fraction, price) for each of the increasing budgets; prices do not increase.
 
-    spans: (span_tokens, ask_tokens) of the bucket.
+    spans: (span_tokens, ask_tokens) of the bucket. quality: in units of the gap between
+    student and teacher.
     """
     scores = tree.scores(gate).double()
     points: list[tuple[float, float]] = []
@@ -64,23 +67,44 @@ def calibrate(
     return points
 
 
-def price_at_rate(tree: Tree, gate: str, rates: Sequence[float], spans: tuple[int, int]) -> list[float]:
-    """The lowest price, to 1 / 2^ROUNDS of all scores, that realises no more than each rate.
-
-    Bisection over the quantiles of the scores in the tree: more asking raises the realised rate on average.
+def spare_prices(
+    tree: Tree, gate: str, points: Sequence[tuple[float, float]], spans: tuple[int, int]
+) -> list[tuple[float, float]]:
+    """(fraction, spare price that makes it the realised rate) for each of `points`, see
+    `router.policy.Policy`; where the plain price realises the fraction already, it is that one.
     """
-    scores = tree.scores(gate).double()
+    fractions = [fraction for fraction, _ in points]
+    found = _bisect(
+        tree,
+        gate,
+        fractions,
+        lambda at, spare: Setting(gate, points[at][1], fractions[at], *spans, spare=spare),
+    )
+    spares = [min(price, spare) for (_, price), spare in zip(points, found, strict=True)]
+    falling = list(accumulate(reversed(spares), max))[::-1]
+    return list(zip(fractions, falling, strict=True))
+
+
+def price_at_rate(tree: Tree, gate: str, rates: Sequence[float], spans: tuple[int, int]) -> list[float]:
+    """The lowest price, to 1 / 2^ROUNDS of all scores, that realises no more than each rate."""
+    return _bisect(tree, gate, rates, lambda at, price: Setting(gate, price, rates[at], *spans))
+
+
+def _bisect(
+    tree: Tree, gate: str, rates: Sequence[float], setting: Callable[[int, float], Setting]
+) -> list[float]:
+    """For each rate the lowest price whose setting realises no more than it.
+
+    Over the quantiles of the scores in the tree: more asking raises the realised rate on average.
+    """
+    scores = tree.scores(gate).double()  # as they are now: the tree grows meanwhile
     low, high = [0.0] * len(rates), [1.0] * len(rates)  # shares of positions that lie under the price
-
-    def price(share: float) -> float:
-        return torch.quantile(scores, share).item()
-
     for _ in range(ROUNDS):
         middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
-        settings = [Setting(gate, price(m), rate, *spans) for m, rate in zip(middle, rates, strict=True)]
+        settings = [setting(i, torch.quantile(scores, share).item()) for i, share in enumerate(middle)]
         for i, completions in enumerate(tree.run(settings)):
             if teacher_rate(completions) > rates[i]:
                 low[i] = middle[i]
             else:
                 high[i] = middle[i]
-    return [price(share) for share in high]
+    return [torch.quantile(scores, share).item() for share in high]

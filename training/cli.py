@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from router.checkpoint import CheckpointError
 from training.config import RecipeError, load_recipe
 from training.dry_run import dry_run
 from training.pipeline import STAGES, run
@@ -59,16 +60,29 @@ def evaluate(argv: list[str]) -> int:
         "wheels evaluate", description="Quality against teacher rate, all gates."
     )
     parser.add_argument("pair", type=Path, help="directory with teacher, student and router")
-    parser.add_argument("--task", default="numbers", help="a task without options")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="of the recipe, e.g. task.name=jsonl"
+    )
+    parser.add_argument("--recipe", default="demo", help="names the task and the longest completion")
     parser.add_argument("--examples", type=int, default=1000, help="of the test split")
     parser.add_argument("--spans", type=int, nargs="*", default=[1, 2, 4], help="span lengths of the curves")
-    parser.add_argument("--max-tokens", type=int, default=64, help="longest completion")
+    parser.add_argument(
+        "--router", action="append", default=[], metavar="NAME=DIR", help="a further router (repeatable)"
+    )
     parser.add_argument("--out", type=Path, help="directory for report.json and plots")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object, last")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    task = make_task(args.task)
-    report = evaluate_pair(args.pair, task, task.test()[: args.examples], args.spans, args.max_tokens)
+    args = parser.parse_intermixed_args(argv)
+    try:
+        recipe = load_recipe(find_recipe(args.recipe), args.overrides)
+        others = {name: Path(path) for name, _, path in (entry.partition("=") for entry in args.router)}
+        task = make_task(recipe.task.name, **recipe.task.options)
+        torch.set_num_threads(recipe.threads)
+        report = evaluate_pair(
+            args.pair, task, task.test()[: args.examples], args.spans, recipe.max_tokens, others
+        )
+    except (RecipeError, CheckpointError) as error:
+        print(error, file=sys.stderr)
+        return 2
     print(table(report))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

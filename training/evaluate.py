@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from training.calibration import teacher_rate
@@ -19,9 +22,10 @@ from training.tree import Setting, Tree
 class Point:
     """One setting over a set of examples.
 
-    budget: fraction asked for; rate: realised; quality, similarity: in [0, 1]; calls: per request;
-    tokens: mean completion length; excess: tokens by which the worst request lies above its bound fraction *
-    completion + span (never above 0).
+    budget: fraction asked for; rate: realised; quality, similarity: in [0, 1]; calls, runs: per request, a
+    run is of calls that follow each other without a token between; positions: that the teacher processes per
+    request, catching up included, its cache kept between calls; tokens: mean completion length; excess:
+    tokens by which the worst request lies above its bound fraction * completion + span (never above 0).
     """
 
     budget: float
@@ -30,6 +34,8 @@ class Point:
     quality: float
     similarity: float
     calls: float
+    runs: float
+    positions: float
     tokens: float
     excess: float
 
@@ -43,6 +49,16 @@ class Scorer:
 
     def __call__(self, completions: Sequence[Completion]) -> tuple[float, float]:
         """Quality and mean similarity."""
+        answers, qualities, similarities = map(list, zip(*self._look_up(completions), strict=True))
+        quality = self._task.quality(self._examples, answers, qualities)
+        return quality, sum(similarities) / len(similarities)
+
+    def each(self, completions: Sequence[Completion]) -> Tensor:
+        """Quality of every completion: (examples,)"""
+        return torch.tensor([quality for _, quality, _ in self._look_up(completions)])
+
+    def _look_up(self, completions: Sequence[Completion]) -> list[tuple[str, float, float]]:
+        """Answer, quality and similarity of every completion."""
         keys = [(i, tuple(c.tokens)) for i, c in enumerate(completions)]
         new = [key for key in keys if key not in self._known]
         if new:
@@ -50,15 +66,13 @@ class Scorer:
             scores = self._task.score([self._examples[i] for i, _ in new], answers)
             triples = zip(answers, scores.quality, scores.similarity, strict=True)
             self._known.update(zip(new, triples, strict=True))
-        answers, qualities, similarities = map(list, zip(*(self._known[key] for key in keys), strict=True))
-        quality = self._task.quality(self._examples, answers, qualities)
-        return quality, sum(similarities) / len(similarities)
+        return [self._known[key] for key in keys]
 
 
 def measure(tree: Tree, settings: Sequence[Setting], scorer: Scorer) -> list[Point]:
     """One point for each setting; the scorer's examples are those of the tree's prompts."""
     return [
-        point(completions, setting, scorer)
+        point(completions, tree.prompt_tokens, setting, scorer)
         for setting, completions in zip(settings, tree.run(settings), strict=True)
     ]
 
@@ -68,7 +82,9 @@ def ends(gate: str) -> list[Setting]:
     return [Setting(gate, math.inf, 0.0, 1), Setting(gate, -math.inf, 1.0, 1)]
 
 
-def point(completions: list[Completion], setting: Setting, scorer: Scorer) -> Point:
+def point(
+    completions: Sequence[Completion], prompt_tokens: Sequence[int], setting: Setting, scorer: Scorer
+) -> Point:
     quality, similarity = scorer(completions)
     count, span = len(completions), setting.span_tokens if 0 < setting.fraction < 1 else 0
     return Point(
@@ -78,9 +94,22 @@ def point(completions: list[Completion], setting: Setting, scorer: Scorer) -> Po
         quality=quality,
         similarity=similarity,
         calls=sum(len(c.starts) for c in completions) / count,
+        runs=sum(runs(c) for c in completions) / count,
+        positions=sum(map(teacher_positions, completions, prompt_tokens)) / count,
         tokens=sum(len(c.tokens) for c in completions) / count,
         excess=max(c.teacher_tokens - setting.fraction * len(c.tokens) - span for c in completions),
     )
+
+
+def runs(completion: Completion) -> int:
+    """Stretches of teacher tokens."""
+    return sum(now and not before for before, now in pairwise([False, *completion.by_teacher]))
+
+
+def teacher_positions(completion: Completion, prompt_tokens: int) -> int:
+    """Prompt and all that was written up to the last teacher token; 0 for one that never asked."""
+    last = max((at for at, flag in enumerate(completion.by_teacher) if flag), default=None)
+    return 0 if last is None else prompt_tokens + last
 
 
 def recovered(quality: float, student: float, teacher: float) -> float:

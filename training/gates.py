@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from transformers import PreTrainedModel
 
+from router.checkpoint import RouterCheckpoint
 from router.features import features
 from router.gate import LearnedGate
 from router.reserved import ReservedRows
@@ -112,13 +113,27 @@ class Head(nn.Module):
         self.gate.mean.copy_(x.mean(0))
         self.gate.scale.copy_(1 / x.std(0).clamp(min=1e-3))
 
+    @classmethod
+    def of(cls, student: PreTrainedModel, checkpoint: RouterCheckpoint) -> Head:
+        head = cls(student, checkpoint.reserved, checkpoint.config.gate_width)
+        head.taps.data.copy_(checkpoint.taps)
+        head.gate.load_state_dict(checkpoint.gate)
+        return head.requires_grad_(False).eval()
+
     def logits(self, states: Tensor) -> Tensor:
         """(N, H) -> (N, V): what the merged student computes there. The escalation row stays 0."""
         escalation = states.new_zeros(len(states), 1)
         return torch.cat((states @ self.visible.T, escalation, states @ self.taps.T), dim=-1)
 
     def forward(self, states: Tensor) -> Tensor:
+        """Scores (N,) of states (N, H)."""
         return self.gate(self.logits(states))
+
+    @torch.no_grad()
+    def score(self, positions: Positions) -> Tensor:
+        """(N,), in pieces, on the CPU."""
+        chunks = positions.states.split(CHUNK)
+        return torch.cat([self(chunk.to(self.taps.device)).cpu() for chunk in chunks])
 
 
 def fit(head: Head, states: Tensor, target: Tensor, config: GateConfig, seed: int) -> float:

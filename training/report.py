@@ -3,121 +3,159 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from router.checkpoint import RouterCheckpoint
 from router.gate import CONFIDENCE_GATES
-from training.evaluate import Point, Scorer, ends, measure, recovered
-from training.gates import GAINS
+from training.baselines import hesitation, query_level
+from training.evaluate import Scorer, ends, point, recovered
+from training.gates import GAINS, Head
 from training.rollout import FREE, Completion
 from training.router_stage import install_taps, load_cooperation
 from training.tasks import Example, Task
 from training.tokenizer import encode_prompts, load_tokenizer
-from training.tree import Setting, Tree
+from training.tree import PERIODIC, Setting, Tree
 
-SHARES = [
-    0.2,
-    0.4,
-    0.5,
-    0.6,
-    0.65,
-    0.7,
-    0.75,
-    0.8,
-    0.83,
-    0.86,
-    0.88,
-    0.9,
-    0.92,
-    0.94,
-    0.95,
-    0.96,
-    0.97,
-    0.98,
-    0.99,
-]
+SHARES = (
+    0.2, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.83, 0.86, 0.88, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99,
+)  # fmt: skip
+"""Of positions below the prices of a curve."""
+QUERY_SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)
 BINS = 10
+LEARNED, SPENT = "learned", "learned, aim: rate"
+
+COSTS = {"calls": "teacher calls", "runs": "runs of calls", "positions": "teacher positions"}
+
+Row = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Report:
     """curves: per method, PGR at realised rates without a bucket, spans of the router's ask_tokens; a method
-    with `@K` has spans of K. budgets: the learned gate and the others under the bucket, at their calibrated
-    prices. asked: share of the learned gate's calls (budget 0.1) in each tenth of the completion."""
+    with `@K` has spans of K. budgets: gates under the bucket, at their calibrated prices. calibration_mae:
+    mean |realised - requested| rate of the learned gate where it aims at the rate. asked: share of the
+    learned gate's calls (budget 0.1) in each tenth of the completion. seconds: that all this took.
+    """
 
     student: float
     teacher: float
-    curves: dict[str, list[dict[str, float]]]
+    curves: dict[str, list[Row]]
     area: dict[str, float]
     calibration_mae: float
-    budgets: dict[str, list[dict[str, float]]]
+    budgets: dict[str, list[Row]]
     asked: list[float]
+    seconds: float
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
 
-def evaluate_pair(
-    pair: Path, task: Task, examples: list[Example], spans: Sequence[int], max_tokens: int
-) -> Report:
-    """pair: a directory with teacher, student and router, as `wheels train` exports it."""
-    tokenizer = load_tokenizer(pair / "student")
-    checkpoint = RouterCheckpoint.load(pair / "router")
-    checkpoint.check_student(pair / "student")
-    config = checkpoint.config
-    ask = config.ask_tokens or config.span_tokens
-    cooperation = load_cooperation(
-        pair / "teacher", pair / "student", tokenizer, (config.span_tokens, ask), max_tokens
-    )
-    install_taps(cooperation, checkpoint.taps, checkpoint.reserved)
-    gates = {"learned": checkpoint.build_gate()} | {n: checkpoint.build_gate(n) for n in CONFIDENCE_GATES}
-    tree = Tree(cooperation, encode_prompts(tokenizer, [e.source for e in examples]), gates)
-    tree.add("oracle", GAINS["excess"])
-    tree.add("oracle_kl", GAINS["kl"])
+class Evaluation:
+    """A pair of a directory with teacher, student and router, over `examples`; `others`: further routers for
+    the same student, by name.
+    """
 
-    scorer = Scorer(task, tokenizer, examples)
+    def __init__(
+        self, pair: Path, task: Task, examples: list[Example], max_tokens: int, others: dict[str, Path]
+    ) -> None:
+        tokenizer = load_tokenizer(pair / "student")
+        self.router = RouterCheckpoint.load(pair / "router")
+        self.router.check_student(pair / "student")
+        config = self.router.config
+        self.spans = (config.span_tokens, config.ask_tokens or config.span_tokens)
+        cooperation = load_cooperation(pair / "teacher", pair / "student", tokenizer, self.spans, max_tokens)
+        install_taps(cooperation, self.router.taps, self.router.reserved)
+        self.gates = [LEARNED, *CONFIDENCE_GATES]
+        gates = {name: self.router.build_gate(name) for name in self.gates}
+        self.tree = Tree(cooperation, encode_prompts(tokenizer, [e.source for e in examples]), gates)
+        self.tree.add("oracle", GAINS["excess"])
+        self.tree.add("oracle_kl", GAINS["kl"])
+        self.others = list(others)
+        for name, directory in others.items():
+            checkpoint = RouterCheckpoint.load(directory)
+            checkpoint.check_student(pair / "student")
+            self.tree.add(name, Head.of(cooperation.student, checkpoint).score)
+        self.scorer = Scorer(task, tokenizer, examples)
+        self.alone, self.taught = self.tree.run(ends(LEARNED))
+        self.student, self.teacher = (self.scorer(run)[0] for run in (self.alone, self.taught))
 
-    def at(settings: list[Setting]) -> list[Point]:
-        return measure(tree, settings, scorer)
+    def row(self, completions: Sequence[Completion], setting: Setting) -> Row:
+        of = point(completions, self.tree.prompt_tokens, setting, self.scorer)
+        return asdict(of) | {"pgr": recovered(of.quality, self.student, self.teacher)}
 
-    student, teacher = (point.quality for point in at(ends("learned")))
-    curves: dict[str, list[dict[str, float]]] = {}
-    for span in (ask, *(s for s in spans if s != ask)):
-        for name in (*gates, "oracle", "oracle_kl"):
-            prices = torch.quantile(tree.scores(name).double(), torch.tensor(SHARES).double()).tolist()
-            points = at([Setting(name, price, FREE, span) for price in sorted(set(prices))])
-            curves[name if span == ask else f"{name}@{span}"] = [
-                {"rate": p.rate, "quality": p.quality, "pgr": recovered(p.quality, student, teacher)}
-                | {"calls": p.calls, "similarity": p.similarity}
-                for p in sorted(points, key=lambda p: p.rate)
-            ]
-    budgets = {
-        name: [
-            asdict(p) | {"pgr": recovered(p.quality, student, teacher)}
-            for p in at(
-                [
-                    Setting(name, checkpoint.calibration(name).price(b), b, config.span_tokens, ask)
-                    for b in BUDGETS
-                ]
-            )
+    def rows(self, settings: Sequence[Setting]) -> list[Row]:
+        return [
+            self.row(run, setting) for run, setting in zip(self.tree.run(settings), settings, strict=True)
         ]
-        for name in gates
-    }
-    (run,) = tree.run([Setting("learned", checkpoint.calibration().price(0.1), 0.1, config.span_tokens, ask)])
+
+    def curve(self, name: str, span: int) -> list[Row]:
+        shares = torch.tensor(SHARES, dtype=torch.float64)
+        scores = shares if name == PERIODIC else torch.quantile(self.tree.scores(name).double(), shares)
+        settings = [Setting(name, price, FREE, span) for price in sorted(set(scores.tolist()))]
+        return sorted(self.rows(settings), key=lambda row: row["rate"])
+
+    def query_level(self, worth: torch.Tensor) -> list[Row]:
+        mixed = query_level(self.alone, self.taught, worth, QUERY_SHARES)
+        # Whole completions: a fraction of 1 for the requests that have it, no price.
+        return [self.row(run, Setting("query", 0.0, 1.0, 1)) for run in mixed]
+
+    def curves(self, spans: Sequence[int]) -> dict[str, list[Row]]:
+        names = [*self.gates, *self.others, "oracle", "oracle_kl", PERIODIC]
+        ask = self.spans[1]
+        curves = {name: self.curve(name, ask) for name in names}
+        curves["query"] = self.query_level(hesitation(self.tree, self.alone))
+        curves["query_oracle"] = self.query_level(
+            self.scorer.each(self.taught) - self.scorer.each(self.alone)
+        )
+        return curves | {f"{name}@{k}": self.curve(name, k) for k in spans if k != ask for name in names}
+
+    def budgets(self) -> dict[str, list[Row]]:
+        rows = {}
+        for name in self.gates:
+            prices = self.router.calibration(name)
+            rows[name] = self.rows([Setting(name, prices.price(b), b, *self.spans) for b in BUDGETS])
+        if LEARNED in self.router.config.spare:
+            prices, spares = self.router.calibration(), self.router.spare()
+            rows[SPENT] = self.rows(
+                [Setting(LEARNED, prices.price(b), b, *self.spans, spare=spares.price(b)) for b in BUDGETS]
+            )
+        return rows
+
+    def asked(self, budget: float = 0.1) -> list[float]:
+        setting = Setting(LEARNED, self.router.calibration().price(budget), budget, *self.spans)
+        return where_asked(self.tree.run([setting])[0])
+
+
+def evaluate_pair(
+    pair: Path,
+    task: Task,
+    examples: list[Example],
+    spans: Sequence[int],
+    max_tokens: int,
+    others: dict[str, Path] | None = None,
+) -> Report:
+    """The protocol; `spans`: lengths of the curves, beside the router's own."""
+    began = time.monotonic()
+    of = Evaluation(pair, task, examples, max_tokens, others or {})
+    curves, budgets = of.curves(spans), of.budgets()
+    aimed = budgets.get(SPENT, budgets[LEARNED])
     return Report(
-        student=student,
-        teacher=teacher,
+        student=of.student,
+        teacher=of.teacher,
         curves=curves,
-        area={name: area([(p["rate"], p["pgr"]) for p in points]) for name, points in curves.items()},
-        calibration_mae=sum(abs(p["rate"] - p["budget"]) for p in budgets["learned"]) / len(BUDGETS),
+        area={name: area([(row["rate"], row["pgr"]) for row in rows]) for name, rows in curves.items()},
+        calibration_mae=sum(abs(row["rate"] - row["budget"]) for row in aimed) / len(BUDGETS),
         budgets=budgets,
-        asked=where_asked(run),
+        asked=of.asked(),
+        seconds=time.monotonic() - began,
     )
 
 
@@ -136,16 +174,32 @@ def where_asked(completions: Sequence[Completion]) -> list[float]:
     return [count / max(1, sum(counts)) for count in counts]
 
 
+def at_rate(rows: Sequence[Row], rate: float) -> float:
+    """PGR at a realised rate: linear between the points of a curve, ends anchored at (0, 0) and (1, 1)."""
+    points = sorted((row["rate"], row["pgr"]) for row in rows if 0 < row["rate"] < 1)
+    rates, values = zip((0.0, 0.0), *points, (1.0, 1.0), strict=True)
+    return float(np.interp(rate, rates, values))
+
+
 def table(report: Report) -> str:
-    lines = [f"student {report.student:.3f}, teacher {report.teacher:.3f}", ""]
-    lines.append("under the bucket, at the calibrated price: PGR (realised rate)")
-    lines.append(f"{'gate':<18}" + "".join(f"{b:>15g}" for b in BUDGETS))
-    for name, points in report.budgets.items():
-        cells = (f"{p['pgr']:.2f} ({p['rate']:.3f})" for p in points)
-        lines.append(f"{name:<18}" + "".join(f"{cell:>15}" for cell in cells))
-    lines += ["", "area below PGR over the realised rate, no bucket"]
-    lines += [f"{name:<18}{value:.3f}" for name, value in report.area.items()]
-    lines += ["", f"calibration: mean |realised - requested| {report.calibration_mae:.3f}"]
+    heads = "".join(f"{b:>15g}" for b in BUDGETS)
+    lines = [f"student {report.student:.4f}, teacher {report.teacher:.4f}", ""]
+    lines += [
+        "PGR at a realised rate of (no bucket), and the area below it",
+        f"{'method':<22}{heads}{'area':>9}",
+    ]
+    for name, rows in report.curves.items():
+        cells = "".join(f"{at_rate(rows, b):>15.2f}" for b in BUDGETS)
+        lines.append(f"{name:<22}{cells}{report.area[name]:>9.3f}")
+    lines += ["", "under the bucket of a budget of, at the calibrated price: PGR (realised rate)"]
+    lines.append(f"{'gate':<22}{heads}")
+    for name, rows in report.budgets.items():
+        cells = (f"{row['pgr']:.2f} ({row['rate']:.3f})" for row in rows)
+        lines.append(f"{name:<22}" + "".join(f"{cell:>15}" for cell in cells))
+    lines += ["", "what the learned gate's budgets cost per request"]
+    for key, label in COSTS.items():
+        lines.append(f"{label:<22}" + "".join(f"{row[key]:>15.2f}" for row in report.budgets[LEARNED]))
+    lines += ["", f"aiming at the rate: mean |realised - requested| {report.calibration_mae:.4f}"]
     return "\n".join(lines)
 
 
@@ -158,7 +212,7 @@ def plot(report: Report, directory: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 5))
     for name, points in report.curves.items():
-        if "@" not in name:
+        if "@" not in name:  # the router's own span length
             axes.plot([p["rate"] for p in points], [p["quality"] for p in points], marker=".", label=name)
     for value in (report.student, report.teacher):
         axes.axhline(value, color="grey", linewidth=0.8, linestyle=":")

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, fingerprint, tokenizer_fingerprint
 from router.gate import CONFIDENCE_GATES, Gate, RandomGate
 from router.reserved import ReservedRows
-from training.calibration import Quality, calibrate
+from training.calibration import Quality, calibrate, spare_prices
 from training.config import GateConfig
 from training.evaluate import Scorer, ends
 from training.gates import CHUNK, GAINS, Head, Trajectories, collect, fit, join, span_gain
@@ -90,14 +90,20 @@ def install_taps(cooperation: Cooperation, taps: torch.Tensor, reserved: Reserve
     cooperation.student.get_output_embeddings().weight.data[reserved.taps] = taps
 
 
+Points = dict[str, list[tuple[float, float]]]
+
+
 def calibrate_gates(
     tree: Tree, gates: Iterable[str], quality: Quality, config: GateConfig
-) -> dict[str, list[tuple[float, float]]]:
-    points = {}
+) -> tuple[Points, Points]:
+    """For each gate (fraction, price) and (fraction, spare price). quality: in shares of the gap."""
+    prices, spares = {}, {}
+    spans = (config.span_tokens, config.ask_tokens)
     for name in gates:
-        points[name] = calibrate(tree, name, config.budgets, (config.span_tokens, config.ask_tokens), quality)
-        print(f"calibrated {name}: " + " ".join(f"{b:g}:{p:.4g}" for b, p in points[name]), flush=True)
-    return points
+        prices[name] = calibrate(tree, name, config.budgets, spans, quality)
+        spares[name] = spare_prices(tree, name, prices[name], spans)
+        print(f"calibrated {name}: " + " ".join(f"{b:g}:{p:.4g}" for b, p in prices[name]), flush=True)
+    return prices, spares
 
 
 def train_router(
@@ -115,8 +121,11 @@ def train_router(
     valid = task.valid()[: config.calibration_examples]
     tree = Tree(cooperation, encode_prompts(tokenizer, [e.source for e in valid]), gates)
     scorer = Scorer(task, tokenizer, valid)
-    calibration = calibrate_gates(tree, gates, lambda run: scorer(run)[0], config)
-    alone = tree.run(ends("learned")[:1])[0]
+    alone, taught = tree.run(ends("learned"))
+    student, teacher = scorer(alone)[0], scorer(taught)[0]
+    print(f"on validation data: student {student:.3f}, teacher {teacher:.3f}", flush=True)
+    gap = teacher - student if teacher > student else 1.0
+    prices, spares = calibrate_gates(tree, gates, lambda run: scorer(run)[0] / gap, config)
     checkpoint = RouterCheckpoint(
         config=RouterConfig(
             reserved_start=reserved.start,
@@ -125,7 +134,8 @@ def train_router(
             span_tokens=config.span_tokens,
             ask_tokens=config.ask_tokens,
             expected_tokens=sum(len(c.tokens) for c in alone) / len(alone),
-            calibration=calibration,
+            calibration=prices,
+            spare=spares,
             fingerprints=Fingerprints(
                 student=fingerprint(student, reserved.start),
                 tokenizer=tokenizer_fingerprint(student),

@@ -8,6 +8,7 @@ less than decoding it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -33,13 +34,21 @@ class Node:
     next: dict[int, Node] = field(default_factory=dict)
 
 
+PERIODIC = "periodic"
+"""A baseline that looks at nothing but the place: it asks at a share 1 - price of the positions, evenly."""
+
+
 @dataclass(frozen=True)
 class Setting:
+    """gate: a name that the tree scores, or PERIODIC."""
+
     gate: str
     price: float
     fraction: float
     span_tokens: int
     ask_tokens: int | None = None
+    spare: float | None = None
+    """Price while a call fits into the fraction itself; None: the same."""
 
 
 class Tree:
@@ -62,6 +71,10 @@ class Tree:
 
     def __len__(self) -> int:
         return self._size
+
+    @property
+    def prompt_tokens(self) -> list[int]:
+        return [len(prompt) for prompt in self._prompts]
 
     @property
     def positions(self) -> Positions:
@@ -100,15 +113,11 @@ class Tree:
         """The completion as far as the tree goes, and whether it is the whole one."""
         done = Completion()
         bucket = Bucket(Budget(fraction=setting.fraction), setting.span_tokens, setting.ask_tokens)
-        scores, end, max_tokens = (
-            self._scores[setting.gate],
-            self._cooperation.end,
-            self._cooperation.max_tokens,
-        )
+        end, max_tokens = self._cooperation.end, self._cooperation.max_tokens
         span_left = 0
         while True:
             length = len(done.tokens)
-            if span_left == 0 and scores[node.index] > setting.price:
+            if span_left == 0 and self._wants(node, length, setting, bucket):
                 grant = bucket.reserve(length, max_tokens - length)
                 if grant is not None:
                     span_left = grant.tokens
@@ -123,6 +132,23 @@ class Tree:
             if following is None:
                 return done, False
             node = following
+
+    def _wants(self, node: Node, length: int, setting: Setting, bucket: Bucket) -> bool:
+        if setting.gate == PERIODIC:
+            rate = 1 - setting.price
+            return math.floor((length + 1) * rate) > math.floor(length * rate)
+        price = setting.price
+        if setting.spare is not None and length >= (bucket.spare_from() or 0):
+            price = min(price, setting.spare)
+        return self._scores[setting.gate][node.index] > price
+
+    def path(self, prompt: int, tokens: Sequence[int]) -> list[int]:
+        """Indices of the nodes at which these tokens, which the tree holds, were written."""
+        node, indices = self._roots[prompt], []
+        for token in tokens[:-1]:
+            indices.append(node.index)
+            node = node.next[token]
+        return [*indices, node.index]
 
     def _grow(self, prefixes: list[tuple[int, list[int]]]) -> None:
         """Add the nodes of the student's own way on from each (prompt, prefix)."""

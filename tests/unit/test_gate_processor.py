@@ -205,6 +205,27 @@ def test_a_request_that_comes_back_has_waited_already(processor):
     assert step(processor, 1, update(added=[(0, params(-3.0, not_before=2), [5, 5])])) == [True]
 
 
+def spare(price: float, not_before: int, spare_price: float, spare_from: int) -> SamplingParams:
+    return SamplingParams(extra_args=terms_args(Terms(price, not_before, spare_price, spare_from)))
+
+
+def test_the_spare_price_comes_at_its_time(processor):
+    """The margin gate scores -2 here: above -3, below -1."""
+    output: list[int] = []
+    assert step(processor, 1, update(added=[(0, spare(-1.0, 1, -3.0, 3), output)])) == [False]
+    for asked in (False, False, True, True):
+        output.append(5)
+        assert step(processor, 1) == [asked]
+
+
+def test_a_spare_price_moves_with_its_request(processor):
+    output: list[int] = []
+    step(processor, 3, update(added=[(0, spare(-1.0, 0, -3.0, 2), output), (1, params(), [])]))
+    assert step(processor, 3, update(moved=[(0, 2, ONE_WAY)])) == [False] * 3
+    output += [5, 5]
+    assert step(processor, 3) == [False, False, True]
+
+
 @pytest.mark.parametrize(("direction", "row"), [(ONE_WAY, 2), (SWAP, 2)])
 def test_a_waiting_request_can_be_moved(processor, direction, row):
     output: list[int] = []
@@ -399,3 +420,9 @@ def test_log_probabilities_are_covered_once(processor, sampler, reserved):
     once = sampler.compute_logprobs
     GateProcessor(engine_config(gate_settings(reserved, "entropy", None)), CPU, False)
     assert sampler.compute_logprobs is once
+
+
+def test_v2_knows_the_spare_price(reserved):
+    v2 = V2(reserved)
+    v2.add(1, spare(-1.0, 1, -3.0, 3))  # 5 prompt tokens
+    assert [v2.step([1], [pos]) for pos in (4, 5, 6, 7, 8)] == [[False]] * 3 + [[True]] * 2

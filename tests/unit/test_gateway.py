@@ -135,3 +135,22 @@ def test_a_student_that_is_not_usable_is_said_in_one_line(tmp_path, broken, prob
     with pytest.raises((ConfigError, CheckpointError), match=problem) as error:
         _reserved_rows(None, directory)
     assert "\n" not in str(error.value)
+
+
+# The aim
+
+
+def test_who_aims_at_the_rate_gets_the_spare_prices(router, tmp_path):
+    spares = {"learned": [(0.1, 1.0), (0.3, 0.5)]}
+    trained = replace(router, config=router.config.model_copy(update={"spare": spares}))
+    assert _policy(configured(tmp_path), trained, max_len=400).spare is None
+    policy = _policy(configured(tmp_path, aim="rate"), trained, max_len=400)
+    assert policy.spare == Calibration(((0.1, 1.0), (0.3, 0.5)))
+    assert policy.calibration == router.calibration("learned")
+
+
+def test_an_aim_that_nothing_was_measured_for_is_refused(router, tmp_path):
+    with pytest.raises(ConfigError, match="aim rate: the router has no calibration for gate 'learned'"):
+        _policy(configured(tmp_path, aim="rate"), router, max_len=400)
+    with pytest.raises(ConfigError, match="aim rate needs a router"):
+        _policy(configured(tmp_path, aim="rate", gate="margin", price=1.0), None, max_len=400)

@@ -224,3 +224,29 @@ def test_the_tightest_part_sets_the_price():
     assert rate(fraction=0.5, tokens=4, calls=2) == pytest.approx(4 / 20)
     assert rate(fraction=0.15, tokens=4, calls=2) == pytest.approx(0.15)
     assert rate(fraction=0.5, tokens=16, calls=1) == pytest.approx(4 / 20)
+
+
+# A rate to hit
+
+
+def test_a_spare_price_holds_while_a_call_fits_into_the_fraction():
+    policy = Policy(LINE, expected_tokens=20, spare=Calibration(((0.1, 1.0), (0.9, 0.0))))
+    bucket = Bucket(Budget(fraction=0.25), span_tokens=4, ask_tokens=1)
+    terms = policy.terms(bucket, 0, max_tokens=100)
+    assert (terms.price, terms.not_before) == (LINE.price(0.25), 0)
+    assert (terms.spare_price, terms.spare_from) == (policy.spare.price(0.25), 3)
+    bucket.reserve(3, at_most=10)
+    assert policy.terms(bucket, 5, max_tokens=100).spare_from == 2
+
+
+def test_a_spare_price_follows_the_ceiling_and_is_never_above_the_price():
+    policy = Policy(LINE, expected_tokens=20, spare=Calibration(((0.1, 20.0), (0.9, 0.0))))
+    bucket = Bucket(Budget(fraction=0.8), span_tokens=4, ask_tokens=1)
+    terms = policy.terms(bucket, 0, max_tokens=100, ceiling=0.1)
+    assert terms.spare_price == terms.price == LINE.price(0.1)
+
+
+def test_tokens_and_whole_fractions_have_no_spare_price():
+    policy = Policy(LINE, expected_tokens=20, spare=LINE)
+    for budget in (Budget(tokens=5), Budget(fraction=1), Budget(calls=2)):
+        assert policy.terms(Bucket(budget, span_tokens=4), 0, max_tokens=100).spare_price is None

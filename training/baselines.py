@@ -1,0 +1,34 @@
+"""Baselines that are no gates: whole requests to the teacher, by what the student's own answer looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from training.rollout import Completion
+from training.tree import Tree
+
+
+def query_level(
+    alone: Sequence[Completion], taught: Sequence[Completion], worth: Tensor, shares: Iterable[float]
+) -> list[list[Completion]]:
+    """For each share of the requests the completions where those of most worth go to the teacher.
+
+    alone, taught: by the student alone and by the teacher alone. worth: (requests,)
+    """
+    order = worth.argsort(descending=True).tolist()
+    mixed = []
+    for share in shares:
+        chosen = set(order[: round(share * len(order))])
+        mixed.append([(taught if i in chosen else alone)[i] for i in range(len(order))])
+    return mixed
+
+
+def hesitation(tree: Tree, alone: Sequence[Completion]) -> Tensor:
+    """Mean entropy of the student's own completions, nats: (requests,). A router of whole requests that looks
+    at prompts only knows less.
+    """
+    scores = tree.scores("entropy")
+    return torch.stack([scores[tree.path(i, c.tokens)].mean() for i, c in enumerate(alone)])
