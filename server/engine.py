@@ -17,7 +17,7 @@ from router.policy import NEVER, Policy, Terms
 from router.reserved import ReservedRows
 from server.completion import Completion, Piece
 from server.exchange import EXCHANGE, Exchange, Report, Source
-from server.gate_processor import PRICE, terms_args
+from server.gate_processor import TERMS, terms_args
 from server.limits import check_reserved_rows, unsupported
 from server.metrics import ESCALATIONS, counted
 from server.pool import Slot, TeacherPool
@@ -298,8 +298,8 @@ class CooperativeEngine(AsyncLLM):
                 reserved row.
         """
         check_reserved_rows(prompt, sampling_params, self.cooperation.reserved)
-        if PRICE in (sampling_params.extra_args or {}):
-            raise VLLMValidationError("the price is the router's to set", parameter="vllm_xargs")
+        if TERMS & (sampling_params.extra_args or {}).keys():
+            raise VLLMValidationError("the terms of asking are the router's", parameter="vllm_xargs")
         exchange = EXCHANGE.get(None) or Exchange()
         reports = [exchange.open() for _ in range(sampling_params.n)]
         budget = self._budget(exchange, prompt, sampling_params, options)

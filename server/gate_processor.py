@@ -24,6 +24,8 @@ PRICE = "wheels_price"
 NOT_BEFORE = "wheels_not_before"
 SPARE_PRICE = "wheels_spare_price"
 SPARE_FROM = "wheels_spare_from"
+TERMS = frozenset({PRICE, NOT_BEFORE, SPARE_PRICE, SPARE_FROM})
+"""What a client must not say: it would steer the router."""
 
 
 def gate_settings(reserved: ReservedRows, gate: str, router: Path | None) -> dict[str, Any]:

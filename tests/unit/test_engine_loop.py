@@ -31,7 +31,7 @@ from server.breaker import Breaker
 from server.completion import Piece
 from server.engine import Cooperation
 from server.exchange import EXCHANGE, Exchange, Report
-from server.gate_processor import PRICE
+from server.gate_processor import TERMS
 from server.shared import SharedBudgets
 from server.teacher import TeacherError
 from server.tenants import Tenant, hash_key
@@ -711,8 +711,9 @@ async def test_reserved_rows_and_the_price_are_not_the_clients(pair, budget):
     engine, _ = pair()
     with pytest.raises(VLLMValidationError, match="reserved"):
         start(engine, budget, stop_token_ids=[RESERVED.escalation])
-    with pytest.raises(VLLMValidationError, match="the price is the router's to set"):
-        start(engine, budget, extra_args={PRICE: -INF})
+    for term in TERMS:
+        with pytest.raises(VLLMValidationError, match="the terms of asking are the router's"):
+            start(engine, budget, extra_args={term: 0})
 
 
 # Metrics
