@@ -21,7 +21,7 @@ from router.reserved import RESERVED_ROWS, ReservedRows
 from training.batches import Batch
 from training.config import ModelConfig, ScratchConfig, Shape
 from training.lora import add_lora
-from training.parallel import reader
+from training.parallel import is_sharded, reader
 
 
 def build(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -85,9 +85,16 @@ def parameters(model: PreTrainedModel, *, trained_only: bool = False) -> int:
 
 def answer_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Last hidden states (after the final norm) at the positions that predict the answers: (N, H)."""
-    return reader(model)(batch.answer, input_ids=batch.ids, use_cache=False)[0]
+    if is_sharded(model):  # every pass gathers the parameters again
+        return reader(model)(batch.answer, input_ids=batch.ids, use_cache=False)[0]
+    parts, back = batch.narrow()
+    decoder = model.get_decoder()
+    states = [decoder(input_ids=p.ids, use_cache=False).last_hidden_state[p.answer] for p in parts]
+    return torch.cat(states)[back]
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch, visible: int) -> Tensor:
     """Logits (N, visible) there, over the tokenizer's ids only: the reserved rows belong to the router."""
-    return reader(model)(batch.answer, input_ids=batch.ids, use_cache=False)[1][:, :visible]
+    if is_sharded(model):
+        return reader(model)(batch.answer, input_ids=batch.ids, use_cache=False)[1][:, :visible]
+    return model.get_output_embeddings()(answer_states(model, batch))[:, :visible]

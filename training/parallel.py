@@ -101,7 +101,10 @@ def read(model: PreTrainedModel, select: object, **inputs: object) -> tuple[Tens
     """Last hidden states (after the final norm) at the positions `select` of (B, T), and their logits:
     (N, H) and (N, V).
     """
-    states = model.get_decoder()(**inputs).last_hidden_state[select]
+    decoder = model.get_decoder()
+    # A cache grows at every step, for which compiled code would be specialised again and again.
+    run = decoder.forward if inputs.get("past_key_values") is not None else decoder
+    states = run(**inputs).last_hidden_state[select]
     return states, model.get_output_embeddings()(states)
 
 

@@ -89,7 +89,10 @@ class Stepper:
         """ids (B, S) new tokens, mask (B, T) of all so far. Returns states (B, H) and logits (B, V) at the
         end.
         """
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if ids.shape[1] == 1:
+            positions = mask.sum(-1, keepdim=True) - 1
+        else:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         return reader(self._model)(
             (slice(None), -1),
             input_ids=ids,

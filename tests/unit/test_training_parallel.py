@@ -14,7 +14,7 @@ import torch
 from training.batches import Batch, Demonstrations
 from training.config import Schedule, SFTConfig
 from training.methods import SFT
-from training.models import new_model
+from training.models import answer_states, new_model
 from training.sampling import drawn
 from training.tasks import make_task
 from training.tokenizer import train_tokenizer
@@ -75,6 +75,16 @@ def test_parts_are_the_batch_again():
     assert sum(part.positions for part in batch.parts(4)) == batch.positions == 6
     with pytest.raises(ValueError, match="4 does not split into 3"):
         batch.parts(3)
+
+
+def test_narrow_parts_give_the_states_of_the_whole_batch(tokenizer_of_numbers):
+    prompts = [[5 + i % 7] * (1 + i % 9) for i in range(64)]
+    batch = Batch.of(prompts, [[20 + i] * (1 + 5 * i % 40) for i in range(64)], pad=0)
+    model = new_model(parallel_worker.SHAPE, tokenizer_of_numbers, 0)
+    parts, _ = batch.narrow()
+    assert sum(part.ids.numel() for part in parts) < 0.7 * batch.ids.numel()
+    expected = model.get_decoder()(input_ids=batch.ids).last_hidden_state[batch.answer]
+    assert torch.allclose(answer_states(model, batch), expected, atol=1e-5)
 
 
 def test_draws_follow_the_probabilities():
