@@ -103,6 +103,8 @@ class SFTConfig(Frozen):
     """Supervised fine-tuning on the references."""
 
     type: Literal["sft"]
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the mass that goes to all tokens alike: a teacher on little data stays less sure of itself."""
 
 
 class SeqKDConfig(Frozen):
@@ -230,8 +232,12 @@ class GateConfig(Frozen):
     width: PositiveInt = 64
     gain: Literal["regret", "excess", "ratio", "differs", "kl"]
     """What the score predicts, see `training.gates.GAINS`."""
+    horizon: Literal["span", "completion"] = "span"
+    """How far it looks: the mean over the student's own span, or all that changes until the end of the
+    completion (`training.branches`), for calls of one token.
+    """
     clip: PositiveFloat = 8.0
-    """Cap of a token's gain, nats."""
+    """Cap of a token's gain, and of a whole horizon's, nats."""
     prompts: PositiveInt = 4000
     """Training sources of each round of rollouts."""
     rounds: PositiveInt = 2
@@ -246,6 +252,12 @@ class GateConfig(Frozen):
     budgets: tuple[Rate, ...] = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.9)
     """Fractions that a price is calibrated for."""
     calibration_examples: PositiveInt = 500
+
+    @model_validator(mode="after")
+    def _one_token(self) -> GateConfig:
+        if self.horizon == "completion" and self.ask_tokens != 1:
+            raise ValueError("horizon completion is for ask_tokens 1")
+        return self
 
 
 class Recipe(Frozen):

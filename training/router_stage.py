@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, fingerprint, tokenizer_fingerprint
 from router.gate import CONFIDENCE_GATES, Gate, RandomGate
 from router.reserved import ReservedRows
+from training.branches import future_gain
 from training.calibration import Quality, calibrate, spare_prices
 from training.config import GateConfig
 from training.evaluate import Scorer, ends
-from training.gates import CHUNK, GAINS, Head, Trajectories, collect, fit, join, span_gain
+from training.gates import CHUNK, GAINS, Head, Trajectories, collect, fit, span_gain
 from training.models import load_model, reserved_rows
 from training.parallel import device
-from training.rollout import FREE, Cooperation, Request, with_gate
+from training.rollout import FREE, Completion, Cooperation, Positions, Request, with_gate
 from training.tasks import Task
 from training.tokenizer import encode_prompts
 from training.tree import Tree
-
-ROUTER_SEED = 7_000_000  # streams of training sources that the pair was not trained on
 
 
 def load_cooperation(
@@ -59,7 +59,7 @@ def train_gate(
     head = Head(cooperation.student, reserved, config.width).to(cooperation.student.device)
     gate: Gate = RandomGate(reserved)
     price = 1 - config.rate
-    seen: list[Trajectories] = []
+    seen: list[tuple[Tensor, Tensor]] = []
     for round_ in range(config.rounds):
         some = prompts[round_ * config.prompts : (round_ + 1) * config.prompts]
         explore = config.explore if round_ else 0.0
@@ -67,15 +67,13 @@ def train_gate(
         # Half of the rollouts never ask: most of a served completion is the student's own path.
         half = len(some) // 2
         requests = [Request(p) for p in some[:half]] + [Request(p, price, FREE) for p in some[half:]]
-        seen.append(collect(asking, requests)[0])
-        data = join(seen)
+        trajectories, completions = collect(asking, requests)
+        seen.append(lessons(cooperation, some, trajectories, completions, config))
+        states, target = (torch.cat(column) for column in zip(*seen, strict=True))
         if round_ == 0:
-            head.start_from(data.positions.states)
-        gain = GAINS[config.gain](data.positions).clamp(0, config.clip)
-        target, known = span_gain(gain, data, config.ask_tokens)
-        states = data.positions.states[known]
-        loss = fit(head, states, target[known], config, seed)
-        spread = target[known].var().item()
+            head.start_from(states)
+        loss = fit(head, states, target, config, seed)
+        spread = target.var().item()
         print(f"gate round {round_}: {len(states):,} positions, loss {loss:.4f} of {spread:.4f}", flush=True)
         install_taps(cooperation, head.taps.detach(), reserved)
         gate = head.gate.eval()
@@ -85,7 +83,27 @@ def train_gate(
     return head.requires_grad_(False).eval()
 
 
-def install_taps(cooperation: Cooperation, taps: torch.Tensor, reserved: ReservedRows) -> None:
+def lessons(
+    cooperation: Cooperation,
+    prompts: Sequence[list[int]],
+    trajectories: Trajectories,
+    completions: Sequence[Completion],
+    config: GateConfig,
+) -> tuple[Tensor, Tensor]:
+    """What the gate is fitted on: states (N, H) and what asking there gains per teacher token (N,), nats."""
+
+    def gain(positions: Positions) -> Tensor:
+        return GAINS[config.gain](positions).clamp(0, config.clip)
+
+    states = trajectories.positions.states
+    if config.horizon == "completion":
+        target = future_gain(cooperation, prompts, trajectories, completions, gain)
+        return states, target.clamp(-config.clip, config.clip)
+    target, known = span_gain(gain(trajectories.positions), trajectories, config.ask_tokens)
+    return states[known], target[known]
+
+
+def install_taps(cooperation: Cooperation, taps: Tensor, reserved: ReservedRows) -> None:
     """In memory what `RouterCheckpoint.merge` does to the files."""
     cooperation.student.get_output_embeddings().weight.data[reserved.taps] = taps
 
@@ -114,7 +132,7 @@ def train_router(
         teacher, student, tokenizer, (config.span_tokens, config.ask_tokens), max_tokens
     )
     reserved = reserved_rows(cooperation.student, tokenizer)
-    sources = [e.source for e in islice(task.train(ROUTER_SEED + seed), config.prompts * config.rounds)]
+    sources = [e.source for e in islice(task.router(seed), config.prompts * config.rounds)]
     head = train_gate(cooperation, encode_prompts(tokenizer, sources), reserved, config, seed)
     gates: dict[str, Gate] = {"learned": head.gate}
     gates |= {name: gate(reserved) for name, gate in CONFIDENCE_GATES.items()}

@@ -8,6 +8,7 @@ import torch
 from router.checkpoint import RouterCheckpoint
 from router.gate import EntropyGate, RandomGate
 from router.reserved import ReservedRows
+from training.branches import future_gain
 from training.calibration import calibrate, teacher_rate
 from training.config import GateConfig, Shape
 from training.gates import Head, Trajectories, collect, fit, span_gain
@@ -158,3 +159,24 @@ def test_a_fitted_gate_finds_what_it_is_taught_and_survives_the_checkpoint(pair,
         )
         assert torch.allclose(head.gate(logits), head(states))
     assert RouterCheckpoint.__dataclass_fields__.keys() >= {"taps", "gate"}
+
+
+def test_the_gain_until_the_end_by_hand(pair, prompts):
+    """Against one rollout for each of the two ways on from a position."""
+    some = prompts[:6]
+    seen, completions = collect(pair, [Request(p) for p in some])
+    gained = future_gain(pair, some, seen, completions, lambda p: p.regret)
+    same = seen.positions.own == seen.positions.theirs
+    assert (gained[same] == 0).all()
+    checked = 0
+    for i in (~same).nonzero().squeeze(1).tolist()[::7]:
+        row, step = seen.positions.row[i].item(), seen.positions.step[i].item()
+        prefix = some[row] + completions[row].tokens[:step]
+        expected = seen.positions.regret[i].item()
+        for sign, token in ((1, seen.positions.own[i]), (-1, seen.positions.theirs[i])):
+            if token.item() != END:
+                way, _ = collect(pair, [Request([*prefix, token.item()])])
+                expected += sign * way.positions.regret.sum().item()
+        assert gained[i].item() == pytest.approx(expected, abs=1e-3)
+        checked += 1
+    assert checked > 3

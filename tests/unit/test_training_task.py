@@ -4,6 +4,7 @@ import random
 from itertools import islice, pairwise, product
 
 import pytest
+from sacrebleu import corpus_bleu
 
 from training.tasks import References, make_task
 from training.tasks.base import Example
@@ -138,3 +139,30 @@ def test_jsonl_keeps_held_out_sources_out_of_training(tmp_path):
 def test_unknown_task_is_named():
     with pytest.raises(KeyError, match="nosuch"):
         make_task("nosuch")
+
+
+def test_jsonl_keeps_examples_for_the_router_alone(tmp_path):
+    lines = "".join(f'{{"source": "{i}", "target": "t"}}\n' for i in range(10))
+    (tmp_path / "train.jsonl").write_text(lines)
+    for name in ("valid", "test"):
+        (tmp_path / f"{name}.jsonl").write_text('{"source": "held", "target": "t"}\n')
+    task = make_task("jsonl", directory=str(tmp_path), router=4)
+    trained = {example.source for example in islice(task.train(0), 30)}
+    routed = {example.source for example in islice(task.router(0), 30)}
+    assert (len(trained), len(routed), trained & routed) == (6, 4, set())
+    with pytest.raises(ValueError, match="cannot keep 10 of 10"):
+        make_task("jsonl", directory=str(tmp_path), router=10)
+
+
+def test_corpus_metrics_are_taken_of_the_whole_set(tmp_path):
+    rows = ["the cat sat on the mat today", "a dog ran over the green hill there"]
+    for name in ("train", "valid", "test"):
+        lines = (f'{{"source": "{name}{i}", "target": "{row}"}}\n' for i, row in enumerate(rows))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    task = make_task("jsonl", directory=str(tmp_path), metric="bleu")
+    answers = [rows[0], "nothing of it"]
+    each = task.score(task.test(), answers).quality
+    whole = task.quality(task.test(), answers, each)
+    assert whole == pytest.approx(corpus_bleu(answers, [rows]).score / 100)
+    assert whole != pytest.approx(sum(each) / 2, abs=0.01)
+    assert task.quality(task.test(), rows, [1.0, 1.0]) == pytest.approx(1.0)

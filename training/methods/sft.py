@@ -15,5 +15,7 @@ class SFT(Method):
     needs_teacher = False
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = cross_entropy(answer_logits(model, batch, self.visible), batch.targets)
+        smoothing = getattr(self.config, "label_smoothing", 0.0)
+        logits = answer_logits(model, batch, self.visible)
+        loss = cross_entropy(logits, batch.targets, label_smoothing=smoothing)
         return loss, {"loss": loss.detach()}

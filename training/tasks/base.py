@@ -107,6 +107,9 @@ class Scores:
     similarity: list[float]
 
 
+ROUTER_SEED = 7_000_000
+
+
 class Task(ABC):
     """Three disjoint splits and a metric. `train` may be endless; `valid` and `test` are the same on every
     machine.
@@ -117,6 +120,10 @@ class Task(ABC):
     @abstractmethod
     def train(self, seed: int) -> Iterator[Example]:
         """Examples for training; another seed, other examples (or another order of finite data)."""
+
+    def router(self, seed: int) -> Iterator[Example]:
+        """Examples for the router's rollouts; where possible the pair was trained on none of them."""
+        return self.train(ROUTER_SEED + seed)
 
     @abstractmethod
     def valid(self) -> list[Example]: ...

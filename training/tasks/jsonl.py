@@ -56,8 +56,11 @@ CORPUS: dict[str, Callable[[list[str], list[str]], float]] = {"bleu": _corpus_bl
 
 @register
 class Jsonl(Task):
-    """Files of a directory. Raises ValueError, naming file and line, for a line without `source` and
-    `target`; OSError for a file that is not there.
+    """Files of a directory. `router`: training examples kept for the router's rollouts, as a teacher knows by
+    heart what it was trained on, and would look better there than it is.
+
+    Raises ValueError, naming file and line, for a line without `source` and `target`; OSError for a file that
+    is not there.
     """
 
     name = "jsonl"
@@ -69,6 +72,7 @@ class Jsonl(Task):
         valid: str = "valid.jsonl",
         test: str = "test.jsonl",
         metric: str = "exact",
+        router: int = 0,
     ) -> None:
         if metric not in METRICS:
             raise ValueError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
@@ -78,6 +82,10 @@ class Jsonl(Task):
         )
         held_out = {example.source for example in self._valid + self._test}
         self._train = [example for example in self._train if example.source not in held_out]
+        if not 0 <= router < len(self._train):
+            raise ValueError(f"cannot keep {router} of {len(self._train)} training examples for the router")
+        random.Random(0).shuffle(self._train)
+        self._router, self._train = self._train[:router], self._train[router:]
 
     @staticmethod
     def _read(path: Path) -> list[Example]:
@@ -90,9 +98,17 @@ class Jsonl(Task):
         return examples
 
     def train(self, seed: int) -> Iterator[Example]:
+        return self._shuffled(self._train, seed)
+
+    def router(self, seed: int) -> Iterator[Example]:
+        return self._shuffled(self._router or self._train, seed)
+
+    @staticmethod
+    def _shuffled(examples: list[Example], seed: int) -> Iterator[Example]:
+        """Without end, in another order every time."""
         rng = random.Random(seed)
         while True:
-            yield from rng.sample(self._train, len(self._train))
+            yield from rng.sample(examples, len(examples))
 
     def valid(self) -> list[Example]:
         return self._valid
