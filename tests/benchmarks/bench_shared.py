@@ -1,0 +1,100 @@
+"""A global limit on real engines, spent in two ways: python -m tests.benchmarks.bench_shared
+
+The shipped pair, held-out sentences in an order that shifts from few digits to many and back to a mixture,
+every request with a budget of its own that is more than there is for all. *controller*: the gateway as it is.
+*first come*: the same gateway without its controller, so that the ledger alone holds the limit.
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+
+from server.measure import Client, Example, Row, load_examples
+from server.pair import GATEWAY, HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
+from server.processes import Service, running
+
+DEMO = Path(__file__).parents[2] / "deploy" / "demo"
+FIRST_COME = (
+    sys.executable,
+    "-c",
+    "import sys, wheels; from router.controller import PriceController; "
+    "PriceController.rate = lambda *_: 1.0; sys.exit(wheels.main())",
+    "serve",
+)
+OWN = 0.5
+"""Every request's own budget."""
+
+
+def shifting(examples: Sequence[Example], rounds: int) -> list[Example]:
+    """The third with the fewest digits, the third with the most, then all as they come; again and again."""
+    by_digits = sorted(examples, key=lambda example: sum(c.isdigit() for c in example.source))
+    third = len(examples) // 3
+    return (by_digits[:third] + by_digits[-third:] + list(examples)) * rounds
+
+
+async def watch(url: str, window: float, rates: list[float]) -> None:
+    """The teacher rate over the limit's window, once a second, when a window has passed."""
+    async with httpx.AsyncClient(base_url=url) as http:
+        await asyncio.sleep(window)
+        while True:
+            (budget,) = (await http.get("/budgets")).json()["budgets"]
+            rates.append(budget["rate"])
+            await asyncio.sleep(1.0)
+
+
+async def measure(
+    url: str, examples: Sequence[Example], window: float, streams: int
+) -> tuple[Row, list[float]]:
+    rates: list[float] = []
+    watching = asyncio.create_task(watch(url, window, rates))
+    async with Client(url, concurrency=streams) as client:
+        replies, seconds = await client.ask_all(examples, OWN)
+    watching.cancel()
+    return Row.of(replies, budget=OWN, span_tokens=4, seconds=seconds), rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rate", type=float, default=0.05)
+    parser.add_argument("--window", type=float, default=20.0, help="seconds")
+    parser.add_argument("--rounds", type=int, default=1, help="of 332 requests")
+    parser.add_argument("--streams", type=int, default=16)
+    options = parser.parse_args()
+    pair, examples = Pair.in_directory(DEMO), load_examples(DEMO / "examples.jsonl")
+    limit = {"type": "fraction", "fraction": options.rate, "window_seconds": options.window}
+    flags = ("--limits", json.dumps([limit]))
+    teacher = f"http://{HOST}:{free_port()}"
+    urls = {name: f"http://{HOST}:{free_port()}" for name in ("first come", "controller")}
+    with tempfile.TemporaryDirectory() as logs:
+        services: list[Service] = [teacher_service(pair.teacher, teacher, Path(logs))]
+        for name, url in urls.items():
+            service = gateway_service(pair, teacher, url, Path(logs), flags)
+            if name == "first come":
+                service = replace(service, command=(*FIRST_COME, *service.command[len(GATEWAY) :]))
+            services.append(replace(service, name=name, log=Path(logs) / f"{name}.log"))
+        with running(services, timeout=2 * START_SECONDS):
+            print(
+                f"| a limit of {options.rate:.0%} over {options.window:g} s | exact match | edit similarity "
+                "| teacher rate | over a window |"
+            )
+            for name, url in urls.items():
+                traffic = shifting(examples, options.rounds)
+                row, rates = asyncio.run(measure(url, traffic, options.window, options.streams))
+                print(
+                    f"| {name} | {row.exact_match:.1%} | {row.similarity:.4f} | {row.teacher_rate:.2%} "
+                    f"| {min(rates):.2%} to {max(rates):.2%} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
