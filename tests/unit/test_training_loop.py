@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from training.batches import Batch, Demonstrations
+from training.cli import RECIPES
 from training.config import (
     GKDConfig,
     KDConfig,
@@ -285,3 +286,9 @@ def test_overrides(recipe):
 def test_bad_settings_name_themselves(recipe, override, named):
     with pytest.raises(RecipeError, match=named):
         load_recipe(recipe, [override])
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(path):
+    recipe = load_recipe(path)
+    assert recipe.output.parts[:2] in {("deploy", "demo"), ("runs", path.stem)}
