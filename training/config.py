@@ -232,6 +232,16 @@ class GateConfig(Frozen):
     width: PositiveInt = 64
     gain: Literal["regret", "excess", "ratio", "differs", "kl"]
     """What the score predicts, see `training.gates.GAINS`."""
+    objective: Literal["difference", "constrained"] = "difference"
+    """Regression of the score on the gain of asking, or path consistency of asking as a policy with a price
+    (`training.constrained`).
+    """
+    prices: tuple[PositiveFloat, PositiveFloat] = (0.02, 2.0)
+    """constrained: prices that the gate is trained for, nats."""
+    temperature: PositiveFloat = 0.2
+    """constrained: of the policy, nats."""
+    window: PositiveInt = 4
+    """constrained: decisions of a sub-path."""
     horizon: Literal["span", "completion"] = "span"
     """How far it looks: the mean over the student's own span, or all that changes until the end of the
     completion (`training.branches`), for calls of one token.
@@ -255,8 +265,11 @@ class GateConfig(Frozen):
 
     @model_validator(mode="after")
     def _one_token(self) -> GateConfig:
-        if self.horizon == "completion" and self.ask_tokens != 1:
-            raise ValueError("horizon completion is for ask_tokens 1")
+        for name, chosen in (("horizon", self.horizon), ("objective", self.objective)):
+            if chosen in ("completion", "constrained") and self.ask_tokens != 1:
+                raise ValueError(f"{name} {chosen} is for ask_tokens 1")
+        if not self.prices[0] < self.prices[1]:
+            raise ValueError("prices: want a range, the lower one first")
         return self
 
 

@@ -51,10 +51,30 @@ def collect(
     return Trajectories(ordered, by_teacher), completions
 
 
-def join(parts: Sequence[Trajectories]) -> Trajectories:
-    """One after the other; rows stay apart because a row's positions stay neighbours and start at step 0."""
-    positions = concatenate([part.positions for part in parts])
-    return Trajectories(positions, torch.cat([part.by_teacher for part in parts]))
+@dataclass(frozen=True)
+class Lessons:
+    """What a gate is fitted on. states: (N, H); target: (N,) nats; asked: (N,) whether the teacher wrote
+    there; row: (N,) the path that a position belongs to, in one piece.
+    """
+
+    states: Tensor
+    target: Tensor
+    asked: Tensor
+    row: Tensor
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    @classmethod
+    def join(cls, parts: Sequence[Lessons]) -> Lessons:
+        rows, first = [], 0
+        for part in parts:
+            rows.append(part.row + first)
+            first = int(rows[-1].max()) + 1
+        columns = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("states", "target", "asked")
+        )
+        return cls(*columns, torch.cat(rows))
 
 
 # What asking at a position would gain there, in nats: (N,) from Positions.
@@ -136,8 +156,9 @@ class Head(nn.Module):
         return torch.cat([self(chunk.to(self.taps.device)).cpu() for chunk in chunks])
 
 
-def fit(head: Head, states: Tensor, target: Tensor, config: GateConfig, seed: int) -> float:
-    """Least squares of the score on target (N,); returns the last epoch's mean loss."""
+def fit(head: Head, lessons: Lessons, config: GateConfig, seed: int) -> float:
+    """Least squares of the score on the target; returns the last epoch's mean loss."""
+    states, target = lessons.states, lessons.target
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(
         head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,10 +15,11 @@ from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, fing
 from router.gate import CONFIDENCE_GATES, Gate, RandomGate
 from router.reserved import ReservedRows
 from training.branches import future_gain
-from training.calibration import Quality, calibrate, spare_prices
+from training.calibration import Quality, calibrate, spare_prices, teacher_rate
 from training.config import GateConfig
+from training.constrained import ascended, fit_constrained
 from training.evaluate import Scorer, ends
-from training.gates import CHUNK, GAINS, Head, Trajectories, collect, fit, span_gain
+from training.gates import CHUNK, GAINS, Head, Lessons, Trajectories, collect, fit, span_gain
 from training.models import load_model, reserved_rows
 from training.parallel import device
 from training.rollout import FREE, Completion, Cooperation, Positions, Request, with_gate
@@ -59,7 +61,7 @@ def train_gate(
     head = Head(cooperation.student, reserved, config.width).to(cooperation.student.device)
     gate: Gate = RandomGate(reserved)
     price = 1 - config.rate
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[Lessons] = []
     for round_ in range(config.rounds):
         some = prompts[round_ * config.prompts : (round_ + 1) * config.prompts]
         explore = config.explore if round_ else 0.0
@@ -69,18 +71,32 @@ def train_gate(
         requests = [Request(p) for p in some[:half]] + [Request(p, price, FREE) for p in some[half:]]
         trajectories, completions = collect(asking, requests)
         seen.append(lessons(cooperation, some, trajectories, completions, config))
-        states, target = (torch.cat(column) for column in zip(*seen, strict=True))
+        data = Lessons.join(seen)
         if round_ == 0:
-            head.start_from(states)
-        loss = fit(head, states, target, config, seed)
-        spread = target.var().item()
-        print(f"gate round {round_}: {len(states):,} positions, loss {loss:.4f} of {spread:.4f}", flush=True)
+            head.start_from(data.states)
+        fitted = fit_constrained if config.objective == "constrained" else fit
+        loss = fitted(head, data, config, seed)
+        realised, spread = teacher_rate(completions[half:]), data.target.var().item()
+        print(
+            f"gate round {round_}: {len(data):,} positions, loss {loss:.4f} (variance {spread:.4f}), "
+            f"price {price:.4f}, rate {realised:.3f}",
+            flush=True,
+        )
         install_taps(cooperation, head.taps.detach(), reserved)
         gate = head.gate.eval()
-        with torch.no_grad():
-            recent = torch.cat([head(x.to(head.taps.device)) for x in states[-100_000:].split(CHUNK)])
-            price = torch.quantile(recent, 1 - config.rate).item()
+        if config.objective == "constrained":
+            start = math.sqrt(math.prod(config.prices))
+            price = ascended(price, realised, config.rate) if round_ else start
+        else:
+            price = quantile(head, data.states[-100_000:], 1 - config.rate)
     return head.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def quantile(head: Head, states: Tensor, share: float) -> float:
+    """The score below which that share of the positions lies."""
+    scores = torch.cat([head(chunk.to(head.taps.device)) for chunk in states.split(CHUNK)])
+    return torch.quantile(scores, share).item()
 
 
 def lessons(
@@ -89,18 +105,20 @@ def lessons(
     trajectories: Trajectories,
     completions: Sequence[Completion],
     config: GateConfig,
-) -> tuple[Tensor, Tensor]:
-    """What the gate is fitted on: states (N, H) and what asking there gains per teacher token (N,), nats."""
+) -> Lessons:
+    """What asking gains at every position of the rollouts, as the recipe counts it."""
 
     def gain(positions: Positions) -> Tensor:
         return GAINS[config.gain](positions).clamp(0, config.clip)
 
-    states = trajectories.positions.states
+    at, by_teacher = trajectories.positions, trajectories.by_teacher
+    if config.objective == "constrained":  # its critic looks ahead
+        return Lessons(at.states, gain(at), by_teacher, at.row)
     if config.horizon == "completion":
         target = future_gain(cooperation, prompts, trajectories, completions, gain)
-        return states, target.clamp(-config.clip, config.clip)
-    target, known = span_gain(gain(trajectories.positions), trajectories, config.ask_tokens)
-    return states[known], target[known]
+        return Lessons(at.states, target.clamp(-config.clip, config.clip), by_teacher, at.row)
+    target, known = span_gain(gain(at), trajectories, config.ask_tokens)
+    return Lessons(at.states[known], target[known], by_teacher[known], at.row[known])
 
 
 def install_taps(cooperation: Cooperation, taps: Tensor, reserved: ReservedRows) -> None:

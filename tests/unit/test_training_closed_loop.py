@@ -11,7 +11,8 @@ from router.reserved import ReservedRows
 from training.branches import future_gain
 from training.calibration import calibrate, teacher_rate
 from training.config import GateConfig, Shape
-from training.gates import Head, Trajectories, collect, fit, span_gain
+from training.constrained import ascended, fit_constrained, residuals
+from training.gates import Head, Lessons, Trajectories, collect, fit, span_gain
 from training.models import new_model
 from training.rollout import Cooperation, Positions, Request, with_gate
 from training.tree import Setting, Tree
@@ -150,7 +151,8 @@ def test_a_fitted_gate_finds_what_it_is_taught_and_survives_the_checkpoint(pair,
     head = Head(pair.student, RESERVED, 16)
     head.start_from(states)
     config = GateConfig(span_tokens=1, ask_tokens=1, gain="excess", epochs=40, batch=64)
-    loss = fit(head, states, target, config, seed=0)
+    lessons = Lessons(states, target, seen.by_teacher, seen.positions.row)
+    loss = fit(head, lessons, config, seed=0)
     assert loss < 0.3 * target.var().item()
     with torch.no_grad():
         logits = head.logits(states)
@@ -180,3 +182,50 @@ def test_the_gain_until_the_end_by_hand(pair, prompts):
         assert gained[i].item() == pytest.approx(expected, abs=1e-3)
         checked += 1
     assert checked > 3
+
+
+def test_residuals_by_hand():
+    """Two paths; C = -U(s_i) + U(s_{i+d}) + sum of r - price c - T log pi, and log pi = log 1/2 throughout."""
+    price, temperature = 0.5, 0.1
+    score = torch.full((5,), price)  # asks and does not with even odds
+    value, cost = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), torch.tensor([2.0, 0.0, 2.0, 0.0, 2.0])
+    utility = [0.0, 2.0, 2.0, 4.0, 4.0]
+    asked = torch.tensor([True, False, False, False, True])
+    gain = torch.tensor([7.0, 0.3, 0.2, 0.4, 9.0])  # what the teacher wrote is regretted by nobody
+    row = torch.tensor([0, 0, 0, 1, 1])
+    entropy = temperature * math.log(2)
+    earned = [-price + entropy, -0.3 + entropy, -0.2 + entropy, -0.4 + entropy, -price + entropy]
+    expected = [
+        earned[0] + earned[1] + utility[2] - utility[0],
+        earned[1] + earned[2] - utility[1],
+        earned[2] - utility[2],
+        earned[3] + earned[4] - utility[3],
+        earned[4] - utility[4],
+    ]
+    of = residuals(score, value, cost, asked, gain, row, price, temperature, window=2)
+    assert of.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_price_climbs_where_too_much_is_asked():
+    assert ascended(0.4, realised=0.1, target=0.1) == pytest.approx(0.4)
+    assert ascended(0.4, realised=0.2, target=0.1) == pytest.approx(0.4 * math.e)
+    assert ascended(0.4, realised=0.05, target=0.1) < 0.4
+
+
+def test_the_constrained_gate_asks_where_the_student_regrets(pair, prompts):
+    """One decision a path: asking is worth its price exactly where the gain is above it."""
+    seen, _ = collect(pair, [Request(p) for p in prompts] * 2)
+    states = seen.positions.states
+    gain = 2 * (states[:, 0] > 0).float()
+    asked = torch.rand(len(gain), generator=torch.Generator().manual_seed(0)) < 0.5
+    config = GateConfig(
+        span_tokens=1, ask_tokens=1, gain="excess", epochs=60, batch=64, objective="constrained", window=1,
+        prices=(0.5, 1.5), temperature=0.5,
+    )  # fmt: skip
+    head = Head(pair.student, RESERVED, 16)
+    head.start_from(states)
+    fit_constrained(head, Lessons(states, gain, asked, torch.arange(len(gain))), config, seed=0)
+    with torch.no_grad():
+        scores = head(states)
+    assert scores[gain > 1].mean() > 1.4
+    assert scores[gain < 1].mean() < 0.6

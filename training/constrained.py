@@ -1,0 +1,105 @@
+"""Constrained path consistency for the gate: asking as a policy of its own, with a price for every token.
+
+The problem: maximise E[sum of r - price * c] + T * entropy, where a token of the student's earns r = -gain
+and costs nothing, and one of the teacher's earns 0 and costs c = 1. At the optimum, for every price and path
+(Nachum et al. 2017, arXiv 1702.08892, with a cost beside the reward):
+
+    C = -U(s_i) + U(s_{i+d}) + sum_j (r_j - price * c_j - T log pi(u_j|s_j)) = 0
+    logit pi(ask|s) = (score(s) - price) / T,    U = V - price * V_C
+
+V is the value of the rewards and V_C that of the cost. They share one loss with the score, C^2 / 2, over
+prices drawn anew for every batch of paths: so one gate serves all prices, and V_C is what U loses with the
+price. The price of the next rollouts follows the realised rate by dual ascent.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from router.features import features
+from training.config import GateConfig
+from training.gates import Head, Lessons
+from training.methods.pcl import half_square, path_residuals
+
+
+class Critic(nn.Module):
+    """V and V_C over what the gate sees: (N, V) logits -> two of (N,), in nats and in teacher tokens."""
+
+    def __init__(self, head: Head, width: int) -> None:
+        super().__init__()
+        self.gate = head.gate
+        self.mlp = nn.Sequential(nn.Linear(len(head.gate.mean), width), nn.SiLU(), nn.Linear(width, 2))
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        x = (features(logits, self.gate.reserved) - self.gate.mean) * self.gate.scale
+        return self.mlp(x).unbind(-1)
+
+
+def residuals(
+    score: Tensor, value: Tensor, cost: Tensor, asked: Tensor, gain: Tensor, row: Tensor,
+    price: float, temperature: float, window: int,
+) -> Tensor:  # fmt: skip
+    """C of the sub-path of `window` decisions from every position; all arguments (N,), rows in one piece.
+
+    Sub-paths that the end of a row cuts short count too: behind it U is 0.
+    """
+    logit = (score - price) / temperature
+    log_pi = torch.where(asked, logsigmoid(logit), logsigmoid(-logit))
+    earned = torch.where(asked, -price, -gain) - temperature * log_pi
+    utility = value - price * cost
+    after = torch.zeros_like(utility)
+    follows = row[window:] == row[:-window]
+    after[:-window] = torch.where(follows, utility[window:], 0.0)
+    return path_residuals(earned, row, window) + after - utility
+
+
+def fit_constrained(head: Head, lessons: Lessons, config: GateConfig, seed: int) -> float:
+    """Train head and critic on whole paths, whose target is the gain; returns the last epoch's mean loss."""
+    torch.manual_seed(seed)
+    device, row = head.taps.device, lessons.row
+    critic = Critic(head, config.width).to(device)
+    optimizer = torch.optim.AdamW(
+        [*head.parameters(), *critic.mlp.parameters()],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+    )
+    starts = torch.cat((torch.tensor([True]), row[1:] != row[:-1])).nonzero().squeeze(1)
+    cuts = [*starts[:: max(1, config.batch * len(starts) // len(row))].tolist(), len(row)]
+    slices = [slice(a, b) for a, b in pairwise(cuts)]  # whole paths, about a batch each
+    steps = config.epochs * len(slices)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=steps, pct_start=0.1
+    )
+    low, high = map(math.log, config.prices)
+    mean = 0.0
+    for _ in range(config.epochs):
+        losses = []
+        for at in torch.randperm(len(slices)).tolist():
+            part = slices[at]
+            states, gain, asked = (
+                column[part].to(device) for column in (lessons.states, lessons.target, lessons.asked)
+            )
+            logits = head.logits(states)
+            price = math.exp(low + (high - low) * torch.rand(()).item())
+            of = residuals(
+                head.gate(logits), *critic(logits), asked, gain, row[part].to(device),
+                price, config.temperature, config.window,
+            )  # fmt: skip
+            loss = half_square(of, config.clip).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+        mean = sum(losses) / len(losses)
+    return mean
+
+
+def ascended(price: float, realised: float, target: float, rate: float = 1.0) -> float:
+    """One multiplicative step of dual ascent: dearer where more was asked than the target, and cheaper."""
+    return price * math.exp(rate * (realised - target) / target)
