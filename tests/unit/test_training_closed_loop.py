@@ -185,7 +185,7 @@ def test_the_gain_until_the_end_by_hand(pair, prompts):
 
 
 def test_residuals_by_hand():
-    """Two paths; C = -U(s_i) + U(s_{i+d}) + sum of r - price c - T log pi, and log pi = log 1/2 throughout."""
+    """Two paths; C = -U(s_i) + U(s_{i+d}) + sum of r - price c - T log pi, log pi = log 1/2."""
     price, temperature = 0.5, 0.1
     score = torch.full((5,), price)  # asks and does not with even odds
     value, cost = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), torch.tensor([2.0, 0.0, 2.0, 0.0, 2.0])
