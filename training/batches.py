@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from training.tasks import Task
+from training.tasks import Example, Task
 from training.tokenizer import encode_answers, encode_prompts
 
 SHARD_BATCHES = 64
 NARROW_ROWS = 16
+DRAWS = 20
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,22 @@ def left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 class Demonstrations:
-    """Batch number `step` of a seeded stream of references; rows of similar length share a batch."""
+    """Batch number `step` of a seeded stream of references; rows of similar length share a batch.
 
-    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, batch: int, seed: int) -> None:
+    longest: tokens of prompt and answer together; what is longer is left out. Raises ValueError where that
+    is nearly everything.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        batch: int,
+        seed: int,
+        longest: int | None = None,
+    ) -> None:
         self._task, self._tokenizer, self._batch, self._seed = task, tokenizer, batch, seed
+        self._longest = longest
         self._shard: tuple[int, list[Batch]] = (-1, [])
 
     def __getitem__(self, step: int) -> Batch:
@@ -101,13 +115,23 @@ class Demonstrations:
     def _load(self, shard: int) -> list[Batch]:
         seed = self._seed * 1_000_003 + shard
         rng = random.Random(seed)
-        examples = list(islice(self._task.train(seed), self._batch * SHARD_BATCHES))
-        prompts = encode_prompts(self._tokenizer, [example.source for example in examples])
-        answers = encode_answers(self._tokenizer, [example.references.sample(rng) for example in examples])
-        rows = sorted(zip(prompts, answers, strict=True), key=lambda row: len(row[0]) + len(row[1]))
+        rows = sorted(self._rows(self._task.train(seed), rng), key=lambda row: len(row[0]) + len(row[1]))
         batches = [
             Batch.of(*map(list, zip(*rows[at : at + self._batch], strict=True)), self._tokenizer.eos_token_id)
             for at in range(0, len(rows), self._batch)
         ]
         rng.shuffle(batches)
         return batches
+
+    def _rows(self, stream: Iterator[Example], rng: random.Random) -> list[tuple[list[int], list[int]]]:
+        """Prompt and answer of the next examples that are short enough, as many as a shard takes."""
+        wanted, rows = self._batch * SHARD_BATCHES, []
+        for _ in range(DRAWS):
+            examples = list(islice(stream, wanted))
+            prompts = encode_prompts(self._tokenizer, [example.source for example in examples])
+            answers = encode_answers(self._tokenizer, [e.references.sample(rng) for e in examples])
+            pairs = zip(prompts, answers, strict=True)
+            rows += [(p, a) for p, a in pairs if self._longest is None or len(p) + len(a) <= self._longest]
+            if len(rows) >= wanted:
+                return rows[:wanted]
+        raise ValueError(f"hardly an example has at most {self._longest} tokens, the context of the model")

@@ -147,9 +147,9 @@ def job(space: Workspace, role: str, task: Task, tokenizer: PreTrainedTokenizerB
     for one in (model, teacher):
         if isinstance(one, PreTrainedModel):
             place(one, config.schedule)
-    return Job(
-        config, model, method, Demonstrations(task, tokenizer, config.schedule.batch, space.recipe.seed)
-    )
+    context = model.config.max_position_embeddings
+    batches = Demonstrations(task, tokenizer, config.schedule.batch, space.recipe.seed, context)
+    return Job(config, model, method, batches)
 
 
 def train_model(space: Workspace, role: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
