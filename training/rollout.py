@@ -91,6 +91,8 @@ class Stepper:
         """
         if ids.shape[1] == 1:
             positions = mask.sum(-1, keepdim=True) - 1
+            if self._model.config._attn_implementation == "sdpa":
+                mask = mask.bool()[:, None, None]  # as attention takes it, so that nothing is built from it
         else:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         return reader(self._model)(

@@ -23,7 +23,7 @@ from training.methods.base import Method
 
 def all_actions_loss(log_pi: Tensor, log_p: Tensor, clip: float) -> Tensor:
     """Half the expected squared one-step residual under (pi + p_T) / 2, mean over positions. Both (N, V)."""
-    weights = (log_pi.exp() + log_p.exp()).detach() / 2
+    weights = (log_pi.detach().exp() + log_p.exp()) / 2
     return (weights * half_square(log_p - log_pi, clip)).sum(-1).mean()
 
 
@@ -42,8 +42,8 @@ def path_residuals(log_ratio: Tensor, row: Tensor, window: int) -> Tensor:
 
 def half_square(residual: Tensor, clip: float) -> Tensor:
     """C^2 / 2, linear beyond |C| = clip (Huber), so that no single residual outweighs a batch."""
-    size = residual.abs()
-    return torch.where(size <= clip, residual.square() / 2, clip * (size - clip / 2))
+    inner = residual.clamp(-clip, clip)
+    return inner * (residual - inner / 2)
 
 
 class PCL(Method):
