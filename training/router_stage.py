@@ -158,9 +158,9 @@ def train_router(
     tree = Tree(cooperation, encode_prompts(tokenizer, [e.source for e in valid]), gates)
     scorer = Scorer(task, tokenizer, valid)
     alone, taught = tree.run(ends("learned"))
-    student, teacher = scorer(alone)[0], scorer(taught)[0]
-    print(f"on validation data: student {student:.3f}, teacher {teacher:.3f}", flush=True)
-    gap = teacher - student if teacher > student else 1.0
+    low, high = scorer(alone)[0], scorer(taught)[0]
+    print(f"on validation data: student {low:.3f}, teacher {high:.3f}", flush=True)
+    gap = high - low if high > low else 1.0
     prices, spares = calibrate_gates(tree, gates, lambda run: scorer(run)[0] / gap, config)
     checkpoint = RouterCheckpoint(
         config=RouterConfig(
