@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 # Slack for comparing a sum of binary fractions with an integer count of tokens.
 EPSILON = 1e-9
 
+LONGEST = 10**12
+"""No completion has so many tokens; up to here, a tiny fraction of a length is exact enough for them all."""
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -103,7 +106,7 @@ class Bucket:
     def _length(self, tokens: int) -> int | None:
         """Completion length whose fraction, with a call behind it, covers so many teacher tokens."""
         length = tokens / self.budget.fraction - self.ask_tokens - EPSILON
-        return None if length == math.inf else max(0, math.ceil(length))
+        return None if length > LONGEST else max(0, math.ceil(length))
 
     def credit(self, completion_tokens: int) -> float:
         """Teacher tokens that a fraction leaves behind so many completion tokens."""

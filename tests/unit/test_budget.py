@@ -1,7 +1,7 @@
 import copy
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -247,6 +247,12 @@ def test_no_prefix_of_any_completion_is_above_its_budget(parts, span_tokens, ask
 
 
 @given(parts=budgets, span_tokens=st.integers(1, 8), ask_tokens=st.integers(1, 8), turns=turns)
+@example(
+    parts={"fraction": 1.1e-279, "tokens": None, "calls": None},
+    span_tokens=1,
+    ask_tokens=1,
+    turns=[(0, 1, 1.0)] * 2,
+)
 def test_earliest_is_the_first_length_at_which_a_call_is_granted(parts, span_tokens, ask_tokens, turns):
     budget = Budget.model_validate(parts)
     bucket = Bucket(budget, span_tokens, min(ask_tokens, span_tokens))
