@@ -149,7 +149,8 @@ class TeacherPool:
                 level = logging.DEBUG if error.reason in ABSENT else logging.ERROR
                 logger.log(level, "a replica of the teacher stays out: %s", error)
         else:
-            replica.up = await replica.teacher.healthy()
+            # Who comes back may be another: it is checked again.
+            replica.up = replica.checked = await replica.teacher.healthy()
         if replica.up != was_up:
             logger.warning("the teacher at %s is %s", replica.teacher.url, "up" if replica.up else "down")
             self.wake()

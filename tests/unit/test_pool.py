@@ -324,6 +324,19 @@ async def test_a_replica_that_comes_late_with_another_vocabulary_stays_out(caplo
     assert "another vocabulary" in caplog.text
 
 
+async def test_a_replica_that_comes_back_with_another_vocabulary_stays_out(caplog):
+    pool = await pool_of(2)
+    await pool.check_vocabulary(["one"], [[1]])
+    await absent(pool, 0)._probe(pool.replicas[0])
+    absent(pool, 0, error=None).replicas[0].teacher.vocabulary = {"one": [2]}
+    await pool._probe(pool.replicas[0])
+    assert not pool.replicas[0].up
+    assert "another vocabulary" in caplog.text
+    pool.replicas[0].teacher.vocabulary = {"one": [1]}
+    await pool._probe(pool.replicas[0])
+    assert pool.replicas[0].up
+
+
 async def test_a_probe_finds_a_dead_replica_before_a_request_does():
     pool = await pool_of(2)
     absent(pool, 0)
