@@ -2,7 +2,9 @@
 
 import json
 from itertools import islice
+from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -166,3 +168,26 @@ def test_a_batch_that_does_not_split_is_refused(recipe, capsys):
 def test_a_router_needs_its_teacher_in_process(recipe, capsys):
     assert train([recipe, "teacher={url: 'http://127.0.0.1:9'}"]) == 2
     assert "not behind a URL" in capsys.readouterr().err
+
+
+def test_completions_come_from_the_server_that_a_recipe_names(recipe, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def answer(request):
+        body = json.loads(request.content or b"{}")
+        asked.append(request.url.path)
+        if request.url.path == "/collective_rpc":
+            directory = Path(body["kwargs"]["weights_path"])
+            assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+                f.name for f in directory.iterdir()
+            }
+        prompts = body.get("prompt", [])
+        choices = [{"index": i, "token_ids": [40, 41, 1]} for i in range(len(prompts))]
+        return httpx.Response(200, json={"data": [{"id": "s"}], "choices": choices, "success": True})
+
+    client = httpx.Client(transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(httpx, "Client", lambda timeout: client)
+    own = ["student.method.on_policy=1.0", "student.rollouts={url: http://there}"]
+    assert train([recipe, *own, "--stage", "teacher", "--stage", "student"]) == 0
+    assert asked == ["/v1/models"] + 6 * ["/collective_rpc", "/reset_prefix_cache", "/v1/completions"]
+    assert f"VLLM_SERVER_DEV_MODE=1 vllm serve {tmp_path}/work/student/rollouts" in capsys.readouterr().out
