@@ -16,14 +16,22 @@ def n_features(reserved: ReservedRows) -> int:
 
 
 def features(logits: Tensor, reserved: ReservedRows) -> Tensor:
-    """Taps, log-probabilities of the best 8 visible tokens, entropy, margin.
+    """Taps and confidence.
 
     logits: (..., V) raw logits of the student, V = reserved.end; any float type.
-    Returns (..., F) float32; log-probabilities and entropy in nats, margin = log p1 - log p2.
+    Returns (..., F) float32.
     """
-    logits = logits.float()
-    log_probs = logits[..., : reserved.start].log_softmax(-1)
+    return torch.cat((logits[..., reserved.taps].float(), confidence(logits, reserved)), dim=-1)
+
+
+def confidence(logits: Tensor, reserved: ReservedRows) -> Tensor:
+    """Log-probabilities of the best 8 visible tokens, entropy, margin.
+
+    logits: (..., V) with at least the visible rows.
+    Returns (..., 10) float32; log-probabilities and entropy in nats, margin = log p1 - log p2.
+    """
+    log_probs = logits[..., : reserved.start].float().log_softmax(-1)
     top = log_probs.topk(TOP_LOG_PROBS, dim=-1).values.clamp(min=LOG_PROB_FLOOR)
     entropy = torch.special.entr(log_probs.exp()).sum(-1, keepdim=True)
     margin = top[..., :1] - top[..., 1:2]
-    return torch.cat((logits[..., reserved.taps], top, entropy, margin), dim=-1)
+    return torch.cat((top, entropy, margin), dim=-1)

@@ -21,23 +21,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from router.features import features
 from training.config import GateConfig
 from training.gates import Head, Lessons
 from training.methods.pcl import half_square, path_residuals
 
 
 class Critic(nn.Module):
-    """V and V_C over what the gate sees: (N, V) logits -> two of (N,), in nats and in teacher tokens."""
+    """V and V_C over what the gate sees: features (N, F) -> two of (N,), in nats and in teacher tokens."""
 
     def __init__(self, head: Head, width: int) -> None:
         super().__init__()
         self.gate = head.gate
         self.mlp = nn.Sequential(nn.Linear(len(head.gate.mean), width), nn.SiLU(), nn.Linear(width, 2))
 
-    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        x = (features(logits, self.gate.reserved) - self.gate.mean) * self.gate.scale
-        return self.mlp(x).unbind(-1)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mlp((x - self.gate.mean) * self.gate.scale).unbind(-1)
 
 
 def residuals(
@@ -62,6 +60,7 @@ def fit_constrained(head: Head, lessons: Lessons, config: GateConfig, seed: int)
     """Train head and critic on whole paths, whose target is the gain; returns the last epoch's mean loss."""
     torch.manual_seed(seed)
     device, row = head.taps.device, lessons.row
+    confidence = head.confidence(lessons.states)
     critic = Critic(head, config.width).to(device)
     optimizer = torch.optim.AdamW(
         [*head.parameters(), *critic.mlp.parameters()],
@@ -84,10 +83,10 @@ def fit_constrained(head: Head, lessons: Lessons, config: GateConfig, seed: int)
             states, gain, asked = (
                 column[part].to(device) for column in (lessons.states, lessons.target, lessons.asked)
             )
-            logits = head.logits(states)
+            x = head.features(states, confidence[part])
             price = math.exp(low + (high - low) * torch.rand(()).item())
             of = residuals(
-                head.gate(logits), *critic(logits), asked, gain, row[part].to(device),
+                head.gate.score(x), *critic(x), asked, gain, row[part].to(device),
                 price, config.temperature, config.window,
             )  # fmt: skip
             loss = half_square(of, config.clip).mean()

@@ -16,7 +16,7 @@ from torch.nn.functional import mse_loss
 from transformers import PreTrainedModel
 
 from router.checkpoint import RouterCheckpoint
-from router.features import features
+from router.features import confidence
 from router.gate import LearnedGate
 from router.reserved import ReservedRows
 from training.config import GateConfig
@@ -124,12 +124,7 @@ class Head(nn.Module):
         _, _, directions = torch.pca_lowrank(states, q=min(self.taps.shape), niter=4)
         self.taps.data[: directions.shape[1]] = directions.T
         with torch.no_grad():
-            x = torch.cat(
-                [
-                    features(self.logits(chunk.to(self.taps.device)), self.gate.reserved)
-                    for chunk in states.split(CHUNK)
-                ]
-            )
+            x = self.features(states.to(self.taps.device), self.confidence(states))
         self.gate.mean.copy_(x.mean(0))
         self.gate.scale.copy_(1 / x.std(0).clamp(min=1e-3))
 
@@ -145,6 +140,20 @@ class Head(nn.Module):
         escalation = states.new_zeros(len(states), 1)
         return torch.cat((states @ self.visible.T, escalation, states @ self.taps.T), dim=-1)
 
+    @torch.no_grad()
+    def confidence(self, states: Tensor) -> Tensor:
+        """(N, H) -> (N, 10): the features that training does not change. As wide as the vocabulary while they
+        are computed, so in pieces and once.
+        """
+        chunks = states.split(CHUNK)
+        return torch.cat(
+            [confidence(chunk.to(self.taps.device) @ self.visible.T, self.gate.reserved) for chunk in chunks]
+        )
+
+    def features(self, states: Tensor, confidence: Tensor) -> Tensor:
+        """(N, F): what the gate sees, as `router.features` computes it from logits."""
+        return torch.cat((states @ self.taps.T, confidence), dim=-1)
+
     def forward(self, states: Tensor) -> Tensor:
         """Scores (N,) of states (N, H)."""
         return self.gate(self.logits(states))
@@ -158,7 +167,8 @@ class Head(nn.Module):
 
 def fit(head: Head, lessons: Lessons, config: GateConfig, seed: int) -> float:
     """Least squares of the score on the target; returns the last epoch's mean loss."""
-    states, target = lessons.states, lessons.target
+    device, states, target = head.taps.device, lessons.states, lessons.target
+    confidence = head.confidence(states)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(
         head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -171,8 +181,8 @@ def fit(head: Head, lessons: Lessons, config: GateConfig, seed: int) -> float:
     for _ in range(config.epochs):
         losses = []
         for chunk in torch.randperm(len(states), generator=generator).split(config.batch):
-            x, y = (column[chunk].to(head.taps.device) for column in (states, target))
-            loss = mse_loss(head(x), y)
+            x = head.features(states[chunk].to(device), confidence[chunk])
+            loss = mse_loss(head.gate.score(x), target[chunk].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
