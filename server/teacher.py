@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,6 +14,7 @@ import msgspec
 from server.breaker import Breaker
 from server.completion import Piece
 from server.metrics import BREAKER_OPEN, TEACHER_CALL_SECONDS, TEACHER_CALLS
+from server.tracing import CallSpan
 from server.vllm_api import Logprob, SamplingParams
 
 # Up to this many tokens a span comes as one JSON body: cheaper on both sides than a stream.
@@ -204,10 +205,12 @@ class Teacher:
             "stream": stream,
         }
         called, outcome, blamed = time.monotonic(), "aborted", False
+        span = CallSpan(self.name, tokens)
+        headers = {"X-Request-Id": request_id, **span.headers}
         started = called if started is None else started
         patience = _Patience(self.timeout, self.span_timeout, started, deadline)
         try:
-            async with self._request("POST", "/v1/completions", patience, body, request_id) as response:
+            async with self._request("POST", "/v1/completions", patience, body, headers) as response:
                 replies = self._events(response, patience) if stream else self._body_of(response, patience)
                 async for payload in replies:
                     piece = self._piece(payload, tokens - patience.written, params)
@@ -229,6 +232,7 @@ class Teacher:
         finally:
             TEACHER_CALLS.labels(self.name, outcome).inc()
             TEACHER_CALL_SECONDS.labels(self.name).observe(time.monotonic() - called)
+            span.end(outcome, patience.written)
             if blamed:
                 self.breaker.failed()
             elif outcome != "aborted":
@@ -274,10 +278,8 @@ class Teacher:
         path: str,
         patience: _Patience,
         body: dict[str, Any] | None,
-        request_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        headers = {"X-Request-Id": request_id} if request_id else None
-
         def send() -> Awaitable[aiohttp.ClientResponse]:
             request = self._session.request(method, self.url + path, json=body, headers=headers)
             return self._wait(request, patience)

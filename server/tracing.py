@@ -1,0 +1,83 @@
+"""OpenTelemetry: a span for every request, in it one for each segment of the student and each teacher call.
+
+Off until an exporter is set, by vLLM's ``--otlp-traces-endpoint``. The student's spans are vLLM's own
+(``llm_request``, one for each segment); those of a teacher that traces too hang below our calls. No span
+holds text or token ids.
+"""
+
+from typing import Any
+
+from opentelemetry import propagate, trace
+from opentelemetry.trace import SpanKind, Status, StatusCode
+
+from server.asgi import Message, Receive, Send, encoded
+from server.exchange import EXCHANGE
+from server.fields import PATHS
+from server.request_id import REQUEST_ID
+
+TRACER = trace.get_tracer("training-wheels")
+
+
+class Traces:
+    """ASGI middleware: a span around every request that writes, under its client's where it names one."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
+            return await self.app(scope, receive, send)
+        sent = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        attributes = {
+            "http.request.method": "POST",
+            "url.path": scope["path"],
+            "wheels.request_id": REQUEST_ID.get() or "",
+        }
+        with TRACER.start_as_current_span(
+            f"POST {scope['path']}", propagate.extract(sent), SpanKind.SERVER, attributes
+        ) as span:
+            if not span.is_recording():
+                return await self.app(scope, receive, send)
+            carrier: dict[str, str] = {}
+            propagate.inject(carrier)  # vLLM takes the parent of a segment from the request's headers
+            headers = [pair for pair in scope["headers"] if pair[0].decode("latin-1") not in carrier]
+
+            async def observe(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    span.set_attribute("http.response.status_code", message["status"])
+                    if message["status"] >= 500:
+                        span.set_status(Status(StatusCode.ERROR))
+                await send(message)
+
+            try:
+                await self.app({**scope, "headers": [*headers, *encoded(carrier)]}, receive, observe)
+            finally:
+                if exchange := EXCHANGE.get(None):
+                    report = exchange.total()
+                    span.set_attributes(
+                        {
+                            "wheels.completion_tokens": report.completion_tokens,
+                            "wheels.teacher.tokens": report.tokens,
+                            "wheels.teacher.calls": report.calls,
+                            "wheels.degraded": report.degraded,
+                        }
+                    )
+
+
+class CallSpan:
+    """The span of one teacher call, below that of the request in whose context it is made."""
+
+    def __init__(self, replica: str, tokens: int) -> None:
+        attributes = {"server.address": replica, "wheels.tokens.asked": tokens}
+        self._span = TRACER.start_span("teacher call", kind=SpanKind.CLIENT, attributes=attributes)
+        self.headers: dict[str, str] = {}
+        """By which the teacher's own spans, if it has any, are part of the trace."""
+        if self._span.is_recording():
+            propagate.inject(self.headers, trace.set_span_in_context(self._span))
+
+    def end(self, outcome: str, tokens: int) -> None:
+        """``outcome`` as in wheels_teacher_calls_total; ``tokens``: how many were written."""
+        self._span.set_attributes({"wheels.outcome": outcome, "wheels.tokens.written": tokens})
+        if outcome not in ("ok", "aborted"):
+            self._span.set_status(Status(StatusCode.ERROR, outcome))
+        self._span.end()
