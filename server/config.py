@@ -125,6 +125,9 @@ class ServeConfig(BaseModel):
     teacher_probe: PositiveFloat = Field(2.0, description="how often each replica is probed, seconds")
     breaker_failures: PositiveInt = Field(3, description="failures in a row that open a replica's breaker")
     breaker_seconds: PositiveFloat = Field(5.0, description="how long a breaker stays open, seconds")
+    drain_seconds: float = Field(
+        30.0, ge=0, description="at SIGTERM, how long running requests have to end, seconds"
+    )
     examples: File | None = Field(None, description="JSONL of {source}: prompts that the playground offers")
     cache: Path = Field(
         Path.home() / ".cache" / "training-wheels", description="where merged students are kept"

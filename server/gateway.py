@@ -25,12 +25,15 @@ from server.config import ConfigError, ServeConfig
 from server.engine import Cooperation, CooperativeEngine
 from server.fields import TeacherFields, document
 from server.gate_processor import gate_settings
+from server.lifecycle import CUT_OFF_SECONDS, EngineDied, Lifecycle
 from server.metrics import PRICE
 from server.pool import TeacherPool
+from server.request_id import RequestIds, log_with_ids
 from server.routes import routes
 from server.shared import SharedBudgets
 from server.teacher import Teacher, TeacherError
 from server.tenants import Tenants
+from server.tracing import Traces
 from server.vllm_api import AsyncEngineArgs, HttpLayer, current_platform
 
 logger = logging.getLogger(__name__)
@@ -45,11 +48,13 @@ PROBES = (
 
 
 def run(config: ServeConfig) -> int:
-    """Serve until a signal ends it; the exit status.
+    """Serve until a signal ends it; the exit status, 1 where requests were cut off.
 
     Raises:
         ConfigError, CheckpointError, TeacherError: the gateway cannot start; one line says why.
+        EngineDied: it cannot go on.
     """
+    log_with_ids()
     router, student = _student(config)
     return uvloop.run(_serve(config, router, student))
 
@@ -164,24 +169,32 @@ async def _serve(config: ServeConfig, router: RouterCheckpoint | None, student: 
             await _check_vocabulary(teacher, engine)
             engine.cooperation = _cooperation(config, router, reserved, teacher, engine)
             app = await _app(config, engine, tenants, arguments, http)
+            # In front of everything; vLLM has built its stack of middlewares already.
+            lifecycle = Lifecycle(Traces(app.middleware_stack), drain_seconds=config.drain_seconds)
+            app.middleware_stack = RequestIds(lifecycle)
             shared = engine.cooperation.shared
             works = [shared.steer(), teacher.watch(config.teacher_probe)]
             works += [] if tenants is None else [tenants.watch()]
             async with aclosing(shared), _background(works):  # at the end, every span is settled
                 print(f"wheels serve: {address}, teacher {teacher}", flush=True)
-                shutdown = await http.serve_http(
+                serving = http.serve_http(
                     app,
                     sock=socket,
                     host=arguments.host,
                     port=arguments.port,
                     log_level=arguments.uvicorn_log_level,
                     access_log=not arguments.disable_uvicorn_access_log,
+                    timeout_graceful_shutdown=CUT_OFF_SECONDS,
                 )
-                await shutdown
+                await lifecycle.run(app.state, serving)
+            if engine.errored and not lifecycle.interrupted:
+                raise EngineDied("the student's engine died; what it said last is above")
         finally:
             engine.shutdown()
             socket.close()
-    return 0
+    if lifecycle.cut_off:
+        print(f"wheels serve: requests that were cut off: {lifecycle.cut_off}", flush=True)
+    return 1 if lifecycle.cut_off else 0
 
 
 def _teacher(config: ServeConfig, reserved: ReservedRows) -> TeacherPool:

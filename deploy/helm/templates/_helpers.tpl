@@ -49,6 +49,7 @@ data-parallel-size: {{ .dataParallel }}
 {{- $config := deepCopy .Values.gateway.config }}
 {{- $_ := set $config "student" .Values.gateway.student }}
 {{- with .Values.gateway.router }}{{ $_ = set $config "router" . }}{{ end }}
+{{- $_ = set $config "drain_seconds" .Values.gateway.drainSeconds }}
 {{- $_ = set $config "teacher" (fromYamlArray (include "wheels.teacherUrls" .)) }}
 {{- with .Values.secrets.tenants }}{{ if .name }}{{ $_ = set $config "tenants" (printf "/etc/wheels/tenants/%s" .key) }}{{ end }}{{ end }}
 {{- with fromYaml (include "wheels.parallel" .Values.gateway) }}{{ $_ = set $config "vllm" (merge . ($config.vllm | default dict)) }}{{ end }}
@@ -75,7 +76,7 @@ imagePullSecrets: {{ toYaml . | nindent 2 }}
 automountServiceAccountToken: false
 # A Service named "wheels" would set WHEELS_PORT, which is a setting of ours.
 enableServiceLinks: false
-# Time for the pod to drain, then for the engine to end.
+# Time for the pod to leave the Service and to drain, then for the engine to end.
 terminationGracePeriodSeconds: {{ add $values.drainSeconds 30 }}
 securityContext:
   runAsNonRoot: true
@@ -133,9 +134,6 @@ livenessProbe:
   periodSeconds: 10
   timeoutSeconds: 10
   failureThreshold: 6
-# First the pod leaves the Service, then it has time for what it has begun, then it gets SIGTERM.
-lifecycle:
-  preStop: {sleep: {seconds: {{ .drainSeconds }}}}
 {{- end }}
 
 {{/* Call: (list $ .Values.gateway) */}}
