@@ -28,9 +28,8 @@ def unsupported(prompt: Any, params: SamplingParams, options: dict[str, Any]) ->
         return "model"
     if params.logprobs == -1:
         return "logprobs"
-    return next(
-        (name for name, unused in UNSUPPORTED.items() if (getattr(params, name) or unused) != unused), None
-    )
+    used = (name for name, unused in UNSUPPORTED.items() if getattr(params, name) not in (None, [], unused))
+    return next(used, None)
 
 
 def check_reserved_rows(prompt: Any, params: SamplingParams, reserved: ReservedRows) -> None:

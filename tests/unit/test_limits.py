@@ -33,6 +33,12 @@ def test_every_unsupported_parameter_is_one_of_vllms(name):
     assert hasattr(SamplingParams(), name)
 
 
+@pytest.mark.parametrize("name", ["prompt_logprobs", "thinking_token_budget"])
+def test_zero_is_a_wish_too(name):
+    """The log-probabilities of the prompt's tokens alone; no thinking at all."""
+    assert unsupported(PROMPT, params(**{name: 0}), {}) == name
+
+
 def test_log_probabilities_of_the_whole_vocabulary_are_too_many():
     assert unsupported(PROMPT, params(logprobs=-1), {}) == "logprobs"
     assert unsupported(PROMPT, params(logprobs=20), {}) is None
