@@ -120,7 +120,7 @@ class ServeConfig(BaseModel):
     teacher_timeout: PositiveFloat = Field(10.0, description="longest wait for a teacher token, seconds")
     teacher_wait: float = Field(0.0, ge=0, description="how long to wait for the teacher at start, seconds")
     span_timeout: PositiveFloat = Field(20.0, description="longest wait for 64 teacher tokens, seconds")
-    teacher_concurrency: PositiveInt = Field(256, description="calls at once at each replica of the teacher")
+    teacher_concurrency: PositiveInt = Field(1024, description="calls at once at each replica of the teacher")
     teacher_queue: float = Field(0.2, ge=0, description="how long a span waits for a busy teacher, seconds")
     teacher_probe: PositiveFloat = Field(2.0, description="how often each replica is probed, seconds")
     breaker_failures: PositiveInt = Field(3, description="failures in a row that open a replica's breaker")
