@@ -11,11 +11,11 @@ import transformers
 
 from router.checkpoint import CheckpointError
 from training.config import RecipeError, load_recipe
-from training.dry_run import dry_run
+from training.evaluation.report import evaluate_pair, plot, table
+from training.loop.dry_run import dry_run
+from training.loop.stopping import Stopped
 from training.pipeline import STAGES, run
-from training.report import evaluate_pair, plot, table
 from training.served import ServerError
-from training.stopping import Stopped
 from training.tasks import make_task
 
 STOPPED = 130  # exit status of a run that was asked to stop

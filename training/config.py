@@ -231,10 +231,10 @@ class GateConfig(Frozen):
     """Tokens of one teacher call, at most a span."""
     width: PositiveInt = 64
     gain: Literal["regret", "excess", "ratio", "differs", "kl"]
-    """What the score predicts, see `training.gates.GAINS`."""
+    """What the score predicts, see `training.gating.gates.GAINS`."""
     objective: Literal["difference", "constrained"] = "difference"
     """Regression of the score on the gain of asking, or path consistency of asking as a policy with a price
-    (`training.constrained`).
+    (`training.gating.constrained`).
     """
     prices: tuple[PositiveFloat, PositiveFloat] = (0.02, 2.0)
     """constrained: prices that the gate is trained for, nats."""
@@ -244,7 +244,7 @@ class GateConfig(Frozen):
     """constrained: decisions of a sub-path."""
     horizon: Literal["span", "completion"] = "span"
     """How far it looks: the mean over the student's own span, or all that changes until the end of the
-    completion (`training.branches`), for calls of one token.
+    completion (`training.gating.branches`), for calls of one token.
     """
     clip: PositiveFloat = 8.0
     """Cap of a token's gain, and of a whole horizon's, nats."""

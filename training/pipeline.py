@@ -14,19 +14,20 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from training import parallel, trainer
+from training import parallel
 from training.batches import Demonstrations
-from training.checkpoints import weights_of
 from training.config import ModelConfig, Recipe, RecipeError, Schedule, ServedConfig
+from training.gating.stage import train_router
+from training.loop import trainer
+from training.loop.checkpoints import weights_of
+from training.loop.validation import Validation
 from training.lora import merged
 from training.methods import METHODS, Method
 from training.models import build, load_model, parameters, save_model
 from training.rollout_server import RolloutServer
-from training.router_stage import train_router
 from training.tasks import Task, make_task
 from training.teacher import Teacher
 from training.tokenizer import load_tokenizer, train_tokenizer
-from training.validation import Validation
 from training.vocabulary import check_pair, ready_tokenizer, served_teacher
 
 TOKENIZER_SEED = -1  # a stream of training examples that no model is trained on

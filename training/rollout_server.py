@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from training import parallel
 from training.batches import Batch
-from training.checkpoints import weights_of
+from training.loop.checkpoints import weights_of
 from training.lora import merged
 from training.sampling import until_end
 from training.served import Server, ServerError

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from training import parallel
 from training.batches import Batch, left_padded
-from training.rollout import Stepper
+from training.gating.rollout import Stepper
 
 
 def sampled(model: PreTrainedModel, batch: Batch, visible: int, end: int, temperature: float = 1.0) -> Batch:

@@ -29,11 +29,11 @@ from trl import DistillationConfig, DistillationTrainer
 
 from training.batches import Batch
 from training.config import PCLConfig, Schedule
+from training.loop.trainer import make_optimizers, update
 from training.methods import PCL
 from training.models import load_model
 from training.tasks import make_task
 from training.tokenizer import encode_prompts, load_tokenizer
-from training.trainer import make_optimizers, update
 
 PAIR = Path(__file__).parents[2] / "deploy" / "demo"
 WARM_UP = 3

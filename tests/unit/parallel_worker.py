@@ -7,13 +7,13 @@ import torch
 
 from training import parallel
 from training.batches import Demonstrations
-from training.checkpoints import weights_of
 from training.config import PCLConfig, Schedule, Shape
+from training.loop.checkpoints import weights_of
+from training.loop.trainer import train
 from training.methods import PCL
 from training.models import new_model
 from training.tasks import make_task
 from training.tokenizer import load_tokenizer
-from training.trainer import train
 
 SHAPE = Shape(hidden=32, layers=2, heads=1, feed_forward=32)
 KILL_AT = 11  # call of the loss, two a step: in step 6, after the checkpoint of step 4

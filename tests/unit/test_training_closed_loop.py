@@ -8,14 +8,14 @@ import torch
 from router.checkpoint import RouterCheckpoint
 from router.gate import EntropyGate, RandomGate
 from router.reserved import ReservedRows
-from training.branches import future_gain
-from training.calibration import calibrate, teacher_rate
 from training.config import GateConfig, Shape
-from training.constrained import ascended, fit_constrained, residuals
-from training.gates import Head, Lessons, Trajectories, collect, fit, span_gain
+from training.gating.branches import future_gain
+from training.gating.calibration import calibrate, teacher_rate
+from training.gating.constrained import ascended, fit_constrained, residuals
+from training.gating.gates import Head, Lessons, Trajectories, collect, fit, span_gain
+from training.gating.rollout import Cooperation, Positions, Request, with_gate
+from training.gating.tree import Setting, Tree
 from training.models import new_model
-from training.rollout import Cooperation, Positions, Request, with_gate
-from training.tree import Setting, Tree
 
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
 VISIBLE, END, MAX_TOKENS = 40, 1, 24

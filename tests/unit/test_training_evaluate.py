@@ -9,12 +9,12 @@ from router.budget import Bucket, Budget
 from router.gate import EntropyGate
 from router.reserved import ReservedRows
 from tests.unit.test_training_closed_loop import END, MAX_TOKENS, VISIBLE, model
-from training.baselines import hesitation, query_level
-from training.calibration import spare_prices, teacher_rate
-from training.evaluate import runs, teacher_positions
-from training.report import area, at_rate
-from training.rollout import Completion, Cooperation
-from training.tree import PERIODIC, Setting, Tree
+from training.evaluation.baselines import hesitation, query_level
+from training.evaluation.report import area, at_rate
+from training.evaluation.scoring import runs, teacher_positions
+from training.gating.calibration import spare_prices, teacher_rate
+from training.gating.rollout import Completion, Cooperation
+from training.gating.tree import PERIODIC, Setting, Tree
 
 RESERVED = ReservedRows(VISIBLE)
 

@@ -21,17 +21,17 @@ from training.config import (
     Shape,
     load_recipe,
 )
+from training.loop.stopping import Stopped
+from training.loop.trainer import train
+from training.loop.validation import Validation
 from training.methods import GKD, KD, PCL, SFT
 from training.methods.gkd import generalised_jsd
 from training.methods.kd import forward_kl
 from training.methods.pcl import all_actions_loss, path_residuals
 from training.models import load_model, new_model, reserved_rows, save_model
 from training.sampling import sampled, until_end
-from training.stopping import Stopped
 from training.tasks import make_task
 from training.tokenizer import decode_answers, encode_answers, encode_prompts, load_tokenizer, train_tokenizer
-from training.trainer import train
-from training.validation import Validation
 
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
 SHAPE = Shape(hidden=32, layers=1, heads=1, feed_forward=32)

@@ -72,7 +72,7 @@ def test_an_adapter_is_trained_resumed_and_merged(ready, recipe, tmp_path, monke
 
     again = [recipe, f"output={tmp_path}/out2", f"work={tmp_path}/work2", *students]
     with monkeypatch.context() as patch:
-        patch.setattr("training.trainer.save", dies_after(4))
+        patch.setattr("training.loop.trainer.save", dies_after(4))
         with pytest.raises(KeyboardInterrupt):
             train(again)
     assert train(again) == 0
@@ -83,7 +83,7 @@ def test_an_adapter_is_trained_resumed_and_merged(ready, recipe, tmp_path, monke
 
 
 def dies_after(last):
-    from training.checkpoints import save
+    from training.loop.checkpoints import save
 
     def stand_in(directory, step, *state):
         save(directory, step, *state)

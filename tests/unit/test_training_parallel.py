@@ -13,12 +13,12 @@ import torch
 
 from training.batches import Batch, Demonstrations
 from training.config import Schedule, SFTConfig
+from training.loop.trainer import make_optimizers, unchanged, update
 from training.methods import SFT
 from training.models import answer_states, new_model
 from training.sampling import drawn
 from training.tasks import make_task
 from training.tokenizer import train_tokenizer
-from training.trainer import make_optimizers, unchanged, update
 
 torch.set_num_threads(1)
 

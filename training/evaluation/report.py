@@ -14,14 +14,14 @@ import torch
 
 from router.checkpoint import RouterCheckpoint
 from router.gate import CONFIDENCE_GATES
-from training.baselines import hesitation, query_level
-from training.evaluate import Scorer, ends, point, recovered
-from training.gates import GAINS, Head
-from training.rollout import FREE, Completion
-from training.router_stage import install_taps, load_cooperation
+from training.evaluation.baselines import hesitation, query_level
+from training.evaluation.scoring import Scorer, ends, point, recovered
+from training.gating.gates import GAINS, Head
+from training.gating.rollout import FREE, Completion
+from training.gating.stage import install_taps, load_cooperation
+from training.gating.tree import PERIODIC, Setting, Tree
 from training.tasks import Example, Task
 from training.tokenizer import encode_prompts, load_tokenizer
-from training.tree import PERIODIC, Setting, Tree
 
 SHARES = (
     0.2, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.83, 0.86, 0.88, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99,

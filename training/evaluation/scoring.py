@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from training.calibration import teacher_rate
-from training.rollout import Completion
+from training.gating.calibration import teacher_rate
+from training.gating.rollout import Completion
+from training.gating.tree import Setting, Tree
 from training.tasks import Example, Task
 from training.tokenizer import decode_answers
-from training.tree import Setting, Tree
 
 
 @dataclass(frozen=True)

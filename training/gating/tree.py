@@ -17,8 +17,8 @@ from torch import Tensor
 
 from router.budget import Bucket, Budget
 from router.gate import Gate
-from training.gates import CHUNK
-from training.rollout import Completion, Cooperation, Positions, Request, concatenate
+from training.gating.gates import CHUNK
+from training.gating.rollout import Completion, Cooperation, Positions, Request, concatenate
 
 ScoreGate = Gate | Callable[[Positions], Tensor]
 """A gate, or an oracle that sees more than a gate may."""

@@ -12,8 +12,8 @@ from itertools import accumulate
 
 import torch
 
-from training.rollout import Completion
-from training.tree import Setting, Tree
+from training.gating.rollout import Completion
+from training.gating.tree import Setting, Tree
 
 Quality = Callable[[Sequence[Completion]], float]
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from training.gates import Trajectories
-from training.rollout import Completion, Cooperation, Positions, Request, concatenate
+from training.gating.gates import Trajectories
+from training.gating.rollout import Completion, Cooperation, Positions, Request, concatenate
 
 Gain = Callable[[Positions], Tensor]
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from training.config import GateConfig
-from training.gates import Head, Lessons
+from training.gating.gates import Head, Lessons
 from training.methods.pcl import half_square, path_residuals
 
 

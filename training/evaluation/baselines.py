@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from training.rollout import Completion
-from training.tree import Tree
+from training.gating.rollout import Completion
+from training.gating.tree import Tree
 
 
 def query_level(

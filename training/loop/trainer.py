@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 
 from training import parallel
 from training.batches import Batch
-from training.checkpoints import restore, save
 from training.config import Schedule
-from training.progress import Log, Progress
-from training.stopping import Stopped, stop_requests
+from training.loop.checkpoints import restore, save
+from training.loop.progress import Log, Progress
+from training.loop.stopping import Stopped, stop_requests
 
 Loss = Callable[[PreTrainedModel, Batch], tuple[Tensor, dict[str, Tensor]]]
 """A scalar, the mean over the positions of the batch's answers, and scalars to log."""

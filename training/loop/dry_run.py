@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from training import parallel
 from training.batches import Batch
 from training.config import Recipe, ServedConfig
+from training.loop.progress import console
+from training.loop.trainer import make_optimizers, update
 from training.models import build, parameters, reserved_rows, save_model
 from training.pipeline import Job, Workspace, check, ensure_tokenizer, job, make_model
-from training.progress import console
 from training.tasks import make_task
-from training.trainer import make_optimizers, update
 
 STEPS = 9
 """Measured; the first ones compile and warm up, so that the median counts."""

@@ -14,18 +14,18 @@ from transformers import PreTrainedTokenizerBase
 from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, fingerprint, tokenizer_fingerprint
 from router.gate import CONFIDENCE_GATES, Gate, RandomGate
 from router.reserved import ReservedRows
-from training.branches import future_gain
-from training.calibration import Quality, calibrate, spare_prices, teacher_rate
 from training.config import GateConfig
-from training.constrained import ascended, fit_constrained
-from training.evaluate import Scorer, ends
-from training.gates import CHUNK, GAINS, Head, Lessons, Trajectories, collect, fit, span_gain
+from training.evaluation.scoring import Scorer, ends
+from training.gating.branches import future_gain
+from training.gating.calibration import Quality, calibrate, spare_prices, teacher_rate
+from training.gating.constrained import ascended, fit_constrained
+from training.gating.gates import CHUNK, GAINS, Head, Lessons, Trajectories, collect, fit, span_gain
+from training.gating.rollout import FREE, Completion, Cooperation, Positions, Request, with_gate
+from training.gating.tree import Tree
 from training.models import load_model, reserved_rows
 from training.parallel import device
-from training.rollout import FREE, Completion, Cooperation, Positions, Request, with_gate
 from training.tasks import Task
 from training.tokenizer import encode_prompts
-from training.tree import Tree
 
 
 def load_cooperation(

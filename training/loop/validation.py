@@ -8,7 +8,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training import parallel
-from training.progress import console
+from training.loop.progress import console
 from training.sampling import complete
 from training.tasks import Task
 from training.tokenizer import decode_answers, encode_prompts

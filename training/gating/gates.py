@@ -20,7 +20,7 @@ from router.features import confidence
 from router.gate import LearnedGate
 from router.reserved import ReservedRows
 from training.config import GateConfig
-from training.rollout import Completion, Cooperation, Positions, Request, concatenate
+from training.gating.rollout import Completion, Cooperation, Positions, Request, concatenate
 
 CHUNK = 4096  # positions at a time: their logits are as wide as the vocabulary
 

@@ -1,0 +1,1 @@
+"""Quality against realised teacher rate, beside the baselines."""
