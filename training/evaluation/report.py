@@ -211,14 +211,15 @@ def plot(report: Report, directory: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 5))
+    axes.set_prop_cycle(color=pyplot.colormaps["tab20"].colors)
     for name, points in report.curves.items():
         if "@" not in name:  # the router's own span length
             axes.plot([p["rate"] for p in points], [p["quality"] for p in points], marker=".", label=name)
     for value in (report.student, report.teacher):
         axes.axhline(value, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel="realised teacher rate", ylabel="quality")
-    axes.legend()
-    figure.savefig(directory / "quality.png", dpi=120)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
+    figure.savefig(directory / "quality.png", dpi=120, bbox_inches="tight")
 
     figure, axes = pyplot.subplots(figsize=(5, 5))
     for name, points in report.budgets.items():
