@@ -1,0 +1,66 @@
+"""How a gateway ends."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from client import chat, openai_client
+
+from server.pair import Pair, Serving, free_port, gateway_service
+from server.processes import Child, running
+
+TOKENS = 250
+
+
+@contextmanager
+def gateway(pair: Pair, teacher: str, logs: Path, *flags: str) -> Iterator[tuple[str, Child]]:
+    url = f"http://127.0.0.1:{free_port()}"
+    with running([gateway_service(pair, teacher, url, logs, flags)], timeout=300) as (child,):
+        yield url, child
+
+
+async def begun(stream: AsyncIterator[Any]) -> list[Any]:
+    """Its chunks up to one that was written by a model."""
+    chunks = []
+    async for chunk in stream:
+        chunks.append(chunk)
+        if chunk.choices and chunk.choices[0].delta.content:
+            break
+    return chunks
+
+
+async def test_at_sigterm_streams_end_whole(
+    stack: Serving, pair: Pair, sources: list[str], tmp_path: Path
+) -> None:
+    with gateway(pair, stack.teacher, tmp_path) as (url, child):
+        async with openai_client(url) as client, httpx.AsyncClient(base_url=url) as http:
+            extra = {"ignore_eos": True}
+            streams = await asyncio.gather(
+                *(
+                    chat(client, source, 0.3, stream=True, max_tokens=TOKENS, extra_body=extra)
+                    for source in sources[:12]
+                )
+            )
+            begins = await asyncio.gather(*map(begun, streams))
+            child.signal(signal.SIGTERM)
+            for _ in range(1000):
+                if (ready := await http.get("/ready")).status_code != 200:
+                    break
+                await asyncio.sleep(0.01)
+            assert ready.status_code == 503
+            refused = await http.post("/v1/chat/completions", json={})
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert (await http.get("/health")).status_code == 200
+            for begin, stream in zip(begins, streams, strict=True):
+                chunks = begin + [chunk async for chunk in stream]
+                ids = [i for c in chunks if c.choices for i in getattr(c.choices[0], "token_ids", None) or ()]
+                assert len(ids) == TOKENS
+                last = [chunk for chunk in chunks if chunk.choices][-1]
+                assert last.choices[0].finish_reason == "length"
+                assert last.teacher["calls"] > 1
+                assert not last.teacher["degraded"]
+        assert child.process.wait(20) == 0

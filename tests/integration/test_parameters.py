@@ -1,0 +1,76 @@
+"""Rows of the table in docs/api.md that are not tested elsewhere, each over two models, through HTTP."""
+
+import asyncio
+
+import httpx
+import pytest
+from client import chat
+from openai import AsyncOpenAI, BadRequestError
+
+from server.pair import Serving
+
+# parameter of the request: (value, the name by which the refusal calls it)
+STUDENT_ALONE = {
+    "bad_words": (["zzz"], "bad_words"),
+    "structured_outputs": ({"choice": ["a", "b"]}, "structured_outputs"),
+    "response_format": ({"type": "json_object"}, "structured_outputs"),
+    "presence_penalty": (0.5, "presence_penalty"),
+    "frequency_penalty": (0.5, "frequency_penalty"),
+    "prompt_logprobs": (0, "prompt_logprobs"),
+    "use_beam_search": (True, "use_beam_search"),
+    "repetition_detection": (
+        {"max_pattern_size": 2, "min_pattern_size": 1, "min_count": 3},
+        "repetition_detection",
+    ),
+}
+
+
+@pytest.mark.parametrize("parameter", STUDENT_ALONE)
+async def test_student_alone(client: AsyncOpenAI, sources: list[str], parameter: str) -> None:
+    value, named = STUDENT_ALONE[parameter]
+    extra = {parameter: value}
+    with pytest.raises(BadRequestError, match=f"{named} cannot be honoured") as error:
+        await chat(client, sources[0], 0.1, extra_body=extra)
+    assert error.value.body["param"] == named
+    alone = await chat(client, sources[0], None, max_tokens=8, extra_body=extra)
+    assert alone.teacher["calls"] == 0
+
+
+@pytest.mark.parametrize("budget", [0.3, 1])
+async def test_max_tokens_and_ignore_eos(client: AsyncOpenAI, sources: list[str], budget: float) -> None:
+    reply = await chat(client, sources[1], budget, max_tokens=150, extra_body={"ignore_eos": True})
+    assert len(reply.choices[0].token_ids) == reply.usage.completion_tokens == 150
+    assert reply.choices[0].finish_reason == "length"
+    assert reply.teacher["tokens"] > 0
+
+
+@pytest.mark.parametrize("budget", [0.3, 1])
+async def test_both_models_apply_a_bias_and_a_choice_of_tokens(
+    client: AsyncOpenAI, sources: list[str], budget: float
+) -> None:
+    biased = await chat(client, sources[1], budget, max_tokens=40, logit_bias={"70": 100})
+    assert set(biased.choices[0].token_ids) == {70}
+    pool = [70, 71, 72, 73]
+    chosen = await chat(client, sources[1], budget, max_tokens=40, extra_body={"allowed_token_ids": pool})
+    assert len(chosen.choices[0].token_ids) == 40
+    assert set(chosen.choices[0].token_ids) <= set(pool)
+
+
+async def test_request_ids(stack: Serving, sources: list[str]) -> None:
+    """Also the same one twice at once: it is the client's, not ours."""
+    async with httpx.AsyncClient(base_url=stack.gateway, timeout=60) as http:
+        message = {"model": "wheels", "messages": [{"role": "user", "content": sources[0]}]}
+        replies = await asyncio.gather(
+            *(
+                http.post(
+                    "/v1/chat/completions",
+                    json=message | {"teacher_budget": 0.3, "temperature": 0},
+                    headers={"X-Request-Id": "order-7"},
+                )
+                for _ in range(4)
+            )
+        )
+    assert {reply.status_code for reply in replies} == {200}
+    assert {reply.headers["x-request-id"] for reply in replies} == {"order-7"}
+    assert {reply.json()["id"] for reply in replies} == {"chatcmpl-order-7"}
+    assert len({reply.json()["choices"][0]["message"]["content"] for reply in replies}) == 1
