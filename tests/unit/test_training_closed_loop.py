@@ -4,40 +4,19 @@ import math
 
 import pytest
 import torch
+from tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 
 from router.checkpoint import RouterCheckpoint
 from router.gate import EntropyGate, RandomGate
-from router.reserved import ReservedRows
-from training.config import GateConfig, Shape
+from training.config import GateConfig
 from training.gating.branches import future_gain
 from training.gating.calibration import calibrate, teacher_rate
 from training.gating.constrained import ascended, fit_constrained, residuals
 from training.gating.gates import Head, Lessons, Trajectories, collect, fit, span_gain
 from training.gating.rollout import Cooperation, Positions, Request, with_gate
 from training.gating.tree import Setting, Tree
-from training.models import new_model
 
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
-VISIBLE, END, MAX_TOKENS = 40, 1, 24
-RESERVED = ReservedRows(VISIBLE)
-
-
-class Words:
-    """As much of a tokenizer as `new_model` needs."""
-
-    eos_token_id = END
-
-    def __len__(self) -> int:
-        return VISIBLE
-
-
-def model(seed: int, layers: int = 1):
-    shape = Shape(hidden=32, layers=layers, heads=1, feed_forward=32)
-    made = new_model(shape, Words(), seed).eval().requires_grad_(False)
-    # Larger weights: random models that do not repeat one token for ever.
-    for p in made.parameters():
-        p.data.mul_(4 if p.ndim == 2 else 1)
-    return made
 
 
 @pytest.fixture(scope="module")

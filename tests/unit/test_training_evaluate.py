@@ -4,19 +4,16 @@ import math
 
 import pytest
 import torch
+from tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 
 from router.budget import Bucket, Budget
 from router.gate import EntropyGate
-from router.reserved import ReservedRows
-from tests.unit.test_training_closed_loop import END, MAX_TOKENS, VISIBLE, model
 from training.evaluation.baselines import hesitation, query_level
 from training.evaluation.report import area, at_rate
 from training.evaluation.scoring import runs, teacher_positions
 from training.gating.calibration import spare_prices, teacher_rate
 from training.gating.rollout import Completion, Cooperation
 from training.gating.tree import PERIODIC, Setting, Tree
-
-RESERVED = ReservedRows(VISIBLE)
 
 
 @pytest.fixture(scope="module")
