@@ -156,6 +156,7 @@ def test_validation_scores_greedy_completions(task, tokenizer):
         """Writes the right answer, whatever it is asked."""
 
         device = torch.device("cpu")
+        config = SimpleNamespace(_attn_implementation="eager")
 
         def get_decoder(self):
             return self
