@@ -107,7 +107,7 @@ class SFTConfig(Frozen):
     """Share of the mass that goes to all tokens alike: a teacher on little data stays less sure of itself."""
 
 
-class SeqKDConfig(Frozen):
+class SeqKDConfig(SFTConfig):
     """Sequence-level distillation: fine-tuning on the teacher's own completions."""
 
     type: Literal["seqkd"]

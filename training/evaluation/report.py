@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -42,7 +41,7 @@ class Report:
     """curves: per method, PGR at realised rates without a bucket, spans of the router's ask_tokens; a method
     with `@K` has spans of K. budgets: gates under the bucket, at their calibrated prices. calibration_mae:
     mean |realised - requested| rate of the learned gate where it aims at the rate. asked: share of the
-    learned gate's calls (budget 0.1) in each tenth of the completion. seconds: that all this took.
+    learned gate's calls (budget 0.1) in each tenth of the completion.
     """
 
     student: float
@@ -52,7 +51,6 @@ class Report:
     calibration_mae: float
     budgets: dict[str, list[Row]]
     asked: list[float]
-    seconds: float
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -82,7 +80,8 @@ class Evaluation:
         for name, directory in others.items():
             checkpoint = RouterCheckpoint.load(directory)
             checkpoint.check_student(pair / "student")
-            self.tree.add(name, Head.of(cooperation.student, checkpoint).score)
+            head = Head.of(cooperation.student, checkpoint)
+            self.tree.add(name, lambda positions, head=head: head.scores(positions.states))
         self.scorer = Scorer(task, tokenizer, examples)
         self.alone, self.taught = self.tree.run(ends(LEARNED))
         self.student, self.teacher = (self.scorer(run)[0] for run in (self.alone, self.taught))
@@ -143,7 +142,6 @@ def evaluate_pair(
     others: dict[str, Path] | None = None,
 ) -> Report:
     """The protocol; `spans`: lengths of the curves, beside the router's own."""
-    began = time.monotonic()
     of = Evaluation(pair, task, examples, max_tokens, others or {})
     curves, budgets = of.curves(spans), of.budgets()
     aimed = budgets.get(SPENT, budgets[LEARNED])
@@ -155,7 +153,6 @@ def evaluate_pair(
         calibration_mae=sum(abs(row["rate"] - row["budget"]) for row in aimed) / len(BUDGETS),
         budgets=budgets,
         asked=of.asked(),
-        seconds=time.monotonic() - began,
     )
 
 

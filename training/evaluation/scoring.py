@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from training.gating.calibration import teacher_rate
 from training.gating.rollout import Completion
-from training.gating.tree import Setting, Tree
+from training.gating.tree import Setting
 from training.tasks import Example, Task
 from training.tokenizer import decode_answers
 
@@ -67,14 +67,6 @@ class Scorer:
             triples = zip(answers, scores.quality, scores.similarity, strict=True)
             self._known.update(zip(new, triples, strict=True))
         return [self._known[key] for key in keys]
-
-
-def measure(tree: Tree, settings: Sequence[Setting], scorer: Scorer) -> list[Point]:
-    """One point for each setting; the scorer's examples are those of the tree's prompts."""
-    return [
-        point(completions, tree.prompt_tokens, setting, scorer)
-        for setting, completions in zip(settings, tree.run(settings), strict=True)
-    ]
 
 
 def ends(gate: str) -> list[Setting]:

@@ -15,6 +15,7 @@ price. The price of the next rollouts follows the realised rate by dual ascent.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from training.config import GateConfig
-from training.gating.gates import Head, Lessons
+from training.gating.gates import Head, Lessons, descend
 from training.methods.pcl import half_square, path_residuals
 
 
@@ -62,41 +63,28 @@ def fit_constrained(head: Head, lessons: Lessons, config: GateConfig, seed: int)
     device, row = head.taps.device, lessons.row
     confidence = head.confidence(lessons.states)
     critic = Critic(head, config.width).to(device)
-    optimizer = torch.optim.AdamW(
-        [*head.parameters(), *critic.mlp.parameters()],
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-    )
     starts = torch.cat((torch.tensor([True]), row[1:] != row[:-1])).nonzero().squeeze(1)
     cuts = [*starts[:: max(1, config.batch * len(starts) // len(row))].tolist(), len(row)]
     slices = [slice(a, b) for a, b in pairwise(cuts)]  # whole paths, about a batch each
-    steps = config.epochs * len(slices)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=steps, pct_start=0.1
-    )
     low, high = map(math.log, config.prices)
-    mean = 0.0
-    for _ in range(config.epochs):
-        losses = []
-        for at in torch.randperm(len(slices)).tolist():
-            part = slices[at]
-            states, gain, asked = (
-                column[part].to(device) for column in (lessons.states, lessons.target, lessons.asked)
-            )
-            x = head.features(states, confidence[part])
-            price = math.exp(low + (high - low) * torch.rand(()).item())
-            of = residuals(
-                head.gate.score(x), *critic(x), asked, gain, row[part].to(device),
-                price, config.temperature, config.window,
-            )  # fmt: skip
-            loss = half_square(of, config.clip).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-        mean = sum(losses) / len(losses)
-    return mean
+
+    def loss(part: slice) -> Tensor:
+        states, gain, asked = (
+            column[part].to(device) for column in (lessons.states, lessons.target, lessons.asked)
+        )
+        x = head.features(states, confidence[part])
+        price = math.exp(low + (high - low) * torch.rand(()).item())
+        of = residuals(
+            head.gate.score(x), *critic(x), asked, gain, row[part].to(device),
+            price, config.temperature, config.window,
+        )  # fmt: skip
+        return half_square(of, config.clip).mean()
+
+    def epoch() -> Iterator[slice]:
+        return (slices[at] for at in torch.randperm(len(slices)).tolist())
+
+    trained = [*head.parameters(), *critic.mlp.parameters()]
+    return descend(trained, len(slices), epoch, loss, config)
 
 
 def ascended(price: float, realised: float, target: float, rate: float = 1.0) -> float:

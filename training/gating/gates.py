@@ -7,8 +7,9 @@ that one gate serves all budgets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -159,10 +160,9 @@ class Head(nn.Module):
         return self.gate(self.logits(states))
 
     @torch.no_grad()
-    def score(self, positions: Positions) -> Tensor:
-        """(N,), in pieces, on the CPU."""
-        chunks = positions.states.split(CHUNK)
-        return torch.cat([self(chunk.to(self.taps.device)).cpu() for chunk in chunks])
+    def scores(self, states: Tensor) -> Tensor:
+        """(N,) of states (N, H), in pieces, on the CPU."""
+        return torch.cat([self(chunk.to(self.taps.device)).cpu() for chunk in states.split(CHUNK)])
 
 
 def fit(head: Head, lessons: Lessons, config: GateConfig, seed: int) -> float:
@@ -170,23 +170,44 @@ def fit(head: Head, lessons: Lessons, config: GateConfig, seed: int) -> float:
     device, states, target = head.taps.device, lessons.states, lessons.target
     confidence = head.confidence(states)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(
-        head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    steps = config.epochs * -(-len(states) // config.batch)
+
+    def loss(chunk: Tensor) -> Tensor:
+        x = head.features(states[chunk].to(device), confidence[chunk])
+        return mse_loss(head.gate.score(x), target[chunk].to(device))
+
+    def epoch() -> Sequence[Tensor]:
+        return torch.randperm(len(states), generator=generator).split(config.batch)
+
+    return descend(list(head.parameters()), -(-len(states) // config.batch), epoch, loss, config)
+
+
+Part = TypeVar("Part")
+
+
+def descend(
+    parameters: list[nn.Parameter],
+    steps: int,
+    epoch: Callable[[], Iterable[Part]],
+    loss: Callable[[Part], Tensor],
+    config: GateConfig,
+) -> float:
+    """`config.epochs` epochs of AdamW, one cycle of the learning rate; returns the last epoch's mean loss.
+
+    epoch: the parts of one, of which there are `steps`, in an order of its own.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=steps, pct_start=0.1
+        optimizer, config.learning_rate, total_steps=config.epochs * steps, pct_start=0.1
     )
     mean = 0.0
     for _ in range(config.epochs):
         losses = []
-        for chunk in torch.randperm(len(states), generator=generator).split(config.batch):
-            x = head.features(states[chunk].to(device), confidence[chunk])
-            loss = mse_loss(head.gate.score(x), target[chunk].to(device))
+        for part in epoch():
+            value = loss(part)
             optimizer.zero_grad()
-            loss.backward()
+            value.backward()
             optimizer.step()
             schedule.step()
-            losses.append(loss.item())
+            losses.append(value.item())
         mean = sum(losses) / len(losses)
     return mean

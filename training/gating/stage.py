@@ -19,7 +19,7 @@ from training.evaluation.scoring import Scorer, ends
 from training.gating.branches import future_gain
 from training.gating.calibration import Quality, calibrate, spare_prices, teacher_rate
 from training.gating.constrained import ascended, fit_constrained
-from training.gating.gates import CHUNK, GAINS, Head, Lessons, Trajectories, collect, fit, span_gain
+from training.gating.gates import GAINS, Head, Lessons, Trajectories, collect, fit, span_gain
 from training.gating.rollout import FREE, Completion, Cooperation, Positions, Request, with_gate
 from training.gating.tree import Tree
 from training.models import load_model, reserved_rows
@@ -88,15 +88,8 @@ def train_gate(
             start = math.sqrt(math.prod(config.prices))
             price = ascended(price, realised, config.rate) if round_ else start
         else:
-            price = quantile(head, data.states[-100_000:], 1 - config.rate)
+            price = torch.quantile(head.scores(data.states[-100_000:]), 1 - config.rate).item()
     return head.requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def quantile(head: Head, states: Tensor, share: float) -> float:
-    """The score below which that share of the positions lies."""
-    scores = torch.cat([head(chunk.to(head.taps.device)) for chunk in states.split(CHUNK)])
-    return torch.quantile(scores, share).item()
 
 
 def lessons(

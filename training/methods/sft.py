@@ -15,7 +15,6 @@ class SFT(Method):
     needs_teacher = False
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        smoothing = getattr(self.config, "label_smoothing", 0.0)
         logits = answer_logits(model, batch, self.visible)
-        loss = cross_entropy(logits, batch.targets, label_smoothing=smoothing)
+        loss = cross_entropy(logits, batch.targets, label_smoothing=self.config.label_smoothing)
         return loss, {"loss": loss.detach()}
