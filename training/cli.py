@@ -11,12 +11,11 @@ import transformers
 
 from router.checkpoint import CheckpointError
 from training.config import RecipeError, load_recipe
-from training.evaluation.report import evaluate_pair, plot, table
+from training.evaluation.report import METHODS, evaluate_pair, plot, table
 from training.loop.dry_run import dry_run
 from training.loop.stopping import Stopped
-from training.pipeline import STAGES, run
+from training.pipeline import STAGES, run, task_of
 from training.served import ServerError
-from training.tasks import make_task
 
 STOPPED = 130  # exit status of a run that was asked to stop
 RECIPES = Path(__file__).parent / "recipes"
@@ -74,8 +73,7 @@ def evaluate(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     try:
         recipe = load_recipe(find_recipe(args.recipe), args.overrides)
-        others = {name: Path(path) for name, _, path in (entry.partition("=") for entry in args.router)}
-        task = make_task(recipe.task.name, **recipe.task.options)
+        others, task = routers(args.router), task_of(recipe)
         torch.set_num_threads(recipe.threads)
         report = evaluate_pair(
             args.pair, task, task.test()[: args.examples], args.spans, recipe.max_tokens, others
@@ -91,6 +89,19 @@ def evaluate(argv: list[str]) -> int:
     if args.json:
         print(report.to_json())
     return 0
+
+
+def routers(entries: list[str]) -> dict[str, Path]:
+    """Directories by name. Raises RecipeError for an entry without one, or with the name of another method."""
+    named = {}
+    for entry in entries:
+        name, equals, path = entry.partition("=")
+        if not (name and equals and path):
+            raise RecipeError(f"--router {entry!r}: want NAME=DIR")
+        if name in METHODS or name in named:
+            raise RecipeError(f"--router {entry!r}: there is a method {name} already")
+        named[name] = Path(path)
+    return named
 
 
 COMMANDS = {"train": train, "evaluate": evaluate}

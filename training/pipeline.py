@@ -62,7 +62,7 @@ def run(recipe: Recipe, stages: tuple[str, ...] = STAGES) -> None:
     """
     torch.set_num_threads(recipe.threads)
     space = Workspace(recipe)
-    task = make_task(recipe.task.name, **recipe.task.options)
+    task = task_of(recipe)
     with parallel.processes():
         first = parallel.is_first()
         tokenizer = ensure_tokenizer(space, task)
@@ -76,6 +76,15 @@ def run(recipe: Recipe, stages: tuple[str, ...] = STAGES) -> None:
             space.exported("teacher"), space.exported("student"), space.exported("router"),
             task, tokenizer, recipe.router, recipe.max_tokens, recipe.seed,
         )  # fmt: skip
+
+
+def task_of(recipe: Recipe) -> Task:
+    """Raises RecipeError for a task that does not exist, or whose options or data are wrong."""
+    try:
+        return make_task(recipe.task.name, **recipe.task.options)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        problem = error.args[0] if isinstance(error, KeyError) else error
+        raise RecipeError(f"task {recipe.task.name}: {problem}") from error
 
 
 def check(recipe: Recipe, stages: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> None:

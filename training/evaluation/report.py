@@ -30,6 +30,8 @@ QUERY_SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)
 BINS = 10
 LEARNED, SPENT = "learned", "learned, aim: rate"
+METHODS = (LEARNED, *CONFIDENCE_GATES, "oracle", "oracle_kl", PERIODIC, "query", "query_oracle")
+"""That every report has."""
 
 COSTS = {"calls": "teacher calls", "runs": "runs of calls", "positions": "teacher positions"}
 
@@ -64,9 +66,9 @@ class Evaluation:
     def __init__(
         self, pair: Path, task: Task, examples: list[Example], max_tokens: int, others: dict[str, Path]
     ) -> None:
-        tokenizer = load_tokenizer(pair / "student")
         self.router = RouterCheckpoint.load(pair / "router")
         self.router.check_student(pair / "student")
+        tokenizer = load_tokenizer(pair / "student")
         config = self.router.config
         self.spans = (config.span_tokens, config.ask_tokens or config.span_tokens)
         cooperation = load_cooperation(pair / "teacher", pair / "student", tokenizer, self.spans, max_tokens)

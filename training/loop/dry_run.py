@@ -21,8 +21,7 @@ from training.config import Recipe, ServedConfig
 from training.loop.progress import console
 from training.loop.trainer import make_optimizers, update
 from training.models import build, parameters, reserved_rows, save_model
-from training.pipeline import Job, Workspace, check, ensure_tokenizer, job, make_model
-from training.tasks import make_task
+from training.pipeline import Job, Workspace, check, ensure_tokenizer, job, make_model, task_of
 
 STEPS = 9
 """Measured; the first ones compile and warm up, so that the median counts."""
@@ -33,7 +32,7 @@ def dry_run(recipe: Recipe, stages: tuple[str, ...]) -> None:
     yet. Raises what `training.pipeline.run` would at its start.
     """
     torch.set_num_threads(recipe.threads)
-    task = make_task(recipe.task.name, **recipe.task.options)
+    task = task_of(recipe)
     with parallel.processes(), TemporaryDirectory() as scratch:
         space = Workspace(recipe.model_copy(update={"work": Path(scratch) / "work"}))
         tokenizer = ensure_tokenizer(space, task)

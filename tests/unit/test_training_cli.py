@@ -1,0 +1,30 @@
+"""What `wheels train` and `wheels evaluate` refuse: one line that names it, exit status 2."""
+
+import re
+
+import pytest
+
+from training.cli import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "demo", "task.name=nosuch"], "task nosuch: unknown task 'nosuch'; known: docstrings"),
+        (["train", "demo", "task.options={depth: 3}"], "task numbers: .*takes no arguments"),
+        (["train", "multi30k", "task.options.directory=/no/where"], "task jsonl: .*/no/where/train.jsonl"),
+        (["train", "demo", "--dry-run", "task.name=nosuch"], "task nosuch: unknown task"),
+        (["evaluate", "deploy/demo", "task.name=nosuch"], "task nosuch: unknown task"),
+        (["evaluate", "deploy/demo", "--router", "seed1"], "--router 'seed1': want NAME=DIR"),
+        (["evaluate", "deploy/demo", "--router", "=x"], "--router '=x': want NAME=DIR"),
+        (["evaluate", "deploy/demo", "--router", "learned=x"], "there is a method learned already"),
+        (["evaluate", "deploy/demo", "--router", "a=x", "--router", "a=y"], "there is a method a already"),
+        (["evaluate", "/no/where"], "no router checkpoint in /no/where/router"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(capsys, arguments, named, tmp_path):
+    if arguments[0] == "train":
+        arguments = [*arguments, f"output={tmp_path / 'out'}", f"work={tmp_path / 'work'}"]
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(named, line)
