@@ -92,7 +92,7 @@ def evaluate(argv: list[str]) -> int:
 
 
 def routers(entries: list[str]) -> dict[str, Path]:
-    """Directories by name. Raises RecipeError for an entry without one, or with the name of another method."""
+    """Directories by name. Raises RecipeError for an entry without one, or with a name that is taken."""
     named = {}
     for entry in entries:
         name, equals, path = entry.partition("=")
