@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+from killing import Killed, killing
 
 from training import parallel
 from training.batches import Demonstrations
@@ -19,10 +20,6 @@ SHAPE = Shape(hidden=32, layers=2, heads=1, feed_forward=32)
 KILL_AT = 11  # call of the loss, two a step: in step 6, after the checkpoint of step 4
 
 
-class Killed(Exception):
-    pass
-
-
 def run(tokenizer, directory, *, kill_at=None):
     """Six steps of PCL-KD, about half of them on the student's own completions."""
     teacher, model = (new_model(SHAPE, tokenizer, seed) for seed in (1, 0))
@@ -30,20 +27,11 @@ def run(tokenizer, directory, *, kill_at=None):
         parallel.shard(one)
     config = PCLConfig(type="pcl", on_policy=0.5)
     method = PCL(config, len(tokenizer), teacher, tokenizer.eos_token_id)
-    calls = 0
-
-    def loss(model, batch):
-        nonlocal calls
-        calls += 1
-        if calls == kill_at:
-            raise Killed
-        return method.loss(model, batch)
-
     schedule = Schedule(
         steps=6, batch=8, accumulate=2, learning_rate=1e-2, warmup=2, checkpoint_every=2, log_every=1
     )
     batches = Demonstrations(make_task("numbers"), tokenizer, schedule.batch, seed=0)
-    train(model, loss, batches, schedule, directory, prepare=method.prepare, seed=0)
+    train(model, killing(method.loss, kill_at), batches, schedule, directory, prepare=method.prepare, seed=0)
     return model
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from killing import Killed, killing
 
 from training.batches import Batch, Demonstrations
 from training.cli import RECIPES
@@ -93,27 +94,14 @@ def test_what_is_longer_than_the_context_is_left_out(task, tokenizer):
         Demonstrations(task, tokenizer, 4, seed=0, longest=9)[0]
 
 
-class Killed(Exception):
-    pass
-
-
 def run(tokenizer, task, directory, kill_at=None):
     model = new_model(SHAPE, tokenizer, 0)
     method = SFT(SFTConfig(type="sft"), len(tokenizer), None)
     batches = Demonstrations(task, tokenizer, 4, seed=0)
-    calls = 0
-
-    def loss(model, batch):
-        nonlocal calls
-        calls += 1
-        if calls == kill_at:
-            raise Killed
-        return method.loss(model, batch)
-
     schedule = Schedule(
         steps=8, batch=4, learning_rate=1e-2, warmup=2, checkpoint_every=3, log_every=1, compile=False
     )
-    train(model, loss, batches, schedule, directory)
+    train(model, killing(method.loss, kill_at), batches, schedule, directory)
     lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     return model, [(line["step"], line["loss"]) for line in lines]
 
