@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -325,45 +326,63 @@ async def test_redis_away(durable_redis: RedisServer, rule: str, fault: str, con
     await granted(ledger)
 
 
-async def test_restart_under_load_loses_nothing(durable_redis: RedisServer, connect: Connect) -> None:
-    """Redis killed and restarted while 40 streams reserve and settle: spent exactly what was settled."""
-    ledger = connect(durable_redis, **IMPATIENT)
-    scope = Scope("global", "", TokensPerWindow(tokens=10**6, window_seconds=3600))
-    spent, refused, slowest, stop = 0, 0, 0.0, False
+TRAFFIC = Scope("global", "", TokensPerWindow(tokens=10**6, window_seconds=3600))
 
-    async def stream() -> None:
-        nonlocal spent, refused, slowest
-        while not stop:
-            reply, seconds = await timed(ledger.reserve([scope], 5))
-            slowest = max(slowest, seconds)
-            if isinstance(reply, Denial):
-                refused += 1
+
+@dataclass
+class Traffic:
+    """40 streams that reserve and settle until they are stopped, and what became of it."""
+
+    ledger: RedisLedger
+    spent: int = 0
+    without: list[Any] = field(default_factory=list)
+    """Replies by which nothing is accounted for: denials, or leases while Redis is away."""
+    slowest: float = 0.0
+    stop: bool = False
+
+    async def stream(self) -> None:
+        while not self.stop:
+            reply, seconds = await timed(self.ledger.reserve([TRAFFIC], 5))
+            self.slowest = max(self.slowest, seconds)
+            if isinstance(reply, Denial) or not reply.accounted:
+                self.without.append(reply)
                 await asyncio.sleep(0.02)
                 continue
             await asyncio.sleep(0.005)
-            _, seconds = await timed(ledger.settle(reply, 3))
-            slowest = max(slowest, seconds)
-            spent += 3
+            _, seconds = await timed(self.ledger.settle(reply, 3))
+            self.slowest = max(self.slowest, seconds)
+            self.spent += 3
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(40):
-            group.create_task(stream())
+    @asynccontextmanager
+    async def flowing(self) -> AsyncIterator[None]:
+        """Afterwards: something was spent, something was not to be had, and nobody waited long."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(40):
+                group.create_task(self.stream())
+            yield
+            self.stop = True
+        assert self.spent > 0
+        assert self.without
+        assert self.slowest < TIMEOUT + 0.5
+
+    async def exact(self) -> bool:
+        """Whether the ledger says spent exactly what was settled, and nothing reserved."""
+        statuses = await self.ledger.status([TRAFFIC])
+        return statuses is not None and (statuses[0].spent, statuses[0].reserved) == (self.spent, 0)
+
+
+async def test_restart_under_load_loses_nothing(durable_redis: RedisServer, connect: Connect) -> None:
+    """Redis killed and restarted while 40 streams reserve and settle: spent exactly what was settled."""
+    traffic = Traffic(connect(durable_redis, **IMPATIENT))
+    async with traffic.flowing():
         for _ in range(3):
             await asyncio.sleep(0.4)
             await asyncio.to_thread(durable_redis.stop)
             await asyncio.sleep(0.4)
             await asyncio.to_thread(durable_redis.start)
             await asyncio.sleep(0.4)
-        stop = True
-    assert spent > 0
-    assert refused > 0
-    assert slowest < TIMEOUT + 0.5
-
-    async def exact() -> bool:
-        statuses = await ledger.status([scope])
-        return statuses is not None and (statuses[0].spent, statuses[0].reserved) == (spent, 0)
-
-    await until(exact, 5)
+    assert all(isinstance(reply, Denial) for reply in traffic.without)
+    await until(traffic.exact, 5)
 
 
 @pytest.mark.parametrize("rule", ["refuse", "allow"])
@@ -379,27 +398,8 @@ async def test_an_outage_under_load(
     async with Network(durable_redis.port) as network:
         url = f"redis://127.0.0.1:{network.port}"
         ledger = RedisLedger.connect(url, when_unavailable=rule, lease_seconds=60.0, **IMPATIENT)
-        scope = Scope("global", "", TokensPerWindow(tokens=10**6, window_seconds=3600))
-        spent, without, slowest, stop = 0, 0, 0.0, False
-
-        async def stream() -> None:
-            nonlocal spent, without, slowest
-            while not stop:
-                reply, seconds = await timed(ledger.reserve([scope], 5))
-                slowest = max(slowest, seconds)
-                if isinstance(reply, Denial) or not reply.accounted:
-                    assert isinstance(reply, Denial) is (rule == "refuse")
-                    without += 1
-                    await asyncio.sleep(0.02)
-                    continue
-                await asyncio.sleep(0.005)
-                _, seconds = await timed(ledger.settle(reply, 3))
-                slowest = max(slowest, seconds)
-                spent += 3
-
-        async with asyncio.TaskGroup() as group:
-            for _ in range(40):
-                group.create_task(stream())
+        traffic = Traffic(ledger)
+        async with traffic.flowing():
             for _ in range(3):
                 await asyncio.sleep(0.4)
                 network.cut() if fault == "partitioned" else durable_redis.process.send_signal(signal.SIGSTOP)
@@ -408,16 +408,8 @@ async def test_an_outage_under_load(
                     signal.SIGCONT
                 )
                 await asyncio.sleep(0.8)
-            stop = True
-        assert spent > 0
-        assert without > 0
-        assert slowest < TIMEOUT + 0.5
-
-        async def exact() -> bool:
-            statuses = await ledger.status([scope])
-            return statuses is not None and (statuses[0].spent, statuses[0].reserved) == (spent, 0)
-
-        await until(exact, 10)
+        assert all(isinstance(reply, Denial) is (rule == "refuse") for reply in traffic.without)
+        await until(traffic.exact, 10)
         await ledger.aclose()
 
 
