@@ -51,6 +51,7 @@ def log_with_ids(stream: Any = None) -> None:
     for name in ("server", "router"):
         logger = logging.getLogger(name)
         logger.addHandler(handler)
+        logger.setLevel(logging.INFO)  # of its own: a library that vLLM imports sets the root's to ERROR
         logger.propagate = False
 
 
