@@ -2,17 +2,44 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
 
 from router.controller import PriceController
-from router.ledger import Status
+from router.ledger import Limit, Status
 from server.shared import SharedBudgets
 from server.tenants import ADMIN, Tenant, Tenants
 
 
-async def answer(
-    shared: SharedBudgets, tenants: Tenants | None, owner: Tenant | ADMIN | None
-) -> dict[str, Any]:
+class BudgetView(TypedDict):
+    """One limit; tokens are the teacher's unless said otherwise."""
+
+    scope: Literal["tenant", "global"]
+    tenant: str | None
+    limit: Limit
+    spent: int
+    reserved: int
+    remaining: int
+    student_tokens: int
+    rate: float
+    reset_seconds: float
+    aim: float | None
+    """The teacher rate that the price aims at."""
+    price: float | None
+
+
+class BudgetsView(TypedDict):
+    """The whole answer."""
+
+    available: bool
+    """Whether the ledger's store answers; if not, there are no budgets to show."""
+    budgets: list[BudgetView]
+    tenants: list[dict[str, Any]]
+    """Their settings, without keys and limits."""
+
+
+async def answer(shared: SharedBudgets, tenants: Tenants | None, owner: Tenant | ADMIN | None) -> BudgetsView:
     """What the owner of a key may see: a tenant its own budgets, the admin all; without keys, all."""
     if isinstance(owner, Tenant):
         seen, scopes = [owner], owner.scopes
@@ -24,7 +51,7 @@ async def answer(
 
 def view(
     statuses: Sequence[Status] | None, tenants: Sequence[Tenant], prices: PriceController | None
-) -> dict[str, Any]:
+) -> BudgetsView:
     """The answer as JSON knows it; ``statuses`` None where the ledger's store is away."""
     return {
         "available": statuses is not None,
@@ -33,7 +60,7 @@ def view(
     }
 
 
-def _budget(status: Status, prices: PriceController | None) -> dict[str, Any]:
+def _budget(status: Status, prices: PriceController | None) -> BudgetView:
     scope = status.scope
     entry = {
         "scope": scope.kind,

@@ -3,12 +3,26 @@
 from collections import Counter
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
+
+from typing_extensions import TypedDict
 
 from router.budget import Budget
 from server.tenants import Tenant
 
 Source = Literal["student", "teacher"]
+
+
+class ReportFields(TypedDict):
+    """The `teacher` field of a response."""
+
+    tokens: int
+    calls: int
+    rate: float
+    spans: list[list[int]]
+    denied: dict[str, int]
+    degraded: bool
+    clamped: bool
 
 
 @dataclass
@@ -28,7 +42,7 @@ class Report:
     """Who wrote the tokens handed out last."""
     finished: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> ReportFields:
         return {
             "tokens": self.tokens,
             "calls": self.calls,

@@ -4,16 +4,27 @@ import json
 from typing import Any
 
 import msgspec
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from router.budget import Budget
 from server.access import owner_of
 from server.asgi import Message, Receive, Send, refuse
-from server.exchange import EXCHANGE, Exchange
+from server.exchange import EXCHANGE, Exchange, ReportFields
 from server.tenants import Tenant
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+# Where the student alone answers: what is asked for is no completion, or never passes the gate.
+ALONE = ("/generative_scoring", "/v1/systemone", "/inference/v1/generate", "/cohere/v2/chat")
+# /invocations is SageMaker's name for any of them.
+PATHS = (*STREAMED, "/v1/chat/completions/batch", "/invocations", *ALONE)
 FIELD = "teacher_budget"
+# Statuses of the gateway's own, beside vLLM's.
+REFUSALS = {
+    "401": "No API key, or not one that this gateway knows",
+    "429": "A limit of the API key is used up",
+    "502": "The teacher failed, and the gateway is to fail with it",
+    "503": "The gateway is about to end",
+}
 # How a chunk of a chat completion or completion starts; an error does not.
 PLAIN_EVENTS = b'data: {"id":'
 
@@ -36,19 +47,29 @@ class TeacherFields:
             return None
         try:
             exchange, body = _take_budget(body)
-        except ValueError as error:
-            return await refuse(send, 400, "BadRequestError", str(error), param=FIELD)
+        except Refused as error:
+            return await refuse(send, 400, "BadRequestError", str(error), param=error.param)
+        if scope["path"] in ALONE:
+            exchange.unsupported = scope["path"]
         owner = owner_of(scope)
         exchange.tenant = owner if isinstance(owner, Tenant) else None
         EXCHANGE.set(exchange)
         return await self.app(scope, _replay(body, receive), _Annotator(exchange, send))
 
 
+class Refused(Exception):
+    """The gateway cannot do what ``param`` asks for; the message says why."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 def _take_budget(body: bytes) -> tuple[Exchange, bytes]:
     """The exchange that a request body opens, and the body without our field.
 
     Raises:
-        ValueError: `teacher_budget` is neither a fraction nor a budget; the message says why.
+        Refused: `teacher_budget` is neither a fraction nor a budget, or the request is for the background.
     """
     try:
         request = json.loads(body)  # vLLM's own reader: a stricter one would miss a budget
@@ -56,6 +77,9 @@ def _take_budget(body: bytes) -> tuple[Exchange, bytes]:
         return Exchange(), body  # vLLM says what is wrong with it
     if not isinstance(request, dict):
         return Exchange(), body
+    if request.get("background"):
+        # vLLM would keep it in this process: another gateway, or the next one, knows nothing of it.
+        raise Refused("background", "a gateway keeps no responses: wait for it, or stream it")
     unsupported = "use_beam_search" if request.get("use_beam_search") else None
     if FIELD not in request:
         return Exchange(unsupported=unsupported), body
@@ -63,7 +87,7 @@ def _take_budget(body: bytes) -> tuple[Exchange, bytes]:
     try:
         budget = None if value is None else Budget.model_validate(value)
     except ValidationError as error:
-        raise ValueError(_explain(value, error)) from error
+        raise Refused(FIELD, _explain(value, error)) from error
     return Exchange(budget=budget, unsupported=unsupported), json.dumps(request).encode()
 
 
@@ -161,21 +185,48 @@ class _Annotator:
 
 
 def document(app: Any) -> None:
-    """Add `teacher_budget` to the request schemas of the app's OpenAPI document."""
+    """Put our fields into the app's OpenAPI document: `teacher_budget`, `teacher` and `source`."""
     vllms = app.openapi
 
     def openapi() -> dict[str, Any]:
         document = vllms()
         schemas = document["components"]["schemas"]
-        budget = Budget.model_json_schema()
-        field = {
+        schemas["TeacherBudget"] = {
             "title": "Teacher budget",
             "description": "Bound on teacher tokens: a fraction of the completion, or parts that all hold.",
-            "anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, budget, {"type": "null"}],
+            "anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, _BUDGET, {"type": "null"}],
         }
+        schemas["Teacher"] = TypeAdapter(ReportFields).json_schema()
         for path in PATHS:
-            body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-            schemas[body["$ref"].rsplit("/", 1)[1]]["properties"][FIELD] = field
+            if path not in document["paths"]:  # vLLM has it where it is switched on
+                continue
+            operation = document["paths"][path]["post"]
+            if "requestBody" in operation:
+                body = operation["requestBody"]["content"]["application/json"]["schema"]
+                properties = schemas[body["$ref"].rsplit("/", 1)[1]]["properties"]
+                properties[FIELD] = {"$ref": "#/components/schemas/TeacherBudget"}
+            answer = operation["responses"]["200"]
+            answer["content"] = _answer(answer.get("content", {}), streams=path in STREAMED)
+            for status, when in REFUSALS.items():
+                schema = {"$ref": "#/components/schemas/ErrorResponse"}
+                content = {"application/json": {"schema": schema}}
+                operation["responses"].setdefault(status, {"description": when, "content": content})
         return document
 
     app.openapi = openapi
+
+
+# A budget of no part is refused, which its own schema does not say.
+_BUDGET = Budget.model_json_schema() | {"minProperties": 1}
+
+
+def _answer(content: dict[str, Any], *, streams: bool) -> dict[str, Any]:
+    """vLLM's media types of a response, with our fields; vLLM itself says nothing of what is in them."""
+    report = {"$ref": "#/components/schemas/Teacher"}
+    body = {"type": "object", "properties": {"teacher": report}, "required": ["teacher"]}
+    content = {**content, "application/json": {"schema": body}}
+    if streams:
+        chunk = {"source": {"enum": ["student", "teacher"]}, "teacher": report}
+        described = "Server-sent events: JSON with who wrote what is new in it, in the last one the report."
+        content["text/event-stream"] = {"schema": {"description": described, "properties": chunk}}
+    return content

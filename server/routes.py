@@ -6,9 +6,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse
+from typing_extensions import TypedDict
 
 from server.access import owner_of
-from server.budgets import answer
+from server.budgets import BudgetsView, answer
 from server.tenants import Tenants
 
 PLAYGROUND = Path(__file__).with_name("playground.html")
@@ -19,13 +20,20 @@ PLAYGROUND_HEADERS = {
 }
 
 
+class Ready(TypedDict):
+    """Which of the two answer."""
+
+    student: bool
+    teacher: bool
+
+
 def routes(examples: Path | None, tenants: Tenants | None) -> APIRouter:
     """Router of the gateway's own pages; ``examples``: JSONL with a `source`, prompts for the playground."""
     router = APIRouter()
     lines = [] if examples is None else examples.read_text().splitlines()
     prompts = [json.loads(line)["source"] for line in lines]
 
-    @router.get("/ready")
+    @router.get("/ready", response_model=Ready, responses={503: {"model": Ready, "description": "Not ready"}})
     async def ready(request: Request) -> JSONResponse:
         """200 when the student's engine and the teacher both answer, else 503 and which does not."""
         engine: Any = request.app.state.engine_client
@@ -36,7 +44,7 @@ def routes(examples: Path | None, tenants: Tenants | None) -> APIRouter:
         return JSONResponse(state, status_code=200 if all(state.values()) else 503)
 
     @router.get("/budgets")
-    async def budgets(request: Request) -> dict[str, Any]:
+    async def budgets(request: Request) -> BudgetsView:
         """Limits that requests share: a tenant's key shows its own, the admin's all of them."""
         engine: Any = request.app.state.engine_client
         return await answer(engine.cooperation.shared, tenants, owner_of(request.scope))

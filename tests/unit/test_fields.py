@@ -7,7 +7,7 @@ import pytest
 
 from router.budget import Budget
 from server.exchange import EXCHANGE, Exchange, Report
-from server.fields import PATHS, TeacherFields, document
+from server.fields import ALONE, PATHS, STREAMED, TeacherFields, document
 
 Receive = Callable[[], Awaitable[dict]]
 Send = Callable[[dict], Awaitable[None]]
@@ -127,7 +127,29 @@ async def test_the_budget_is_taken_out_of_the_body(path, value, budget):
 
 
 def test_every_surface_has_the_field():
-    assert set(PATHS) == {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
+    assert set(PATHS) == {
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/invocations",
+        *ALONE,
+    }
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_where_no_completion_is_written_the_student_is_alone(path):
+    upstream = Upstream()
+    await post(upstream, request(teacher_budget=0.5), path=path)
+    assert upstream.exchange.unsupported == (path if path in ALONE else None)
+
+
+async def test_a_response_in_the_background_is_refused():
+    upstream = Upstream()
+    answer = await post(upstream, request(background=True), path="/v1/responses")
+    assert (answer.status, answer.json["error"]["param"], upstream.calls) == (400, "background", 0)
+    assert (await post(upstream, request(background=False), path="/v1/responses")).status == 200
 
 
 @pytest.mark.parametrize("fields", [{}, {"teacher_budget": None}])
@@ -448,23 +470,47 @@ async def test_comments_endings_and_errors_are_not_touched(line):
 # The OpenAPI document
 
 
-def test_the_budget_is_documented_on_every_path():
-    schemas = {f"Request{i}": {"properties": {"model": {}}} for i in range(len(PATHS))}
+@pytest.fixture
+def documented() -> dict[str, Any]:
+    """The document of an app that has all paths but one, of which one has no schema."""
+    names = {path: f"Request{i}" for i, path in enumerate(PATHS) if path != ALONE[-1]}
 
-    def operation(name: str) -> dict[str, Any]:
-        reference = {"$ref": f"#/components/schemas/{name}"}
-        return {"post": {"requestBody": {"content": {"application/json": {"schema": reference}}}}}
+    def operation(path: str) -> dict[str, Any]:
+        responses = {"200": {"content": {"text/event-stream": {}}}, "503": {"description": "vLLM's"}}
+        reference = {"$ref": f"#/components/schemas/{names[path]}"}
+        body = {"requestBody": {"content": {"application/json": {"schema": reference}}}}
+        return {"post": {"responses": responses} | ({} if path == "/invocations" else body)}
 
     class App:
         def openapi(self) -> dict[str, Any]:
-            paths = {path: operation(f"Request{i}") for i, path in enumerate(PATHS)}
-            return {"paths": paths, "components": {"schemas": schemas}}
+            schemas = {name: {"properties": {"model": {}}} for name in names.values()}
+            return {"paths": {path: operation(path) for path in names}, "components": {"schemas": schemas}}
 
     app = App()
     document(app)
-    assert app.openapi()["paths"].keys() == set(PATHS)
-    for schema in schemas.values():
-        number, parts, nothing = schema["properties"]["teacher_budget"]["anyOf"]
-        assert (number["minimum"], number["maximum"]) == (0, 1)
-        assert parts["properties"].keys() == {"fraction", "tokens", "calls"}
-        assert nothing == {"type": "null"}
+    return app.openapi()
+
+
+def test_the_budget_is_documented_where_there_is_a_body(documented):
+    schemas = documented["components"]["schemas"]
+    number, parts, nothing = schemas["TeacherBudget"]["anyOf"]
+    assert (number["minimum"], number["maximum"]) == (0, 1)
+    assert parts["properties"].keys() == {"fraction", "tokens", "calls"}
+    assert nothing == {"type": "null"}
+    bodies = [schema for name, schema in schemas.items() if name.startswith("Request")]
+    assert len(bodies) == len(PATHS) - 1
+    assert sum("teacher_budget" in schema["properties"] for schema in bodies) == len(bodies) - 1
+
+
+def test_the_report_is_documented_on_every_path(documented):
+    assert documented["paths"].keys() == {*PATHS} - {ALONE[-1]}
+    report = documented["components"]["schemas"]["Teacher"]
+    assert report["properties"].keys() == Report().as_dict().keys()
+    assert set(report["required"]) == Report().as_dict().keys()
+    for path, operations in documented["paths"].items():
+        responses = operations["post"]["responses"]
+        assert responses["200"]["content"]["application/json"]["schema"]["required"] == ["teacher"]
+        streamed = responses["200"]["content"]["text/event-stream"].get("schema", {}).get("properties", {})
+        assert streamed.keys() == ({"source", "teacher"} if path in STREAMED else set())
+        assert responses["503"] == {"description": "vLLM's"}
+        assert {"401", "429", "502"} < responses.keys()
