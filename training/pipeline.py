@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training import parallel
 from training.batches import Demonstrations
-from training.config import ModelConfig, Recipe, RecipeError, Schedule, ServedConfig
+from training.config import ModelConfig, PretrainedConfig, Recipe, RecipeError, Schedule, ServedConfig
 from training.gating.stage import train_router
 from training.loop import trainer
 from training.loop.checkpoints import weights_of
@@ -68,7 +68,8 @@ def run(recipe: Recipe, stages: tuple[str, ...] = STAGES) -> None:
         tokenizer = ensure_tokenizer(space, task)
         check(recipe, stages, tokenizer)
         for role in ("teacher", "student"):
-            if role in stages and not space.is_exported(role):
+            wanted = role in stages or is_ready(getattr(recipe, role))  # what needs no training is just there
+            if wanted and not space.is_exported(role):
                 make_model(space, role, task, tokenizer)
     if first and "router" in stages and not (space.exported("router") / "router.json").exists():
         export_examples(task, recipe.output / "examples.jsonl")
@@ -76,6 +77,11 @@ def run(recipe: Recipe, stages: tuple[str, ...] = STAGES) -> None:
             space.exported("teacher"), space.exported("student"), space.exported("router"),
             task, tokenizer, recipe.router, recipe.max_tokens, recipe.seed,
         )  # fmt: skip
+
+
+def is_ready(config: ModelConfig | ServedConfig) -> bool:
+    """Whether the recipe takes this model as it is, from a directory or hub."""
+    return isinstance(config, PretrainedConfig) and config.schedule is None
 
 
 def task_of(recipe: Recipe) -> Task:

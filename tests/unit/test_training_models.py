@@ -58,7 +58,7 @@ def losses(directory):
 
 
 def test_an_adapter_is_trained_resumed_and_merged(ready, recipe, tmp_path, monkeypatch):
-    students = ["--stage", "teacher", "--stage", "student"]
+    students = ["--stage", "student"]
     assert train([recipe, *students]) == 0
     straight = losses(tmp_path / "work" / "student")
     assert straight[-1] < straight[0]
@@ -98,6 +98,11 @@ def test_a_router_over_a_ready_pair_that_is_not_trained(recipe, ready, tmp_path)
     router = RouterCheckpoint.load(tmp_path / "out" / "router")
     router.check_student(tmp_path / "out" / "student")
     assert router.reserved.start == 300
+
+
+def test_a_teacher_that_needs_no_training_needs_no_stage(recipe, ready, tmp_path):
+    assert train([recipe, "--stage", "student"]) == 0
+    assert (tmp_path / "out" / "teacher").resolve() == ready / "teacher"
 
 
 def test_a_model_that_is_not_there_is_named(recipe, tmp_path, capsys):
@@ -188,6 +193,6 @@ def test_completions_come_from_the_server_that_a_recipe_names(recipe, tmp_path, 
     client = httpx.Client(transport=httpx.MockTransport(answer))
     monkeypatch.setattr(httpx, "Client", lambda timeout: client)
     own = ["student.method.on_policy=1.0", "student.rollouts={url: http://there}"]
-    assert train([recipe, *own, "--stage", "teacher", "--stage", "student"]) == 0
+    assert train([recipe, *own, "--stage", "student"]) == 0
     assert asked == ["/v1/models"] + 6 * ["/collective_rpc", "/reset_prefix_cache", "/v1/completions"]
     assert f"VLLM_SERVER_DEV_MODE=1 vllm serve {tmp_path}/work/student/rollouts" in capsys.readouterr().out
