@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from router.checkpoint import CheckpointError
+from router.checkpoint import CheckpointError, RouterCheckpoint
 from training.config import RecipeError, load_recipe
-from training.evaluation.report import METHODS, evaluate_pair, plot, table
+from training.evaluation.gateway import BUDGETS, Gateway, measure
+from training.evaluation.report import METHODS, evaluate_pair, gateway_report, joined, plot, table
 from training.loop.dry_run import dry_run
 from training.loop.stopping import Stopped
 from training.pipeline import STAGES, run, task_of
@@ -56,29 +57,48 @@ def train(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        "wheels evaluate", description="Quality against teacher rate, all gates."
+        "wheels evaluate", description="Quality against teacher rate: all gates of a pair, or a gateway."
     )
-    parser.add_argument("pair", type=Path, help="directory with teacher, student and router")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="of the recipe, e.g. task.name=jsonl"
-    )
+        "arguments", nargs="*", metavar="PAIR | key=value",
+        help="directory with teacher, student and router; fields of the recipe, e.g. task.name=jsonl",
+    )  # fmt: skip
     parser.add_argument("--recipe", default="demo", help="names the task and the longest completion")
     parser.add_argument("--examples", type=int, default=1000, help="of the test split")
     parser.add_argument("--spans", type=int, nargs="*", default=[1, 2, 4], help="span lengths of the curves")
     parser.add_argument(
         "--router", action="append", default=[], metavar="NAME=DIR", help="a further router (repeatable)"
     )
+    served = parser.add_argument_group("a running gateway, beside the pair or alone (key: OPENAI_API_KEY)")
+    served.add_argument("--gateway", metavar="URL", help="without /v1")
+    served.add_argument(
+        "--budgets", type=fraction, nargs="+", default=BUDGETS, help="beside 0 and 1 (default: %(default)s)"
+    )
+    served.add_argument("--concurrency", type=int, default=16, help="requests at once (default: %(default)s)")
+    served.add_argument(
+        "--span-tokens", type=int, default=0, help="the router's, which the bound allows on top; else PAIR's"
+    )
     parser.add_argument("--out", type=Path, help="directory for report.json and plots")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object, last")
     args = parser.parse_intermixed_args(argv)
+    overrides = [argument for argument in args.arguments if "=" in argument]
+    pairs = [Path(argument) for argument in args.arguments if "=" not in argument]
     try:
-        recipe = load_recipe(find_recipe(args.recipe), args.overrides)
+        if len(pairs) > 1 or not (pairs or args.gateway):
+            raise RecipeError("evaluate: want one PAIR, or --gateway URL")
+        recipe = load_recipe(find_recipe(args.recipe), overrides)
         others, task = routers(args.router), task_of(recipe)
         torch.set_num_threads(recipe.threads)
-        report = evaluate_pair(
-            args.pair, task, task.test()[: args.examples], args.spans, recipe.max_tokens, others
-        )
-    except (RecipeError, CheckpointError) as error:
+        examples, span_tokens = task.test()[: args.examples], args.span_tokens
+        reports = []
+        for pair in pairs:
+            reports.append(evaluate_pair(pair, task, examples, args.spans, recipe.max_tokens, others))
+            span_tokens = span_tokens or RouterCheckpoint.load(pair / "router").config.span_tokens
+        if args.gateway:
+            gateway = Gateway(args.gateway, recipe.max_tokens, args.concurrency)
+            reports.append(gateway_report(measure(gateway, task, examples, args.budgets, span_tokens)))
+        report = reports[0] if len(reports) == 1 else joined(*reports)
+    except (RecipeError, CheckpointError, ServerError) as error:
         print(error, file=sys.stderr)
         return 2
     print(table(report))
@@ -89,6 +109,14 @@ def evaluate(argv: list[str]) -> int:
     if args.json:
         print(report.to_json())
     return 0
+
+
+def fraction(text: str) -> float:
+    """An argument in [0, 1]. Raises ValueError, which argparse reports."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError(text)
+    return value
 
 
 def routers(entries: list[str]) -> dict[str, Path]:

@@ -20,6 +20,12 @@ from training.cli import main
         (["evaluate", "deploy/demo", "--router", "learned=x"], "there is a method learned already"),
         (["evaluate", "deploy/demo", "--router", "a=x", "--router", "a=y"], "there is a method a already"),
         (["evaluate", "/no/where"], "no router checkpoint in /no/where/router"),
+        (["evaluate"], "want one PAIR, or --gateway URL"),
+        (["evaluate", "a", "b", "--gateway", "http://127.0.0.1:9"], "want one PAIR"),
+        (
+            ["evaluate", "--gateway", "http://127.0.0.1:9"],
+            "the gateway at http://127.0.0.1:9: Connection error",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(capsys, arguments, named, tmp_path):

@@ -9,11 +9,13 @@ from tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 from router.budget import Bucket, Budget
 from router.gate import EntropyGate
 from training.evaluation.baselines import hesitation, query_level
-from training.evaluation.report import area, at_rate
-from training.evaluation.scoring import runs, teacher_positions
+from training.evaluation.gateway import Reply, measure
+from training.evaluation.report import Report, area, at_rate, gateway_report, joined, table
+from training.evaluation.scoring import excess, runs, teacher_positions
 from training.gating.calibration import spare_prices, teacher_rate
 from training.gating.rollout import Completion, Cooperation
 from training.gating.tree import PERIODIC, Setting, Tree
+from training.tasks import make_task
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,58 @@ def test_runs_and_positions_by_hand():
         10,
         13,
     ]
+
+
+def test_the_excess_is_the_worst_prefixs():
+    assert excess(written(0, 1, 1, 0, 0), 0.5) == pytest.approx(2 - 1.5)
+    assert excess(written(0, 0), 0.5) < 0
+
+
+EXAMPLES = make_task("numbers").test()[:3]
+
+
+class ScriptedGateway:
+    """Right where the teacher wrote: half of an answer from budget 0.2 on, all of it at 1. It is lost to the
+    last request below 1.
+    """
+
+    def replies(self, sources: list[str], budget: float) -> list[Reply]:
+        rows = []
+        for at, example in enumerate(EXAMPLES):
+            lost = at == 2 and 0.2 <= budget < 1
+            if budget >= 0.2 and not lost:
+                half = int(budget == 1)
+                rows.append(Reply(example.references.first(), written(1, 1, half, half), 5, False))
+            else:
+                rows.append(Reply("?", written(0, 0), 5, lost))
+        return rows
+
+
+def test_a_gateways_rows_by_hand():
+    of = gateway_report(measure(ScriptedGateway(), make_task("numbers"), EXAMPLES, (0.1, 0.2), 1))
+    assert (of.student, of.teacher) == (0.0, 1.0)
+    nothing, little, some, everything = of.budgets["gateway"]
+    assert (nothing["rate"], nothing["excess"]) == (0.0, 0.0)
+    assert (little["quality"], little["pgr"], little["degraded"]) == (0.0, 0.0, 0)
+    assert (some["quality"], some["rate"], some["degraded"]) == pytest.approx((2 / 3, 4 / 10, 1))
+    assert (some["calls"], some["runs"], some["positions"]) == pytest.approx((0, 2 / 3, 2 / 3 * 6))
+    assert some["excess"] == pytest.approx(2 - 0.4 - 1)
+    assert (everything["pgr"], everything["excess"]) == (1.0, 0.0)
+    assert of.area["gateway"] == pytest.approx(0.4 * (2 / 3) / 2 + 0.6 * (2 / 3 + 1) / 2)
+    assert of.calibration_mae == pytest.approx((0.1 + 0.2) / 2)
+    assert "0.6667" in table(of)
+
+
+def test_a_gateway_stands_beside_what_was_computed_in_process():
+    rows = [
+        {"budget": b, "rate": b, "pgr": 2 * b, "calls": 1, "runs": 1, "positions": 1} for b in (0.05, 0.5)
+    ]
+    pair = Report(0.1, 0.9, {"learned": rows}, {"learned": 0.7}, 0.0, {"learned": rows}, [0.1] * 10)
+    gateway = gateway_report(measure(ScriptedGateway(), make_task("numbers"), EXAMPLES, (0.2,), 1))
+    both = joined(pair, gateway)
+    assert (both.student, both.curves.keys()) == (0.1, {"learned", "gateway"})
+    (row,) = (line for line in table(both).splitlines() if line.startswith("gateway") and "(" in line)
+    assert row.split() == ["gateway", "0.67", "(0.400)"]  # of the budgets in the table's head it has one
 
 
 def test_the_area_and_the_curve_between_its_points():

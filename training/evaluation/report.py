@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from router.checkpoint import RouterCheckpoint
 from router.gate import CONFIDENCE_GATES
 from training.evaluation.baselines import hesitation, query_level
+from training.evaluation.gateway import Measured
 from training.evaluation.scoring import Scorer, ends, point, recovered
 from training.gating.gates import GAINS, Head
 from training.gating.rollout import FREE, Completion
@@ -29,9 +30,9 @@ SHARES = (
 QUERY_SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)
 BINS = 10
-LEARNED, SPENT = "learned", "learned, aim: rate"
-METHODS = (LEARNED, *CONFIDENCE_GATES, "oracle", "oracle_kl", PERIODIC, "query", "query_oracle")
-"""That every report has."""
+LEARNED, SPENT, GATEWAY = "learned", "learned, aim: rate", "gateway"
+METHODS = (LEARNED, *CONFIDENCE_GATES, "oracle", "oracle_kl", PERIODIC, "query", "query_oracle", GATEWAY)
+"""Names that no further router can have."""
 
 COSTS = {"calls": "teacher calls", "runs": "runs of calls", "positions": "teacher positions"}
 
@@ -44,6 +45,9 @@ class Report:
     with `@K` has spans of K. budgets: gates under the bucket, at their calibrated prices. calibration_mae:
     mean |realised - requested| rate of the learned gate where it aims at the rate. asked: share of the
     learned gate's calls (budget 0.1) in each tenth of the completion.
+
+    A gateway that was measured is a method of its own, `gateway`, under the bucket in `curves` too, its share
+    of the gap between its own budgets 0 and 1; alone, it is what all the rest is of.
     """
 
     student: float
@@ -89,7 +93,7 @@ class Evaluation:
         self.student, self.teacher = (self.scorer(run)[0] for run in (self.alone, self.taught))
 
     def row(self, completions: Sequence[Completion], setting: Setting) -> Row:
-        of = point(completions, self.tree.prompt_tokens, setting, self.scorer)
+        of = point(completions, self.tree.prompt_tokens, setting, *self.scorer(completions))
         return asdict(of) | {"pgr": recovered(of.quality, self.student, self.teacher)}
 
     def rows(self, settings: Sequence[Setting]) -> list[Row]:
@@ -158,6 +162,27 @@ def evaluate_pair(
     )
 
 
+def gateway_report(of: Measured) -> Report:
+    """Of a gateway alone."""
+    between = [row for row in of.rows if 0 < row["budget"] < 1]
+    example = min(range(len(of.rows)), key=lambda i: abs(of.rows[i]["budget"] - 0.1))
+    return Report(
+        student=of.student,
+        teacher=of.teacher,
+        curves={GATEWAY: of.rows},
+        area={GATEWAY: area([(row["rate"], row["pgr"]) for row in of.rows])},
+        calibration_mae=sum(abs(row["rate"] - row["budget"]) for row in between) / max(1, len(between)),
+        budgets={GATEWAY: of.rows},
+        asked=where_asked(of.completions[example]),
+    )
+
+
+def joined(report: Report, gateway: Report) -> Report:
+    """What was computed in process, and beside it the gateway's rows."""
+    both = {name: getattr(report, name) | getattr(gateway, name) for name in ("curves", "area", "budgets")}
+    return replace(report, **both)
+
+
 def area(points: Sequence[tuple[float, float]]) -> float:
     """Area below PGR over the rate in [0, 1], trapezoids, ends anchored at (0, 0) and (1, 1)."""
     anchored = [(0.0, 0.0), *sorted(p for p in points if 0 < p[0] < 1), (1.0, 1.0)]
@@ -181,9 +206,17 @@ def at_rate(rows: Sequence[Row], rate: float) -> float:
 
 
 def table(report: Report) -> str:
+    lines = [f"student {report.student:.4f}, teacher {report.teacher:.4f}"]
+    if LEARNED in report.budgets:
+        lines += ["", *_in_process(report)]
+    if GATEWAY in report.budgets:
+        lines += ["", *_of_gateway(report.budgets[GATEWAY])]
+    return "\n".join(lines)
+
+
+def _in_process(report: Report) -> list[str]:
     heads = "".join(f"{b:>15g}" for b in BUDGETS)
-    lines = [f"student {report.student:.4f}, teacher {report.teacher:.4f}", ""]
-    lines += [
+    lines = [
         "PGR at a realised rate of (no bucket), and the area below it",
         f"{'method':<22}{heads}{'area':>9}",
     ]
@@ -193,13 +226,18 @@ def table(report: Report) -> str:
     lines += ["", "under the bucket of a budget of, at the calibrated price: PGR (realised rate)"]
     lines.append(f"{'gate':<22}{heads}")
     for name, rows in report.budgets.items():
-        cells = (f"{row['pgr']:.2f} ({row['rate']:.3f})" for row in rows)
-        lines.append(f"{name:<22}" + "".join(f"{cell:>15}" for cell in cells))
+        at = {row["budget"]: f"{row['pgr']:.2f} ({row['rate']:.3f})" for row in rows}
+        lines.append(f"{name:<22}" + "".join(f"{at.get(b, ''):>15}" for b in BUDGETS))
     lines += ["", "what the learned gate's budgets cost per request"]
     for key, label in COSTS.items():
         lines.append(f"{label:<22}" + "".join(f"{row[key]:>15.2f}" for row in report.budgets[LEARNED]))
-    lines += ["", f"aiming at the rate: mean |realised - requested| {report.calibration_mae:.4f}"]
-    return "\n".join(lines)
+    return [*lines, "", f"aiming at the rate: mean |realised - requested| {report.calibration_mae:.4f}"]
+
+
+def _of_gateway(rows: Sequence[Row]) -> list[str]:
+    columns = ("budget", "quality", "similarity", "pgr", "rate", *COSTS, "excess", "degraded")
+    lines = ["the gateway; calls, runs and positions per request", "".join(f"{c:>11}" for c in columns)]
+    return lines + ["".join(f"{row[c]:>11.4g}" for c in columns) for row in rows]
 
 
 def plot(report: Report, directory: Path) -> None:

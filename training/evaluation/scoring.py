@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ class Point:
     budget: fraction asked for; rate: realised; quality, similarity: in [0, 1]; calls, runs: per request, a
     run is of calls that follow each other without a token between; positions: that the teacher processes per
     request, catching up included, its cache kept between calls; tokens: mean completion length; excess:
-    tokens by which the worst request lies above its bound fraction * completion + span (never above 0).
+    tokens by which the worst prefix of a completion lies above its bound fraction * length + span (never
+    above 0).
     """
 
     budget: float
@@ -75,9 +76,12 @@ def ends(gate: str) -> list[Setting]:
 
 
 def point(
-    completions: Sequence[Completion], prompt_tokens: Sequence[int], setting: Setting, scorer: Scorer
+    completions: Sequence[Completion],
+    prompt_tokens: Sequence[int],
+    setting: Setting,
+    quality: float,
+    similarity: float,
 ) -> Point:
-    quality, similarity = scorer(completions)
     count, span = len(completions), setting.span_tokens if 0 < setting.fraction < 1 else 0
     return Point(
         budget=setting.fraction,
@@ -89,8 +93,14 @@ def point(
         runs=sum(runs(c) for c in completions) / count,
         positions=sum(map(teacher_positions, completions, prompt_tokens)) / count,
         tokens=sum(len(c.tokens) for c in completions) / count,
-        excess=max(c.teacher_tokens - setting.fraction * len(c.tokens) - span for c in completions),
+        excess=max(excess(c, setting.fraction) for c in completions) - span,
     )
+
+
+def excess(completion: Completion, fraction: float) -> float:
+    """Most tokens that any prefix has above fraction * its length."""
+    spent = accumulate(completion.by_teacher)
+    return max(teacher - fraction * length for length, teacher in enumerate(spent, start=1))
 
 
 def runs(completion: Completion) -> int:
