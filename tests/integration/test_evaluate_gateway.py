@@ -1,0 +1,45 @@
+"""`wheels evaluate --gateway`: what users see agrees with what is computed in process."""
+
+import json
+
+import pytest
+from conftest import DEMO
+
+from server.pair import Serving
+from training.cli import evaluate
+
+BUDGETS = (0.1, 0.3)
+EXAMPLES = 200
+
+
+def test_a_gateway_does_what_the_pair_does_in_process(stack: Serving, capsys: pytest.CaptureFixture[str]):
+    asked = ["--gateway", stack.gateway, "--budgets", *map(str, BUDGETS), "--spans"]
+    assert evaluate([str(DEMO), *asked, "--examples", str(EXAMPLES), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    served = {row["budget"]: row for row in report["budgets"]["gateway"]}
+    computed = {row["budget"]: row for row in report["budgets"]["learned"]}
+    print(json.dumps({b: [served[b], computed[b]] for b in BUDGETS}, indent=1))
+    assert served.keys() == {0.0, *BUDGETS, 1.0}
+    # The greedy choice between two tokens that are nearly equal may differ between the engines.
+    assert served[0.0]["quality"] == pytest.approx(report["student"], abs=0.01)
+    assert served[1.0]["quality"] == pytest.approx(report["teacher"], abs=0.01)
+    assert (served[0.0]["rate"], served[1.0]["rate"]) == (0.0, 1.0)
+    for budget in BUDGETS:
+        # The gateway's price rises as the bucket runs low.
+        assert served[budget]["quality"] == pytest.approx(computed[budget]["quality"], abs=0.02)
+        assert served[budget]["rate"] == pytest.approx(computed[budget]["rate"], abs=0.005)
+    assert all(row["degraded"] == 0 and row["excess"] <= 1e-9 for row in served.values())
+
+
+def test_a_gateway_needs_no_checkpoints(stack: Serving, capsys: pytest.CaptureFixture[str], tmp_path):
+    asked = ["--gateway", stack.gateway, "--budgets", "0.2", "--span-tokens", "4", "--out", str(tmp_path)]
+    assert evaluate([*asked, "--examples", "10"]) == 0
+    assert "degraded" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["curves"].keys() == {"gateway"}
+    assert {"quality.png", "calibration.png", "where.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_server_that_is_no_gateway_is_named(stack: Serving, capsys: pytest.CaptureFixture[str]):
+    assert evaluate(["--gateway", stack.teacher, "--examples", "1"]) == 2
+    assert capsys.readouterr().err.startswith(f"the gateway at {stack.teacher}: ")
