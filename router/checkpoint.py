@@ -15,9 +15,18 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Formatter
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -71,9 +80,37 @@ class RouterConfig(BaseModel):
     """Per gate: (fraction, spare price that makes it the realised rate), see `router.policy.Policy`."""
     fingerprints: Fingerprints
     budget_prompt: str | None = None
-    """Template of a budget prompt with the field `{percent}`, where the student was trained with one."""
+    """Template of a budget prompt, with the one field `{percent}`: the rendered text stands in front of the
+    prompt that the student reads, and never in the teacher's. Where there is one, the calibration holds for
+    prompts that have it.
+    """
     training: dict[str, float | int | str] = Field(default_factory=dict)
     """Provenance: recipe, seeds, measured figures. Nothing here is read when serving."""
+
+    @field_validator("budget_prompt")
+    @classmethod
+    def _has_percent(cls, template: str | None) -> str | None:
+        return template if template is None else check_budget_prompt(template)
+
+    def budget_text(self, fraction: float) -> str:
+        """What the student reads in front of its prompt; empty where budgets are not prompted."""
+        return "" if self.budget_prompt is None else budget_text(self.budget_prompt, fraction)
+
+
+def check_budget_prompt(template: str) -> str:
+    """Returns it. Raises ValueError where it has not the field `{percent}`, or another one."""
+    try:
+        fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"budget_prompt {template!r}: {error}") from error
+    if fields != {"percent"}:
+        raise ValueError(f"budget_prompt {template!r}: want the one field {{percent}}")
+    return template
+
+
+def budget_text(template: str, fraction: float) -> str:
+    """fraction: of completion tokens that the teacher may write, in [0, 1]."""
+    return template.format(percent=f"{100 * fraction:g}")
 
 
 @dataclass(frozen=True)
@@ -280,6 +317,8 @@ __all__ = [
     "Fingerprints",
     "RouterCheckpoint",
     "RouterConfig",
+    "budget_text",
+    "check_budget_prompt",
     "fingerprint",
     "tokenizer_fingerprint",
     "vocabulary",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -12,6 +13,7 @@ from router.checkpoint import (
     MERGED_ROUTER,
     CheckpointError,
     RouterCheckpoint,
+    RouterConfig,
     fingerprint,
     tokenizer_fingerprint,
 )
@@ -369,3 +371,19 @@ def test_a_tokenizer_is_known_by_its_tokens_and_ids(tmp_path):
 def test_a_tokenizer_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"no tokenizer.json in"):
         tokenizer_fingerprint(tmp_path)
+
+
+@pytest.mark.parametrize("template", ["no field", "{share} %", "{percent} of {share}", "{percent", "{}"])
+def test_a_budget_prompt_has_one_field(router, template):
+    with pytest.raises(ValidationError, match="budget_prompt"):
+        RouterConfig.model_validate(router.config.model_dump() | {"budget_prompt": template})
+
+
+def test_a_budget_is_rendered_in_percent(router):
+    assert router.config.budget_text(0.1) == ""
+    config = router.config.model_copy(update={"budget_prompt": "At most {percent} %. "})
+    assert [config.budget_text(f) for f in (0.075, 0.1, 1)] == [
+        "At most 7.5 %. ",
+        "At most 10 %. ",
+        "At most 100 %. ",
+    ]

@@ -208,3 +208,15 @@ def test_the_constrained_gate_asks_where_the_student_regrets(pair, prompts):
         scores = head(states)
     assert scores[gain > 1].mean() > 1.4
     assert scores[gain < 1].mean() < 0.6
+
+
+def test_the_teacher_does_not_see_what_is_hidden_from_it(pair, prompts):
+    """Its completions are those of the rest of the prompt, in a batch of many lengths; the student's are not."""
+    shown = [[7, 9, 11][: 1 + i % 3] + p for i, p in enumerate(prompts)]
+    hidden = [1 + i % 3 for i in range(len(prompts))]
+    for price, fraction, same in ((-math.inf, 1.0, True), (math.inf, 0.0, False)):
+        plain = pair.write([Request(p, price, fraction) for p in prompts], batch=16)
+        prompted = pair.write(
+            [Request(p, price, fraction, n) for p, n in zip(shown, hidden, strict=True)], batch=16
+        )
+        assert (plain == prompted) is same

@@ -32,11 +32,14 @@ FREE = 1 - 1e-6
 
 @dataclass(frozen=True)
 class Request:
-    """price: ask where score > price. fraction: of the bucket that holds the request to its budget."""
+    """price: ask where score > price. fraction: of the bucket that holds the request to its budget. hidden:
+    first tokens of the prompt that the teacher does not see, its budget in words.
+    """
 
     prompt: list[int]
     price: float = math.inf
     fraction: float = 0.0
+    hidden: int = 0
 
 
 @dataclass
@@ -147,6 +150,8 @@ class Cooperation:
     ) -> None:
         device = self.student.device
         ids, mask = (x.to(device) for x in left_padded([requests[row].prompt for row in rows], self.end))
+        hidden = torch.tensor([[requests[row].hidden] for row in rows], device=device)
+        seen = mask * (mask.cumsum(-1) > hidden)  # by the teacher
         row = torch.tensor(rows, device=device)
         price = torch.tensor([requests[i].price for i in rows], device=device)
         fraction = torch.tensor([requests[i].fraction for i in rows], dtype=torch.float64, device=device)
@@ -156,7 +161,7 @@ class Cooperation:
         student, teacher = Stepper(self.student), Stepper(self.teacher)
         for length in range(self.max_tokens):
             states, logits = student.step(ids, mask)
-            _, teacher_logits = teacher.step(ids, mask)
+            _, teacher_logits = teacher.step(ids, seen)
             own = self._choose(logits[:, : self.visible])
             theirs = teacher_logits[:, : self.visible]
             if watch is not None:
@@ -184,11 +189,11 @@ class Cooperation:
                 kept = alive.nonzero().squeeze(1)
                 student.keep(kept)
                 teacher.keep(kept)
-                row, price, fraction, spent, span_left, token, mask, alive = (
-                    x[kept] for x in (row, price, fraction, spent, span_left, token, mask, alive)
+                row, price, fraction, spent, span_left, token, mask, seen, alive = (
+                    x[kept] for x in (row, price, fraction, spent, span_left, token, mask, seen, alive)
                 )
             ids = token[:, None]
-            mask = torch.cat((mask, torch.ones_like(ids)), dim=1)
+            mask, seen = (torch.cat((of, torch.ones_like(ids)), dim=1) for of in (mask, seen))
 
     @property
     def asks(self) -> int:

@@ -52,14 +52,20 @@ class Setting:
 
 
 class Tree:
-    """Grows on demand below each of `prompts`; `cooperation` must decode greedily."""
+    """Grows on demand below each of `prompts`; `cooperation` must decode greedily. hidden: first tokens of
+    every prompt that the teacher does not see.
+    """
 
     def __init__(
-        self, cooperation: Cooperation, prompts: Sequence[list[int]], gates: dict[str, ScoreGate]
+        self,
+        cooperation: Cooperation,
+        prompts: Sequence[list[int]],
+        gates: dict[str, ScoreGate],
+        hidden: int = 0,
     ) -> None:
         if cooperation.temperature or cooperation.explore:
             raise ValueError("the tree holds greedy decoding only")
-        self._cooperation, self._prompts = cooperation, prompts
+        self._cooperation, self._prompts, self._hidden = cooperation, prompts, hidden
         self._seen: list[Positions] = []
         self._scores: dict[str, list[float]] = {}
         self._gates: dict[str, ScoreGate] = {}
@@ -154,7 +160,7 @@ class Tree:
         """Add the nodes of the student's own way on from each (prompt, prefix)."""
         if not prefixes:
             return
-        requests = [Request(self._prompts[p] + prefix) for p, prefix in prefixes]
+        requests = [Request(self._prompts[p] + prefix, hidden=self._hidden) for p, prefix in prefixes]
         seen: list[Positions] = []
         self._cooperation.write(requests, watch=seen.append)
         new = concatenate(seen)
