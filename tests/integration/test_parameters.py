@@ -1,13 +1,15 @@
 """Rows of the table in docs/api.md that are not tested elsewhere, each over two models, through HTTP."""
 
 import asyncio
+from typing import Any
 
 import httpx
 import pytest
 from client import chat
 from openai import AsyncOpenAI, BadRequestError
+from transformers import AutoTokenizer
 
-from server.pair import Serving
+from server.pair import Pair, Serving
 
 # parameter of the request: (value, the name by which the refusal calls it)
 STUDENT_ALONE = {
@@ -54,6 +56,66 @@ async def test_both_models_apply_a_bias_and_a_choice_of_tokens(
     chosen = await chat(client, sources[1], budget, max_tokens=40, extra_body={"allowed_token_ids": pool})
     assert len(chosen.choices[0].token_ids) == 40
     assert set(chosen.choices[0].token_ids) <= set(pool)
+
+
+@pytest.mark.parametrize("budget", [0, 0.3, 1])
+async def test_stop_token_and_shown_stop_string(
+    client: AsyncOpenAI, sources: list[str], budget: float
+) -> None:
+    whole = await chat(client, sources[2], budget)
+    ids, text = whole.choices[0].token_ids, whole.choices[0].message.content
+    stopped = await chat(client, sources[2], budget, extra_body={"stop_token_ids": [ids[9]]})
+    assert stopped.choices[0].token_ids == ids[: ids.index(ids[9]) + 1]
+    assert (stopped.choices[0].finish_reason, stopped.choices[0].stop_reason) == ("stop", ids[9])
+    stop = text[12:15]
+    shown = await chat(
+        client, sources[2], budget, stop=[stop], extra_body={"include_stop_str_in_output": True}
+    )
+    assert shown.choices[0].message.content == text[: text.index(stop) + len(stop)]
+
+
+@pytest.mark.parametrize("budget", [0.3, 1])
+async def test_special_tokens_are_shown_when_asked_for(
+    client: AsyncOpenAI, pair: Pair, sources: list[str], budget: float
+) -> None:
+    hidden = await chat(client, sources[3], budget)
+    shown = await chat(client, sources[3], budget, extra_body={"skip_special_tokens": False})
+    end = AutoTokenizer.from_pretrained(pair.student).eos_token
+    assert shown.choices[0].message.content in (
+        hidden.choices[0].message.content,  # vLLM leaves the end of a completion out
+        hidden.choices[0].message.content + end,
+    )
+    assert shown.choices[0].token_ids == hidden.choices[0].token_ids
+
+
+async def test_usage_in_every_chunk(client: AsyncOpenAI, sources: list[str]) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    stream = await chat(client, sources[3], 0.3, stream=True, stream_options=options)
+    chunks = [chunk async for chunk in stream]
+    written = 0
+    for chunk in chunks:
+        if chunk.choices:
+            written += len(getattr(chunk.choices[0], "token_ids", None) or ())
+            assert chunk.usage.completion_tokens == written
+    assert chunks[-1].usage.completion_tokens == written > 0
+
+
+async def test_a_penalty_on_repetition_is_both_models(client: AsyncOpenAI, sources: list[str]) -> None:
+    extra = {"repetition_penalty": 1.8, "ignore_eos": True}
+    for budget in (0.3, 1):
+        free = await chat(client, sources[1], budget, max_tokens=60, extra_body={"ignore_eos": True})
+        varied = await chat(client, sources[1], budget, max_tokens=60, extra_body=extra)
+        assert len(set(varied.choices[0].token_ids)) > len(set(free.choices[0].token_ids))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"prompt": [480]}, {"prompt": "x", "logit_bias": {"480": 1}}, {"prompt": "x", "n": 0}]
+)
+async def test_no_reserved_row_and_no_nonsense(stack: Serving, fields: dict[str, Any]) -> None:
+    async with httpx.AsyncClient(base_url=stack.gateway) as http:
+        for budget in (0, 0.3):
+            body = {"model": "wheels", "max_tokens": 4, "teacher_budget": budget} | fields
+            assert (await http.post("/v1/completions", json=body)).status_code == 400
 
 
 async def test_request_ids(stack: Serving, sources: list[str]) -> None:
