@@ -54,6 +54,7 @@ class Grant:
     """Teacher tokens reserved for one span; to be settled exactly once (settling again is a no-op)."""
 
     tokens: int
+    calls: int = 1
     settled: bool = False
 
 
@@ -113,8 +114,10 @@ class Bucket:
         fraction = 1.0 if self.budget.fraction is None else self.budget.fraction
         return fraction * completion_tokens + self.span_tokens - self.spent
 
-    def reserve(self, completion_tokens: int, at_most: int) -> Grant | None:
+    def reserve(self, completion_tokens: int, at_most: int, *, calls: int = 1) -> Grant | None:
         """Reserve a teacher call's tokens behind ``completion_tokens``, ``at_most`` of them.
+
+        ``calls`` is 0 where a call that was counted already has them.
 
         Returns None when the budget has no room for it. A budget that covers all ``at_most`` tokens
         grants them in one call, whatever the span length.
@@ -126,8 +129,8 @@ class Bucket:
         left = at_most if self.tokens_left is None else self.tokens_left
         tokens = at_most if covered and left >= at_most else min(at_most, self.ask_tokens, left)
         self.spent += tokens
-        self.calls += 1
-        return Grant(tokens)
+        self.calls += calls
+        return Grant(tokens, calls)
 
     def settle(self, grant: Grant, used: int) -> None:
         """Give back what ``grant`` reserved and the teacher did not write."""
@@ -141,7 +144,7 @@ class Bucket:
         """Take back a grant that led to no call."""
         if not grant.settled:
             self.settle(grant, 0)
-            self.calls -= 1
+            self.calls -= grant.calls
 
     @property
     def tokens_left(self) -> int | None:

@@ -27,6 +27,16 @@ class Piece:
     asks: bool = False
     """The student asks for the teacher behind these tokens."""
 
+    def split(self, tokens: int) -> "tuple[Piece, Piece | None]":
+        """The first ``tokens`` tokens, and the rest where there is one; the ending is the rest's."""
+        if len(self.token_ids) <= tokens:
+            return self, None
+        head, rest = (
+            (self.token_ids[part], self.logprobs and self.logprobs[part])
+            for part in (slice(tokens), slice(tokens, None))
+        )
+        return Piece(*head), Piece(*rest, self.finish_reason, self.stop_reason)
+
 
 class Completion:
     """Accumulates pieces from both models and hands them out as vLLM's `CompletionOutput`.

@@ -15,6 +15,7 @@ from router.budget import Bucket, Budget, Grant
 from router.ledger import Denial
 from router.policy import NEVER, Policy, Terms
 from router.reserved import ReservedRows
+from server.call import Call
 from server.completion import Completion, Piece
 from server.exchange import EXCHANGE, Exchange, Report, Source
 from server.gate_processor import TERMS, terms_args
@@ -41,6 +42,8 @@ LEASE_TOKENS = 64
 """Most that is reserved at a time under a shared limit, also for a request that may have all of it."""
 PAUSE_TOKENS = 32
 """Where a shared limit refuses a span, the choice does not ask again for so many tokens."""
+PRIORITIES = 2**60
+"""Priorities beyond this are taken for it: twice as much is still an int64."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,10 @@ class Cooperation:
     shared: SharedBudgets
     on_teacher_error: Literal["degrade", "error"] = "degrade"
     ask_tokens: int | None = None
+    write_ahead: int = 0
+    """Tokens that a teacher call may write beyond what was asked for, in case the student asks on there."""
+    client_priority: bool = False
+    """Whether a request may bring a priority of its own."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,10 @@ class Span:
 
     grant: Grant
     draw: Draw
-    slot: Slot
+    room: int
+    """Tokens that the completion and the teacher's context have left."""
+    slot: Slot | None
+    """None: the call at hand writes on."""
 
 
 @dataclass
@@ -86,6 +96,8 @@ class Choice:
     completion: Completion
     bucket: Bucket
     share: Share
+    call: Call | None = None
+    """The last teacher call; it stands right behind the completion while it has something left."""
     may_ask: bool = True
     ask_from: int = 0
     """Length of the completion from which it may ask again."""
@@ -110,6 +122,17 @@ class Choice:
         if self.params.seed is None:
             return None
         return (self.params.seed + len(self.completion) * 0x9E3779B1) % 2**63
+
+    @property
+    def open_call(self) -> Call | None:
+        """The call that can write on where the completion stands."""
+        return self.call if self.call is not None and self.call.left else None
+
+    def drop_call(self) -> None:
+        """The student writes on: what the teacher wrote ahead does not fit any more."""
+        if self.call is not None:
+            self.call.drop()
+            self.call = None
 
     def deny(self, reason: str, *, degraded: bool) -> None:
         """The student writes the rest alone."""
@@ -139,35 +162,39 @@ class CooperativeEngine(AsyncLLM):
     async def _write(self, choice: Choice) -> AsyncIterator[Source]:
         """The span loop. Writes one completion to its end; yields who wrote something new."""
         completion = choice.completion
-        while not completion.finished:
-            terms, asked = self._terms(choice), False
-            if not terms.always:
-                async with aclosing(self._student(choice, terms)) as segment:
-                    async for piece in segment:
-                        asked = piece.asks
-                        completion.extend(piece, "student")
-                        if piece.token_ids or completion.finished:
-                            yield "student"
-            if completion.finished or not (asked or terms.always):
-                continue
-            span, used = await self._reserve(choice), 0
-            if span is None:
-                continue
-            try:
-                async with aclosing(self._teacher(choice, span)) as pieces:
-                    async for piece in pieces:
-                        used += len(piece.token_ids)
-                        completion.extend(piece, "teacher")
-                        yield "teacher"
-                        if completion.finished:  # by a stop string: the teacher would write on
-                            break
-            except TeacherError as error:
-                logger.warning("request %s lost the teacher: %s", choice.request_id, error)
-                self._lose_teacher(choice, error)
-            finally:
-                choice.bucket.settle(span.grant, used)
-                choice.share.settle(used)
-                span.slot.release()
+        try:
+            while not completion.finished:
+                terms, asked = self._terms(choice), False
+                if not terms.always:
+                    async with aclosing(self._student(choice, terms)) as segment:
+                        async for piece in segment:
+                            asked = piece.asks
+                            completion.extend(piece, "student")
+                            if piece.token_ids or completion.finished:
+                                choice.drop_call()
+                                yield "student"
+                if completion.finished or not (asked or terms.always):
+                    continue
+                span, used = await self._reserve(choice), 0
+                if span is None:
+                    continue
+                try:
+                    async with aclosing(self._teacher(choice, span)) as pieces:
+                        async for piece in pieces:
+                            used += len(piece.token_ids)
+                            completion.extend(piece, "teacher")
+                            yield "teacher"
+                            if completion.finished:  # by a stop string: the teacher would write on
+                                break
+                except TeacherError as error:
+                    logger.warning("request %s lost the teacher: %s", choice.request_id, error)
+                    self._lose_teacher(choice, error)
+                finally:
+                    choice.bucket.settle(span.grant, used)
+                    choice.share.settle(used)
+        finally:
+            if choice.call is not None:
+                await choice.call.close()
 
     def _terms(self, choice: Choice) -> Terms:
         """On which terms the student may ask in its next segment."""
@@ -193,7 +220,7 @@ class CooperativeEngine(AsyncLLM):
             {**choice.prompt, "prompt_token_ids": choice.prefix},
             self._segment_params(choice, terms),
             f"{choice.request_id}-{len(choice.completion)}-{choice.report.calls}",
-            **choice.options,
+            **{**choice.options, "priority": choice.options["priority"] - (len(choice.completion) > 0)},
         )
         async with aclosing(segment) as outputs:
             async for output in outputs:
@@ -239,9 +266,12 @@ class CooperativeEngine(AsyncLLM):
         if room < 1:
             choice.deny("context", degraded=False)
             return None
+        at_most, open_call = room, choice.open_call
         if choice.share.scopes:  # what one holds, no other can have
-            room = min(room, LEASE_TOKENS if choice.share.rate >= 1.0 else self.cooperation.span_tokens)
-        grant = choice.bucket.reserve(len(completion), at_most=room)
+            at_most = min(room, LEASE_TOKENS if choice.share.rate >= 1.0 else self.cooperation.span_tokens)
+        if open_call is not None:
+            at_most = min(at_most, open_call.left)
+        grant = choice.bucket.reserve(len(completion), at_most, calls=int(open_call is None))
         if grant is None:
             choice.deny("budget", degraded=False)
             return None
@@ -251,32 +281,47 @@ class CooperativeEngine(AsyncLLM):
             choice.bucket.cancel(grant)
             choice.put_off(draw.label, degraded=draw.reason == "unavailable")
             return None
-        try:
-            slot = await teacher.admit(choice.affinity)  # last: it may be a breaker's only trial
-        except BaseException as error:
-            choice.bucket.cancel(grant)
-            choice.share.settle(0)
-            if not isinstance(error, TeacherError):
-                raise
-            self._lose_teacher(choice, error)
-            return None
+        slot = None
+        if open_call is None:
+            try:
+                slot = await teacher.admit(choice.affinity)  # last: it may be a breaker's only trial
+            except BaseException as error:
+                choice.bucket.cancel(grant)
+                choice.share.settle(0)
+                if not isinstance(error, TeacherError):
+                    raise
+                self._lose_teacher(choice, error)
+                return None
         ESCALATIONS.labels("granted", "gate").inc()
-        return Span(grant, draw, slot)
+        return Span(grant, draw, room, slot)
 
     def _teacher(self, choice: Choice, span: Span) -> AsyncIterator[Piece]:
-        """One span of the teacher, in pieces."""
-        choice.report.calls += 1
-        choice.report.spans.append([len(choice.completion)] * 2)  # grows as the teacher writes
-        return self.cooperation.teacher.write(
-            span.slot,
-            choice.prefix,
-            span.draw.tokens,
-            choice.params,
-            min_tokens=max(0, choice.params.min_tokens - len(choice.completion)),
-            seed=choice.seed,
-            request_id=f"{choice.request_id}-{choice.report.calls}",
-            deadline=span.draw.deadline,
-        )
+        """One span of the teacher, in pieces: of a new call, or of the one at hand."""
+        if span.slot is not None:
+            choice.report.calls += 1
+            choice.report.spans.append([len(choice.completion)] * 2)  # grows as the teacher writes
+            ahead = self._ahead(choice, span)
+            tokens = span.draw.tokens + ahead
+            pieces = self.cooperation.teacher.write(
+                span.slot,
+                choice.prefix,
+                tokens,
+                choice.params,
+                min_tokens=max(0, choice.params.min_tokens - len(choice.completion)),
+                seed=choice.seed,
+                stream=ahead > 0,  # what was asked for is not to wait for what was not
+                request_id=f"{choice.request_id}-{choice.report.calls}",
+                deadline=span.draw.deadline,
+            )
+            choice.call = Call(pieces, span.slot, tokens)
+        return choice.call.take(span.draw.tokens)
+
+    def _ahead(self, choice: Choice, span: Span) -> int:
+        """Tokens that the teacher may write beyond a span: where the student could ask again behind it."""
+        earliest, end = choice.bucket.earliest(), len(choice.completion) + span.draw.tokens
+        if earliest is None or earliest > end:
+            return 0
+        return min(self.cooperation.write_ahead, span.room - span.draw.tokens)
 
     def _lose_teacher(self, choice: Choice, error: TeacherError) -> None:
         if self.cooperation.on_teacher_error == "error":
@@ -300,6 +345,7 @@ class CooperativeEngine(AsyncLLM):
         check_reserved_rows(prompt, sampling_params, self.cooperation.reserved)
         if TERMS & (sampling_params.extra_args or {}).keys():
             raise VLLMValidationError("the terms of asking are the router's", parameter="vllm_xargs")
+        options["priority"] = self._priority(options.get("priority", 0))
         exchange = EXCHANGE.get(None) or Exchange()
         reports = [exchange.open() for _ in range(sampling_params.n)]
         budget = self._budget(exchange, prompt, sampling_params, options)
@@ -314,6 +360,19 @@ class CooperativeEngine(AsyncLLM):
             for i, report in enumerate(reports)
         ]
         return self._hand_out(choices, exchange)
+
+    def _priority(self, wanted: int) -> int:
+        """vLLM's priority (a smaller one goes first) of a new request; one less is left to continuations.
+
+        So a completion that a call interrupts does not wait again behind requests that have not begun.
+        """
+        if wanted and not self.cooperation.client_priority:
+            raise VLLMValidationError(
+                "priority is not for requests to choose, unless the gateway runs with vLLM's "
+                "--scheduling-policy priority",
+                parameter="priority",
+            )
+        return 2 * max(-PRIORITIES, min(wanted, PRIORITIES)) + 1
 
     def _budget(
         self, exchange: Exchange, prompt: Any, params: SamplingParams, options: dict[str, Any]

@@ -141,7 +141,7 @@ def _vllm_arguments(
             gate_settings(reserved, config.gate, None if router is None else student / MERGED_ROUTER)
         ),
     }
-    theirs = {name.replace("_", "-"): value for name, value in config.vllm.items()}
+    theirs = _vllm_settings(config)
     if config.tenants is not None and "api-key" in theirs:
         raise ConfigError("tenants have API keys of their own: leave out vllm's api-key")
     if clash := ours.keys() & theirs:
@@ -149,7 +149,14 @@ def _vllm_arguments(
     if current_platform.is_cpu():
         # The CPU default of 128 would recompute whole short prompts after every span.
         theirs.setdefault("block-size", 32)
+    # What is in mid-answer goes before what has not begun: see `CooperativeEngine._priority`.
+    if theirs.setdefault("scheduling-policy", "priority") != "priority":
+        raise ConfigError("vllm's scheduling-policy must be priority: continuations go first")
     return HttpLayer().parse({**ours, **theirs})
+
+
+def _vllm_settings(config: ServeConfig) -> dict[str, Any]:
+    return {name.replace("_", "-"): value for name, value in config.vllm.items()}
 
 
 async def _serve(config: ServeConfig, router: RouterCheckpoint | None, student: Path) -> int:
@@ -260,6 +267,8 @@ def _cooperation(
         reserved=reserved,
         span_tokens=span_tokens,
         ask_tokens=ask_tokens,
+        write_ahead=config.write_ahead,
+        client_priority=_vllm_settings(config).get("scheduling-policy") == "priority",
         default_budget=config.default_budget,
         shared=SharedBudgets(
             config.ledger.build(), PriceController(policy.calibration, ask_tokens), config.limits

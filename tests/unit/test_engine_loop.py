@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Any
 
@@ -71,6 +71,7 @@ class ScriptedTeacher:
     hangs_at: int | None = None
     refuses: str | None = None
     calls: list[Call] = field(default_factory=list)
+    streams: list[bool] = field(default_factory=list)
     hanging: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
     admitted: list[bytes] = field(default_factory=list)
     released: int = 0
@@ -100,11 +101,13 @@ class ScriptedTeacher:
         *,
         min_tokens: int,
         seed: int | None,
+        stream: bool,
         request_id: str,
         deadline: float,
     ) -> AsyncIterator[Piece]:
         call = Call(list(prompt_ids), tokens, min_tokens, seed, request_id, deadline)
         self.calls.append(call)
+        self.streams.append(stream)
         try:
             for written in range(tokens):
                 await asyncio.sleep(0)
@@ -138,6 +141,7 @@ def pair(tokenizer):
         ends_at: int | None = None,
         span_tokens: int = 2,
         ask_tokens: int | None = None,
+        write_ahead: int = 0,
         default: float = 0.5,
         on_teacher_error: str = "degrade",
         shared: SharedBudgets | None = None,
@@ -150,6 +154,7 @@ def pair(tokenizer):
             reserved=RESERVED,
             span_tokens=span_tokens,
             ask_tokens=ask_tokens,
+            write_ahead=write_ahead,
             default_budget=Budget(fraction=default),
             shared=shared or SharedBudgets(MemoryLedger(), PriceController(CALIBRATION, span_tokens)),
             on_teacher_error=on_teacher_error,
@@ -302,11 +307,11 @@ async def test_the_teacher_may_end_it(pair):
 
 async def test_a_budget_of_0_is_one_plain_request(pair):
     engine, teacher = pair(ask_at={2})
-    result = await write(engine, 0, temperature=0.3, options={"priority": 3})
+    result = await write(engine, 0, temperature=0.3, options={"trace_headers": {}})
     assert result.text() == "abcdefgh"
     assert teacher.calls == []
     (segment,) = engine.segments
-    assert (segment.request_id, segment.options, segment.price) == ("r", {"priority": 3}, INF)
+    assert (segment.request_id, segment.options, segment.price) == ("r", {"trace_headers": {}, "priority": 1}, INF)
     assert segment.params.temperature == 0.3
     assert segment.params.extra_args is None
     assert result.report.as_dict() | {"rate": 0} == Report().as_dict()
@@ -444,6 +449,101 @@ async def test_the_teachers_context_bounds_a_span(pair, context, text):
     assert result.text() == text
     assert result.report.denied == ({"context": 1} if context == 4 else {})
     assert not result.report.degraded
+
+
+# A teacher that writes ahead
+
+
+@pytest.mark.parametrize(
+    ("write_ahead", "asked", "spans", "dropped"),
+    [
+        (0, [1, 1, 1], [[2, 3], [3, 4], [4, 5]], 0),
+        (1, [2, 2], [[2, 4], [4, 5]], 1),
+        (2, [3], [[2, 5]], 0),
+        (3, [4], [[2, 5]], 1),
+    ],
+)
+async def test_a_call_that_writes_ahead_serves_the_asks_behind_it(pair, write_ahead, asked, spans, dropped):
+    """The same completion and the same books as asking again and again, with fewer calls."""
+    before = count("wheels_teacher_dropped_tokens_total")
+    engine, teacher = pair(ask_at={2, 3, 4}, span_tokens=4, ask_tokens=1, write_ahead=write_ahead)
+    result = await write(engine, 0.9, max_tokens=8)
+    assert result.text() == "abCDEfgh"
+    assert [call.tokens for call in teacher.calls] == asked
+    assert teacher.streams == [tokens > 1 for tokens in asked], "no waiting for what was not asked for"
+    assert (result.report.spans, result.report.calls) == (spans, len(asked))
+    assert spent(engine) == (3, len(asked))
+    assert teacher.released == len(teacher.admitted) == len(asked)
+    assert count("wheels_teacher_dropped_tokens_total") - before == dropped
+
+
+async def test_nothing_is_written_ahead_where_the_budget_ends(pair):
+    engine, teacher = pair(ask_at={2, 3}, span_tokens=4, ask_tokens=1, write_ahead=2)
+    result = await write(engine, {"tokens": 1})
+    assert (result.text(), [call.tokens for call in teacher.calls]) == ("abCdefgh", [1])
+
+
+async def test_nothing_is_written_ahead_behind_the_end(pair):
+    engine, teacher = pair(ask_at={6}, span_tokens=4, ask_tokens=1, write_ahead=4)
+    assert (await write(engine, 0.9)).text() == "abcdefGh"
+    assert [call.tokens for call in teacher.calls] == [2]
+
+
+async def test_a_call_that_writes_ahead_stays_within_its_span_of_the_budget(pair):
+    """Always asking, at f = 0.25: 4 + 0.25 n tokens, however far the teacher has written."""
+    engine, _ = pair(ask_at=range(100), span_tokens=4, ask_tokens=1, write_ahead=8)
+    result = await write(engine, 0.25, max_tokens=40)
+    for end in range(1, 41):
+        written = sum(min(b, end) - min(a, end) for a, b in result.report.spans)
+        assert written <= 0.25 * end + 4
+    assert spent(engine)[0] == result.report.tokens
+
+
+@pytest.mark.parametrize(("ask_at", "text", "reason"), [({2}, "abCdefgh", "length"), ({2, 3}, "abC", "stop")])
+async def test_the_teachers_ending_counts_only_where_it_was_asked_for(pair, ask_at, text, reason):
+    engine, teacher = pair(ask_at=ask_at, span_tokens=4, ask_tokens=1, write_ahead=2)
+    teacher.ends_at = 3
+    result = await write(engine, 0.9)
+    assert (result.text(), result.last.finish_reason) == (text, reason)
+
+
+async def test_a_teacher_that_fails_while_it_writes_ahead_is_no_loss(pair):
+    engine, _ = pair(ask_at={2}, span_tokens=4, ask_tokens=1, write_ahead=2, fails_at=3)
+    result = await write(engine, 0.9)
+    assert (result.text(), result.report.degraded) == ("abCdefgh", False)
+
+
+async def test_a_teacher_that_failed_before_the_next_ask_is_one(pair):
+    engine, teacher = pair(ask_at={2, 3}, span_tokens=4, ask_tokens=1, write_ahead=2, fails_at=3)
+    result = await write(engine, 0.9)
+    assert (result.text(), result.report.denied) == ("abCdefgh", {"timeout": 1})
+    assert (spent(engine), teacher.released) == ((1, 1), 1)
+
+
+async def test_leaving_a_call_that_writes_ahead_closes_it(pair):
+    engine, teacher = pair(ask_at={2}, span_tokens=4, ask_tokens=1, write_ahead=2, hangs_at=3)
+    outputs, _ = start(engine, 0.9)
+    async for output in outputs:
+        if bytes(output.outputs[0].token_ids).endswith(b"C"):
+            break
+    assert not teacher.calls[0].closed
+    await outputs.aclose()
+    assert (teacher.calls[0].closed, teacher.released, spent(engine)) == (True, 1, (1, 1))
+
+
+async def test_a_shared_limit_counts_what_was_taken(pair):
+    shared = shared_by_all(tokens(100))
+    engine, _ = pair(ask_at={2, 3}, span_tokens=4, ask_tokens=1, write_ahead=3, shared=shared)
+    result = await write(engine, 0.9, max_tokens=10)
+    assert (result.text(), result.report.calls) == ("abCDefghij", 1)
+    assert await on_the_books(shared) == (2, 0, 8)
+
+
+def test_a_piece_that_is_taken_in_two():
+    head, rest = Piece([1, 2, 3], [{1: 1}, {2: 2}, {3: 3}], "stop", 3).split(2)
+    assert head == Piece([1, 2], [{1: 1}, {2: 2}])
+    assert rest == Piece([3], [{3: 3}], "stop", 3)
+    assert rest.split(1) == (rest, None)
 
 
 # Clients that leave
@@ -590,11 +690,37 @@ async def test_allowed_tokens_leave_the_gate_its_rows(pair):
 
 async def test_ids_and_options_of_segments(pair):
     engine, teacher = pair(ask_at={2, 6})
-    await write(engine, 0.5, max_tokens=10, options={"priority": 3})
+    await write(engine, 0.5, max_tokens=10, options={"trace_headers": {}})
     ids = [segment.request_id for segment in engine.segments] + [call.request_id for call in teacher.calls]
     assert len(set(ids)) == 5
     assert all(request_id.startswith("r-") for request_id in ids)
-    assert all(segment.options == {"priority": 3} for segment in engine.segments)
+    assert all(segment.options["trace_headers"] == {} for segment in engine.segments)
+
+
+async def test_continuations_go_first(pair):
+    """Smaller numbers do: before all new requests of the same priority, behind those of a better one."""
+    engine, _ = pair(ask_at={2, 6})
+    engine.cooperation = replace(engine.cooperation, client_priority=True)
+    seen = []
+    for priority in (-(2**63), -1, 0, 1, 2**63 - 1):
+        engine.segments.clear()
+        await write(engine, 0.5, max_tokens=10, options={"priority": priority})
+        first, *others = [segment.options["priority"] for segment in engine.segments]
+        assert others == [first - 1] * 2
+        engine.segments.clear()
+        await write(engine, 0, options={"priority": priority})
+        assert engine.segments[0].options["priority"] == first
+        seen += [first - 1, first]
+    assert seen == sorted(set(seen))
+    assert seen[0] >= -(2**63)
+    assert seen[-1] < 2**63
+
+
+async def test_a_priority_is_not_for_every_client_to_choose(pair):
+    engine, _ = pair()
+    with pytest.raises(VLLMValidationError, match="--scheduling-policy priority") as error:
+        await write(engine, 0, options={"priority": -1})
+    assert error.value.parameter == "priority"
 
 
 async def test_max_tokens_are_what_is_left(pair):
