@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": Command("server.demo:main", "start the demo pair, measure it at several budgets, keep serving"),
     "train": Command("training.cli:train", "train a student and its router from a recipe"),
     "evaluate": Command("training.cli:evaluate", "measure quality against the realised teacher rate"),
+    "bench": Command("server.bench.cli:main", "measure speed beside vLLM, speculative decoding and LiteLLM"),
 }
 
 

@@ -87,21 +87,34 @@ def serving(
         yield Serving(teacher, gateway, teacher_process, gateway_process)
 
 
-def teacher_service(model: Path, url: str, logs: Path, name: str = "teacher") -> Service:
-    """A stock vLLM server of one model, on the last core where there is no GPU."""
+def teacher_service(
+    model: Path,
+    url: str,
+    logs: Path,
+    name: str = "teacher",
+    *,
+    cores: Sequence[int] = (-1,),
+    flags: Sequence[str] = (),
+) -> Service:
+    """A stock vLLM server of one model, on the last core where there is no GPU (``cores``: indices of ours).
+
+    ``flags`` are further ones of vLLM's.
+    """
     cpu = is_cpu_build()
     arguments = ("--model", str(model), "--served-model-name", name, "--uvicorn-log-level", "warning")
     device = ("--block-size", "32") if cpu else GPU_SHARE
     return Service(
         name=name,
-        command=(*STOCK_SERVER, *arguments, *_address(url), *EXACT, *device),
+        command=(*STOCK_SERVER, *arguments, *_address(url), *EXACT, *device, *flags),
         ready_url=f"{url}/health",
         log=logs / f"{name}.log",
-        environment=QUIET | (_one_core(-1) if cpu else {}),
+        environment=QUIET | (_on_cores(cores) if cpu else {}),
     )
 
 
-def gateway_service(pair: Pair, teacher: str, url: str, logs: Path, flags: Sequence[str] = ()) -> Service:
+def gateway_service(
+    pair: Pair, teacher: str, url: str, logs: Path, flags: Sequence[str] = (), name: str = "gateway"
+) -> Service:
     """`wheels serve` for the pair, on the first core where there is no GPU."""
     cpu = is_cpu_build()
     models = ("--student", str(pair.student), "--router", str(pair.router))
@@ -109,11 +122,11 @@ def gateway_service(pair: Pair, teacher: str, url: str, logs: Path, flags: Seque
     partner = ("--teacher", teacher, "--teacher-wait", f"{START_SECONDS:.0f}")
     vllm = ("--", *EXACT, "--uvicorn-log-level", "warning", *(() if cpu else GPU_SHARE))
     return Service(
-        name="gateway",
+        name=name,
         command=(*GATEWAY, *models, *partner, *_address(url), *flags, *vllm),
         ready_url=f"{url}/ready",
-        log=logs / "gateway.log",
-        environment=QUIET | (_one_core(0) if cpu else {}),
+        log=logs / f"{name}.log",
+        environment=QUIET | (_on_cores((0,)) if cpu else {}),
     )
 
 
@@ -140,7 +153,8 @@ def _address(url: str) -> tuple[str, ...]:
     return ("--host", host, "--port", port)
 
 
-def _one_core(index: int) -> dict[str, str]:
-    """vLLM settings for a tiny model on one core of its own: more threads would only wait for each other."""
+def _on_cores(indices: Sequence[int]) -> dict[str, str]:
+    """vLLM settings for a tiny model, on one core of its own: more threads would only wait for each other."""
     cores = sorted(os.sched_getaffinity(0))
-    return {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": str(cores[index])}
+    bind = ",".join(str(cores[index]) for index in indices)
+    return {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": bind}

@@ -41,7 +41,9 @@ def imports(package: str) -> Iterator[tuple[Path, str]]:
                 yield file, (node.module or "").split(".")[0]
 
 
-@pytest.mark.parametrize(("package", "extras"), [("router", []), ("server", []), ("training", ["train"])])
+@pytest.mark.parametrize(
+    ("package", "extras"), [("router", []), ("server", ["bench"]), ("training", ["train"])]
+)
 def test_every_import_is_declared(package: str, extras: list[str]) -> None:
     """Torch and vLLM come with the build's extra, cpu or gpu."""
     lines = [

@@ -1,0 +1,98 @@
+"""`wheels bench`: sections in order, their tables as they are done, one JSON object last."""
+
+import argparse
+import importlib
+import json
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from server.bench.heavy import HeavyError
+from server.bench.plan import Plan
+from server.bench.results import Section
+from server.demo import SHIPPED_PAIR
+from server.measure import load_examples
+from server.pair import Pair
+from server.processes import ServiceError
+
+SECTIONS = ("overhead", "cooperation", "speculative", "quality", "capacity", "peers")
+
+
+def main(argv: list[str]) -> int:
+    """Exit status: 0, or 1 when a server did not start, died or refused a request."""
+    options = _parse(argv)
+    pair, examples = Pair.in_directory(options.pair), options.pair / "examples.jsonl"
+    if missing := [path for path in (*pair.missing(), examples) if not path.exists()]:
+        print(f"wheels bench: not there: {', '.join(map(str, missing))}", file=sys.stderr)
+        return 1
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the servers are ended
+    work = Path(tempfile.mkdtemp(prefix="wheels-bench-"))
+    plan = Plan(
+        pair, load_examples(examples), options.rounds or (3 if options.quick else 5), options.quick, work,
+        options.litellm,
+    )  # fmt: skip
+    sections: dict[str, Section] = {}
+    try:
+        for name in options.section or SECTIONS:
+            start = time.monotonic()
+            sections[name] = importlib.import_module(f"server.bench.{name}").run(plan)
+            _say(sections[name].markdown(name), options.json)
+            _say(f"({name}: {time.monotonic() - start:.0f} s)\n", options.json)
+            if options.out:
+                _write(sections[name], name, options.out)
+    except (ServiceError, HeavyError) as error:
+        print(f"wheels bench: {error}\nLogs: {work}", file=sys.stderr)
+        return 1
+    shutil.rmtree(work)
+    if options.json:
+        print(json.dumps({name: section.as_dict() for name, section in sections.items()}))
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "wheels bench",
+        description="Measure speed and quality beside vLLM's own server, speculative decoding and LiteLLM.",
+    )
+    parser.add_argument(
+        "pair",
+        nargs="?",
+        type=Path,
+        default=SHIPPED_PAIR,
+        help="directory with teacher/, student/, router/ and examples.jsonl (default: the shipped pair)",
+    )
+    parser.add_argument(
+        "--section", nargs="+", choices=SECTIONS, metavar="NAME", help=f"of {', '.join(SECTIONS)}"
+    )
+    parser.add_argument("--quick", action="store_true", help="less of everything, under 5 minutes")
+    parser.add_argument("--rounds", type=_positive, help="of every measurement (default: 5, quick: 3)")
+    parser.add_argument("--out", type=Path, help="directory for one JSON file, table and plot per section")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, last on stdout")
+    parser.add_argument(
+        "--litellm", type=Path, metavar="PYTHON", help="a Python with LiteLLM's proxy, for the peers"
+    )
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _say(text: str, to_stderr: bool) -> None:
+    """With --json, stdout is for the one object."""
+    print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
+
+
+def _write(section: Section, name: str, directory: Path) -> None:
+    from server.bench.plots import plot
+
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{name}.json").write_text(json.dumps(section.as_dict(), indent=1) + "\n")
+    (directory / f"{name}.md").write_text(section.markdown(name) + "\n")
+    plot(name, section, directory)

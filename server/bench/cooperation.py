@@ -1,0 +1,183 @@
+"""Two models writing together, beside what each alone needs for its share of the tokens."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from server.bench.plan import Plan, synthetic
+from server.bench.results import Row, Section, Spread, Table
+from server.bench.servers import LAST, Sample, Server, gateway, in_turn, measure, started, stock
+
+RATES = (0.05, 0.1, 0.2, 0.3)
+STREAMS = (1, 16)
+READ_PROMPT = 256
+
+
+@dataclass(frozen=True)
+class Ideal:
+    """What the tokens of one cooperative run would cost elsewhere: seconds at the same number of streams."""
+
+    student: float
+    """For the student alone, its tokens."""
+    teacher: float
+    """For the teacher alone, its tokens."""
+    reading: float
+    """For the teacher, to read every prompt and every token of the student once."""
+
+    @classmethod
+    def of(cls, run: Sample, student: Sample, teacher: Sample, read_per_second: float) -> "Ideal":
+        """From one run of each in the same round, and the positions/s that the teacher reads."""
+        asked = [answer for answer in run.run.answers if answer.calls]
+        positions = sum(a.prompt_tokens + a.tokens - a.teacher_tokens for a in asked)
+        return cls(
+            student=(run.run.tokens - run.run.teacher_tokens) / student.run.tokens_per_second,
+            teacher=run.run.teacher_tokens / teacher.run.tokens_per_second,
+            reading=positions / read_per_second,
+        )
+
+    @property
+    def one_after_the_other(self) -> float:
+        return self.student + self.teacher
+
+    @property
+    def side_by_side(self) -> float:
+        """Each on its own core, both busy all the time."""
+        return max(self.student, self.teacher)
+
+    @property
+    def with_reading(self) -> float:
+        return self.student + self.teacher + self.reading
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where the seconds of the requests went, summed over them; in order of a token's way."""
+
+    student_decode: float
+    student_first_step: float
+    """Of every segment: reads what the teacher wrote, and a part of a block again; writes one token."""
+    student_queue: float
+    teacher_first_step: float
+    """Of every call: reads what is new to the teacher, and a part of a block again; writes one token."""
+    teacher_decode: float
+    """Further tokens of a call."""
+    teacher_queue: float
+    """A call waits for the step that runs when it arrives."""
+    network: float
+    """Calls, less what the teacher's engine says it did: HTTP on both sides, and the teacher's front end."""
+    gateway: float
+    """All the rest: the gateway's Python, and its HTTP towards the client."""
+
+    @classmethod
+    def of(cls, sample: Sample) -> "Split":
+        student, teacher = sample.work, sample.teacher
+        if teacher is None:
+            raise ValueError("a sample without a teacher")
+        calls = sample.growth["wheels_teacher_call_seconds_sum"]
+        latencies = sum(answer.end - answer.start for answer in sample.run.answers)
+        inside = student.queue_seconds + student.prefill_seconds + student.decode_seconds
+        at_teacher = teacher.queue_seconds + teacher.prefill_seconds + teacher.decode_seconds
+        return cls(
+            student_decode=student.decode_seconds,
+            student_first_step=student.prefill_seconds,
+            student_queue=student.queue_seconds,
+            teacher_first_step=teacher.prefill_seconds,
+            teacher_decode=teacher.decode_seconds,
+            teacher_queue=teacher.queue_seconds,
+            network=calls - at_teacher,
+            gateway=latencies - inside - calls,
+        )
+
+    @property
+    def shares(self) -> dict[str, float]:
+        total = sum(vars(self).values())
+        return {name.replace("_", " "): seconds / total for name, seconds in vars(self).items()}
+
+
+def run(plan: Plan) -> Section:
+    heavy = plan.heavy
+    teacher = stock(heavy.teacher, plan.work, "teacher", LAST)
+    student = gateway(heavy, teacher, plan.work, "--aim", "rate")
+    with started([teacher], [student]) as (behind, ours):
+        rows, splits = asyncio.run(_all(ours, behind, plan))
+    about = (
+        "Teacher deepened to 103 M parameters on one core, student on the other, examples of the pair, "
+        f"greedy; `--aim rate`. {plan.rounds} rounds, other examples in each, prefix caches emptied before "
+        "every run."
+    )
+    return Section(
+        {
+            "ideal": Table(
+                "Cooperation beside its ideal",
+                rows,
+                f"{about} *Sum*: what each alone, at as many streams, needs for the tokens that it wrote "
+                "here; *side by side*: the longer of the two; *with reading*: the sum, and every position "
+                "that the teacher did not write read by it once.",
+            ),
+            "split": Table("Where a request's time goes", splits, "Shares of the requests' latencies."),
+        }
+    )
+
+
+async def _all(ours: Server, behind: Server, plan: Plan) -> tuple[list[Row], list[Row]]:
+    rows: list[Row] = []
+    splits: list[Row] = []
+    for streams in STREAMS:
+        count = _count(streams, plan.quick)
+
+        async def alone(server: Server, turn: int, streams: int = streams, count: int = count) -> Sample:
+            return await measure(server, plan.chats(count, turn), streams)
+
+        async def both(rate: float, turn: int, streams: int = streams, count: int = count) -> Sample:
+            return await measure(ours.at(rate), plan.chats(count, turn), streams, teacher=behind)
+
+        async def read(turn: int, streams: int = streams) -> Sample:
+            return await measure(behind, synthetic(max(4, streams), READ_PROMPT, 1, turn), streams)
+
+        await both(0.3, 0, count=streams)  # the first steps are slow
+        samples = await in_turn(
+            {"student": partial(alone, ours), "teacher": partial(alone, behind), "read": read}
+            | {f"{rate:g}": partial(both, rate) for rate in RATES},
+            plan.rounds,
+        )
+        for rate in RATES:
+            rows.append(_row(streams, rate, samples))
+            shares = [Split.of(sample).shares for sample in samples[f"{rate:g}"]]
+            split = {name: Spread.of(share[name] for share in shares) for name in shares[0]}
+            splits.append({"streams": streams, "budget": rate} | split)
+    return rows, splits
+
+
+def _count(streams: int, quick: bool) -> int:
+    """Requests of one run: enough that the ends of streams do not matter."""
+    if streams == 1:
+        return 2 if quick else 5
+    return streams if quick else round(2.5 * streams)
+
+
+def _row(streams: int, rate: float, samples: dict[str, list[Sample]]) -> Row:
+    runs: Sequence[Sample] = samples[f"{rate:g}"]
+    read = [sum(a.prompt_tokens for a in s.run.answers) / s.run.seconds for s in samples["read"]]
+    ideals = [
+        Ideal.of(*quadruple)
+        for quadruple in zip(runs, samples["student"], samples["teacher"], read, strict=True)
+    ]
+    walls = [sample.run.seconds for sample in runs]
+    pairs = list(zip(walls, ideals, strict=True))
+    return {
+        "streams": streams,
+        "budget": rate,
+        "rate": Spread.of(s.run.teacher_tokens / s.run.tokens for s in runs),
+        "tokens/s": Spread.of(s.run.tokens_per_second for s in runs),
+        "teacher alone": Spread.of(s.run.tokens_per_second for s in samples["teacher"]),
+        "student alone": Spread.of(s.run.tokens_per_second for s in samples["student"]),
+        "wall / sum": Spread.of(wall / ideal.one_after_the_other for wall, ideal in pairs),
+        "wall / side by side": Spread.of(wall / ideal.side_by_side for wall, ideal in pairs),
+        "wall / with reading": Spread.of(wall / ideal.with_reading for wall, ideal in pairs),
+        "calls/request": Spread.of(s.run.calls / len(s.run.answers) for s in runs),
+        "positions read / once": Spread.of(
+            s.teacher.read / max(1.0, ideal.reading * speed) if s.teacher else 0.0
+            for s, ideal, speed in zip(runs, ideals, read, strict=True)
+        ),
+    }

@@ -1,0 +1,76 @@
+"""What an engine did between two moments: differences of its Prometheus series."""
+
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from prometheus_client.parser import text_string_to_metric_families
+
+
+@dataclass(frozen=True)
+class Scrape:
+    """Counters by their full sample name (`…_total`, `…_sum`, `…_count`), summed over all labels."""
+
+    values: Mapping[str, float]
+
+    @classmethod
+    def parse(cls, text: str) -> "Scrape":
+        values: dict[str, float] = {}
+        for family in text_string_to_metric_families(text):
+            if family.type in ("counter", "histogram"):
+                for sample in family.samples:
+                    if not sample.name.endswith(("_bucket", "_created")):
+                        values[sample.name] = values.get(sample.name, 0.0) + sample.value
+        return cls(values)
+
+    @classmethod
+    def of(cls, url: str) -> "Scrape":
+        """From a server's base URL. Raises OSError where it does not answer."""
+        with urllib.request.urlopen(f"{url}/metrics", timeout=10) as reply:
+            return cls.parse(reply.read().decode())
+
+    def since(self, before: "Scrape") -> "Scrape":
+        """Growth from ``before`` until this; a series that was not there began at 0."""
+        return Scrape({name: value - before[name] for name, value in self.values.items()})
+
+    def __getitem__(self, name: str) -> float:
+        """0 for a series that has not been counted yet: clients make them at their first use."""
+        return self.values.get(name, 0.0)
+
+
+@dataclass(frozen=True)
+class EngineWork:
+    """What one vLLM engine did, by its own account. Seconds are summed over requests, not wall clock."""
+
+    requests: int
+    steps: int
+    """Forward passes of the model."""
+    positions: int
+    """Tokens that went through the model, read or written."""
+    read: int
+    """Prompt tokens that were computed, not found in the prefix cache."""
+    written: int
+    queue_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    total_seconds: float
+    """From arrival to the last token, as its front end sees it."""
+    drafts: int
+    accepted: int
+    """Draft tokens that were accepted; 0 without speculative decoding."""
+
+    @classmethod
+    def of(cls, growth: Scrape) -> "EngineWork":
+        return cls(
+            requests=int(growth["vllm:e2e_request_latency_seconds_count"]),
+            steps=int(growth["vllm:iteration_tokens_total_count"]),
+            positions=int(growth["vllm:iteration_tokens_total_sum"]),
+            read=int(growth["vllm:request_prefill_kv_computed_tokens_sum"]),
+            written=int(growth["vllm:generation_tokens_total"]),
+            queue_seconds=growth["vllm:request_queue_time_seconds_sum"],
+            prefill_seconds=growth["vllm:request_prefill_time_seconds_sum"],
+            decode_seconds=growth["vllm:request_decode_time_seconds_sum"],
+            total_seconds=growth["vllm:e2e_request_latency_seconds_sum"],
+            drafts=int(growth["vllm:spec_decode_num_drafts_total"]),
+            accepted=int(growth["vllm:spec_decode_num_accepted_tokens_total"]),
+        )

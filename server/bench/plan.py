@@ -1,0 +1,54 @@
+"""What a run of `wheels bench` measures with, shared by its sections."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from server.bench.heavy import deepen
+from server.bench.load import Call
+from server.measure import Example
+from server.pair import Pair
+
+
+@dataclass(frozen=True)
+class Plan:
+    pair: Pair
+    examples: Sequence[Example]
+    rounds: int
+    quick: bool
+    """Less of everything: to see that it works, not to report."""
+    work: Path
+    """For logs and the heavy teacher; thrown away afterwards."""
+    litellm: Path | None = None
+    """A Python that has LiteLLM's proxy."""
+
+    @cached_property
+    def heavy(self) -> Pair:
+        """The pair with a teacher that costs a hundred times as much and writes the same."""
+        target = self.work / "heavy"
+        deepen(self.pair.teacher, target)
+        return Pair(target, self.pair.student, self.pair.router)
+
+    @property
+    def span_tokens(self) -> int:
+        return json.loads((self.pair.router / "router.json").read_text())["span_tokens"]
+
+    def some(self, count: int, turn: int) -> list[Example]:
+        """``count`` examples, others in every round as long as there are."""
+        start = turn * count % len(self.examples)
+        return [*self.examples, *self.examples][start : start + count]
+
+    def chats(self, count: int, turn: int) -> list[Call]:
+        return [Call.chat(example.source) for example in self.some(count, turn)]
+
+
+def synthetic(count: int, prompt: int, length: int, turn: int = 0) -> list[Call]:
+    """``count`` prompts of token ids that differ from their first token on, and between rounds."""
+
+    def ids(index: int) -> list[int]:
+        seed = index + turn * count
+        return [5 + (seed * 7919 + i * (1 + seed % 13) * 31) % 400 for i in range(prompt)]
+
+    return [Call.tokens(ids(index), length) for index in range(count)]

@@ -1,0 +1,64 @@
+"""Routing quality: what `wheels evaluate` says, as a process of its own, since it belongs to training."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from server.bench.plan import Plan
+from server.bench.results import Row, Section, Table
+from server.processes import ServiceError
+
+RATES = (0.05, 0.1, 0.2)
+QUICK_EXAMPLES = 100
+
+
+def run(plan: Plan) -> Section:
+    """Raises ServiceError where the evaluation fails."""
+    command = [sys.executable, "-m", "wheels", "evaluate", str(plan.pair.student.parent), "--json"]
+    if plan.quick:
+        command += ["--examples", str(QUICK_EXAMPLES), "--spans", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ServiceError(f"wheels evaluate failed:\n{done.stderr[-2000:]}")
+    report = json.loads(done.stdout.splitlines()[-1])
+    ends = f"Student alone {report['student']:.1%}, teacher alone {report['teacher']:.1%}."
+    return Section(
+        {
+            "recovered": Table(
+                "Share of the gap recovered, at realised teacher rates",
+                [_curve(method, points, report["area"]) for method, points in report["curves"].items()],
+                f"`wheels evaluate`. {ends} Area: below the curve over the whole rate.",
+            ),
+            "budgets": Table(
+                "Under a budget, at calibrated prices",
+                [
+                    {"gate": gate} | {name: _plain(value) for name, value in point.items()}
+                    for gate, points in report["budgets"].items()
+                    for point in points
+                ],
+            ),
+        }
+    )
+
+
+def _curve(method: str, points: list[Mapping[str, float]], area: Mapping[str, float]) -> Row:
+    row: dict[str, Any] = {"method": method}
+    for rate in RATES:
+        row[f"at {rate:.0%}"] = interpolate([(p["rate"], p["pgr"]) for p in points], rate)
+    return row | {"area": area.get(method)}
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, str | int) else float(value)
+
+
+def interpolate(points: list[tuple[float, float]], x: float) -> float | None:
+    """On straight lines between points; None outside of them."""
+    points = sorted(points)
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x0 <= x <= x1:
+            return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return None
