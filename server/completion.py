@@ -10,8 +10,10 @@ from server.vllm_api import (
     EngineCoreRequest,
     IncrementalDetokenizer,
     Logprob,
+    LogprobsProcessor,
     RequestOutputKind,
     SamplingParams,
+    convert_ids_list_to_tokens,
 )
 
 
@@ -57,20 +59,20 @@ class Completion:
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self._cumulative_logprob = None if params.logprobs is None else 0.0
         self._handed_out = 0
-        self._detokenizer = IncrementalDetokenizer.from_new_request(
-            tokenizer if params.detokenize else None,
-            EngineCoreRequest(
-                request_id="",
-                prompt_token_ids=prompt_ids,
-                mm_features=None,
-                sampling_params=params,
-                pooling_params=None,
-                arrival_time=0.0,
-                lora_request=None,
-                cache_salt=None,
-                data_parallel_rank=None,
-            ),
+        request = EngineCoreRequest(
+            request_id="",
+            prompt_token_ids=prompt_ids,
+            mm_features=None,
+            sampling_params=params,
+            pooling_params=None,
+            arrival_time=0.0,
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
         )
+        tokenizer = tokenizer if params.detokenize else None
+        self._detokenizer = IncrementalDetokenizer.from_new_request(tokenizer, request)
+        self._speller = LogprobsProcessor(tokenizer, self._logprobs, None, None, None, None)
 
     @property
     def token_ids(self) -> list[int]:
@@ -99,6 +101,7 @@ class Completion:
         kept = len(self) - start
         if self._logprobs is not None:
             for token_id, logprobs in zip(piece.token_ids[:kept], piece.logprobs or (), strict=False):
+                self._spell(logprobs)
                 self._logprobs.append(logprobs)
                 self._cumulative_logprob += logprobs[token_id].logprob
         if stop_string is not None:
@@ -111,6 +114,17 @@ class Completion:
         if source == "teacher":
             self.report.tokens += kept
             self.report.spans[-1][1] = len(self)
+
+    def _spell(self, logprobs: dict[int, Logprob]) -> None:
+        """Give the next position's candidates their texts, which neither model sends: as vLLM does, by which
+        the token that ends a character has the text of those before it.
+        """
+        if self._speller.tokenizer is None:
+            return
+        ids = list(logprobs)
+        texts = convert_ids_list_to_tokens(self._speller.tokenizer, ids)
+        for logprob, text in zip(logprobs.values(), self._speller._verify_tokens(texts, ids), strict=True):
+            logprob.decoded_token = text
 
     def output(self) -> CompletionOutput:
         """What the consumer has not seen yet (DELTA), or all there is (CUMULATIVE, FINAL_ONLY)."""

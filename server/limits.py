@@ -41,7 +41,9 @@ def check_reserved_rows(prompt: Any, params: SamplingParams, reserved: ReservedR
         "logit_bias": params.logit_bias,
     }
     for parameter, ids in named.items():
-        if ids and max(ids) >= reserved.start:
-            raise VLLMValidationError(
-                f"token ids from {reserved.start} are reserved", parameter=parameter, value=max(ids)
-            )
+        if not ids or max(ids) < reserved.start:
+            continue
+        # Ids beyond the vocabulary are left to vLLM, which says what is wrong with them.
+        if (row := next((i for i in ids if reserved.start <= i < reserved.end), None)) is not None:
+            message = f"token ids from {reserved.start} to {reserved.end - 1} are reserved"
+            raise VLLMValidationError(message, parameter=parameter, value=row)

@@ -10,10 +10,12 @@ from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 from vllm.utils.async_utils import merge_async_iterators
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
@@ -58,12 +60,14 @@ __all__ = [
     "LogitsProcessor",
     "LogitsProcessorV2",
     "Logprob",
+    "LogprobsProcessor",
     "MoveDirectionality",
     "RequestOutput",
     "RequestOutputKind",
     "Sampler",
     "SamplingParams",
     "VLLMValidationError",
+    "convert_ids_list_to_tokens",
     "current_platform",
     "merge_async_iterators",
 ]

@@ -240,8 +240,11 @@ def test_a_choice_keeps_its_index(tokenizer):
 
 
 def logprobs(text: str, *values: float) -> list[dict[int, Logprob]]:
-    """Per token: the written one, and "?" as the alternative."""
-    return [{ord(c): Logprob(v), ord("?"): Logprob(-9.0)} for c, v in zip(text, values, strict=True)]
+    """Per token, with its text: the written one, and "?" as the alternative."""
+    return [
+        {ord(c): Logprob(v, decoded_token=c), ord("?"): Logprob(-9.0, decoded_token="?")}
+        for c, v in zip(text, values, strict=True)
+    ]
 
 
 def test_log_probabilities_are_the_writers(begin):
@@ -272,6 +275,17 @@ def test_the_escalation_tokens_log_probability_is_dropped(begin):
     output = teacher(completion, "c", logprobs=logprobs("c", -0.5))
     assert output.logprobs == logprobs("c", -0.5)
     assert output.cumulative_logprob == -3.5
+
+
+def test_log_probabilities_have_texts(begin):
+    """The last byte of a character, whoever wrote it, has the text of all of them."""
+    completion = begin(logprobs=1, output_kind=CUMULATIVE)
+    first, middle, last = [{byte: Logprob(-1.0), ord("?"): Logprob(-9.0)} for byte in "€".encode()]
+    student(completion, b"a", logprobs=[{ord("a"): Logprob(-1.0)}])
+    student(completion, "€".encode()[:1], logprobs=[first])
+    output = teacher(completion, "€".encode()[1:], logprobs=[middle, last])
+    texts = [[entry.decoded_token for entry in position.values()] for position in output.logprobs]
+    assert texts == [["a"], ["", "?"], ["", "?"], ["€", "?"]]
 
 
 def test_log_probabilities_end_with_the_stop_string(begin):

@@ -81,7 +81,7 @@ def test_the_teacher_has_no_adapter():
     ],
 )
 def test_a_reserved_row_is_refused_by_the_parameter_that_names_it(parameter, given):
-    with pytest.raises(VLLMValidationError, match="token ids from 100 are reserved") as refusal:
+    with pytest.raises(VLLMValidationError, match="token ids from 100 to 103 are reserved") as refusal:
         check_reserved_rows(PROMPT, params(**given), RESERVED)
     assert refusal.value.parameter == parameter
 
@@ -98,6 +98,7 @@ def test_a_prompt_with_a_reserved_row_is_refused():
         {},
         {"stop_token_ids": [99], "allowed_token_ids": [0, 99], "logit_bias": {99: 1.0}},
         {"stop_token_ids": []},
+        {"logit_bias": {104: 1.0}, "allowed_token_ids": [2**40]},  # vLLM says that there is no such id
     ],
 )
 def test_visible_ids_may_be_named(given):
