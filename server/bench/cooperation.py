@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 
 from server.bench.plan import Plan, synthetic
 from server.bench.results import Row, Section, Spread, Table
@@ -63,21 +64,27 @@ class Split:
     teacher_decode: float
     """Further tokens of a call."""
     teacher_queue: float
-    """A call waits for the step that runs when it arrives."""
+    """Scheduled later than its engine saw it."""
+    teacher_busy: float
+    """A call waits for the step that runs when it arrives, before its engine sees it; for its core, too."""
     network: float
-    """Calls, less what the teacher's engine says it did: HTTP on both sides, and the teacher's front end."""
+    """HTTP on both sides, and the teacher's front end."""
     gateway: float
     """All the rest: the gateway's Python, and its HTTP towards the client."""
 
     @classmethod
-    def of(cls, sample: Sample) -> "Split":
+    def of(cls, sample: Sample, network: float | None = None) -> "Split":
+        """``network``: seconds of a call outside the teacher's engine where nobody else asks it, which then
+        are all that counts as such; None where this sample is the only one that asks.
+        """
         student, teacher = sample.work, sample.teacher
         if teacher is None:
             raise ValueError("a sample without a teacher")
         calls = sample.growth["wheels_teacher_call_seconds_sum"]
         latencies = sum(answer.end - answer.start for answer in sample.run.answers)
         inside = student.queue_seconds + student.prefill_seconds + student.decode_seconds
-        at_teacher = teacher.queue_seconds + teacher.prefill_seconds + teacher.decode_seconds
+        outside = calls - (teacher.queue_seconds + teacher.prefill_seconds + teacher.decode_seconds)
+        network = outside if network is None else min(outside, network * sample.run.calls)
         return cls(
             student_decode=student.decode_seconds,
             student_first_step=student.prefill_seconds,
@@ -85,7 +92,8 @@ class Split:
             teacher_first_step=teacher.prefill_seconds,
             teacher_decode=teacher.decode_seconds,
             teacher_queue=teacher.queue_seconds,
-            network=calls - at_teacher,
+            teacher_busy=outside - network,
+            network=network,
             gateway=latencies - inside - calls,
         )
 
@@ -115,7 +123,12 @@ def run(plan: Plan) -> Section:
                 "here; *side by side*: the longer of the two; *with reading*: the sum, and every position "
                 "that the teacher did not write read by it once.",
             ),
-            "split": Table("Where a request's time goes", splits, "Shares of the requests' latencies."),
+            "split": Table(
+                "Where a request's time goes",
+                splits,
+                "Shares of the requests' latencies. Network: HTTP and the teacher's front end, by what a call "
+                "takes outside the teacher's engine at one stream; what it takes beyond is *teacher busy*.",
+            ),
         }
     )
 
@@ -123,6 +136,8 @@ def run(plan: Plan) -> Section:
 async def _all(ours: Server, behind: Server, plan: Plan) -> tuple[list[Row], list[Row]]:
     rows: list[Row] = []
     splits: list[Row] = []
+    network: float | None = None
+    rates = RATES[1::2] if plan.quick else RATES
     for streams in STREAMS:
         count = _count(streams, plan.quick)
 
@@ -138,12 +153,18 @@ async def _all(ours: Server, behind: Server, plan: Plan) -> tuple[list[Row], lis
         await both(0.3, 0, count=streams)  # the first steps are slow
         samples = await in_turn(
             {"student": partial(alone, ours), "teacher": partial(alone, behind), "read": read}
-            | {f"{rate:g}": partial(both, rate) for rate in RATES},
+            | {f"{rate:g}": partial(both, rate) for rate in rates},
             plan.rounds,
         )
-        for rate in RATES:
+        for rate in rates:
             rows.append(_row(streams, rate, samples))
-            shares = [Split.of(sample).shares for sample in samples[f"{rate:g}"]]
+            found = [Split.of(sample, network) for sample in samples[f"{rate:g}"]]
+            if streams == 1 and rate == RATES[-1]:  # most calls
+                network = median(
+                    split.network / max(1, sample.run.calls)
+                    for split, sample in zip(found, samples[f"{rate:g}"], strict=True)
+                )
+            shares = [split.shares for split in found]
             split = {name: Spread.of(share[name] for share in shares) for name in shares[0]}
             splits.append({"streams": streams, "budget": rate} | split)
     return rows, splits

@@ -34,12 +34,12 @@ Side = Callable[[int, int], Awaitable[Sample]]
 def run(plan: Plan) -> Section:
     teacher = stock(plan.heavy.teacher, plan.work, "teacher", LAST)
     wide = stock(plan.heavy.teacher, plan.work, "teacher-2", BOTH)
-    drafts = (4,) if plan.quick else DRAFTS
+    widths = ((4, BOTH),) if plan.quick else (*((tokens, BOTH) for tokens in DRAFTS), (4, FIRST))
     drafting = {
         f"speculative, {tokens} drafts, {len(cores)} core{'s' * (len(cores) > 1)}": _speculative(
             plan, tokens, cores
         )
-        for tokens, cores in [*((tokens, BOTH) for tokens in drafts), (4, FIRST)]
+        for tokens, cores in widths
     }
     services = [teacher, wide, *drafting.values()]
     with started(services, [gateway(plan.heavy, teacher, plan.work)]) as (behind, both, *others, ours):
@@ -76,7 +76,7 @@ async def _all(alone: dict[str, Server], ours: Server, behind: Server, plan: Pla
         sides: dict[str, Callable[[int], Awaitable[Sample]]] = {}
         for name, server in alone.items():
             sides[name] = partial(_measure, server, plan, count, streams, None)
-        for budget in BUDGETS:
+        for budget in BUDGETS[1:2] if plan.quick else BUDGETS:
             sides[f"cooperation, {budget:g}"] = partial(
                 _measure, ours.at(budget), plan, count, streams, behind
             )

@@ -121,6 +121,10 @@ def test_the_split_adds_up_to_the_latencies() -> None:
     split = Split.of(Sample(whole.run, whole.usage, whole.growth, teacher))
     assert sum(vars(split).values()) == pytest.approx(4.0)
     assert (split.network, split.gateway) == (pytest.approx(0.3), pytest.approx(0.75))
+    busy = Split.of(
+        Sample(Run((answer(4.0, teacher_tokens=2),), 4.0), whole.usage, whole.growth, teacher), 0.1
+    )
+    assert (busy.network, busy.teacher_busy) == (pytest.approx(0.2), pytest.approx(0.1))
     assert sum(split.shares.values()) == pytest.approx(1.0)
 
 
