@@ -127,7 +127,7 @@ def run(plan: Plan) -> Section:
                 "Where a request's time goes",
                 splits,
                 "Shares of the requests' latencies. Network: HTTP and the teacher's front end, by what a call "
-                "takes outside the teacher's engine at one stream; what it takes beyond is *teacher busy*.",
+                "takes outside its engine at one stream; what it takes beyond is *teacher busy*.",
             ),
         }
     )

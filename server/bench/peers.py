@@ -32,7 +32,7 @@ def run(plan: Plan) -> Section:
             proxy = _litellm(plan.litellm, direct, plan.work)
             with running([proxy], timeout=START_SECONDS) as (child,):
                 url = proxy.ready_url.removesuffix("/health/liveliness")
-                sides["LiteLLM proxy"] = replace(direct, url=url, child=child)
+                sides["LiteLLM proxy"] = replace(direct, url=url, child=child, engine=direct.url)
                 rows = asyncio.run(_all(sides, plan))
     return Section(
         {

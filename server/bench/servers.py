@@ -34,6 +34,12 @@ class Server:
     child: Child
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Sent with every request."""
+    engine: str = ""
+    """Base URL of the engine behind a proxy; empty where the server is one."""
+
+    @property
+    def engine_url(self) -> str:
+        return self.engine or self.url
 
     def at(self, budget: float) -> "Server":
         """The same gateway, asked with another `teacher_budget`."""
@@ -87,7 +93,7 @@ def started(services: Sequence[Service], gateways: Sequence[Service] = ()) -> It
 
 def forget(server: Server) -> None:
     """Empty a server's prefix cache, so that no load is quicker because another came before it."""
-    request = urllib.request.Request(f"{server.url}/reset_prefix_cache", method="POST")
+    request = urllib.request.Request(f"{server.engine_url}/reset_prefix_cache", method="POST")
     with urllib.request.urlopen(request, timeout=10):
         pass
 
@@ -109,12 +115,12 @@ async def measure(
     for engine in engines:
         engine.child.check()
         forget(engine)
-    before = [Scrape.of(engine.url) for engine in engines]
+    before = [Scrape.of(engine.engine_url) for engine in engines]
     start = usage(server.child.process.pid)
     calls = [replace(call, body={**call.body, **server.fields}) for call in calls]
     run = await drive(server.url, server.model, calls, streams, stream=stream)
     used = usage(server.child.process.pid).since(start)
-    growth = [Scrape.of(engine.url).since(old) for engine, old in zip(engines, before, strict=True)]
+    growth = [Scrape.of(engine.engine_url).since(old) for engine, old in zip(engines, before, strict=True)]
     return Sample(run, used, growth[0], EngineWork.of(growth[1]) if teacher else None)
 
 
