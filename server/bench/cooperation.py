@@ -12,6 +12,8 @@ from server.bench.servers import LAST, Sample, Server, gateway, in_turn, measure
 
 RATES = (0.05, 0.1, 0.2, 0.3)
 STREAMS = (1, 16)
+AHEAD = (0, 2)
+"""Tokens that a teacher call writes beyond what was asked for (`write_ahead`)."""
 READ_PROMPT = 256
 
 
@@ -106,9 +108,14 @@ class Split:
 def run(plan: Plan) -> Section:
     heavy = plan.heavy
     teacher = stock(heavy.teacher, plan.work, "teacher", LAST)
-    student = gateway(heavy, teacher, plan.work, "--aim", "rate")
-    with started([teacher], [student]) as (behind, ours):
-        rows, splits = asyncio.run(_all(ours, behind, plan))
+    gateways = [
+        gateway(
+            heavy, teacher, plan.work, "--aim", "rate", "--write-ahead", str(ahead), name=f"ahead-{ahead}"
+        )
+        for ahead in AHEAD
+    ]
+    with started([teacher], gateways) as (behind, *ours):
+        rows, splits = asyncio.run(_all(dict(zip(AHEAD, ours, strict=True)), behind, plan))
     about = (
         "Teacher deepened to 103 M parameters on one core, student on the other, examples of the pair, "
         f"greedy; `--aim rate`. {plan.rounds} rounds, other examples in each, prefix caches emptied before "
@@ -126,47 +133,53 @@ def run(plan: Plan) -> Section:
             "split": Table(
                 "Where a request's time goes",
                 splits,
-                "Shares of the requests' latencies. Network: HTTP and the teacher's front end, by what a call "
+                "Shares of latencies. Network: HTTP and the teacher's front end, by what a call "
                 "takes outside its engine at one stream; what it takes beyond is *teacher busy*.",
             ),
         }
     )
 
 
-async def _all(ours: Server, behind: Server, plan: Plan) -> tuple[list[Row], list[Row]]:
+async def _all(ours: dict[int, Server], behind: Server, plan: Plan) -> tuple[list[Row], list[Row]]:
     rows: list[Row] = []
     splits: list[Row] = []
     network: float | None = None
-    rates = RATES[1::2] if plan.quick else RATES
+    variants = [(0, rate) for rate in (RATES[1::2] if plan.quick else RATES)]
+    variants += [(ahead, rate) for ahead in AHEAD[1:] for rate in RATES[1::2]]
     for streams in STREAMS:
         count = _count(streams, plan.quick)
 
         async def alone(server: Server, turn: int, streams: int = streams, count: int = count) -> Sample:
             return await measure(server, plan.chats(count, turn), streams)
 
-        async def both(rate: float, turn: int, streams: int = streams, count: int = count) -> Sample:
-            return await measure(ours.at(rate), plan.chats(count, turn), streams, teacher=behind)
+        async def both(
+            variant: tuple[int, float], turn: int, streams: int = streams, count: int = count
+        ) -> Sample:
+            ahead, rate = variant
+            return await measure(ours[ahead].at(rate), plan.chats(count, turn), streams, teacher=behind)
 
         async def read(turn: int, streams: int = streams) -> Sample:
             return await measure(behind, synthetic(max(4, streams), READ_PROMPT, 1, turn), streams)
 
-        await both(0.3, 0, count=streams)  # the first steps are slow
+        for ahead in AHEAD:
+            await both((ahead, RATES[-1]), 0, count=streams)  # the first steps are slow
         samples = await in_turn(
-            {"student": partial(alone, ours), "teacher": partial(alone, behind), "read": read}
-            | {f"{rate:g}": partial(both, rate) for rate in rates},
+            {"student": partial(alone, ours[0]), "teacher": partial(alone, behind), "read": read}
+            | {_name(*variant): partial(both, variant) for variant in variants},
             plan.rounds,
         )
-        for rate in rates:
-            rows.append(_row(streams, rate, samples))
-            found = [Split.of(sample, network) for sample in samples[f"{rate:g}"]]
-            if streams == 1 and rate == RATES[-1]:  # most calls
+        for ahead, rate in variants:
+            runs = samples[_name(ahead, rate)]
+            rows.append(_row(streams, ahead, rate, runs, samples))
+            found = [Split.of(sample, network) for sample in runs]
+            if streams == 1 and (ahead, rate) == (0, RATES[-1]):  # most calls
                 network = median(
                     split.network / max(1, sample.run.calls)
-                    for split, sample in zip(found, samples[f"{rate:g}"], strict=True)
+                    for split, sample in zip(found, runs, strict=True)
                 )
             shares = [split.shares for split in found]
             split = {name: Spread.of(share[name] for share in shares) for name in shares[0]}
-            splits.append({"streams": streams, "budget": rate} | split)
+            splits.append({"streams": streams, "budget": rate, "ahead": ahead} | split)
     return rows, splits
 
 
@@ -177,8 +190,13 @@ def _count(streams: int, quick: bool) -> int:
     return streams if quick else round(2.5 * streams)
 
 
-def _row(streams: int, rate: float, samples: dict[str, list[Sample]]) -> Row:
-    runs: Sequence[Sample] = samples[f"{rate:g}"]
+def _name(ahead: int, rate: float) -> str:
+    return f"{rate:g}, ahead {ahead}"
+
+
+def _row(
+    streams: int, ahead: int, rate: float, runs: Sequence[Sample], samples: dict[str, list[Sample]]
+) -> Row:
     read = [sum(a.prompt_tokens for a in s.run.answers) / s.run.seconds for s in samples["read"]]
     ideals = [
         Ideal.of(*quadruple)
@@ -189,6 +207,7 @@ def _row(streams: int, rate: float, samples: dict[str, list[Sample]]) -> Row:
     return {
         "streams": streams,
         "budget": rate,
+        "ahead": ahead,
         "rate": Spread.of(s.run.teacher_tokens / s.run.tokens for s in runs),
         "tokens/s": Spread.of(s.run.tokens_per_second for s in runs),
         "teacher alone": Spread.of(s.run.tokens_per_second for s in samples["teacher"]),
