@@ -104,16 +104,24 @@ class PriceController:
     controllers: dict[str, RateController] = field(default_factory=dict)
     """By scope id."""
 
+    @property
+    def _range(self) -> tuple[float, float]:
+        return self.calibration.points[0][0], self.calibration.points[-1][0]
+
+    def calibrate(self, calibration: Calibration, span_tokens: int) -> None:
+        """Go on with another router's: what was learned of the limits are rates, and stays."""
+        self.calibration, self.span_tokens = calibration, span_tokens
+        for controller in self.controllers.values():
+            controller.lowest, controller.highest = self._range
+            controller.span_tokens = span_tokens
+
     def update(self, now: float, statuses: Iterable[Status]) -> None:
         """Learn the scopes' states. Every gateway learns from the same ledger, so all aim alike."""
         for status in statuses:
             controller = self.controllers.get(status.scope.id)
             if controller is None or controller.limit != status.scope.limit:
                 controller = self.controllers[status.scope.id] = RateController(
-                    limit=status.scope.limit,
-                    lowest=self.calibration.points[0][0],
-                    highest=self.calibration.points[-1][0],
-                    span_tokens=self.span_tokens,
+                    status.scope.limit, *self._range, self.span_tokens
                 )
             controller.update(now, status)
 

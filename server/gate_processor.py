@@ -9,6 +9,7 @@ request, whatever its terms.
 import math
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -82,6 +83,35 @@ def build_gate(vllm_config: Any, device: torch.device) -> Gate:
     return gate.to(device)
 
 
+class RouterLoader:
+    """What vLLM's worker can do besides (its ``worker_extension_cls``)."""
+
+    def load_router(self, directory: str) -> None:
+        """Take taps and gate from a router checkpoint for this student, between two steps."""
+        router = RouterCheckpoint.load(Path(directory))
+        settings = self.vllm_config.additional_config[SETTINGS]
+        gate = router.build_gate(settings["gate"])
+        write_taps(self.get_model().lm_head, router)
+        for processor in PROCESSORS:
+            processor.gate = gate.to(processor.device)
+
+
+PROCESSORS: "WeakSet[GateProcessor | GateProcessorV2]" = WeakSet()
+"""This process's: one, or none where it only serves HTTP."""
+
+
+def write_taps(output: Any, router: RouterCheckpoint) -> None:
+    """``output``: vLLM's output matrix, of which this process may have only some rows (tensor parallel)."""
+    rows, taps = output.shard_indices, router.reserved.taps
+    first, end = rows.org_vocab_start_index, rows.org_vocab_end_index
+    mine = range(max(taps.start, first), min(taps.stop, end))
+    if mine:
+        values = router.taps[mine.start - taps.start : mine.stop - taps.start]
+        output.weight.data[mine.start - first : mine.stop - first] = values.to(output.weight)
+    if hasattr(output, "cpu_linear"):  # which may hold a copy, packed for the CPU's kernels
+        output.quant_method.process_weights_after_loading(output)
+
+
 def _hide_reserved_rows_from_logprobs(reserved: ReservedRows) -> None:
     """vLLM computes reported log-probabilities before any processor runs, and has no hook there."""
     original = Sampler.compute_logprobs
@@ -105,7 +135,9 @@ class GateProcessor(LogitsProcessor):
     """V1 interface: batch rows are requests, in the order of the persistent batch."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self.device = device
         self.gate = build_gate(vllm_config, device)
+        PROCESSORS.add(self)
         rows = vllm_config.scheduler_config.max_num_seqs
         self.prices = torch.full((rows,), math.inf)
         self.device_prices = self.prices.to(device)
@@ -175,7 +207,9 @@ class GateProcessorV2(LogitsProcessorV2):
 
     def __init__(self, vllm_config: Any, req_states: Any) -> None:
         self.req_states = req_states
-        self.gate = build_gate(vllm_config, req_states.device)
+        self.device = req_states.device
+        self.gate = build_gate(vllm_config, self.device)
+        PROCESSORS.add(self)
         # two steps (from, price) of every slot
         self.terms = torch.zeros(2, 2, req_states.max_num_reqs)
         self.device_terms = self.terms.to(req_states.device)

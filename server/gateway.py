@@ -9,6 +9,7 @@ import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from server.gate_processor import gate_settings
 from server.lifecycle import CUT_OFF_SECONDS, EngineDied, Lifecycle
 from server.metrics import PRICE
 from server.pool import TeacherPool
+from server.reload import RouterReload
 from server.request_id import RequestIds, log_with_ids
 from server.routes import routes
 from server.shared import SharedBudgets
@@ -137,6 +139,7 @@ def _vllm_arguments(
         "port": config.port,
         "middleware": f"{TeacherFields.__module__}.{TeacherFields.__name__}",
         "logits-processors": "server.gate_processor:GateProcessor",
+        "worker-extension-cls": "server.gate_processor.RouterLoader",
         "additional-config": json.dumps(
             gate_settings(reserved, config.gate, None if router is None else student / MERGED_ROUTER)
         ),
@@ -182,6 +185,7 @@ async def _serve(config: ServeConfig, router: RouterCheckpoint | None, student: 
             shared = engine.cooperation.shared
             works = [shared.steer(), teacher.watch(config.teacher_probe)]
             works += [] if tenants is None else [tenants.watch()]
+            works += [] if config.router is None else [_router_reload(config, router, engine).watch()]
             async with aclosing(shared), _background(works):  # at the end, every span is settled
                 print(f"wheels serve: {address}, teacher {teacher}", flush=True)
                 serving = http.serve_http(
@@ -258,8 +262,7 @@ def _cooperation(
     engine: CooperativeEngine,
 ) -> Cooperation:
     policy = _policy(config, router, engine.model_config.max_model_len)
-    if config.default_budget.fraction is not None:
-        PRICE.set(policy.calibration.price(config.default_budget.fraction))
+    _publish_price(config, policy)
     span_tokens, ask_tokens = _spans(config, router)
     return Cooperation(
         teacher=teacher,
@@ -275,6 +278,28 @@ def _cooperation(
         ),
         on_teacher_error=config.on_teacher_error,
     )
+
+
+def _router_reload(config: ServeConfig, router: RouterCheckpoint, engine: CooperativeEngine) -> RouterReload:
+    async def use(new: RouterCheckpoint) -> None:
+        try:
+            policy = _policy(config, new, engine.model_config.max_model_len)
+            span_tokens, ask_tokens = _spans(config, new)
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
+        await engine.collective_rpc("load_router", args=(str(config.router.resolve()),))
+        engine.cooperation.shared.prices.calibrate(policy.calibration, ask_tokens)
+        engine.cooperation = replace(
+            engine.cooperation, policy=policy, span_tokens=span_tokens, ask_tokens=ask_tokens
+        )
+        _publish_price(config, policy)
+
+    return RouterReload(config.router, config.student, router, use)
+
+
+def _publish_price(config: ServeConfig, policy: Policy) -> None:
+    if config.default_budget.fraction is not None:
+        PRICE.set(policy.calibration.price(config.default_budget.fraction))
 
 
 async def _app(

@@ -1,0 +1,72 @@
+"""Another router in place of the one that runs, without a restart."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from router.checkpoint import CONFIG_FILE, CheckpointError, RouterCheckpoint
+
+logger = logging.getLogger(__name__)
+
+
+class RouterReload:
+    """Watches a router checkpoint's directory, and puts what it holds to use whenever it changes.
+
+    `router.json` is looked at, which `RouterCheckpoint.save` writes last; a directory is also replaced by
+    another in its place, or by turning a symbolic link.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        student: Path,
+        running: RouterCheckpoint,
+        use: Callable[[RouterCheckpoint], Awaitable[None]],
+    ) -> None:
+        """``use`` puts a checkpoint for this student into the engine and the policy."""
+        self._file = directory / CONFIG_FILE
+        self._student, self._running, self._use = student, running, use
+        self._seen = self._stat()
+
+    async def watch(self, seconds: float = 2.0) -> None:
+        """Look every so often, for ever; an unusable router is logged and changes nothing."""
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await self.reload()
+            except CheckpointError as error:
+                logger.error("the router stays as it was: %s", error)
+
+    async def reload(self) -> bool:
+        """Whether there was another router, which is in use now.
+
+        Raises:
+            CheckpointError: it cannot take the place of the one that runs, which goes on.
+        """
+        seen = await asyncio.to_thread(self._stat)
+        if seen is None or seen == self._seen:
+            return False
+        self._seen = seen
+        router = await asyncio.to_thread(self._load)
+        if router.digest() == self._running.digest():
+            return False
+        await self._use(router)
+        logger.info("router reloaded: %s", router.digest()[:12])
+        self._running = router
+        return True
+
+    def _load(self) -> RouterCheckpoint:
+        router = RouterCheckpoint.load(self._file.parent)
+        router.check_student(self._student)
+        if (router.reserved, router.taps.shape) != (self._running.reserved, self._running.taps.shape):
+            raise CheckpointError("its reserved rows are others than those of the router that runs")
+        return router
+
+    def _stat(self) -> tuple[int, ...] | None:
+        """Changes with the file; None while there is none."""
+        try:
+            stat = self._file.stat()
+        except OSError:
+            return None
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino

@@ -1,0 +1,56 @@
+"""A router is replaced while the gateway serves."""
+
+import asyncio
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from client import chat, openai_client
+
+from router.checkpoint import RouterCheckpoint
+from server.pair import Pair, Serving, free_port, gateway_service
+from server.processes import running
+
+BUDGET = 0.2
+
+
+async def test_another_router_takes_over_without_a_lost_request(
+    stack: Serving, pair: Pair, sources: list[str], tmp_path: Path
+) -> None:
+    """One that looks at nothing (taps of zero) and never asks, then the shipped one again."""
+    router = tmp_path / "router"
+    router.symlink_to(pair.router)
+    shipped = RouterCheckpoint.load(router)
+    silent = replace(
+        shipped,
+        taps=shipped.taps * 0,
+        gate={**shipped.gate, "mlp.4.bias": shipped.gate["mlp.4.bias"] - 1e6},
+    )
+    url = f"http://127.0.0.1:{free_port()}"
+    service = gateway_service(replace(pair, router=router), stack.teacher, url, tmp_path)
+    with running([service], timeout=300):
+        async with openai_client(url) as client:
+
+            async def calls() -> list[int]:
+                replies = await asyncio.gather(*(chat(client, source, BUDGET) for source in sources[:16]))
+                return [reply.teacher["calls"] for reply in replies]
+
+            def put(checkpoint: RouterCheckpoint, name: str) -> None:
+                """Beside the old one, and then into its place by a symbolic link."""
+                checkpoint.save(tmp_path / name)
+                (tmp_path / "link").symlink_to(tmp_path / name)
+                os.replace(tmp_path / "link", router)
+
+            async def until(asks: bool) -> list[int]:
+                for _ in range(40):
+                    if any(now := await calls()) == asks:
+                        return now
+                    await asyncio.sleep(0.25)
+                raise AssertionError(f"after 10 s it still asks: {now}")
+
+            before = await calls()
+            assert sum(before) > 16
+            put(silent, "silent")
+            assert await until(asks=False) == [0] * 16
+            put(shipped, "shipped again")
+            assert await until(asks=True) == before
