@@ -62,6 +62,11 @@ def test_the_teachers_words_are_marked_and_say_why(page: Page) -> None:
     share = page.locator("#facts").inner_text()
     tokens = int(share.split(" of ")[0])
     assert tokens > 0
+    assert (
+        0
+        < page.locator("#meter-rate").bounding_box()["width"]
+        < page.locator(".meter").bounding_box()["width"]
+    )
     assert len(page.locator("#text").inner_text()) > len("".join(marked.all_inner_texts()))
 
 
@@ -81,6 +86,23 @@ def test_side_by_side_at_several_budgets(page: Page) -> None:
     rates = [float(rows.nth(i).locator("td.n").first.inner_text().removesuffix(" %")) for i in range(5)]
     assert rates[0] == 0
     assert rates[4] == 100
+
+
+def test_it_opens_with_an_answer(page: Page) -> None:
+    expect(page.locator("#facts")).to_contain_text("of the answer, budget 10 %", timeout=30_000)
+    assert page.get_by_role("textbox", name="Prompt").input_value()
+    assert page.locator("#text").inner_text()
+
+
+def test_on_a_telephone_everything_is_in_sight(page: Page) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.get_by_role("button", name="Compare budgets").click()
+    expect(page.locator("#rows tr").nth(4).locator("td.n")).to_have_count(3, timeout=60_000)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    for cell in page.locator("#rows td").all():
+        box = cell.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 390
 
 
 def test_what_goes_wrong_is_said(page: Page) -> None:
