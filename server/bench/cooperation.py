@@ -186,8 +186,8 @@ async def _all(ours: dict[int, Server], behind: Server, plan: Plan) -> tuple[lis
 def _count(streams: int, quick: bool) -> int:
     """Requests of one run: enough that the ends of streams do not matter."""
     if streams == 1:
-        return 2 if quick else 5
-    return streams if quick else round(2.5 * streams)
+        return 2 if quick else 4
+    return streams if quick else 2 * streams
 
 
 def _name(ahead: int, rate: float) -> str:

@@ -45,8 +45,6 @@ class EngineWork:
     requests: int
     steps: int
     """Forward passes of the model."""
-    positions: int
-    """Tokens that went through the model, read or written."""
     read: int
     """Prompt tokens that were computed, not found in the prefix cache."""
     written: int
@@ -56,15 +54,25 @@ class EngineWork:
     total_seconds: float
     """From arrival to the last token, as its front end sees it."""
     drafts: int
+    """Steps that verified what a draft model had written; 0 without speculative decoding."""
+    drafted: int
     accepted: int
-    """Draft tokens that were accepted; 0 without speculative decoding."""
+    """Tokens."""
+
+    @property
+    def positions(self) -> int:
+        """Tokens that went through the model.
+
+        The step that reads a prompt's last token writes the first one, hence one less for each request; a
+        draft that is refused went through it, too.
+        """
+        return self.read + self.written - self.requests + self.drafted - self.accepted
 
     @classmethod
     def of(cls, growth: Scrape) -> "EngineWork":
         return cls(
             requests=int(growth["vllm:e2e_request_latency_seconds_count"]),
             steps=int(growth["vllm:iteration_tokens_total_count"]),
-            positions=int(growth["vllm:iteration_tokens_total_sum"]),
             read=int(growth["vllm:request_prefill_kv_computed_tokens_sum"]),
             written=int(growth["vllm:generation_tokens_total"]),
             queue_seconds=growth["vllm:request_queue_time_seconds_sum"],
@@ -72,5 +80,6 @@ class EngineWork:
             decode_seconds=growth["vllm:request_decode_time_seconds_sum"],
             total_seconds=growth["vllm:e2e_request_latency_seconds_sum"],
             drafts=int(growth["vllm:spec_decode_num_drafts_total"]),
+            drafted=int(growth["vllm:spec_decode_num_draft_tokens_total"]),
             accepted=int(growth["vllm:spec_decode_num_accepted_tokens_total"]),
         )

@@ -72,7 +72,7 @@ def _speculative(plan: Plan, tokens: int, cores: Sequence[int]) -> Service:
 async def _all(alone: dict[str, Server], ours: Server, behind: Server, plan: Plan) -> list[Row]:
     samples: dict[str, dict[int, list[Sample]]] = {}
     for streams in STREAMS:
-        count = (2 if plan.quick else 5) if streams == 1 else (16 if plan.quick else 40)
+        count = (2 if plan.quick else 4) if streams == 1 else (16 if plan.quick else 32)
         sides: dict[str, Callable[[int], Awaitable[Sample]]] = {}
         for name, server in alone.items():
             sides[name] = partial(_measure, server, plan, count, streams, None)

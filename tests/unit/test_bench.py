@@ -68,9 +68,16 @@ def test_growth_counts_a_new_series_from_nothing() -> None:
     assert (growth["a"], growth["b"], growth["never"]) == (2.0, 2.0, 0.0)
 
 
-def test_work_of_an_engine_without_speculation() -> None:
-    work = EngineWork.of(Scrape.parse(SERIES))
-    assert (work.steps, work.positions, work.written, work.drafts) == (7, 99, 42, 0)
+def test_positions_are_what_went_through_the_model() -> None:
+    """Two prompts of 10 that were read, 7 tokens to each; 3 drafts of 4 tokens, of which 5 were accepted."""
+    series = {
+        "vllm:e2e_request_latency_seconds_count": 2,
+        "vllm:request_prefill_kv_computed_tokens_sum": 20,
+        "vllm:generation_tokens_total": 14,
+    }
+    assert EngineWork.of(Scrape(series)).positions == 20 + 12
+    series |= {"vllm:spec_decode_num_draft_tokens_total": 12, "vllm:spec_decode_num_accepted_tokens_total": 5}
+    assert EngineWork.of(Scrape(series)).positions == 20 + 12 + 7
 
 
 def test_usage_is_of_one_process_group(tmp_path: Path) -> None:
