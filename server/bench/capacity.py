@@ -14,12 +14,13 @@ from server.bench.plan import Plan, synthetic
 from server.bench.results import Row, Section, Spread, Table
 from server.bench.servers import LAST, Sample, Server, gateway, in_turn, measure, started, stock
 
-STREAMS = (1, 2, 4, 8, 16, 32, 64)
+STREAMS = {0.0: (1, 2, 4, 8, 16, 32, 64), 0.1: (1, 4, 16, 64)}
+"""By budget."""
 FIT_STREAMS = (1, 4, 16)
 SPANS = (1, 4, 16)
 MIDDLE = {"prompt": 64, "completion": 64, "rate": 0.1, "span": 1}
-GRID = {"prompt": (256, 384), "completion": (16, 256), "rate": (0.0, 0.05, 0.2, 0.4), "span": (4, 16)}
-GRID_STREAMS = 16
+GRID = {"prompt": (256,), "completion": (16, 128), "rate": (0.0, 0.05, 0.3), "span": (4, 16)}
+GRID_STREAMS = 8
 BATCH = 16
 DEMAND = 1000  # requests/s
 
@@ -77,9 +78,9 @@ async def _all(fleet: Fleet, plan: Plan) -> Section:
 
 async def _saturation(fleet: Fleet, plan: Plan) -> list[Row]:
     rows: list[Row] = []
-    for budget in (0.0, 0.1):
-        for streams in STREAMS[::3] if plan.quick else STREAMS:
-            count = min(streams * 2, 64) + (2 if budget else 8)
+    for budget, numbers in STREAMS.items():
+        for streams in numbers[::3] if plan.quick else numbers:
+            count = max(streams, 4 if budget else 32)
             server = fleet.gateway.at(budget)
             load = partial(_load, server, fleet.teacher if budget else None, plan, count, streams)
             samples = (await in_turn({"": load}, plan.rounds, pause=0.1))[""]
