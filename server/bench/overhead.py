@@ -38,7 +38,11 @@ def run(plan: Plan) -> Section:
     with started([teacher, reference], [gateway(plan.pair, teacher, plan.work)]) as (_, theirs, ours):
         rows = asyncio.run(_ours(ours, theirs, plan))
         sides = _sides(ours, theirs)[: 1 if plan.quick else 2]
-        confirmed = [_vllm_bench(server, name, plan) for name, server in sides]
+        prompts = 64 if plan.quick else 256
+        confirmed = [
+            {"server": name} | vllm_bench(server, plan.pair.student, prompts, plan.work)
+            for name, server in sides
+        ]
     return Section(
         {
             "client": Table(
@@ -93,20 +97,23 @@ def _row(
     }
 
 
-def _vllm_bench(server: Server, name: str, plan: Plan) -> dict[str, object]:
-    """One run of vLLM's client. Raises ServiceError where it fails: it must work unchanged."""
-    file = Path(f"bench-{name}.json")
+def vllm_bench(server: Server, tokenizer: Path, prompts: int, work: Path) -> dict[str, float]:
+    """One run of vLLM's own client, 32 streams at most: what it reports, by `REPORTED`, and `failed`.
+
+    Raises:
+        ServiceError: it failed; it must work unchanged.
+    """
+    file = work / f"{server.model}.json"
     command = [sys.executable, "-c", VLLM_BENCH, "--base-url", server.url, "--model", server.model]
-    command += ["--tokenizer", str(plan.pair.student), "--dataset-name", "random", "--ignore-eos"]
+    command += ["--tokenizer", str(tokenizer), "--dataset-name", "random", "--ignore-eos"]
     command += ["--input-len", str(PROMPT), "--output-len", str(LENGTH), "--max-concurrency", "32"]
-    command += ["--num-prompts", "64" if plan.quick else "256", "--num-warmups", "32", "--disable-tqdm"]
-    command += ["--temperature", "0", "--save-result", "--result-dir", str(plan.work)]
+    command += ["--num-prompts", str(prompts), "--num-warmups", str(min(32, prompts)), "--disable-tqdm"]
+    command += ["--temperature", "0", "--save-result", "--result-dir", str(work)]
     command += ["--result-filename", file.name]
     if server.fields:
         command += ["--extra-body", json.dumps(dict(server.fields))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode != 0:
-        raise ServiceError(f"vllm bench serve failed against the {name}:\n{done.stderr[-2000:]}")
-    report = json.loads((plan.work / file).read_text())
-    row = {"server": name} | {title: float(report[key]) for title, key in REPORTED.items()}
-    return row | {"failed": int(report["failed"])}
+        raise ServiceError(f"vllm bench serve failed against {server.url}:\n{done.stderr[-2000:]}")
+    report = json.loads(file.read_text())
+    return {title: float(report[key]) for title, key in (REPORTED | {"failed": "failed"}).items()}
