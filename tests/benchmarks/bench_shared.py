@@ -68,10 +68,13 @@ def main() -> None:
     parser.add_argument("--window", type=float, default=20.0, help="seconds")
     parser.add_argument("--rounds", type=int, default=1, help="of 332 requests")
     parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument(
+        "--aim", choices=("quality", "rate"), default="quality", help="of a request's own budget"
+    )
     options = parser.parse_args()
     pair, examples = Pair.in_directory(DEMO), load_examples(DEMO / "examples.jsonl")
     limit = {"type": "fraction", "fraction": options.rate, "window_seconds": options.window}
-    flags = ("--limits", json.dumps([limit]))
+    flags = ("--limits", json.dumps([limit]), "--aim", options.aim)
     teacher = f"http://{HOST}:{free_port()}"
     urls = {name: f"http://{HOST}:{free_port()}" for name in ("first come", "controller")}
     with tempfile.TemporaryDirectory() as logs:
