@@ -139,7 +139,8 @@ async def _ask(session: aiohttp.ClientSession, path: str, body: Mapping[str, Any
                 if line.startswith(b"data: {"):
                     lines.append((time.perf_counter(), line[len(b"data: ") :]))
         else:
-            lines.append((0.0, await reply.read()))
+            body_text = await reply.read()
+            lines.append((time.perf_counter(), body_text))
     end = time.perf_counter()
     return _answer(start, lines, end)  # parsed behind the last token, not between two
 
