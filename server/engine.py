@@ -353,6 +353,7 @@ class CooperativeEngine(AsyncLLM):
         if budget.is_zero:
             outputs = super().generate(prompt, sampling_params, request_id, **options)
             return self._plain(outputs, sampling_params, reports, shared.share(tenant))
+        self._verify(sampling_params)
         choices = [
             self._choice(
                 i, report, budget, shared.share(tenant), prompt, sampling_params, request_id, options
@@ -360,6 +361,18 @@ class CooperativeEngine(AsyncLLM):
             for i, report in enumerate(reports)
         ]
         return self._hand_out(choices, exchange)
+
+    def _verify(self, params: SamplingParams) -> None:
+        """vLLM's own checks of what the caller asks for: of a segment they see other parameters.
+
+        Raises:
+            VLLMValidationError: as vLLM's.
+        """
+        config = self.vllm_config
+        tokenizer = self.renderer.tokenizer
+        params.verify(
+            config.model_config, config.speculative_config, config.structured_outputs_config, tokenizer
+        )
 
     def _priority(self, wanted: int) -> int:
         """vLLM's priority (a smaller one goes first) of a new request; one less is left to continuations.

@@ -64,7 +64,16 @@ class ScriptedLLM(AsyncLLM):
     def __init__(self, tokenizer: Any, ask_at: Collection[int], ends_at: int | None) -> None:
         self.renderer = SimpleNamespace(tokenizer=tokenizer)
         generation = {"eos_token_id": EOS}
-        self.model_config = SimpleNamespace(max_model_len=200, try_get_generation_config=lambda: generation)
+        self.model_config = SimpleNamespace(
+            max_model_len=200,
+            max_logprobs=20,
+            is_diffusion=False,
+            try_get_generation_config=lambda: generation,
+            get_vocab_size=lambda: RESERVED.end,
+        )
+        self.vllm_config = SimpleNamespace(
+            model_config=self.model_config, speculative_config=None, structured_outputs_config=None
+        )
         self.ask_at, self.ends_at = ask_at, ends_at
         self.segments: list[Segment] = []
 

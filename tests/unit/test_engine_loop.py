@@ -823,6 +823,17 @@ async def test_a_parameter_that_two_models_cannot_honour_is_refused(pair):
     assert engine.segments == []
 
 
+@pytest.mark.parametrize("budget", [0.5, 1])
+async def test_what_vllm_refuses_of_one_model_is_refused_of_two(pair, budget):
+    """Segments have other parameters: to an empty choice of tokens they add the reserved rows."""
+    engine, teacher = pair()
+    for parameters in ({"allowed_token_ids": []}, {"logprobs": 21}, {"logit_bias": {RESERVED.end: 1.0}}):
+        with pytest.raises(VLLMValidationError) as error:
+            start(engine, budget, **parameters)
+        assert error.value.parameter in parameters
+    assert (engine.segments, teacher.calls) == ([], [])
+
+
 @pytest.mark.parametrize("budget", [None, 0])
 async def test_without_a_budget_of_its_own_such_a_request_is_the_students_alone(pair, budget):
     engine, teacher = pair(ask_at={2})
