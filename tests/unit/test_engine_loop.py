@@ -311,7 +311,11 @@ async def test_a_budget_of_0_is_one_plain_request(pair):
     assert result.text() == "abcdefgh"
     assert teacher.calls == []
     (segment,) = engine.segments
-    assert (segment.request_id, segment.options, segment.price) == ("r", {"trace_headers": {}, "priority": 1}, INF)
+    assert (segment.request_id, segment.options, segment.price) == (
+        "r",
+        {"trace_headers": {}, "priority": 1},
+        INF,
+    )
     assert segment.params.temperature == 0.3
     assert segment.params.extra_args is None
     assert result.report.as_dict() | {"rate": 0} == Report().as_dict()
