@@ -12,6 +12,13 @@ from server.bench.results import Row, Section, Table
 from server.processes import ServiceError
 
 RATES = (0.05, 0.1, 0.2)
+UNDER_BUDGET = {
+    "budget": "budget",
+    "rate": "rate",
+    "exact match": "quality",
+    "recovered": "pgr",
+    "calls/request": "calls",
+}
 QUICK_EXAMPLES = 100
 
 
@@ -35,7 +42,7 @@ def run(plan: Plan) -> Section:
             "budgets": Table(
                 "Under a budget, at calibrated prices",
                 [
-                    {"gate": gate} | {name: _plain(value) for name, value in point.items()}
+                    {"gate": gate} | {title: float(point[key]) for title, key in UNDER_BUDGET.items()}
                     for gate, points in report["budgets"].items()
                     for point in points
                 ],
@@ -51,14 +58,10 @@ def _curve(method: str, points: list[Mapping[str, float]], area: Mapping[str, fl
     return row | {"area": area.get(method)}
 
 
-def _plain(value: Any) -> Any:
-    return value if value is None or isinstance(value, str | int) else float(value)
-
-
-def interpolate(points: list[tuple[float, float]], x: float) -> float | None:
-    """On straight lines between points; None outside of them."""
-    points = sorted(points)
+def interpolate(points: list[tuple[float, float]], x: float) -> float:
+    """On straight lines between points, the student at (0, 0) and the teacher at (1, 1); x in [0, 1]."""
+    points = sorted([*points, (0.0, 0.0), (1.0, 1.0)])
     for (x0, y0), (x1, y1) in pairwise(points):
         if x0 <= x <= x1:
             return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    return None
+    raise ValueError(f"not a rate: {x}")

@@ -176,10 +176,9 @@ def test_a_teacher_that_is_never_asked_costs_nothing() -> None:
     assert COSTS.teacher(Traffic(50, 100, 0.0), 4) == 0.0
 
 
-def test_between_points_and_outside() -> None:
-    points = [(0.2, 4.0), (0.0, 0.0)]
-    assert interpolate(points, 0.05) == pytest.approx(1.0)
-    assert interpolate(points, 0.3) is None
+def test_a_curve_is_anchored_at_both_models() -> None:
+    assert interpolate([(0.2, 0.8)], 0.05) == pytest.approx(0.2)
+    assert interpolate([(0.2, 0.8)], 0.6) == pytest.approx(0.9)
 
 
 # --- the client ---
