@@ -58,6 +58,14 @@ class Batch:
         lengths = self.answer.int().argmax(1) + 1
         return [row[:n] for row, n in zip(self.ids.tolist(), lengths.tolist(), strict=True)]
 
+    def prefixed(self, prefixes: list[list[int]], pad: int) -> Batch:
+        """Rows with these ids in front; their answer positions keep their order."""
+        prompts, counts = self.prompts(), self.answer.sum(1).tolist()
+        rows = zip(self.ids.tolist(), prompts, counts, strict=True)
+        answers = [row[len(prompt) : len(prompt) + count] for row, prompt, count in rows]
+        longer = [before + prompt for before, prompt in zip(prefixes, prompts, strict=True)]
+        return Batch.of(longer, answers, pad).to(self.ids.device)
+
     def to(self, device: torch.device) -> Batch:
         return Batch(self.ids.to(device), self.answer.to(device))
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -18,6 +19,8 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+
+from router.checkpoint import check_budget_prompt
 
 Rate = Annotated[float, Field(gt=0, lt=1)]
 
@@ -142,8 +145,29 @@ class PCLConfig(Frozen):
     on_policy: float = Field(default=0.5, ge=0, le=1)
 
 
+BudgetPrompt = Annotated[str, AfterValidator(check_budget_prompt)]
+
+
+class JointConfig(Frozen):
+    """A student goes on with its router: distillation where the gate does not ask; see
+    `training.methods.joint`. The router's stage then fits the gate to the new student.
+    """
+
+    type: Literal["joint"]
+    router: Path
+    """Checkpoint that was trained with the student."""
+    rates: tuple[Rate, ...] = (0.05, 0.1, 0.2, 0.3)
+    """Budgets that rows are trained for, by their calibrated prices."""
+    temperature: PositiveFloat = 0.2
+    """Of asking, in the gate's units."""
+    anchor: float = Field(default=0.1, ge=0)
+    """Weight of the distillation that is everywhere."""
+    budget_prompt: BudgetPrompt | None = None
+    """The budget in words too, for a router of `conditioning: prompt`."""
+
+
 MethodConfig = Annotated[
-    SFTConfig | SeqKDConfig | KDConfig | GKDConfig | PCLConfig, Field(discriminator="type")
+    SFTConfig | SeqKDConfig | KDConfig | GKDConfig | PCLConfig | JointConfig, Field(discriminator="type")
 ]
 
 
@@ -248,13 +272,17 @@ class GateConfig(Frozen):
     """
     clip: PositiveFloat = 8.0
     """Cap of a token's gain, and of a whole horizon's, nats."""
+    conditioning: Literal["price", "prompt"] = "price"
+    """How a budget reaches student and gate: by the price alone, or in words in front of the prompt."""
+    budget_prompt: BudgetPrompt = "Use the teacher for at most {percent} % of the answer. "
+    """The words, with conditioning prompt; the teacher does not read them."""
     prompts: PositiveInt = 4000
     """Training sources of each round of rollouts."""
     rounds: PositiveInt = 2
     """The first round's rollouts ask at random, the later ones ask as the gate does."""
     explore: float = Field(default=0.1, ge=0, lt=1)
     rate: Rate = 0.15
-    """Teacher rate that the on-policy rollouts aim at."""
+    """Teacher rate that the on-policy rollouts aim at; with budgets in the prompt each aims at its own."""
     epochs: PositiveInt = 8
     batch: PositiveInt = 2048
     learning_rate: PositiveFloat = 3e-3
@@ -262,6 +290,11 @@ class GateConfig(Frozen):
     budgets: tuple[Rate, ...] = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.9)
     """Fractions that a price is calibrated for."""
     calibration_examples: PositiveInt = 500
+
+    @property
+    def template(self) -> str | None:
+        """The budget prompt, where budgets are prompted."""
+        return self.budget_prompt if self.conditioning == "prompt" else None
 
     @model_validator(mode="after")
     def _one_token(self) -> GateConfig:

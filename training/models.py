@@ -83,18 +83,20 @@ def parameters(model: PreTrainedModel, *, trained_only: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)
 
 
-def answer_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Last hidden states (after the final norm) at the positions that predict the answers: (N, H)."""
+def answer_read(model: PreTrainedModel, batch: Batch, visible: int) -> tuple[Tensor, Tensor]:
+    """Last hidden states (after the final norm) at the positions that predict the answers (N, H), and their
+    logits (N, visible), over the tokenizer's ids only: the reserved rows belong to the router.
+    """
     if is_sharded(model):  # every pass gathers the parameters again
-        return reader(model)(batch.answer, input_ids=batch.ids, use_cache=False)[0]
+        states, logits = reader(model)(batch.answer, input_ids=batch.ids, use_cache=False)
+        return states, logits[:, :visible]
     parts, back = batch.narrow()
     decoder = model.get_decoder()
     states = [decoder(input_ids=p.ids, use_cache=False).last_hidden_state[p.answer] for p in parts]
-    return torch.cat(states)[back]
+    states = torch.cat(states)[back]
+    return states, model.get_output_embeddings()(states)[:, :visible]
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch, visible: int) -> Tensor:
-    """Logits (N, visible) there, over the tokenizer's ids only: the reserved rows belong to the router."""
-    if is_sharded(model):
-        return reader(model)(batch.answer, input_ids=batch.ids, use_cache=False)[1][:, :visible]
-    return model.get_output_embeddings()(answer_states(model, batch))[:, :visible]
+    """(N, visible), see `answer_read`."""
+    return answer_read(model, batch, visible)[1]

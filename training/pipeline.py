@@ -14,15 +14,24 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from router.checkpoint import CheckpointError, RouterCheckpoint
 from training import parallel
 from training.batches import Demonstrations
-from training.config import ModelConfig, PretrainedConfig, Recipe, RecipeError, Schedule, ServedConfig
+from training.config import (
+    JointConfig,
+    ModelConfig,
+    PretrainedConfig,
+    Recipe,
+    RecipeError,
+    Schedule,
+    ServedConfig,
+)
 from training.gating.stage import train_router
 from training.loop import trainer
 from training.loop.checkpoints import weights_of
 from training.loop.validation import Validation
 from training.lora import merged
-from training.methods import METHODS, Method
+from training.methods import METHODS, Joint, Method
 from training.models import build, load_model, parameters, save_model
 from training.rollout_server import RolloutServer
 from training.tasks import Task, make_task
@@ -75,7 +84,7 @@ def run(recipe: Recipe, stages: tuple[str, ...] = STAGES) -> None:
         export_examples(task, recipe.output / "examples.jsonl")
         train_router(
             space.exported("teacher"), space.exported("student"), space.exported("router"),
-            task, tokenizer, recipe.router, recipe.max_tokens, recipe.seed,
+            task, tokenizer, recipe.router, recipe.max_tokens, recipe.seed, space.model("router"),
         )  # fmt: skip
 
 
@@ -108,6 +117,20 @@ def check(recipe: Recipe, stages: tuple[str, ...], tokenizer: PreTrainedTokenize
                 f"processes with accumulate {schedule.accumulate}"
             )
     check_pair(recipe, tokenizer)
+    check_joint(recipe)
+
+
+def check_joint(recipe: Recipe) -> None:
+    """Method joint goes on from a student and the router that was trained with it."""
+    for role in ("teacher", "student"):
+        config = getattr(recipe, role)
+        if isinstance(getattr(config, "method", None), JointConfig):
+            if role == "teacher" or not isinstance(config, PretrainedConfig):
+                raise RecipeError(f"{role}.method joint is for a pretrained student with a router of its own")
+            try:
+                RouterCheckpoint.load(config.method.router).check_student(directory_of(config.pretrained))
+            except CheckpointError as error:
+                raise RecipeError(f"student.method.router: {error}") from error
 
 
 def ensure_tokenizer(space: Workspace, task: Task) -> PreTrainedTokenizerBase:
@@ -159,6 +182,8 @@ def job(space: Workspace, role: str, task: Task, tokenizer: PreTrainedTokenizerB
     kind = METHODS[config.method.type]
     teacher = load_teacher(space) if kind.needs_teacher else None
     method = kind(config.method, len(tokenizer), teacher, tokenizer.eos_token_id)
+    if isinstance(method, Joint):
+        method.tokenizer = tokenizer
     model = build(config, tokenizer, space.recipe.seed)
     for one in (model, teacher):
         if isinstance(one, PreTrainedModel):

@@ -131,7 +131,7 @@ def test_a_fitted_gate_finds_what_it_is_taught_and_survives_the_checkpoint(pair,
     head.start_from(states)
     config = GateConfig(span_tokens=1, ask_tokens=1, gain="excess", epochs=40, batch=64)
     lessons = Lessons(states, target, seen.by_teacher, seen.positions.row)
-    loss = fit(head, lessons, config, seed=0)
+    loss = fit(head, lessons, config, seed=0)["loss"]
     assert loss < 0.3 * target.var().item()
     with torch.no_grad():
         logits = head.logits(states)
@@ -211,7 +211,7 @@ def test_the_constrained_gate_asks_where_the_student_regrets(pair, prompts):
 
 
 def test_the_teacher_does_not_see_what_is_hidden_from_it(pair, prompts):
-    """Its completions are those of the rest of the prompt, in a batch of many lengths; the student's are not."""
+    """Its completions are those of the rest of the prompt, the student's are not."""
     shown = [[7, 9, 11][: 1 + i % 3] + p for i, p in enumerate(prompts)]
     hidden = [1 + i % 3 for i in range(len(prompts))]
     for price, fraction, same in ((-math.inf, 1.0, True), (math.inf, 0.0, False)):

@@ -15,7 +15,7 @@ from training.batches import Batch, Demonstrations
 from training.config import Schedule, SFTConfig
 from training.loop.trainer import make_optimizers, unchanged, update
 from training.methods import SFT
-from training.models import answer_states, new_model
+from training.models import answer_read, new_model
 from training.sampling import drawn
 from training.tasks import make_task
 from training.tokenizer import train_tokenizer
@@ -84,7 +84,7 @@ def test_narrow_parts_give_the_states_of_the_whole_batch(tokenizer_of_numbers):
     parts, _ = batch.narrow()
     assert sum(part.ids.numel() for part in parts) < 0.7 * batch.ids.numel()
     expected = model.get_decoder()(input_ids=batch.ids).last_hidden_state[batch.answer]
-    assert torch.allclose(answer_states(model, batch), expected, atol=1e-5)
+    assert torch.allclose(answer_read(model, batch, 300)[0], expected, atol=1e-5)
 
 
 def test_draws_follow_the_probabilities():

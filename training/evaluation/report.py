@@ -11,17 +11,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from router.checkpoint import RouterCheckpoint
+from router.checkpoint import CheckpointError, RouterCheckpoint
 from router.gate import CONFIDENCE_GATES
 from training.evaluation.baselines import hesitation, query_level
 from training.evaluation.gateway import Measured
 from training.evaluation.scoring import Scorer, ends, point, recovered
 from training.gating.gates import GAINS, Head
+from training.gating.prompts import Trees
 from training.gating.rollout import FREE, Completion
-from training.gating.stage import install_taps, load_cooperation
-from training.gating.tree import PERIODIC, Setting, Tree
+from training.gating.rounds import install_taps
+from training.gating.stage import load_cooperation
+from training.gating.tree import PERIODIC, Setting
 from training.tasks import Example, Task
-from training.tokenizer import encode_prompts, load_tokenizer
+from training.tokenizer import load_tokenizer
 
 SHARES = (
     0.2, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.83, 0.86, 0.88, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99,
@@ -76,16 +78,20 @@ class Evaluation:
         config = self.router.config
         self.spans = (config.span_tokens, config.ask_tokens or config.span_tokens)
         cooperation = load_cooperation(pair / "teacher", pair / "student", tokenizer, self.spans, max_tokens)
-        install_taps(cooperation, self.router.taps, self.router.reserved)
+        install_taps(cooperation, Head.of(cooperation.student, self.router))
         self.gates = [LEARNED, *CONFIDENCE_GATES]
         gates = {name: self.router.build_gate(name) for name in self.gates}
-        self.tree = Tree(cooperation, encode_prompts(tokenizer, [e.source for e in examples]), gates)
+        sources = [example.source for example in examples]
+        self.trees = Trees(cooperation, tokenizer, sources, gates, config.budget_prompt)
+        self.tree = self.trees(0.0)
         self.tree.add("oracle", GAINS["excess"])
         self.tree.add("oracle_kl", GAINS["kl"])
         self.others = list(others)
         for name, directory in others.items():
             checkpoint = RouterCheckpoint.load(directory)
             checkpoint.check_student(pair / "student")
+            if checkpoint.config.budget_prompt is not None:
+                raise CheckpointError(f"{directory}: its budgets are prompted; evaluate a pair that holds it")
             head = Head.of(cooperation.student, checkpoint)
             self.tree.add(name, lambda positions, head=head: head.scores(positions.states))
         self.scorer = Scorer(task, tokenizer, examples)
@@ -101,11 +107,26 @@ class Evaluation:
             self.row(run, setting) for run, setting in zip(self.tree.run(settings), settings, strict=True)
         ]
 
+    def prompted(self, budget: float, setting: Setting) -> Row:
+        """Where budgets are prompted, the trained gate's row at this one."""
+        return self.row(self.trees(budget).run([setting])[0], setting)
+
     def curve(self, name: str, span: int) -> list[Row]:
+        if name == LEARNED and self.router.config.budget_prompt is not None:
+            return self.prompted_curve(span)
         shares = torch.tensor(SHARES, dtype=torch.float64)
         scores = shares if name == PERIODIC else torch.quantile(self.tree.scores(name).double(), shares)
         settings = [Setting(name, price, FREE, span) for price in sorted(set(scores.tolist()))]
         return sorted(self.rows(settings), key=lambda row: row["rate"])
+
+    def prompted_curve(self, span: int) -> list[Row]:
+        """A point for each calibrated budget, in words, at the price that its share of positions exceeds."""
+        budgets = [budget for budget, _ in self.router.config.calibration[LEARNED]]
+        prices = [torch.quantile(self.trees(b).scores(LEARNED).double(), 1 - b).item() for b in budgets]
+        rows = [
+            self.prompted(b, Setting(LEARNED, p, FREE, span)) for b, p in zip(budgets, prices, strict=True)
+        ]
+        return sorted(rows, key=lambda row: row["rate"])
 
     def query_level(self, worth: torch.Tensor) -> list[Row]:
         mixed = query_level(self.alone, self.taught, worth, QUERY_SHARES)
@@ -124,19 +145,24 @@ class Evaluation:
 
     def budgets(self) -> dict[str, list[Row]]:
         rows = {}
-        for name in self.gates:
+        for name in self.router.config.calibration:
             prices = self.router.calibration(name)
-            rows[name] = self.rows([Setting(name, prices.price(b), b, *self.spans) for b in BUDGETS])
+            rows[name] = self.at_budgets([Setting(name, prices.price(b), b, *self.spans) for b in BUDGETS])
         if LEARNED in self.router.config.spare:
             prices, spares = self.router.calibration(), self.router.spare()
-            rows[SPENT] = self.rows(
+            rows[SPENT] = self.at_budgets(
                 [Setting(LEARNED, prices.price(b), b, *self.spans, spare=spares.price(b)) for b in BUDGETS]
             )
         return rows
 
+    def at_budgets(self, settings: Sequence[Setting]) -> list[Row]:
+        if self.router.config.budget_prompt is None:
+            return self.rows(settings)
+        return [self.prompted(setting.fraction, setting) for setting in settings]
+
     def asked(self, budget: float = 0.1) -> list[float]:
         setting = Setting(LEARNED, self.router.calibration().price(budget), budget, *self.spans)
-        return where_asked(self.tree.run([setting])[0])
+        return where_asked(self.trees(budget).run([setting])[0])
 
 
 def evaluate_pair(

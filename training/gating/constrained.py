@@ -57,8 +57,11 @@ def residuals(
     return path_residuals(earned, row, window) + after - utility
 
 
-def fit_constrained(head: Head, lessons: Lessons, config: GateConfig, seed: int) -> float:
-    """Train head and critic on whole paths, whose target is the gain; returns the last epoch's mean loss."""
+def fit_constrained(head: Head, lessons: Lessons, config: GateConfig, seed: int) -> dict[str, float]:
+    """Train head and critic on whole paths, whose target is the gain. Returns means over all positions: the
+    last epoch's `loss`, then `residual`, the absolute one at the prices' geometric mean, `value` (nats) and
+    `value_cost` (teacher tokens).
+    """
     torch.manual_seed(seed)
     device, row = head.taps.device, lessons.row
     confidence = head.confidence(lessons.states)
@@ -68,23 +71,37 @@ def fit_constrained(head: Head, lessons: Lessons, config: GateConfig, seed: int)
     slices = [slice(a, b) for a, b in pairwise(cuts)]  # whole paths, about a batch each
     low, high = map(math.log, config.prices)
 
-    def loss(part: slice) -> Tensor:
+    def heads(part: slice, price: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Residual, V and V_C of a part's positions."""
         states, gain, asked = (
             column[part].to(device) for column in (lessons.states, lessons.target, lessons.asked)
         )
         x = head.features(states, confidence[part])
-        price = math.exp(low + (high - low) * torch.rand(()).item())
+        value, cost = critic(x)
         of = residuals(
-            head.gate.score(x), *critic(x), asked, gain, row[part].to(device),
+            head.gate.score(x), value, cost, asked, gain, row[part].to(device),
             price, config.temperature, config.window,
         )  # fmt: skip
-        return half_square(of, config.clip).mean()
+        return of, value, cost
+
+    def loss(part: slice) -> Tensor:
+        price = math.exp(low + (high - low) * torch.rand(()).item())
+        return half_square(heads(part, price)[0], config.clip).mean()
 
     def epoch() -> Iterator[slice]:
         return (slices[at] for at in torch.randperm(len(slices)).tolist())
 
     trained = [*head.parameters(), *critic.mlp.parameters()]
-    return descend(trained, len(slices), epoch, loss, config)
+    last = descend(trained, len(slices), epoch, loss, config)
+    with torch.no_grad():
+        columns = zip(*(heads(part, math.exp((low + high) / 2)) for part in slices), strict=True)
+        residual, value, cost = (torch.cat(column) for column in columns)
+    return {
+        "loss": last,
+        "residual": residual.abs().mean().item(),
+        "value": value.mean().item(),
+        "value_cost": cost.mean().item(),
+    }
 
 
 def ascended(price: float, realised: float, target: float, rate: float = 1.0) -> float:

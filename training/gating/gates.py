@@ -165,8 +165,8 @@ class Head(nn.Module):
         return torch.cat([self(chunk.to(self.taps.device)).cpu() for chunk in states.split(CHUNK)])
 
 
-def fit(head: Head, lessons: Lessons, config: GateConfig, seed: int) -> float:
-    """Least squares of the score on the target; returns the last epoch's mean loss."""
+def fit(head: Head, lessons: Lessons, config: GateConfig, seed: int) -> dict[str, float]:
+    """Least squares of the score on the target; `loss` is the last epoch's mean."""
     device, states, target = head.taps.device, lessons.states, lessons.target
     confidence = head.confidence(states)
     generator = torch.Generator().manual_seed(seed)
@@ -178,7 +178,8 @@ def fit(head: Head, lessons: Lessons, config: GateConfig, seed: int) -> float:
     def epoch() -> Sequence[Tensor]:
         return torch.randperm(len(states), generator=generator).split(config.batch)
 
-    return descend(list(head.parameters()), -(-len(states) // config.batch), epoch, loss, config)
+    last = descend(list(head.parameters()), -(-len(states) // config.batch), epoch, loss, config)
+    return {"loss": last}
 
 
 Part = TypeVar("Part")

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, fingerprint, tokenizer_fingerprint
 from router.gate import CONFIDENCE_GATES, Gate, RandomGate
-from router.reserved import ReservedRows
 from training.config import GateConfig
 from training.evaluation.scoring import Scorer, ends
-from training.gating.branches import future_gain
-from training.gating.calibration import Quality, calibrate, spare_prices, teacher_rate
-from training.gating.constrained import ascended, fit_constrained
-from training.gating.gates import GAINS, Head, Lessons, Trajectories, collect, fit, span_gain
-from training.gating.rollout import FREE, Completion, Cooperation, Positions, Request, with_gate
-from training.gating.tree import Tree
+from training.gating.calibration import Quality, calibrate, spare_prices
+from training.gating.gates import Head
+from training.gating.prompts import Trees, rollout_prompts
+from training.gating.rollout import Cooperation
+from training.gating.rounds import Rounds, train_gate
 from training.models import load_model, reserved_rows
 from training.parallel import device
 from training.tasks import Task
-from training.tokenizer import encode_prompts
+
+Points = dict[str, list[tuple[float, float]]]
 
 
 def load_cooperation(
@@ -50,111 +46,60 @@ def load_cooperation(
     )
 
 
-def train_gate(
-    cooperation: Cooperation, prompts: list[list[int]], reserved: ReservedRows, config: GateConfig, seed: int
-) -> Head:
-    """Rounds of rollouts, each followed by a fit on all of them; the taps end in the student's reserved rows.
-
-    prompts: `config.prompts` for each round.
-    """
-    torch.manual_seed(seed)
-    head = Head(cooperation.student, reserved, config.width).to(cooperation.student.device)
-    gate: Gate = RandomGate(reserved)
-    price = 1 - config.rate
-    seen: list[Lessons] = []
-    for round_ in range(config.rounds):
-        some = prompts[round_ * config.prompts : (round_ + 1) * config.prompts]
-        explore = config.explore if round_ else 0.0
-        asking = with_gate(cooperation, gate, explore)
-        # Half of the rollouts never ask: most of a served completion is the student's own path.
-        half = len(some) // 2
-        requests = [Request(p) for p in some[:half]] + [Request(p, price, FREE) for p in some[half:]]
-        trajectories, completions = collect(asking, requests)
-        seen.append(lessons(cooperation, some, trajectories, completions, config))
-        data = Lessons.join(seen)
-        if round_ == 0:
-            head.start_from(data.states)
-        fitted = fit_constrained if config.objective == "constrained" else fit
-        loss = fitted(head, data, config, seed)
-        realised, spread = teacher_rate(completions[half:]), data.target.var().item()
-        print(
-            f"gate round {round_}: {len(data):,} positions, loss {loss:.4f} (variance {spread:.4f}), "
-            f"price {price:.4f}, rate {realised:.3f}",
-            flush=True,
-        )
-        install_taps(cooperation, head.taps.detach(), reserved)
-        gate = head.gate.eval()
-        if config.objective == "constrained":
-            start = math.sqrt(math.prod(config.prices))
-            price = ascended(price, realised, config.rate) if round_ else start
-        else:
-            price = torch.quantile(head.scores(data.states[-100_000:]), 1 - config.rate).item()
-    return head.requires_grad_(False).eval()
-
-
-def lessons(
-    cooperation: Cooperation,
-    prompts: Sequence[list[int]],
-    trajectories: Trajectories,
-    completions: Sequence[Completion],
-    config: GateConfig,
-) -> Lessons:
-    """What asking gains at every position of the rollouts, as the recipe counts it."""
-
-    def gain(positions: Positions) -> Tensor:
-        return GAINS[config.gain](positions).clamp(0, config.clip)
-
-    at, by_teacher = trajectories.positions, trajectories.by_teacher
-    if config.objective == "constrained":  # its critic looks ahead
-        return Lessons(at.states, gain(at), by_teacher, at.row)
-    if config.horizon == "completion":
-        target = future_gain(cooperation, prompts, trajectories, completions, gain)
-        return Lessons(at.states, target.clamp(-config.clip, config.clip), by_teacher, at.row)
-    target, known = span_gain(gain(at), trajectories, config.ask_tokens)
-    return Lessons(at.states[known], target[known], by_teacher[known], at.row[known])
-
-
-def install_taps(cooperation: Cooperation, taps: Tensor, reserved: ReservedRows) -> None:
-    """In memory what `RouterCheckpoint.merge` does to the files."""
-    cooperation.student.get_output_embeddings().weight.data[reserved.taps] = taps
-
-
 Points = dict[str, list[tuple[float, float]]]
 
 
 def calibrate_gates(
-    tree: Tree, gates: Iterable[str], quality: Quality, config: GateConfig
+    trees: Trees, gates: Iterable[str], quality: Quality, config: GateConfig
 ) -> tuple[Points, Points]:
     """For each gate (fraction, price) and (fraction, spare price). quality: in shares of the gap."""
     prices, spares = {}, {}
     spans = (config.span_tokens, config.ask_tokens)
+    together = [config.budgets] if config.template is None else [(budget,) for budget in config.budgets]
     for name in gates:
-        prices[name] = calibrate(tree, name, config.budgets, spans, quality)
-        spares[name] = spare_prices(tree, name, prices[name], spans)
+        points, spare = [], []
+        for budgets in together:
+            tree = trees(budgets[0])
+            found = calibrate(tree, name, budgets, spans, quality)
+            points += found
+            spare += spare_prices(tree, name, found, spans)
+        prices[name], spares[name] = falling(points), falling(spare)
         print(f"calibrated {name}: " + " ".join(f"{b:g}:{p:.4g}" for b, p in prices[name]), flush=True)
     return prices, spares
 
 
+def falling(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """With prices that do not rise with the fraction, as a calibration must be: lowered where they do."""
+    fractions, prices = zip(*points, strict=True)
+    return list(zip(fractions, accumulate(prices, min), strict=True))
+
+
 def train_router(
     teacher: Path, student: Path, out: Path, task: Task, tokenizer: PreTrainedTokenizerBase,
-    config: GateConfig, max_tokens: int, seed: int,
+    config: GateConfig, max_tokens: int, seed: int, work: Path,
 ) -> RouterCheckpoint:  # fmt: skip
-    cooperation = load_cooperation(
-        teacher, student, tokenizer, (config.span_tokens, config.ask_tokens), max_tokens
-    )
+    """work: directory of the log and of what a killed run goes on from."""
+    spans = (config.span_tokens, config.ask_tokens)
+    cooperation = load_cooperation(teacher, student, tokenizer, spans, max_tokens)
     reserved = reserved_rows(cooperation.student, tokenizer)
     sources = [e.source for e in islice(task.router(seed), config.prompts * config.rounds)]
-    head = train_gate(cooperation, encode_prompts(tokenizer, sources), reserved, config, seed)
+    prompts = rollout_prompts(tokenizer, sources, config, seed)
+    # Random asking in the first round: with probability 1 - price.
+    prices = {rate: 1 - rate for rate in sorted(set(prompts.rates))}
+    head = Head(cooperation.student, reserved, config.width).to(device())
+    pair = " ".join(fingerprint(model, reserved.start) for model in (student, teacher))
+    head = train_gate(Rounds(cooperation, head, config, seed, prices), prompts, tokenizer, work, pair)
     gates: dict[str, Gate] = {"learned": head.gate}
-    gates |= {name: gate(reserved) for name, gate in CONFIDENCE_GATES.items()}
+    if config.template is None:  # the others are calibrated for prompts as they are
+        gates |= {name: gate(reserved) for name, gate in CONFIDENCE_GATES.items()}
     valid = task.valid()[: config.calibration_examples]
-    tree = Tree(cooperation, encode_prompts(tokenizer, [e.source for e in valid]), gates)
+    trees = Trees(cooperation, tokenizer, [e.source for e in valid], gates, config.template)
     scorer = Scorer(task, tokenizer, valid)
-    alone, taught = tree.run(ends("learned"))
+    alone, taught = trees(0.0).run(ends("learned"))
     low, high = scorer(alone)[0], scorer(taught)[0]
     print(f"on validation data: student {low:.3f}, teacher {high:.3f}", flush=True)
     gap = high - low if high > low else 1.0
-    prices, spares = calibrate_gates(tree, gates, lambda run: scorer(run)[0] / gap, config)
+    prices, spares = calibrate_gates(trees, gates, lambda run: scorer(run)[0] / gap, config)
     checkpoint = RouterCheckpoint(
         config=RouterConfig(
             reserved_start=reserved.start,
@@ -170,6 +115,7 @@ def train_router(
                 tokenizer=tokenizer_fingerprint(student),
                 teacher=teacher.name,
             ),
+            budget_prompt=config.template,
             training={"gain": config.gain, "seed": seed, "task": task.name},
         ),
         taps=head.taps,

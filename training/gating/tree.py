@@ -80,7 +80,8 @@ class Tree:
 
     @property
     def prompt_tokens(self) -> list[int]:
-        return [len(prompt) for prompt in self._prompts]
+        """Of the prompts as the teacher reads them."""
+        return [len(prompt) - self._hidden for prompt in self._prompts]
 
     @property
     def positions(self) -> Positions:

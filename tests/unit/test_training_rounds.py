@@ -1,0 +1,135 @@
+"""Rounds of gate training: what they log, how they go on after a kill, budgets in words."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from killing import Killed
+from tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
+
+from router.gate import EntropyGate, RandomGate
+from training.config import GateConfig
+from training.gating.gates import Head
+from training.gating.prompts import Prompts, Trees, rollout_prompts
+from training.gating.rollout import Completion, Cooperation
+from training.gating.rounds import Rounds, correlation, marked, train_gate
+
+torch.set_num_threads(1)
+CONFIG = GateConfig(
+    span_tokens=1, ask_tokens=1, gain="kl", rounds=3, prompts=60, epochs=6, batch=128, rate=0.2,
+    budgets=(0.1, 0.3),
+)  # fmt: skip
+
+
+class Letters:
+    """A tokenizer of single characters, of which the prompt format adds one in front."""
+
+    chat_template = None
+    eos_token_id = END
+
+    def apply_chat_template(self, chats, **_):
+        return ["@" + chat[0]["content"] for chat in chats]
+
+    def __call__(self, texts, add_special_tokens):
+        if isinstance(texts, str):
+            return {"input_ids": [ord(c) % VISIBLE for c in texts]}
+        return {"input_ids": [[ord(c) % VISIBLE for c in text] for text in texts]}
+
+    def decode(self, tokens, skip_special_tokens):
+        return "".join(chr(97 + token) for token in tokens if token != END)
+
+
+@pytest.fixture
+def sources():
+    return [chr(97 + i % 26) * (1 + i % 4) + chr(97 + i % 7) for i in range(CONFIG.prompts * CONFIG.rounds)]
+
+
+def rounds(config: GateConfig, prompts: Prompts) -> Rounds:
+    student = model(0)
+    pair = Cooperation(
+        student=student, teacher=model(1, layers=2), score=RandomGate(RESERVED), visible=VISIBLE, end=END,
+        max_tokens=MAX_TOKENS,
+    )  # fmt: skip
+    prices = {rate: 1 - rate for rate in sorted(set(prompts.rates))}
+    return Rounds(pair, Head(student, RESERVED, config.width), config, 0, prices)
+
+
+def log_of(directory):
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("objective", ["difference", "constrained"])
+def test_a_killed_run_goes_on_behind_its_last_round(objective, sources, tmp_path, monkeypatch):
+    config = CONFIG.model_copy(update={"objective": objective})
+    prompts = rollout_prompts(Letters(), sources, config, 0)
+    straight = train_gate(rounds(config, prompts), prompts, Letters(), tmp_path / "a", "pair")
+    with monkeypatch.context() as patch:
+        save = Rounds.save
+
+        def dies(self, file, run):
+            save(self, file, run)
+            if len(self.seen) == 2:
+                raise Killed
+
+        patch.setattr(Rounds, "save", dies)
+        with pytest.raises(Killed):
+            train_gate(rounds(config, prompts), prompts, Letters(), tmp_path / "b", "pair")
+    again = train_gate(rounds(config, prompts), prompts, Letters(), tmp_path / "b", "pair")
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+    first, *_, last = log_of(tmp_path / "a")
+    assert first["rate"] == pytest.approx(config.rate, abs=0.05)
+    assert last["violation"] == pytest.approx(last["rate"] - config.rate)
+    assert last["gate_kl"] > 0.6  # the gate finds where the two distributions differ
+    assert ({"value", "value_cost", "residual"} <= last.keys()) is (objective == "constrained")
+
+
+def test_what_another_run_left_is_not_taken(sources, tmp_path):
+    one = CONFIG.model_copy(update={"rounds": 1})
+    prompts = rollout_prompts(Letters(), sources, one, 0)
+    train_gate(rounds(one, prompts), prompts, Letters(), tmp_path, "pair")
+    for config, pair in ((one.model_copy(update={"gain": "regret"}), "pair"), (one, "another pair")):
+        fresh = rounds(config, prompts)
+        train_gate(fresh, prompts, Letters(), tmp_path, pair)
+        assert len(fresh.seen) == 1
+        assert len(log_of(tmp_path)) == 1
+
+
+def test_correlation():
+    a = torch.tensor([1.0, 2.0, 4.0])
+    assert correlation(a, 3 - 2 * a) == pytest.approx(-1)
+    assert correlation(a, torch.ones(3)) == 0
+
+
+def test_the_teachers_part_is_marked():
+    of = Completion([3, 4, 5, 6, END], [True, False, True, True, False])
+    assert marked(Letters(), of, colour=False).plain == "⟦d⟧e⟦fg⟧"
+    assert marked(Letters(), replace(of, by_teacher=[False] * 5), colour=True).plain == "defg"
+    (styled,) = (s for s in marked(Letters(), of, colour=True).spans if s.start == 2)
+    assert (styled.end, "yellow" in styled.style) == (4, True)
+
+
+def test_a_budget_in_words_stands_in_front_of_the_prompt_and_the_teacher_does_not_see_it(sources):
+    config = CONFIG.model_copy(update={"conditioning": "prompt", "budget_prompt": "{percent}!"})
+    prompts = rollout_prompts(Letters(), sources, config, 0)
+    assert set(prompts.rates) == {0.1, 0.3}
+    words = {0.1: "10!", 0.3: "30!"}
+    for ids, rate, hidden, source in zip(prompts.ids, prompts.rates, prompts.hidden, sources, strict=True):
+        assert ids == Letters()(words[rate] + "@" + source, False)["input_ids"]
+        assert hidden == 3
+
+    trees = Trees(
+        rounds(config, prompts).cooperation,
+        Letters(),
+        sources[:20],
+        {"entropy": EntropyGate(RESERVED)},
+        "{percent}!",
+    )
+    plain, ten, thirty = map(trees, (0.0, 0.1, 0.3))
+    assert trees(0.1) is ten
+    assert plain.prompt_tokens == ten.prompt_tokens  # as the teacher reads them
+    assert not plain.scores("entropy")[:20].equal(ten.scores("entropy")[:20])
+    assert not thirty.scores("entropy")[:20].equal(ten.scores("entropy")[:20])

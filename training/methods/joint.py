@@ -1,0 +1,68 @@
+"""Joint training of a student with its gate: distillation where the gate does not ask, so that capacity goes
+where the teacher will not help.
+
+The cooperating pair pays, at a position, KL(p_T || pi) where the student writes and the price where it asks.
+With the gate's ask probability q = sigmoid((score - price) / T) the student's part of that is (1 - q) KL; the
+anchor keeps it a language model where q is near 1. The gate itself is not moved here: the router's stage fits
+it, with its taps, to the new student (alternating descent).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from router.checkpoint import RouterCheckpoint, budget_text
+from router.features import confidence
+from training.batches import Batch
+from training.config import JointConfig
+from training.methods.base import Method
+from training.models import answer_logits, answer_read
+from training.teacher import Teacher
+
+
+class Joint(Method):
+    """Every row is trained for a budget drawn from `rates`, by its price and, with a template, in words in
+    front of the student's prompt. Raises ValueError for a teacher behind a URL.
+    """
+
+    config: JointConfig
+    tokenizer: PreTrainedTokenizerBase
+    """Of the words; set where there is a template."""
+
+    def __init__(self, config: JointConfig, visible: int, teacher: Teacher | None, end: int = 0) -> None:
+        super().__init__(config, visible, teacher, end)
+        if not isinstance(teacher, PreTrainedModel):
+            raise ValueError("method joint needs the teacher in process, not behind a URL")
+        checkpoint = RouterCheckpoint.load(config.router)
+        self.gate, self.taps = checkpoint.build_gate(), checkpoint.taps
+        # In words, the student must also know what to do without any.
+        self.rates = (0.0, *config.rates) if config.budget_prompt else config.rates
+        self.prices = torch.tensor([checkpoint.calibration().price(rate) for rate in self.rates])
+
+    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        device = batch.ids.device
+        drawn = torch.randint(len(self.rates), (len(batch.ids),))
+        states, logits = answer_read(model, self._prompted(batch, drawn), self.visible)
+        with torch.no_grad():
+            log_p = answer_logits(self.teacher, batch, self.visible).float().log_softmax(-1)
+            price = self.prices[drawn].to(device).repeat_interleave(batch.answer.sum(1))
+            asks = self.asking(states, logits, price)
+        log_pi = logits.float().log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_pi)).sum(-1)
+        loss = ((1 - asks + self.config.anchor) * kl).mean()
+        return loss, {"loss": loss.detach(), "kl": kl.detach().mean(), "asks": asks.mean()}
+
+    def asking(self, states: Tensor, logits: Tensor, price: Tensor) -> Tensor:
+        """Probability (N,) that the gate asks, from states (N, H), visible logits and price (N,)."""
+        gate, taps = self.gate.to(states.device), self.taps.to(states)
+        x = torch.cat((states @ taps.T, confidence(logits, gate.reserved)), dim=-1)
+        return ((gate.score(x.float()) - price) / self.config.temperature).sigmoid()
+
+    def _prompted(self, batch: Batch, drawn: Tensor) -> Batch:
+        if self.config.budget_prompt is None:
+            return batch
+        texts = [budget_text(self.config.budget_prompt, rate) if rate else "" for rate in self.rates]
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return batch.prefixed([ids[i] for i in drawn.tolist()], self.end)
