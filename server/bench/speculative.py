@@ -2,14 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from server.bench.plan import Plan
 from server.bench.results import Row, Section, Spread, Table
 from server.bench.servers import (
     BOTH,
-    FIRST,
     LAST,
     Sample,
     Server,
@@ -34,12 +33,9 @@ Side = Callable[[int, int], Awaitable[Sample]]
 def run(plan: Plan) -> Section:
     teacher = stock(plan.heavy.teacher, plan.work, "teacher", LAST)
     wide = stock(plan.heavy.teacher, plan.work, "teacher-2", BOTH)
-    widths = ((4, BOTH),) if plan.quick else (*((tokens, BOTH) for tokens in DRAFTS), (4, FIRST))
     drafting = {
-        f"speculative, {tokens} drafts, {len(cores)} core{'s' * (len(cores) > 1)}": _speculative(
-            plan, tokens, cores
-        )
-        for tokens, cores in widths
+        f"speculative, {tokens} drafts": _speculative(plan, tokens)
+        for tokens in (DRAFTS[1:2] if plan.quick else DRAFTS)
     }
     services = [teacher, wide, *drafting.values()]
     with started(services, [gateway(plan.heavy, teacher, plan.work)]) as (behind, both, *others, ours):
@@ -63,10 +59,11 @@ def run(plan: Plan) -> Section:
     )
 
 
-def _speculative(plan: Plan, tokens: int, cores: Sequence[int]) -> Service:
+def _speculative(plan: Plan, tokens: int) -> Service:
+    """Draft and target stand in one process: it has both cores, as cooperation has."""
     config = {"method": "draft_model", "model": str(plan.pair.student), "num_speculative_tokens": tokens}
-    name = f"speculative-{tokens}-{len(cores)}"
-    return stock(plan.heavy.teacher, plan.work, name, cores, "--speculative-config", json.dumps(config))
+    name = f"speculative-{tokens}"
+    return stock(plan.heavy.teacher, plan.work, name, BOTH, "--speculative-config", json.dumps(config))
 
 
 async def _all(alone: dict[str, Server], ours: Server, behind: Server, plan: Plan) -> list[Row]:
