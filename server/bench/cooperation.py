@@ -184,10 +184,10 @@ async def _all(ours: dict[int, Server], behind: Server, plan: Plan) -> tuple[lis
 
 
 def _count(streams: int, quick: bool) -> int:
-    """Requests of one run: enough that the ends of streams do not matter."""
+    """Requests of one run."""
     if streams == 1:
         return 2 if quick else 4
-    return streams if quick else 2 * streams
+    return streams
 
 
 def _name(ahead: int, rate: float) -> str:
