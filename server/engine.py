@@ -3,6 +3,7 @@
 import copy
 import logging
 from array import array
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -124,6 +125,20 @@ class Choice:
         return (self.params.seed + len(self.completion) * 0x9E3779B1) % 2**63
 
     @property
+    def logit_bias(self) -> dict[int, float] | None:
+        """The caller's, and what `frequency_penalty` takes off for the tokens that are written.
+
+        A continuation counts its own tokens only. vLLM adds the bias and subtracts the penalty one after the
+        other, so together they are what one model would subtract at the end.
+        """
+        if not self.params.frequency_penalty:
+            return self.params.logit_bias
+        bias = dict(self.params.logit_bias or {})
+        for token_id, times in Counter(self.completion.token_ids).items():
+            bias[token_id] = bias.get(token_id, 0.0) - self.params.frequency_penalty * times
+        return bias
+
+    @property
     def open_call(self) -> Call | None:
         """The call that can write on where the completion stands."""
         return self.call if self.call is not None and self.call.left else None
@@ -238,6 +253,7 @@ class CooperativeEngine(AsyncLLM):
         params = copy.copy(choice.segment_params)
         params.max_tokens = choice.completion.tokens_left
         params.seed = choice.seed
+        params.logit_bias = choice.logit_bias
         params.extra_args = {**(params.extra_args or {}), **terms_args(terms)}
         owed = choice.params.min_tokens - len(choice.completion)
         if owed > 0:
@@ -302,11 +318,13 @@ class CooperativeEngine(AsyncLLM):
             choice.report.spans.append([len(choice.completion)] * 2)  # grows as the teacher writes
             ahead = self._ahead(choice, span)
             tokens = span.draw.tokens + ahead
+            params = copy.copy(choice.params)
+            params.logit_bias = choice.logit_bias
             pieces = self.cooperation.teacher.write(
                 span.slot,
                 choice.prefix,
                 tokens,
-                choice.params,
+                params,
                 min_tokens=max(0, choice.params.min_tokens - len(choice.completion)),
                 seed=choice.seed,
                 stream=ahead > 0,  # what was asked for is not to wait for what was not

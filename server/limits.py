@@ -9,7 +9,6 @@ from server.vllm_api import SamplingParams, VLLMValidationError
 # They count or constrain the completion as a whole, and a continuation starts their count anew.
 UNSUPPORTED = {
     "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
     "bad_words": None,
     "structured_outputs": None,
     "prompt_logprobs": None,
@@ -28,6 +27,8 @@ def unsupported(prompt: Any, params: SamplingParams, options: dict[str, Any]) ->
         return "model"
     if params.logprobs == -1:
         return "logprobs"
+    if params.frequency_penalty and params.repetition_penalty != 1.0:
+        return "frequency_penalty"  # what is written comes as a bias, which vLLM would scale by the other
     used = (name for name, unused in UNSUPPORTED.items() if getattr(params, name) not in (None, [], unused))
     return next(used, None)
 

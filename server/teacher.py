@@ -36,6 +36,7 @@ FORWARDED = (
     "top_k",
     "min_p",
     "repetition_penalty",
+    "frequency_penalty",
     "logit_bias",
     "allowed_token_ids",
     "stop_token_ids",

@@ -72,6 +72,7 @@ class ScriptedTeacher:
     refuses: str | None = None
     calls: list[Call] = field(default_factory=list)
     streams: list[bool] = field(default_factory=list)
+    biases: list[dict[int, float] | None] = field(default_factory=list)
     hanging: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
     admitted: list[bytes] = field(default_factory=list)
     released: int = 0
@@ -108,6 +109,7 @@ class ScriptedTeacher:
         call = Call(list(prompt_ids), tokens, min_tokens, seed, request_id, deadline)
         self.calls.append(call)
         self.streams.append(stream)
+        self.biases.append(params.logit_bias)
         try:
             for written in range(tokens):
                 await asyncio.sleep(0)
@@ -640,6 +642,20 @@ async def test_min_tokens_hold_the_ending_back_but_not_the_question(pair):
     assert [segment.params.min_tokens for segment in engine.segments] == [0, 0, 0]
     assert [segment.params.max_tokens for segment in engine.segments] == [6, 4, 3]
     assert [(segment.params.logit_bias or {}).get(EOS) for segment in engine.segments] == [-100, -100, None]
+
+
+async def test_a_frequency_penalty_counts_the_whole_completion(pair):
+    """What vLLM does not see any more comes as a bias, beside the caller's own."""
+    engine, teacher = pair(ask_at={2})
+    bias = {ord("a"): 2.0}
+    result = await write(engine, {"tokens": 2}, max_tokens=6, frequency_penalty=0.5, logit_bias=bias)
+    assert result.text() == "abCDef"
+    assert [segment.params.frequency_penalty for segment in engine.segments] == [0.5] * 2
+    a, b, c, d = b"abCD"
+    first, second = (segment.params.logit_bias for segment in engine.segments)
+    assert (first, second) == ({a: 2.0}, {a: 1.5, b: -0.5, c: -0.5, d: -0.5})
+    assert teacher.biases == [{a: 1.5, b: -0.5}]
+    assert bias == {a: 2.0}
 
 
 async def test_min_tokens_are_no_length_of_their_own(pair):

@@ -16,7 +16,6 @@ def params(**given: object) -> SamplingParams:
 
 USED = {
     "presence_penalty": 0.5,
-    "frequency_penalty": -0.5,
     "bad_words": ["damn"],
     "prompt_logprobs": 3,
 }
@@ -31,6 +30,11 @@ def test_a_parameter_that_counts_the_whole_completion_is_named(name):
 def test_every_unsupported_parameter_is_one_of_vllms(name):
     """vLLM renames its parameters now and then; this says so before a client does."""
     assert hasattr(SamplingParams(), name)
+
+
+def test_two_penalties_at_once_cannot_be_carried_on():
+    both = params(frequency_penalty=0.5, repetition_penalty=1.1)
+    assert unsupported(PROMPT, both, {}) == "frequency_penalty"
 
 
 @pytest.mark.parametrize("name", ["prompt_logprobs", "thinking_token_budget"])
@@ -53,6 +57,7 @@ def test_log_probabilities_of_the_whole_vocabulary_are_too_many():
         {"stop": ["x"], "stop_token_ids": [5], "min_tokens": 3, "max_tokens": 9, "ignore_eos": True},
         {"n": 4, "logprobs": 0, "logit_bias": {3: -5.0}, "allowed_token_ids": [3, 4]},
         {"repetition_penalty": 1.1},
+        {"frequency_penalty": -0.5},
     ],
 )
 def test_everything_else_can_be_honoured(supported):
