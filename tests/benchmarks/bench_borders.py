@@ -90,8 +90,8 @@ def main() -> None:
                     waits = asyncio.run(measure(url, examples, options.budget))
                     if turn:  # the first warms up
                         print(
-                            f"{name:<20} at {len(waits.border)} borders p50 {1e3 * median(waits.border):.0f}, "
-                            f"p99 {1e3 * quantiles(waits.border, n=100)[98]:.0f} ms; first token p50 "
+                            f"{name:<20} at {len(waits.border)} borders p50 {1e3 * median(waits.border):.0f} "
+                            f"ms, p99 {1e3 * quantiles(waits.border, n=100)[98]:.0f} ms; first token p50 "
                             f"{median(waits.first):.1f} s; in all {waits.wall:.1f} s",
                             flush=True,
                         )
