@@ -12,8 +12,8 @@ from server.bench.servers import LAST, Sample, Server, gateway, in_turn, measure
 
 RATES = (0.05, 0.1, 0.2, 0.3)
 STREAMS = (1, 16)
-AHEAD = (0, 2)
-"""Tokens that a teacher call writes beyond what was asked for (`write_ahead`)."""
+SHIPPED, AHEAD, BLOCKS = "as shipped", "write_ahead: 2", "blocks of 128"
+"""Set-ups: the demo's; calls that write on in case they are asked again; a teacher with a CPU's own blocks."""
 READ_PROMPT = 256
 
 
@@ -105,17 +105,38 @@ class Split:
         return {name.replace("_", " "): seconds / total for name, seconds in vars(self).items()}
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A set-up at a rate."""
+
+    setup: str
+    rate: float
+
+    def __str__(self) -> str:
+        return f"{self.setup}, {self.rate:g}"
+
+
+@dataclass(frozen=True)
+class Behind:
+    """A gateway and the teacher behind it."""
+
+    gateway: Server
+    teacher: Server
+
+
 def run(plan: Plan) -> Section:
     heavy = plan.heavy
     teacher = stock(heavy.teacher, plan.work, "teacher", LAST)
+    coarse = stock(heavy.teacher, plan.work, "teacher-128", LAST, "--block-size", "128")
+    flags = ("--aim", "rate")
     gateways = [
-        gateway(
-            heavy, teacher, plan.work, "--aim", "rate", "--write-ahead", str(ahead), name=f"ahead-{ahead}"
-        )
-        for ahead in AHEAD
+        gateway(heavy, teacher, plan.work, *flags),
+        gateway(heavy, teacher, plan.work, *flags, "--write-ahead", "2", name="ahead"),
+        gateway(heavy, coarse, plan.work, *flags, name="coarse"),
     ]
-    with started([teacher], gateways) as (behind, *ours):
-        rows, splits = asyncio.run(_all(dict(zip(AHEAD, ours, strict=True)), behind, plan))
+    with started([teacher, coarse], gateways) as (fine, rough, ours, ahead, ours_rough):
+        setups = {SHIPPED: Behind(ours, fine), AHEAD: Behind(ahead, fine), BLOCKS: Behind(ours_rough, rough)}
+        rows, splits = asyncio.run(_all(setups, plan))
     about = (
         "Teacher deepened to 103 M parameters on one core, student on the other, examples of the pair, "
         f"greedy; `--aim rate`. {plan.rounds} rounds, other examples in each, prefix caches emptied before "
@@ -140,46 +161,51 @@ def run(plan: Plan) -> Section:
     )
 
 
-async def _all(ours: dict[int, Server], behind: Server, plan: Plan) -> tuple[list[Row], list[Row]]:
+async def _all(setups: dict[str, Behind], plan: Plan) -> tuple[list[Row], list[Row]]:
     rows: list[Row] = []
     splits: list[Row] = []
     network: float | None = None
-    variants = [(0, rate) for rate in (RATES[1::2] if plan.quick else RATES)]
-    variants += [(ahead, rate) for ahead in AHEAD[1:] for rate in RATES[1::2]]
+    shipped = setups[SHIPPED]
+    rates = RATES[1::2] if plan.quick else RATES
+    variants = [Variant(SHIPPED, rate) for rate in rates]
+    variants += [Variant(AHEAD, rate) for rate in RATES[1::2]] + [Variant(BLOCKS, RATES[1])]
     for streams in STREAMS:
         count = _count(streams, plan.quick)
 
         async def alone(server: Server, turn: int, streams: int = streams, count: int = count) -> Sample:
             return await measure(server, plan.chats(count, turn), streams)
 
-        async def both(
-            variant: tuple[int, float], turn: int, streams: int = streams, count: int = count
-        ) -> Sample:
-            ahead, rate = variant
-            return await measure(ours[ahead].at(rate), plan.chats(count, turn), streams, teacher=behind)
+        async def both(variant: Variant, turn: int, streams: int = streams, count: int = count) -> Sample:
+            pair = setups[variant.setup]
+            calls = plan.chats(count, turn)
+            return await measure(pair.gateway.at(variant.rate), calls, streams, teacher=pair.teacher)
 
         async def read(turn: int, streams: int = streams) -> Sample:
-            return await measure(behind, synthetic(max(4, streams), READ_PROMPT, 1, turn), streams)
+            return await measure(shipped.teacher, synthetic(max(4, streams), READ_PROMPT, 1, turn), streams)
 
-        for ahead in AHEAD:
-            await both((ahead, RATES[-1]), 0, count=streams)  # the first steps are slow
+        for setup in setups:
+            await both(Variant(setup, RATES[-1]), 0, count=streams)  # the first steps are slow
         samples = await in_turn(
-            {"student": partial(alone, ours[0]), "teacher": partial(alone, behind), "read": read}
-            | {_name(*variant): partial(both, variant) for variant in variants},
+            {
+                "student": partial(alone, shipped.gateway),
+                "teacher": partial(alone, shipped.teacher),
+                "read": read,
+            }
+            | {str(variant): partial(both, variant) for variant in variants},
             plan.rounds,
         )
-        for ahead, rate in variants:
-            runs = samples[_name(ahead, rate)]
-            rows.append(_row(streams, ahead, rate, runs, samples))
+        for variant in variants:
+            runs = samples[str(variant)]
+            rows.append(_row(streams, variant, runs, samples))
             found = [Split.of(sample, network) for sample in runs]
-            if streams == 1 and (ahead, rate) == (0, RATES[-1]):  # most calls
+            if streams == 1 and variant == Variant(SHIPPED, RATES[-1]):  # most calls
                 network = median(
                     split.network / max(1, sample.run.calls)
                     for split, sample in zip(found, runs, strict=True)
                 )
             shares = [split.shares for split in found]
             split = {name: Spread.of(share[name] for share in shares) for name in shares[0]}
-            splits.append({"streams": streams, "budget": rate, "ahead": ahead} | split)
+            splits.append({"streams": streams, "budget": variant.rate, "set-up": variant.setup} | split)
     return rows, splits
 
 
@@ -190,13 +216,7 @@ def _count(streams: int, quick: bool) -> int:
     return streams
 
 
-def _name(ahead: int, rate: float) -> str:
-    return f"{rate:g}, ahead {ahead}"
-
-
-def _row(
-    streams: int, ahead: int, rate: float, runs: Sequence[Sample], samples: dict[str, list[Sample]]
-) -> Row:
+def _row(streams: int, variant: Variant, runs: Sequence[Sample], samples: dict[str, list[Sample]]) -> Row:
     read = [sum(a.prompt_tokens for a in s.run.answers) / s.run.seconds for s in samples["read"]]
     ideals = [
         Ideal.of(*quadruple)
@@ -206,8 +226,8 @@ def _row(
     pairs = list(zip(walls, ideals, strict=True))
     return {
         "streams": streams,
-        "budget": rate,
-        "ahead": ahead,
+        "budget": variant.rate,
+        "set-up": variant.setup,
         "rate": Spread.of(s.run.teacher_tokens / s.run.tokens for s in runs),
         "tokens/s": Spread.of(s.run.tokens_per_second for s in runs),
         "teacher alone": Spread.of(s.run.tokens_per_second for s in samples["teacher"]),

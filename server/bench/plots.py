@@ -57,8 +57,8 @@ def _points(pyplot: Any, section: Section) -> Any:
 def _shares(pyplot: Any, section: Section) -> Any:
     """Where a request's time goes, one bar for each budget and number of streams."""
     rows = section.tables["split"].rows
-    parts = [column for column in rows[0] if column not in ("streams", "budget", "ahead")]
-    labels = [f"{row['streams']} × {row['budget']}{' ahead' if row['ahead'] else ''}" for row in rows]
+    parts = [column for column in rows[0] if column not in ("streams", "budget", "set-up")]
+    labels = [f"{row['streams']} × {row['budget']}, {row['set-up']}" for row in rows]
     figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(rows) + 1))
     left = [0.0] * len(rows)
     for index, part in enumerate(parts):
