@@ -33,7 +33,7 @@ def complete(
     ids, mask = (x.to(model.device) for x in left_padded(prompts, end))
     stepper, written = Stepper(model), []
     alive = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
-    # A tenth faster than no_grad in small steps; but what is gathered from other processes is trained on later.
+    # A tenth faster than no_grad in small steps; but gathered parameters are trained later.
     lean = torch.inference_mode(parallel.size() == 1)
     # A compiled decoder is for batches of one length; a growing cache would compile it again and again.
     with lean, parallel.whole(model), torch.compiler.set_stance("force_eager"):
