@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 # Slack for comparing a sum of binary fractions with an integer count of tokens.
 EPSILON = 1e-9
@@ -13,7 +13,14 @@ LONGEST = 10**12
 """No completion has so many tokens; up to here, a tiny fraction of a length is exact enough for them all."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def _whole(value: Any) -> Any:
+    """3.0 as 3: in JSON they are the same number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_whole)]
 
 
 class Budget(BaseModel):

@@ -217,7 +217,11 @@ def document(app: Any) -> None:
 
 
 # A budget of no part is refused, which its own schema does not say.
-_BUDGET = Budget.model_json_schema() | {"minProperties": 1}
+_BUDGET = Budget.model_json_schema() | {
+    "anyOf": [
+        {"required": [part], "properties": {part: {"type": "number"}}} for part in Budget.model_fields
+    ]
+}
 
 
 def _answer(content: dict[str, Any], *, streams: bool) -> dict[str, Any]:

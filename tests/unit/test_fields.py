@@ -496,6 +496,7 @@ def test_the_budget_is_documented_where_there_is_a_body(documented):
     number, parts, nothing = schemas["TeacherBudget"]["anyOf"]
     assert (number["minimum"], number["maximum"]) == (0, 1)
     assert parts["properties"].keys() == {"fraction", "tokens", "calls"}
+    assert [some["required"] for some in parts["anyOf"]] == [["fraction"], ["tokens"], ["calls"]]
     assert nothing == {"type": "null"}
     bodies = [schema for name, schema in schemas.items() if name.startswith("Request")]
     assert len(bodies) == len(PATHS) - 1
