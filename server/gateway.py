@@ -96,6 +96,11 @@ def _reserved_rows(router: RouterCheckpoint | None, student: Path) -> ReservedRo
 
 
 def _policy(config: ServeConfig, router: RouterCheckpoint | None, max_len: int) -> Policy:
+    if router is not None and router.config.budget_prompt is not None:
+        raise ConfigError(
+            "the router wants budgets in words in the prompt, which the gateway does not write: "
+            "train one with router.conditioning price"
+        )
     expected = router.config.expected_tokens if router else max_len / 4
     span_tokens, ask_tokens = _spans(config, router)
     if config.aim == "rate" and (config.price is not None or router is None):

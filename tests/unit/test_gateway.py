@@ -89,6 +89,12 @@ def test_a_gate_without_a_calibration_is_refused(router, tmp_path):
             _policy(configured(tmp_path, gate="margin"), trained, max_len=400)
 
 
+def test_a_router_that_wants_budgets_in_words_is_refused(router, tmp_path):
+    config = router.config.model_copy(update={"budget_prompt": "At most {percent} %. "})
+    with pytest.raises(ConfigError, match="budgets in words"):
+        _policy(configured(tmp_path), replace(router, config=config), 512)
+
+
 def test_a_calibration_is_for_its_own_spans(router, tmp_path):
     with pytest.raises(ConfigError, match="not calibrated for this pair and spans of 8"):
         _policy(configured(tmp_path, span_tokens=8), router, max_len=400)
