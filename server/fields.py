@@ -218,9 +218,7 @@ def document(app: Any) -> None:
 
 # A budget of no part is refused, which its own schema does not say.
 _BUDGET = Budget.model_json_schema() | {
-    "anyOf": [
-        {"required": [part], "properties": {part: {"type": "number"}}} for part in Budget.model_fields
-    ]
+    "anyOf": [{"required": [part], "properties": {part: {"type": "number"}}} for part in Budget.model_fields]
 }
 
 
