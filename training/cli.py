@@ -46,7 +46,7 @@ def train(argv: list[str]) -> int:
         recipe = load_recipe(find_recipe(args.recipe), args.overrides)
         go = dry_run if args.dry_run else run
         go(recipe, tuple(args.stage or STAGES))
-    except (RecipeError, ServerError) as error:
+    except (RecipeError, CheckpointError, ServerError) as error:
         print(error, file=sys.stderr)
         return 2
     except Stopped as stopped:

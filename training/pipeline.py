@@ -24,6 +24,7 @@ from training.config import (
     Recipe,
     RecipeError,
     Schedule,
+    SeqKDConfig,
     ServedConfig,
 )
 from training.gating.stage import train_router
@@ -109,6 +110,9 @@ def check(recipe: Recipe, stages: tuple[str, ...], tokenizer: PreTrainedTokenize
             "the router's rollouts need the teacher in process, not behind a URL; with a served teacher "
             "train the student alone (--stage student)"
         )
+    method = getattr(recipe.student, "method", None)
+    if isinstance(recipe.teacher, ServedConfig) and isinstance(method, SeqKDConfig | JointConfig):
+        raise RecipeError(f"student.method {method.type} needs the teacher in process, not behind a URL")
     for role in ("teacher", "student"):
         schedule: Schedule | None = getattr(getattr(recipe, role), "schedule", None)
         if schedule is not None and schedule.batch % (schedule.accumulate * parallel.size()):

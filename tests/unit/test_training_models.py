@@ -175,6 +175,12 @@ def test_a_router_needs_its_teacher_in_process(recipe, capsys):
     assert "not behind a URL" in capsys.readouterr().err
 
 
+def test_what_needs_the_teacher_in_process_is_refused_behind_a_url(recipe, capsys):
+    served = ["teacher={url: 'http://127.0.0.1:9'}", "student.method={type: seqkd}", "--stage", "student"]
+    assert train([recipe, *served]) == 2
+    assert "student.method seqkd needs the teacher in process" in capsys.readouterr().err
+
+
 def test_completions_come_from_the_server_that_a_recipe_names(recipe, tmp_path, monkeypatch, capsys):
     asked = []
 
