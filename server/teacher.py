@@ -262,7 +262,7 @@ class Teacher:
             raise TeacherError("nonsense", f"the teacher finished with {choice.finish_reason!r}")
         logprobs = None
         if params.logprobs is not None and ids:
-            logprobs = _logprobs(ids, choice.logprobs)
+            logprobs = _logprobs(ids, choice.logprobs, self.vocabulary)
         return Piece(ids, logprobs, choice.finish_reason, choice.stop_reason)
 
     async def _json(self, method: str, path: str, type_: Any, body: dict[str, Any] | None = None) -> Any:
@@ -322,8 +322,11 @@ class Teacher:
             raise TeacherError("unreachable", f"cannot reach the teacher at {self.url}: {error}") from error
 
 
-def _logprobs(ids: list[int], reply: _Logprobs | None) -> list[dict[int, Logprob]]:
-    """vLLM's per-token dictionaries from the reply's lists; keys come as ``token_id:17``."""
+def _logprobs(ids: list[int], reply: _Logprobs | None, vocabulary: int) -> list[dict[int, Logprob]]:
+    """vLLM's per-token dictionaries from the reply's lists; keys come as ``token_id:17``.
+
+    A teacher may have rows beyond the common ``vocabulary``: they are left out, as the student's are.
+    """
     tops = reply and (reply.top_logprobs or [None] * len(ids))
     if reply is None or not len(reply.token_logprobs) == len(tops) == len(ids):
         raise TeacherError("nonsense", "the teacher's log-probabilities do not match its tokens")
@@ -335,7 +338,8 @@ def _logprobs(ids: list[int], reply: _Logprobs | None) -> list[dict[int, Logprob
             raise TeacherError("nonsense", f"the teacher's log-probabilities have no ids: {error}") from error
         if chosen is None:
             raise TeacherError("nonsense", "the teacher's log-probabilities lack a written token")
-        ranked = sorted(by_id.items(), key=lambda item: -item[1])
+        visible = (item for item in by_id.items() if item[0] < vocabulary)
+        ranked = sorted(visible, key=lambda item: -item[1])
         logprobs = {i: Logprob(value, rank=rank) for rank, (i, value) in enumerate(ranked, start=1)}
         # As vLLM does: the written token first, then the best ones in order.
         result.append({token_id: logprobs.pop(token_id, Logprob(chosen))} | logprobs)

@@ -206,6 +206,17 @@ async def test_log_probabilities_come_by_token_id(server, teacher, tokens):
     assert server.bodies[0]["return_tokens_as_token_ids"] is True
 
 
+async def test_rows_that_the_student_does_not_have_are_left_out(server, teacher):
+    """A teacher's vocabulary may be padded further: such an id has no text."""
+    tops = {f"token_id:{VOCABULARY}": -0.2, f"token_id:{VOCABULARY + 9}": -0.3, "token_id:4": -1.5}
+    server.answers = [body(choice([7], logprobs={"token_logprobs": [-0.5], "top_logprobs": [tops]}))]
+    (piece,) = await collect(write(teacher, 5, params=SamplingParams(logprobs=3)))
+    assert {i: (entry.logprob, entry.rank) for i, entry in piece.logprobs[0].items()} == {
+        7: (-0.5, None),
+        4: (-1.5, 1),
+    }
+
+
 async def test_alternatives_are_ranked_by_probability(server, teacher):
     logprobs = {"token_logprobs": [-2.0], "top_logprobs": [top(t7=-2.0, t4=-0.5, t5=-1.0)]}
     server.answers = [body(choice([7], logprobs=logprobs))]
