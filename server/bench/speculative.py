@@ -21,7 +21,7 @@ from server.bench.servers import (
 from server.measure import Example
 from server.processes import Service
 
-BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)
+BUDGETS = (0.05, 0.1, 0.2, 0.5)
 DRAFTS = (2, 4, 6)
 STREAMS = (1, 16)
 PARALLEL = 16
@@ -69,7 +69,7 @@ def _speculative(plan: Plan, tokens: int) -> Service:
 async def _all(alone: dict[str, Server], ours: Server, behind: Server, plan: Plan) -> list[Row]:
     samples: dict[str, dict[int, list[Sample]]] = {}
     for streams in STREAMS:
-        count = (2 if plan.quick else 4) if streams == 1 else 16
+        count = (2 if plan.quick else 3) if streams == 1 else 16
         sides: dict[str, Callable[[int], Awaitable[Sample]]] = {}
         for name, server in alone.items():
             sides[name] = partial(_measure, server, plan, count, streams, None)
