@@ -301,6 +301,8 @@ class GateConfig(Frozen):
         for name, chosen in (("horizon", self.horizon), ("objective", self.objective)):
             if chosen in ("completion", "constrained") and self.ask_tokens != 1:
                 raise ValueError(f"{name} {chosen} is for ask_tokens 1")
+        if self.horizon == "completion" and self.conditioning == "prompt":
+            raise ValueError("horizon completion is for conditioning price")
         if not self.prices[0] < self.prices[1]:
             raise ValueError("prices: want a range, the lower one first")
         return self

@@ -98,6 +98,12 @@ def test_what_another_run_left_is_not_taken(sources, tmp_path):
         assert len(log_of(tmp_path)) == 1
 
 
+def test_gains_until_the_end_know_no_budget_in_words():
+    settings = {"span_tokens": 1, "ask_tokens": 1, "gain": "kl", "horizon": "completion"}
+    with pytest.raises(ValueError, match="horizon completion is for conditioning price"):
+        GateConfig(**settings, conditioning="prompt")
+
+
 def test_correlation():
     a = torch.tensor([1.0, 2.0, 4.0])
     assert correlation(a, 3 - 2 * a) == pytest.approx(-1)
