@@ -1,20 +1,13 @@
 """Two models writing together, beside what each alone needs for its share of the tokens."""
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
 
-from server.bench.plan import Plan, synthetic
+from server.bench.plan import Plan
 from server.bench.results import Row, Section, Spread, Table
-from server.bench.servers import LAST, Sample, Server, gateway, in_turn, measure, started, stock
-
-RATES = (0.05, 0.1, 0.2, 0.3)
-STREAMS = (1, 16)
-SHIPPED, AHEAD, BLOCKS = "as shipped", "write_ahead: 2", "blocks of 128"
-"""Set-ups: the demo's; calls that write on in case they are asked again; a teacher with vLLM's CPU blocks."""
-READ_PROMPT = 256
+from server.bench.servers import Sample
+from server.bench.together import READ, STUDENT, TEACHER
 
 
 @dataclass(frozen=True)
@@ -105,42 +98,20 @@ class Split:
         return {name.replace("_", " "): seconds / total for name, seconds in vars(self).items()}
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A set-up at a rate."""
-
-    setup: str
-    rate: float
-
-    def __str__(self) -> str:
-        return f"{self.setup}, {self.rate:g}"
-
-
-@dataclass(frozen=True)
-class Behind:
-    """A gateway and the teacher behind it."""
-
-    gateway: Server
-    teacher: Server
-
-
 def run(plan: Plan) -> Section:
-    heavy = plan.heavy
-    teacher = stock(heavy.teacher, plan.work, "teacher", LAST)
-    coarse = stock(heavy.teacher, plan.work, "teacher-128", LAST, "--block-size", "128")
-    flags = ("--aim", "rate")
-    gateways = [
-        gateway(heavy, teacher, plan.work, *flags),
-        gateway(heavy, teacher, plan.work, *flags, "--write-ahead", "2", name="ahead"),
-        gateway(heavy, coarse, plan.work, *flags, name="coarse"),
-    ]
-    with started([teacher, coarse], gateways) as (fine, rough, ours, ahead, ours_rough):
-        setups = {SHIPPED: Behind(ours, fine), AHEAD: Behind(ahead, fine), BLOCKS: Behind(ours_rough, rough)}
-        rows, splits = asyncio.run(_all(setups, plan))
+    together = plan.together
+    network = network_seconds(together.samples[1][together.cooperative[-2]])
+    rows: list[Row] = []
+    splits: list[Row] = []
+    for streams, samples in together.samples.items():
+        for side in together.cooperative:
+            rows.append(_row(streams, side, samples))
+            shares = [Split.of(sample, network if streams > 1 else None).shares for sample in samples[side]]
+            split = {part: Spread.of(share[part] for share in shares) for part in shares[0]}
+            splits.append({"streams": streams, "side": side} | split)
     about = (
         "Teacher deepened to 103 M parameters on one core, student on the other, examples of the pair, "
-        f"greedy; `--aim rate`. {plan.rounds} rounds, other examples in each, prefix caches emptied before "
-        "every run."
+        f"greedy. {together.rounds} rounds, other examples in each, prefix caches emptied before every run."
     )
     return Section(
         {
@@ -161,77 +132,26 @@ def run(plan: Plan) -> Section:
     )
 
 
-async def _all(setups: dict[str, Behind], plan: Plan) -> tuple[list[Row], list[Row]]:
-    rows: list[Row] = []
-    splits: list[Row] = []
-    network: float | None = None
-    shipped = setups[SHIPPED]
-    rates = RATES[1::2] if plan.quick else RATES
-    variants = [Variant(SHIPPED, rate) for rate in rates]
-    variants += [Variant(AHEAD, RATES[1]), Variant(BLOCKS, RATES[1])]
-    for streams in STREAMS:
-        count = _count(streams, plan.quick)
-
-        async def alone(server: Server, turn: int, streams: int = streams, count: int = count) -> Sample:
-            return await measure(server, plan.chats(count, turn), streams)
-
-        async def both(variant: Variant, turn: int, streams: int = streams, count: int = count) -> Sample:
-            pair = setups[variant.setup]
-            calls = plan.chats(count, turn)
-            return await measure(pair.gateway.at(variant.rate), calls, streams, teacher=pair.teacher)
-
-        async def read(turn: int, streams: int = streams) -> Sample:
-            return await measure(shipped.teacher, synthetic(max(4, streams), READ_PROMPT, 1, turn), streams)
-
-        for setup in setups:
-            await both(Variant(setup, RATES[-1]), 0, count=streams)  # the first steps are slow
-        samples = await in_turn(
-            {
-                "student": partial(alone, shipped.gateway),
-                "teacher": partial(alone, shipped.teacher),
-                "read": read,
-            }
-            | {str(variant): partial(both, variant) for variant in variants},
-            plan.rounds,
-        )
-        for variant in variants:
-            runs = samples[str(variant)]
-            rows.append(_row(streams, variant, runs, samples))
-            found = [Split.of(sample, network) for sample in runs]
-            if streams == 1 and variant == Variant(SHIPPED, RATES[-1]):  # most calls
-                network = median(
-                    split.network / max(1, sample.run.calls)
-                    for split, sample in zip(found, runs, strict=True)
-                )
-            shares = [split.shares for split in found]
-            split = {name: Spread.of(share[name] for share in shares) for name in shares[0]}
-            splits.append({"streams": streams, "budget": variant.rate, "set-up": variant.setup} | split)
-    return rows, splits
+def network_seconds(samples: Sequence[Sample]) -> float:
+    """Seconds of a call outside the teacher's engine; ``samples``: of one stream, with many calls."""
+    return median(Split.of(sample).network / max(1, sample.run.calls) for sample in samples)
 
 
-def _count(streams: int, quick: bool) -> int:
-    """Requests of one run."""
-    if streams == 1:
-        return 2 if quick else 3
-    return streams
-
-
-def _row(streams: int, variant: Variant, runs: Sequence[Sample], samples: dict[str, list[Sample]]) -> Row:
-    read = [sum(a.prompt_tokens for a in s.run.answers) / s.run.seconds for s in samples["read"]]
+def _row(streams: int, side: str, samples: dict[str, list[Sample]]) -> Row:
+    runs: Sequence[Sample] = samples[side]
+    read = [sum(a.prompt_tokens for a in s.run.answers) / s.run.seconds for s in samples[READ]]
     ideals = [
-        Ideal.of(*quadruple)
-        for quadruple in zip(runs, samples["student"], samples["teacher"], read, strict=True)
+        Ideal.of(*quadruple) for quadruple in zip(runs, samples[STUDENT], samples[TEACHER], read, strict=True)
     ]
     walls = [sample.run.seconds for sample in runs]
     pairs = list(zip(walls, ideals, strict=True))
     return {
         "streams": streams,
-        "budget": variant.rate,
-        "set-up": variant.setup,
+        "side": side,
         "rate": Spread.of(s.run.teacher_tokens / s.run.tokens for s in runs),
         "tokens/s": Spread.of(s.run.tokens_per_second for s in runs),
-        "teacher alone": Spread.of(s.run.tokens_per_second for s in samples["teacher"]),
-        "student alone": Spread.of(s.run.tokens_per_second for s in samples["student"]),
+        "teacher alone": Spread.of(s.run.tokens_per_second for s in samples[TEACHER]),
+        "student alone": Spread.of(s.run.tokens_per_second for s in samples[STUDENT]),
         "wall / sum": Spread.of(wall / ideal.one_after_the_other for wall, ideal in pairs),
         "wall / side by side": Spread.of(wall / ideal.side_by_side for wall, ideal in pairs),
         "wall / with reading": Spread.of(wall / ideal.with_reading for wall, ideal in pairs),

@@ -1,15 +1,18 @@
 """What a run of `wheels bench` measures with, shared by its sections."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from server.bench.heavy import deepen
 from server.bench.load import Call
 from server.measure import Example
 from server.pair import Pair
+
+if TYPE_CHECKING:
+    from server.bench.together import Together
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,12 @@ class Plan:
         deepen(self.pair.teacher, target)
         return Pair(target, self.pair.student, self.pair.router)
 
-    @property
-    def span_tokens(self) -> int:
-        return json.loads((self.pair.router / "router.json").read_text())["span_tokens"]
+    @cached_property
+    def together(self) -> "Together":
+        """What two sections are made of; measured once."""
+        from server.bench import together
+
+        return together.run(self)
 
     def some(self, count: int, turn: int) -> list[Example]:
         """``count`` examples, others in every round as long as there are."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from server.bench.results import Row, Section, Spread
+from server.bench.together import COARSE
 
 DPI = 120
 
@@ -39,7 +40,7 @@ def _points(pyplot: Any, section: Section) -> Any:
             ("speculative", "^"),
             ("cooperation", "o"),
         ):
-            group = [row for row in rows if str(row["side"]).startswith(prefix)]
+            group = [row for row in rows if str(row["side"]).startswith(prefix) and row["side"] != COARSE]
             x = [_middle(row[column]) for row in group]
             y = [100 * _middle(row["exact match"]) for row in group]
             axes.plot(x, y, marker, linestyle="-" if prefix == "cooperation" else "", label=prefix)
@@ -55,10 +56,10 @@ def _points(pyplot: Any, section: Section) -> Any:
 
 
 def _shares(pyplot: Any, section: Section) -> Any:
-    """Where a request's time goes, one bar for each budget and number of streams."""
+    """Where a request's time goes, one bar for each side and number of streams."""
     rows = section.tables["split"].rows
-    parts = [column for column in rows[0] if column not in ("streams", "budget", "set-up")]
-    labels = [f"{row['streams']} × {row['budget']}, {row['set-up']}" for row in rows]
+    parts = [column for column in rows[0] if column not in ("streams", "side")]
+    labels = [f"{row['streams']} × {str(row['side']).partition(', ')[2]}" for row in rows]
     figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(rows) + 1))
     left = [0.0] * len(rows)
     for index, part in enumerate(parts):
