@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the servers are ended
     work = Path(tempfile.mkdtemp(prefix="wheels-bench-"))
     plan = Plan(
-        pair, load_examples(examples), options.rounds or (2 if options.quick else 5), options.quick, work,
+        pair, load_examples(examples), options.rounds or (1 if options.quick else 5), options.quick, work,
         options.litellm,
     )  # fmt: skip
     sections: dict[str, Section] = {}
@@ -68,7 +68,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--section", nargs="+", choices=SECTIONS, metavar="NAME", help=f"of {', '.join(SECTIONS)}"
     )
     parser.add_argument("--quick", action="store_true", help="less of everything, under 5 minutes")
-    parser.add_argument("--rounds", type=_positive, help="of every measurement (default: 5, quick: 2)")
+    parser.add_argument("--rounds", type=_positive, help="of every measurement (default: 5, quick: 1)")
     parser.add_argument("--out", type=Path, help="directory for one JSON file, table and plot per section")
     parser.add_argument("--json", action="store_true", help="print one JSON object, last on stdout")
     parser.add_argument(

@@ -100,11 +100,11 @@ class Split:
 
 def run(plan: Plan) -> Section:
     together = plan.together
-    network = network_seconds(together.samples[1][together.cooperative[-2]])
+    network = network_seconds(together.samples[1][together.cooperative[0]])
     rows: list[Row] = []
     splits: list[Row] = []
     for streams, samples in together.samples.items():
-        for side in together.cooperative:
+        for side in reversed(together.cooperative):
             rows.append(_row(streams, side, samples))
             shares = [Split.of(sample, network if streams > 1 else None).shares for sample in samples[side]]
             split = {part: Spread.of(share[part] for share in shares) for part in shares[0]}

@@ -72,7 +72,7 @@ async def _all(sides: dict[str, Server], plan: Plan) -> list[Row]:
     rows: list[Row] = []
     for streams in STREAMS:
         for length in LENGTHS:
-            count = max(20 if plan.quick else 60, 4 * streams)
+            count = max(10, streams) if plan.quick else max(60, 4 * streams)
 
             async def load(
                 server: Server, turn: int, streams: int = streams, length: int = length, count: int = count

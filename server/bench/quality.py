@@ -19,7 +19,7 @@ UNDER_BUDGET = {
     "recovered": "pgr",
     "calls/request": "calls",
 }
-QUICK_EXAMPLES = 100
+QUICK_EXAMPLES = 50
 
 
 def run(plan: Plan) -> Section:

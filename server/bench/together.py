@@ -38,7 +38,9 @@ class Together:
 
     @property
     def cooperative(self) -> list[str]:
-        return [side for side in self.samples[STREAMS[0]] if side.startswith("cooperation")]
+        """Sides of two models; the first is the one with the largest budget, and so with most calls."""
+        sides = [side for side in self.samples[STREAMS[0]] if side.startswith("cooperation")]
+        return sorted(sides, key=lambda side: -float(side.split(", ")[1]))
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Fleet:
     alone: dict[str, Server]
     """Sides of one server."""
     gateway: Server
-    coarse: tuple[Server, Server]
+    coarse: tuple[Server, Server] | None = None
     """Gateway and teacher of `COARSE`."""
 
 
@@ -56,19 +58,21 @@ def name(budget: float) -> str:
 
 
 def run(plan: Plan) -> Together:
-    heavy = plan.heavy
+    heavy, drafts = plan.heavy, DRAFTS[1:2] if plan.quick else DRAFTS
     teacher = stock(heavy.teacher, plan.work, "teacher", LAST)
+    drafting = {f"speculative, {tokens} drafts": _speculative(plan, tokens) for tokens in drafts}
+    ours = gateway(heavy, teacher, plan.work)
+    if plan.quick:
+        with started([teacher, *drafting.values()], [ours]) as (behind, *others, writes):
+            alone = {STUDENT: writes, TEACHER: behind} | dict(zip(drafting, others, strict=True))
+            return asyncio.run(_all(Fleet(behind, alone, writes), plan))
     wide = stock(heavy.teacher, plan.work, "teacher-2", BOTH)
     coarse = stock(heavy.teacher, plan.work, "teacher-128", LAST, "--block-size", "128")
-    drafting = {
-        f"speculative, {tokens} drafts": _speculative(plan, tokens)
-        for tokens in (DRAFTS[1:2] if plan.quick else DRAFTS)
-    }
-    gateways = [gateway(heavy, teacher, plan.work), gateway(heavy, coarse, plan.work, name="coarse")]
+    gateways = [ours, gateway(heavy, coarse, plan.work, name="coarse")]
     with started([teacher, wide, coarse, *drafting.values()], gateways) as servers:
-        behind, both, behind_coarse, *others, ours, ours_coarse = servers
-        alone = {STUDENT: ours, TEACHER: behind, WIDE: both} | dict(zip(drafting, others, strict=True))
-        return asyncio.run(_all(Fleet(behind, alone, ours, (ours_coarse, behind_coarse)), plan))
+        behind, both, behind_coarse, *others, writes, writes_coarse = servers
+        alone = {STUDENT: writes, TEACHER: behind, WIDE: both} | dict(zip(drafting, others, strict=True))
+        return asyncio.run(_all(Fleet(behind, alone, writes, (writes_coarse, behind_coarse)), plan))
 
 
 def _speculative(plan: Plan, tokens: int) -> Service:
@@ -101,6 +105,7 @@ def _sides(fleet: Fleet, plan: Plan, count: int, streams: int) -> dict[str, Side
     sides[READ] = read
     for budget in BUDGETS[1::2] if plan.quick else BUDGETS:
         sides[name(budget)] = partial(write, fleet.gateway.at(budget), fleet.teacher)
-    ours, behind = fleet.coarse
-    sides[COARSE] = partial(write, ours.at(0.1), behind)
+    if fleet.coarse is not None:
+        ours, behind = fleet.coarse
+        sides[COARSE] = partial(write, ours.at(0.1), behind)
     return sides
