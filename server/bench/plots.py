@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from server.bench.results import Row, Section, Spread
-from server.bench.together import COARSE
 
 DPI = 120
 
@@ -40,7 +39,7 @@ def _points(pyplot: Any, section: Section) -> Any:
             ("speculative", "^"),
             ("cooperation", "o"),
         ):
-            group = [row for row in rows if str(row["side"]).startswith(prefix) and row["side"] != COARSE]
+            group = [row for row in rows if str(row["side"]).startswith(prefix)]
             x = [_middle(row[column]) for row in group]
             y = [100 * _middle(row["exact match"]) for row in group]
             axes.plot(x, y, marker, linestyle="-" if prefix == "cooperation" else "", label=prefix)

@@ -18,8 +18,6 @@ BUDGETS = (0.05, 0.1, 0.2, 0.5)
 DRAFTS = (2, 4, 6)
 STREAMS = (1, 16)
 STUDENT, TEACHER, WIDE, READ = "student alone", "teacher alone, 1 core", "teacher alone, 2 cores", "read"
-COARSE = "cooperation, 0.1, blocks of 128"
-"""The teacher with the block size that vLLM's CPU build has by default."""
 READ_PROMPT = 256
 
 Side = Callable[[int], Awaitable[Sample]]
@@ -49,8 +47,6 @@ class Fleet:
     alone: dict[str, Server]
     """Sides of one server."""
     gateway: Server
-    coarse: tuple[Server, Server] | None = None
-    """Gateway and teacher of `COARSE`."""
 
 
 def name(budget: float) -> str:
@@ -58,21 +54,15 @@ def name(budget: float) -> str:
 
 
 def run(plan: Plan) -> Together:
-    heavy, drafts = plan.heavy, DRAFTS[1:2] if plan.quick else DRAFTS
-    teacher = stock(heavy.teacher, plan.work, "teacher", LAST)
-    drafting = {f"speculative, {tokens} drafts": _speculative(plan, tokens) for tokens in drafts}
-    ours = gateway(heavy, teacher, plan.work)
-    if plan.quick:
-        with started([teacher, *drafting.values()], [ours]) as (behind, *others, writes):
-            alone = {STUDENT: writes, TEACHER: behind} | dict(zip(drafting, others, strict=True))
-            return asyncio.run(_all(Fleet(behind, alone, writes), plan))
-    wide = stock(heavy.teacher, plan.work, "teacher-2", BOTH)
-    coarse = stock(heavy.teacher, plan.work, "teacher-128", LAST, "--block-size", "128")
-    gateways = [ours, gateway(heavy, coarse, plan.work, name="coarse")]
-    with started([teacher, wide, coarse, *drafting.values()], gateways) as servers:
-        behind, both, behind_coarse, *others, writes, writes_coarse = servers
-        alone = {STUDENT: writes, TEACHER: behind, WIDE: both} | dict(zip(drafting, others, strict=True))
-        return asyncio.run(_all(Fleet(behind, alone, writes, (writes_coarse, behind_coarse)), plan))
+    drafts = DRAFTS[1:2] if plan.quick else DRAFTS
+    teachers = {TEACHER: stock(plan.heavy.teacher, plan.work, "teacher", LAST)}
+    if not plan.quick:
+        teachers[WIDE] = stock(plan.heavy.teacher, plan.work, "teacher-2", BOTH)
+    teachers |= {f"speculative, {tokens} drafts": _speculative(plan, tokens) for tokens in drafts}
+    ours = gateway(plan.heavy, teachers[TEACHER], plan.work)
+    with started([*teachers.values()], [ours]) as (*servers, student):
+        alone = dict(zip(teachers, servers, strict=True))
+        return asyncio.run(_all(Fleet(alone[TEACHER], {STUDENT: student} | alone, student), plan))
 
 
 def _speculative(plan: Plan, tokens: int) -> Service:
@@ -105,7 +95,4 @@ def _sides(fleet: Fleet, plan: Plan, count: int, streams: int) -> dict[str, Side
     sides[READ] = read
     for budget in BUDGETS[1::2] if plan.quick else BUDGETS:
         sides[name(budget)] = partial(write, fleet.gateway.at(budget), fleet.teacher)
-    if fleet.coarse is not None:
-        ours, behind = fleet.coarse
-        sides[COARSE] = partial(write, ours.at(0.1), behind)
     return sides
