@@ -54,11 +54,12 @@ class TeacherError(Exception):
     unreachable | timeout | status | nonsense; not made: breaker | saturated
     """
 
-    def __init__(self, reason: str, message: str, *, refused: bool = False) -> None:
-        """``refused``: the teacher is well, and would refuse the same call again."""
+    def __init__(self, reason: str, message: str, *, refused: bool = False, well: bool = False) -> None:
+        """``well``: this does not speak against the teacher; ``refused``: nor would it take the same call."""
         super().__init__(message)
         self.reason = reason
         self.refused = refused
+        self.well = well or refused
 
 
 class _ClosedConnection(TeacherError):
@@ -77,8 +78,15 @@ class _Choice(msgspec.Struct):
     stop_reason: int | str | None = None
 
 
+class _Error(msgspec.Struct):
+    code: Any = None
+    message: str = ""
+
+
 class _Completion(msgspec.Struct):
-    choices: list[_Choice]
+    choices: list[_Choice] = []
+    error: _Error | None = None
+    """What a stream says where a reply would have another status."""
 
 
 class _Model(msgspec.Struct):
@@ -230,7 +238,7 @@ class Teacher:
                     return
             raise TeacherError("nonsense", "the teacher's stream ended without a finish reason")
         except TeacherError as error:
-            outcome, blamed = error.reason, not error.refused
+            outcome, blamed = error.reason, not error.well
             raise
         finally:
             TEACHER_CALLS.labels(self.name, outcome).inc()
@@ -250,12 +258,20 @@ class Teacher:
 
     def _piece(self, payload: bytes, room: int, params: SamplingParams) -> Piece:
         try:
-            (choice,) = msgspec.json.decode(payload, type=_Completion).choices
+            reply = msgspec.json.decode(payload, type=_Completion)
+            if reply.error is not None and reply.error.code in REFUSALS:
+                message = f"the teacher refused in its stream: {reply.error.message[:500]}"
+                raise TeacherError("status", message, refused=True)
+            (choice,) = reply.choices
         except (msgspec.MsgspecError, ValueError) as error:
             raise TeacherError("nonsense", f"the teacher's reply is not a completion: {error}") from error
         ids = choice.token_ids or []
-        if len(ids) > room or any(not 0 <= token_id < self.vocabulary for token_id in ids):
+        if len(ids) > room or any(token_id < 0 for token_id in ids):
             raise TeacherError("nonsense", f"the teacher wrote token ids {ids} where {room} were asked for")
+        if ids and max(ids) >= self.vocabulary:
+            # A high temperature reaches padded rows: a client must not open the breaker for all with that.
+            message = f"the teacher wrote the token id {max(ids)}, which the student does not have"
+            raise TeacherError("nonsense", message, well=True)
         if not ids and choice.finish_reason == "length":
             raise TeacherError("nonsense", "the teacher wrote nothing and did not end the completion")
         if choice.finish_reason not in (None, "stop", "length"):

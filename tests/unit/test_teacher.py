@@ -509,6 +509,23 @@ async def test_calls_at_once_do_not_wait_for_each_other(server, teacher):
 # What the breaker is told
 
 
+@pytest.mark.parametrize(
+    ("answer", "reason", "opens"),
+    [
+        (body(choice([VOCABULARY])), "nonsense", False),
+        (body(choice([-1])), "nonsense", True),
+        (body({"error": {"message": "logprobs", "code": 400}}), "status", False),
+        (body({"error": {"message": "out of memory", "code": 500}}), "nonsense", True),
+    ],
+    ids=["a padded row", "no row", "a refusal in a stream", "a failure in a stream"],
+)
+async def test_what_a_client_can_bring_about_does_not_open_the_breaker(server, answer, reason, opens):
+    async with client(server.url, failures=1) as teacher:
+        server.answers = [answer]
+        assert (await failure(write(teacher, SHORT))).reason == reason
+        assert teacher.breaker.open is opens
+
+
 async def test_failed_calls_open_the_breaker_and_a_good_one_closes_it(server):
     async with client(server.url, failures=2) as teacher:
         server.answers = [body("oops", 500), body("{"), body(choice([7]))]
