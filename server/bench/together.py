@@ -93,6 +93,6 @@ def _sides(fleet: Fleet, plan: Plan, count: int, streams: int) -> dict[str, Side
 
     sides: dict[str, Side] = {side: partial(write, server, None) for side, server in fleet.alone.items()}
     sides[READ] = read
-    for budget in BUDGETS[1::2] if plan.quick else BUDGETS:
+    for budget in BUDGETS[1:2] if plan.quick else BUDGETS:
         sides[name(budget)] = partial(write, fleet.gateway.at(budget), fleet.teacher)
     return sides
