@@ -17,7 +17,6 @@ STUDENT_ALONE = {
     "structured_outputs": ({"choice": ["a", "b"]}, "structured_outputs"),
     "response_format": ({"type": "json_object"}, "structured_outputs"),
     "presence_penalty": (0.5, "presence_penalty"),
-    "frequency_penalty": (0.5, "frequency_penalty"),
     "prompt_logprobs": (0, "prompt_logprobs"),
     "use_beam_search": (True, "use_beam_search"),
     "repetition_detection": (
