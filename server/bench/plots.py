@@ -49,8 +49,10 @@ def _points(pyplot: Any, section: Section) -> Any:
         streams = column.rpartition(" ")[2]
         axes.set(xlabel="tokens/s", title=f"{streams} stream{'s' * (streams != '1')}", xscale="log")
         axes.grid(alpha=0.3)
+        axes.margins(0.1)
+        axes.tick_params(axis="x", which="minor", labelbottom=False)
     panels[0].set_ylabel("exact match, %")
-    panels[0].legend(loc="lower right")
+    panels[0].legend(loc="lower left")
     return figure
 
 
