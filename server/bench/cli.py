@@ -67,7 +67,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--section", nargs="+", choices=SECTIONS, metavar="NAME", help=f"of {', '.join(SECTIONS)}"
     )
-    parser.add_argument("--quick", action="store_true", help="less of everything, under 5 minutes")
+    parser.add_argument("--quick", action="store_true", help="one round, and less of everything")
     parser.add_argument("--rounds", type=_positive, help="of every measurement (default: 5, quick: 1)")
     parser.add_argument("--out", type=Path, help="directory for one JSON file, table and plot per section")
     parser.add_argument("--json", action="store_true", help="print one JSON object, last on stdout")
