@@ -25,9 +25,9 @@ DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 IN_TURN = (
     sys.executable,
     "-c",
-    "import sys, wheels; from server.engine import CooperativeEngine; "
-    "same = type('Same', (int,), {'__sub__': lambda self, _: self})(1); "
-    "CooperativeEngine._priority = lambda *_: same; sys.exit(wheels.main())",
+    "import sys, wheels; from server.vllm_api import AsyncLLM; plain = AsyncLLM.generate; "
+    "AsyncLLM.generate = lambda *args, **options: plain(*args, **{**options, 'priority': 1}); "
+    "sys.exit(wheels.main())",
     "serve",
 )
 
