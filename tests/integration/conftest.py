@@ -45,6 +45,14 @@ def stack(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
         yield stack
 
 
+@pytest.fixture(scope="session")
+def twins(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """Teacher = student, and a gate that asks at random."""
+    twin = Pair(teacher=pair.student, student=pair.student, router=pair.router)
+    with serving(twin, tmp_path_factory.mktemp("twins"), flags=("--gate", "random")) as stack:
+        yield stack
+
+
 @pytest.fixture
 async def client(stack: Serving) -> AsyncIterator[AsyncOpenAI]:
     async with openai_client(stack.gateway) as client:

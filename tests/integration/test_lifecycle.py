@@ -1,6 +1,7 @@
-"""How a gateway ends."""
+"""How a gateway ends: in order, at its deadline, with its engine."""
 
 import asyncio
+import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -8,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
+import pytest
 from client import chat, openai_client
+from openai import APIConnectionError
 
 from server.pair import Pair, Serving, free_port, gateway_service
 from server.processes import Child, running
@@ -64,3 +68,37 @@ async def test_at_sigterm_streams_end_whole(
                 assert last.teacher["calls"] > 1
                 assert not last.teacher["degraded"]
         assert child.process.wait(20) == 0
+    assert "[server.lifecycle] ending: requests under way: 12" in child.service.log.read_text()
+
+
+async def test_at_its_deadline_it_ends_all_the_same(
+    stack: Serving, pair: Pair, sources: list[str], tmp_path: Path
+) -> None:
+    with gateway(pair, stack.teacher, tmp_path, "--drain-seconds", "0.2") as (url, child):
+        async with openai_client(url) as client:
+            stream = await chat(
+                client, sources[0], 0.3, stream=True, max_tokens=500, extra_body={"ignore_eos": True}
+            )
+            await begun(stream)
+            child.signal(signal.SIGTERM)
+            with pytest.raises(APIConnectionError):
+                [chunk async for chunk in stream]
+        assert child.process.wait(20) == 1
+        assert "requests that were cut off: 1" in child.service.log.read_text()
+
+
+async def test_the_gateway_ends_with_its_engine(
+    stack: Serving, pair: Pair, sources: list[str], tmp_path: Path
+) -> None:
+    with gateway(pair, stack.teacher, tmp_path) as (url, child):
+        async with openai_client(url) as client:
+            await chat(client, sources[0], 0.3)
+        (engine,) = [
+            process
+            for process in psutil.Process(child.process.pid).children(recursive=True)
+            if "EngineCore" in process.name()
+        ]
+        os.kill(engine.pid, signal.SIGKILL)
+        assert child.process.wait(20) == 1
+        log = child.service.log.read_text()
+        assert log.count("wheels serve: the student's engine died") == 1

@@ -1,20 +1,13 @@
 """Teacher = student: however often they take turns, the completion is what one model alone writes."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 from client import chat, openai_client
 from openai import AsyncOpenAI
 
-from server.pair import Pair, Serving, serving
-
-
-@pytest.fixture(scope="module")
-def twins(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    twin = Pair(teacher=pair.student, student=pair.student, router=pair.router)
-    with serving(twin, tmp_path_factory.mktemp("twins"), flags=("--gate", "random")) as stack:
-        yield stack
+from server.pair import Serving
 
 
 @pytest.fixture
@@ -35,3 +28,17 @@ async def test_token_for_token_at_every_budget(twin_client: AsyncOpenAI, sources
             assert two.usage.completion_tokens == one.usage.completion_tokens
             spans += len(two.teacher["spans"])
     assert spans > 600
+
+
+async def test_a_frequency_penalty_counts_the_whole_completion(
+    twin_client: AsyncOpenAI, sources: list[str]
+) -> None:
+    penalty = {"frequency_penalty": 0.8, "max_tokens": 120, "extra_body": {"ignore_eos": True}}
+    for source in sources[:6]:
+        alone = await chat(twin_client, source, 0, **penalty)
+        for budget in (0.2, 0.6, 1):
+            together = await chat(twin_client, source, budget, **penalty)
+            assert together.choices[0].token_ids == alone.choices[0].token_ids
+            assert budget == 1 or len(together.teacher["spans"]) > 3
+    free = await chat(twin_client, source, 0, **penalty | {"frequency_penalty": 0})
+    assert free.choices[0].token_ids != alone.choices[0].token_ids
