@@ -29,9 +29,9 @@ from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from server.measure import Client, Example, Reply, Row, load_examples, recovered
-from server.pair import START_SECONDS, Pair, Serving, free_port, serving
-from server.processes import Child, ServiceError
+from server.local.measure import Client, Example, Reply, Row, load_examples, recovered
+from server.local.pair import START_SECONDS, Pair, Serving, free_port, serving
+from server.local.processes import Child, ServiceError
 
 SHIPPED_PAIR = Path(__file__).resolve().parent.parent / "deploy" / "demo"
 BUDGETS = (0.0, 0.05, 0.1, 0.2, 1.0)

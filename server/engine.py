@@ -16,15 +16,15 @@ from router.budget import Bucket, Budget, Grant
 from router.ledger import Denial
 from router.policy import NEVER, Policy, Terms
 from router.reserved import ReservedRows
-from server.call import Call
 from server.completion import Completion, Piece
 from server.exchange import EXCHANGE, Exchange, Report, Source
 from server.gate_processor import TERMS, terms_args
 from server.limits import check_reserved_rows, unsupported
 from server.metrics import ESCALATIONS, counted
-from server.pool import Slot, TeacherPool
 from server.shared import Draw, Share, SharedBudgets
-from server.teacher import TeacherError
+from server.teacher.call import Call
+from server.teacher.client import TeacherError
+from server.teacher.pool import Slot, TeacherPool
 from server.tenants import OverMaximum
 from server.vllm_api import (
     AsyncLLM,

@@ -20,22 +20,22 @@ from router.checkpoint import MERGED_ROUTER, CheckpointError, RouterCheckpoint, 
 from router.controller import PriceController
 from router.policy import Calibration, Policy
 from router.reserved import ReservedRows
-from server.access import Access
-from server.breaker import Breaker
 from server.config import ConfigError, ServeConfig
 from server.engine import Cooperation, CooperativeEngine
-from server.fields import TeacherFields, document
 from server.gate_processor import gate_settings
-from server.lifecycle import CUT_OFF_SECONDS, EngineDied, Lifecycle
+from server.http.access import Access
+from server.http.fields import TeacherFields, document
+from server.http.lifecycle import CUT_OFF_SECONDS, EngineDied, Lifecycle
+from server.http.request_id import RequestIds, log_with_ids
+from server.http.routes import routes
+from server.http.tracing import Traces
 from server.metrics import PRICE
-from server.pool import TeacherPool
 from server.reload import RouterReload
-from server.request_id import RequestIds, log_with_ids
-from server.routes import routes
 from server.shared import SharedBudgets
-from server.teacher import Teacher, TeacherError
+from server.teacher.breaker import Breaker
+from server.teacher.client import Teacher, TeacherError
+from server.teacher.pool import TeacherPool
 from server.tenants import Tenants
-from server.tracing import Traces
 from server.vllm_api import AsyncEngineArgs, HttpLayer, current_platform
 
 logger = logging.getLogger(__name__)

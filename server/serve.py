@@ -14,8 +14,8 @@ def main(argv: list[str]) -> int:
     # vLLM takes seconds to import: a wrong flag is said before.
     from router.checkpoint import CheckpointError
     from server.gateway import run
-    from server.lifecycle import EngineDied
-    from server.teacher import TeacherError
+    from server.http.lifecycle import EngineDied
+    from server.teacher.client import TeacherError
 
     try:
         return run(config)

@@ -14,9 +14,9 @@ from server.bench.heavy import HeavyError
 from server.bench.plan import Plan
 from server.bench.results import Section
 from server.demo import SHIPPED_PAIR
-from server.measure import load_examples
-from server.pair import Pair
-from server.processes import ServiceError
+from server.local.measure import load_examples
+from server.local.pair import Pair
+from server.local.processes import ServiceError
 
 SECTIONS = ("overhead", "cooperation", "speculative", "quality", "capacity", "peers")
 

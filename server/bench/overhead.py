@@ -11,7 +11,7 @@ from pathlib import Path
 from server.bench.plan import Plan, synthetic
 from server.bench.results import Section, Spread, Table
 from server.bench.servers import FIRST, LAST, Sample, Server, gateway, in_turn, measure, started, stock
-from server.processes import ServiceError
+from server.local.processes import ServiceError
 
 STREAMS = (1, 8, 32, 64)
 PROMPT, LENGTH = 24, 64

@@ -11,8 +11,8 @@ from server.bench.load import Call
 from server.bench.plan import Plan
 from server.bench.results import Row, Section, Spread, Table
 from server.bench.servers import FIRST, LAST, Sample, Server, gateway, in_turn, measure, started, stock
-from server.pair import HOST, START_SECONDS, free_port
-from server.processes import Service, running
+from server.local.pair import HOST, START_SECONDS, free_port
+from server.local.processes import Service, running
 
 STREAMS = (1, 16)
 LENGTHS = (1, 16)

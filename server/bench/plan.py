@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from server.bench.heavy import deepen
 from server.bench.load import Call
-from server.measure import Example
-from server.pair import Pair
+from server.local.measure import Example
+from server.local.pair import Pair
 
 if TYPE_CHECKING:
     from server.bench.together import Together

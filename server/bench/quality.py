@@ -9,7 +9,7 @@ from typing import Any
 
 from server.bench.plan import Plan
 from server.bench.results import Row, Section, Table
-from server.processes import ServiceError
+from server.local.processes import ServiceError
 
 RATES = (0.05, 0.1, 0.2)
 UNDER_BUDGET = {

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from server.bench.cpu import Usage, usage
 from server.bench.engine_metrics import EngineWork, Scrape
 from server.bench.load import Call, Run, drive
-from server.pair import HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
-from server.processes import Child, Service, running
+from server.local.pair import HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
+from server.local.processes import Child, Service, running
 
 GATEWAY_MODEL = "wheels"
 FIRST, LAST = (0,), (-1,)

@@ -12,7 +12,7 @@ from functools import partial
 
 from server.bench.plan import Plan, synthetic
 from server.bench.servers import BOTH, LAST, Sample, Server, gateway, in_turn, measure, started, stock
-from server.processes import Service
+from server.local.processes import Service
 
 BUDGETS = (0.05, 0.1, 0.2, 0.5)
 DRAFTS = (2, 4, 6)

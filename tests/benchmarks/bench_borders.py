@@ -17,9 +17,9 @@ from statistics import median, quantiles
 
 from openai import AsyncOpenAI
 
-from server.measure import Example, load_examples
-from server.pair import GATEWAY, HOST, Pair, free_port, gateway_service, teacher_service
-from server.processes import Service, running
+from server.local.measure import Example, load_examples
+from server.local.pair import GATEWAY, HOST, Pair, free_port, gateway_service, teacher_service
+from server.local.processes import Service, running
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 IN_TURN = (

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import httpx
 
-from server.measure import Client, Example, Row, load_examples
-from server.pair import GATEWAY, HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
-from server.processes import Service, running
+from server.local.measure import Client, Example, Row, load_examples
+from server.local.pair import GATEWAY, HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
+from server.local.processes import Service, running
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 FIRST_COME = (

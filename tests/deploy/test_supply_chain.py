@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from server.pair import is_cpu_build
+from server.local.pair import is_cpu_build
 
 ROOT = Path(__file__).parents[2]
 # Not the same in the two builds, or removed again by the Makefile.

@@ -9,7 +9,7 @@ import pytest
 from client import openai_client
 from openai import AsyncOpenAI
 
-from server.pair import Pair, Serving, serving
+from server.local.pair import Pair, Serving, serving
 
 DEMO = Path(os.environ.get("TRAINING_WHEELS_PAIR", Path(__file__).parents[2] / "deploy" / "demo"))
 

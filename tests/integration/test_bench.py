@@ -4,7 +4,7 @@ from pathlib import Path
 
 from server.bench.overhead import vllm_bench
 from server.bench.servers import GATEWAY_MODEL, Server
-from server.pair import Pair, Serving
+from server.local.pair import Pair, Serving
 
 
 def test_vllms_own_client_works_unchanged(stack: Serving, pair: Pair, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from anthropic import AsyncAnthropic
 from client import MODEL
 
-from server.pair import Serving
+from server.local.pair import Serving
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from client import MODEL
 
-from server.pair import Serving
+from server.local.pair import Serving
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = (
     "/v1/chat/completions",

@@ -9,7 +9,7 @@ from client import chat, excess, metric, settled, source_of_tokens
 from openai import AsyncOpenAI, BadRequestError
 from transformers import AutoTokenizer
 
-from server.pair import Pair, Serving
+from server.local.pair import Pair, Serving
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.5)
 

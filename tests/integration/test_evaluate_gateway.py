@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import DEMO
 
-from server.pair import Serving
+from server.local.pair import Serving
 from training.cli import evaluate
 
 BUDGETS = (0.1, 0.3)

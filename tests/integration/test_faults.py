@@ -11,8 +11,8 @@ from client import chat, metric, openai_client, settled
 from openai import AsyncOpenAI
 
 from router.checkpoint import RouterCheckpoint
-from server.pair import Pair, Serving, serving, teacher_service
-from server.processes import running
+from server.local.pair import Pair, Serving, serving, teacher_service
+from server.local.processes import running
 
 
 @pytest.fixture(scope="module")

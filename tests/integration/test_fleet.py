@@ -19,8 +19,8 @@ import yaml
 from client import chat, openai_client
 from redis_server import RedisServer, free_port
 
-from server.pair import HOST, START_SECONDS, Pair, gateway_service, teacher_service
-from server.processes import Child, Service, running
+from server.local.pair import HOST, START_SECONDS, Pair, gateway_service, teacher_service
+from server.local.processes import Child, Service, running
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 REQUESTS = 400

@@ -14,8 +14,8 @@ import pytest
 from client import chat, openai_client
 from openai import APIConnectionError
 
-from server.pair import Pair, Serving, free_port, gateway_service
-from server.processes import Child, running
+from server.local.pair import Pair, Serving, free_port, gateway_service
+from server.local.processes import Child, running
 
 TOKENS = 250
 

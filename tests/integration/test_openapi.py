@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import load_all_checks
 from schemathesis.specs.openapi.checks import positive_data_acceptance, status_code_conformance
 
-from server.fields import STREAMED
-from server.pair import Serving
+from server.http.fields import STREAMED
+from server.local.pair import Serving
 
 EXAMPLES = 5
 ENDLESS = settings(

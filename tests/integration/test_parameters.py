@@ -9,7 +9,7 @@ from client import chat
 from openai import AsyncOpenAI, BadRequestError
 from transformers import AutoTokenizer
 
-from server.pair import Pair, Serving
+from server.local.pair import Pair, Serving
 
 # parameter of the request: (value, the name by which the refusal calls it)
 STUDENT_ALONE = {

@@ -10,8 +10,8 @@ from client import MODEL, openai_client
 from openai import AsyncOpenAI, BadRequestError
 from reciter import save_reciter
 
-from server.pair import HOST, Pair, free_port, gateway_service, teacher_service
-from server.processes import running
+from server.local.pair import HOST, Pair, free_port, gateway_service, teacher_service
+from server.local.processes import running
 
 REASONING, CONTENT = "Two cities, so two calls.", "Let me look."
 CITIES = ["Zürich", "Genf"]

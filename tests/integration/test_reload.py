@@ -8,8 +8,8 @@ from pathlib import Path
 from client import chat, openai_client
 
 from router.checkpoint import RouterCheckpoint
-from server.pair import Pair, Serving, free_port, gateway_service
-from server.processes import running
+from server.local.pair import Pair, Serving, free_port, gateway_service
+from server.local.processes import running
 
 BUDGET = 0.2
 

@@ -7,7 +7,7 @@ import pytest
 from client import chat, openai_client
 from openai import AsyncOpenAI
 
-from server.pair import Serving
+from server.local.pair import Serving
 
 
 @pytest.fixture

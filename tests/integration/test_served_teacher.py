@@ -9,8 +9,8 @@ import httpx
 import pytest
 import torch
 
-from server.pair import HOST, Pair, free_port, teacher_service
-from server.processes import running
+from server.local.pair import HOST, Pair, free_port, teacher_service
+from server.local.processes import running
 from training.batches import Batch
 from training.models import answer_logits, load_model
 from training.rollout_server import RolloutServer

@@ -16,7 +16,7 @@ from client import chat, metric
 from openai import AsyncOpenAI
 from redis_server import RedisServer
 
-from server.pair import Pair, Serving, serving
+from server.local.pair import Pair, Serving, serving
 from server.tenants import hash_key
 
 LIMIT = 60

@@ -13,8 +13,8 @@ import psutil
 import pytest
 from client import MODEL, metric, settled
 
-from server.pair import HOST, Pair, Serving, free_port, gateway_service
-from server.processes import Child, running
+from server.local.pair import HOST, Pair, Serving, free_port, gateway_service
+from server.local.processes import Child, running
 
 STREAMS = 500
 LIMIT = {"type": "tokens", "tokens": 10**6, "window_seconds": 3600}

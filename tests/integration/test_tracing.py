@@ -10,8 +10,8 @@ import pytest
 from client import chat, openai_client
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from server.pair import Pair, Serving, free_port, gateway_service
-from server.processes import running
+from server.local.pair import Pair, Serving, free_port, gateway_service
+from server.local.processes import running
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 from router.controller import PriceController
 from router.ledger import FractionOfTraffic, MemoryLedger
 from router.policy import Calibration
-from server.access import OPEN, Access, owner_of
-from server.budgets import answer
+from server.http.access import OPEN, Access, owner_of
+from server.http.budgets import answer
 from server.shared import SharedBudgets
 from server.tenants import Tenants, hash_key
 

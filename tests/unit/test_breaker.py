@@ -1,4 +1,4 @@
-from server.breaker import Breaker
+from server.teacher.breaker import Breaker
 
 
 class Clock:

@@ -27,13 +27,13 @@ from router.budget import Budget
 from router.controller import PriceController
 from router.ledger import FractionOfTraffic, Limit, MemoryLedger, TokensPerWindow
 from router.policy import Calibration, Policy
-from server.breaker import Breaker
 from server.completion import Piece
 from server.engine import Cooperation
 from server.exchange import EXCHANGE, Exchange, Report
 from server.gate_processor import TERMS
 from server.shared import SharedBudgets
-from server.teacher import TeacherError
+from server.teacher.breaker import Breaker
+from server.teacher.client import TeacherError
 from server.tenants import Tenant, hash_key
 from server.vllm_api import (
     CompletionOutput,

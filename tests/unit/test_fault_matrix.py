@@ -21,12 +21,12 @@ from router.budget import Budget
 from router.controller import PriceController
 from router.ledger import MemoryLedger, TokensPerWindow
 from router.policy import Calibration, Policy
-from server.breaker import Breaker
 from server.engine import Cooperation
 from server.exchange import EXCHANGE, Exchange, Report
-from server.pool import TeacherPool
 from server.shared import SharedBudgets
-from server.teacher import STREAM_ABOVE, Teacher
+from server.teacher.breaker import Breaker
+from server.teacher.client import STREAM_ABOVE, Teacher
+from server.teacher.pool import TeacherPool
 from server.vllm_api import SamplingParams
 
 CALIBRATION = Calibration(((0.5, 1.0),))

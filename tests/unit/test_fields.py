@@ -7,7 +7,7 @@ import pytest
 
 from router.budget import Budget
 from server.exchange import EXCHANGE, Exchange, Report
-from server.fields import ALONE, PATHS, STREAMED, TeacherFields, document
+from server.http.fields import ALONE, PATHS, STREAMED, TeacherFields, document
 
 Receive = Callable[[], Awaitable[dict]]
 Send = Callable[[dict], Awaitable[None]]

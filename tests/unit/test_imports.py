@@ -39,4 +39,4 @@ def test_help_loads_neither_torch_nor_vllm():
 
 def test_what_stands_before_the_engine_does_not_load_it():
     """The middleware and the configuration are checked, and tested, without an engine."""
-    assert loaded("import server.fields, server.config, server.metrics", "vllm") == set()
+    assert loaded("import server.http.fields, server.config, server.metrics", "vllm") == set()

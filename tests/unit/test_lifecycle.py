@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
-from server.lifecycle import Lifecycle
+from server.http.lifecycle import Lifecycle
 from server.vllm_api import HttpLayer
 
 

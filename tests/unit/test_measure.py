@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.measure import Example, Reply, Row, load_examples, recovered
+from server.local.measure import Example, Reply, Row, load_examples, recovered
 
 EXAMPLE = Example.of("at 3", [[["um "], ["drei", "3"], [" Uhr"]], [["15 Uhr"]]])
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from server.breaker import Breaker
 from server.completion import Piece
-from server.pool import Slot, TeacherPool
-from server.teacher import TeacherError
+from server.teacher.breaker import Breaker
+from server.teacher.client import TeacherError
+from server.teacher.pool import Slot, TeacherPool
 from server.vllm_api import SamplingParams
 
 KEYS = [n.to_bytes(16) for n in range(300)]

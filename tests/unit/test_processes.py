@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from server.pair import free_port
-from server.processes import Child, Service, ServiceError, running, stop
+from server.local.pair import free_port
+from server.local.processes import Child, Service, ServiceError, running, stop
 
 ANSWER = (
     "import sys\n"

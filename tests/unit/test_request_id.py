@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.request_id import REQUEST_ID, RequestIds, log_with_ids
+from server.http.request_id import REQUEST_ID, RequestIds, log_with_ids
 
 logger = logging.getLogger("server.tests")
 

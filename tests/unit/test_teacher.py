@@ -9,9 +9,9 @@ from aiohttp import web
 from fake_teacher import Answer, Server, begin_events, body, choice, event, stream
 from prometheus_client import REGISTRY
 
-from server.breaker import Breaker
 from server.completion import Piece
-from server.teacher import KEEP_ALIVE, SPAN, STREAM_ABOVE, Teacher, TeacherError
+from server.teacher.breaker import Breaker
+from server.teacher.client import KEEP_ALIVE, SPAN, STREAM_ABOVE, Teacher, TeacherError
 from server.vllm_api import Logprob, SamplingParams
 
 SHORT, LONG = STREAM_ABOVE, STREAM_ABOVE + 1  # spans that come as one body, as a stream

@@ -15,9 +15,9 @@ from router.budget import Budget
 from router.controller import PriceController
 from router.ledger import FractionOfTraffic, MemoryLedger, Scope, TokensPerWindow
 from router.policy import Calibration
-from server.budgets import view
 from server.config import ConfigError
-from server.ratelimit import duration, headers, retry_after
+from server.http.budgets import view
+from server.http.ratelimit import duration, headers, retry_after
 from server.tenants import OverMaximum, Resolved, Tenant, Tenants, hash_key
 
 LIMIT = {"type": "tokens", "tokens": 100, "window_seconds": 60}

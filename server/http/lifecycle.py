@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any
 
-from server.asgi import Message, Receive, Send, refuse
+from server.http.asgi import Message, Receive, Send, refuse
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from router.ledger import Ledger, Status
-from server.asgi import Message, Receive, Send, encoded, refuse
-from server.ratelimit import headers, retry_after
+from server.http.asgi import Message, Receive, Send, encoded, refuse
+from server.http.ratelimit import headers, retry_after
 from server.tenants import ADMIN, Tenant, Tenants
 
 # What probes, scrapers and browsers fetch; nothing of it costs or tells anything of a tenant.

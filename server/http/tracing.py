@@ -10,10 +10,10 @@ from typing import Any
 from opentelemetry import propagate, trace
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
-from server.asgi import Message, Receive, Send, encoded
 from server.exchange import EXCHANGE
-from server.fields import PATHS
-from server.request_id import REQUEST_ID
+from server.http.asgi import Message, Receive, Send, encoded
+from server.http.fields import PATHS
+from server.http.request_id import REQUEST_ID
 
 TRACER = trace.get_tracer("training-wheels")
 

@@ -8,8 +8,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse
 from typing_extensions import TypedDict
 
-from server.access import owner_of
-from server.budgets import BudgetsView, answer
+from server.http.access import owner_of
+from server.http.budgets import BudgetsView, answer
 from server.tenants import Tenants
 
 PLAYGROUND = Path(__file__).with_name("playground.html")

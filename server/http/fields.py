@@ -7,9 +7,9 @@ import msgspec
 from pydantic import TypeAdapter, ValidationError
 
 from router.budget import Budget
-from server.access import owner_of
-from server.asgi import Message, Receive, Send, refuse
 from server.exchange import EXCHANGE, Exchange, ReportFields
+from server.http.access import owner_of
+from server.http.asgi import Message, Receive, Send, refuse
 from server.tenants import Tenant
 
 STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")

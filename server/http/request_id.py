@@ -6,7 +6,7 @@ import uuid
 from contextvars import ContextVar
 from typing import Any
 
-from server.asgi import Message, Receive, Send, encoded, refuse
+from server.http.asgi import Message, Receive, Send, encoded, refuse
 
 HEADER = "x-request-id"
 # It becomes part of request ids, log lines and headers of other servers.

@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 import aiohttp
 import msgspec
 
-from server.breaker import Breaker
 from server.completion import Piece
+from server.http.tracing import CallSpan
 from server.metrics import BREAKER_OPEN, TEACHER_CALL_SECONDS, TEACHER_CALLS
-from server.tracing import CallSpan
+from server.teacher.breaker import Breaker
 from server.vllm_api import Logprob, SamplingParams
 
 # Up to this many tokens a span comes as one JSON body: cheaper on both sides than a stream.

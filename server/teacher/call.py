@@ -6,7 +6,7 @@ from contextlib import aclosing
 
 from server.completion import Piece
 from server.metrics import DROPPED_TOKENS
-from server.pool import Slot
+from server.teacher.pool import Slot
 
 _READING: set[asyncio.Task[None]] = set()  # asyncio itself keeps no task alive
 

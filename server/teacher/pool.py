@@ -11,7 +11,7 @@ from typing import Any
 
 from server.completion import Piece
 from server.metrics import TEACHER_RUNNING, TEACHER_UP
-from server.teacher import Teacher, TeacherError
+from server.teacher.client import Teacher, TeacherError
 from server.vllm_api import SamplingParams
 
 logger = logging.getLogger(__name__)

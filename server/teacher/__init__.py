@@ -1,0 +1,1 @@
+"""The teacher: a client for one of its servers, all of them as one, one call as the span loop takes it."""
