@@ -68,7 +68,7 @@ async def test_at_sigterm_streams_end_whole(
                 assert last.teacher["calls"] > 1
                 assert not last.teacher["degraded"]
         assert child.process.wait(20) == 0
-    assert "[server.lifecycle] ending: requests under way: 12" in child.service.log.read_text()
+    assert "[server.http.lifecycle] ending: requests under way: 12" in child.service.log.read_text()
 
 
 async def test_at_its_deadline_it_ends_all_the_same(
