@@ -29,11 +29,11 @@ from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
+from server.local.arguments import PAIR_HELP, SHIPPED_PAIR, positive
 from server.local.measure import Client, Example, Reply, Row, load_examples, recovered
 from server.local.pair import START_SECONDS, Pair, Serving, free_port, serving
 from server.local.processes import Child, ServiceError
 
-SHIPPED_PAIR = Path(__file__).resolve().parent.parent / "deploy" / "demo"
 BUDGETS = (0.0, 0.05, 0.1, 0.2, 1.0)
 SHOWN_BUDGETS = (0.1, 0.2)
 SHOWN_COMPLETIONS = 5
@@ -78,27 +78,20 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--once", action="store_true", help="stop after the table")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON, last on stdout")
-    parser.add_argument("--requests", type=_positive, help="examples per budget (default: all)")
-    parser.add_argument("--concurrency", type=_positive, default=16, help="requests at once (default: 16)")
-    parser.add_argument("--port", type=_positive, help="the gateway's port (default: 8000, or a free one)")
+    parser.add_argument("--requests", type=positive, help="examples per budget (default: all)")
+    parser.add_argument("--concurrency", type=positive, default=16, help="requests at once (default: 16)")
+    parser.add_argument("--port", type=positive, help="the gateway's port (default: 8000, or a free one)")
     parser.add_argument("--gate", help="what decides when to ask (default: the pair's learned gate)")
     parser.add_argument(
         "--pair",
         type=Path,
         default=SHIPPED_PAIR,
-        help="directory with teacher/, student/, router/ and examples.jsonl (default: the shipped pair)",
+        help=PAIR_HELP,
     )
     parser.add_argument(
         "--timeout", type=float, default=START_SECONDS, help="longest wait for the servers, in seconds"
     )
     return parser.parse_args(argv)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 # --- starting ---

@@ -13,7 +13,7 @@ from pathlib import Path
 from server.bench.heavy import HeavyError
 from server.bench.plan import Plan
 from server.bench.results import Section
-from server.demo import SHIPPED_PAIR
+from server.local.arguments import PAIR_HELP, SHIPPED_PAIR, positive
 from server.local.measure import load_examples
 from server.local.pair import Pair
 from server.local.processes import ServiceError
@@ -62,26 +62,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         nargs="?",
         type=Path,
         default=SHIPPED_PAIR,
-        help="directory with teacher/, student/, router/ and examples.jsonl (default: the shipped pair)",
+        help=PAIR_HELP,
     )
     parser.add_argument(
         "--section", nargs="+", choices=SECTIONS, metavar="NAME", help=f"of {', '.join(SECTIONS)}"
     )
     parser.add_argument("--quick", action="store_true", help="one round, and less of everything")
-    parser.add_argument("--rounds", type=_positive, help="of every measurement (default: 5, quick: 1)")
+    parser.add_argument("--rounds", type=positive, help="of every measurement (default: 5, quick: 1)")
     parser.add_argument("--out", type=Path, help="directory for one JSON file, table and plot per section")
     parser.add_argument("--json", action="store_true", help="print one JSON object, last on stdout")
     parser.add_argument(
         "--litellm", type=Path, metavar="PYTHON", help="a Python with LiteLLM's proxy, for the peers"
     )
     return parser.parse_args(argv)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 def _say(text: str, to_stderr: bool) -> None:

@@ -110,7 +110,7 @@ def run(plan: Plan) -> Section:
             split = {part: Spread.of(share[part] for share in shares) for part in shares[0]}
             splits.append({"streams": streams, "side": side} | split)
     about = (
-        "Teacher deepened to 103 M parameters on one core, student on the other, examples of the pair, "
+        f"Teacher deepened to {plan.heavy_size} on one core, student on the other, examples of the pair, "
         f"greedy. {together.rounds} rounds, other examples in each, prefix caches emptied before every run."
     )
     return Section(

@@ -28,11 +28,20 @@ class Plan:
     """A Python that has LiteLLM's proxy."""
 
     @cached_property
+    def _deepened(self) -> tuple[Pair, int]:
+        target = self.work / "heavy"
+        count = deepen(self.pair.teacher, target)
+        return Pair(target, self.pair.student, self.pair.router), count
+
+    @property
     def heavy(self) -> Pair:
         """The pair with a teacher that costs a hundred times as much and writes the same."""
-        target = self.work / "heavy"
-        deepen(self.pair.teacher, target)
-        return Pair(target, self.pair.student, self.pair.router)
+        return self._deepened[0]
+
+    @property
+    def heavy_size(self) -> str:
+        """Parameters of its teacher, for people."""
+        return f"{self._deepened[1] / 1e6:.0f} M parameters"
 
     @cached_property
     def together(self) -> "Together":

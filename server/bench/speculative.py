@@ -14,9 +14,9 @@ def run(plan: Plan) -> Section:
     rows = [_row(side, {streams: s[side] for streams, s in together.samples.items()}, plan) for side in sides]
     about = (
         f"{together.rounds} rounds, other examples of the pair in each, greedy; quality over all of them, "
-        f"at {PARALLEL} streams. The teacher: 103 M parameters. Cooperation: student on one core, teacher on "
-        "the other; speculative decoding has both for its one process. Forward passes and positions of the "
-        "teacher for each completion token, the prompt's included."
+        f"at {PARALLEL} streams. The teacher: {plan.heavy_size}. Cooperation: student on one core, teacher "
+        "on the other; speculative decoding has both for its one process. Forward passes and positions of "
+        "the teacher for each completion token, the prompt's included."
     )
     return Section({"points": Table("Quality against speed", rows, about)})
 

@@ -1,0 +1,15 @@
+"""Command-line arguments that the demo and the benchmarks share."""
+
+import argparse
+from pathlib import Path
+
+SHIPPED_PAIR = Path(__file__).resolve().parents[2] / "deploy" / "demo"
+PAIR_HELP = "directory with teacher/, student/, router/ and examples.jsonl (default: the shipped pair)"
+
+
+def positive(text: str) -> int:
+    """A number of 1 or more, as argparse's ``type``."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
