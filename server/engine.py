@@ -478,7 +478,7 @@ class CooperativeEngine(AsyncLLM):
         """A request with nothing to spend: the student's own outputs, counted."""
         delta = params.output_kind == RequestOutputKind.DELTA
         try:
-            with counted(reports, budgeted=False):
+            with counted(reports, budgeted=False, refusal=VLLMValidationError):
                 async with aclosing(outputs):
                     async for output in outputs:
                         for new in output.outputs:
@@ -508,7 +508,7 @@ class CooperativeEngine(AsyncLLM):
     async def _outputs(self, choice: Choice) -> AsyncGenerator[tuple[CompletionOutput, Source], None]:
         final_only = choice.params.output_kind == RequestOutputKind.FINAL_ONLY
         try:
-            with counted([choice.report], budgeted=True):
+            with counted([choice.report], budgeted=True, refusal=VLLMValidationError):
                 async with aclosing(self._write(choice)) as steps:
                     async for source in steps:
                         if not final_only or choice.completion.finished:

@@ -40,6 +40,10 @@ from server.vllm_api import AsyncEngineArgs, HttpLayer, current_platform
 
 logger = logging.getLogger(__name__)
 
+# Load balancers (mostly 60 s) and clients keep idle connections for less. Else the gateway would close one on
+# which a request may be on its way.
+KEEP_ALIVE_SECONDS = 75
+
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
     "Preis: 1.234,56 € am 31.12.2024 um 17:45 Uhr",
@@ -200,6 +204,7 @@ async def _serve(config: ServeConfig, router: RouterCheckpoint | None, student: 
                     port=arguments.port,
                     log_level=arguments.uvicorn_log_level,
                     access_log=not arguments.disable_uvicorn_access_log,
+                    timeout_keep_alive=KEEP_ALIVE_SECONDS,
                     timeout_graceful_shutdown=CUT_OFF_SECONDS,
                 )
                 await lifecycle.run(app.state, serving)

@@ -57,11 +57,14 @@ TEACHER_RUNNING = Gauge("wheels_teacher_running", "Calls under way", ["replica"]
 
 
 @contextmanager
-def counted(reports: Sequence[Report], *, budgeted: bool) -> Iterator[None]:
-    """Count the choices of a request once, however it ends."""
+def counted(reports: Sequence[Report], *, budgeted: bool, refusal: type[Exception]) -> Iterator[None]:
+    """Count the choices of a request once, however it ends; one that ends by a ``refusal`` has none."""
     unfinished = "aborted"
     try:
         yield
+    except refusal:
+        reports = ()
+        raise
     except Exception:
         unfinished = "error"
         raise

@@ -37,6 +37,8 @@ class RouterReload:
                 await self.reload()
             except CheckpointError as error:
                 logger.error("the router stays as it was: %s", error)
+            except Exception:  # from the engine's process, say: the next checkpoint may do
+                logger.exception("the router could not be replaced")
 
     async def reload(self) -> bool:
         """Whether there was another router, which is in use now.

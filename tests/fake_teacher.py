@@ -24,6 +24,7 @@ class Server:
         self.models: object = {"data": [{"id": "big", "max_model_len": 512}, {"id": "other"}]}
         self.tokens: dict[str, list[int]] = {}
         self.health = 200
+        self.health_seconds = 0.0
         self.url = ""
 
     async def __aenter__(self) -> "Server":
@@ -56,6 +57,7 @@ class Server:
         return web.json_response({"count": 1, "tokens": self.tokens[body["prompt"]]})
 
     async def _health(self, _: web.Request) -> web.Response:
+        await asyncio.sleep(self.health_seconds)
         return web.Response(status=self.health)
 
     async def until_lost(self) -> None:

@@ -175,12 +175,14 @@ class Teacher:
                     f"{text!r} as {answer.get('tokens')}, the student as {ids}",
                 )
 
-    async def healthy(self) -> bool:
-        """Whether the teacher answers its health check within the timeout."""
+    async def healthy(self) -> bool | None:
+        """Whether the teacher says that it is well; None where it says nothing within the timeout."""
         try:
             async with asyncio.timeout(self.timeout), self._session.get(f"{self.url}/health") as response:
                 return response.status == 200
-        except (aiohttp.ClientError, TimeoutError):
+        except TimeoutError:
+            return None
+        except aiohttp.ClientError:
             return False
 
     async def write(

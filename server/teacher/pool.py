@@ -28,6 +28,8 @@ class Replica:
         self.running = 0
         self.up = False
         """Whether it answered when it was asked last, at the start or by a probe."""
+        self.late = False
+        """Whether the last probe had no answer in time: a busy server may miss one."""
         self.checked = False
         """Whether it is known to serve the right model with the right vocabulary."""
         TEACHER_RUNNING.labels(teacher.name).set_function(lambda: self.running)
@@ -149,8 +151,12 @@ class TeacherPool:
                 level = logging.DEBUG if error.reason in ABSENT else logging.ERROR
                 logger.log(level, "a replica of the teacher stays out: %s", error)
         else:
+            answer = await replica.teacher.healthy()
+            once, replica.late = replica.late, answer is None
+            if answer is None and not once:
+                return
             # Who comes back may be another: it is checked again.
-            replica.up = replica.checked = await replica.teacher.healthy()
+            replica.up = replica.checked = bool(answer)
         if replica.up != was_up:
             logger.warning("the teacher at %s is %s", replica.teacher.url, "up" if replica.up else "down")
             self.wake()

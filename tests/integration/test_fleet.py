@@ -97,7 +97,9 @@ def fleet(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flee
         log.mkdir()
     gateways, teachers, front, prometheus = [local(), local()], [local(), local()], local(), local()
     redis = RedisServer(directory, durable=True)
-    ledger = {"type": "redis", "url": redis.url, "lease_seconds": LEASE_SECONDS, "on_expiry": "charge"}
+    # Redis may take its time: a machine as busy as this one is no reason to do without it.
+    ledger = {"type": "redis", "url": redis.url, "timeout": 2, "on_expiry": "charge"}
+    ledger["lease_seconds"] = LEASE_SECONDS
     limits = [
         {"type": "tokens", "tokens": LIMIT, "window_seconds": 3600},
         {"type": "fraction", "fraction": 0.5, "window_seconds": 3600, "slack_tokens": 64},
@@ -224,7 +226,7 @@ def test_the_other_teacher_takes_over(load: Load) -> None:
     replies = [load.replies[i] for i in range(end) if load.sent[i] > died]
     assert len(replies) > 10
     assert sum(reply.teacher["tokens"] for reply in replies) > 0
-    assert not any(reply.teacher["degraded"] for reply in replies)
+    assert [reply.teacher["denied"] for reply in replies if reply.teacher["degraded"]] == []
 
 
 @pytest.mark.parametrize("expression", promql.panel_expressions(), ids=lambda e: e.place)

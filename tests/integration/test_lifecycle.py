@@ -87,6 +87,17 @@ async def test_at_its_deadline_it_ends_all_the_same(
         assert "requests that were cut off: 1" in child.service.log.read_text()
 
 
+async def test_an_idle_connection_is_kept_longer_than_clients_keep_theirs(stack: Serving) -> None:
+    """Else a request may be sent on a connection that is being closed, and is lost."""
+    async with httpx.AsyncClient(base_url=stack.gateway, limits=httpx.Limits(keepalive_expiry=60)) as http:
+        streams = []
+        for _ in range(2):
+            response = await http.get("/health")
+            streams.append(response.extensions["network_stream"].get_extra_info("client_addr"))
+            await asyncio.sleep(7)  # httpx itself: 5 s
+        assert streams[0] == streams[1]
+
+
 async def test_the_gateway_ends_with_its_engine(
     stack: Serving, pair: Pair, sources: list[str], tmp_path: Path
 ) -> None:

@@ -31,6 +31,7 @@ from server.completion import Piece
 from server.engine import Cooperation
 from server.exchange import EXCHANGE, Exchange, Report
 from server.gate_processor import TERMS
+from server.metrics import counted
 from server.shared import SharedBudgets
 from server.teacher.breaker import Breaker
 from server.teacher.client import TeacherError
@@ -901,6 +902,14 @@ async def test_a_degraded_request_is_counted_as_such(pair):
     before = [count(name, **labels) for name, labels in series]
     await write(engine, 0.5)
     assert [count(name, **labels) for name, labels in series] == [n + 1 for n in before]
+
+
+@pytest.mark.parametrize("error", [VLLMValidationError("no", parameter="top_k"), RuntimeError("engine")])
+def test_what_the_engine_refuses_is_no_error_of_ours(error):
+    before = count("wheels_requests_total", outcome="error")
+    with pytest.raises(type(error)), counted([Report()], budgeted=False, refusal=VLLMValidationError):
+        raise error
+    assert count("wheels_requests_total", outcome="error") - before == isinstance(error, RuntimeError)
 
 
 # A place at the teacher

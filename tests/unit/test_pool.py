@@ -29,6 +29,7 @@ class Replica:
         self.max_model_len: int | None = None
         self.breaker = Breaker(2, 60.0)
         self.absent: TeacherError | None = None
+        self.silent = False
         self.fails_before: int | None = None
         self.vocabulary = {"one": [1]}
         self.calls = 0
@@ -50,8 +51,8 @@ class Replica:
         if [self.vocabulary[text] for text in texts] != list(expected):
             raise TeacherError("nonsense", "another vocabulary")
 
-    async def healthy(self) -> bool:
-        return self.absent is None
+    async def healthy(self) -> bool | None:
+        return None if self.silent else self.absent is None
 
     async def write(
         self, prompt: list[int], tokens: int, params: Any, *, started: float
@@ -348,6 +349,17 @@ async def test_a_probe_finds_a_dead_replica_before_a_request_does():
     await asyncio.sleep(0.05)
     assert [replica.up for replica in pool.replicas] == [True, True]
     watching.cancel()
+
+
+async def test_a_busy_replica_may_miss_one_probe_but_not_two():
+    pool = await pool_of(1)
+    (replica,) = pool.replicas
+    up = []
+    for silent in (True, False, True, True, False):
+        replica.teacher.silent = silent
+        await pool._probe(replica)
+        up.append(replica.up)
+    assert up == [True, True, True, False, True]
 
 
 async def test_healthy_is_who_has_one_that_answers():

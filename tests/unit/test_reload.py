@@ -1,5 +1,6 @@
 """Another router without a restart: when it is taken, and how it gets into the engine."""
 
+import asyncio
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -33,21 +34,27 @@ class Reloads:
 
     def __init__(self, directory: Path, router: RouterCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(RouterCheckpoint, "check_student", lambda *_: None)
-        self.directory, self.used, self.refuses = directory, [], False
+        self.directory, self.used = directory, []
+        self.refuses: Exception | None = None
+        self.tried = asyncio.Event()
         router.save(directory)
         self.watcher = RouterReload(directory, Path("student"), router, self.use)
 
     async def use(self, router: RouterCheckpoint) -> None:
+        self.tried.set()
         if self.refuses:
-            raise CheckpointError("no calibration")
+            raise self.refuses
         self.used.append(router.digest())
 
-    async def after(self, router: RouterCheckpoint) -> bool:
+    def replace(self, router: RouterCheckpoint) -> None:
         """Put another router in the old one's place, by one rename."""
         beside = self.directory.with_name("new")
         router.save(beside)
         os.replace(self.directory, self.directory.with_name(f"old{len(os.listdir(beside.parent))}"))
         os.replace(beside, self.directory)
+
+    async def after(self, router: RouterCheckpoint) -> bool:
+        self.replace(router)
         return await self.watcher.reload()
 
 
@@ -99,11 +106,25 @@ async def test_a_router_for_another_student_is_refused(reloads, router, other, m
     assert reloads.used == []
 
 
+async def test_whatever_goes_wrong_the_next_one_is_taken(reloads, other):
+    reloads.refuses = RuntimeError("the engine's process says no")
+    watching = asyncio.create_task(reloads.watcher.watch(0.01))
+    reloads.replace(other)
+    await reloads.tried.wait()
+    assert reloads.used == []
+    reloads.refuses = None
+    reloads.tried.clear()
+    reloads.replace(replace(other, taps=other.taps * 2))
+    await reloads.tried.wait()
+    assert len(reloads.used) == 1
+    watching.cancel()
+
+
 async def test_what_could_not_be_used_does_not_count_as_running(reloads, other):
-    reloads.refuses = True
+    reloads.refuses = CheckpointError("no calibration")
     with pytest.raises(CheckpointError, match="no calibration"):
         await reloads.after(other)
-    reloads.refuses = False
+    reloads.refuses = None
     assert await reloads.after(other)
 
 

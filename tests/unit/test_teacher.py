@@ -623,6 +623,12 @@ async def test_health_is_what_the_teacher_says(server, teacher):
     assert await teacher.healthy() is False
 
 
+async def test_a_teacher_that_does_not_answer_in_time_may_be_healthy_or_not(server):
+    server.health_seconds = 0.3
+    async with client(server.url, timeout=0.1) as teacher:
+        assert await teacher.healthy() is None
+
+
 async def test_a_teacher_that_is_gone_is_not_healthy(server):
     async with client(server.url) as teacher:
         await server._server.close()
