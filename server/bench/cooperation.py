@@ -100,12 +100,14 @@ class Split:
 
 def run(plan: Plan) -> Section:
     together = plan.together
-    network = network_seconds(together.samples[1][together.cooperative[0]])
+    # Of a call that writes ahead, a part goes on beside the student: its seconds are not the request's.
+    one_by_one = [side for side in together.cooperative if not side.endswith("ahead")]
+    network = network_seconds(together.samples[1][one_by_one[-1]])  # with most calls
     rows: list[Row] = []
     splits: list[Row] = []
     for streams, samples in together.samples.items():
-        for side in reversed(together.cooperative):
-            rows.append(_row(streams, side, samples))
+        rows += [_row(streams, side, samples) for side in together.cooperative]
+        for side in one_by_one:
             shares = [Split.of(sample, network if streams > 1 else None).shares for sample in samples[side]]
             split = {part: Spread.of(share[part] for share in shares) for part in shares[0]}
             splits.append({"streams": streams, "side": side} | split)

@@ -7,6 +7,13 @@ from typing import Any
 from server.bench.results import Row, Section, Spread
 
 DPI = 120
+MARKERS = {
+    "student alone": "s",
+    "teacher alone": "D",
+    "speculative": "^",
+    "cooperation": "o",
+    "cooperation, ahead": "x",
+}
 
 
 def plot(name: str, section: Section, directory: Path) -> list[Path]:
@@ -33,16 +40,11 @@ def _points(pyplot: Any, section: Section) -> Any:
     columns = [column for column in rows[0] if column.startswith("tokens/s")]
     figure, panels = pyplot.subplots(1, len(columns), figsize=(6 * len(columns), 4.5), sharey=True)
     for axes, column in zip(panels, columns, strict=True):
-        for prefix, marker in (
-            ("student", "s"),
-            ("teacher", "D"),
-            ("speculative", "^"),
-            ("cooperation", "o"),
-        ):
-            group = [row for row in rows if str(row["side"]).startswith(prefix)]
+        for kind, marker in MARKERS.items():
+            group = [row for row in rows if _kind(str(row["side"])) == kind]
             x = [_middle(row[column]) for row in group]
             y = [100 * _middle(row["exact match"]) for row in group]
-            axes.plot(x, y, marker, linestyle="-" if prefix == "cooperation" else "", label=prefix)
+            axes.plot(x, y, marker, linestyle="-" if kind.startswith("cooperation") else "", label=kind)
             for row, at in zip(group, zip(x, y, strict=True), strict=True):
                 label = str(row["side"]).partition(", ")[2]
                 axes.annotate(label, at, textcoords="offset points", xytext=(4, 5), fontsize=7, rotation=30)
@@ -90,6 +92,12 @@ DRAWN: Mapping[str, Callable[[Any, Section], Any]] = {
     "cooperation": _shares,
     "capacity": _streams,
 }
+
+
+def _kind(side: str) -> str:
+    """Sides of one kind have one marker."""
+    kind = side.partition(", ")[0]
+    return f"{kind}, ahead" if side.endswith("ahead") else kind
 
 
 def _middle(value: Any) -> float:

@@ -19,6 +19,9 @@ DRAFTS = (2, 4, 6)
 STREAMS = (1, 16)
 STUDENT, TEACHER, WIDE, READ = "student alone", "teacher alone, 1 core", "teacher alone, 2 cores", "read"
 READ_PROMPT = 256
+AHEAD = 3
+"""`write_ahead` of the second gateway: calls that write on save reading, and may write for nothing."""
+AHEAD_BUDGETS = (0.1, 0.5)
 
 Side = Callable[[int], Awaitable[Sample]]
 """Round -> what came of it."""
@@ -36,9 +39,8 @@ class Together:
 
     @property
     def cooperative(self) -> list[str]:
-        """Sides of two models; the first is the one with the largest budget, and so with most calls."""
-        sides = [side for side in self.samples[STREAMS[0]] if side.startswith("cooperation")]
-        return sorted(sides, key=lambda side: -float(side.split(", ")[1]))
+        """Sides of two models in order of their budgets."""
+        return [side for side in self.samples[STREAMS[0]] if side.startswith("cooperation")]
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,12 @@ class Fleet:
     teacher: Server
     alone: dict[str, Server]
     """Sides of one server."""
-    gateway: Server
+    gateways: dict[int, Server]
+    """By `write_ahead`."""
 
 
-def name(budget: float) -> str:
-    return f"cooperation, {budget:g}"
+def name(budget: float, ahead: int = 0) -> str:
+    return f"cooperation, {budget:g}" + (f", {ahead} ahead" if ahead else "")
 
 
 def run(plan: Plan) -> Together:
@@ -59,10 +62,16 @@ def run(plan: Plan) -> Together:
     if not plan.quick:
         teachers[WIDE] = stock(plan.heavy.teacher, plan.work, "teacher-2", BOTH)
     teachers |= {f"speculative, {tokens} drafts": _speculative(plan, tokens) for tokens in drafts}
-    ours = gateway(plan.heavy, teachers[TEACHER], plan.work)
-    with started([*teachers.values()], [ours]) as (*servers, student):
-        alone = dict(zip(teachers, servers, strict=True))
-        return asyncio.run(_all(Fleet(alone[TEACHER], {STUDENT: student} | alone, student), plan))
+    ours = {
+        ahead: gateway(
+            plan.heavy, teachers[TEACHER], plan.work, "--write-ahead", str(ahead), name=f"gateway-{ahead}"
+        )
+        for ahead in ((0,) if plan.quick else (0, AHEAD))
+    }
+    with started([*teachers.values()], [*ours.values()]) as servers:
+        alone = dict(zip(teachers, servers, strict=False))
+        gateways = dict(zip(ours, servers[len(teachers) :], strict=True))
+        return asyncio.run(_all(Fleet(alone[TEACHER], {STUDENT: gateways[0]} | alone, gateways), plan))
 
 
 def _speculative(plan: Plan, tokens: int) -> Service:
@@ -94,5 +103,7 @@ def _sides(fleet: Fleet, plan: Plan, count: int, streams: int) -> dict[str, Side
     sides: dict[str, Side] = {side: partial(write, server, None) for side, server in fleet.alone.items()}
     sides[READ] = read
     for budget in BUDGETS[1:2] if plan.quick else BUDGETS:
-        sides[name(budget)] = partial(write, fleet.gateway.at(budget), fleet.teacher)
+        for ahead, server in fleet.gateways.items():
+            if not ahead or budget in AHEAD_BUDGETS:
+                sides[name(budget, ahead)] = partial(write, server.at(budget), fleet.teacher)
     return sides
