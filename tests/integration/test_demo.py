@@ -3,15 +3,20 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import DEMO
 
+from server.local.measure import Client, load_examples
+from server.local.pair import Pair, Serving, free_port, gateway_service
+from server.local.processes import running
 
-def demo(*flags: str) -> dict[float, dict[str, Any]]:
+
+def demo() -> dict[float, dict[str, Any]]:
     """Rows of `wheels demo --once --json` by budget."""
-    command = [sys.executable, "-m", "wheels", "demo", "--once", "--json", "--pair", str(DEMO), *flags]
+    command = [sys.executable, "-m", "wheels", "demo", "--once", "--json", "--pair", str(DEMO)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return {row["budget"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
@@ -45,7 +50,14 @@ def test_no_request_is_above_its_bound(learned: dict[float, dict[str, Any]]) -> 
     assert learned[0.0]["calls_per_request"] == 0
 
 
-def test_asking_where_the_router_says_beats_asking_at_random(learned: dict[float, dict[str, Any]]) -> None:
-    random = demo("--gate", "random")
-    for budget in (0.05, 0.1, 0.2):
-        assert recovered(learned, budget) > recovered(random, budget) + 0.2
+async def test_asking_where_the_router_says_beats_asking_at_random(
+    learned: dict[float, dict[str, Any]], stack: Serving, pair: Pair, tmp_path: Path
+) -> None:
+    url, examples = f"http://127.0.0.1:{free_port()}", load_examples(DEMO / "examples.jsonl")
+    random = {budget: learned[budget] for budget in (0.0, 1.0)}
+    with running([gateway_service(pair, stack.teacher, url, tmp_path, ("--gate", "random"))], timeout=300):
+        async with Client(url, concurrency=16) as client:
+            for budget in (0.05, 0.1, 0.2):
+                replies, _ = await client.ask_all(examples, budget)
+                random[budget] = {"exact_match": sum(reply.right for reply in replies) / len(replies)}
+                assert recovered(learned, budget) > recovered(random, budget) + 0.2

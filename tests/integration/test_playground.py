@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Route, expect, sync_playwright
 
 from server.local.pair import Serving
 
@@ -86,6 +86,18 @@ def test_side_by_side_at_several_budgets(page: Page) -> None:
     rates = [float(rows.nth(i).locator("td.n").first.inner_text().removesuffix(" %")) for i in range(5)]
     assert rates[0] == 0
     assert rates[4] == 100
+
+
+def test_who_is_faster_than_the_page_is_not_interrupted(page: Page) -> None:
+    """A click before the examples have come waits for one, and is not stopped by the opening answer."""
+    held: list[Route] = []
+    page.route("**/playground/examples", held.append)
+    page.reload()
+    page.get_by_role("button", name="Compare budgets").click()
+    page.wait_for_timeout(300)
+    held[0].continue_()
+    expect(page.locator("#rows tr").nth(4).locator("td.n")).to_have_count(3, timeout=60_000)
+    assert page.get_by_role("textbox", name="Prompt").input_value()
 
 
 def test_it_opens_with_an_answer(page: Page) -> None:
