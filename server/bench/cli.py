@@ -10,6 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import aiohttp
+
 from server.bench.heavy import HeavyError
 from server.bench.plan import Plan
 from server.bench.results import Section
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> int:
             _say(f"({name}: {time.monotonic() - start:.0f} s)\n", options.json)
             if options.out:
                 _write(sections[name], name, options.out)
-    except (ServiceError, HeavyError) as error:
+    except (ServiceError, HeavyError, aiohttp.ClientError) as error:
         print(f"wheels bench: {error}\nLogs: {work}", file=sys.stderr)
         return 1
     shutil.rmtree(work)

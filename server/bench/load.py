@@ -111,7 +111,7 @@ async def drive(url: str, model: str, calls: Sequence[Call], streams: int, *, st
     fixed = {"model": model, "stream": stream}
     if stream:
         fixed["stream_options"] = {"include_usage": True}
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)  # vLLM drops idle ones after 5 s
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)  # a proxy may drop idle ones after 5 s
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
 
@@ -121,9 +121,12 @@ async def drive(url: str, model: str, calls: Sequence[Call], streams: int, *, st
                 answers[index] = await _ask(session, call.path, {**call.body, **fixed})
 
         start = time.perf_counter()
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(streams, len(calls))):
-                group.create_task(work())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(streams, len(calls))):
+                    group.create_task(work())
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from failures  # they all fail for one reason
         seconds = time.perf_counter() - start
     return Run(tuple(answer for answer in answers if answer is not None), seconds)
 

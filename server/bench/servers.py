@@ -137,5 +137,7 @@ async def in_turn(
 
 
 def _resettable(service: Service) -> Service:
-    # The only way to vLLM's endpoint that empties the prefix cache.
-    return replace(service, environment={**service.environment, "VLLM_SERVER_DEV_MODE": "1"})
+    # The first is the only way to vLLM's endpoint that empties the prefix cache; the second keeps
+    # idle connections for as long as the gateway does, or a load may be sent on one that is being closed.
+    ours = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75"}
+    return replace(service, environment={**service.environment, **ours})

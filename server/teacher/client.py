@@ -3,8 +3,9 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -64,6 +65,26 @@ class TeacherError(Exception):
 
 class _ClosedConnection(TeacherError):
     """The other side closed a connection that was kept alive, before it answered: try another."""
+
+
+@dataclass
+class _Sending:
+    """One request on its way."""
+
+    reused: bool = False
+    """On a connection that had another before."""
+
+
+def _reuse_is_noted() -> aiohttp.TraceConfig:
+    """So that a connection that was closed while nobody used it can be told from a server that hangs up."""
+
+    async def reused(_session: aiohttp.ClientSession, context: Any, _: Any) -> None:
+        if context.trace_request_ctx is not None:
+            context.trace_request_ctx.reused = True
+
+    config = aiohttp.TraceConfig()
+    config.on_connection_reuseconn.append(reused)
+    return config
 
 
 class _Logprobs(msgspec.Struct):
@@ -146,6 +167,7 @@ class Teacher:
             headers=self._headers,
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.timeout),
+            trace_configs=[_reuse_is_noted()],
         )
         return self
 
@@ -301,14 +323,19 @@ class Teacher:
         body: dict[str, Any] | None,
         headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        def send() -> Awaitable[aiohttp.ClientResponse]:
-            request = self._session.request(method, self.url + path, json=body, headers=headers)
-            return self._wait(request, patience)
-
-        try:
-            response = await send()
-        except _ClosedConnection:
-            response = await send()
+        response, fresh = None, 0
+        while response is None:
+            sending = _Sending()
+            request = self._session.request(
+                method, self.url + path, json=body, headers=headers, trace_request_ctx=sending
+            )
+            try:
+                response = await self._wait(request, patience)
+            except _ClosedConnection:
+                # All that were kept may be closed by now; of new ones a second is tried.
+                fresh += not sending.reused
+                if fresh > 1:
+                    raise
         try:
             if response.status != 200:
                 detail = (await self._wait(response.text(), patience))[:500]
@@ -334,10 +361,12 @@ class Teacher:
             return await asyncio.wait_for(awaitable, seconds)
         except TimeoutError as error:
             raise TeacherError("timeout", f"nothing from {self.url} for {max(0.0, seconds):.1f} s") from error
-        except aiohttp.ServerDisconnectedError as error:
-            raise _ClosedConnection("unreachable", f"the teacher at {self.url} hung up") from error
-        except (aiohttp.ClientError, ValueError) as error:
+        except aiohttp.ClientConnectorError as error:
             raise TeacherError("unreachable", f"cannot reach the teacher at {self.url}: {error}") from error
+        except aiohttp.ClientConnectionError as error:
+            raise _ClosedConnection("unreachable", f"the teacher at {self.url} hung up: {error}") from error
+        except (aiohttp.ClientError, ValueError) as error:
+            raise TeacherError("unreachable", f"cannot read the teacher at {self.url}: {error}") from error
 
 
 def _logprobs(ids: list[int], reply: _Logprobs | None, vocabulary: int) -> list[dict[int, Logprob]]:

@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import aiohttp
 import pytest
 from aiohttp import web
 
@@ -220,6 +221,11 @@ async def test_the_client_keeps_its_streams_busy_and_reads_what_they_say(unused_
     assert [a.text for a in run.answers] == [f"{number}!" for number in range(7)]
     assert (run.tokens, run.teacher_tokens, run.calls, most) == (14, 7, 7, 2)
     assert all(len(a.arrivals) == 2 and a.start < a.arrivals[0] <= a.end for a in run.answers)
+
+
+async def test_a_server_that_is_not_there_is_said_once(unused_tcp_port: int) -> None:
+    with pytest.raises(aiohttp.ClientError, match=str(unused_tcp_port)):
+        await drive(f"http://127.0.0.1:{unused_tcp_port}", "m", [Call.chat("a"), Call.chat("b")], 2)
 
 
 def test_quantiles_are_of_the_nearest_rank() -> None:

@@ -449,6 +449,15 @@ async def test_a_kept_connection_that_was_closed_meanwhile_is_replaced(server, t
     assert len(server.connections) == 2
 
 
+async def test_all_kept_connections_may_have_been_closed_meanwhile(server, teacher):
+    server.answers = [body(choice([7]))]
+    await asyncio.gather(*(collect(write(teacher, SHORT)) for _ in range(3)))
+    assert len(server.connections) == 3
+    server.answers = [hang_up, hang_up, hang_up, body(choice([8]))]
+    assert [piece.token_ids for piece in await collect(write(teacher, SHORT))] == [[8]]
+    assert len(server.connections) == 4
+
+
 async def test_a_teacher_that_keeps_hanging_up_is_unreachable(server, teacher):
     server.answers = [hang_up]
     assert (await failure(write(teacher, SHORT))).reason == "unreachable"
