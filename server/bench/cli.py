@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import aiohttp
@@ -32,19 +33,18 @@ def main(argv: list[str]) -> int:
         return 1
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the servers are ended
     work = Path(tempfile.mkdtemp(prefix="wheels-bench-"))
-    plan = Plan(
-        pair, load_examples(examples), options.rounds or (1 if options.quick else 5), options.quick, work,
-        options.litellm,
-    )  # fmt: skip
+    rounds = options.rounds or (1 if options.quick else 5)
     sections: dict[str, Section] = {}
     try:
-        for name in options.section or SECTIONS:
-            start = time.monotonic()
-            sections[name] = importlib.import_module(f"server.bench.{name}").run(plan)
-            _say(sections[name].markdown(name), options.json)
-            _say(f"({name}: {time.monotonic() - start:.0f} s)\n", options.json)
-            if options.out:
-                _write(sections[name], name, options.out)
+        with ExitStack() as stack:
+            plan = Plan(pair, load_examples(examples), rounds, options.quick, work, stack, options.litellm)
+            for name in options.section or SECTIONS:
+                start = time.monotonic()
+                sections[name] = importlib.import_module(f"server.bench.{name}").run(plan)
+                _say(sections[name].markdown(name), options.json)
+                _say(f"({name}: {time.monotonic() - start:.0f} s)\n", options.json)
+                if options.out:
+                    _write(sections[name], name, options.out)
     except (ServiceError, HeavyError, aiohttp.ClientError) as error:
         print(f"wheels bench: {error}\nLogs: {work}", file=sys.stderr)
         return 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from server.bench.plan import Plan, synthetic
 from server.bench.results import Section, Spread, Table
-from server.bench.servers import FIRST, LAST, Sample, Server, gateway, in_turn, measure, started, stock
+from server.bench.servers import Sample, Server, in_turn, measure
 from server.local.processes import ServiceError
 
 STREAMS = (1, 8, 32, 64)
@@ -33,14 +33,12 @@ REPORTED = {
 
 
 def run(plan: Plan) -> Section:
-    teacher = stock(plan.pair.teacher, plan.work, "teacher", LAST)
-    reference = stock(plan.pair.student, plan.work, "stock", FIRST)
-    with started([teacher, reference], [gateway(plan.pair, teacher, plan.work)]) as (_, theirs, ours):
-        rows = asyncio.run(_ours(ours, theirs, plan))
-        confirmed = [
-            {"server": name} | vllm_bench(server, plan.pair.student, 256, plan.work)
-            for name, server in (() if plan.quick else _sides(ours, theirs))
-        ]
+    theirs, ours = plan.students
+    rows = asyncio.run(_ours(ours, theirs, plan))
+    confirmed = [
+        {"server": name} | vllm_bench(server, plan.pair.student, 256, plan.work)
+        for name, server in (() if plan.quick else _sides(ours, theirs))
+    ]
     tables = {
         "client": Table(
             "Gateway at budget 0 beside vLLM's own server",

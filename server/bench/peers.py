@@ -10,7 +10,7 @@ from pathlib import Path
 from server.bench.load import Call
 from server.bench.plan import Plan
 from server.bench.results import Row, Section, Spread, Table
-from server.bench.servers import FIRST, LAST, Sample, Server, gateway, in_turn, measure, started, stock
+from server.bench.servers import Sample, Server, in_turn, measure
 from server.local.pair import HOST, START_SECONDS, free_port
 from server.local.processes import Service, running
 
@@ -20,20 +20,18 @@ DIRECT = "vLLM itself"
 
 
 def run(plan: Plan) -> Section:
-    teacher = stock(plan.pair.teacher, plan.work, "teacher", LAST)
-    reference = stock(plan.pair.student, plan.work, "stock", FIRST)
-    with started([teacher, reference], [gateway(plan.pair, teacher, plan.work)]) as (_, direct, ours):
-        sides = {DIRECT: direct, "wheels, budget 0": ours}
-        notes = []
-        if plan.litellm is None:
-            notes = ["LiteLLM: not measured, give a Python that has it by `--litellm`."]
+    direct, ours = plan.students
+    sides = {DIRECT: direct, "wheels, budget 0": ours}
+    notes = []
+    if plan.litellm is None:
+        notes = ["LiteLLM: not measured, give a Python that has it by `--litellm`."]
+        rows = asyncio.run(_all(sides, plan))
+    else:
+        proxy = _litellm(plan.litellm, direct, plan.work)
+        with running([proxy], timeout=START_SECONDS) as (child,):
+            url = proxy.ready_url.removesuffix("/health/liveliness")
+            sides["LiteLLM proxy"] = replace(direct, url=url, child=child, engine=direct.url)
             rows = asyncio.run(_all(sides, plan))
-        else:
-            proxy = _litellm(plan.litellm, direct, plan.work)
-            with running([proxy], timeout=START_SECONDS) as (child,):
-                url = proxy.ready_url.removesuffix("/health/liveliness")
-                sides["LiteLLM proxy"] = replace(direct, url=url, child=child, engine=direct.url)
-                rows = asyncio.run(_all(sides, plan))
     return Section(
         {
             "latency": Table(

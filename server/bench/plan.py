@@ -1,6 +1,7 @@
 """What a run of `wheels bench` measures with, shared by its sections."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from server.local.measure import Example
 from server.local.pair import Pair
 
 if TYPE_CHECKING:
+    from server.bench.servers import Server
     from server.bench.together import Together
 
 
@@ -24,6 +26,8 @@ class Plan:
     """Less of everything: to see that it works, not to report."""
     work: Path
     """For logs and the heavy teacher; thrown away afterwards."""
+    open: ExitStack
+    """Ends what several sections share."""
     litellm: Path | None = None
     """A Python that has LiteLLM's proxy."""
 
@@ -42,6 +46,17 @@ class Plan:
     def heavy_size(self) -> str:
         """Parameters of its teacher, for people."""
         return f"{self._deepened[1] / 1e6:.0f} M parameters"
+
+    @cached_property
+    def students(self) -> "tuple[Server, Server]":
+        """vLLM's own server with the student and a gateway (asked with a budget of 0), on the same core."""
+        from server.bench.servers import FIRST, LAST, gateway, started, stock
+
+        teacher = stock(self.pair.teacher, self.work, "light-teacher", LAST)
+        theirs = stock(self.pair.student, self.work, "stock", FIRST)
+        ours = gateway(self.pair, teacher, self.work, name="light-gateway")
+        _, *students = self.open.enter_context(started([teacher, theirs], [ours]))
+        return tuple(students)
 
     @cached_property
     def together(self) -> "Together":
