@@ -42,16 +42,18 @@ def _points(pyplot: Any, section: Section) -> Any:
     for axes, column in zip(panels, columns, strict=True):
         for kind, marker in MARKERS.items():
             group = [row for row in rows if _kind(str(row["side"])) == kind]
+            below = {"xytext": (-3, -5), "ha": "right", "va": "top"}
+            place = below if kind.startswith("cooperation") else {"xytext": (0, 6)}
             x = [_middle(row[column]) for row in group]
             y = [100 * _middle(row["exact match"]) for row in group]
             axes.plot(x, y, marker, linestyle="-" if kind.startswith("cooperation") else "", label=kind)
             for row, at in zip(group, zip(x, y, strict=True), strict=True):
                 label = str(row["side"]).partition(", ")[2]
-                axes.annotate(label, at, textcoords="offset points", xytext=(4, 5), fontsize=7, rotation=30)
+                axes.annotate(label, at, textcoords="offset points", fontsize=7, rotation=60, **place)
         streams = column.rpartition(" ")[2]
         axes.set(xlabel="tokens/s", title=f"{streams} stream{'s' * (streams != '1')}", xscale="log")
         axes.grid(alpha=0.3)
-        axes.margins(0.1)
+        axes.margins(0.1, 0.2)
         axes.tick_params(axis="x", which="minor", labelbottom=False)
     panels[0].set_ylabel("exact match, %")
     panels[0].legend(loc="lower left")
