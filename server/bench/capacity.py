@@ -12,7 +12,7 @@ from server.bench.load import Call
 from server.bench.model import Costs, Line, Traffic
 from server.bench.plan import Plan, synthetic
 from server.bench.results import Row, Section, Spread, Table
-from server.bench.servers import LAST, Sample, Server, gateway, in_turn, measure, started, stock
+from server.bench.servers import Sample, Server, gateway, in_turn, measure, started
 
 STREAMS = {0.0: (1, 2, 4, 8, 16, 32, 64), 0.1: (1, 4, 16, 64)}
 """By budget."""
@@ -35,15 +35,14 @@ class Fleet:
 
 
 def run(plan: Plan) -> Section:
-    heavy = plan.heavy
-    teacher = stock(heavy.teacher, plan.work, "teacher", LAST)
+    teacher, learned = plan.heavies
     spans = SPANS[:1] if plan.quick else SPANS
-    gateways = [gateway(heavy, teacher, plan.work)]
+    gateways = []
     for span in spans:
         flags = ("--gate", "random", "--ask-tokens", str(span), "--span-tokens", str(span))
-        gateways.append(gateway(heavy, teacher, plan.work, *flags, name=f"random-{span}"))
-    with started([teacher], gateways) as (behind, learned, *random):
-        fleet = Fleet(behind, learned, dict(zip(spans, random, strict=True)))
+        gateways.append(gateway(plan.heavy, teacher.child.service, plan.work, *flags, name=f"random-{span}"))
+    with started([], gateways) as random:
+        fleet = Fleet(teacher, learned, dict(zip(spans, random, strict=True)))
         return asyncio.run(_all(fleet, plan))
 
 

@@ -59,6 +59,15 @@ class Plan:
         return tuple(students)
 
     @cached_property
+    def heavies(self) -> "tuple[Server, Server]":
+        """The heavy teacher's server and a gateway in front of it, on a core each."""
+        from server.bench.servers import LAST, gateway, started, stock
+
+        teacher = stock(self.heavy.teacher, self.work, "teacher", LAST)
+        ours = gateway(self.heavy, teacher, self.work)
+        return tuple(self.open.enter_context(started([teacher], [ours])))
+
+    @cached_property
     def together(self) -> "Together":
         """What two sections are made of; measured once."""
         from server.bench import together

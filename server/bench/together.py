@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from server.bench.plan import Plan, synthetic
-from server.bench.servers import BOTH, LAST, Sample, Server, gateway, in_turn, measure, started, stock
+from server.bench.servers import BOTH, Sample, Server, gateway, in_turn, measure, started, stock
 from server.local.processes import Service
 
 BUDGETS = (0.05, 0.1, 0.2, 0.5)
@@ -58,20 +58,17 @@ def name(budget: float, ahead: int = 0) -> str:
 
 def run(plan: Plan) -> Together:
     drafts = DRAFTS[1:2] if plan.quick else DRAFTS
-    teachers = {TEACHER: stock(plan.heavy.teacher, plan.work, "teacher", LAST)}
+    teacher, ours = plan.heavies
+    stocks, gateways = {}, {}
     if not plan.quick:
-        teachers[WIDE] = stock(plan.heavy.teacher, plan.work, "teacher-2", BOTH)
-    teachers |= {f"speculative, {tokens} drafts": _speculative(plan, tokens) for tokens in drafts}
-    ours = {
-        ahead: gateway(
-            plan.heavy, teachers[TEACHER], plan.work, "--write-ahead", str(ahead), name=f"gateway-{ahead}"
-        )
-        for ahead in ((0,) if plan.quick else (0, AHEAD))
-    }
-    with started([*teachers.values()], [*ours.values()]) as servers:
-        alone = dict(zip(teachers, servers, strict=False))
-        gateways = dict(zip(ours, servers[len(teachers) :], strict=True))
-        return asyncio.run(_all(Fleet(alone[TEACHER], {STUDENT: gateways[0]} | alone, gateways), plan))
+        stocks[WIDE] = stock(plan.heavy.teacher, plan.work, "teacher-2", BOTH)
+        flags = ("--write-ahead", str(AHEAD))
+        gateways[AHEAD] = gateway(plan.heavy, teacher.child.service, plan.work, *flags, name="ahead")
+    stocks |= {f"speculative, {tokens} drafts": _speculative(plan, tokens) for tokens in drafts}
+    with started([*stocks.values()], [*gateways.values()]) as servers:
+        alone = {STUDENT: ours, TEACHER: teacher} | dict(zip(stocks, servers, strict=False))
+        behind = {0: ours} | dict(zip(gateways, servers[len(stocks) :], strict=True))
+        return asyncio.run(_all(Fleet(teacher, alone, behind), plan))
 
 
 def _speculative(plan: Plan, tokens: int) -> Service:
