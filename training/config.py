@@ -254,8 +254,10 @@ class GateConfig(Frozen):
     ask_tokens: PositiveInt
     """Tokens of one teacher call, at most a span."""
     width: PositiveInt = 64
-    gain: Literal["regret", "excess", "ratio", "differs", "kl"]
-    """What the score predicts, see `training.gating.gates.GAINS`."""
+    gain: Literal["regret", "excess", "ratio", "differs", "kl", "quality"]
+    """What the score predicts, see `training.gating.gates.GAINS`. quality: what a teacher token changes in
+    the mean of the whole completion's quality and similarity, in points of 100 (horizon completion).
+    """
     objective: Literal["difference", "constrained"] = "difference"
     """Regression of the score on the gain of asking, or path consistency of asking as a policy with a price
     (`training.gating.constrained`).
@@ -303,6 +305,8 @@ class GateConfig(Frozen):
                 raise ValueError(f"{name} {chosen} is for ask_tokens 1")
         if self.horizon == "completion" and self.conditioning == "prompt":
             raise ValueError("horizon completion is for conditioning price")
+        if self.gain == "quality" and (self.horizon, self.objective) != ("completion", "difference"):
+            raise ValueError("gain quality is for horizon completion and objective difference")
         if not self.prices[0] < self.prices[1]:
             raise ValueError("prices: want a range, the lower one first")
         return self

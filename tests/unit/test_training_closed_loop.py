@@ -9,11 +9,11 @@ from tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 from router.checkpoint import RouterCheckpoint
 from router.gate import EntropyGate, RandomGate
 from training.config import GateConfig
-from training.gating.branches import future_gain
+from training.gating.branches import future_gain, future_worth
 from training.gating.calibration import calibrate, teacher_rate
 from training.gating.constrained import ascended, fit_constrained, residuals
 from training.gating.gates import Head, Lessons, Trajectories, collect, fit, span_gain
-from training.gating.rollout import Cooperation, Positions, Request, with_gate
+from training.gating.rollout import FREE, Cooperation, Positions, Request, with_gate
 from training.gating.tree import Setting, Tree
 
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
@@ -161,6 +161,33 @@ def test_the_gain_until_the_end_by_hand(pair, prompts):
         assert gained[i].item() == pytest.approx(expected, abs=1e-3)
         checked += 1
     assert checked > 3
+
+
+def test_the_worth_until_the_end_by_hand(pair, prompts):
+    """What is asked about are whole completions, written by the student alone from the fork on."""
+    some, asked = prompts[:6], []
+    asking = with_gate(pair, RandomGate(RESERVED))
+    seen, completions = collect(asking, [Request(p, 0.7, FREE) for p in some])
+
+    def worth(rows: list[int], whole: list[list[int]]) -> torch.Tensor:
+        asked.append((list(rows), whole))
+        return torch.tensor([float(len(tokens) + 10 * row) for row, tokens in zip(rows, whole, strict=True)])
+
+    changed = future_worth(pair, some, seen, completions, worth)
+    at = seen.positions
+    differ = (at.own != at.theirs).nonzero().squeeze(1).tolist()
+    assert len(differ) > 3
+    (rows, own), (_, theirs) = asked
+    for i, row, without, taught in zip(differ, rows, own, theirs, strict=True):
+        for token, whole in ((at.own[i], without), (at.theirs[i], taught)):
+            begun = [*completions[row].tokens[: at.step[i]], token.item()]
+            if token.item() != END and len(begun) < pair.max_tokens:
+                (rest,) = pair.write([Request(some[row] + begun)])
+                begun = (begun + rest.tokens)[: pair.max_tokens]
+            assert whole == begun
+        assert changed[i].item() == len(taught) - len(without)
+    assert changed.count_nonzero() <= len(differ)
+    assert any(sum(completion.by_teacher) for completion in completions)
 
 
 def test_residuals_by_hand():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,13 +19,14 @@ from transformers import PreTrainedTokenizerBase
 
 from router.gate import Gate, RandomGate
 from training.config import GateConfig
-from training.gating.branches import future_gain
+from training.gating.branches import future_gain, future_worth
 from training.gating.calibration import teacher_rate
 from training.gating.constrained import ascended, fit_constrained
 from training.gating.gates import GAINS, Head, Lessons, Trajectories, collect, fit, span_gain
 from training.gating.prompts import Prompts
 from training.gating.rollout import FREE, Completion, Cooperation, Positions, Request, with_gate
 from training.loop.progress import Log, console
+from training.tasks import Example
 
 SHOWN = 2
 RECENT = 100_000
@@ -34,13 +35,16 @@ RECENT = 100_000
 
 @dataclass
 class Rounds:
-    """Of one pair. prices: of the next rollouts, by the rate that they aim at. seen: of past rounds."""
+    """Of one pair. prices: of the next rollouts, by the rate that they aim at. worth: completions of examples
+    -> (N,) in [0, 100], for `gain: quality`. seen: of past rounds.
+    """
 
     cooperation: Cooperation
     head: Head
     config: GateConfig
     seed: int
     prices: dict[float, float]
+    worth: Callable[[list[Example], Sequence[list[int]]], Tensor]
     seen: list[Lessons] = field(default_factory=list)
 
     def play(self, prompts: Prompts) -> tuple[dict[str, float], list[Completion]]:
@@ -55,7 +59,7 @@ class Rounds:
         rows = zip(prompts.ids, terms, prompts.hidden, strict=True)
         requests = [Request(ids, *term, hidden) for ids, term, hidden in rows]
         trajectories, completions = collect(asking, requests)
-        taught = lessons(cooperation, prompts.ids, trajectories, completions, config)
+        taught = self._lessons(prompts, trajectories, completions)
         self.seen.append(taught)
         data = Lessons.join(self.seen)
         if first:
@@ -78,6 +82,31 @@ class Rounds:
         }
         self.prices = self._next_prices(data, asked, aims, first)
         return metrics, asked
+
+    def _lessons(
+        self, prompts: Prompts, trajectories: Trajectories, completions: Sequence[Completion]
+    ) -> Lessons:
+        """What asking gains at every position of the rollouts, as the recipe counts it."""
+        config, at = self.config, trajectories.positions
+        if config.gain == "quality":
+
+            def worth(rows: Sequence[int], whole: Sequence[list[int]]) -> Tensor:
+                return self.worth([prompts.examples[row] for row in rows], whole)
+
+            target = future_worth(self.cooperation, prompts.ids, trajectories, completions, worth)
+            return Lessons(at.states, target, trajectories.by_teacher, at.row)
+
+        def gain(positions: Positions) -> Tensor:
+            return GAINS[config.gain](positions).clamp(0, config.clip)
+
+        if config.objective == "constrained":  # its critic looks ahead
+            return Lessons(at.states, gain(at), trajectories.by_teacher, at.row)
+        if config.horizon == "completion":
+            target = future_gain(self.cooperation, prompts.ids, trajectories, completions, gain)
+            target = target.clamp(-config.clip, config.clip)
+            return Lessons(at.states, target, trajectories.by_teacher, at.row)
+        target, known = span_gain(gain(at), trajectories, config.ask_tokens)
+        return Lessons(at.states[known], target[known], trajectories.by_teacher[known], at.row[known])
 
     def _next_prices(
         self, data: Lessons, asked: Sequence[Completion], aims: Sequence[float], first: bool
@@ -138,28 +167,6 @@ def train_gate(
                 )
             rounds.save(file, run)
     return rounds.head.requires_grad_(False).eval()
-
-
-def lessons(
-    cooperation: Cooperation,
-    prompts: Sequence[list[int]],
-    trajectories: Trajectories,
-    completions: Sequence[Completion],
-    config: GateConfig,
-) -> Lessons:
-    """What asking gains at every position of the rollouts, as the recipe counts it."""
-
-    def gain(positions: Positions) -> Tensor:
-        return GAINS[config.gain](positions).clamp(0, config.clip)
-
-    at, by_teacher = trajectories.positions, trajectories.by_teacher
-    if config.objective == "constrained":  # its critic looks ahead
-        return Lessons(at.states, gain(at), by_teacher, at.row)
-    if config.horizon == "completion":
-        target = future_gain(cooperation, prompts, trajectories, completions, gain)
-        return Lessons(at.states, target.clamp(-config.clip, config.clip), by_teacher, at.row)
-    target, known = span_gain(gain(at), trajectories, config.ask_tokens)
-    return Lessons(at.states[known], target[known], by_teacher[known], at.row[known])
 
 
 def install_taps(cooperation: Cooperation, head: Head) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, fingerprint, tokenizer_fingerprint
@@ -19,7 +21,8 @@ from training.gating.rollout import Cooperation
 from training.gating.rounds import Rounds, train_gate
 from training.models import load_model, reserved_rows
 from training.parallel import device
-from training.tasks import Task
+from training.tasks import Example, Task
+from training.tokenizer import decode_answers
 
 Points = dict[str, list[tuple[float, float]]]
 
@@ -82,13 +85,18 @@ def train_router(
     spans = (config.span_tokens, config.ask_tokens)
     cooperation = load_cooperation(teacher, student, tokenizer, spans, max_tokens)
     reserved = reserved_rows(cooperation.student, tokenizer)
-    sources = [e.source for e in islice(task.router(seed), config.prompts * config.rounds)]
-    prompts = rollout_prompts(tokenizer, sources, config, seed)
+    examples = list(islice(task.router(seed), config.prompts * config.rounds))
+    prompts = rollout_prompts(tokenizer, examples, config, seed)
     # Random asking in the first round: with probability 1 - price.
     prices = {rate: 1 - rate for rate in sorted(set(prompts.rates))}
     head = Head(cooperation.student, reserved, config.width).to(device())
     pair = " ".join(fingerprint(model, reserved.start) for model in (student, teacher))
-    head = train_gate(Rounds(cooperation, head, config, seed, prices), prompts, tokenizer, work, pair)
+
+    def worth(examples: list[Example], completions: Sequence[list[int]]) -> Tensor:
+        scores = task.score(examples, decode_answers(tokenizer, list(completions)))
+        return (torch.tensor(scores.quality) + torch.tensor(scores.similarity)) * 50
+
+    head = train_gate(Rounds(cooperation, head, config, seed, prices, worth), prompts, tokenizer, work, pair)
     gates: dict[str, Gate] = {"learned": head.gate}
     if config.template is None:  # the others are calibrated for prompts as they are
         gates |= {name: gate(reserved) for name, gate in CONFIDENCE_GATES.items()}
