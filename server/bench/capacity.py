@@ -12,7 +12,7 @@ from server.bench.load import Call
 from server.bench.model import Costs, Line, Traffic
 from server.bench.plan import Plan, synthetic
 from server.bench.results import Row, Section, Spread, Table
-from server.bench.servers import Sample, Server, gateway, in_turn, measure, started
+from server.bench.servers import Sample, Server, gateway, heavies, in_turn, measure, started
 
 STREAMS = {0.0: (1, 2, 4, 8, 16, 32, 64), 0.1: (1, 4, 16, 64)}
 """By budget."""
@@ -35,7 +35,7 @@ class Fleet:
 
 
 def run(plan: Plan) -> Section:
-    teacher, learned = plan.heavies
+    teacher, learned = plan.once(heavies)
     spans = SPANS[:1] if plan.quick else SPANS
     gateways = []
     for span in spans:

@@ -7,7 +7,7 @@ from statistics import median
 from server.bench.plan import Plan
 from server.bench.results import Row, Section, Spread, Table
 from server.bench.servers import Sample
-from server.bench.together import READ, STUDENT, TEACHER
+from server.bench.together import READ, STUDENT, TEACHER, measured
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Split:
 
 
 def run(plan: Plan) -> Section:
-    together = plan.together
+    together = plan.once(measured)
     # Of a call that writes ahead, a part goes on beside the student: its seconds are not the request's.
     one_by_one = [side for side in together.cooperative if not side.endswith("ahead")]
     network = network_seconds(together.samples[1][one_by_one[-1]])  # with most calls

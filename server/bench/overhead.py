@@ -10,7 +10,7 @@ from pathlib import Path
 
 from server.bench.plan import Plan, synthetic
 from server.bench.results import Section, Spread, Table
-from server.bench.servers import Sample, Server, in_turn, measure
+from server.bench.servers import Sample, Server, in_turn, measure, students
 from server.local.processes import ServiceError
 
 STREAMS = (1, 8, 32, 64)
@@ -33,7 +33,7 @@ REPORTED = {
 
 
 def run(plan: Plan) -> Section:
-    theirs, ours = plan.students
+    theirs, ours = plan.once(students)
     rows = asyncio.run(_ours(ours, theirs, plan))
     confirmed = [
         {"server": name} | vllm_bench(server, plan.pair.student, 256, plan.work)

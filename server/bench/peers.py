@@ -10,7 +10,7 @@ from pathlib import Path
 from server.bench.load import Call
 from server.bench.plan import Plan
 from server.bench.results import Row, Section, Spread, Table
-from server.bench.servers import Sample, Server, in_turn, measure
+from server.bench.servers import Sample, Server, in_turn, measure, students
 from server.local.pair import HOST, START_SECONDS, free_port
 from server.local.processes import Service, running
 
@@ -20,7 +20,7 @@ DIRECT = "vLLM itself"
 
 
 def run(plan: Plan) -> Section:
-    direct, ours = plan.students
+    direct, ours = plan.once(students)
     sides = {DIRECT: direct, "wheels, budget 0": ours}
     notes = []
     if plan.litellm is None:

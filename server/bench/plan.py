@@ -1,20 +1,18 @@
 """What a run of `wheels bench` measures with, shared by its sections."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 from server.bench.heavy import deepen
 from server.bench.load import Call
 from server.local.measure import Example
 from server.local.pair import Pair
 
-if TYPE_CHECKING:
-    from server.bench.servers import Server
-    from server.bench.together import Together
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class Plan:
     """Ends what several sections share."""
     litellm: Path | None = None
     """A Python that has LiteLLM's proxy."""
+    _made: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
     def _deepened(self) -> tuple[Pair, int]:
@@ -47,32 +46,11 @@ class Plan:
         """Parameters of its teacher, for people."""
         return f"{self._deepened[1] / 1e6:.0f} M parameters"
 
-    @cached_property
-    def students(self) -> "tuple[Server, Server]":
-        """vLLM's own server with the student and a gateway (asked with a budget of 0), on the same core."""
-        from server.bench.servers import FIRST, LAST, gateway, started, stock
-
-        teacher = stock(self.pair.teacher, self.work, "light-teacher", LAST)
-        theirs = stock(self.pair.student, self.work, "stock", FIRST)
-        ours = gateway(self.pair, teacher, self.work, name="light-gateway")
-        _, *students = self.open.enter_context(started([teacher, theirs], [ours]))
-        return tuple(students)
-
-    @cached_property
-    def heavies(self) -> "tuple[Server, Server]":
-        """The heavy teacher's server and a gateway in front of it, on a core each."""
-        from server.bench.servers import LAST, gateway, started, stock
-
-        teacher = stock(self.heavy.teacher, self.work, "teacher", LAST)
-        ours = gateway(self.heavy, teacher, self.work)
-        return tuple(self.open.enter_context(started([teacher], [ours])))
-
-    @cached_property
-    def together(self) -> "Together":
-        """What two sections are made of; measured once."""
-        from server.bench import together
-
-        return together.run(self)
+    def once(self, make: "Callable[[Plan], T]") -> T:
+        """What several sections share: made for the first of them."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        return self._made[make]
 
     def some(self, count: int, turn: int) -> list[Example]:
         """``count`` examples, others in every round as long as there are."""

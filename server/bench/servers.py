@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from server.bench.cpu import Usage, usage
 from server.bench.engine_metrics import EngineWork, Scrape
 from server.bench.load import Call, Run, drive
+from server.bench.plan import Plan
 from server.local.pair import HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
 from server.local.processes import Child, Service, running
 
@@ -72,6 +73,22 @@ def gateway(pair: Pair, teacher: Service, logs: Path, *flags: str, name: str = "
     """`wheels serve` for the pair's student, in front of a teacher, on the first core."""
     url = f"http://{HOST}:{free_port()}"
     return _resettable(gateway_service(pair, base_url(teacher), url, logs, flags, name))
+
+
+def students(plan: Plan) -> tuple[Server, Server]:
+    """vLLM's own server with the student and a gateway (asked with a budget of 0), on the same core."""
+    teacher = stock(plan.pair.teacher, plan.work, "light-teacher", LAST)
+    theirs = stock(plan.pair.student, plan.work, "stock", FIRST)
+    ours = gateway(plan.pair, teacher, plan.work, name="light-gateway")
+    _, direct, behind = plan.open.enter_context(started([teacher, theirs], [ours]))
+    return direct, behind
+
+
+def heavies(plan: Plan) -> tuple[Server, Server]:
+    """The heavy teacher's server and a gateway in front of it, on a core each."""
+    teacher = stock(plan.heavy.teacher, plan.work, "teacher", LAST)
+    behind, ours = plan.open.enter_context(started([teacher], [gateway(plan.heavy, teacher, plan.work)]))
+    return behind, ours
 
 
 def base_url(service: Service) -> str:

@@ -3,13 +3,13 @@
 from server.bench.plan import Plan
 from server.bench.results import Row, Section, Spread, Table
 from server.bench.servers import Sample
-from server.bench.together import READ, STREAMS
+from server.bench.together import READ, STREAMS, measured
 
 PARALLEL = STREAMS[-1]
 
 
 def run(plan: Plan) -> Section:
-    together = plan.together
+    together = plan.once(measured)
     sides = [side for side in together.samples[PARALLEL] if side != READ]
     rows = [_row(side, {streams: s[side] for streams, s in together.samples.items()}, plan) for side in sides]
     about = (

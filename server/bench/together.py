@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from server.bench.plan import Plan, synthetic
-from server.bench.servers import BOTH, Sample, Server, gateway, in_turn, measure, started, stock
+from server.bench.servers import BOTH, Sample, Server, gateway, heavies, in_turn, measure, started, stock
 from server.local.processes import Service
 
 BUDGETS = (0.05, 0.1, 0.2, 0.5)
@@ -56,9 +56,10 @@ def name(budget: float, ahead: int = 0) -> str:
     return f"cooperation, {budget:g}" + (f", {ahead} ahead" if ahead else "")
 
 
-def run(plan: Plan) -> Together:
+def measured(plan: Plan) -> Together:
+    """For both sections; at whichever comes first."""
     drafts = DRAFTS[1:2] if plan.quick else DRAFTS
-    teacher, ours = plan.heavies
+    teacher, ours = plan.once(heavies)
     stocks, gateways = {}, {}
     if not plan.quick:
         stocks[WIDE] = stock(plan.heavy.teacher, plan.work, "teacher-2", BOTH)
