@@ -91,7 +91,7 @@ def test_side_by_side_at_several_budgets(page: Page) -> None:
 def test_who_is_faster_than_the_page_is_not_interrupted(page: Page) -> None:
     """A click before the examples have come waits for one, and is not stopped by the opening answer."""
     held: list[Route] = []
-    page.route("**/playground/examples", held.append)
+    page.route("**/playground/examples", lambda route: held.append(route))
     page.reload()
     page.get_by_role("button", name="Compare budgets").click()
     page.wait_for_timeout(300)
