@@ -273,7 +273,7 @@ class GateConfig(Frozen):
     completion (`training.gating.branches`), for calls of one token.
     """
     clip: PositiveFloat = 8.0
-    """Cap of a token's gain, and of a whole horizon's, nats."""
+    """Cap of a token's gain, and of a whole horizon's, nats. `gain: quality` has none."""
     conditioning: Literal["price", "prompt"] = "price"
     """How a budget reaches student and gate: by the price alone, or in words in front of the prompt."""
     budget_prompt: BudgetPrompt = "Use the teacher for at most {percent} % of the answer. "

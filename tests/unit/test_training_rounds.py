@@ -14,8 +14,8 @@ from training.gating.gates import Head
 from training.gating.prompts import Prompts, Trees, rollout_prompts
 from training.gating.rollout import Completion, Cooperation
 from training.gating.rounds import Rounds, correlation, marked, train_gate
-from training.tasks import Example
-from training.tasks.base import References
+from training.gating.stage import origin
+from training.tasks import make_task
 
 torch.set_num_threads(1)
 CONFIG = GateConfig(
@@ -47,11 +47,6 @@ def sources():
     return [chr(97 + i % 26) * (1 + i % 4) + chr(97 + i % 7) for i in range(CONFIG.prompts * CONFIG.rounds)]
 
 
-@pytest.fixture
-def examples(sources):
-    return [Example(source, References.one(source)) for source in sources]
-
-
 def rounds(config: GateConfig, prompts: Prompts) -> Rounds:
     student = model(0)
     pair = Cooperation(
@@ -62,9 +57,9 @@ def rounds(config: GateConfig, prompts: Prompts) -> Rounds:
     return Rounds(pair, Head(student, RESERVED, config.width), config, 0, prices, fewer_repeats)
 
 
-def fewer_repeats(examples: list[Example], completions: list[list[int]]) -> torch.Tensor:
-    """What a completion is worth: nothing that its example says."""
-    return torch.tensor([float(len(set(c))) for _, c in zip(examples, completions, strict=True)])
+def fewer_repeats(of: list[int], completions: list[list[int]]) -> torch.Tensor:
+    """What a completion is worth, whichever prompt's it is."""
+    return torch.tensor([float(len(set(tokens))) for _, tokens in zip(of, completions, strict=True)])
 
 
 def log_of(directory):
@@ -72,9 +67,9 @@ def log_of(directory):
 
 
 @pytest.mark.parametrize("objective", ["difference", "constrained"])
-def test_a_killed_run_goes_on_behind_its_last_round(objective, examples, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_behind_its_last_round(objective, sources, tmp_path, monkeypatch):
     config = CONFIG.model_copy(update={"objective": objective})
-    prompts = rollout_prompts(Letters(), examples, config, 0)
+    prompts = rollout_prompts(Letters(), sources, config, 0)
     straight = train_gate(rounds(config, prompts), prompts, Letters(), tmp_path / "a", "pair")
     with monkeypatch.context() as patch:
         save = Rounds.save
@@ -99,9 +94,9 @@ def test_a_killed_run_goes_on_behind_its_last_round(objective, examples, tmp_pat
     assert ({"value", "value_cost", "residual"} <= last.keys()) is (objective == "constrained")
 
 
-def test_what_another_run_left_is_not_taken(examples, tmp_path):
+def test_what_another_run_left_is_not_taken(sources, tmp_path):
     one = CONFIG.model_copy(update={"rounds": 1})
-    prompts = rollout_prompts(Letters(), examples, one, 0)
+    prompts = rollout_prompts(Letters(), sources, one, 0)
     train_gate(rounds(one, prompts), prompts, Letters(), tmp_path, "pair")
     for config, pair in ((one.model_copy(update={"gain": "regret"}), "pair"), (one, "another pair")):
         fresh = rounds(config, prompts)
@@ -116,15 +111,38 @@ def test_gains_until_the_end_know_no_budget_in_words():
         GateConfig(**settings, conditioning="prompt")
 
 
-def test_a_gate_may_learn_what_asking_changes_in_the_tasks_own_quality(examples, tmp_path):
-    config = CONFIG.model_copy(update={"gain": "quality", "horizon": "completion", "rounds": 1})
-    prompts = rollout_prompts(Letters(), examples, config, 0)
-    played = rounds(config, prompts)
+def test_a_gate_may_learn_what_asking_changes_in_the_tasks_own_quality(sources, tmp_path):
+    config = CONFIG.model_copy(update={"gain": "quality", "horizon": "completion", "rounds": 2})
+    prompts = rollout_prompts(Letters(), sources, config, 0)
+    played, numbers = rounds(config, prompts), []
+
+    def worth(of: list[int], completions: list[list[int]]) -> torch.Tensor:
+        numbers.append(set(of))
+        return fewer_repeats(of, completions)
+
+    played.worth = worth
     train_gate(played, prompts, Letters(), tmp_path, "pair")
-    (taught,) = played.seen
+    taught, _ = played.seen
     assert len(set(taught.target.tolist())) > 3
     assert (taught.target < 0).any()  # a better token may lead to a worse completion
     assert log_of(tmp_path)[0]["gate_gain"] > 0.1
+    # Both ways of each round, of that round's prompts.
+    assert [max(of) // config.prompts for of in numbers] == [0, 0, 1, 1]
+    assert [min(of) // config.prompts for of in numbers] == [0, 0, 1, 1]
+
+
+def test_rounds_of_other_data_or_another_metric_are_others(tmp_path):
+    for name, target in (("train", "ein Haus"), ("valid", "zwei"), ("test", "drei")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"source": name, "target": target}) + "\n")
+
+    def of(metric: str = "bleu", pair: str = "pair", max_tokens: int = 8) -> str:
+        task = make_task("jsonl", directory=str(tmp_path), metric=metric)
+        return origin([pair], task, [next(task.router(0))], max_tokens)
+
+    same = [of(), of()]
+    others = [of(metric="chrf"), of(pair="another"), of(max_tokens=9)]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"source": "train", "target": "ein Heim"}) + "\n")
+    assert len({*same, *others, of()}) == 5
 
 
 @pytest.mark.parametrize("wrong", [{"horizon": "span"}, {"objective": "constrained"}])
@@ -148,9 +166,9 @@ def test_the_teachers_part_is_marked():
     assert (styled.end, "yellow" in styled.style) == (4, True)
 
 
-def test_a_budget_in_words_stands_in_front_of_the_prompt_and_the_teacher_does_not_see_it(sources, examples):
+def test_a_budget_in_words_stands_in_front_of_the_prompt_and_the_teacher_does_not_see_it(sources):
     config = CONFIG.model_copy(update={"conditioning": "prompt", "budget_prompt": "{percent}!"})
-    prompts = rollout_prompts(Letters(), examples, config, 0)
+    prompts = rollout_prompts(Letters(), sources, config, 0)
     assert set(prompts.rates) == {0.1, 0.3}
     words = {0.1: "10!", 0.3: "30!"}
     for ids, rate, hidden, source in zip(prompts.ids, prompts.rates, prompts.hidden, sources, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -50,18 +50,27 @@ class Scorer:
 
     def __call__(self, completions: Sequence[Completion]) -> tuple[float, float]:
         """Quality and mean similarity."""
-        answers, qualities, similarities = map(list, zip(*self._look_up(completions), strict=True))
+        known = self._look_up(enumerate(c.tokens for c in completions))
+        answers, qualities, similarities = map(list, zip(*known, strict=True))
         quality = self._task.quality(self._examples, answers, qualities)
         return quality, sum(similarities) / len(similarities)
 
     def each(self, completions: Sequence[Completion]) -> Tensor:
         """Quality of every completion: (examples,)"""
-        return torch.tensor([quality for _, quality, _ in self._look_up(completions)])
+        known = self._look_up(enumerate(c.tokens for c in completions))
+        return torch.tensor([quality for _, quality, _ in known])
 
-    def _look_up(self, completions: Sequence[Completion]) -> list[tuple[str, float, float]]:
-        """Answer, quality and similarity of every completion."""
-        keys = [(i, tuple(c.tokens)) for i, c in enumerate(completions)]
-        new = [key for key in keys if key not in self._known]
+    def worth(self, of: Sequence[int], completions: Sequence[list[int]]) -> Tensor:
+        """Mean of quality and similarity, in points of 100: (N,). of: numbers of N examples; completions: of
+        theirs, token ids.
+        """
+        known = self._look_up(zip(of, completions, strict=True))
+        return torch.tensor([50 * (quality + similarity) for _, quality, similarity in known])
+
+    def _look_up(self, completions: Iterable[tuple[int, list[int]]]) -> list[tuple[str, float, float]]:
+        """Answer, quality and similarity of every completion of an example, by its number."""
+        keys = [(i, tuple(tokens)) for i, tokens in completions]
+        new = [key for key in dict.fromkeys(keys) if key not in self._known]
         if new:
             answers = decode_answers(self._tokenizer, [list(tokens) for _, tokens in new])
             scores = self._task.score([self._examples[i] for i, _ in new], answers)

@@ -16,17 +16,15 @@ from router.checkpoint import budget_text
 from training.config import GateConfig
 from training.gating.rollout import Cooperation
 from training.gating.tree import ScoreGate, Tree
-from training.tasks import Example
 from training.tokenizer import encode_prompts
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """examples: where they come from; ids: as the student reads them; rates: teacher rate that each one's
-    rollout aims at; hidden: first tokens of each that the teacher does not see.
+    """ids: as the student reads them; rates: teacher rate that each one's rollout aims at; hidden: first
+    tokens of each that the teacher does not see.
     """
 
-    examples: list[Example]
     ids: list[list[int]]
     rates: list[float]
     hidden: list[int]
@@ -37,7 +35,7 @@ class Prompts:
     def part(self, at: int, size: int) -> Prompts:
         """The `at`-th of the parts of `size`."""
         cut = slice(at * size, (at + 1) * size)
-        return Prompts(self.examples[cut], self.ids[cut], self.rates[cut], self.hidden[cut])
+        return Prompts(self.ids[cut], self.rates[cut], self.hidden[cut])
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps([self.ids, self.rates]).encode()).hexdigest()
@@ -51,16 +49,15 @@ def prefix_ids(tokenizer: PreTrainedTokenizerBase, template: str | None, fractio
 
 
 def rollout_prompts(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], config: GateConfig, seed: int
+    tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], config: GateConfig, seed: int
 ) -> Prompts:
     """Conditioned on a price they all aim at `config.rate`, by a prompt each at a budget of its own."""
-    prompts = encode_prompts(tokenizer, [example.source for example in examples])
+    prompts = encode_prompts(tokenizer, list(sources))
     if config.template is None:
-        return Prompts(list(examples), prompts, [config.rate] * len(prompts), [0] * len(prompts))
+        return Prompts(prompts, [config.rate] * len(prompts), [0] * len(prompts))
     rates = Random(seed).choices(config.budgets, k=len(prompts))
     prefixes = {rate: prefix_ids(tokenizer, config.template, rate) for rate in config.budgets}
     return Prompts(
-        list(examples),
         [prefixes[rate] + prompt for rate, prompt in zip(rates, prompts, strict=True)],
         rates,
         [len(prefixes[rate]) for rate in rates],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,14 +19,13 @@ from transformers import PreTrainedTokenizerBase
 
 from router.gate import Gate, RandomGate
 from training.config import GateConfig
-from training.gating.branches import future_gain, future_worth
+from training.gating.branches import Worth, future_gain, future_worth
 from training.gating.calibration import teacher_rate
 from training.gating.constrained import ascended, fit_constrained
 from training.gating.gates import GAINS, Head, Lessons, Trajectories, collect, fit, span_gain
 from training.gating.prompts import Prompts
 from training.gating.rollout import FREE, Completion, Cooperation, Positions, Request, with_gate
 from training.loop.progress import Log, console
-from training.tasks import Example
 
 SHOWN = 2
 RECENT = 100_000
@@ -35,8 +34,8 @@ RECENT = 100_000
 
 @dataclass
 class Rounds:
-    """Of one pair. prices: of the next rollouts, by the rate that they aim at. worth: completions of examples
-    -> (N,) in [0, 100], for `gain: quality`. seen: of past rounds.
+    """Of one pair. prices: of the next rollouts, by the rate that they aim at. worth: of completions of any
+    prompts, by number over all rounds, in points of 100; for `gain: quality`. seen: of past rounds.
     """
 
     cooperation: Cooperation
@@ -44,7 +43,7 @@ class Rounds:
     config: GateConfig
     seed: int
     prices: dict[float, float]
-    worth: Callable[[list[Example], Sequence[list[int]]], Tensor]
+    worth: Worth
     seen: list[Lessons] = field(default_factory=list)
 
     def play(self, prompts: Prompts) -> tuple[dict[str, float], list[Completion]]:
@@ -89,9 +88,10 @@ class Rounds:
         """What asking gains at every position of the rollouts, as the recipe counts it."""
         config, at = self.config, trajectories.positions
         if config.gain == "quality":
+            first = len(self.seen) * config.prompts
 
             def worth(rows: Sequence[int], whole: Sequence[list[int]]) -> Tensor:
-                return self.worth([prompts.examples[row] for row in rows], whole)
+                return self.worth([first + row for row in rows], whole)
 
             target = future_worth(self.cooperation, prompts.ids, trajectories, completions, worth)
             return Lessons(at.states, target, trajectories.by_teacher, at.row)
@@ -141,16 +141,16 @@ class Rounds:
 
 
 def train_gate(
-    rounds: Rounds, prompts: Prompts, tokenizer: PreTrainedTokenizerBase, directory: Path, pair: str
+    rounds: Rounds, prompts: Prompts, tokenizer: PreTrainedTokenizerBase, directory: Path, origin: str
 ) -> Head:
     """Play what is left of `config.rounds`. The taps end in the student's reserved rows.
 
     prompts: `config.prompts` for each round. directory: of the log and of what a killed run goes on from.
-    pair: what identifies student and teacher.
+    origin: what identifies models and task.
     """
     config = rounds.config
     run = {
-        "pair": pair,
+        "origin": origin,
         "config": config.model_dump(mode="json"),
         "seed": rounds.seed,
         "prompts": prompts.digest(),

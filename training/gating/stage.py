@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from hashlib import sha256
 from itertools import accumulate, islice
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, fingerprint, tokenizer_fingerprint
@@ -22,7 +22,6 @@ from training.gating.rounds import Rounds, train_gate
 from training.models import load_model, reserved_rows
 from training.parallel import device
 from training.tasks import Example, Task
-from training.tokenizer import decode_answers
 
 Points = dict[str, list[tuple[float, float]]]
 
@@ -77,6 +76,15 @@ def falling(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return list(zip(fractions, accumulate(prices, min), strict=True))
 
 
+def origin(pair: Sequence[str], task: Task, examples: Sequence[Example], max_tokens: int) -> str:
+    """Digest of what rollouts come from, beside their prompts: only such rounds are gone on with. pair: the
+    models' fingerprints.
+    """
+    references = [example.references.to_json() for example in examples]
+    options = {name: str(value) for name, value in task.options.items()}
+    return sha256(json.dumps([*pair, task.name, options, max_tokens, references]).encode()).hexdigest()
+
+
 def train_router(
     teacher: Path, student: Path, out: Path, task: Task, tokenizer: PreTrainedTokenizerBase,
     config: GateConfig, max_tokens: int, seed: int, work: Path,
@@ -86,17 +94,14 @@ def train_router(
     cooperation = load_cooperation(teacher, student, tokenizer, spans, max_tokens)
     reserved = reserved_rows(cooperation.student, tokenizer)
     examples = list(islice(task.router(seed), config.prompts * config.rounds))
-    prompts = rollout_prompts(tokenizer, examples, config, seed)
+    prompts = rollout_prompts(tokenizer, [e.source for e in examples], config, seed)
     # Random asking in the first round: with probability 1 - price.
     prices = {rate: 1 - rate for rate in sorted(set(prompts.rates))}
     head = Head(cooperation.student, reserved, config.width).to(device())
-    pair = " ".join(fingerprint(model, reserved.start) for model in (student, teacher))
-
-    def worth(examples: list[Example], completions: Sequence[list[int]]) -> Tensor:
-        scores = task.score(examples, decode_answers(tokenizer, list(completions)))
-        return (torch.tensor(scores.quality) + torch.tensor(scores.similarity)) * 50
-
-    head = train_gate(Rounds(cooperation, head, config, seed, prices, worth), prompts, tokenizer, work, pair)
+    pair = [fingerprint(model, reserved.start) for model in (student, teacher)]
+    of = origin(pair, task, examples, max_tokens)
+    worth = Scorer(task, tokenizer, examples).worth
+    head = train_gate(Rounds(cooperation, head, config, seed, prices, worth), prompts, tokenizer, work, of)
     gates: dict[str, Gate] = {"learned": head.gate}
     if config.template is None:  # the others are calibrated for prompts as they are
         gates |= {name: gate(reserved) for name, gate in CONFIDENCE_GATES.items()}

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -116,6 +117,8 @@ class Task(ABC):
     """
 
     name: str
+    options: Mapping[str, Any] = MappingProxyType({})
+    """What `make_task` made it with."""
 
     @abstractmethod
     def train(self, seed: int) -> Iterator[Example]:
@@ -157,4 +160,6 @@ def make_task(name: str, **options: Any) -> Task:
     """Raises KeyError that lists the known names, TypeError for options that the task does not have."""
     if name not in TASKS:
         raise KeyError(f"unknown task {name!r}; known: {', '.join(sorted(TASKS))}")
-    return TASKS[name](**options)
+    task = TASKS[name](**options)
+    task.options = options
+    return task
