@@ -25,7 +25,7 @@ from server.engine import Cooperation, CooperativeEngine
 from server.gate_processor import gate_settings
 from server.http.access import Access
 from server.http.fields import TeacherFields, document
-from server.http.lifecycle import CUT_OFF_SECONDS, EngineDied, Lifecycle
+from server.http.lifecycle import CUT_OFF_SECONDS, KEEP_ALIVE_SECONDS, EngineDied, Lifecycle
 from server.http.request_id import RequestIds, log_with_ids
 from server.http.routes import routes
 from server.http.tracing import Traces
@@ -39,10 +39,6 @@ from server.tenants import Tenants
 from server.vllm_api import AsyncEngineArgs, HttpLayer, current_platform
 
 logger = logging.getLogger(__name__)
-
-# Load balancers (mostly 60 s) and clients keep idle connections for less. Else the gateway would close one on
-# which a request may be on its way.
-KEEP_ALIVE_SECONDS = 75
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",

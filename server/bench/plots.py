@@ -42,6 +42,8 @@ def _points(pyplot: Any, section: Section) -> Any:
     for axes, column in zip(panels, columns, strict=True):
         for kind, marker in MARKERS.items():
             group = [row for row in rows if _kind(str(row["side"])) == kind]
+            if not group:  # left out of this run
+                continue
             below = {"xytext": (-3, -5), "ha": "right", "va": "top"}
             place = below if kind.startswith("cooperation") else {"xytext": (0, 6)}
             x = [_middle(row[column]) for row in group]

@@ -12,6 +12,7 @@ from server.bench.cpu import Usage, usage
 from server.bench.engine_metrics import EngineWork, Scrape
 from server.bench.load import Call, Run, drive
 from server.bench.plan import Plan
+from server.http.lifecycle import KEEP_ALIVE_SECONDS
 from server.local.pair import HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
 from server.local.processes import Child, Service, running
 
@@ -154,7 +155,7 @@ async def in_turn(
 
 
 def _resettable(service: Service) -> Service:
-    # The first is the only way to vLLM's endpoint that empties the prefix cache; the second keeps
-    # idle connections for as long as the gateway does, or a load may be sent on one that is being closed.
-    ours = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75"}
+    # The first is the only way to vLLM's endpoint that empties the prefix cache; by the second vLLM's own
+    # server keeps idle connections as the gateway does.
+    ours = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_SECONDS)}
     return replace(service, environment={**service.environment, **ours})

@@ -57,7 +57,7 @@ def name(budget: float, ahead: int = 0) -> str:
 
 
 def measured(plan: Plan) -> Together:
-    """For both sections; at whichever comes first."""
+    """All sides, once."""
     drafts = DRAFTS[1:2] if plan.quick else DRAFTS
     teacher, ours = plan.once(heavies)
     stocks, gateways = {}, {}

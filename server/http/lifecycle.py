@@ -14,6 +14,10 @@ logger = logging.getLogger(__name__)
 READS = ("GET", "HEAD", "OPTIONS")
 CUT_OFF_SECONDS = 5
 """So long have requests that are cut off to give back what they hold."""
+KEEP_ALIVE_SECONDS = 75
+"""So long are idle connections kept. Load balancers (mostly 60 s) and clients keep them for less; else the
+gateway would close one on which a request may be on its way.
+"""
 
 
 class EngineDied(Exception):

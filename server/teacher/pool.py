@@ -27,7 +27,7 @@ class Replica:
         self.teacher = teacher
         self.running = 0
         self.up = False
-        """Whether it answered when it was asked last, at the start or by a probe."""
+        """Whether it counts as there, by what it said at the start and to the probes since."""
         self.late = False
         """Whether the last probe had no answer in time: a busy server may miss one."""
         self.checked = False
@@ -127,7 +127,7 @@ class TeacherPool:
             logger.warning("a replica of the teacher is missing: %s", error)
 
     async def _check(self, replica: Replica) -> None:
-        replica.up = replica.checked = False
+        replica.up = replica.checked = replica.late = False
         await replica.teacher.connect()
         await replica.teacher.check_vocabulary(*self._probes)
         replica.up = replica.checked = True

@@ -97,9 +97,13 @@ def fleet(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flee
         log.mkdir()
     gateways, teachers, front, prometheus = [local(), local()], [local(), local()], local(), local()
     redis = RedisServer(directory, durable=True)
-    # Redis may take its time: a machine as busy as this one is no reason to do without it.
-    ledger = {"type": "redis", "url": redis.url, "timeout": 2, "on_expiry": "charge"}
-    ledger["lease_seconds"] = LEASE_SECONDS
+    ledger = {
+        "type": "redis",
+        "url": redis.url,
+        "timeout": 2,  # a machine as busy as this one is no reason to do without Redis
+        "lease_seconds": LEASE_SECONDS,
+        "on_expiry": "charge",
+    }
     limits = [
         {"type": "tokens", "tokens": LIMIT, "window_seconds": 3600},
         {"type": "fraction", "fraction": 0.5, "window_seconds": 3600, "slack_tokens": 64},
