@@ -74,6 +74,8 @@ class Shape(Frozen):
     head_dim: PositiveInt = 32
     """32 is the least that vLLM's CPU attention takes."""
     context: PositiveInt = 512
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of the embeddings and of what each block adds, while training: for little data."""
 
 
 class Schedule(Frozen):
@@ -94,7 +96,9 @@ class Schedule(Frozen):
     compile: bool = True
     """Compile the decoder: nearly twice as fast for small models on a CPU, after half a minute."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: matrix products under autocast; weights and optimizer stay float32."""
+    """bf16: matrix products under autocast, where there are instructions for it (not on a CPU of AVX2 alone);
+    weights and optimizer stay float32.
+    """
     checkpoint_every: PositiveInt = 250
     log_every: PositiveInt = 25
     validate_every: NonNegativeInt = 0

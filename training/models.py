@@ -7,7 +7,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import dropout
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -58,7 +59,24 @@ def new_model(shape: Shape, tokenizer: PreTrainedTokenizerBase, seed: int) -> Pr
         pad_token_id=end,
         dtype="float32",
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    if shape.dropout:
+        add_dropout(model, shape.dropout)
+    return model
+
+
+def add_dropout(model: PreTrainedModel, rate: float) -> None:
+    """Residual dropout (Vaswani et al. 2017), which Llama has not: in passes with a gradient only, so that a
+    model writes its own completions without. Nothing of it is saved.
+    """
+
+    def drop(module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+        return dropout(output, rate, training=module.training and torch.is_grad_enabled())
+
+    decoder = model.get_decoder()
+    blocks = [part for layer in decoder.layers for part in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+    for module in (decoder.embed_tokens, *blocks):
+        module.register_forward_hook(drop)
 
 
 def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

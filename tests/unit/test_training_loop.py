@@ -22,6 +22,8 @@ from training.config import (
     Shape,
     load_recipe,
 )
+from training.loop import muon
+from training.loop.muon import Muon
 from training.loop.stopping import Stopped
 from training.loop.trainer import train
 from training.loop.validation import Validation
@@ -134,6 +136,41 @@ def test_sigterm_ends_the_step_and_leaves_a_checkpoint(task, tokenizer, tmp_path
             run(tokenizer, task, tmp_path / "stopped")
     assert torch.load(tmp_path / "stopped" / "checkpoint.pt")["step"] == 5
     assert run(tokenizer, task, tmp_path / "stopped")[1] == curve
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24)])
+def test_muon_steps_as_torchs_own_with_and_without_bfloat16(monkeypatch, shape, bf16):
+    monkeypatch.setattr(muon, "fast_bf16", lambda device: bf16)
+    torch.manual_seed(0)
+    ours = torch.nn.Parameter(torch.randn(shape))
+    theirs, start = torch.nn.Parameter(ours.detach().clone()), ours.detach().clone()
+    own = Muon([ours], weight_decay=0.1)
+    other = torch.optim.Muon([theirs], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    own.param_groups[0]["lr"] = 0.01
+    for _ in range(3):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        own.step()
+        other.step()
+    far = (ours - start).norm()
+    assert (ours - theirs).norm() < 0.02 * far  # bfloat16 has three digits
+    assert bf16 == torch.equal(ours, theirs)
+
+
+def test_dropout_is_for_passes_with_a_gradient_alone(tokenizer):
+    plain, model = (
+        new_model(SHAPE, tokenizer, 0),
+        new_model(SHAPE.model_copy(update={"dropout": 0.5}), tokenizer, 0),
+    )
+    assert {k: v.tolist() for k, v in model.state_dict().items()} == {
+        k: v.tolist() for k, v in plain.state_dict().items()
+    }
+    ids = torch.arange(12)[None]
+    assert not torch.allclose(model.train()(ids).logits, plain(ids).logits, atol=1e-2)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+    torch.testing.assert_close(model.eval()(ids).logits, plain(ids).logits)
 
 
 def test_validation_scores_greedy_completions(task, tokenizer):

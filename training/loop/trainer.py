@@ -16,13 +16,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from training import parallel
 from training.batches import Batch
 from training.config import Schedule
 from training.loop.checkpoints import restore, save
+from training.loop.muon import Muon
 from training.loop.progress import Log, Progress
 from training.loop.stopping import Stopped, stop_requests
 
@@ -93,7 +94,8 @@ def update(
     """
     torch.manual_seed(seed * 1_000_003 + step)  # a resumed run draws the same
     device = parallel.device()
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=schedule.precision == "bf16")
+    bf16 = schedule.precision == "bf16" and parallel.fast_bf16(device)
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     accumulate, size = schedule.accumulate, parallel.size()
     mine = batch.parts(accumulate * size)[parallel.rank() :: size]
     with torch.no_grad(), amp:
@@ -135,7 +137,7 @@ def learning_rate_factor(step: int, schedule: Schedule) -> float:
 
 
 def make_optimizers(model: PreTrainedModel, schedule: Schedule) -> list[Optimizer]:
-    """Muon (Jordan et al. 2024) for the matrices inside the blocks, at AdamW's scale; AdamW for all else."""
+    """Muon for the matrices inside the blocks, AdamW for all else."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     inner = [p for name, p in trained if schedule.optimizer == "muon" and p.ndim == 2 and ".layers." in name]
     chosen = {id(p) for p in inner}
@@ -144,5 +146,5 @@ def make_optimizers(model: PreTrainedModel, schedule: Schedule) -> list[Optimize
     if outer:
         optimizers += [AdamW(outer, betas=(0.9, 0.98), weight_decay=schedule.weight_decay, fused=True)]
     if inner:
-        optimizers += [Muon(inner, weight_decay=schedule.weight_decay, adjust_lr_fn="match_rms_adamw")]
+        optimizers += [Muon(inner, weight_decay=schedule.weight_decay)]
     return optimizers
