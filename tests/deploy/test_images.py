@@ -1,4 +1,4 @@
-"""Dockerfiles and the compose file, as far as that goes without a container engine: nothing is built."""
+"""Dockerfiles and the compose file, as far as that goes without a container engine."""
 
 import re
 import subprocess
