@@ -262,6 +262,8 @@ class GateConfig(Frozen):
     """What the score predicts, see `training.gating.gates.GAINS`. quality: what a teacher token changes in
     the mean of the whole completion's quality and similarity, in points of 100 (horizon completion).
     """
+    teacher_references: NonNegativeInt = 4
+    """gain quality: completions drawn from the teacher that are references beside the task's own."""
     objective: Literal["difference", "constrained"] = "difference"
     """Regression of the score on the gain of asking, or path consistency of asking as a policy with a price
     (`training.gating.constrained`).

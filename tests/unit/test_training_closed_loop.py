@@ -12,7 +12,7 @@ from training.config import GateConfig
 from training.gating.branches import future_gain, future_worth
 from training.gating.calibration import calibrate, teacher_rate
 from training.gating.constrained import ascended, fit_constrained, residuals
-from training.gating.gates import Head, Lessons, Trajectories, collect, fit, span_gain
+from training.gating.gates import Head, Lessons, Trajectories, collect, fit, span_gain, teacher_view
 from training.gating.rollout import FREE, Cooperation, Positions, Request, with_gate
 from training.gating.tree import Setting, Tree
 
@@ -130,7 +130,7 @@ def test_a_fitted_gate_finds_what_it_is_taught_and_survives_the_checkpoint(pair,
     head = Head(pair.student, RESERVED, 16)
     head.start_from(states)
     config = GateConfig(span_tokens=1, ask_tokens=1, gain="excess", epochs=40, batch=64)
-    lessons = Lessons(states, target, seen.by_teacher, seen.positions.row)
+    lessons = Lessons(states, target, seen.by_teacher, seen.positions.row, teacher_view(seen.positions))
     loss = fit(head, lessons, config, seed=0)["loss"]
     assert loss < 0.3 * target.var().item()
     with torch.no_grad():
@@ -230,7 +230,8 @@ def test_the_constrained_gate_asks_where_the_student_regrets(pair, prompts):
     )  # fmt: skip
     head = Head(pair.student, RESERVED, 16)
     head.start_from(states)
-    fit_constrained(head, Lessons(states, gain, asked, torch.arange(len(gain))), config, seed=0)
+    lessons = Lessons(states, gain, asked, torch.arange(len(gain)), teacher_view(seen.positions))
+    fit_constrained(head, lessons, config, seed=0)
     with torch.no_grad():
         scores = head(states)
     assert scores[gain > 1].mean() > 1.4

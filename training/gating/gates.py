@@ -54,14 +54,15 @@ def collect(
 
 @dataclass(frozen=True)
 class Lessons:
-    """What a gate is fitted on. states: (N, H); target: (N,) nats; asked: (N,) whether the teacher wrote
-    there; row: (N,) the path that a position belongs to, in one piece.
+    """What a gate is fitted on. states: (N, H); target: (N,) nats, or points; asked: (N,) whether the teacher
+    wrote there; row: (N,) the path that a position belongs to, in one piece; view: (N, 7) `teacher_view`.
     """
 
     states: Tensor
     target: Tensor
     asked: Tensor
     row: Tensor
+    view: Tensor
 
     def __len__(self) -> int:
         return len(self.target)
@@ -73,9 +74,20 @@ class Lessons:
             rows.append(part.row + first)
             first = int(rows[-1].max()) + 1
         columns = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("states", "target", "asked")
+            torch.cat([getattr(part, name) for part in parts])
+            for name in ("states", "target", "asked", "view")
         )
-        return cls(*columns, torch.cat(rows))
+        *before, view = columns
+        return cls(*before, torch.cat(rows), view)
+
+
+def teacher_view(at: Positions) -> Tensor:
+    """(N, 7): what only the teacher knows of a position: how much less it likes the student's token than its
+    own (nats, 0 where they agree; and as a ratio), how much it likes both, KL(student, teacher), its entropy.
+    """
+    excess = (at.regret - at.best).clamp(min=0, max=8)
+    columns = (excess, (-excess).exp(), at.regret, at.best, (-at.best).exp(), at.kl, at.entropy)
+    return torch.stack(columns, dim=1)
 
 
 # What asking at a position would gain there, in nats: (N,) from Positions.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,17 @@ from training.config import GateConfig
 from training.gating.branches import Worth, future_gain, future_worth
 from training.gating.calibration import teacher_rate
 from training.gating.constrained import ascended, fit_constrained
-from training.gating.gates import GAINS, Head, Lessons, Trajectories, collect, fit, span_gain
+from training.gating.critic import expected_gain
+from training.gating.gates import (
+    GAINS,
+    Head,
+    Lessons,
+    Trajectories,
+    collect,
+    fit,
+    span_gain,
+    teacher_view,
+)
 from training.gating.prompts import Prompts
 from training.gating.rollout import FREE, Completion, Cooperation, Positions, Request, with_gate
 from training.loop.progress import Log, console
@@ -63,6 +73,8 @@ class Rounds:
         data = Lessons.join(self.seen)
         if first:
             self.head.start_from(data.states)
+        if config.gain == "quality":
+            data = replace(data, target=expected_gain(self.head, data, self.seed))
         fitted = fit_constrained if config.objective == "constrained" else fit
         metrics = fitted(self.head, data, config, self.seed)
         install_taps(cooperation, self.head)
@@ -87,6 +99,7 @@ class Rounds:
     ) -> Lessons:
         """What asking gains at every position of the rollouts, as the recipe counts it."""
         config, at = self.config, trajectories.positions
+        view = teacher_view(at)
         if config.gain == "quality":
             first = len(self.seen) * config.prompts
 
@@ -94,19 +107,20 @@ class Rounds:
                 return self.worth([first + row for row in rows], whole)
 
             target = future_worth(self.cooperation, prompts.ids, trajectories, completions, worth)
-            return Lessons(at.states, target, trajectories.by_teacher, at.row)
+            return Lessons(at.states, target, trajectories.by_teacher, at.row, view)
 
         def gain(positions: Positions) -> Tensor:
             return GAINS[config.gain](positions).clamp(0, config.clip)
 
         if config.objective == "constrained":  # its critic looks ahead
-            return Lessons(at.states, gain(at), trajectories.by_teacher, at.row)
+            return Lessons(at.states, gain(at), trajectories.by_teacher, at.row, view)
         if config.horizon == "completion":
             target = future_gain(self.cooperation, prompts.ids, trajectories, completions, gain)
             target = target.clamp(-config.clip, config.clip)
-            return Lessons(at.states, target, trajectories.by_teacher, at.row)
+            return Lessons(at.states, target, trajectories.by_teacher, at.row, view)
         target, known = span_gain(gain(at), trajectories, config.ask_tokens)
-        return Lessons(at.states[known], target[known], trajectories.by_teacher[known], at.row[known])
+        columns = at.states, target, trajectories.by_teacher, at.row, view
+        return Lessons(*(column[known] for column in columns))
 
     def _next_prices(
         self, data: Lessons, asked: Sequence[Completion], aims: Sequence[float], first: bool

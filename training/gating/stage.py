@@ -16,6 +16,7 @@ from training.config import GateConfig
 from training.evaluation.scoring import Scorer, ends
 from training.gating.calibration import Quality, calibrate, spare_prices
 from training.gating.gates import Head
+from training.gating.judge import Judge
 from training.gating.prompts import Trees, rollout_prompts
 from training.gating.rollout import Cooperation
 from training.gating.rounds import Rounds, train_gate
@@ -100,8 +101,9 @@ def train_router(
     head = Head(cooperation.student, reserved, config.width).to(device())
     pair = [fingerprint(model, reserved.start) for model in (student, teacher)]
     of = origin(pair, task, examples, max_tokens)
-    worth = Scorer(task, tokenizer, examples).worth
-    head = train_gate(Rounds(cooperation, head, config, seed, prices, worth), prompts, tokenizer, work, of)
+    judge = Judge(cooperation, task, tokenizer, examples, prompts.ids, config.teacher_references)
+    rounds = Rounds(cooperation, head, config, seed, prices, judge.worth)
+    head = train_gate(rounds, prompts, tokenizer, work, of)
     gates: dict[str, Gate] = {"learned": head.gate}
     if config.template is None:  # the others are calibrated for prompts as they are
         gates |= {name: gate(reserved) for name, gate in CONFIDENCE_GATES.items()}

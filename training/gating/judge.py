@@ -1,0 +1,69 @@
+"""What a completion is worth with `gain: quality`: the task's metric and similarity, against its references
+and against what the teacher itself would write.
+
+A token of a good answer is often not in the one reference. Completions drawn from the teacher are many, and
+what they agree on is what it is asked for (minimum Bayes risk: Eikema and Aziz 2020, arXiv 2005.10283).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from training.evaluation.scoring import Scorer
+from training.gating.rollout import Cooperation
+from training.sampling import complete
+from training.tasks import Example, Task
+from training.tasks.base import References
+from training.tokenizer import decode_answers
+
+TEMPERATURE = 0.7
+BATCH = 512
+
+
+class Judge:
+    """Of completions of `examples`, whose prompts the teacher completes `drawn` times, once it has to."""
+
+    def __init__(
+        self,
+        cooperation: Cooperation,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: list[Example],
+        prompts: list[list[int]],
+        drawn: int,
+    ) -> None:
+        self._cooperation, self._tokenizer = cooperation, tokenizer
+        self._prompts, self._count = prompts, drawn
+        self._examples = list(examples)  # behind them those that the teacher wrote
+        self._scorer = Scorer(task, tokenizer, self._examples)
+        self._drawn: dict[int, range] = {}
+
+    def worth(self, of: Sequence[int], completions: Sequence[list[int]]) -> Tensor:
+        """In points of 100: (N,); the references count as much as all that was drawn. of: numbers of N
+        examples; completions: of theirs, token ids.
+        """
+        given = self._scorer.worth(of, completions)
+        if self._count == 0:
+            return given
+        self._draw(sorted(set(of) - self._drawn.keys()))
+        pairs = [(at, c) for i, c in zip(of, completions, strict=True) for at in self._drawn[i]]
+        drawn = self._scorer.worth(*zip(*pairs, strict=True)) if pairs else given.new_zeros(0)
+        return (given + drawn.view(len(given), self._count).mean(1)) / 2
+
+    def _draw(self, new: list[int]) -> None:
+        of = self._cooperation
+        order = sorted((i for i in new for _ in range(self._count)), key=lambda i: len(self._prompts[i]))
+        written: dict[int, list[list[int]]] = {i: [] for i in new}
+        for at in range(0, len(order), BATCH):
+            rows = order[at : at + BATCH]
+            prompts = [self._prompts[i] for i in rows]
+            answers = complete(of.teacher, prompts, of.visible, of.end, of.max_tokens, TEMPERATURE)
+            for i, answer in zip(rows, answers, strict=True):
+                written[i].append(answer)
+        for i in new:
+            texts = decode_answers(self._tokenizer, written[i])
+            self._drawn[i] = range(len(self._examples), len(self._examples) + len(texts))
+            self._examples += [Example(self._examples[i].source, References.one(text)) for text in texts]
