@@ -1,6 +1,8 @@
 """The closed loop in process: the bound, the caches, the tree of greedy decoding, gates, calibration."""
 
 import math
+from functools import partial
+from itertools import accumulate
 
 import pytest
 import torch
@@ -10,10 +12,10 @@ from router.checkpoint import RouterCheckpoint
 from router.gate import EntropyGate, RandomGate
 from training.config import GateConfig
 from training.gating.branches import future_gain, future_worth
-from training.gating.calibration import calibrate, teacher_rate
+from training.gating.calibration import Noise, calibrate, price_at_rate, teacher_rate
 from training.gating.constrained import ascended, fit_constrained, residuals
 from training.gating.gates import Head, Lessons, Trajectories, collect, fit, span_gain, teacher_view
-from training.gating.rollout import FREE, Cooperation, Positions, Request, with_gate
+from training.gating.rollout import FREE, Completion, Cooperation, Positions, Request, with_gate
 from training.gating.tree import Setting, Tree
 
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
@@ -101,6 +103,26 @@ def test_calibration_keeps_the_budget_and_its_prices_fall(pair, prompts):
         # A price that is lowered to keep the order may overshoot a little.
         assert all(rate <= budget + 0.02 for rate, budget in zip(rates, budgets, strict=True))
         assert rates[-1] > 0.3
+
+
+def test_a_price_leaves_its_aim_only_for_what_is_more_than_noise(pair, prompts):
+    tree = Tree(pair, prompts, {"entropy": EntropyGate(RESERVED)})
+    budgets = (0.2, 0.5)
+
+    def frugal(run: list[Completion]) -> float:
+        """Asking costs quality: never asking is the best by as much as the aim asks."""
+        return -teacher_rate(run)
+
+    def prices(*noise: Noise) -> list[float]:
+        return [price for _, price in calibrate(tree, "entropy", budgets, (1, 1), frugal, *noise)]
+
+    prices()  # the tree grows, and its quantiles with it
+    aims = list(accumulate(price_at_rate(tree, "entropy", budgets, (1, 1)), min))
+    left, near = prices(), partial(pytest.approx, abs=0.02)
+    assert all(price > aim + 0.1 for price, aim in zip(left, aims, strict=True))
+    assert prices(lambda one, other: 0.3) == near(aims)
+    # Two standard errors of 0.01 are less than what is to be won.
+    assert prices(lambda one, other: 0.01) == near(left)
 
 
 def positions(rows: list[int], steps: list[int]) -> Positions:

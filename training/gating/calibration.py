@@ -15,7 +15,10 @@ import torch
 from training.gating.rollout import Completion
 from training.gating.tree import Setting, Tree
 
-Quality = Callable[[Sequence[Completion]], float]
+Run = Sequence[Completion]
+Quality = Callable[[Run], float]
+Noise = Callable[[Run, Run], float]
+"""Standard error of the difference between two runs' qualities, in the same unit."""
 
 SHARES = (
     0.0,
@@ -39,7 +42,9 @@ SHARES = (
 )
 """Shares of positions below the prices that the aim is compared with: fine where asking is rare."""
 TOLERANCE = 0.02
-"""Share of the gap between student and teacher that is taken for noise."""
+"""Share of the gap between student and teacher that is not worth leaving the aim for."""
+ERRORS = 2.0
+"""Standard errors that the best of all those prices has to be better by."""
 ROUNDS = 12
 
 
@@ -49,11 +54,16 @@ def teacher_rate(completions: Sequence[Completion]) -> float:
 
 
 def calibrate(
-    tree: Tree, gate: str, budgets: Sequence[float], spans: tuple[int, int], quality: Quality
+    tree: Tree,
+    gate: str,
+    budgets: Sequence[float],
+    spans: tuple[int, int],
+    quality: Quality,
+    noise: Noise = lambda one, other: 0.0,
 ) -> list[tuple[float, float]]:
     """(fraction, price) for each of the increasing budgets; prices do not increase.
 
-    spans: (span_tokens, ask_tokens) of the bucket. quality: in units of the gap between
+    spans: (span_tokens, ask_tokens) of the bucket. quality, noise: in units of the gap between
     student and teacher.
     """
     scores = tree.scores(gate).double()
@@ -62,7 +72,9 @@ def calibrate(
         prices = [aim, *torch.quantile(scores, torch.tensor(SHARES, dtype=torch.float64)).tolist()]
         runs = tree.run([Setting(gate, price, budget, *spans) for price in prices])
         qualities = [quality(run) if teacher_rate(run) <= budget else -1.0 for run in runs]
-        price = aim if qualities[0] >= max(qualities) - TOLERANCE else prices[qualities.index(max(qualities))]
+        best = qualities.index(max(qualities))
+        needed = max(TOLERANCE, ERRORS * noise(runs[0], runs[best]))
+        price = aim if qualities[0] >= qualities[best] - needed else prices[best]
         points.append((budget, min(price, points[-1][1]) if points else price))
     return points
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from itertools import accumulate, islice
@@ -14,7 +15,7 @@ from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, fing
 from router.gate import CONFIDENCE_GATES, Gate, RandomGate
 from training.config import GateConfig
 from training.evaluation.scoring import Scorer, ends
-from training.gating.calibration import Quality, calibrate, spare_prices
+from training.gating.calibration import Noise, Quality, Run, calibrate, spare_prices
 from training.gating.gates import Head
 from training.gating.judge import Judge
 from training.gating.prompts import Trees, rollout_prompts
@@ -53,9 +54,9 @@ Points = dict[str, list[tuple[float, float]]]
 
 
 def calibrate_gates(
-    trees: Trees, gates: Iterable[str], quality: Quality, config: GateConfig
+    trees: Trees, gates: Iterable[str], quality: Quality, noise: Noise, config: GateConfig
 ) -> tuple[Points, Points]:
-    """For each gate (fraction, price) and (fraction, spare price). quality: in shares of the gap."""
+    """For each gate (fraction, price) and (fraction, spare price). quality, noise: in shares of the gap."""
     prices, spares = {}, {}
     spans = (config.span_tokens, config.ask_tokens)
     together = [config.budgets] if config.template is None else [(budget,) for budget in config.budgets]
@@ -63,7 +64,7 @@ def calibrate_gates(
         points, spare = [], []
         for budgets in together:
             tree = trees(budgets[0])
-            found = calibrate(tree, name, budgets, spans, quality)
+            found = calibrate(tree, name, budgets, spans, quality, noise)
             points += found
             spare += spare_prices(tree, name, found, spans)
         prices[name], spares[name] = falling(points), falling(spare)
@@ -114,7 +115,15 @@ def train_router(
     low, high = scorer(alone)[0], scorer(taught)[0]
     print(f"on validation data: student {low:.3f}, teacher {high:.3f}", flush=True)
     gap = high - low if high > low else 1.0
-    prices, spares = calibrate_gates(trees, gates, lambda run: scorer(run)[0] / gap, config)
+
+    def quality(run: Run) -> float:
+        return scorer(run)[0] / gap
+
+    def noise(one: Run, other: Run) -> float:
+        """By the examples' own qualities, also where the task's is not their mean."""
+        return (scorer.each(one) - scorer.each(other)).std().item() / math.sqrt(len(valid)) / gap
+
+    prices, spares = calibrate_gates(trees, gates, quality, noise, config)
     checkpoint = RouterCheckpoint(
         config=RouterConfig(
             reserved_start=reserved.start,
