@@ -85,7 +85,7 @@ def teacher_view(at: Positions) -> Tensor:
     """(N, 7): what only the teacher knows of a position: how much less it likes the student's token than its
     own (nats, 0 where they agree; and as a ratio), how much it likes both, KL(student, teacher), its entropy.
     """
-    excess = (at.regret - at.best).clamp(min=0, max=8)
+    excess = GAINS["excess"](at).clamp(min=0, max=8)
     columns = (excess, (-excess).exp(), at.regret, at.best, (-at.best).exp(), at.kl, at.entropy)
     return torch.stack(columns, dim=1)
 

@@ -50,9 +50,6 @@ def load_cooperation(
     )
 
 
-Points = dict[str, list[tuple[float, float]]]
-
-
 def calibrate_gates(
     trees: Trees, gates: Iterable[str], quality: Quality, noise: Noise, config: GateConfig
 ) -> tuple[Points, Points]:
