@@ -48,9 +48,9 @@ class _Unavailable(Exception):
 class RedisLedger:
     """A `Ledger` shared by all gateways that name the same Redis and prefix.
 
-    No call takes longer than ``timeout`` seconds. Where Redis gives no answer, a reservation is refused
-    or allowed as ``when_unavailable`` says; after three failures in a row Redis is asked only once in
-    ``retry_seconds``, so that its absence costs nobody a wait. Settlements are kept and tried again.
+    No call waits longer than ``timeout`` seconds for Redis. Where Redis gives no answer, a reservation is
+    refused or allowed as ``when_unavailable`` says; after three failures in a row Redis is asked only once
+    in ``retry_seconds``, so that its absence costs nobody a wait. Settlements are kept and tried again.
 
     What is spent is safe in Redis as far as Redis is safe: see docs/budgets.md for its settings.
     """
@@ -174,7 +174,7 @@ class RedisLedger:
         return (await self._call(scripts.settle, lease.scopes, arguments)).decode()
 
     async def _call(self, script: scripts.Script, scopes: Iterable[Scope], arguments: list[Any]) -> Any:
-        """Run a script over the scopes' keys. Raises _Unavailable after ``timeout`` at the latest."""
+        """Run a script over the scopes' keys. Raises _Unavailable, also where no answer comes in time."""
         if not self.available:
             if time.monotonic() < self._retry_at:
                 raise _Unavailable(sent=False)
@@ -182,19 +182,34 @@ class RedisLedger:
         keys = [key for scope in scopes for key in _keys(self._tag, scope.id)]
         now = "" if self._clock is None else int(self._clock() * 1000)
         arguments = [len(keys), *keys, now, self.on_expiry, round(self._lease * 1000), *arguments]
+        task = asyncio.create_task(self._evaluate(script, arguments))
         try:
-            async with asyncio.timeout(self._timeout), self._connections:
-                try:
-                    reply = await self._client.evalsha(script.digest, *arguments)
-                except NoScriptError:  # a new or restarted Redis
-                    reply = await self._client.eval(script.text, *arguments)
+            await self._until_late(task)
+            reply = task.result()
         except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
             self._failed(error)
             raise _Unavailable(sent=True) from error
+        finally:
+            task.cancel()
         if not self.available:
             logger.warning("the ledger's Redis is back")
         self._failures = 0
         return reply
+
+    async def _until_late(self, task: asyncio.Task[Any]) -> None:
+        """Raises TimeoutError. Time in which this process itself stood still does not count against Redis."""
+        while not task.done():
+            due = time.monotonic() + self._timeout
+            await asyncio.wait((task,), timeout=self._timeout)
+            if not task.done() and time.monotonic() - due < self._timeout / 5:
+                raise TimeoutError(f"no answer within {self._timeout} s")
+
+    async def _evaluate(self, script: scripts.Script, arguments: list[Any]) -> Any:
+        async with self._connections:
+            try:
+                return await self._client.evalsha(script.digest, *arguments)
+            except NoScriptError:  # a new or restarted Redis
+                return await self._client.eval(script.text, *arguments)
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
@@ -203,7 +218,7 @@ class RedisLedger:
             logger.error(
                 "the ledger's Redis is away, teacher tokens are %s: %s",
                 {"refuse": "refused", "allow": "allowed"}[self._when_unavailable],
-                error or "no answer in time",
+                error,
             )
 
     def _owe(self, lease: Lease, used: int) -> None:

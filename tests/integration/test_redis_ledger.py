@@ -326,6 +326,20 @@ async def test_redis_away(durable_redis: RedisServer, rule: str, fault: str, con
     await granted(ledger)
 
 
+async def test_a_gateway_that_is_late_itself_does_not_blame_redis(
+    redis_server: RedisServer, connect: Connect
+) -> None:
+    ledger = connect(redis_server, **IMPATIENT)
+    await ledger.status([TENANT])  # connected
+    for _ in range(5):
+        reply = asyncio.create_task(ledger.reserve([TENANT], 4))
+        for _ in range(5):  # turns of the loop, until the question is on its way
+            await asyncio.sleep(0)
+        time.sleep(2 * TIMEOUT)  # noqa: ASYNC251
+        assert isinstance(await reply, Lease)
+    assert ledger.available
+
+
 TRAFFIC = Scope("global", "", TokensPerWindow(tokens=10**6, window_seconds=3600))
 
 
