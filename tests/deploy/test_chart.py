@@ -91,6 +91,21 @@ def test_monitoring_manifests_are_valid() -> None:
         check(manifest)
 
 
+def test_without_monitoring_only_gateways_reach_the_teacher() -> None:
+    result = helm.template("--set-json", "networkPolicy.monitoring=[]")
+    assert result.returncode == 0, result.stderr
+    policy = of_kind(result.stdout, "NetworkPolicy", "teacher")
+    check(policy)
+    (peer,) = policy["spec"]["ingress"][0]["from"]
+    assert peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "gateway"
+
+
+def test_a_policy_for_nobody_is_refused() -> None:
+    """It would be one for everybody: Kubernetes reads an empty list of peers so."""
+    result = helm.template("--set-json", "networkPolicy.clients=[]")
+    assert "'/networkPolicy/clients': minItems: got 0, want 1" in result.stderr
+
+
 def test_a_wrong_manifest_is_noticed() -> None:
     good = of_kind(helm.rendered("fleet"), "ScaledObject")
     check(good)
