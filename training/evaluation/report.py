@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.progress import track
 
 from router.checkpoint import CheckpointError, RouterCheckpoint
 from router.gate import CONFIDENCE_GATES
@@ -22,6 +23,7 @@ from training.gating.rollout import FREE, Completion
 from training.gating.rounds import install_taps
 from training.gating.stage import load_cooperation
 from training.gating.tree import PERIODIC, Setting
+from training.loop.progress import console
 from training.tasks import Example, Task
 from training.tokenizer import load_tokenizer
 
@@ -136,12 +138,19 @@ class Evaluation:
     def curves(self, spans: Sequence[int]) -> dict[str, list[Row]]:
         names = [*self.gates, *self.others, "oracle", "oracle_kl", PERIODIC]
         ask = self.spans[1]
-        curves = {name: self.curve(name, ask) for name in names}
+        jobs = {name: (name, ask) for name in names}
+        jobs |= {f"{name}@{k}": (name, k) for k in spans if k != ask for name in names}
+        curves = {
+            title: self.curve(*job)
+            for title, job in track(
+                jobs.items(), "curves", console=console, transient=True, disable=not console.is_terminal
+            )
+        }
         curves["query"] = self.query_level(hesitation(self.tree, self.alone))
         curves["query_oracle"] = self.query_level(
             self.scorer.each(self.taught) - self.scorer.each(self.alone)
         )
-        return curves | {f"{name}@{k}": self.curve(name, k) for k in spans if k != ask for name in names}
+        return curves
 
     def budgets(self) -> dict[str, list[Row]]:
         rows = {}

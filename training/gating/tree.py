@@ -9,7 +9,7 @@ less than decoding it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -100,30 +100,24 @@ class Tree:
 
     def run(self, settings: Sequence[Setting]) -> list[list[Completion]]:
         """For each setting the completions of all prompts."""
-        results: list[list[Completion | None]] = [[None] * len(self._prompts) for _ in settings]
-        todo = [(s, p) for s in range(len(settings)) for p in range(len(self._prompts))]
-        while todo:
-            missing: dict[tuple[int, tuple[int, ...]], None] = {}
-            left = []
-            for s, p in todo:
-                completion, ended = self._walk(self._roots[p], settings[s])
-                if ended:
-                    results[s][p] = completion
-                else:
-                    left.append((s, p))
-                    missing[p, tuple(completion.tokens)] = None
+        runs = [[Completion() for _ in self._prompts] for _ in settings]
+        walks = [
+            (p, done, self._walk(self._roots[p], setting, done))
+            for run, setting in zip(runs, settings, strict=True)
+            for p, done in enumerate(run)
+        ]
+        while walks:
+            walks = [walk for walk in walks if next(walk[2], False)]
+            missing = dict.fromkeys((p, tuple(done.tokens)) for p, done, _ in walks)
             self._grow([(p, list(prefix)) for p, prefix in missing])
-            todo = left
-        return results
+        return runs
 
-    def _walk(self, node: Node, setting: Setting) -> tuple[Completion, bool]:
-        """The completion as far as the tree goes, and whether it is the whole one."""
-        done = Completion()
+    def _walk(self, node: Node, setting: Setting, done: Completion) -> Iterator[bool]:
+        """Writes `done`; yields True where the tree has to grow before the walk can go on."""
         bucket = Bucket(Budget(fraction=setting.fraction), setting.span_tokens, setting.ask_tokens)
         end, max_tokens = self._cooperation.end, self._cooperation.max_tokens
         span_left = 0
-        while True:
-            length = len(done.tokens)
+        for length in range(max_tokens):
             if span_left == 0 and self._wants(node, length, setting, bucket):
                 grant = bucket.reserve(length, max_tokens - length)
                 if grant is not None:
@@ -134,11 +128,10 @@ class Tree:
             done.by_teacher.append(span_left > 0)
             span_left -= span_left > 0
             if token == end or length + 1 == max_tokens:
-                return done, True
-            following = node.next.get(token)
-            if following is None:
-                return done, False
-            node = following
+                return
+            if token not in node.next:
+                yield True
+            node = node.next[token]
 
     def _wants(self, node: Node, length: int, setting: Setting, bucket: Bucket) -> bool:
         if setting.gate == PERIODIC:

@@ -24,7 +24,7 @@ from training.batches import Batch
 from training.config import Schedule
 from training.loop.checkpoints import restore, save
 from training.loop.muon import Muon
-from training.loop.progress import Log, Progress
+from training.loop.progress import Log, Progress, console
 from training.loop.stopping import Stopped, stop_requests
 
 Loss = Callable[[PreTrainedModel, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -55,6 +55,8 @@ def train(
     """
     optimizers = make_optimizers(model, schedule)
     start = restore(directory, model, optimizers)
+    if schedule.precision == "bf16" and parallel.is_first() and not parallel.fast_bf16(parallel.device()):
+        console.print(f"{directory.name}: this CPU has no instructions for bf16: fp32 instead")
     model.train()
     with (
         stop_requests() as stop,
