@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import signal
 import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -168,7 +167,6 @@ def _vllm_settings(config: ServeConfig) -> dict[str, Any]:
 
 
 async def _serve(config: ServeConfig, router: RouterCheckpoint | None, student: Path) -> int:
-    signal.signal(signal.SIGTERM, _interrupt)  # until the HTTP server has installed its own handler
     reserved = _reserved_rows(router, student)
     arguments = _vllm_arguments(config, student, reserved, router)
     tenants = None if config.tenants is None else Tenants(config.tenants)
@@ -342,7 +340,3 @@ async def _background(works: Sequence[Coroutine[Any, Any, None]]) -> AsyncIterat
 def _report_death(task: asyncio.Task[None]) -> None:
     if not task.cancelled():
         logger.critical("%s ended: restart the gateway", task.get_coro(), exc_info=task.exception())
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt

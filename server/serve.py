@@ -1,6 +1,12 @@
 """`wheels serve`."""
 
+import os
+import signal
 import sys
+from contextlib import suppress
+from typing import Any
+
+import psutil
 
 from server.config import ConfigError, load
 
@@ -11,6 +17,9 @@ def main(argv: list[str]) -> int:
         config = load(argv)
     except ConfigError as error:
         return _fail(error)
+    # From now on, because the first process of a container ignores what it does not handle, until the HTTP
+    # server has handlers of its own.
+    signal.signal(signal.SIGTERM, _end_at_once)
     # vLLM takes seconds to import: a wrong flag is said before.
     from router.checkpoint import CheckpointError
     from server.gateway import run
@@ -23,6 +32,14 @@ def main(argv: list[str]) -> int:
         return _fail(error)
     except KeyboardInterrupt:
         return 130
+
+
+def _end_at_once(number: int, _frame: Any) -> None:
+    """Not by an exception, which is lost in vLLM's wait for its engine."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    os._exit(128 + number)
 
 
 def _fail(error: Exception) -> int:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +86,27 @@ async def test_at_its_deadline_it_ends_all_the_same(
                 [chunk async for chunk in stream]
         assert child.process.wait(20) == 1
         assert "requests that were cut off: 1" in child.service.log.read_text()
+
+
+def test_a_gateway_that_starts_can_be_ended(pair: Pair, tmp_path: Path) -> None:
+    """While it waits for its engine, where an exception would be lost; of the engine nothing stays."""
+    nobody = f"http://127.0.0.1:{free_port()}"
+    child = Child(gateway_service(pair, nobody, f"http://127.0.0.1:{free_port()}", tmp_path))
+    try:
+        gateway = psutil.Process(child.process.pid)
+        engine: list[psutil.Process] = []
+        for _ in range(1200):
+            engine = [p for p in gateway.children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+            if engine:
+                break
+            time.sleep(0.1)
+        assert engine
+        time.sleep(2)  # it has begun to wait
+        child.signal(signal.SIGTERM)
+        assert child.process.wait(10) == 128 + signal.SIGTERM
+        assert psutil.wait_procs(engine, 5)[1] == []
+    finally:
+        child.signal(signal.SIGKILL)
 
 
 async def test_an_idle_connection_is_kept_longer_than_clients_keep_theirs(stack: Serving) -> None:
