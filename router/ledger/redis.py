@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 FAILURES = 3
 """So many failures in a row, and Redis is left alone for a while."""
+PATIENCE = 3
+"""So many timeouts are waited for an answer at most, where this process was late itself."""
 
 
 class _Unavailable(Exception):
@@ -197,12 +199,17 @@ class RedisLedger:
         return reply
 
     async def _until_late(self, task: asyncio.Task[Any]) -> None:
-        """Raises TimeoutError. Time in which this process itself stood still does not count against Redis."""
-        while not task.done():
+        """Raises TimeoutError. Time in which this process itself stood still does not count against Redis;
+        one that does so all the time waits `PATIENCE` timeouts at most.
+        """
+        for _ in range(PATIENCE):
             due = time.monotonic() + self._timeout
             await asyncio.wait((task,), timeout=self._timeout)
-            if not task.done() and time.monotonic() - due < self._timeout / 5:
-                raise TimeoutError(f"no answer within {self._timeout} s")
+            if task.done():
+                return
+            if time.monotonic() - due < self._timeout / 5:
+                break
+        raise TimeoutError(f"no answer within {self._timeout} s")
 
     async def _evaluate(self, script: scripts.Script, arguments: list[Any]) -> Any:
         async with self._connections:

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,8 @@ def test_a_gateway_that_starts_can_be_ended(pair: Pair, tmp_path: Path) -> None:
         gateway = psutil.Process(child.process.pid)
         engine: list[psutil.Process] = []
         for _ in range(1200):
-            engine = [p for p in gateway.children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+            with suppress(psutil.NoSuchProcess):  # one that ended while it was looked at
+                engine = [p for p in gateway.children(recursive=True) if "spawn_main" in str(p.cmdline())]
             if engine:
                 break
             time.sleep(0.1)

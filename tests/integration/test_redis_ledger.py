@@ -340,6 +340,28 @@ async def test_a_gateway_that_is_late_itself_does_not_blame_redis(
     assert ledger.available
 
 
+async def test_a_gateway_that_is_always_late_waits_for_an_end(
+    durable_redis: RedisServer, connect: Connect
+) -> None:
+    ledger = connect(durable_redis, **IMPATIENT)
+    await ledger.status([TENANT])
+    durable_redis.process.send_signal(signal.SIGSTOP)
+
+    async def stand_still() -> None:
+        while True:
+            time.sleep(TIMEOUT)  # noqa: ASYNC251
+            await asyncio.sleep(0)
+
+    late = asyncio.create_task(stand_still())
+    try:
+        reply = await asyncio.wait_for(ledger.reserve([TENANT], 4), 20 * TIMEOUT)
+    finally:
+        late.cancel()
+        durable_redis.process.send_signal(signal.SIGCONT)
+    assert isinstance(reply, Denial)
+    assert reply.reason == "unavailable"
+
+
 TRAFFIC = Scope("global", "", TokensPerWindow(tokens=10**6, window_seconds=3600))
 
 
