@@ -1,4 +1,4 @@
-"""How the gateway ends: it finishes what it has begun, and takes nothing new meanwhile."""
+"""How the gateway ends: its clients are handed over, what it has begun is finished, nothing new is taken."""
 
 import asyncio
 import logging
@@ -12,6 +12,11 @@ from server.http.asgi import Message, Receive, Send, refuse
 logger = logging.getLogger(__name__)
 
 READS = ("GET", "HEAD", "OPTIONS")
+HAND_OVER_SECONDS = 5
+"""So long are requests still answered after SIGTERM, each with `Connection: close`: a client that keeps its
+connection busy opens its next one elsewhere, and loses nothing. Others' connections are idle for as long as
+clients keep them (OpenAI's: 5 s) when the gateway closes them.
+"""
 CUT_OFF_SECONDS = 5
 """So long have requests that are cut off to give back what they hold."""
 KEEP_ALIVE_SECONDS = 75
@@ -27,12 +32,13 @@ class EngineDied(Exception):
 class Lifecycle:
     """ASGI middleware in front of everything: knows every request, and ends the server in order.
 
-    SIGTERM drains: what makes work is refused with 503, what runs is written to its end with all its
-    segments and teacher calls, and then the server stops. vLLM's own way would not do: at SIGTERM its engine
-    aborts what it writes, or refuses whatever is added, and the student's next segment is an addition. So
-    nobody tells the engine before the last request has ended. After ``drain_seconds``, at a second signal,
-    and at SIGINT (which a terminal sends to the engine's process too) clients are hung up on, by which
-    their requests are aborted and settled.
+    SIGTERM drains: `/ready` says no, clients are handed over (`HAND_OVER_SECONDS`, or half of
+    ``drain_seconds``; not at all when nobody is connected), then what makes work is refused with 503;
+    what runs is written to its end with all its segments and teacher calls, and then the server stops.
+    vLLM's own way would not do: at SIGTERM its engine aborts what it writes, or refuses whatever is added,
+    and the student's next segment is an addition. So nobody tells the engine before the last request has
+    ended. After ``drain_seconds``, at a second signal, and at SIGINT (which a terminal sends to the engine's
+    process too) clients are hung up on, by which their requests are aborted and settled.
     """
 
     def __init__(self, app: Any, *, drain_seconds: float) -> None:
@@ -41,6 +47,7 @@ class Lifecycle:
         self.cut_off = 0
         """Requests that did not come to their end."""
         self.interrupted = False
+        self._refuses = False
         self._requests: set[asyncio.Task[Any]] = set()
         self._server: Any = None
         self._drain: asyncio.Task[None] | None = None
@@ -48,17 +55,19 @@ class Lifecycle:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
-        # Probes and scrapers are answered to the end, but for the question whether to send more.
-        if self._drain is not None and (scope.get("method") not in READS or scope["path"] == "/ready"):
+        if self._drain is not None:
             if scope["type"] == "websocket":
                 return await send({"type": "websocket.close", "code": 1012})
-            return await refuse(
-                send,
-                503,
-                "ServiceUnavailableError",
-                "the gateway is about to end, and takes no new requests",
-                headers={"retry-after": "1", "connection": "close"},
-            )
+            # Probes and scrapers are answered to the end, but for the question whether to send more.
+            if scope["path"] == "/ready" or (self._refuses and scope["method"] not in READS):
+                return await refuse(
+                    send,
+                    503,
+                    "ServiceUnavailableError",
+                    "the gateway is about to end, and takes no new requests",
+                    headers={"retry-after": "1", "connection": "close"},
+                )
+            send = _closing(send)
         task = asyncio.current_task()
         self._requests.add(task)
         try:
@@ -89,10 +98,11 @@ class Lifecycle:
                 self._patience.reschedule(asyncio.get_running_loop().time())
 
     async def _end(self) -> None:
-        if self._requests:
-            logger.warning("ending: requests under way: %d", len(self._requests))
-            with suppress(TimeoutError):
-                async with self._patience:
+        with suppress(TimeoutError):
+            async with self._patience:
+                logger.warning("ending: requests under way: %d", len(self._requests))
+                await self._hand_over()
+                while self._requests:
                     await asyncio.wait(set(self._requests))
         if self._requests:
             self.cut_off = len(self._requests)
@@ -100,3 +110,21 @@ class Lifecycle:
                 connection.transport.abort()
             await asyncio.wait(set(self._requests), timeout=CUT_OFF_SECONDS)
         self._server.should_exit = True
+
+    async def _hand_over(self) -> None:
+        try:
+            if self._server.server_state.connections:
+                await asyncio.sleep(min(HAND_OVER_SECONDS, self.drain_seconds / 2))
+        finally:
+            self._refuses = True
+
+
+def _closing(send: Send) -> Send:
+    """`send`, with the word to the client that its connection ends with this response."""
+
+    async def closing(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+        await send(message)
+
+    return closing

@@ -15,6 +15,7 @@ import pytest
 from client import chat, openai_client
 from openai import APIConnectionError
 
+from server.http.lifecycle import HAND_OVER_SECONDS
 from server.local.pair import Pair, Serving, free_port, gateway_service
 from server.local.processes import Child, running
 
@@ -57,8 +58,6 @@ async def test_at_sigterm_streams_end_whole(
                     break
                 await asyncio.sleep(0.01)
             assert ready.status_code == 503
-            refused = await http.post("/v1/chat/completions", json={})
-            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
             assert (await http.get("/health")).status_code == 200
             for begin, stream in zip(begins, streams, strict=True):
                 chunks = begin + [chunk async for chunk in stream]
@@ -70,6 +69,28 @@ async def test_at_sigterm_streams_end_whole(
                 assert not last.teacher["degraded"]
         assert child.process.wait(20) == 0
     assert "[server.http.lifecycle] ending: requests under way: 12" in child.service.log.read_text()
+
+
+async def test_clients_have_time_to_go_elsewhere(
+    stack: Serving, pair: Pair, sources: list[str], tmp_path: Path
+) -> None:
+    """On a kept connection every request is answered, until the gateway has told it to go."""
+    with gateway(pair, stack.teacher, tmp_path) as (url, child):
+        prompt = {"prompt": sources[0], "max_tokens": 8, "teacher_budget": 0}
+        async with httpx.AsyncClient(base_url=url, timeout=30) as http:
+            assert (await http.post("/v1/completions", json=prompt)).status_code == 200
+            child.signal(signal.SIGTERM)
+            begin, answered = time.monotonic(), 0
+            with suppress(httpx.ConnectError):
+                while (reply := await http.post("/v1/completions", json=prompt)).status_code == 200:
+                    answered += 1
+                    waited = time.monotonic() - begin
+                    if waited > 1:  # the signal has arrived
+                        assert reply.headers["connection"] == "close"
+                assert reply.status_code == 503
+        assert answered >= 2
+        assert waited > 0.8 * HAND_OVER_SECONDS
+        assert child.process.wait(20) == 0
 
 
 async def test_at_its_deadline_it_ends_all_the_same(

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
+from server.http import lifecycle as module
 from server.http.lifecycle import Lifecycle
 from server.vllm_api import HttpLayer
 
@@ -23,6 +24,11 @@ async def until(true: Callable[[], bool]) -> None:
         if true():
             return
         await asyncio.sleep(0.001)
+
+
+@pytest.fixture(autouse=True)
+def short_hand_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HAND_OVER_SECONDS", 0.2)
 
 
 class Connection:
@@ -79,6 +85,10 @@ async def test_at_sigterm_requests_end_whole_and_new_ones_are_refused():
     assert (await gateway.get("/ready")).status_code == 200
     signal.raise_signal(signal.SIGTERM)
     await until(lambda: gateway.lifecycle._drain is not None)
+    assert (await gateway.get("/ready")).status_code == 503
+    handed_over = await gateway.post("/v1/completions")
+    assert (handed_over.status_code, handed_over.headers["connection"]) == (200, "close")
+    await asyncio.sleep(0.3)
     refused = await gateway.post("/v1/completions")
     assert refused.status_code == 503
     assert refused.json()["error"]["type"] == "ServiceUnavailableError"
@@ -124,11 +134,37 @@ async def test_sigint_ends_at_once():
     assert (gateway.lifecycle.cut_off, gateway.lifecycle.interrupted) == (1, True)
 
 
-async def test_with_nothing_under_way_it_ends_at_once():
-    gateway = Gateway(drain_seconds=10)
+async def test_with_nobody_there_it_ends_at_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "HAND_OVER_SECONDS", 10)
+    gateway = Gateway(drain_seconds=30)
     running, _ = await gateway.begin(0)
     signal.raise_signal(signal.SIGTERM)
     await asyncio.wait_for(running, 1)
+    assert gateway.lifecycle.cut_off == 0
+
+
+async def test_the_hand_over_takes_no_more_than_half_the_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "HAND_OVER_SECONDS", 10)
+    gateway = Gateway(drain_seconds=1)
+    running, slow = await gateway.begin(1)
+    signal.raise_signal(signal.SIGTERM)
+    await asyncio.sleep(0.6)
+    assert (await gateway.post("/v1/completions")).status_code == 503
+    gateway.finish.set()
+    await asyncio.wait_for(running, 1)
+    assert (await slow[0]).text == "whole"
+
+
+async def test_a_probe_under_way_at_the_end_is_not_cut_off():
+    gateway = Gateway(drain_seconds=10)
+    running, _ = await gateway.begin(1)
+    signal.raise_signal(signal.SIGTERM)
+    await asyncio.sleep(0.3)
+    probe = asyncio.create_task(gateway.get("/slow"))
+    await until(lambda: len(gateway.connections) == 2)
+    gateway.finish.set()
+    await asyncio.wait_for(running, 1)
+    assert (await probe).text == "whole"
     assert gateway.lifecycle.cut_off == 0
 
 
@@ -184,6 +220,9 @@ async def test_over_vllms_own_server(drain_seconds: float, cut_off: int):
                 with pytest.raises(httpx.TransportError):
                     await anext(text)
             else:
+                async with client.stream("POST", "/stream") as handed_over:
+                    assert (handed_over.status_code, handed_over.headers["connection"]) == (200, "close")
+                await until(lambda: lifecycle._refuses)
                 refused = await client.post("/stream")
                 assert (refused.status_code, refused.headers["connection"]) == (503, "close")
                 finish.set()
