@@ -38,10 +38,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 .PHONY: install-cpu install-gpu
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
-UV := $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt
+UV := $(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt
 
 # The CPU build of torch is not on PyPI: pip finds it where its configuration names a place, uv knows PyTorch's.
 # For the rest uv is first, because it is ten times faster; pip follows, as it may know an index that uv does not.
+# Byte code at once: where Python may not write it, each of the processes of an engine would compile at every start.
 # Torch's companions come as CUDA builds, which do not load beside a CPU torch and break `import transformers`.
 install-cpu:
 	@$(PIP) uv || echo 'no uv: pip does it all'

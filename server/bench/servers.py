@@ -73,7 +73,7 @@ def stock(checkpoint: Path, logs: Path, name: str, cores: Sequence[int], *flags:
 def gateway(pair: Pair, teacher: Service, logs: Path, *flags: str, name: str = "gateway") -> Service:
     """`wheels serve` for the pair's student, in front of a teacher, on the first core."""
     url = f"http://{HOST}:{free_port()}"
-    return _resettable(gateway_service(pair, base_url(teacher), url, logs, flags, name))
+    return _resettable(gateway_service(pair, base_url(teacher), url, logs, flags, name, cores=FIRST))
 
 
 def students(plan: Plan) -> tuple[Server, Server]:

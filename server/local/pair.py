@@ -19,6 +19,7 @@ START_SECONDS = 300.0
 
 # The pair was trained and calibrated in float32; compiling takes longer than a tiny model can win back.
 EXACT = ("--dtype", "float32", "--enforce-eager")
+UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 # Two engines on one GPU: each takes a fixed cache, as profiling would count the other's memory as its own.
 GPU_SHARE = ("--gpu-memory-utilization", "0.3", "--kv-cache-memory-bytes", "1G")
 QUIET = {
@@ -93,40 +94,49 @@ def teacher_service(
     logs: Path,
     name: str = "teacher",
     *,
-    cores: Sequence[int] = (-1,),
+    cores: Sequence[int] = (),
     flags: Sequence[str] = (),
 ) -> Service:
-    """A stock vLLM server of one model, on the last core where there is no GPU (``cores``: indices of ours).
+    """A stock vLLM server of one model. ``flags`` are further ones of vLLM's.
 
-    ``flags`` are further ones of vLLM's.
+    ``cores`` (indices of ours; without a GPU): where the model computes, in a process of its own. By default it
+    computes on one thread in the engine's process, as on one GPU.
     """
     cpu = is_cpu_build()
     arguments = ("--model", str(model), "--served-model-name", name, "--uvicorn-log-level", "warning")
-    device = ("--block-size", "32") if cpu else GPU_SHARE
+    device = ("--block-size", "32", *_executor(cores)) if cpu else GPU_SHARE
     return Service(
         name=name,
         command=(*STOCK_SERVER, *arguments, *_address(url), *EXACT, *device, *flags),
         ready_url=f"{url}/health",
         log=logs / f"{name}.log",
-        environment=QUIET | (_on_cores(cores) if cpu else {}),
+        environment=QUIET | (_threads(cores) if cpu else {}),
     )
 
 
 def gateway_service(
-    pair: Pair, teacher: str, url: str, logs: Path, flags: Sequence[str] = (), name: str = "gateway"
+    pair: Pair,
+    teacher: str,
+    url: str,
+    logs: Path,
+    flags: Sequence[str] = (),
+    name: str = "gateway",
+    *,
+    cores: Sequence[int] = (),
 ) -> Service:
-    """`wheels serve` for the pair, on the first core where there is no GPU."""
+    """`wheels serve` for the pair; ``cores`` as in `teacher_service`."""
     cpu = is_cpu_build()
     models = ("--student", str(pair.student), "--router", str(pair.router))
     # Both start at once, so the gateway waits for its teacher instead of refusing to start.
     partner = ("--teacher", teacher, "--teacher-wait", f"{START_SECONDS:.0f}")
-    vllm = ("--", *EXACT, "--uvicorn-log-level", "warning", *(() if cpu else GPU_SHARE))
+    device = _executor(cores) if cpu else GPU_SHARE
+    vllm = ("--", *EXACT, "--uvicorn-log-level", "warning", *device)
     return Service(
         name=name,
         command=(*GATEWAY, *models, *partner, *_address(url), *flags, *vllm),
         ready_url=f"{url}/ready",
         log=logs / f"{name}.log",
-        environment=QUIET | (_on_cores((0,)) if cpu else {}),
+        environment=QUIET | (_threads(cores) if cpu else {}),
     )
 
 
@@ -153,8 +163,16 @@ def _address(url: str) -> tuple[str, ...]:
     return ("--host", host, "--port", port)
 
 
-def _on_cores(indices: Sequence[int]) -> dict[str, str]:
-    """vLLM settings for a tiny model, on one core of its own: more threads would only wait for each other."""
-    cores = sorted(os.sched_getaffinity(0))
-    bind = ",".join(str(cores[index]) for index in indices)
-    return {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": bind}
+def _executor(cores: Sequence[int]) -> tuple[str, ...]:
+    """vLLM's flags: a worker process, which it can bind to cores, or none, which starts in half the time.
+
+    By its short name `uni` its CPU build would not take the second, as it could not bind it.
+    """
+    return () if cores else ("--distributed-executor-backend", UNIPROC)
+
+
+def _threads(cores: Sequence[int]) -> dict[str, str]:
+    """vLLM settings for a tiny model: more threads than one would only wait for each other."""
+    ours = sorted(os.sched_getaffinity(0))
+    bind = {"VLLM_CPU_OMP_THREADS_BIND": ",".join(str(ours[index]) for index in cores)}
+    return {"VLLM_CPU_KVCACHE_SPACE": "1", **(bind if cores else {"OMP_NUM_THREADS": "1"})}
