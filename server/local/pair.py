@@ -99,8 +99,8 @@ def teacher_service(
 ) -> Service:
     """A stock vLLM server of one model. ``flags`` are further ones of vLLM's.
 
-    ``cores`` (indices of ours; without a GPU): where the model computes, in a process of its own. By default it
-    computes on one thread in the engine's process, as on one GPU.
+    ``cores`` (indices of ours; without a GPU): where the model computes, in a process of its own. By default
+    it computes on one thread in the engine's process, as on one GPU.
     """
     cpu = is_cpu_build()
     arguments = ("--model", str(model), "--served-model-name", name, "--uvicorn-log-level", "warning")

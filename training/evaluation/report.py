@@ -150,7 +150,7 @@ class Evaluation:
         curves["query_oracle"] = self.query_level(
             self.scorer.each(self.taught) - self.scorer.each(self.alone)
         )
-        return curves
+        return dict(sorted(curves.items(), key=lambda curve: "@" in curve[0]))  # other spans last
 
     def budgets(self) -> dict[str, list[Row]]:
         rows = {}
