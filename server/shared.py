@@ -17,6 +17,10 @@ logger = logging.getLogger(__name__)
 
 STEER_SECONDS = 0.5
 """How often the prices follow what the ledger says; and how old a request's terms may be."""
+IDLE_SECONDS = 10.0
+"""How often a limit is looked at that no request uses now, until what was spent has left its window: what the
+metrics show of it, and its price, follow the window too.
+"""
 HOLD_SECONDS = 0.25
 """How long a choice keeps what its lease has left: asks that follow closely cost the ledger nothing."""
 
@@ -36,6 +40,8 @@ class SharedBudgets:
         self.hold_seconds = hold_seconds
         self.everybody = tuple(Scope("global", "", limit) for limit in limits)
         self._used: dict[str, Scope] = {}
+        self._idle: dict[str, Scope] = {}
+        self._idle_at = time.monotonic() + IDLE_SECONDS
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def share(self, tenant: Tenant | None) -> "Share":
@@ -50,10 +56,20 @@ class SharedBudgets:
             await self.update()
 
     async def update(self) -> Sequence[Status]:
-        """Let the prices follow the ledger once, under the limits that were used since the last time."""
-        used, self._used = self._used, {}
-        statuses = await self.ledger.status(list(used.values())) or ()
-        self.prices.update(time.monotonic(), statuses)
+        """Let the prices follow the ledger once, under the limits that were used since the last time.
+
+        Now and then those too of which something is in use or spent in its window.
+        """
+        now = time.monotonic()
+        seen, self._used = self._used, {}
+        if now >= self._idle_at:
+            seen, self._idle, self._idle_at = self._idle | seen, {}, now + IDLE_SECONDS
+        statuses = await self.ledger.status(list(seen.values()))
+        if statuses is None:  # it is away: all are looked at when it is back
+            self._idle |= seen
+            statuses = ()
+        self._idle |= {s.scope.id: s.scope for s in statuses if s.spent or s.reserved}
+        self.prices.update(now, statuses)
         LEDGER_AVAILABLE.set(self.ledger.available)
         for status in statuses:
             scope, limit = status.scope, status.scope.limit

@@ -35,7 +35,7 @@ def routes(examples: Path | None, tenants: Tenants | None) -> APIRouter:
 
     @router.get("/ready", response_model=Ready, responses={503: {"model": Ready, "description": "Not ready"}})
     async def ready(request: Request) -> JSONResponse:
-        """200 when the student's engine and the teacher both answer, else 503 and which does not."""
+        """200 when the student's engine and a teacher that may be asked answer, else 503 and who does not."""
         engine: Any = request.app.state.engine_client
         state = {
             "student": engine.is_running and not engine.errored,

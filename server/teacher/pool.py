@@ -32,6 +32,8 @@ class Replica:
         """Whether the last probe had no answer in time: a busy server may miss one."""
         self.checked = False
         """Whether it is known to serve the right model with the right vocabulary."""
+        self.out_for = ""
+        """Why it is there and stays out, where it does; said once."""
         TEACHER_RUNNING.labels(teacher.name).set_function(lambda: self.running)
         TEACHER_UP.labels(teacher.name).set_function(lambda: self.up)
 
@@ -133,8 +135,9 @@ class TeacherPool:
         replica.up = replica.checked = True
 
     async def healthy(self) -> bool:
-        """Whether a replica answers its health check now."""
-        return any(await asyncio.gather(*(replica.teacher.healthy() for replica in self.replicas)))
+        """Whether a replica that may be asked answers its health check now."""
+        asked = [replica.teacher for replica in self.replicas if replica.checked]
+        return any(await asyncio.gather(*(teacher.healthy() for teacher in asked)))
 
     async def watch(self, seconds: float) -> None:
         """Probe every replica, for ever."""
@@ -148,8 +151,9 @@ class TeacherPool:
             try:
                 await self._check(replica)
             except TeacherError as error:
-                level = logging.DEBUG if error.reason in ABSENT else logging.ERROR
-                logger.log(level, "a replica of the teacher stays out: %s", error)
+                before, replica.out_for = replica.out_for, "" if error.reason in ABSENT else str(error)
+                if replica.out_for not in ("", before):
+                    logger.error("a replica of the teacher stays out: %s", error)
         else:
             answer = await replica.teacher.healthy()
             once, replica.late = replica.late, answer is None

@@ -382,3 +382,19 @@ async def test_calls_under_way_are_counted_by_replica():
     assert REGISTRY.get_sample_value(*running) == 1
     slot.release()
     assert REGISTRY.get_sample_value(*running) == 0
+
+
+async def test_who_stays_out_is_not_healthy_and_is_told_of_once(caplog: pytest.LogCaptureFixture):
+    pool = await pool_of(1)
+    (replica,) = pool.replicas
+    replica.teacher.vocabulary = {"a": [2]}
+    pool._probes = (["a"], [[1]])
+    replica.up = replica.checked = False
+    for _ in range(3):
+        await pool._probe(replica)
+    assert await replica.teacher.healthy()
+    assert not await pool.healthy()
+    assert caplog.text.count("a replica of the teacher stays out: another vocabulary") == 1
+    replica.teacher.vocabulary = {"a": [1]}
+    await pool._probe(replica)
+    assert await pool.healthy()

@@ -3,11 +3,14 @@
 import asyncio
 import math
 from collections import Counter
+from functools import partial
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 
 from router.controller import AIM, PriceController
 from router.ledger import Denial, FractionOfTraffic, Lease, MemoryLedger, TokensPerWindow
@@ -82,6 +85,39 @@ async def test_only_what_is_used_is_looked_at(prices: PriceController, tenant: T
     assert not await budgets.update()
     await share.reserve(4, 100)
     assert len(await budgets.update()) == 2
+    assert not await budgets.update()
+
+
+async def test_what_was_spent_is_followed_until_it_has_left_its_window(
+    prices: PriceController, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the metrics would call a budget used up, and its price be high, until the next request."""
+    monkeypatch.setattr("server.shared.IDLE_SECONDS", 0.0)
+    now = 0.0
+    ledger = MemoryLedger(clock=lambda: now)
+    budgets = SharedBudgets(ledger, prices)
+    share = budgets.share(tenant)
+    await share.reserve(100, 100)
+    share.settle(100)
+    await asyncio.sleep(0)
+    remaining = partial(
+        REGISTRY.get_sample_value,
+        "wheels_budget_remaining",
+        {"scope": "tenant", "tenant": "acme", "limit": "tokens/60s"},
+    )
+    assert await budgets.update()
+    assert remaining() == 0
+    now = 30.0
+    assert await budgets.update()
+    assert remaining() == 0
+    monkeypatch.setattr(ledger, "status", AsyncMock(return_value=None))
+    assert not await budgets.update()
+    monkeypatch.undo()
+    now = 70.0
+    budgets._idle_at = 0.0
+    assert await budgets.update()
+    assert remaining() == 100
+    budgets._idle_at = 0.0
     assert not await budgets.update()
 
 
