@@ -1,8 +1,9 @@
 """Budgets that many requests share: reserve before a span, settle after it."""
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from router.ledger.base import (
     Denial,
@@ -37,13 +38,23 @@ class MemoryLedgerConfig(BaseModel):
         return MemoryLedger(**self.model_dump(exclude={"type"}))
 
 
+def _parsable(url: str) -> str:
+    try:
+        _ = urlsplit(url).port
+    except ValueError:  # its text would show the password
+        raise ValueError(
+            "has no port that is a number: special characters of a password must be percent-encoded"
+        ) from None
+    return url
+
+
 class RedisLedgerConfig(BaseModel):
     """A ledger for several gateways, which share it by naming the same URL and prefix."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: Literal["redis"]
-    url: Annotated[str, Field(pattern=r"^(rediss?|unix)://")]
+    url: Annotated[str, Field(pattern=r"^(rediss?|unix)://"), AfterValidator(_parsable)]
     cluster: bool = False
     """Whether the URL names a node of a Redis cluster."""
     prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "wheels"

@@ -242,6 +242,7 @@ def test_configurations() -> None:
     for wrong in (
         {"type": "redis"},
         {"type": "redis", "url": "http://x"},
+        {"type": "redis", "url": "redis://:pass/word@cache:6379"},
         {"type": "memory", "url": "redis://x"},
     ):
         with pytest.raises(ValidationError):
