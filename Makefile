@@ -20,6 +20,11 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 ARGS ?=
 DEMO_ARGS = $(if $(ONCE),--once --json) $(ARGS)
 
+# Debian leaves nginx out of the PATH of everybody but root.
+export PATH := $(PATH):/usr/sbin
+# Also with -j: tests at the same time would disturb each other.
+.NOTPARALLEL:
+
 .PHONY: help setup demo serve train test lint unit integration clean
 
 help:  ## Show this list
@@ -65,15 +70,22 @@ serve: setup  ## Start the gateway (ARGS='--student DIR --router DIR --teacher U
 train: setup  ## Train from a recipe (ARGS='demo key=value …')
 	@$(BIN)/wheels train $(ARGS)
 
-test: lint unit integration  ## Everything CI runs
+test: packages lint unit integration  ## Everything CI runs
+
+.PHONY: packages browser
+packages:
+	@PYTHON='$(PYTHON)' tests/system_packages.sh
+
+browser: setup
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || $(BIN)/playwright install --with-deps chromium
 
 lint: setup  ## Ruff
 	$(BIN)/ruff check .
 
-unit: setup  ## Unit tests: seconds, no engine
+unit: packages setup  ## Unit tests: seconds, no engine
 	$(BIN)/pytest tests/unit tests/deploy $(ARGS)
 
-integration: setup  ## Integration tests: real vLLM engines
+integration: packages setup browser  ## Integration tests: real vLLM engines
 	$(BIN)/pytest tests/integration -m integration $(ARGS)
 
 .PHONY: sbom audit licences

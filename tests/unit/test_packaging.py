@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -130,3 +131,139 @@ def test_the_console_script_is_installed_beside_python() -> None:
     script = Path(sys.executable).parent / "wheels"
     done = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=60)
     assert done.stdout == f"wheels {PROJECT['version']}\n"
+
+
+MISSING = "python3-venv redis-server nginx-light prometheus chromium"
+NEEDED = ("python3", "redis-server", "nginx", "promtool", "chromium")
+
+
+class Machine:
+    """A PATH of its own, on which every program notes its call in a file and succeeds."""
+
+    def __init__(self, directory: Path, user: int = 0) -> None:
+        self.bin = directory / "bin"
+        self.bin.mkdir()
+        self.calls_file = directory / "calls"
+        self.calls_file.touch()
+        self.os_release = directory / "os-release"
+        self.os_release.write_text("ID=debian\n")
+        for tool in ("env", "grep"):
+            (self.bin / tool).symlink_to(shutil.which(tool))
+        self.add("id", f"echo {user}", noted=False)
+
+    def add(self, name: str, body: str = "", noted: bool = True) -> None:
+        note = f"echo {name} $* >> {self.calls_file}\n" if noted else ""
+        (self.bin / name).write_text(f"#!{shutil.which('bash')}\n{note}{body}\n")
+        (self.bin / name).chmod(0o755)
+
+    def add_sudo(self, body: str = '"$@"') -> None:
+        self.add("sudo", f"if [[ $1 = -n ]]; then shift; fi\n{body}")
+
+    @property
+    def calls(self) -> list[str]:
+        return self.calls_file.read_text().splitlines()
+
+    def install(self, python: str = "") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [shutil.which("bash"), ROOT / "tests" / "system_packages.sh"],
+            env={"PATH": str(self.bin), "PYTHON": python, "OS_RELEASE": str(self.os_release)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+
+APT_GET = "apt-get -qq -o DPkg::Lock::Timeout=300"
+AS_ROOT = "env DEBIAN_FRONTEND=noninteractive"
+
+
+def test_nothing_is_done_where_all_programs_are_there(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    for name in (*NEEDED, "apt-get", "sudo"):
+        machine.add(name)
+    done = machine.install(python="python3")
+    assert (done.returncode, done.stdout, done.stderr, machine.calls) == (0, "", "", [])
+
+
+def test_root_installs_what_is_missing_and_keeps_the_services_down(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    for name in ("apt-get", "sudo", "service", "update-rc.d"):
+        machine.add(name)
+    done = machine.install()
+    assert done.returncode == 0, done.stderr
+    assert machine.calls == [
+        f"{APT_GET} update",
+        f"{APT_GET} install --no-install-recommends {MISSING}",
+        "service redis-server stop",
+        "update-rc.d redis-server disable",
+        "service nginx stop",
+        "update-rc.d nginx disable",
+        "service prometheus stop",
+        "update-rc.d prometheus disable",
+    ]
+
+
+def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
+    """Also its service, which somebody may use."""
+    machine = Machine(tmp_path)
+    for name in ("apt-get", "service", "update-rc.d", "redis-server", "nginx", "google-chrome", "python3"):
+        machine.add(name)
+    assert machine.install(python="python3").returncode == 0
+    assert machine.calls == [
+        f"{APT_GET} update",
+        f"{APT_GET} install --no-install-recommends prometheus",
+        "service prometheus stop",
+        "update-rc.d prometheus disable",
+    ]
+
+
+def test_others_install_through_sudo(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, user=1000)
+    machine.add("apt-get")
+    machine.add_sudo()
+    done = machine.install()
+    assert done.returncode == 0, done.stderr
+    assert machine.calls[1:5] == [
+        f"sudo {AS_ROOT} {APT_GET} update",
+        f"{APT_GET} update",
+        f"sudo {AS_ROOT} {APT_GET} install --no-install-recommends {MISSING}",
+        f"{APT_GET} install --no-install-recommends {MISSING}",
+    ]
+
+
+@pytest.mark.parametrize("sudo", [None, "exit 1"])
+def test_who_may_not_install_is_told_the_packages_in_one_line(tmp_path: Path, sudo: str | None) -> None:
+    machine = Machine(tmp_path, user=1000)
+    machine.add("apt-get")
+    if sudo:
+        machine.add_sudo(sudo)
+    done = machine.install()
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith(f": {MISSING}\n")
+    assert not any(call.startswith("apt-get") for call in machine.calls)
+
+
+def test_without_apt_get_one_line_names_the_packages(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    done = machine.install()
+    assert done.returncode == 1
+    assert done.stderr == (
+        "make: the tests need packages that are missing, and there is no apt-get to install them: "
+        f"{MISSING}\n"
+    )
+
+
+def test_ubuntus_chromium_is_not_a_package(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.os_release.write_text('NAME="Ubuntu"\nID=ubuntu\nID_LIKE=debian\n')
+    machine.add("apt-get")
+    assert machine.install().returncode == 0
+    assert machine.calls[1].endswith(MISSING.removesuffix(" chromium"))
+
+
+def test_ci_runs_what_everybody_runs() -> None:
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert lines[-1] == "make test"
+    assert not any("apt" in line for line in lines)

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Installs the programs that the tests start and that PyPI does not have, from Debian's or Ubuntu's packages.
+# Does nothing if all of them are there. PYTHON names a Python that can make environments; empty if there is none.
+set -euo pipefail
+
+packages=()
+services=()
+
+need() {  # need PACKAGE SERVICE COMMAND…: any one of the commands is enough; "-" if the package has no service
+    local package=$1 service=$2
+    shift 2
+    for command in "$@"; do
+        if command -v "$command" >/dev/null; then return; fi
+    done
+    packages+=("$package")
+    if [[ $service != - ]]; then services+=("$service"); fi
+}
+
+stop() {
+    echo "make: the tests need packages that are missing, and $1: ${packages[*]}" >&2
+    exit 1
+}
+
+may_sudo() {  # Without a password, or with one that somebody at a terminal can type.
+    command -v sudo >/dev/null || return 1
+    sudo -n true 2>/dev/null || { [[ -t 0 ]] && sudo -v; }
+}
+
+need python3-venv - "${PYTHON-python3}"
+need redis-server redis-server redis-server
+need nginx-light nginx nginx
+need prometheus prometheus promtool
+# Ubuntu has Chromium only as a snap; there, `make` lets Playwright download its own.
+if ! grep -qx 'ID=ubuntu' "${OS_RELEASE:-/etc/os-release}" 2>/dev/null; then
+    need chromium - chromium google-chrome
+fi
+if ((${#packages[@]} == 0)); then exit 0; fi
+
+command -v apt-get >/dev/null || stop 'there is no apt-get to install them'
+as_root=(env DEBIAN_FRONTEND=noninteractive)
+if [[ $(id -u) != 0 ]]; then
+    may_sudo || stop 'only root, or sudo, may install them'
+    as_root=(sudo "${as_root[@]}")
+fi
+
+echo "Installing ${packages[*]}…"
+apt_get=("${as_root[@]}" apt-get -qq -o DPkg::Lock::Timeout=300)
+"${apt_get[@]}" update || stop 'apt-get update failed'
+"${apt_get[@]}" install --no-install-recommends "${packages[@]}" >/dev/null || stop 'apt-get install failed'
+
+# Debian starts what it installs, now and at every boot. The tests start their own, so these are in the way.
+for service in "${services[@]}"; do
+    "${as_root[@]}" service "$service" stop >/dev/null 2>&1 || true
+    "${as_root[@]}" update-rc.d "$service" disable >/dev/null 2>&1 || true
+done
