@@ -6,15 +6,16 @@ importing vLLM or torch takes seconds.
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import NamedTuple
 
 
 class Command(NamedTuple):
-    """Where a command lives (`module:function`, called with the remaining arguments) and what it does."""
+    """One command of `wheels`."""
 
     target: str
+    """Where it is defined: `module:function`, called with the remaining arguments."""
     summary: str
 
 
@@ -23,24 +24,27 @@ COMMANDS = {
     "demo": Command("server.demo:main", "start the demo pair, measure it at several budgets, keep serving"),
     "train": Command("training.cli:train", "train a student and its router from a recipe"),
     "evaluate": Command("training.cli:evaluate", "measure quality against the realised teacher rate"),
-    "bench": Command("server.bench.cli:main", "measure speed beside vLLM, speculative decoding and LiteLLM"),
+    "bench": Command("server.bench.cli:main", "compare speed with vLLM, speculative decoding and LiteLLM"),
 }
 
 
 def usage() -> str:
     """What `wheels --help` prints."""
-    rows = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+    rows = ""
+    for name, command in COMMANDS.items():
+        rows += f"  {name:<10}{command.summary}\n"
     return (
         "usage: wheels COMMAND [options]\n\n"
         "A small model writes and asks a big one for the tokens it would get wrong.\n\n"
-        f"commands:\n{rows}\n\n"
+        f"commands:\n{rows}\n"
         "`wheels COMMAND --help` lists a command's options; `wheels --version` prints the version."
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 2 for a usage error, 130 after Ctrl-C."""
-    name, *rest = (sys.argv[1:] if argv is None else argv) or ("",)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else ""
     if name in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -53,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     module, function = COMMANDS[name].target.split(":")
     try:
-        return getattr(importlib.import_module(module), function)(rest)
+        run: Callable[[list[str]], int] = getattr(importlib.import_module(module), function)
+        return run(arguments[1:])
     except KeyboardInterrupt:
         return 130
 

@@ -8,6 +8,7 @@ limit is just met: a span is asked for where it is worth that price, whoever ask
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from router.ledger import FractionOfTraffic, Scope, Status, TokensPerWindow
 from router.ledger.base import SUB_WINDOWS
@@ -27,6 +28,27 @@ EVENLY = AIM * SUB_WINDOWS / (SUB_WINDOWS + 1)
 """The same for tokens per window: the ledger's window is up to a sub-window longer than asked for."""
 LEARNING = 0.05
 """Share of a window that traffic is watched for before it is believed to go on like that."""
+
+
+class Totals(NamedTuple):
+    """All tokens that a ledger has counted at one moment."""
+
+    seconds: float
+    """The moment, on a steady clock."""
+    teacher: int
+    student: int
+
+    @property
+    def completion(self) -> int:
+        """Tokens of both."""
+        return self.teacher + self.student
+
+
+class RateRange(NamedTuple):
+    """The rates that a calibration covers."""
+
+    lowest: float
+    highest: float
 
 
 @dataclass
@@ -52,10 +74,10 @@ class RateController:
     span_tokens: int
     u: float = 0.0
     target: float = 1.0
-    last: tuple[int, int] | None = None
-    """Total spent and the student's total at the last update."""
-    first: tuple[float, int] | None = None
-    """Seconds, and all tokens so far, at the first update."""
+    last: Totals | None = None
+    """At the last update."""
+    first: Totals | None = None
+    """At the first update."""
 
     def __post_init__(self) -> None:
         if isinstance(self.limit, FractionOfTraffic) and self.limit.fraction < 1.0:
@@ -70,29 +92,33 @@ class RateController:
 
     def update(self, now: float, status: Status) -> None:
         """Learn what was spent up to ``now`` (seconds, of a steady clock); the more often, the better."""
-        total = status.total_spent + status.total_student
-        last, self.last = self.last, (status.total_spent, status.total_student)
-        if last is None or status.total_student < last[1]:  # the first time, or the ledger forgot
-            self.first = (now, total)
+        totals = Totals(now, status.total_spent, status.total_student)
+        first = self.first
+        last = self.last
+        self.last = totals
+        if first is None or last is None or totals.student < last.student:  # the ledger may have forgotten
+            self.first = totals
             return
-        completion = total - sum(last)
         in_window = status.spent + status.student_tokens
         if isinstance(self.limit, TokensPerWindow) and in_window:
-            self.target = EVENLY * self.limit.tokens / self._traffic(now, total, in_window)
+            self.target = EVENLY * self.limit.tokens / self._traffic(first, totals, in_window)
         if in_window <= 0 or not 0 < self.target < 1:
             return
-        allowed, spent = self.target * completion, status.total_spent - last[0]
-        in_window = self.target * in_window
-        gain = min(GAIN, self.limit.window_seconds / LAG_SECONDS, STEP * in_window / self.span_tokens)
-        self.u += min(max(gain * (allowed - spent) / in_window, -JUMP), JUMP)
+        allowed = self.target * (totals.completion - last.completion)
+        spent = totals.teacher - last.teacher
+        allowed_in_window = self.target * in_window
+        step_gain = STEP * allowed_in_window / self.span_tokens
+        gain = min(GAIN, self.limit.window_seconds / LAG_SECONDS, step_gain)
+        self.u += min(max(gain * (allowed - spent) / allowed_in_window, -JUMP), JUMP)
         self.u = min(max(self.u, math.log(self.lowest / self.target)), math.log(self.highest / self.target))
 
-    def _traffic(self, now: float, total: int, in_window: int) -> float:
+    def _traffic(self, first: Totals, totals: Totals, in_window: int) -> float:
         """Completion tokens that a window will bring."""
-        began, before = self.first
         window = self.limit.window_seconds
-        age = max(now - began, LEARNING * window)
-        return max(in_window, (total - before) * window / age) if age < window else in_window
+        age = max(totals.seconds - first.seconds, LEARNING * window)
+        if age >= window:
+            return in_window
+        return max(in_window, (totals.completion - first.completion) * window / age)
 
 
 @dataclass
@@ -105,14 +131,17 @@ class PriceController:
     """By scope id."""
 
     @property
-    def _range(self) -> tuple[float, float]:
-        return self.calibration.points[0][0], self.calibration.points[-1][0]
+    def _range(self) -> RateRange:
+        points = self.calibration.points
+        return RateRange(points[0][0], points[-1][0])
 
     def calibrate(self, calibration: Calibration, span_tokens: int) -> None:
         """Go on with another router's: what was learned of the limits are rates, and stays."""
-        self.calibration, self.span_tokens = calibration, span_tokens
+        self.calibration = calibration
+        self.span_tokens = span_tokens
         for controller in self.controllers.values():
-            controller.lowest, controller.highest = self._range
+            controller.lowest = self._range.lowest
+            controller.highest = self._range.highest
             controller.span_tokens = span_tokens
 
     def update(self, now: float, statuses: Iterable[Status]) -> None:
@@ -120,15 +149,16 @@ class PriceController:
         for status in statuses:
             controller = self.controllers.get(status.scope.id)
             if controller is None or controller.limit != status.scope.limit:
-                controller = self.controllers[status.scope.id] = RateController(
-                    status.scope.limit, *self._range, self.span_tokens
+                controller = RateController(
+                    status.scope.limit, self._range.lowest, self._range.highest, self.span_tokens
                 )
+                self.controllers[status.scope.id] = controller
             controller.update(now, status)
 
     def rate(self, scopes: Iterable[Scope], weight: float = 1.0) -> float:
         """The rate that a request under these limits may aim at, besides what its own budget says.
 
-        ``weight`` is the tenant's priority: of what is everybody's, it gets so many times the common rate.
+        ``weight`` is the tenant's priority: under a global limit its rate is the common one times this.
         """
         rates = [1.0]
         for scope in scopes:

@@ -92,8 +92,14 @@ class RedisLedger:
     ) -> "RedisLedger":
         """A ledger at ``url`` (redis://, rediss://, unix://), which need not be up yet."""
         # The client must not try again by itself, a record is not idempotent; nor does it keep the time.
-        settings = {"retry": Retry(NoBackoff(), 0), "socket_timeout": None, "socket_connect_timeout": None}
-        client = (RedisCluster if cluster else Redis).from_url(url, max_connections=connections, **settings)
+        kind: type[Redis] | type[RedisCluster] = RedisCluster if cluster else Redis
+        client = kind.from_url(
+            url,
+            max_connections=connections,
+            retry=Retry(NoBackoff(), 0),
+            socket_timeout=None,
+            socket_connect_timeout=None,
+        )
         return cls(client, timeout=timeout, connections=connections, **options)
 
     async def reserve(
@@ -173,7 +179,9 @@ class RedisLedger:
 
     async def _settle(self, lease: Lease, used: int) -> Settlement:
         arguments = [lease.id, used, *(scope.window_ms for scope in lease.scopes)]
-        return (await self._call(scripts.settle, lease.scopes, arguments)).decode()
+        reply = await self._call(scripts.settle, lease.scopes, arguments)
+        outcome: Settlement = reply.decode()
+        return outcome
 
     async def _call(self, script: scripts.Script, scopes: Iterable[Scope], arguments: list[Any]) -> Any:
         """Run a script over the scopes' keys. Raises _Unavailable, also where no answer comes in time."""
