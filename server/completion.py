@@ -29,16 +29,6 @@ class Piece:
     asks: bool = False
     """The student asks for the teacher behind these tokens."""
 
-    def split(self, tokens: int) -> "tuple[Piece, Piece | None]":
-        """The first ``tokens`` tokens, and the rest where there is one; the ending is the rest's."""
-        if len(self.token_ids) <= tokens:
-            return self, None
-        head, rest = (
-            (self.token_ids[part], self.logprobs and self.logprobs[part])
-            for part in (slice(tokens), slice(tokens, None))
-        )
-        return Piece(*head), Piece(*rest, self.finish_reason, self.stop_reason)
-
 
 class Completion:
     """Accumulates pieces from both models and hands them out as vLLM's `CompletionOutput`.
@@ -51,11 +41,11 @@ class Completion:
         self, tokenizer: Any, prompt_ids: list[int], params: SamplingParams, index: int, report: Report
     ) -> None:
         self.index = index
+        self.params = params
         self.report = report
         self.max_tokens = params.max_tokens
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self._kind = params.output_kind
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self._cumulative_logprob = None if params.logprobs is None else 0.0
         self._handed_out = 0
@@ -90,11 +80,14 @@ class Completion:
         """Tokens that may still be written."""
         return self.max_tokens - len(self)
 
-    def extend(self, piece: Piece, source: Source) -> None:
+    def extend(self, piece: Piece, source: Source) -> int:
         """Append what ``source`` wrote.
 
         Ends the completion on the model's own stop, on a stop string, or at ``max_tokens``; tokens
-        behind a stop string are dropped.
+        after a stop string are dropped.
+
+        Returns:
+            How many tokens were kept: those that count as written, in every budget and report.
         """
         start = len(self)
         stop_string = self._detokenizer.update(list(piece.token_ids), piece.finish_reason == "stop")
@@ -114,6 +107,7 @@ class Completion:
         if source == "teacher":
             self.report.tokens += kept
             self.report.spans[-1][1] = len(self)
+        return kept
 
     def _spell(self, logprobs: dict[int, Logprob]) -> None:
         """Give the next position's candidates their texts, which neither model sends: as vLLM does, by which
@@ -128,7 +122,7 @@ class Completion:
 
     def output(self) -> CompletionOutput:
         """What the consumer has not seen yet (DELTA), or all there is (CUMULATIVE, FINAL_ONLY)."""
-        delta = self._kind == RequestOutputKind.DELTA
+        delta = self.params.output_kind == RequestOutputKind.DELTA
         start = self._handed_out if delta else 0
         self._handed_out = len(self)
         return CompletionOutput(

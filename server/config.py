@@ -14,7 +14,6 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     SecretStr,
@@ -114,9 +113,6 @@ class ServeConfig(BaseModel):
     span_tokens: PositiveInt | None = Field(None, description="longest span; default: the router's, or 1")
     ask_tokens: PositiveInt | None = Field(
         None, description="tokens of one teacher call; default: the router's, or a whole span"
-    )
-    write_ahead: NonNegativeInt = Field(
-        0, description="tokens of a call beyond what was asked for, used where the student asks again there"
     )
     on_teacher_error: Literal["degrade", "error"] = Field(
         "degrade", description="teacher lost: the student goes on, or the request fails with 502"

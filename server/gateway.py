@@ -274,7 +274,6 @@ def _cooperation(
         reserved=reserved,
         span_tokens=span_tokens,
         ask_tokens=ask_tokens,
-        write_ahead=config.write_ahead,
         client_priority=_vllm_settings(config).get("scheduling-policy") == "priority",
         default_budget=config.default_budget,
         shared=SharedBudgets(

@@ -18,9 +18,6 @@ TEACHER_CALLS = Counter(
     "Teacher calls by outcome: ok, aborted, unreachable, timeout, status, nonsense",
     ["replica", "outcome"],
 )
-DROPPED_TOKENS = Counter(
-    "wheels_teacher_dropped_tokens", "Tokens that the teacher wrote ahead and the student did not ask for"
-)
 TEACHER_CALL_SECONDS = Histogram(
     "wheels_teacher_call_seconds",
     "Duration of a teacher call",

@@ -1,4 +1,4 @@
-"""The student's side of the span loop: a scripted vLLM under the engine that is tested.
+"""The student's side of the span loop: a scripted vLLM in place of the real one.
 
 It writes small letters of the alphabet by their place in the completion, a scripted teacher capitals.
 So a completion's text shows who wrote each token and that every prefix was right: "abCDef" is two tokens of
@@ -12,10 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from router.reserved import ReservedRows
-from server.engine import Choice, CooperativeEngine
+from server.choice import Choice
+from server.engine import Cooperation, Cooperator
 from server.gate_processor import NOT_BEFORE, PRICE
+from server.student import StudentEngine
 from server.vllm_api import (
-    AsyncLLM,
     CompletionOutput,
     Logprob,
     RequestOutput,
@@ -58,27 +59,19 @@ class Segment:
         return (self.params.extra_args or {}).get(NOT_BEFORE, 0)
 
 
-class ScriptedLLM(AsyncLLM):
+class ScriptedLLM:
     """vLLM's engine: asks at some places where its terms allow it, ends at one."""
 
     def __init__(self, tokenizer: Any, ask_at: Collection[int], ends_at: int | None) -> None:
-        self.renderer = SimpleNamespace(tokenizer=tokenizer)
-        generation = {"eos_token_id": EOS}
-        self.model_config = SimpleNamespace(
-            max_model_len=200,
-            max_logprobs=20,
-            is_diffusion=False,
-            try_get_generation_config=lambda: generation,
-            get_vocab_size=lambda: RESERVED.end,
-        )
-        self.vllm_config = SimpleNamespace(
-            model_config=self.model_config, speculative_config=None, structured_outputs_config=None
-        )
+        self.tokenizer = tokenizer
         self.ask_at, self.ends_at = ask_at, ends_at
         self.segments: list[Segment] = []
 
-    def shutdown(self, timeout: float | None = None) -> None:
-        """Nothing was started."""
+    def verify(self, params: SamplingParams) -> None:
+        config = SimpleNamespace(
+            max_model_len=200, max_logprobs=20, is_diffusion=False, get_vocab_size=lambda: RESERVED.end
+        )
+        params.verify(config, None, None, self.tokenizer)
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
@@ -103,7 +96,7 @@ class ScriptedLLM(AsyncLLM):
         place = len(segment.prefix) - len(PROMPT_IDS) + written
         if place in self.ask_at and segment.price < INF and written >= segment.not_before:
             return RESERVED.escalation, "stop"
-        if place == self.ends_at and EOS not in (segment.params.logit_bias or {}):
+        if place == self.ends_at and written >= segment.params.min_tokens:
             return EOS, "stop"
         full = written + 1 == segment.params.max_tokens
         return letter(place, "a"), "length" if full else None
@@ -130,11 +123,13 @@ class ScriptedLLM(AsyncLLM):
         )
 
 
-class Engine(CooperativeEngine, ScriptedLLM):
-    """The engine under test, whose `super().generate` is the scripted one; keeps its choices."""
+class Engine(Cooperator):
+    """What is tested, over a scripted vLLM; keeps its choices."""
 
-    def __init__(self, *script: Any) -> None:
-        super().__init__(*script)
+    def __init__(self, vllm: ScriptedLLM, cooperation: Cooperation) -> None:
+        student = StudentEngine(vllm.generate, vllm.verify, vllm.tokenizer, 200, RESERVED)
+        super().__init__(student, cooperation)
+        self.segments = vllm.segments
         self.choices: list[Choice] = []
 
     def _choice(self, *arguments: Any) -> Choice:

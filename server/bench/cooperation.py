@@ -100,14 +100,12 @@ class Split:
 
 def run(plan: Plan) -> Section:
     together = plan.once(measured)
-    # Of a call that writes ahead, a part goes on beside the student: its seconds are not the request's.
-    one_by_one = [side for side in together.cooperative if not side.endswith("ahead")]
-    network = network_seconds(together.samples[1][one_by_one[-1]])  # with most calls
+    network = network_seconds(together.samples[1][together.cooperative[-1]])  # with most calls
     rows: list[Row] = []
     splits: list[Row] = []
     for streams, samples in together.samples.items():
         rows += [_row(streams, side, samples) for side in together.cooperative]
-        for side in one_by_one:
+        for side in together.cooperative:
             shares = [Split.of(sample, network if streams > 1 else None).shares for sample in samples[side]]
             split = {part: Spread.of(share[part] for share in shares) for part in shares[0]}
             splits.append({"streams": streams, "side": side} | split)

@@ -12,7 +12,6 @@ MARKERS = {
     "teacher alone": "D",
     "speculative": "^",
     "cooperation": "o",
-    "cooperation, ahead": "x",
 }
 
 
@@ -100,8 +99,7 @@ DRAWN: Mapping[str, Callable[[Any, Section], Any]] = {
 
 def _kind(side: str) -> str:
     """Sides of one kind have one marker."""
-    kind = side.partition(", ")[0]
-    return f"{kind}, ahead" if side.endswith("ahead") else kind
+    return side.partition(", ")[0]
 
 
 def _middle(value: Any) -> float:

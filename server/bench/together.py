@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from server.bench.plan import Plan, synthetic
-from server.bench.servers import BOTH, Sample, Server, gateway, heavies, in_turn, measure, started, stock
+from server.bench.servers import BOTH, Sample, Server, heavies, in_turn, measure, started, stock
 from server.local.processes import Service
 
 BUDGETS = (0.05, 0.1, 0.2, 0.5)
@@ -19,9 +19,6 @@ DRAFTS = (2, 4, 6)
 STREAMS = (1, 16)
 STUDENT, TEACHER, WIDE, READ = "student alone", "teacher alone, 1 core", "teacher alone, 2 cores", "read"
 READ_PROMPT = 256
-AHEAD = 3
-"""`write_ahead` of the second gateway: calls that write on save reading, and may write for nothing."""
-AHEAD_BUDGETS = (0.1, 0.5)
 
 Side = Callable[[int], Awaitable[Sample]]
 """Round -> what came of it."""
@@ -48,28 +45,24 @@ class Fleet:
     teacher: Server
     alone: dict[str, Server]
     """Sides of one server."""
-    gateways: dict[int, Server]
-    """By `write_ahead`."""
+    gateway: Server
 
 
-def name(budget: float, ahead: int = 0) -> str:
-    return f"cooperation, {budget:g}" + (f", {ahead} ahead" if ahead else "")
+def name(budget: float) -> str:
+    return f"cooperation, {budget:g}"
 
 
 def measured(plan: Plan) -> Together:
     """All sides, once."""
     drafts = DRAFTS[1:2] if plan.quick else DRAFTS
     teacher, ours = plan.once(heavies)
-    stocks, gateways = {}, {}
+    stocks = {}
     if not plan.quick:
         stocks[WIDE] = stock(plan.heavy.teacher, plan.work, "teacher-2", BOTH)
-        flags = ("--write-ahead", str(AHEAD))
-        gateways[AHEAD] = gateway(plan.heavy, teacher.child.service, plan.work, *flags, name="ahead")
     stocks |= {f"speculative, {tokens} drafts": _speculative(plan, tokens) for tokens in drafts}
-    with started([*stocks.values()], [*gateways.values()]) as servers:
-        alone = {STUDENT: ours, TEACHER: teacher} | dict(zip(stocks, servers, strict=False))
-        behind = {0: ours} | dict(zip(gateways, servers[len(stocks) :], strict=True))
-        return asyncio.run(_all(Fleet(teacher, alone, behind), plan))
+    with started([*stocks.values()]) as servers:
+        alone = {STUDENT: ours, TEACHER: teacher} | dict(zip(stocks, servers, strict=True))
+        return asyncio.run(_all(Fleet(teacher, alone, ours), plan))
 
 
 def _speculative(plan: Plan, tokens: int) -> Service:
@@ -101,7 +94,5 @@ def _sides(fleet: Fleet, plan: Plan, count: int, streams: int) -> dict[str, Side
     sides: dict[str, Side] = {side: partial(write, server, None) for side, server in fleet.alone.items()}
     sides[READ] = read
     for budget in BUDGETS[1:2] if plan.quick else BUDGETS:
-        for ahead, server in fleet.gateways.items():
-            if not ahead or budget in AHEAD_BUDGETS:
-                sides[name(budget, ahead)] = partial(write, server.at(budget), fleet.teacher)
+        sides[name(budget)] = partial(write, fleet.gateway.at(budget), fleet.teacher)
     return sides

@@ -215,7 +215,6 @@ class Teacher:
         *,
         min_tokens: int = 0,
         seed: int | None = None,
-        stream: bool = False,
         request_id: str,
         started: float | None = None,
         deadline: float = math.inf,
@@ -223,15 +222,15 @@ class Teacher:
         """Continue ``prompt_ids`` by at most ``tokens`` tokens, in pieces as they arrive.
 
         The last piece has a finish reason: "length" where the span is full, else the teacher ended
-        the completion. A span of up to 8 tokens comes as a whole unless ``stream``. Closing the iterator
-        closes the connection, by which vLLM aborts the call.
+        the completion. A span of up to 8 tokens comes as a whole. Closing the iterator closes the
+        connection, by which vLLM aborts the call.
         The time for a span counts from ``started`` (default: now); no piece comes behind the ``deadline``
         (both of `time.monotonic`).
 
         Raises:
             TeacherError: whatever went wrong; pieces handed out before it stay valid.
         """
-        stream = stream or tokens > STREAM_ABOVE
+        stream = tokens > STREAM_ABOVE
         body = self._body(params) | {
             "prompt": prompt_ids,
             "max_tokens": tokens,

@@ -20,6 +20,7 @@ from scripted_student import (
     PROMPT_IDS,
     RESERVED,
     Engine,
+    ScriptedLLM,
     letter,
 )
 
@@ -72,7 +73,6 @@ class ScriptedTeacher:
     hangs_at: int | None = None
     refuses: str | None = None
     calls: list[Call] = field(default_factory=list)
-    streams: list[bool] = field(default_factory=list)
     biases: list[dict[int, float] | None] = field(default_factory=list)
     hanging: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
     admitted: list[bytes] = field(default_factory=list)
@@ -103,13 +103,11 @@ class ScriptedTeacher:
         *,
         min_tokens: int,
         seed: int | None,
-        stream: bool,
         request_id: str,
         deadline: float,
     ) -> AsyncIterator[Piece]:
         call = Call(list(prompt_ids), tokens, min_tokens, seed, request_id, deadline)
         self.calls.append(call)
-        self.streams.append(stream)
         self.biases.append(params.logit_bias)
         try:
             for written in range(tokens):
@@ -144,25 +142,23 @@ def pair(tokenizer):
         ends_at: int | None = None,
         span_tokens: int = 2,
         ask_tokens: int | None = None,
-        write_ahead: int = 0,
         default: float = 0.5,
         on_teacher_error: str = "degrade",
         shared: SharedBudgets | None = None,
         **teacher: Any,
     ) -> tuple[Engine, ScriptedTeacher]:
-        engine = Engine(tokenizer, ask_at, ends_at)
-        engine.cooperation = Cooperation(
+        cooperation = Cooperation(
             teacher=ScriptedTeacher(**teacher),
             policy=Policy(CALIBRATION, expected_tokens=20),
             reserved=RESERVED,
             span_tokens=span_tokens,
             ask_tokens=ask_tokens,
-            write_ahead=write_ahead,
             default_budget=Budget(fraction=default),
             shared=shared or SharedBudgets(MemoryLedger(), PriceController(CALIBRATION, span_tokens)),
             on_teacher_error=on_teacher_error,
         )
-        return engine, engine.cooperation.teacher
+        engine = Engine(ScriptedLLM(tokenizer, ask_at, ends_at), cooperation)
+        return engine, cooperation.teacher
 
     return pair
 
@@ -458,101 +454,6 @@ async def test_the_teachers_context_bounds_a_span(pair, context, text):
     assert not result.report.degraded
 
 
-# A teacher that writes ahead
-
-
-@pytest.mark.parametrize(
-    ("write_ahead", "asked", "spans", "dropped"),
-    [
-        (0, [1, 1, 1], [[2, 3], [3, 4], [4, 5]], 0),
-        (1, [2, 2], [[2, 4], [4, 5]], 1),
-        (2, [3], [[2, 5]], 0),
-        (3, [4], [[2, 5]], 1),
-    ],
-)
-async def test_a_call_that_writes_ahead_serves_the_asks_behind_it(pair, write_ahead, asked, spans, dropped):
-    """The same completion and the same books as asking again and again, with fewer calls."""
-    before = count("wheels_teacher_dropped_tokens_total")
-    engine, teacher = pair(ask_at={2, 3, 4}, span_tokens=4, ask_tokens=1, write_ahead=write_ahead)
-    result = await write(engine, 0.9, max_tokens=8)
-    assert result.text() == "abCDEfgh"
-    assert [call.tokens for call in teacher.calls] == asked
-    assert teacher.streams == [tokens > 1 for tokens in asked], "no waiting for what was not asked for"
-    assert (result.report.spans, result.report.calls) == (spans, len(asked))
-    assert spent(engine) == (3, len(asked))
-    assert teacher.released == len(teacher.admitted) == len(asked)
-    assert count("wheels_teacher_dropped_tokens_total") - before == dropped
-
-
-async def test_nothing_is_written_ahead_where_the_budget_ends(pair):
-    engine, teacher = pair(ask_at={2, 3}, span_tokens=4, ask_tokens=1, write_ahead=2)
-    result = await write(engine, {"tokens": 1})
-    assert (result.text(), [call.tokens for call in teacher.calls]) == ("abCdefgh", [1])
-
-
-async def test_nothing_is_written_ahead_behind_the_end(pair):
-    engine, teacher = pair(ask_at={6}, span_tokens=4, ask_tokens=1, write_ahead=4)
-    assert (await write(engine, 0.9)).text() == "abcdefGh"
-    assert [call.tokens for call in teacher.calls] == [2]
-
-
-async def test_a_call_that_writes_ahead_stays_within_its_span_of_the_budget(pair):
-    """Always asking, at f = 0.25: 4 + 0.25 n tokens, however far the teacher has written."""
-    engine, _ = pair(ask_at=range(100), span_tokens=4, ask_tokens=1, write_ahead=8)
-    result = await write(engine, 0.25, max_tokens=40)
-    for end in range(1, 41):
-        written = sum(min(b, end) - min(a, end) for a, b in result.report.spans)
-        assert written <= 0.25 * end + 4
-    assert spent(engine)[0] == result.report.tokens
-
-
-@pytest.mark.parametrize(("ask_at", "text", "reason"), [({2}, "abCdefgh", "length"), ({2, 3}, "abC", "stop")])
-async def test_the_teachers_ending_counts_only_where_it_was_asked_for(pair, ask_at, text, reason):
-    engine, teacher = pair(ask_at=ask_at, span_tokens=4, ask_tokens=1, write_ahead=2)
-    teacher.ends_at = 3
-    result = await write(engine, 0.9)
-    assert (result.text(), result.last.finish_reason) == (text, reason)
-
-
-async def test_a_teacher_that_fails_while_it_writes_ahead_is_no_loss(pair):
-    engine, _ = pair(ask_at={2}, span_tokens=4, ask_tokens=1, write_ahead=2, fails_at=3)
-    result = await write(engine, 0.9)
-    assert (result.text(), result.report.degraded) == ("abCdefgh", False)
-
-
-async def test_a_teacher_that_failed_before_the_next_ask_is_one(pair):
-    engine, teacher = pair(ask_at={2, 3}, span_tokens=4, ask_tokens=1, write_ahead=2, fails_at=3)
-    result = await write(engine, 0.9)
-    assert (result.text(), result.report.denied) == ("abCdefgh", {"timeout": 1})
-    assert (spent(engine), teacher.released) == ((1, 1), 1)
-
-
-async def test_leaving_a_call_that_writes_ahead_closes_it(pair):
-    engine, teacher = pair(ask_at={2}, span_tokens=4, ask_tokens=1, write_ahead=2, hangs_at=3)
-    outputs, _ = start(engine, 0.9)
-    async for output in outputs:
-        if bytes(output.outputs[0].token_ids).endswith(b"C"):
-            break
-    assert not teacher.calls[0].closed
-    await outputs.aclose()
-    assert (teacher.calls[0].closed, teacher.released, spent(engine)) == (True, 1, (1, 1))
-
-
-async def test_a_shared_limit_counts_what_was_taken(pair):
-    shared = shared_by_all(tokens(100))
-    engine, _ = pair(ask_at={2, 3}, span_tokens=4, ask_tokens=1, write_ahead=3, shared=shared)
-    result = await write(engine, 0.9, max_tokens=10)
-    assert (result.text(), result.report.calls) == ("abCDefghij", 1)
-    assert await on_the_books(shared) == (2, 0, 8)
-
-
-def test_a_piece_that_is_taken_in_two():
-    head, rest = Piece([1, 2, 3], [{1: 1}, {2: 2}, {3: 3}], "stop", 3).split(2)
-    assert head == Piece([1, 2], [{1: 1}, {2: 2}])
-    assert rest == Piece([3], [{3: 3}], "stop", 3)
-    assert rest.split(1) == (rest, None)
-
-
 # Clients that leave
 
 
@@ -640,9 +541,8 @@ async def test_min_tokens_hold_the_ending_back_but_not_the_question(pair):
     result = await write(engine, 0.5, min_tokens=6, max_tokens=9)
     assert result.text() == "aBcdefghi"
     assert [call.min_tokens for call in teacher.calls] == [5]  # one was written
-    assert [segment.params.min_tokens for segment in engine.segments] == [0, 0, 0]
-    assert [segment.params.max_tokens for segment in engine.segments] == [6, 4, 3]
-    assert [(segment.params.logit_bias or {}).get(EOS) for segment in engine.segments] == [-100, -100, None]
+    assert [segment.params.min_tokens for segment in engine.segments] == [6, 4]
+    assert [segment.params.max_tokens for segment in engine.segments] == [9, 7]
 
 
 async def test_a_frequency_penalty_counts_the_whole_completion(pair):

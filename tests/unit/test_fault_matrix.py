@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import pytest
 from aiohttp import web
 from fake_teacher import Answer, Server, begin_events, body, choice, event
-from scripted_student import DELTA, FINAL_ONLY, PROMPT, PROMPT_IDS, RESERVED, Engine
+from scripted_student import DELTA, FINAL_ONLY, PROMPT, PROMPT_IDS, RESERVED, Engine, ScriptedLLM
 
 from router.budget import Budget
 from router.controller import PriceController
@@ -126,8 +126,7 @@ class Gateway:
         self.pool = TeacherPool(replicas, concurrency=4, queue_seconds=0.1)
         limit = TokensPerWindow(tokens=1000, window_seconds=3600)
         self.shared = SharedBudgets(MemoryLedger(), PriceController(CALIBRATION, span_tokens), [limit])
-        self.engine = Engine(tokenizer, {2}, None)
-        self.engine.cooperation = Cooperation(
+        cooperation = Cooperation(
             teacher=self.pool,
             policy=Policy(CALIBRATION, expected_tokens=20),
             reserved=RESERVED,
@@ -135,6 +134,7 @@ class Gateway:
             default_budget=Budget(fraction=0.5),
             shared=self.shared,
         )
+        self.engine = Engine(ScriptedLLM(tokenizer, {2}, None), cooperation)
 
     async def write(self, kind: object) -> tuple[str, Report]:
         exchange = Exchange(Budget(calls=1))

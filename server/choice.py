@@ -1,0 +1,143 @@
+"""One completion being written, with what the span loop needs to know of it."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from router.budget import Bucket
+from server.completion import Completion, Piece
+from server.exchange import Report, Source
+from server.metrics import ESCALATIONS
+from server.shared import Share
+from server.tenants import Tenant
+from server.vllm_api import CompletionOutput, RequestOutputKind, SamplingParams
+
+PAUSE_TOKENS = 32
+"""After a refused span, a choice does not ask again for this many tokens."""
+
+
+class Step(NamedTuple):
+    """What the reader of a choice gets next, and who wrote it."""
+
+    output: CompletionOutput
+    source: Source
+
+
+@dataclass
+class Choice:
+    """One completion of a request.
+
+    The span loop writes it, and whoever reads it takes steps from a queue. So a slow reader holds up
+    neither model, and no reservation.
+    """
+
+    prompt: Mapping[str, Any]
+    """vLLM's rendered prompt, of type "token"."""
+    segment_params: SamplingParams
+    """What every student segment has in common."""
+    request_id: str
+    affinity: bytes
+    """Ranks the teacher's replicas: the same for the same prompt."""
+    options: Mapping[str, Any]
+    """Further arguments of `AsyncLLM.generate`, passed on to every student segment."""
+    completion: Completion
+    bucket: Bucket
+    tenant: Tenant | None
+    share: Share = field(init=False)
+    """Its part in the budgets that requests share; set by the span loop."""
+    steps: asyncio.Queue[Step | None] = field(default_factory=asyncio.Queue)
+    """What the reader has not taken yet; None at the end."""
+    may_ask: bool = True
+    ask_from: int = 0
+    """Length of the completion from which it may ask again."""
+    cached_tokens: int | None = None
+    """Of the first segment's prompt, those that vLLM had in its prefix cache."""
+
+    @property
+    def params(self) -> SamplingParams:
+        """The caller's, for this choice alone."""
+        return self.completion.params
+
+    @property
+    def report(self) -> Report:
+        return self.completion.report
+
+    @property
+    def finished(self) -> bool:
+        return self.completion.finished
+
+    @property
+    def student_tokens(self) -> int:
+        return len(self.completion) - self.report.tokens
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        ids: list[int] = self.prompt["prompt_token_ids"]
+        return ids
+
+    @property
+    def prefix(self) -> list[int]:
+        """Prompt and completion so far, as token ids; no trace of an escalation is in it."""
+        return self.prompt_ids + self.completion.token_ids
+
+    @property
+    def pause(self) -> int:
+        """Tokens to write before it may ask again."""
+        return max(0, self.ask_from - len(self.completion))
+
+    @property
+    def min_tokens(self) -> int:
+        """Tokens still to write before the completion may end."""
+        return max(0, self.params.min_tokens - len(self.completion))
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the next segment: another at every length, or each would draw the same numbers."""
+        if self.params.seed is None:
+            return None
+        return (self.params.seed + len(self.completion) * 0x9E3779B1) % 2**63
+
+    @property
+    def logit_bias(self) -> dict[int, float] | None:
+        """The caller's, and what `frequency_penalty` takes off for the tokens that are written.
+
+        A continuation counts its own tokens only. vLLM adds the bias and subtracts the penalty one after the
+        other, so together they are what one model would subtract at the end.
+        """
+        if not self.params.frequency_penalty:
+            return self.params.logit_bias
+        bias = dict(self.params.logit_bias or {})
+        for token_id, times in Counter(self.completion.token_ids).items():
+            bias[token_id] = bias.get(token_id, 0.0) - self.params.frequency_penalty * times
+        return bias
+
+    def extend(self, piece: Piece, source: Source) -> int:
+        """Append what ``source`` wrote and hand it to the reader; returns how many tokens are kept."""
+        kept = self.completion.extend(piece, source)
+        streams = self.params.output_kind != RequestOutputKind.FINAL_ONLY
+        if self.finished or (streams and piece.token_ids):
+            self.steps.put_nowait(Step(self.completion.output(), source))
+        return kept
+
+    def open_span(self) -> None:
+        """The teacher is called now; the span grows as it writes."""
+        self.report.calls += 1
+        self.report.spans.append([len(self.completion)] * 2)
+        ESCALATIONS.labels("granted", "gate").inc()
+
+    def deny(self, reason: str, *, degraded: bool) -> None:
+        """The student writes the rest alone."""
+        self.may_ask = False
+        self._denied(reason, degraded=degraded)
+
+    def put_off(self, reason: str, *, degraded: bool) -> None:
+        """The student writes on alone for a while: later there may be room, or the teacher back."""
+        self.ask_from = len(self.completion) + PAUSE_TOKENS
+        self._denied(reason, degraded=degraded)
+
+    def _denied(self, reason: str, *, degraded: bool) -> None:
+        self.report.denied[reason] += 1
+        self.report.degraded |= degraded
+        ESCALATIONS.labels("denied", reason).inc()

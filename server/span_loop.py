@@ -1,0 +1,173 @@
+"""The span loop: the student writes, and asks the teacher for the next tokens where its gate says so."""
+
+import copy
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Literal
+
+from router.budget import Grant
+from router.ledger import Denial
+from router.policy import NEVER, Policy, Terms
+from server.choice import Choice
+from server.completion import Piece
+from server.shared import Draw, SharedBudgets
+from server.teacher.client import TeacherError
+from server.teacher.pool import Slot, TeacherPool
+from server.vllm_api import GracefulHTTPError
+
+logger = logging.getLogger(__name__)
+
+LEASE_TOKENS = 64
+"""Most that is reserved at a time under a shared limit, also for a request that may have all of it."""
+
+Student = Callable[[Choice, Terms], AsyncGenerator[Piece, None]]
+"""Writes one segment behind a choice's prefix, on these terms; the last piece may ask for the teacher."""
+
+
+@dataclass
+class Span:
+    """What was reserved for a span: in the request's own budget, in the shared ones, at the teacher."""
+
+    grant: Grant
+    draw: Draw
+    slot: Slot
+    used: int = 0
+    """Tokens of it that are in the completion."""
+
+
+@dataclass
+class SpanLoop:
+    """Lets two models write one completion."""
+
+    student: Student
+    teacher: TeacherPool
+    policy: Policy
+    shared: SharedBudgets
+    span_tokens: int
+    on_teacher_error: Literal["degrade", "error"] = "degrade"
+
+    async def write(self, choice: Choice) -> None:
+        """Write one completion to its end.
+
+        Raises:
+            GracefulHTTPError: the teacher failed, and the gateway is to fail with it.
+        """
+        choice.share = self.shared.share(choice.tenant)
+        try:
+            while not choice.finished:
+                terms = self._terms(choice)
+                if terms.always or await self._ask(choice, terms):
+                    span = await self._reserve(choice)
+                    if span is not None:
+                        await self._teach(choice, span)
+        finally:
+            choice.share.close(choice.student_tokens)
+
+    def _terms(self, choice: Choice) -> Terms:
+        """On which terms the student may ask in its next segment."""
+        if not choice.may_ask:
+            return NEVER
+        terms = self.policy.terms(
+            choice.bucket,
+            len(choice.completion),
+            choice.completion.max_tokens,
+            ceiling=choice.share.rate,
+            pause=choice.pause,
+        )
+        if not terms.never and self.teacher.down:
+            self._lose_teacher(choice, TeacherError("breaker", "it counts as down"))
+            return NEVER
+        return terms
+
+    async def _ask(self, choice: Choice, terms: Terms) -> bool:
+        """Let the student write a segment; whether it asks for the teacher at its end."""
+        asks = False
+        async with aclosing(self.student(choice, terms)) as pieces:
+            async for piece in pieces:
+                choice.extend(piece, "student")
+                asks = piece.asks
+                if choice.finished:  # by a stop string, of which the engine knows nothing
+                    return False
+        return asks
+
+    async def _reserve(self, choice: Choice) -> Span | None:
+        """Reserve the next span in every budget, or let the choice ask later, or never again."""
+        room = self._room(choice)
+        if room < 1:
+            choice.deny("context", degraded=False)
+            return None
+        at_most = room
+        if choice.share.scopes:  # what one holds, no other can have
+            at_most = min(room, LEASE_TOKENS if choice.share.rate >= 1.0 else self.span_tokens)
+        grant = choice.bucket.reserve(len(choice.completion), at_most)
+        if grant is None:
+            choice.deny("budget", degraded=False)
+            return None
+        ahead = min(room, self.span_tokens)
+        draw = await choice.share.reserve(grant.tokens, choice.student_tokens, ahead=ahead)
+        if isinstance(draw, Denial):
+            choice.bucket.cancel(grant)
+            choice.put_off(draw.label, degraded=draw.reason == "unavailable")
+            return None
+        try:
+            slot = await self.teacher.admit(choice.affinity)  # last: it may be a breaker's only trial
+        except BaseException as error:
+            choice.bucket.cancel(grant)
+            choice.share.settle(0)
+            if not isinstance(error, TeacherError):
+                raise
+            self._lose_teacher(choice, error)
+            return None
+        return Span(grant, draw, slot)
+
+    def _room(self, choice: Choice) -> int:
+        """Tokens that the completion and the teacher's context have left."""
+        room = choice.completion.tokens_left
+        if self.teacher.max_model_len is not None:
+            room = min(room, self.teacher.max_model_len - len(choice.prefix))
+        return room
+
+    async def _teach(self, choice: Choice, span: Span) -> None:
+        """Let the teacher write a span, and settle what it wrote."""
+        choice.open_span()
+        try:
+            await self._take(choice, span)
+        except TeacherError as error:
+            logger.warning("request %s lost the teacher: %s", choice.request_id, error)
+            self._lose_teacher(choice, error)
+        finally:
+            span.slot.release()
+            choice.bucket.settle(span.grant, span.used)
+            choice.share.settle(span.used)
+
+    async def _take(self, choice: Choice, span: Span) -> None:
+        async with aclosing(self._call(choice, span)) as pieces:
+            async for piece in pieces:
+                span.used += choice.extend(piece, "teacher")
+                if choice.finished:  # by a stop string: the teacher would write on
+                    return
+
+    def _call(self, choice: Choice, span: Span) -> AsyncGenerator[Piece, None]:
+        params = copy.copy(choice.params)
+        params.logit_bias = choice.logit_bias
+        return self.teacher.write(
+            span.slot,
+            choice.prefix,
+            span.draw.tokens,
+            params,
+            min_tokens=choice.min_tokens,
+            seed=choice.seed,
+            request_id=f"{choice.request_id}-{choice.report.calls}",
+            deadline=span.draw.deadline,
+        )
+
+    def _lose_teacher(self, choice: Choice, error: TeacherError) -> None:
+        if self.on_teacher_error == "error":
+            raise GracefulHTTPError(f"the teacher failed: {error}", HTTPStatus.BAD_GATEWAY) from error
+        if error.reason == "saturated":
+            choice.put_off(error.reason, degraded=True)
+        else:
+            choice.deny(error.reason, degraded=True)

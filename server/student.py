@@ -1,0 +1,60 @@
+"""The student's side of the span loop: vLLM's engine, which gets one request for every segment."""
+
+import copy
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from router.policy import Terms
+from router.reserved import ReservedRows
+from server.choice import Choice
+from server.completion import Piece
+from server.gate_processor import terms_args
+from server.vllm_api import RequestOutput, SamplingParams
+
+
+@dataclass(frozen=True)
+class StudentEngine:
+    """What the gateway uses of vLLM's engine."""
+
+    generate: Callable[..., AsyncGenerator[RequestOutput, None]]
+    """vLLM's own: one plain request."""
+    verify: Callable[[SamplingParams], None]
+    """vLLM's own checks of a request's parameters."""
+    tokenizer: Any
+    max_model_len: int
+    """The student's context, in tokens."""
+    reserved: ReservedRows
+
+    async def segment(self, choice: Choice, terms: Terms) -> AsyncGenerator[Piece, None]:
+        """One segment of the student behind a choice's prefix, in pieces."""
+        options = dict(choice.options)
+        options["priority"] -= len(choice.completion) > 0
+        outputs = self.generate(
+            {**choice.prompt, "prompt_token_ids": choice.prefix},
+            self._params(choice, terms),
+            f"{choice.request_id}-{len(choice.completion)}-{choice.report.calls}",
+            **options,
+        )
+        async with aclosing(outputs):
+            async for output in outputs:
+                if choice.cached_tokens is None:
+                    choice.cached_tokens = output.num_cached_tokens
+                yield self._piece(output)
+
+    def _piece(self, output: RequestOutput) -> Piece:
+        (new,) = output.outputs
+        if new.token_ids and new.token_ids[-1] == self.reserved.escalation:
+            return Piece(new.token_ids[:-1], new.logprobs, asks=True)
+        return Piece(new.token_ids, new.logprobs, new.finish_reason, new.stop_reason)
+
+    def _params(self, choice: Choice, terms: Terms) -> SamplingParams:
+        params = copy.copy(choice.segment_params)
+        params.max_tokens = choice.completion.tokens_left
+        # vLLM masks what ends a completion before the gate runs, so the student may still ask.
+        params.min_tokens = min(choice.min_tokens, params.max_tokens)
+        params.seed = choice.seed
+        params.logit_bias = choice.logit_bias
+        params.extra_args = {**(params.extra_args or {}), **terms_args(terms)}
+        return params
