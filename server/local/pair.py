@@ -1,5 +1,6 @@
 """A teacher's stock vLLM server and a gateway on this machine, from the checkpoints of one pair."""
 
+import itertools
 import os
 import socket
 import sys
@@ -40,23 +41,31 @@ class Pair:
 
     @classmethod
     def in_directory(cls, directory: Path) -> "Pair":
+        """The pair whose checkpoints have their usual names."""
         return cls(directory / "teacher", directory / "student", directory / "router")
 
     def missing(self) -> list[Path]:
-        return [path for path in (self.teacher, self.student, self.router) if not path.is_dir()]
+        """The checkpoints that are not there."""
+        return list(itertools.filterfalse(Path.is_dir, (self.teacher, self.student, self.router)))
 
 
 @dataclass(frozen=True)
 class Serving:
-    """Where a running pair answers (base URLs, without /v1), and its two processes."""
+    """A running pair: where it answers, and its two processes."""
 
     teacher: str
+    """Base URL, without /v1."""
     gateway: str
+    """Base URL, without /v1."""
     teacher_process: Child
     gateway_process: Child
 
     def check(self) -> None:
-        """Raises ServiceError when one of the two has ended."""
+        """See that both processes run.
+
+        Raises:
+            ServiceError: one of the two has ended.
+        """
         self.teacher_process.check()
         self.gateway_process.check()
 
@@ -71,9 +80,15 @@ def serving(
     timeout: float = START_SECONDS,
     watch: Callable[[list[Child]], None] = lambda children: None,
 ) -> Iterator[Serving]:
-    """Start teacher and gateway at once; yields when both are ready, ends both when left.
+    """Start teacher and gateway at once; yields when both are ready, ends both when the block is left.
 
-    ``flags`` are further ones of `wheels serve`; ``logs`` is a directory for one log file each.
+    Args:
+        pair: the checkpoints.
+        logs: a directory for one log file each.
+        port: the gateway's; a free one if None.
+        flags: further flags of `wheels serve`.
+        timeout: longest wait, in seconds.
+        watch: called at every poll while waiting.
 
     Raises:
         ServiceError: one of them did not become ready.
@@ -97,10 +112,16 @@ def teacher_service(
     cores: Sequence[int] = (),
     flags: Sequence[str] = (),
 ) -> Service:
-    """A stock vLLM server of one model. ``flags`` are further ones of vLLM's.
+    """A stock vLLM server of one model.
 
-    ``cores`` (indices of ours; without a GPU): where the model computes, in a process of its own. By default
-    it computes on one thread in the engine's process, as on one GPU.
+    Args:
+        model: its checkpoint.
+        url: base URL to serve at.
+        logs: directory for the log.
+        name: of the service, and of the model in requests.
+        cores: without a GPU, where the model computes, in a process of its own (indices of our cores). By
+            default it computes on one thread in the engine's process, as on one GPU.
+        flags: further flags of vLLM's server.
     """
     cpu = is_cpu_build()
     arguments = ("--model", str(model), "--served-model-name", name, "--uvicorn-log-level", "warning")
@@ -146,7 +167,8 @@ def free_port(preferred: int = 0) -> int:
         with socket.socket() as probe, suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will
             probe.bind((HOST, port))
-            return probe.getsockname()[1]
+            _, bound = probe.getsockname()
+            return int(bound)
     raise OSError("no free port")
 
 
@@ -164,15 +186,18 @@ def _address(url: str) -> tuple[str, ...]:
 
 
 def _executor(cores: Sequence[int]) -> tuple[str, ...]:
-    """vLLM's flags: a worker process, which it can bind to cores, or none, which starts in half the time.
+    """Flags of vLLM: a worker process, which it can bind to cores, or none, which starts in half the time.
 
-    By its short name `uni` its CPU build would not take the second, as it could not bind it.
+    The second is given by its path: vLLM's CPU build refuses the short name `uni`, as it could not bind it.
     """
     return () if cores else ("--distributed-executor-backend", UNIPROC)
 
 
 def _threads(cores: Sequence[int]) -> dict[str, str]:
-    """vLLM settings for a tiny model: more threads than one would only wait for each other."""
-    ours = sorted(os.sched_getaffinity(0))
-    bind = {"VLLM_CPU_OMP_THREADS_BIND": ",".join(str(ours[index]) for index in cores)}
-    return {"VLLM_CPU_KVCACHE_SPACE": "1", **(bind if cores else {"OMP_NUM_THREADS": "1"})}
+    """Settings of vLLM for a tiny model: several threads would only wait for each other."""
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    if not cores:
+        return settings | {"OMP_NUM_THREADS": "1"}
+    available = sorted(os.sched_getaffinity(0))
+    chosen = [str(available[index]) for index in cores]
+    return settings | {"VLLM_CPU_OMP_THREADS_BIND": ",".join(chosen)}

@@ -37,8 +37,8 @@ class Service:
 class Child:
     """A started service, at the head of a process group of its own.
 
-    Its own group, because vLLM starts further processes that outlive a killed parent, and because a
-    Ctrl-C should reach the children through us alone, once.
+    It needs a group because vLLM starts further processes that outlive a killed parent. A Ctrl-C then
+    reaches the children only through us, once.
     """
 
     def __init__(self, service: Service) -> None:
@@ -55,7 +55,11 @@ class Child:
             )
 
     def check(self) -> None:
-        """Raises ServiceError when the process has ended."""
+        """See that the process runs.
+
+        Raises:
+            ServiceError: the process has ended.
+        """
         status = self.process.poll()
         if status is not None:
             raise self.error(f"ended with status {status}")
@@ -68,6 +72,7 @@ class Child:
         return self.ready
 
     def error(self, problem: str) -> ServiceError:
+        """What to raise for a problem of this service; its message ends with the tail of the log."""
         tail = self.service.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
         headline = f"the {self.service.name} {problem}; {self.service.log} ends:"
         return ServiceError("\n".join([headline, *tail]))
@@ -101,10 +106,13 @@ def running(
 ) -> Iterator[list[Child]]:
     """Start all services at once, wait until each is ready, and end them when the block is left.
 
-    ``watch`` is called at every poll while waiting.
+    Args:
+        services: what to start.
+        timeout: longest wait for all of them, in seconds.
+        watch: called at every poll while waiting.
 
     Raises:
-        ServiceError: one ended before it was ready, or was not ready after ``timeout`` seconds.
+        ServiceError: one ended before it was ready, or was not ready in time.
     """
     children: list[Child] = []
     try:
@@ -121,7 +129,8 @@ def _wait(children: list[Child], timeout: float, watch: Callable[[list[Child]], 
     while True:
         for child in children:
             child.check()
-            child.ready or child.probe()
+            if not child.ready:
+                child.probe()
         watch(children)
         waiting = [child for child in children if not child.ready]
         if not waiting:
@@ -140,7 +149,7 @@ def stop(children: Sequence[Child], grace: float = GRACE_SECONDS) -> None:
         for child in children:
             child.signal(signal.SIGTERM)
         deadline = time.monotonic() + grace
-        while time.monotonic() < deadline and not all(child.gone() for child in children):
+        while time.monotonic() < deadline and not all(map(Child.gone, children)):
             time.sleep(POLL_SECONDS / 4)
     finally:  # a second Ctrl-C must not leave anything behind either
         for child in children:
