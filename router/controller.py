@@ -30,7 +30,7 @@ LEARNING = 0.05
 """Share of a window that traffic is watched for before it is believed to go on like that."""
 
 
-class Totals(NamedTuple):
+class LedgerTotals(NamedTuple):
     """All tokens that a ledger has counted at one moment."""
 
     seconds: float
@@ -74,9 +74,9 @@ class RateController:
     span_tokens: int
     u: float = 0.0
     target: float = 1.0
-    last: Totals | None = None
+    last: LedgerTotals | None = None
     """At the last update."""
-    first: Totals | None = None
+    first: LedgerTotals | None = None
     """At the first update."""
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class RateController:
 
     def update(self, now: float, status: Status) -> None:
         """Learn what was spent up to ``now`` (seconds, of a steady clock); the more often, the better."""
-        totals = Totals(now, status.total_spent, status.total_student)
+        totals = LedgerTotals(now, status.total_spent, status.total_student)
         first = self.first
         last = self.last
         self.last = totals
@@ -112,7 +112,7 @@ class RateController:
         self.u += min(max(gain * (allowed - spent) / allowed_in_window, -JUMP), JUMP)
         self.u = min(max(self.u, math.log(self.lowest / self.target)), math.log(self.highest / self.target))
 
-    def _traffic(self, first: Totals, totals: Totals, in_window: int) -> float:
+    def _traffic(self, first: LedgerTotals, totals: LedgerTotals, in_window: int) -> float:
         """Completion tokens that a window will bring."""
         window = self.limit.window_seconds
         age = max(totals.seconds - first.seconds, LEARNING * window)

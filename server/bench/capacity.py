@@ -2,55 +2,101 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
+from server.bench.cost_model import Costs, Line, Traffic
 from server.bench.cpu import PAGE
-from server.bench.load import Call
-from server.bench.model import Costs, Line, Traffic
 from server.bench.plan import Plan, synthetic
-from server.bench.results import Row, Section, Spread, Table
-from server.bench.servers import Sample, Server, gateway, heavies, in_turn, measure, started
+from server.bench.results import Columns, Row, Section, Table, spreads
+from server.bench.servers import (
+    MeasuredServer,
+    PairServers,
+    Sample,
+    gateway,
+    heavies,
+    in_turn,
+    measure,
+    started,
+)
 
 STREAMS = {0.0: (1, 2, 4, 8, 16, 32, 64), 0.1: (1, 4, 16, 64)}
 """By budget."""
 FIT_STREAMS = (1, 4, 16)
 SPANS = (1, 4, 16)
-MIDDLE = {"prompt": 64, "completion": 64, "rate": 0.1, "span": 1}
-GRID = {"prompt": (256,), "completion": (16, 128), "rate": (0.0, 0.05, 0.3), "span": (4, 16)}
+MEMORY_STREAMS = (64, 512)
 GRID_STREAMS = 8
 BATCH = 16
 DEMAND = 1000  # requests/s
+PAUSE = 0.1
+RATES = (0.05, 0.1, 0.2)
+"""Of the traffics whose demand is predicted."""
+
+LOAD_COLUMNS: Columns[Sample] = {
+    "requests/s": lambda sample: sample.run.requests_per_second,
+    "tokens/s": lambda sample: sample.run.tokens_per_second,
+    "p50 s": lambda sample: sample.run.latency_ms(0.5) / 1000,
+    "p99 s": lambda sample: sample.run.latency_ms(0.99) / 1000,
+}
 
 
 @dataclass(frozen=True)
-class Fleet:
-    teacher: Server
-    gateway: Server
+class Point:
+    """One load of the grid."""
+
+    prompt: int
+    completion: int
+    rate: float
+    span: int
+    """Tokens of a call."""
+
+
+MIDDLE = Point(prompt=64, completion=64, rate=0.1, span=1)
+GRID = (
+    MIDDLE,
+    replace(MIDDLE, prompt=256),
+    replace(MIDDLE, completion=16),
+    replace(MIDDLE, completion=128),
+    replace(MIDDLE, rate=0.0),
+    replace(MIDDLE, rate=0.05),
+    replace(MIDDLE, rate=0.3),
+    replace(MIDDLE, span=4),
+    replace(MIDDLE, span=16),
+)
+
+
+@dataclass(frozen=True)
+class CapacityServers:
+    """What this section measures."""
+
+    pair: PairServers
     """With the pair's learned gate."""
-    random: dict[int, Server]
+    random: dict[int, MeasuredServer]
     """Gateways that ask at random places, by tokens of a call: only speed counts."""
 
 
 def run(plan: Plan) -> Section:
-    teacher, learned = plan.once(heavies)
+    """Throughput, memory and fitted costs of one student and one teacher."""
+    pair = plan.once(heavies)
     spans = SPANS[:1] if plan.quick else SPANS
-    gateways = []
+    services = []
     for span in spans:
         flags = ("--gate", "random", "--ask-tokens", str(span), "--span-tokens", str(span))
-        gateways.append(gateway(plan.heavy, teacher.child.service, plan.work, *flags, name=f"random-{span}"))
-    with started([], gateways) as random:
-        fleet = Fleet(teacher, learned, dict(zip(spans, random, strict=True)))
-        return asyncio.run(_all(fleet, plan))
+        teacher = pair.teacher.child.service
+        services.append(gateway(plan.heavy, teacher, plan.work, *flags, name=f"random-{span}"))
+    with started([], services) as gateways:
+        servers = CapacityServers(pair, dict(zip(spans, gateways, strict=True)))
+        return asyncio.run(_all(servers, plan))
 
 
-async def _all(fleet: Fleet, plan: Plan) -> Section:
-    saturation = await _saturation(fleet, plan)
-    costs, fitted = await _fit(fleet, plan)
-    grid = await _grid(fleet, plan, costs)
-    memory = await _memory(next(iter(fleet.random.values())), plan)
+async def _all(servers: CapacityServers, plan: Plan) -> Section:
+    saturation = await _saturation(servers.pair, plan)
+    costs = await _fit(servers.pair, plan)
+    grid = await _grid(servers, plan, costs)
+    memory = await _memory(servers.random[SPANS[0]], plan)
     return Section(
         {
             "streams": Table(
@@ -65,152 +111,163 @@ async def _all(fleet: Fleet, plan: Plan) -> Section:
                 "differs from the first row in each other. *Predicted*: by the fitted costs below.",
             ),
             "memory": Table("Memory of the gateway's process", memory),
-            "costs": Table("Fitted costs", fitted, "Milliseconds of one core of this machine."),
+            "costs": Table("Fitted costs", _cost_rows(costs), "Milliseconds of one core of this machine."),
             "demand": Table(
                 f"What {DEMAND:,} requests/s need",
-                [_demand(costs, traffic) for traffic in _traffics()],
+                _demand_rows(costs),
                 f"Cores of this machine, by the model alone; batches of {BATCH}.",
             ),
         }
     )
 
 
-async def _saturation(fleet: Fleet, plan: Plan) -> list[Row]:
+async def _saturation(pair: PairServers, plan: Plan) -> list[Row]:
     rows: list[Row] = []
     for budget, numbers in STREAMS.items():
         for streams in numbers[2:3] if plan.quick else numbers:
             count = max(streams, 4 if budget else 32)
-            server = fleet.gateway.at(budget)
-            load = partial(_load, server, fleet.teacher if budget else None, plan, count, streams)
-            samples = (await in_turn({"": load}, plan.rounds, pause=0.1))[""]
-            rows.append(
-                {
-                    "budget": budget,
-                    "streams": streams,
-                    "requests/s": Spread.of(len(s.run.answers) / s.run.seconds for s in samples),
-                    "tokens/s": Spread.of(s.run.tokens_per_second for s in samples),
-                    "p50 s": Spread.of(s.run.latency_ms(0.5) / 1000 for s in samples),
-                    "p99 s": Spread.of(s.run.latency_ms(0.99) / 1000 for s in samples),
-                }
-            )
+            load = partial(_load, pair, budget, plan, count, streams)
+            samples = (await in_turn({"load": load}, plan.rounds, PAUSE))["load"]
+            rows.append({"budget": budget, "streams": streams} | spreads(samples, LOAD_COLUMNS))
     return rows
 
 
-async def _load(
-    server: Server, teacher: Server | None, plan: Plan, count: int, streams: int, turn: int
-) -> Sample:
+async def _load(pair: PairServers, budget: float, plan: Plan, count: int, streams: int, turn: int) -> Sample:
+    server = pair.gateway.with_budget(budget)
+    teacher = pair.teacher if budget else None
     return await measure(server, plan.chats(count, turn), streams, teacher=teacher)
 
 
-async def _fit(fleet: Fleet, plan: Plan) -> tuple[Costs, list[Row]]:
+class EngineCosts(NamedTuple):
+    """What an engine that nobody else uses takes."""
+
+    step: Line
+    """Seconds, over the batch."""
+    read: float
+    """Seconds for a position that is read."""
+
+
+async def _fit(pair: PairServers, plan: Plan) -> Costs:
     """Each engine alone: steps at several batches, and prompts that are only read."""
-    student = fleet.gateway.at(0)
-    rounds = range(1 if plan.quick else plan.rounds)
-    steps: dict[str, list[tuple[float, float]]] = {"student": [], "teacher": []}
-    reads: dict[str, list[float]] = {"student": [], "teacher": []}
+    rounds = 1 if plan.quick else plan.rounds
+    student = await _engine_costs(pair.gateway, 64, rounds)
+    teacher = await _engine_costs(pair.teacher, 8, rounds)
     front: list[float] = []
-    for name, server, length in (("student", student, 64), ("teacher", fleet.teacher, 8)):
-        for turn in rounds:
-            for streams in FIT_STREAMS:
-                work = (await measure(server, synthetic(streams, 16, length, turn), streams)).work
-                steps[name].append((streams, work.decode_seconds / (work.written - work.requests)))
-            sample = await measure(server, synthetic(4, 256, 1, turn), 4)
-            reads[name].append(sample.run.seconds / sum(a.prompt_tokens for a in sample.run.answers))
-    for turn in rounds:
-        sample = await measure(student, synthetic(64, 16, 64, turn), 64)
+    for turn in range(rounds):
+        sample = await measure(pair.gateway, synthetic(64, 16, 64, turn), 64)
         front.append(sample.usage.front_cpu_seconds / sample.run.tokens)
-    costs = Costs(
-        student_step=Line.fit(steps["student"]),
-        student_read=median(reads["student"]),
-        teacher_step=Line.fit(steps["teacher"]),
-        teacher_read=median(reads["teacher"]),
-        front=median(front),
-    )
+    return Costs(student.step, student.read, teacher.step, teacher.read, median(front))
+
+
+async def _engine_costs(server: MeasuredServer, length: int, rounds: int) -> EngineCosts:
+    """From completions of ``length`` tokens."""
+    steps: list[tuple[float, float]] = []
+    reads: list[float] = []
+    for turn in range(rounds):
+        for streams in FIT_STREAMS:
+            work = (await measure(server, synthetic(streams, 16, length, turn), streams)).work
+            steps.append((streams, work.decode_seconds / (work.written - work.requests)))
+        sample = await measure(server, synthetic(4, 256, 1, turn), 4)
+        reads.append(sample.run.seconds / sample.run.prompt_tokens)
+    return EngineCosts(Line.fit(steps), median(reads))
+
+
+def _cost_rows(costs: Costs) -> list[Row]:
+    seconds = {
+        "student's step, fixed": costs.student_step.fixed,
+        "student's step, for each request in it": costs.student_step.each,
+        "student reads a position": costs.student_read,
+        "teacher's step, fixed": costs.teacher_step.fixed,
+        "teacher's step, for each request in it": costs.teacher_step.each,
+        "teacher reads a position": costs.teacher_read,
+        "gateway's process, a token": costs.front,
+    }
+    return [{"what": what, "ms": 1000 * value} for what, value in seconds.items()]
+
+
+async def _grid(servers: CapacityServers, plan: Plan, costs: Costs) -> list[Row]:
     rows: list[Row] = []
-    for name, line in (("student", costs.student_step), ("teacher", costs.teacher_step)):
-        rows.append({"what": f"{name}'s step, fixed", "ms": 1000 * line.fixed})
-        rows.append({"what": f"{name}'s step, for each request in it", "ms": 1000 * line.each})
-        rows.append({"what": f"{name} reads a position", "ms": 1000 * median(reads[name])})
-    rows.append({"what": "gateway's process, a token", "ms": 1000 * costs.front})
-    return costs, rows
-
-
-async def _grid(fleet: Fleet, plan: Plan, costs: Costs) -> list[Row]:
-    points = [MIDDLE]
-    for name, values in GRID.items():
-        points += [MIDDLE | {name: value} for value in values]
-    if plan.quick:
-        points = points[:1]
-    rows: list[Row] = []
-    for point in points:
-        server = fleet.random[int(point["span"])].at(point["rate"])
-        calls = synthetic(GRID_STREAMS, int(point["prompt"]), int(point["completion"]))
-
-        async def load(turn: int, server: Server = server, calls: Sequence[Call] = calls) -> Sample:
-            return await measure(server, calls, GRID_STREAMS, teacher=fleet.teacher)
-
-        samples = (await in_turn({"": load}, 1 if plan.quick else plan.rounds, pause=0.1))[""]
-        rows.append(_point(point, samples, costs))
+    for point in GRID[:1] if plan.quick else GRID:
+        load = partial(_load_point, servers, point)
+        samples = (await in_turn({"load": load}, 1 if plan.quick else plan.rounds, PAUSE))["load"]
+        rows.append(_point_row(point, samples, costs))
     return rows
 
 
-def _point(point: dict[str, float], samples: Sequence[Sample], costs: Costs) -> Row:
-    tokens = sum(s.run.tokens for s in samples)
-    calls = sum(s.run.calls for s in samples)
-    rate = sum(s.run.teacher_tokens for s in samples) / tokens
-    span = rate * tokens / calls if calls else 1.0
-    predicted = costs.requests_per_second(
-        Traffic(point["prompt"], point["completion"], rate, span), GRID_STREAMS
-    )
-    measured = Spread.of(len(s.run.answers) / s.run.seconds for s in samples)
-    return dict(point) | {
+async def _load_point(servers: CapacityServers, point: Point, turn: int) -> Sample:
+    """The same prompts in every round."""
+    server = servers.random[point.span].with_budget(point.rate)
+    requests = synthetic(GRID_STREAMS, point.prompt, point.completion)
+    return await measure(server, requests, GRID_STREAMS, teacher=servers.pair.teacher)
+
+
+def _point_row(point: Point, samples: Sequence[Sample], costs: Costs) -> Row:
+    tokens = calls = teacher_tokens = positions = 0
+    for sample in samples:
+        tokens += sample.run.tokens
+        calls += sample.run.calls
+        teacher_tokens += sample.run.teacher_tokens
+        if sample.teacher:
+            positions += sample.teacher.positions
+    rate = teacher_tokens / tokens
+    span = teacher_tokens / calls if calls else 1.0
+    traffic = Traffic(point.prompt, point.completion, rate, span)
+    predicted = costs.requests_per_second(traffic, GRID_STREAMS)
+    speed = spreads(samples, LOAD_COLUMNS)
+    measured = median(sample.run.requests_per_second for sample in samples)
+    return {
+        "prompt": point.prompt,
+        "completion": point.completion,
+        "rate": point.rate,
+        "span": point.span,
         "realised rate": rate,
-        "requests/s": measured,
-        "tokens/s": Spread.of(s.run.tokens_per_second for s in samples),
-        "teacher positions/token": sum(s.teacher.positions for s in samples if s.teacher) / tokens,
+        "requests/s": speed["requests/s"],
+        "tokens/s": speed["tokens/s"],
+        "teacher positions/token": positions / tokens,
         "predicted requests/s": predicted,
-        "predicted / measured": predicted / measured.median,
+        "predicted / measured": predicted / measured,
     }
 
 
-async def _memory(server: Server, plan: Plan) -> list[Row]:
-    """Resident memory while many streams are open, in a process that has not had so many yet."""
+async def _memory(server: MeasuredServer, plan: Plan) -> list[Row]:
+    """Resident memory while many streams are open, in a process that has not had as many yet."""
     statm = Path(f"/proc/{server.child.process.pid}/statm")
-
-    def resident() -> int:
-        return int(statm.read_text().split()[1]) * PAGE
-
-    async def highest(until: asyncio.Task[Sample]) -> int:
+    idle = _resident(statm)
+    rows = [_memory_row(0, idle, None)]
+    for streams in MEMORY_STREAMS[:1] if plan.quick else MEMORY_STREAMS:
+        load = asyncio.create_task(measure(server, synthetic(streams, 64, 64), streams))
         most = 0
-        while not until.done():
-            most = max(most, resident())
+        while not load.done():
+            most = max(most, _resident(statm))
             await asyncio.sleep(0.1)
-        return most
-
-    rows: list[Row] = []
-    idle = resident()
-    for streams in (64,) if plan.quick else (64, 512):
-        load = asyncio.create_task(measure(server.at(0), synthetic(streams, 64, 64), streams))
-        most = await highest(load)
         await load
-        rows.append(
-            {
-                "streams": streams,
-                "resident MiB": most / 2**20,
-                "KiB above idle, per stream": (most - idle) / streams / 2**10,
-            }
-        )
-    return [{"streams": 0, "resident MiB": idle / 2**20, "KiB above idle, per stream": None}, *rows]
+        rows.append(_memory_row(streams, most, (most - idle) / streams))
+    return rows
 
 
-def _traffics() -> list[Traffic]:
-    return [Traffic(64, 64, rate, span) for rate in (0.05, 0.1, 0.2) for span in (1, 4)]
+def _resident(statm: Path) -> int:
+    """Bytes."""
+    return int(statm.read_text().split()[1]) * PAGE
+
+
+def _memory_row(streams: int, resident: int, stream_bytes: float | None) -> Row:
+    return {
+        "streams": streams,
+        "resident MiB": resident / 2**20,
+        "KiB above idle, per stream": None if stream_bytes is None else stream_bytes / 2**10,
+    }
+
+
+def _demand_rows(costs: Costs) -> list[Row]:
+    rows: list[Row] = []
+    for rate in RATES:
+        for call_tokens in (1, 4):
+            rows.append(_demand(costs, Traffic(64, 64, rate, call_tokens)))
+    return rows
 
 
 def _demand(costs: Costs, traffic: Traffic) -> Row:
-    alone = DEMAND * costs.teacher(
-        Traffic(traffic.prompt, traffic.completion, 1.0, traffic.completion), BATCH
-    )
+    all_by_teacher = replace(traffic, rate=1.0, call_tokens=traffic.completion)
     return {
         "prompt": traffic.prompt,
         "completion": traffic.completion,
@@ -219,5 +276,5 @@ def _demand(costs: Costs, traffic: Traffic) -> Row:
         "students": DEMAND * costs.student(traffic, BATCH),
         "gateway processes": DEMAND * costs.front * traffic.completion,
         "teachers": DEMAND * costs.teacher(traffic, BATCH),
-        "teachers, writing alone": alone,
+        "teachers, writing alone": DEMAND * costs.teacher(all_by_teacher, BATCH),
     }

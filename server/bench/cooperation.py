@@ -1,39 +1,46 @@
-"""Two models writing together, beside what each alone needs for its share of the tokens."""
+"""Two models writing together, compared with what each alone needs for its share of the tokens."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from operator import itemgetter
 from statistics import median
 
 from server.bench.plan import Plan
-from server.bench.results import Row, Section, Spread, Table
+from server.bench.results import Columns, Row, Section, Table, spreads
 from server.bench.servers import Sample
-from server.bench.together import READ, STUDENT, TEACHER, measured
+from server.bench.together import READ, STUDENT, TEACHER, Together, measured
 
 
 @dataclass(frozen=True)
 class Ideal:
-    """What the tokens of one cooperative run would cost elsewhere: seconds at the same number of streams."""
+    """What the tokens of one cooperative run would cost elsewhere: seconds at as many streams."""
 
     student: float
     """For the student alone, its tokens."""
     teacher: float
     """For the teacher alone, its tokens."""
+    positions: int
+    """For the teacher to read: every prompt and every token of the student once."""
     reading: float
-    """For the teacher, to read every prompt and every token of the student once."""
+    """For the teacher, to read them."""
 
     @classmethod
-    def of(cls, run: Sample, student: Sample, teacher: Sample, read_per_second: float) -> "Ideal":
+    def from_samples(cls, run: Sample, student: Sample, teacher: Sample, read_per_second: float) -> "Ideal":
         """From one run of each in the same round, and the positions/s that the teacher reads."""
-        asked = [answer for answer in run.run.answers if answer.calls]
-        positions = sum(a.prompt_tokens + a.tokens - a.teacher_tokens for a in asked)
+        positions = 0
+        for answer in run.run.answers:
+            if answer.calls:
+                positions += answer.prompt_tokens + answer.tokens - answer.teacher_tokens
         return cls(
             student=(run.run.tokens - run.run.teacher_tokens) / student.run.tokens_per_second,
             teacher=run.run.teacher_tokens / teacher.run.tokens_per_second,
+            positions=positions,
             reading=positions / read_per_second,
         )
 
     @property
     def one_after_the_other(self) -> float:
+        """The student's tokens, then the teacher's."""
         return self.student + self.teacher
 
     @property
@@ -43,6 +50,7 @@ class Ideal:
 
     @property
     def with_reading(self) -> float:
+        """One after the other, and what the teacher reads."""
         return self.student + self.teacher + self.reading
 
 
@@ -68,18 +76,27 @@ class Split:
     """All the rest: the gateway's Python, and its HTTP towards the client."""
 
     @classmethod
-    def of(cls, sample: Sample, network: float | None = None) -> "Split":
-        """``network``: seconds of a call outside the teacher's engine where nobody else asks it, which then
-        are all that counts as such; None where this sample is the only one that asks.
+    def from_sample(cls, sample: Sample, network_per_call: float | None = None) -> "Split":
+        """The split of one run.
+
+        Args:
+            sample: the run.
+            network_per_call: seconds of a call outside the teacher's engine when nobody else asks it. What a
+                call takes beyond them counts as *teacher busy*. None: nobody else asked here.
+
+        Raises:
+            ValueError: the sample has no teacher.
         """
-        student, teacher = sample.work, sample.teacher
+        student = sample.work
+        teacher = sample.teacher
         if teacher is None:
             raise ValueError("a sample without a teacher")
         calls = sample.growth["wheels_teacher_call_seconds_sum"]
-        latencies = sum(answer.end - answer.start for answer in sample.run.answers)
         inside = student.queue_seconds + student.prefill_seconds + student.decode_seconds
         outside = calls - (teacher.queue_seconds + teacher.prefill_seconds + teacher.decode_seconds)
-        network = outside if network is None else min(outside, network * sample.run.calls)
+        network = outside
+        if network_per_call is not None:
+            network = min(outside, network_per_call * sample.run.calls)
         return cls(
             student_decode=student.decode_seconds,
             student_first_step=student.prefill_seconds,
@@ -89,26 +106,69 @@ class Split:
             teacher_queue=teacher.queue_seconds,
             teacher_busy=outside - network,
             network=network,
-            gateway=latencies - inside - calls,
+            gateway=sum(sample.run.latencies) - inside - calls,
         )
 
     @property
     def shares(self) -> dict[str, float]:
+        """Each part's share of the whole, by its name with spaces."""
         total = sum(vars(self).values())
-        return {name.replace("_", " "): seconds / total for name, seconds in vars(self).items()}
+        return {_title(name): seconds / total for name, seconds in vars(self).items()}
+
+
+def _title(part: str) -> str:
+    return part.replace("_", " ")
+
+
+def _share_columns() -> Columns[Mapping[str, float]]:
+    columns: dict[str, itemgetter[str]] = {}
+    for part in fields(Split):
+        title = _title(part.name)
+        columns[title] = itemgetter(title)
+    return columns
+
+
+SHARES = _share_columns()
+
+
+@dataclass(frozen=True)
+class Round:
+    """Cooperation and each model alone, one after the other on the same examples."""
+
+    together: Sample
+    student: Sample
+    teacher: Sample
+    ideal: Ideal
+
+    @property
+    def wall(self) -> float:
+        """Seconds that the cooperation took."""
+        return self.together.run.seconds
+
+    @property
+    def read_over_once(self) -> float:
+        """Positions that the teacher read, over those that it had to read once."""
+        if self.together.teacher is None:
+            return 0.0
+        return self.together.teacher.read / max(1, self.ideal.positions)
+
+
+COLUMNS: Columns[Round] = {
+    "rate": lambda each: each.together.run.teacher_rate,
+    "tokens/s": lambda each: each.together.run.tokens_per_second,
+    "teacher alone": lambda each: each.teacher.run.tokens_per_second,
+    "student alone": lambda each: each.student.run.tokens_per_second,
+    "wall / sum": lambda each: each.wall / each.ideal.one_after_the_other,
+    "wall / side by side": lambda each: each.wall / each.ideal.side_by_side,
+    "wall / with reading": lambda each: each.wall / each.ideal.with_reading,
+    "calls/request": lambda each: each.together.run.calls / len(each.together.run.answers),
+    "positions read / once": lambda each: each.read_over_once,
+}
 
 
 def run(plan: Plan) -> Section:
+    """Cooperation compared with its ideal, and where its time goes."""
     together = plan.once(measured)
-    network = network_seconds(together.samples[1][together.cooperative[-1]])  # with most calls
-    rows: list[Row] = []
-    splits: list[Row] = []
-    for streams, samples in together.samples.items():
-        rows += [_row(streams, side, samples) for side in together.cooperative]
-        for side in together.cooperative:
-            shares = [Split.of(sample, network if streams > 1 else None).shares for sample in samples[side]]
-            split = {part: Spread.of(share[part] for share in shares) for part in shares[0]}
-            splits.append({"streams": streams, "side": side} | split)
     about = (
         f"Teacher deepened to {plan.heavy_size} on one core, student on the other, examples of the pair, "
         f"greedy. {together.rounds} rounds, other examples in each, prefix caches emptied before every run."
@@ -117,14 +177,14 @@ def run(plan: Plan) -> Section:
         {
             "ideal": Table(
                 "Cooperation beside its ideal",
-                rows,
+                _ideal_rows(together),
                 f"{about} *Sum*: what each alone, at as many streams, needs for the tokens that it wrote "
                 "here; *side by side*: the longer of the two; *with reading*: the sum, and every position "
                 "that the teacher did not write read by it once.",
             ),
             "split": Table(
                 "Where a request's time goes",
-                splits,
+                _split_rows(together),
                 "Shares of latencies. Network: HTTP and the teacher's front end, by what a call "
                 "takes outside its engine at one stream; what it takes beyond is *teacher busy*.",
             ),
@@ -132,32 +192,42 @@ def run(plan: Plan) -> Section:
     )
 
 
+def _ideal_rows(together: Together) -> list[Row]:
+    rows: list[Row] = []
+    for streams, samples in together.samples.items():
+        for side in together.cooperative:
+            rounds = _rounds(side, samples)
+            rows.append({"streams": streams, "side": side, **spreads(rounds, COLUMNS)})
+    return rows
+
+
+def _rounds(side: str, samples: Mapping[str, Sequence[Sample]]) -> list[Round]:
+    alone = zip(samples[STUDENT], samples[TEACHER], samples[READ], strict=True)
+    rounds: list[Round] = []
+    for cooperation, (student, teacher, read) in zip(samples[side], alone, strict=True):
+        speed = read.run.prompt_tokens / read.run.seconds
+        ideal = Ideal.from_samples(cooperation, student, teacher, speed)
+        rounds.append(Round(cooperation, student, teacher, ideal))
+    return rounds
+
+
+def _split_rows(together: Together) -> list[Row]:
+    most_calls = together.cooperative[-1]
+    network = network_seconds(together.samples[1][most_calls])
+    rows: list[Row] = []
+    for streams, samples in together.samples.items():
+        for side in together.cooperative:
+            shares: list[Mapping[str, float]] = []
+            for sample in samples[side]:
+                shares.append(Split.from_sample(sample, network if streams > 1 else None).shares)
+            rows.append({"streams": streams, "side": side, **spreads(shares, SHARES)})
+    return rows
+
+
 def network_seconds(samples: Sequence[Sample]) -> float:
-    """Seconds of a call outside the teacher's engine; ``samples``: of one stream, with many calls."""
-    return median(Split.of(sample).network / max(1, sample.run.calls) for sample in samples)
+    """Seconds of a call outside the teacher's engine.
 
-
-def _row(streams: int, side: str, samples: dict[str, list[Sample]]) -> Row:
-    runs: Sequence[Sample] = samples[side]
-    read = [sum(a.prompt_tokens for a in s.run.answers) / s.run.seconds for s in samples[READ]]
-    ideals = [
-        Ideal.of(*quadruple) for quadruple in zip(runs, samples[STUDENT], samples[TEACHER], read, strict=True)
-    ]
-    walls = [sample.run.seconds for sample in runs]
-    pairs = list(zip(walls, ideals, strict=True))
-    return {
-        "streams": streams,
-        "side": side,
-        "rate": Spread.of(s.run.teacher_tokens / s.run.tokens for s in runs),
-        "tokens/s": Spread.of(s.run.tokens_per_second for s in runs),
-        "teacher alone": Spread.of(s.run.tokens_per_second for s in samples[TEACHER]),
-        "student alone": Spread.of(s.run.tokens_per_second for s in samples[STUDENT]),
-        "wall / sum": Spread.of(wall / ideal.one_after_the_other for wall, ideal in pairs),
-        "wall / side by side": Spread.of(wall / ideal.side_by_side for wall, ideal in pairs),
-        "wall / with reading": Spread.of(wall / ideal.with_reading for wall, ideal in pairs),
-        "calls/request": Spread.of(s.run.calls / len(s.run.answers) for s in runs),
-        "positions read / once": Spread.of(
-            s.teacher.read / max(1.0, ideal.reading * speed) if s.teacher else 0.0
-            for s, ideal, speed in zip(runs, ideals, read, strict=True)
-        ),
-    }
+    Args:
+        samples: of one stream, with many calls.
+    """
+    return median(Split.from_sample(sample).network / max(1, sample.run.calls) for sample in samples)

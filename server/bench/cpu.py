@@ -10,6 +10,8 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Usage:
+    """What the processes of one server have used since they started."""
+
     cpu_seconds: float
     """User and system time of all processes that live, front end and engine."""
     front_cpu_seconds: float
@@ -18,6 +20,7 @@ class Usage:
     """Resident bytes of the first process."""
 
     def since(self, before: "Usage") -> "Usage":
+        """The difference to an earlier usage."""
         return Usage(
             self.cpu_seconds - before.cpu_seconds,
             self.front_cpu_seconds - before.front_cpu_seconds,
@@ -26,14 +29,14 @@ class Usage:
 
 
 def usage(leader: int, proc: Path = Path("/proc")) -> Usage:
-    """Of the process group that ``leader`` leads."""
+    """Usage of the process group that ``leader`` leads."""
     total = front = 0.0
     memory = 0
     for directory in proc.iterdir():
         if not directory.name.isdigit():
             continue
         try:
-            # Behind the name, which may hold spaces: state, ppid, pgrp, …, utime, stime, …, rss.
+            # After the name, which may hold spaces: state, ppid, pgrp, …, utime, stime, …, rss.
             fields = (directory / "stat").read_text().rpartition(")")[2].split()
         except OSError:  # it has ended meanwhile
             continue
@@ -42,5 +45,6 @@ def usage(leader: int, proc: Path = Path("/proc")) -> Usage:
         seconds = (int(fields[11]) + int(fields[12])) / TICK
         total += seconds
         if int(directory.name) == leader:
-            front, memory = seconds, int(fields[21]) * PAGE
+            front = seconds
+            memory = int(fields[21]) * PAGE
     return Usage(total, front, memory)

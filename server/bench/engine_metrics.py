@@ -15,23 +15,32 @@ class Scrape:
 
     @classmethod
     def parse(cls, text: str) -> "Scrape":
+        """From Prometheus's text format."""
         values: dict[str, float] = {}
         for family in text_string_to_metric_families(text):
-            if family.type in ("counter", "histogram"):
-                for sample in family.samples:
-                    if not sample.name.endswith(("_bucket", "_created")):
-                        values[sample.name] = values.get(sample.name, 0.0) + sample.value
+            if family.type not in ("counter", "histogram"):
+                continue
+            for sample in family.samples:
+                if not sample.name.endswith(("_bucket", "_created")):
+                    values[sample.name] = values.get(sample.name, 0.0) + sample.value
         return cls(values)
 
     @classmethod
-    def of(cls, url: str) -> "Scrape":
-        """From a server's base URL. Raises OSError where it does not answer."""
+    def fetch(cls, url: str) -> "Scrape":
+        """From a server's base URL.
+
+        Raises:
+            OSError: the server does not answer.
+        """
         with urllib.request.urlopen(f"{url}/metrics", timeout=10) as reply:
             return cls.parse(reply.read().decode())
 
     def since(self, before: "Scrape") -> "Scrape":
-        """Growth from ``before`` until this; a series that was not there began at 0."""
-        return Scrape({name: value - before[name] for name, value in self.values.items()})
+        """Growth since ``before``; a series that was not there began at 0."""
+        growth: dict[str, float] = {}
+        for name, value in self.values.items():
+            growth[name] = value - before[name]
+        return Scrape(growth)
 
     def __getitem__(self, name: str) -> float:
         """0 for a series that has not been counted yet: clients make them at their first use."""
@@ -48,6 +57,7 @@ class EngineWork:
     read: int
     """Prompt tokens that were computed, not found in the prefix cache."""
     written: int
+    """Tokens."""
     queue_seconds: float
     prefill_seconds: float
     decode_seconds: float
@@ -56,20 +66,22 @@ class EngineWork:
     drafts: int
     """Steps that verified what a draft model had written; 0 without speculative decoding."""
     drafted: int
+    """Tokens that a draft model wrote."""
     accepted: int
-    """Tokens."""
+    """Drafted tokens that the model agreed with."""
 
     @property
     def positions(self) -> int:
         """Tokens that went through the model.
 
-        The step that reads a prompt's last token writes the first one, hence one less for each request; a
-        draft that is refused went through it, too.
+        The step that reads a prompt's last token also writes the first one: one less for each request. A
+        refused draft went through the model as well.
         """
         return self.read + self.written - self.requests + self.drafted - self.accepted
 
     @classmethod
-    def of(cls, growth: Scrape) -> "EngineWork":
+    def from_growth(cls, growth: Scrape) -> "EngineWork":
+        """From the growth of the engine's series."""
         return cls(
             requests=int(growth["vllm:e2e_request_latency_seconds_count"]),
             steps=int(growth["vllm:iteration_tokens_total_count"]),

@@ -1,14 +1,15 @@
 """A teacher that costs what a big model costs and writes what a small one writes.
 
-A tiny pair shows quality but no speed: an engine's own work per step is all that one sees. So the pair's
-teacher is deepened without changing its function: further decoder layers whose `o_proj` and `down_proj` are
+A tiny pair shows quality but no speed: all that can be seen is the engine's own work per step. So the pair's
+teacher is deepened without changing its function. Further decoder layers whose `o_proj` and `down_proj` are
 zero leave the residual stream as it is (zero-initialised residual branches as in Goyal et al. 2017,
-arXiv 1706.02677; used to grow a model as in Net2Net, arXiv 1511.05641), and the layers that there were get
-a wider feed-forward, padded with zeros. An engine computes all of it.
+arXiv 1706.02677; used to grow a model as in Net2Net, arXiv 1511.05641). The old layers get a wider
+feed-forward, padded with zeros. An engine computes all of it.
 """
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "model.safetensors"
+FIRST_LAYER = "model.layers.0."
 SILENT = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 """What a decoder layer adds to the residual stream goes through these."""
 
@@ -27,10 +29,11 @@ class HeavyError(Exception):
 
 @dataclass(frozen=True)
 class Deepening:
-    """What the deepened model has: 32 layers with 8,192 and a hidden size of 128 are 100 M parameters."""
+    """What the deepened model has. The defaults with a hidden size of 128 are 100 M parameters."""
 
     layers: int = 32
     feed_forward: int = 8192
+    """Width of each layer's feed-forward."""
 
 
 def deepen(source: Path, target: Path, shape: Deepening | None = None, seed: int = 0) -> int:
@@ -43,36 +46,43 @@ def deepen(source: Path, target: Path, shape: Deepening | None = None, seed: int
     """
     shape = shape or Deepening()
     config = _config(source)
-    old_layers, old_width = config["num_hidden_layers"], config["intermediate_size"]
+    old_layers = config["num_hidden_layers"]
+    old_width = config["intermediate_size"]
     if shape.layers < old_layers or shape.feed_forward < old_width:
         raise HeavyError(f"{source} has {old_layers} layers of {old_width} already")
     generator = torch.Generator().manual_seed(seed)
-    weights = {
-        name: _widen(name, weight, shape.feed_forward) for name, weight in load_file(source / WEIGHTS).items()
-    }
-    first = "model.layers.0."
-    shapes = {name.removeprefix(first): weight for name, weight in weights.items() if name.startswith(first)}
+    weights: dict[str, torch.Tensor] = {}
+    first_layer: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(source / WEIGHTS).items():
+        weights[name] = _widen(name, weight, shape.feed_forward)
+        if name.startswith(FIRST_LAYER):
+            first_layer[name.removeprefix(FIRST_LAYER)] = weights[name]
     for layer in range(old_layers, shape.layers):
-        for name, like in shapes.items():
-            weights[f"model.layers.{layer}.{name}"] = _new(name, like, config["initializer_range"], generator)
+        for name, template in first_layer.items():
+            new = _new(name, template, config["initializer_range"], generator)
+            weights[f"model.layers.{layer}.{name}"] = new
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if file.is_file() and file.name not in (WEIGHTS, "config.json"):
             shutil.copy(file, target)
     config |= {"num_hidden_layers": shape.layers, "intermediate_size": shape.feed_forward}
-    config.pop("layer_types", None)  # one entry per layer, of which a Llama has one kind
+    config.pop("layer_types", None)  # one entry per layer, and a Llama's are all of one kind
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(weights, target / WEIGHTS, {"format": "pt"})
-    return sum(weight.numel() for weight in weights.values())
+    return _size(weights)
 
 
 def parameters(checkpoint: Path) -> int:
     """Parameters of a checkpoint in one safetensors file."""
-    return sum(weight.numel() for weight in load_file(checkpoint / WEIGHTS).values())
+    return _size(load_file(checkpoint / WEIGHTS))
+
+
+def _size(weights: Mapping[str, torch.Tensor]) -> int:
+    return sum(map(torch.numel, weights.values()))
 
 
 def _config(source: Path) -> dict[str, Any]:
-    config = json.loads((source / "config.json").read_text())
+    config: dict[str, Any] = json.loads((source / "config.json").read_text())
     if config.get("model_type") != "llama" or not (source / WEIGHTS).is_file():
         raise HeavyError(f"{source} is not a Llama in one {WEIGHTS}")
     if config.get("mlp_bias") or config.get("attention_bias"):
@@ -89,9 +99,10 @@ def _widen(name: str, weight: torch.Tensor, width: int) -> torch.Tensor:
     return weight
 
 
-def _new(name: str, like: torch.Tensor, scale: float, generator: torch.Generator) -> torch.Tensor:
+def _new(name: str, template: torch.Tensor, scale: float, generator: torch.Generator) -> torch.Tensor:
+    """A further layer's weight in the shape of another layer's."""
     if name in SILENT:
-        return torch.zeros_like(like)
-    if like.ndim == 1:  # a norm
-        return torch.ones_like(like)
-    return (torch.randn(like.shape, generator=generator) * scale).to(like.dtype)
+        return torch.zeros_like(template)
+    if template.ndim == 1:  # a norm
+        return torch.ones_like(template)
+    return (torch.randn(template.shape, generator=generator) * scale).to(template.dtype)

@@ -7,26 +7,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 
+EVENT = b"data: "
+"""Begins every line of a stream that carries an event."""
+
 
 @dataclass(frozen=True)
-class Call:
-    """A request to be made: the path below the server's address, and its body."""
+class BenchRequest:
+    """A request to be made."""
 
     path: str
+    """Below the server's address."""
     body: Mapping[str, Any]
 
     @classmethod
-    def chat(cls, source: str, **fields: Any) -> "Call":
+    def chat(cls, source: str, **fields: Any) -> "BenchRequest":
         """One user message, answered greedily to its end."""
         messages = [{"role": "user", "content": source}]
         return cls("/v1/chat/completions", {"messages": messages, "temperature": 0} | fields)
 
     @classmethod
-    def tokens(cls, prompt: Sequence[int], length: int, **fields: Any) -> "Call":
+    def tokens(cls, prompt: Sequence[int], length: int, **fields: Any) -> "BenchRequest":
         """Token ids continued by exactly ``length`` tokens."""
         fixed = {"prompt": list(prompt), "max_tokens": length, "ignore_eos": True, "temperature": 0}
         return cls("/v1/completions", fixed | fields)
@@ -45,11 +49,17 @@ class Answer:
     prompt_tokens: int
     teacher_tokens: int = 0
     calls: int = 0
+    """Of the teacher."""
 
     @property
     def first(self) -> float:
         """Seconds until the first text."""
         return (self.arrivals[0] if self.arrivals else self.end) - self.start
+
+    @property
+    def seconds(self) -> float:
+        """The whole request's time."""
+        return self.end - self.start
 
     @property
     def gaps(self) -> list[float]:
@@ -59,26 +69,50 @@ class Answer:
 
 @dataclass(frozen=True)
 class Run:
-    """All answers of one load, in the order of its calls."""
+    """All answers of one load, in the order of its requests."""
 
     answers: tuple[Answer, ...]
     seconds: float
 
     @property
     def tokens(self) -> int:
+        """Completion tokens."""
         return sum(answer.tokens for answer in self.answers)
 
     @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(answer.prompt_tokens for answer in self.answers)
+
+    @property
     def teacher_tokens(self) -> int:
+        """Completion tokens that the teacher wrote."""
         return sum(answer.teacher_tokens for answer in self.answers)
 
     @property
     def calls(self) -> int:
+        """Calls of the teacher."""
         return sum(answer.calls for answer in self.answers)
 
     @property
+    def teacher_rate(self) -> float:
+        """Teacher tokens / completion tokens."""
+        return self.teacher_tokens / self.tokens
+
+    @property
     def tokens_per_second(self) -> float:
+        """Completion tokens a second, of all streams together."""
         return self.tokens / self.seconds
+
+    @property
+    def requests_per_second(self) -> float:
+        """Requests a second, of all streams together."""
+        return len(self.answers) / self.seconds
+
+    @property
+    def latencies(self) -> list[float]:
+        """Seconds of every request."""
+        return [answer.seconds for answer in self.answers]
 
     @property
     def first_ms(self) -> float:
@@ -87,28 +121,35 @@ class Run:
 
     def gap_ms(self, share: float) -> float:
         """Quantile of the times between chunks."""
-        return 1000 * quantile([gap for answer in self.answers for gap in answer.gaps], share)
+        gaps: list[float] = []
+        for answer in self.answers:
+            gaps += answer.gaps
+        return 1000 * quantile(gaps, share)
 
     def latency_ms(self, share: float) -> float:
         """Quantile of whole requests' times."""
-        return 1000 * quantile([answer.end - answer.start for answer in self.answers], share)
+        return 1000 * quantile(self.latencies, share)
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Nearest rank; 0 of nothing."""
+    """The value of the nearest rank; 0 if there are no values."""
+    if not values:
+        return 0.0
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-async def drive(url: str, model: str, calls: Sequence[Call], streams: int, *, stream: bool = True) -> Run:
-    """Make all calls, ``streams`` at a time; every stream takes the next call as soon as it is free.
+async def drive(
+    url: str, model: str, requests: Sequence[BenchRequest], streams: int, *, stream: bool = True
+) -> Run:
+    """Make all requests, ``streams`` at a time; every stream takes the next one as soon as it is free.
 
     Raises:
-        aiohttp.ClientError: a call was refused, or the server hung up.
+        aiohttp.ClientError: a request was refused, or the server hung up.
     """
-    answers: list[Answer | None] = [None] * len(calls)
-    waiting = iter(range(len(calls)))
-    fixed = {"model": model, "stream": stream}
+    answers: list[Answer | None] = [None] * len(requests)
+    waiting = iter(range(len(requests)))
+    fixed: dict[str, Any] = {"model": model, "stream": stream}
     if stream:
         fixed["stream_options"] = {"include_usage": True}
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)  # a proxy may drop idle ones after 5 s
@@ -117,13 +158,13 @@ async def drive(url: str, model: str, calls: Sequence[Call], streams: int, *, st
 
         async def work() -> None:
             for index in waiting:
-                call = calls[index]
-                answers[index] = await _ask(session, call.path, {**call.body, **fixed})
+                request = requests[index]
+                answers[index] = await _ask(session, request.path, {**request.body, **fixed})
 
         start = time.perf_counter()
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(streams, len(calls))):
+                for _ in range(min(streams, len(requests))):
                     group.create_task(work())
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures  # they all fail for one reason
@@ -131,40 +172,50 @@ async def drive(url: str, model: str, calls: Sequence[Call], streams: int, *, st
     return Run(tuple(answer for answer in answers if answer is not None), seconds)
 
 
+class Arrival(NamedTuple):
+    """One event of a reply."""
+
+    moment: float
+    event: bytes
+    """JSON."""
+
+
 async def _ask(session: aiohttp.ClientSession, path: str, body: Mapping[str, Any]) -> Answer:
     start = time.perf_counter()
-    lines: list[tuple[float, bytes]] = []
+    arrivals: list[Arrival] = []
     async with session.post(path, json=body) as reply:
         if reply.status != 200:
             raise aiohttp.ClientPayloadError(f"{path} answered {reply.status}: {await reply.text()}")
-        if body["stream"]:
-            async for line in reply.content:
-                if line.startswith(b"data: {"):
-                    lines.append((time.perf_counter(), line[len(b"data: ") :]))
+        if not body["stream"]:
+            whole = await reply.read()
+            arrivals.append(Arrival(time.perf_counter(), whole))
         else:
-            body_text = await reply.read()
-            lines.append((time.perf_counter(), body_text))
+            async for line in reply.content:
+                if line.startswith(EVENT + b"{"):
+                    arrivals.append(Arrival(time.perf_counter(), line.removeprefix(EVENT)))
     end = time.perf_counter()
-    return _answer(start, lines, end)  # parsed behind the last token, not between two
+    return _answer(start, arrivals, end)  # parsed after the last token, not between two
 
 
-def _answer(start: float, lines: Sequence[tuple[float, bytes]], end: float) -> Answer:
-    arrivals, pieces, usage, teacher = [], [], {}, {}
-    for moment, line in lines:
-        event = json.loads(line)
+def _answer(start: float, arrivals: Sequence[Arrival], end: float) -> Answer:
+    moments: list[float] = []
+    pieces: list[str] = []
+    usage: dict[str, int] = {}
+    teacher: dict[str, Any] = {}
+    for arrival in arrivals:
+        event = json.loads(arrival.event)
         if "error" in event:
             raise aiohttp.ClientPayloadError(f"the stream broke off: {event['error']}")
         usage = event.get("usage") or usage
         for choice in event["choices"]:
             teacher = choice.get("teacher") or event.get("teacher") or teacher
-            message = choice.get("delta") or choice.get("message") or choice
-            text = message.get("content") or message.get("text") or ""
+            text = _text(choice)
             if text:
-                arrivals.append(moment)
+                moments.append(arrival.moment)
                 pieces.append(text)
     return Answer(
         start=start,
-        arrivals=tuple(arrivals),
+        arrivals=tuple(moments),
         end=end,
         text="".join(pieces),
         tokens=usage.get("completion_tokens", 0),
@@ -172,3 +223,10 @@ def _answer(start: float, lines: Sequence[tuple[float, bytes]], end: float) -> A
         teacher_tokens=teacher.get("tokens", 0),
         calls=teacher.get("calls", 0),
     )
+
+
+def _text(choice: Mapping[str, Any]) -> str:
+    """What a choice says, in a chat or not, streamed or not."""
+    message = choice.get("delta") or choice.get("message") or choice
+    text: str | None = message.get("content") or message.get("text")
+    return text or ""

@@ -1,4 +1,4 @@
-"""What the gateway costs where no teacher is asked: beside vLLM's own server, same student, same core."""
+"""What the gateway costs when no teacher is asked, compared with vLLM's own server."""
 
 import asyncio
 import json
@@ -9,13 +9,21 @@ from functools import partial
 from pathlib import Path
 
 from server.bench.plan import Plan, synthetic
-from server.bench.results import Section, Spread, Table
-from server.bench.servers import Sample, Server, in_turn, measure, students
+from server.bench.results import Columns, Row, Section, Spread, Table, spreads
+from server.bench.servers import (
+    MeasuredServer,
+    Sample,
+    StudentServers,
+    in_turn,
+    measure,
+    students,
+)
 from server.local.processes import ServiceError
 
 STREAMS = (1, 8, 32, 64)
-PROMPT, LENGTH = 24, 64
-# vLLM's own client; the console script `vllm bench serve` fails in the CPU build.
+PROMPT = 24
+LENGTH = 64
+# This is vLLM's own client; the console script `vllm bench serve` fails in the CPU build.
 VLLM_BENCH = (
     "from vllm.benchmarks.serve import add_cli_args, main\n"
     "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
@@ -29,16 +37,24 @@ REPORTED = {
     "TTFT p99 ms": "p99_ttft_ms",
     "ITL p50 ms": "median_itl_ms",
     "ITL p99 ms": "p99_itl_ms",
+    "failed": "failed",
+}
+"""By column, the key in the report of vLLM's client."""
+
+SPEED: Columns[Sample] = {"tokens/s": lambda sample: sample.run.tokens_per_second}
+TIMES: Columns[Sample] = {
+    "TTFT p50 ms": lambda sample: sample.run.first_ms,
+    "ITL p50 ms": lambda sample: sample.run.gap_ms(0.5),
+    "ITL p99 ms": lambda sample: sample.run.gap_ms(0.99),
+    "CPU s / 1,000 tokens": lambda sample: 1000 * sample.usage.cpu_seconds / sample.run.tokens,
+    "of it front end": lambda sample: 1000 * sample.usage.front_cpu_seconds / sample.run.tokens,
 }
 
 
 def run(plan: Plan) -> Section:
-    theirs, ours = plan.once(students)
-    rows = asyncio.run(_ours(ours, theirs, plan))
-    confirmed = [
-        {"server": name} | vllm_bench(server, plan.pair.student, 256, plan.work)
-        for name, server in (() if plan.quick else _sides(ours, theirs))
-    ]
+    """The gateway at budget 0 and vLLM's own server, by our client and by vLLM's."""
+    servers = plan.once(students)
+    rows = asyncio.run(_all(servers, plan))
     tables = {
         "client": Table(
             "Gateway at budget 0 beside vLLM's own server",
@@ -47,56 +63,64 @@ def run(plan: Plan) -> Section:
             f"{plan.rounds} rounds, sides in alternating order. Ratios are taken round by round.",
         )
     }
-    if confirmed:
+    if not plan.quick:
+        confirmed: list[Row] = []
+        for name, server in _sides(servers).items():
+            confirmed.append({"server": name, **vllm_bench(server, plan.pair.student, 256, plan.work)})
         about = "One run each, random prompts, 32 at once."
         tables["vllm_bench_serve"] = Table("The same by `vllm bench serve`", confirmed, about)
     return Section(tables)
 
 
-def _sides(ours: Server, theirs: Server) -> list[tuple[str, Server]]:
-    return [("gateway", ours), ("vLLM", theirs)]
+def _sides(servers: StudentServers) -> dict[str, MeasuredServer]:
+    return {"gateway": servers.gateway, "vLLM": servers.stock}
 
 
-async def _ours(ours: Server, theirs: Server, plan: Plan) -> list[dict[str, object]]:
-    rows = []
+async def _all(servers: StudentServers, plan: Plan) -> list[Row]:
+    rows: list[Row] = []
     for streams in STREAMS[::2] if plan.quick else STREAMS:
         count = streams * (2 if plan.quick else 6) + (4 if plan.quick else 10)
-
-        async def load(server: Server, turn: int, streams: int = streams, count: int = count) -> Sample:
-            return await measure(server, synthetic(count, PROMPT, LENGTH, turn), streams)
-
-        sides = {name: partial(load, server) for name, server in _sides(ours, theirs)}
-        for _, server in _sides(ours, theirs):
-            await measure(server, synthetic(streams, PROMPT, LENGTH), streams)  # the first steps are slow
+        sides = {}
+        for name, server in _sides(servers).items():
+            await _load(server, streams, streams, 0)  # the first steps are slow
+            sides[name] = partial(_load, server, streams, count)
         samples = await in_turn(sides, plan.rounds)
-        rows += [_row(name, streams, samples[name], samples["vLLM"]) for name in sides]
+        for name in sides:
+            rows.append(_row(name, streams, samples[name], samples["vLLM"]))
     return rows
 
 
-def _row(
-    name: str, streams: int, samples: Sequence[Sample], reference: Sequence[Sample]
-) -> dict[str, object]:
-    ratios = [
-        a.run.tokens_per_second / b.run.tokens_per_second for a, b in zip(samples, reference, strict=True)
-    ]
+async def _load(server: MeasuredServer, streams: int, count: int, turn: int) -> Sample:
+    return await measure(server, synthetic(count, PROMPT, LENGTH, turn), streams)
+
+
+def _row(name: str, streams: int, samples: Sequence[Sample], reference: Sequence[Sample]) -> Row:
+    ratios: list[float] = []
+    for ours, theirs in zip(samples, reference, strict=True):
+        ratios.append(ours.run.tokens_per_second / theirs.run.tokens_per_second)
     return {
         "streams": streams,
         "server": name,
-        "tokens/s": Spread.of(s.run.tokens_per_second for s in samples),
-        "of vLLM's": Spread.of(ratios),
-        "TTFT p50 ms": Spread.of(s.run.first_ms for s in samples),
-        "ITL p50 ms": Spread.of(s.run.gap_ms(0.5) for s in samples),
-        "ITL p99 ms": Spread.of(s.run.gap_ms(0.99) for s in samples),
-        "CPU s / 1,000 tokens": Spread.of(1000 * s.usage.cpu_seconds / s.run.tokens for s in samples),
-        "of it front end": Spread.of(1000 * s.usage.front_cpu_seconds / s.run.tokens for s in samples),
+        **spreads(samples, SPEED),
+        "of vLLM's": Spread.from_values(ratios),
+        **spreads(samples, TIMES),
     }
 
 
-def vllm_bench(server: Server, tokenizer: Path, prompts: int, work: Path) -> dict[str, float]:
-    """One run of vLLM's own client, 32 streams at most: what it reports, by `REPORTED`, and `failed`.
+def vllm_bench(server: MeasuredServer, tokenizer: Path, prompts: int, work: Path) -> dict[str, float]:
+    """One run of vLLM's own client, 32 streams at most.
+
+    Args:
+        server: which to measure.
+        tokenizer: directory of the model's tokenizer.
+        prompts: how many.
+        work: directory for the client's report.
+
+    Returns:
+        What the client reports, by the columns of `REPORTED`.
 
     Raises:
-        ServiceError: it failed; it must work unchanged.
+        ServiceError: the client failed; it must work unchanged.
     """
     file = work / f"{server.model}.json"
     command = [sys.executable, "-c", VLLM_BENCH, "--base-url", server.url, "--model", server.model]
@@ -111,4 +135,4 @@ def vllm_bench(server: Server, tokenizer: Path, prompts: int, work: Path) -> dic
     if done.returncode != 0:
         raise ServiceError(f"vllm bench serve failed against {server.url}:\n{done.stderr[-2000:]}")
     report = json.loads(file.read_text())
-    return {title: float(report[key]) for title, key in (REPORTED | {"failed": "failed"}).items()}
+    return {title: float(report[key]) for title, key in REPORTED.items()}

@@ -7,55 +7,59 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from server.bench.load import Call
 from server.bench.plan import Plan
-from server.bench.results import Row, Section, Spread, Table
-from server.bench.servers import Sample, Server, in_turn, measure, students
+from server.bench.results import Columns, Row, Section, Spread, Table, spreads
+from server.bench.servers import MeasuredServer, Sample, in_turn, measure, students
 from server.local.pair import HOST, START_SECONDS, free_port
 from server.local.processes import Service, running
 
 STREAMS = (1, 16)
 LENGTHS = (1, 16)
 DIRECT = "vLLM itself"
+LIVENESS = "/health/liveliness"
+"""LiteLLM spells it so."""
+
+LATENCIES: Columns[Sample] = {
+    "p50 ms": lambda sample: sample.run.latency_ms(0.5),
+    "p99 ms": lambda sample: sample.run.latency_ms(0.99),
+}
+SPEED: Columns[Sample] = {"requests/s": lambda sample: sample.run.requests_per_second}
 
 
 def run(plan: Plan) -> Section:
-    direct, ours = plan.once(students)
-    sides = {DIRECT: direct, "wheels, budget 0": ours}
-    notes = []
+    """Latencies of vLLM's own server, of the gateway and, if there is one, of LiteLLM's proxy."""
+    servers = plan.once(students)
+    sides = {DIRECT: servers.stock, "wheels, budget 0": servers.gateway}
+    notes: list[str] = []
     if plan.litellm is None:
-        notes = ["LiteLLM: not measured, give a Python that has it by `--litellm`."]
+        notes.append("LiteLLM: not measured, give a Python that has it by `--litellm`.")
         rows = asyncio.run(_all(sides, plan))
     else:
-        proxy = _litellm(plan.litellm, direct, plan.work)
+        proxy = _litellm(plan.litellm, servers.stock, plan.work)
         with running([proxy], timeout=START_SECONDS) as (child,):
-            url = proxy.ready_url.removesuffix("/health/liveliness")
-            sides["LiteLLM proxy"] = replace(direct, url=url, child=child, engine=direct.url)
+            url = proxy.ready_url.removesuffix(LIVENESS)
+            sides["LiteLLM proxy"] = replace(servers.stock, url=url, child=child, engine=servers.stock.url)
             rows = asyncio.run(_all(sides, plan))
-    return Section(
-        {
-            "latency": Table(
-                "Added latency per request",
-                rows,
-                "Chat completions, not streamed; added: above vLLM's in the same round. "
-                f"{plan.rounds} rounds. The proxy runs on whatever core is free.",
-            )
-        },
-        notes,
+    table = Table(
+        "Added latency per request",
+        rows,
+        "Chat completions, not streamed; added: above vLLM's in the same round. "
+        f"{plan.rounds} rounds. The proxy runs on whatever core is free.",
     )
+    return Section({"latency": table}, notes)
 
 
-def _litellm(python: Path, behind: Server, work: Path) -> Service:
+def _litellm(python: Path, server: MeasuredServer, work: Path) -> Service:
     """LiteLLM's proxy before a vLLM server, one worker, as its documentation sets it up."""
-    parameters = {"model": f"hosted_vllm/{behind.model}", "api_base": f"{behind.url}/v1", "api_key": "none"}
-    config = {"model_list": [{"model_name": behind.model, "litellm_params": parameters}]}
+    parameters = {"model": f"hosted_vllm/{server.model}", "api_base": f"{server.url}/v1", "api_key": "none"}
+    config = {"model_list": [{"model_name": server.model, "litellm_params": parameters}]}
     (work / "litellm.yaml").write_text(json.dumps(config))  # JSON is YAML
     port = free_port()
     command = (str(python.parent / "litellm"), "--config", str(work / "litellm.yaml"))
     return Service(
         name="litellm",
         command=(*command, "--host", HOST, "--port", str(port), "--num_workers", "1"),
-        ready_url=f"http://{HOST}:{port}/health/liveliness",
+        ready_url=f"http://{HOST}:{port}{LIVENESS}",
         log=work / "litellm.log",
         environment={
             "LITELLM_LOCAL_MODEL_COST_MAP": "True",
@@ -66,37 +70,42 @@ def _litellm(python: Path, behind: Server, work: Path) -> Service:
     )
 
 
-async def _all(sides: dict[str, Server], plan: Plan) -> list[Row]:
+async def _all(sides: dict[str, MeasuredServer], plan: Plan) -> list[Row]:
     rows: list[Row] = []
     for streams in STREAMS[:1] if plan.quick else STREAMS:
+        count = max(10, streams) if plan.quick else max(60, 4 * streams)
         for length in LENGTHS:
-            count = max(10, streams) if plan.quick else max(60, 4 * streams)
-
-            async def load(
-                server: Server, turn: int, streams: int = streams, length: int = length, count: int = count
-            ) -> Sample:
-                calls = [Call.chat(example.source, max_tokens=length) for example in plan.some(count, turn)]
-                return await measure(server, calls, streams, stream=False)
-
-            for server in sides.values():
-                await load(server, 0, count=8)  # connections, first steps
-            samples = await in_turn({name: partial(load, side) for name, side in sides.items()}, plan.rounds)
-            rows += [_row(name, streams, length, samples[name], samples[DIRECT]) for name in sides]
+            loads = {}
+            for name, server in sides.items():
+                await _load(server, plan, streams, length, 8, 0)  # connections, first steps
+                loads[name] = partial(_load, server, plan, streams, length, count)
+            samples = await in_turn(loads, plan.rounds)
+            for name in sides:
+                rows.append(_row(name, streams, length, samples))
     return rows
 
 
-def _row(name: str, streams: int, length: int, samples: Sequence[Sample], direct: Sequence[Sample]) -> Row:
-    def added(share: float) -> Spread:
-        pairs = zip(samples, direct, strict=True)
-        return Spread.of(a.run.latency_ms(share) - b.run.latency_ms(share) for a, b in pairs)
+async def _load(
+    server: MeasuredServer, plan: Plan, streams: int, length: int, count: int, turn: int
+) -> Sample:
+    return await measure(server, plan.chats(count, turn, max_tokens=length), streams, stream=False)
 
+
+def _row(name: str, streams: int, length: int, samples: dict[str, list[Sample]]) -> Row:
     return {
         "streams": streams,
         "tokens": length,
         "server": name,
-        "p50 ms": Spread.of(s.run.latency_ms(0.5) for s in samples),
-        "p99 ms": Spread.of(s.run.latency_ms(0.99) for s in samples),
-        "added p50 ms": None if name == DIRECT else added(0.5),
-        "added p99 ms": None if name == DIRECT else added(0.99),
-        "requests/s": Spread.of(len(s.run.answers) / s.run.seconds for s in samples),
+        **spreads(samples[name], LATENCIES),
+        "added p50 ms": None if name == DIRECT else _added(samples[name], samples[DIRECT], 0.5),
+        "added p99 ms": None if name == DIRECT else _added(samples[name], samples[DIRECT], 0.99),
+        **spreads(samples[name], SPEED),
     }
+
+
+def _added(samples: Sequence[Sample], direct: Sequence[Sample], share: float) -> Spread:
+    """A quantile of latencies above the other server's, round by round."""
+    added: list[float] = []
+    for sample, reference in zip(samples, direct, strict=True):
+        added.append(sample.run.latency_ms(share) - reference.run.latency_ms(share))
+    return Spread.from_values(added)

@@ -5,18 +5,28 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from server.bench.heavy import deepen
-from server.bench.load import Call
+from server.bench.load import BenchRequest
 from server.local.measure import Example
 from server.local.pair import Pair
 
 T = TypeVar("T")
 
 
+class Deepened(NamedTuple):
+    """A pair whose teacher was made heavy."""
+
+    pair: Pair
+    parameters: int
+    """Of its teacher."""
+
+
 @dataclass(frozen=True)
 class Plan:
+    """The pair to measure, how much to measure, and what was made for it."""
+
     pair: Pair
     examples: Sequence[Example]
     rounds: int
@@ -24,48 +34,62 @@ class Plan:
     """Less of everything: to see that it works, not to report."""
     work: Path
     """For logs and the heavy teacher; thrown away afterwards."""
-    open: ExitStack
+    shared: ExitStack
     """Ends what several sections share."""
     litellm: Path | None = None
     """A Python that has LiteLLM's proxy."""
     _made: dict[Any, Any] = field(default_factory=dict)
+    """By the function that made it."""
 
     @cached_property
-    def _deepened(self) -> tuple[Pair, int]:
+    def _deepened(self) -> Deepened:
         target = self.work / "heavy"
         count = deepen(self.pair.teacher, target)
-        return Pair(target, self.pair.student, self.pair.router), count
+        return Deepened(Pair(target, self.pair.student, self.pair.router), count)
 
     @property
     def heavy(self) -> Pair:
         """The pair with a teacher that costs a hundred times as much and writes the same."""
-        return self._deepened[0]
+        return self._deepened.pair
 
     @property
     def heavy_size(self) -> str:
         """Parameters of its teacher, for people."""
-        return f"{self._deepened[1] / 1e6:.0f} M parameters"
+        return f"{self._deepened.parameters / 1e6:.0f} M parameters"
 
     def once(self, make: "Callable[[Plan], T]") -> T:
-        """What several sections share: made for the first of them."""
+        """What ``make`` returns for this plan; it is called only once."""
         if make not in self._made:
             self._made[make] = make(self)
-        return self._made[make]
+        made: T = self._made[make]
+        return made
 
     def some(self, count: int, turn: int) -> list[Example]:
-        """``count`` examples, others in every round as long as there are."""
+        """As many examples as asked for, other ones in every round while there are any."""
         start = turn * count % len(self.examples)
         return [*self.examples, *self.examples][start : start + count]
 
-    def chats(self, count: int, turn: int) -> list[Call]:
-        return [Call.chat(example.source) for example in self.some(count, turn)]
+    def chats(self, count: int, turn: int, **fields: Any) -> list[BenchRequest]:
+        """The sources of `some`, each as a chat with these further fields."""
+        requests: list[BenchRequest] = []
+        for example in self.some(count, turn):
+            requests.append(BenchRequest.chat(example.source, **fields))
+        return requests
 
 
-def synthetic(count: int, prompt: int, length: int, turn: int = 0) -> list[Call]:
-    """``count`` prompts of token ids that differ from their first token on, and between rounds."""
+def synthetic(count: int, prompt: int, length: int, turn: int = 0) -> list[BenchRequest]:
+    """Prompts of token ids that differ from their first token on, and between rounds.
 
-    def ids(index: int) -> list[int]:
+    Args:
+        count: how many.
+        prompt: tokens of each.
+        length: tokens to continue each by.
+        turn: the round.
+    """
+    requests: list[BenchRequest] = []
+    for index in range(count):
         seed = index + turn * count
-        return [5 + (seed * 7919 + i * (1 + seed % 13) * 31) % 400 for i in range(prompt)]
-
-    return [Call.tokens(ids(index), length) for index in range(count)]
+        step = (1 + seed % 13) * 31
+        tokens = [5 + (seed * 7919 + position * step) % 400 for position in range(prompt)]
+        requests.append(BenchRequest.tokens(tokens, length))
+    return requests

@@ -1,10 +1,15 @@
 """Pictures of sections: from their tables alone, so that a stored result can be drawn again."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from server.bench.results import Row, Section, Spread
+import numpy as np
+from numpy.typing import NDArray
+
+from server.bench.results import Row, Section, Spread, Value
 
 DPI = 120
 MARKERS = {
@@ -13,10 +18,15 @@ MARKERS = {
     "speculative": "^",
     "cooperation": "o",
 }
+"""By the first word of a side."""
 
 
 def plot(name: str, section: Section, directory: Path) -> list[Path]:
-    """Write a section's pictures; nothing for one that has none, or where matplotlib is missing."""
+    """Write a section's pictures.
+
+    Returns:
+        Their files: none for a section without pictures, or if matplotlib is missing.
+    """
     if name not in DRAWN:
         return []
     try:
@@ -39,39 +49,49 @@ def _points(pyplot: Any, section: Section) -> Any:
     columns = [column for column in rows[0] if column.startswith("tokens/s")]
     figure, panels = pyplot.subplots(1, len(columns), figsize=(6 * len(columns), 4.5), sharey=True)
     for axes, column in zip(panels, columns, strict=True):
-        for kind, marker in MARKERS.items():
-            group = [row for row in rows if _kind(str(row["side"])) == kind]
-            if not group:  # left out of this run
-                continue
-            below = {"xytext": (-3, -5), "ha": "right", "va": "top"}
-            place = below if kind.startswith("cooperation") else {"xytext": (0, 6)}
-            x = [_middle(row[column]) for row in group]
-            y = [100 * _middle(row["exact match"]) for row in group]
-            axes.plot(x, y, marker, linestyle="-" if kind.startswith("cooperation") else "", label=kind)
-            for row, at in zip(group, zip(x, y, strict=True), strict=True):
-                label = str(row["side"]).partition(", ")[2]
-                axes.annotate(label, at, textcoords="offset points", fontsize=7, rotation=60, **place)
-        streams = column.rpartition(" ")[2]
-        axes.set(xlabel="tokens/s", title=f"{streams} stream{'s' * (streams != '1')}", xscale="log")
-        axes.grid(alpha=0.3)
-        axes.margins(0.1, 0.2)
-        axes.tick_params(axis="x", which="minor", labelbottom=False)
+        _panel(axes, rows, column)
     panels[0].set_ylabel("exact match, %")
     panels[0].legend(loc="lower left")
     return figure
 
 
+def _panel(axes: Any, rows: Sequence[Row], column: str) -> None:
+    groups = _grouped(rows, _kind)
+    for kind, marker in MARKERS.items():
+        group = groups.get(kind, [])
+        if not group:  # left out of this run
+            continue
+        line = ""
+        place: dict[str, Any] = {"xytext": (0, 6)}
+        if kind == "cooperation":
+            line = "-"
+            place = {"xytext": (-3, -5), "ha": "right", "va": "top"}
+        x = _numbers(group, column)
+        y = 100 * _numbers(group, "exact match")
+        axes.plot(x, y, marker, linestyle=line, label=kind)
+        for index, row in enumerate(group):
+            point = (x[index], y[index])
+            axes.annotate(_detail(row), point, textcoords="offset points", fontsize=7, rotation=60, **place)
+    streams = column.rpartition(" ")[2]
+    axes.set(xlabel="tokens/s", title=f"{streams} stream{'' if streams == '1' else 's'}", xscale="log")
+    axes.grid(alpha=0.3)
+    axes.margins(0.1, 0.2)
+    axes.tick_params(axis="x", which="minor", labelbottom=False)
+
+
 def _shares(pyplot: Any, section: Section) -> Any:
     """Where a request's time goes, one bar for each side and number of streams."""
     rows = section.tables["split"].rows
-    parts = [column for column in rows[0] if column not in ("streams", "side")]
-    labels = [f"{row['streams']} × {str(row['side']).partition(', ')[2]}" for row in rows]
+    labels: list[str] = []
+    for row in rows:
+        labels.append(f"{row['streams']} × {_detail(row)}")
     figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(rows) + 1))
-    left = [0.0] * len(rows)
+    left = np.zeros(len(rows))
+    parts = [column for column in rows[0] if column not in ("streams", "side")]
     for index, part in enumerate(parts):
-        widths = [max(0.0, _middle(row[part])) for row in rows]
+        widths = np.maximum(0.0, _numbers(rows, part))
         axes.barh(labels, widths, left=left, label=part, color=pyplot.colormaps["tab20"](index))
-        left = [a + b for a, b in zip(left, widths, strict=True)]
+        left = left + widths
     axes.set(xlabel="share of the requests' time", ylabel="streams × budget", xlim=(0, 1))
     axes.invert_yaxis()
     axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left", fontsize=8)
@@ -81,9 +101,8 @@ def _shares(pyplot: Any, section: Section) -> Any:
 def _streams(pyplot: Any, section: Section) -> Any:
     """Tokens/s against streams, one line for each budget."""
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    for budget, rows in _grouped(section.tables["streams"].rows, "budget").items():
-        x = [row["streams"] for row in rows]
-        axes.plot(x, [_middle(row["tokens/s"]) for row in rows], marker="o", label=f"budget {budget}")
+    for budget, rows in _grouped(section.tables["streams"].rows, itemgetter("budget")).items():
+        axes.plot(_numbers(rows, "streams"), _numbers(rows, "tokens/s"), marker="o", label=f"budget {budget}")
     axes.set(xlabel="streams", ylabel="tokens/s", xscale="log", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -97,17 +116,28 @@ DRAWN: Mapping[str, Callable[[Any, Section], Any]] = {
 }
 
 
-def _kind(side: str) -> str:
+def _kind(row: Row) -> str:
     """Sides of one kind have one marker."""
-    return side.partition(", ")[0]
+    return str(row["side"]).partition(", ")[0]
 
 
-def _middle(value: Any) -> float:
-    return value.median if isinstance(value, Spread) else float(value)
+def _detail(row: Row) -> str:
+    """What tells a side from others of its kind."""
+    return str(row["side"]).partition(", ")[2]
 
 
-def _grouped(rows: Sequence[Row], column: str) -> dict[Any, list[Row]]:
+def _number(value: Value) -> float:
+    if isinstance(value, Spread):
+        return value.median
+    return math.nan if value is None else float(value)
+
+
+def _numbers(rows: Sequence[Row], column: str) -> NDArray[np.float64]:
+    return np.array([_number(row[column]) for row in rows])
+
+
+def _grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
     groups: dict[Any, list[Row]] = {}
     for row in rows:
-        groups.setdefault(row[column], []).append(row)
+        groups.setdefault(key(row), []).append(row)
     return groups

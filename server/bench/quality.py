@@ -1,14 +1,17 @@
-"""Routing quality: what `wheels evaluate` says, as a process of its own, since it belongs to training."""
+"""Routing quality, as `wheels evaluate` reports it.
+
+The evaluation runs in a process of its own, since it belongs to training.
+"""
 
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from server.bench.plan import Plan
-from server.bench.results import Row, Section, Table
+from server.bench.results import Row, Section, Table, Value
 from server.local.processes import ServiceError
 
 RATES = (0.05, 0.1, 0.2)
@@ -19,11 +22,16 @@ UNDER_BUDGET = {
     "recovered": "pgr",
     "calls/request": "calls",
 }
+"""By column, the key in the report."""
 QUICK_EXAMPLES = 50
 
 
 def run(plan: Plan) -> Section:
-    """Raises ServiceError where the evaluation fails."""
+    """Quality against the teacher rate, and under a budget.
+
+    Raises:
+        ServiceError: the evaluation failed.
+    """
     command = [sys.executable, "-m", "wheels", "evaluate", str(plan.pair.student.parent), "--json"]
     if plan.quick:
         command += ["--examples", str(QUICK_EXAMPLES), "--spans", "1"]
@@ -36,32 +44,41 @@ def run(plan: Plan) -> Section:
         {
             "recovered": Table(
                 "Share of the gap recovered, at realised teacher rates",
-                [_curve(method, points, report["area"]) for method, points in report["curves"].items()],
+                _curve_rows(report),
                 f"`wheels evaluate`. {ends} Area: below the curve over the whole rate.",
             ),
-            "budgets": Table(
-                "Under a budget, at calibrated prices",
-                [
-                    {"gate": gate} | {title: float(point[key]) for title, key in UNDER_BUDGET.items()}
-                    for gate, points in report["budgets"].items()
-                    for point in points
-                ],
-            ),
+            "budgets": Table("Under a budget, at calibrated prices", _budget_rows(report)),
         }
     )
 
 
-def _curve(method: str, points: list[Mapping[str, float]], area: Mapping[str, float]) -> Row:
-    row: dict[str, Any] = {"method": method}
-    for rate in RATES:
-        row[f"at {rate:.0%}"] = interpolate([(p["rate"], p["pgr"]) for p in points], rate)
-    return row | {"area": area.get(method)}
+def _curve_rows(report: Mapping[str, Any]) -> list[Row]:
+    rows: list[Row] = []
+    for method, points in report["curves"].items():
+        curve = [(point["rate"], point["pgr"]) for point in points]
+        row: dict[str, Value] = {"method": method}
+        for rate in RATES:
+            row[f"at {rate:.0%}"] = interpolate(curve, rate)
+        row["area"] = report["area"].get(method)
+        rows.append(row)
+    return rows
 
 
-def interpolate(points: list[tuple[float, float]], x: float) -> float:
+def _budget_rows(report: Mapping[str, Any]) -> list[Row]:
+    rows: list[Row] = []
+    for gate, points in report["budgets"].items():
+        for point in points:
+            row: dict[str, Value] = {"gate": gate}
+            for title, key in UNDER_BUDGET.items():
+                row[title] = float(point[key])
+            rows.append(row)
+    return rows
+
+
+def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
     """On straight lines between points, the student at (0, 0) and the teacher at (1, 1); x in [0, 1]."""
-    points = sorted([*points, (0.0, 0.0), (1.0, 1.0)])
-    for (x0, y0), (x1, y1) in pairwise(points):
+    curve = sorted([*points, (0.0, 0.0), (1.0, 1.0)])
+    for (x0, y0), (x1, y1) in pairwise(curve):
         if x0 <= x <= x1:
             return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     raise ValueError(f"not a rate: {x}")

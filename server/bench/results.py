@@ -1,12 +1,14 @@
 """What a section found: tables of plain values and spreads, as JSON and as Markdown."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,12 @@ class Spread:
     high: float
 
     @classmethod
-    def of(cls, values: Iterable[float]) -> "Spread":
-        """Raises ValueError for none."""
+    def from_values(cls, values: Iterable[float]) -> "Spread":
+        """Median, lowest and highest.
+
+        Raises:
+            ValueError: there is no value.
+        """
         values = list(values)
         if not values:
             raise ValueError("no measurement")
@@ -33,37 +39,65 @@ class Spread:
 
 Value = str | int | float | Spread | None
 Row = Mapping[str, Value]
+"""Values by the titles of their columns."""
+
+
+Columns = Mapping[str, Callable[[T], float]]
+"""By a column's title, what it shows of one measurement."""
+
+
+def spreads(measurements: Sequence[T], columns: Columns[T]) -> dict[str, Value]:
+    """The spread over all measurements in each column."""
+    row: dict[str, Value] = {}
+    for title, value in columns.items():
+        row[title] = Spread.from_values(map(value, measurements))
+    return row
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with the same columns; ``about`` says what was done, with how much of it."""
+    """Rows with the same columns."""
 
     title: str
     rows: Sequence[Row]
     about: str = ""
+    """What was done, and how much of it."""
 
     def markdown(self) -> str:
-        columns = list(self.rows[0])
-        align = ["---" if isinstance(self.rows[0][column], str) else "---:" for column in columns]
-        lines = [columns, align, *([_shown(row[column]) for column in columns] for row in self.rows)]
-        body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return "\n\n".join(part for part in (f"**{self.title}**", self.about, body) if part)
+        """Title, explanation and rows."""
+        first = self.rows[0]
+        align = ["---" if isinstance(value, str) else "---:" for value in first.values()]
+        lines = [_line(first.keys()), _line(align)]
+        for row in self.rows:
+            lines.append(_line(_shown(row[column]) for column in first))
+        parts = [f"**{self.title}**", self.about, "\n".join(lines)]
+        return "\n\n".join(filter(None, parts))
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 @dataclass(frozen=True)
 class Section:
-    """Tables by a short name that stays the same from run to run."""
+    """What one section of the benchmark found."""
 
     tables: Mapping[str, Table]
+    """By a short name that stays the same from run to run."""
     notes: Sequence[str] = ()
     machine: Mapping[str, str | int] = field(default_factory=lambda: machine())
 
     def markdown(self, name: str) -> str:
-        parts = [f"## {name}", *(table.markdown() for table in self.tables.values())]
-        return "\n\n".join([*parts, *(f"- {note}" for note in self.notes)])
+        """All tables and notes below the section's name."""
+        parts = [f"## {name}"]
+        for table in self.tables.values():
+            parts.append(table.markdown())
+        for note in self.notes:
+            parts.append(f"- {note}")
+        return "\n\n".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
         return asdict(self)
 
 
@@ -82,7 +116,14 @@ def number(value: float) -> str:
     if value == 0:
         return "0"
     size = abs(value)
-    digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
+    if size >= 100:
+        digits = 0
+    elif size >= 10:
+        digits = 1
+    elif size >= 1:
+        digits = 2
+    else:
+        digits = 3
     return f"{value:,.{digits}f}"
 
 
@@ -93,7 +134,7 @@ def _shown(value: Value) -> str:
 
 
 def _lines(file: Path) -> list[str]:
-    return file.read_text().splitlines() if file.exists() else []
+    return file.read_text().split("\n") if file.exists() else []
 
 
 def _version(*names: str) -> str:

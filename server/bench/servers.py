@@ -6,54 +6,61 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from server.bench.cpu import Usage, usage
 from server.bench.engine_metrics import EngineWork, Scrape
-from server.bench.load import Call, Run, drive
+from server.bench.load import BenchRequest, Run, drive
 from server.bench.plan import Plan
 from server.http.lifecycle import KEEP_ALIVE_SECONDS
 from server.local.pair import HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
 from server.local.processes import Child, Service, running
 
 GATEWAY_MODEL = "wheels"
-FIRST, LAST = (0,), (-1,)
-"""Cores: of a student, and of a teacher beside it."""
+FIRST = (0,)
+"""Cores of a student."""
+LAST = (-1,)
+"""Cores of a teacher that runs at the same time."""
 BOTH = (0, -1)
+"""Cores of a server that runs alone."""
 
 QUIET_SECONDS = 1.5
-"""An engine and its worker poll for a second after their last step, on a core that the next one may need."""
+"""An engine and its worker poll for a second after their last step, perhaps on the next server's core."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Server:
-    """Something that answers like OpenAI, and which model of it we mean."""
+class MeasuredServer:
+    """Something that answers like OpenAI, and one of its models."""
 
     url: str
     model: str
     child: Child
+    """The process whose CPU time counts."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Sent with every request."""
     engine: str = ""
-    """Base URL of the engine behind a proxy; empty where the server is one."""
+    """Base URL of the engine behind a proxy; empty if the server is an engine."""
 
     @property
     def engine_url(self) -> str:
+        """Base URL of the engine."""
         return self.engine or self.url
 
-    def at(self, budget: float) -> "Server":
+    def with_budget(self, budget: float) -> "MeasuredServer":
         """The same gateway, asked with another `teacher_budget`."""
         return replace(self, fields={**self.fields, "teacher_budget": budget})
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one load on one server did: as its client saw it, by the engine's account, and in /proc."""
+    """What one load on one server did."""
 
     run: Run
+    """As the client saw it."""
     usage: Usage
+    """By /proc."""
     growth: Scrape
     """Of the server's series."""
     teacher: EngineWork | None = None
@@ -61,11 +68,28 @@ class Sample:
 
     @property
     def work(self) -> EngineWork:
-        return EngineWork.of(self.growth)
+        """By the engine's own account."""
+        return EngineWork.from_growth(self.growth)
+
+
+class StudentServers(NamedTuple):
+    """Two servers of one student, on the same core."""
+
+    stock: MeasuredServer
+    """That of vLLM."""
+    gateway: MeasuredServer
+    """Asked with a budget of 0."""
+
+
+class PairServers(NamedTuple):
+    """A heavy teacher and the gateway in front of it, on a core each."""
+
+    teacher: MeasuredServer
+    gateway: MeasuredServer
 
 
 def stock(checkpoint: Path, logs: Path, name: str, cores: Sequence[int], *flags: str) -> Service:
-    """vLLM's own server."""
+    """A server of vLLM's own."""
     url = f"http://{HOST}:{free_port()}"
     return _resettable(teacher_service(checkpoint, url, logs, name, cores=cores, flags=flags))
 
@@ -76,86 +100,107 @@ def gateway(pair: Pair, teacher: Service, logs: Path, *flags: str, name: str = "
     return _resettable(gateway_service(pair, base_url(teacher), url, logs, flags, name, cores=FIRST))
 
 
-def students(plan: Plan) -> tuple[Server, Server]:
-    """vLLM's own server with the student and a gateway (asked with a budget of 0), on the same core."""
+def students(plan: Plan) -> StudentServers:
+    """The student behind vLLM's own server and behind a gateway."""
     teacher = stock(plan.pair.teacher, plan.work, "light-teacher", LAST)
     theirs = stock(plan.pair.student, plan.work, "stock", FIRST)
     ours = gateway(plan.pair, teacher, plan.work, name="light-gateway")
-    _, direct, behind = plan.open.enter_context(started([teacher, theirs], [ours]))
-    return direct, behind
+    _, direct, behind = plan.shared.enter_context(started([teacher, theirs], [ours]))
+    return StudentServers(direct, behind)
 
 
-def heavies(plan: Plan) -> tuple[Server, Server]:
-    """The heavy teacher's server and a gateway in front of it, on a core each."""
+def heavies(plan: Plan) -> PairServers:
+    """The heavy teacher's server and a gateway in front of it."""
     teacher = stock(plan.heavy.teacher, plan.work, "teacher", LAST)
-    behind, ours = plan.open.enter_context(started([teacher], [gateway(plan.heavy, teacher, plan.work)]))
-    return behind, ours
+    ours = gateway(plan.heavy, teacher, plan.work)
+    return PairServers(*plan.shared.enter_context(started([teacher], [ours])))
 
 
 def base_url(service: Service) -> str:
+    """Where a service answers, without a path."""
     return service.ready_url.rpartition("/")[0]
 
 
 @contextmanager
-def started(services: Sequence[Service], gateways: Sequence[Service] = ()) -> Iterator[list[Server]]:
+def started(services: Sequence[Service], gateways: Sequence[Service] = ()) -> Iterator[list[MeasuredServer]]:
     """All of them, ready; first the stock servers, then the gateways (asked with a budget of 0)."""
     with running([*services, *gateways], timeout=START_SECONDS) as children:
-        servers = [Server(base_url(child.service), child.service.name, child) for child in children]
-        yield [
-            replace(server, model=GATEWAY_MODEL, fields={"teacher_budget": 0})
-            if server.child.service in gateways
-            else server
-            for server in servers
-        ]
+        servers: list[MeasuredServer] = []
+        for child in children:
+            server = MeasuredServer(base_url(child.service), child.service.name, child)
+            if child.service in gateways:
+                server = replace(server, model=GATEWAY_MODEL).with_budget(0)
+            servers.append(server)
+        yield servers
 
 
-def forget(server: Server) -> None:
-    """Empty a server's prefix cache, so that no load is quicker because another came before it."""
+def forget(server: MeasuredServer) -> None:
+    """Empty a server's prefix cache, so that no load gains from an earlier one."""
     request = urllib.request.Request(f"{server.engine_url}/reset_prefix_cache", method="POST")
     with urllib.request.urlopen(request, timeout=10):
         pass
 
 
 async def measure(
-    server: Server,
-    calls: Sequence[Call],
+    server: MeasuredServer,
+    requests: Sequence[BenchRequest],
     streams: int,
     *,
-    teacher: Server | None = None,
+    teacher: MeasuredServer | None = None,
     stream: bool = True,
 ) -> Sample:
-    """One load, from an empty prefix cache; ``teacher`` is the one behind a gateway.
+    """One load, from an empty prefix cache.
+
+    Args:
+        server: which to measure.
+        requests: what to send; the server's own fields are added.
+        streams: requests at a time.
+        teacher: the one behind a gateway, if its work counts.
+        stream: whether answers are streamed.
 
     Raises:
         ServiceError: the server has died.
     """
-    engines = [server] if teacher is None else [server, teacher]
-    for engine in engines:
-        engine.child.check()
-        forget(engine)
-    before = [Scrape.of(engine.engine_url) for engine in engines]
+    before = _reset(server)
+    teacher_before = _reset(teacher) if teacher else None
     start = usage(server.child.process.pid)
-    calls = [replace(call, body={**call.body, **server.fields}) for call in calls]
-    run = await drive(server.url, server.model, calls, streams, stream=stream)
+    requests = [replace(request, body={**request.body, **server.fields}) for request in requests]
+    run = await drive(server.url, server.model, requests, streams, stream=stream)
     used = usage(server.child.process.pid).since(start)
-    growth = [Scrape.of(engine.engine_url).since(old) for engine, old in zip(engines, before, strict=True)]
-    return Sample(run, used, growth[0], EngineWork.of(growth[1]) if teacher else None)
+    growth = Scrape.fetch(server.engine_url).since(before)
+    if teacher is None or teacher_before is None:
+        return Sample(run, used, growth)
+    teacher_growth = Scrape.fetch(teacher.engine_url).since(teacher_before)
+    return Sample(run, used, growth, EngineWork.from_growth(teacher_growth))
+
+
+def _reset(server: MeasuredServer) -> Scrape:
+    """Empty the server's prefix cache; what it has counted until now."""
+    server.child.check()
+    forget(server)
+    return Scrape.fetch(server.engine_url)
 
 
 async def in_turn(
     sides: Mapping[str, Callable[[int], Awaitable[T]]], rounds: int, pause: float = QUIET_SECONDS
 ) -> dict[str, list[T]]:
-    """Every side once per round (it is told which), in alternating order, with silence before each."""
-    results: dict[str, list[T]] = {name: [] for name in sides}
+    """Every side once per round, in alternating order, with silence before each.
+
+    A side is called with the number of the round.
+    """
+    names = list(sides)
+    results: dict[str, list[T]] = {}
+    for name in names:
+        results[name] = []
     for turn in range(rounds):
-        for name in list(sides) if turn % 2 else reversed(list(sides)):
+        for name in names if turn % 2 else reversed(names):
             await asyncio.sleep(pause)
             results[name].append(await sides[name](turn))
     return results
 
 
 def _resettable(service: Service) -> Service:
-    # The first is the only way to vLLM's endpoint that empties the prefix cache; by the second vLLM's own
-    # server keeps idle connections as the gateway does.
+    # Only the first opens vLLM's endpoint that empties the prefix cache. With the second, vLLM's own server
+    # keeps idle connections for as long as the gateway does.
     ours = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_SECONDS)}
     return replace(service, environment={**service.environment, **ours})

@@ -11,27 +11,43 @@ from dataclasses import dataclass
 from functools import partial
 
 from server.bench.plan import Plan, synthetic
-from server.bench.servers import BOTH, Sample, Server, heavies, in_turn, measure, started, stock
+from server.bench.servers import (
+    BOTH,
+    MeasuredServer,
+    PairServers,
+    Sample,
+    heavies,
+    in_turn,
+    measure,
+    started,
+    stock,
+)
 from server.local.processes import Service
 
 BUDGETS = (0.05, 0.1, 0.2, 0.5)
 DRAFTS = (2, 4, 6)
 STREAMS = (1, 16)
-STUDENT, TEACHER, WIDE, READ = "student alone", "teacher alone, 1 core", "teacher alone, 2 cores", "read"
+STUDENT = "student alone"
+TEACHER = "teacher alone, 1 core"
+WIDE = "teacher alone, 2 cores"
+READ = "read"
+"""The teacher only reads prompts."""
 READ_PROMPT = 256
 
 Side = Callable[[int], Awaitable[Sample]]
-"""Round -> what came of it."""
+"""Measures one side, given the number of the round."""
 
 
 @dataclass(frozen=True)
 class Together:
-    """Samples by streams and side, in the order of rounds."""
+    """What the measurement found."""
 
     samples: dict[int, dict[str, list[Sample]]]
+    """By streams and side, in the order of rounds."""
 
     @property
     def rounds(self) -> int:
+        """How often each side was measured."""
         return len(self.samples[STREAMS[0]][STUDENT])
 
     @property
@@ -41,42 +57,40 @@ class Together:
 
 
 @dataclass(frozen=True)
-class Fleet:
-    teacher: Server
-    alone: dict[str, Server]
+class SideServers:
+    """The servers of all sides."""
+
+    pair: PairServers
+    alone: dict[str, MeasuredServer]
     """Sides of one server."""
-    gateway: Server
-
-
-def name(budget: float) -> str:
-    return f"cooperation, {budget:g}"
 
 
 def measured(plan: Plan) -> Together:
-    """All sides, once."""
-    drafts = DRAFTS[1:2] if plan.quick else DRAFTS
-    teacher, ours = plan.once(heavies)
-    stocks = {}
+    """All sides, measured."""
+    pair = plan.once(heavies)
+    services: dict[str, Service] = {}
     if not plan.quick:
-        stocks[WIDE] = stock(plan.heavy.teacher, plan.work, "teacher-2", BOTH)
-    stocks |= {f"speculative, {tokens} drafts": _speculative(plan, tokens) for tokens in drafts}
-    with started([*stocks.values()]) as servers:
-        alone = {STUDENT: ours, TEACHER: teacher} | dict(zip(stocks, servers, strict=True))
-        return asyncio.run(_all(Fleet(teacher, alone, ours), plan))
+        services[WIDE] = stock(plan.heavy.teacher, plan.work, "teacher-2", BOTH)
+    for tokens in DRAFTS[1:2] if plan.quick else DRAFTS:
+        services[f"speculative, {tokens} drafts"] = _speculative(plan, tokens)
+    with started(list(services.values())) as servers:
+        alone = {STUDENT: pair.gateway, TEACHER: pair.teacher}
+        alone.update(zip(services, servers, strict=True))
+        return asyncio.run(_all(SideServers(pair, alone), plan))
 
 
 def _speculative(plan: Plan, tokens: int) -> Service:
-    """Draft and target stand in one process."""
+    """Draft and target run in one process."""
     config = {"method": "draft_model", "model": str(plan.pair.student), "num_speculative_tokens": tokens}
     flags = ("--speculative-config", json.dumps(config))
     return stock(plan.heavy.teacher, plan.work, f"speculative-{tokens}", BOTH, *flags)
 
 
-async def _all(fleet: Fleet, plan: Plan) -> Together:
+async def _all(servers: SideServers, plan: Plan) -> Together:
     samples: dict[int, dict[str, list[Sample]]] = {}
     for streams in STREAMS:
         count = (2 if plan.quick else 3) if streams == 1 else streams
-        sides = _sides(fleet, plan, count, streams)
+        sides = _sides(servers, plan, count, streams)
         if streams == STREAMS[0]:
             for side in sides.values():
                 await side(0)  # the first steps are slow
@@ -84,15 +98,18 @@ async def _all(fleet: Fleet, plan: Plan) -> Together:
     return Together(samples)
 
 
-def _sides(fleet: Fleet, plan: Plan, count: int, streams: int) -> dict[str, Side]:
-    async def write(server: Server, teacher: Server | None, turn: int) -> Sample:
+def _sides(servers: SideServers, plan: Plan, count: int, streams: int) -> dict[str, Side]:
+    async def write(server: MeasuredServer, teacher: MeasuredServer | None, turn: int) -> Sample:
         return await measure(server, plan.chats(count, turn), streams, teacher=teacher)
 
     async def read(turn: int) -> Sample:
-        return await measure(fleet.teacher, synthetic(4, READ_PROMPT, 1, turn), streams)
+        return await measure(servers.pair.teacher, synthetic(4, READ_PROMPT, 1, turn), streams)
 
-    sides: dict[str, Side] = {side: partial(write, server, None) for side, server in fleet.alone.items()}
+    sides: dict[str, Side] = {}
+    for side, server in servers.alone.items():
+        sides[side] = partial(write, server, None)
     sides[READ] = read
     for budget in BUDGETS[1:2] if plan.quick else BUDGETS:
-        sides[name(budget)] = partial(write, fleet.gateway.at(budget), fleet.teacher)
+        gateway = servers.pair.gateway.with_budget(budget)
+        sides[f"cooperation, {budget:g}"] = partial(write, gateway, servers.pair.teacher)
     return sides

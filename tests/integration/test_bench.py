@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from server.bench.overhead import vllm_bench
-from server.bench.servers import GATEWAY_MODEL, Server
+from server.bench.servers import GATEWAY_MODEL, MeasuredServer
 from server.local.pair import Pair, Serving
 
 
 def test_vllms_own_client_works_unchanged(stack: Serving, pair: Pair, tmp_path: Path) -> None:
     """`vllm bench serve` at a budget above 0, which it sends with `--extra-body`."""
-    server = Server(stack.gateway, GATEWAY_MODEL, stack.gateway_process, {"teacher_budget": 0.1})
+    server = MeasuredServer(stack.gateway, GATEWAY_MODEL, stack.gateway_process, {"teacher_budget": 0.1})
     report = vllm_bench(server, pair.student, 8, tmp_path)
     assert report["failed"] == 0
     assert report["tokens/s"] > 0

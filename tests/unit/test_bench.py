@@ -1,8 +1,9 @@
-"""`wheels bench`: its arithmetic, its client and what it prints; the engines themselves are not started."""
+"""`wheels bench`: its arithmetic, its client and what it prints; no engine is started."""
 
 import asyncio
 import json
 import math
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
@@ -11,10 +12,10 @@ from aiohttp import web
 
 from server.bench import cli
 from server.bench.cooperation import Ideal, Split
+from server.bench.cost_model import Costs, Line, Traffic
 from server.bench.cpu import TICK, Usage, usage
 from server.bench.engine_metrics import EngineWork, Scrape
-from server.bench.load import Answer, Call, Run, drive, quantile
-from server.bench.model import Costs, Line, Traffic
+from server.bench.load import Answer, BenchRequest, Run, drive, quantile
 from server.bench.plan import synthetic
 from server.bench.quality import interpolate
 from server.bench.results import Section, Spread, Table, number
@@ -52,7 +53,7 @@ def sample(*answers: Answer, seconds: float, series: dict[str, float] | None = N
     return Sample(Run(answers, seconds), Usage(0.0, 0.0, 0), Scrape(series or {}))
 
 
-# --- what engines say of themselves ---
+# --- what engines report ---
 
 
 def test_a_scrape_sums_counters_over_their_labels_and_leaves_gauges_out() -> None:
@@ -76,9 +77,9 @@ def test_positions_are_what_went_through_the_model() -> None:
         "vllm:request_prefill_kv_computed_tokens_sum": 20,
         "vllm:generation_tokens_total": 14,
     }
-    assert EngineWork.of(Scrape(series)).positions == 20 + 12
+    assert EngineWork.from_growth(Scrape(series)).positions == 20 + 12
     series |= {"vllm:spec_decode_num_draft_tokens_total": 12, "vllm:spec_decode_num_accepted_tokens_total": 5}
-    assert EngineWork.of(Scrape(series)).positions == 20 + 12 + 7
+    assert EngineWork.from_growth(Scrape(series)).positions == 20 + 12 + 7
 
 
 def test_usage_is_of_one_process_group(tmp_path: Path) -> None:
@@ -105,7 +106,7 @@ def test_the_ideal_is_what_each_alone_needs() -> None:
     run = sample(answer(1.0, tokens=10, teacher_tokens=2), seconds=1.0)
     student = sample(answer(1.0, tokens=40), seconds=1.0)
     teacher = sample(answer(2.0, tokens=10), seconds=2.0)
-    ideal = Ideal.of(run, student, teacher, 130.0)
+    ideal = Ideal.from_samples(run, student, teacher, 130.0)
     assert ideal.one_after_the_other == pytest.approx(0.2 + 0.4)
     assert ideal.side_by_side == pytest.approx(0.4)
     assert ideal.with_reading == pytest.approx(0.2 + 0.4 + 0.1)
@@ -114,7 +115,7 @@ def test_the_ideal_is_what_each_alone_needs() -> None:
 def test_a_request_that_never_asked_is_not_read() -> None:
     run = sample(answer(1.0, tokens=10), seconds=1.0)
     alone = sample(answer(1.0), seconds=1.0)
-    assert Ideal.of(run, alone, alone, 100.0).reading == 0.0
+    assert Ideal.from_samples(run, alone, alone, 100.0).reading == 0.0
 
 
 def test_the_split_adds_up_to_the_latencies() -> None:
@@ -124,19 +125,19 @@ def test_the_split_adds_up_to_the_latencies() -> None:
         "vllm:request_queue_time_seconds_sum": 0.25,
         "wheels_teacher_call_seconds_sum": 1.5,
     }
-    teacher = EngineWork.of(Scrape({"vllm:request_prefill_time_seconds_sum": 1.2}))
+    teacher = EngineWork.from_growth(Scrape({"vllm:request_prefill_time_seconds_sum": 1.2}))
     whole = sample(answer(2.0), answer(2.0), seconds=2.0, series=series)
-    split = Split.of(Sample(whole.run, whole.usage, whole.growth, teacher))
+    split = Split.from_sample(Sample(whole.run, whole.usage, whole.growth, teacher))
     assert sum(vars(split).values()) == pytest.approx(4.0)
     assert (split.network, split.gateway) == (pytest.approx(0.3), pytest.approx(0.75))
-    busy = Split.of(
+    busy = Split.from_sample(
         Sample(Run((answer(4.0, teacher_tokens=2),), 4.0), whole.usage, whole.growth, teacher), 0.1
     )
     assert (busy.network, busy.teacher_busy) == (pytest.approx(0.2), pytest.approx(0.1))
     assert sum(split.shares.values()) == pytest.approx(1.0)
 
 
-# --- the model ---
+# --- the cost model ---
 
 
 def test_a_line_is_found_again() -> None:
@@ -185,7 +186,7 @@ def test_a_curve_is_anchored_at_both_models() -> None:
 # --- the client ---
 
 
-async def test_the_client_keeps_its_streams_busy_and_reads_what_they_say(unused_tcp_port: int) -> None:
+async def test_the_client_keeps_its_streams_busy_and_reads_every_answer(unused_tcp_port: int) -> None:
     running = most = 0
 
     async def complete(request: web.Request) -> web.StreamResponse:
@@ -214,8 +215,8 @@ async def test_the_client_keeps_its_streams_busy_and_reads_what_they_say(unused_
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", unused_tcp_port).start()
     try:
-        calls = [Call.chat(str(number)) for number in range(7)]
-        run = await drive(f"http://127.0.0.1:{unused_tcp_port}", "m", calls, 2)
+        requests = [BenchRequest.chat(str(number)) for number in range(7)]
+        run = await drive(f"http://127.0.0.1:{unused_tcp_port}", "m", requests, 2)
     finally:
         await runner.cleanup()
     assert [a.text for a in run.answers] == [f"{number}!" for number in range(7)]
@@ -223,9 +224,11 @@ async def test_the_client_keeps_its_streams_busy_and_reads_what_they_say(unused_
     assert all(len(a.arrivals) == 2 and a.start < a.arrivals[0] <= a.end for a in run.answers)
 
 
-async def test_a_server_that_is_not_there_is_said_once(unused_tcp_port: int) -> None:
+async def test_an_unreachable_server_raises_one_error(unused_tcp_port: int) -> None:
     with pytest.raises(aiohttp.ClientError, match=str(unused_tcp_port)):
-        await drive(f"http://127.0.0.1:{unused_tcp_port}", "m", [Call.chat("a"), Call.chat("b")], 2)
+        await drive(
+            f"http://127.0.0.1:{unused_tcp_port}", "m", [BenchRequest.chat("a"), BenchRequest.chat("b")], 2
+        )
 
 
 def test_quantiles_are_of_the_nearest_rank() -> None:
@@ -233,7 +236,7 @@ def test_quantiles_are_of_the_nearest_rank() -> None:
 
 
 def test_synthetic_prompts_share_no_prefix() -> None:
-    prompts = [tuple(call.body["prompt"]) for turn in range(3) for call in synthetic(40, 24, 8, turn)]
+    prompts = [tuple(request.body["prompt"]) for turn in range(3) for request in synthetic(40, 24, 8, turn)]
     assert len({prompt[:8] for prompt in prompts}) == len(prompts)
     assert all(5 <= token < 405 for prompt in prompts for token in prompt)
 
@@ -241,12 +244,12 @@ def test_synthetic_prompts_share_no_prefix() -> None:
 async def test_sides_take_turns_in_alternating_order() -> None:
     order: list[str] = []
 
-    def side(name: str):
-        async def one(turn: int) -> int:
+    def side(name: str) -> Callable[[int], Awaitable[int]]:
+        async def load(turn: int) -> int:
             order.append(f"{name}{turn}")
             return turn
 
-        return one
+        return load
 
     found = await in_turn({"a": side("a"), "b": side("b")}, 3, pause=0.0)
     assert order == ["b0", "a0", "a1", "b1", "b2", "a2"]
@@ -257,7 +260,7 @@ async def test_sides_take_turns_in_alternating_order() -> None:
 
 
 def test_a_section_as_json_and_as_markdown() -> None:
-    rows = [{"server": "a", "tokens/s": Spread.of([3.0, 1.0, 2.0]), "added ms": None}]
+    rows = [{"server": "a", "tokens/s": Spread.from_values([3.0, 1.0, 2.0]), "added ms": None}]
     section = Section({"main": Table("Title", rows, "About.")}, ["a note"], {"cpu": "c"})
     stored = json.loads(json.dumps(section.as_dict()))
     assert stored["tables"]["main"]["rows"][0]["tokens/s"] == {"median": 2.0, "low": 1.0, "high": 3.0}
@@ -277,8 +280,8 @@ def test_three_digits() -> None:
 
 def test_no_measurement_has_no_spread() -> None:
     with pytest.raises(ValueError, match="no measurement"):
-        Spread.of([])
-    assert not math.isnan(Spread.of([1.0]).median)
+        Spread.from_values([])
+    assert not math.isnan(Spread.from_values([1.0]).median)
 
 
 def test_a_pair_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Line:
-    """y = fixed + each · x"""
+    """The line y = fixed + each · x."""
 
     fixed: float
     each: float
@@ -15,20 +17,26 @@ class Line:
     def fit(cls, points: Sequence[tuple[float, float]]) -> "Line":
         """Least squares through (x, y), each weighted by 1/y: a small step counts as much as a long one.
 
-        Raises ValueError where all x are the same.
-        """
-        weights = [1 / (y * y) for _, y in points]
-        total = sum(weights)
-        mean_x = sum(w * x for w, (x, _) in zip(weights, points, strict=True)) / total
-        mean_y = sum(w * y for w, (_, y) in zip(weights, points, strict=True)) / total
-        spread = sum(w * (x - mean_x) ** 2 for w, (x, _) in zip(weights, points, strict=True))
-        if spread == 0:
-            raise ValueError("a line needs two different x")
-        slope = sum(w * (x - mean_x) * (y - mean_y) for w, (x, y) in zip(weights, points, strict=True))
-        each = max(0.0, slope / spread)
-        return cls(max(0.0, mean_y - each * mean_x), each)
+        Neither of the two numbers is negative.
 
-    def at(self, x: float) -> float:
+        Raises:
+            ValueError: all x are the same.
+        """
+        table = np.array(points, dtype=float)
+        x = table[:, 0]
+        y = table[:, 1]
+        if np.ptp(x) == 0:
+            raise ValueError("a line needs two different x")
+        weights = 1 / y**2
+        mean_x = np.average(x, weights=weights)
+        mean_y = np.average(y, weights=weights)
+        covariance = np.sum(weights * (x - mean_x) * (y - mean_y))
+        variance = np.sum(weights * (x - mean_x) ** 2)
+        each = max(0.0, float(covariance / variance))
+        return cls(max(0.0, float(mean_y - each * mean_x)), each)
+
+    def predict(self, x: float) -> float:
+        """The line's y."""
         return self.fixed + self.each * x
 
 
@@ -57,27 +65,29 @@ class Costs:
     student_read: float
     """For a position that is read, not written."""
     teacher_step: Line
+    """Over the batch."""
     teacher_read: float
+    """For a position that is read, not written."""
     front: float
     """CPU seconds of the gateway's own process for a token: one core, however many engines."""
     block: int = 32
-    """Tokens of a block of the prefix cache: of the last one, half is read again at every call."""
+    """Tokens of a block of the prefix cache. Half of the last block is read again at every call."""
 
     def student(self, traffic: Traffic, batch: int) -> float:
         """Engine seconds of one request in a batch that is kept full."""
         written = traffic.completion * (1 - traffic.rate)
         read = traffic.prompt + traffic.completion * traffic.rate + traffic.calls * self.block / 2
-        return written * self.student_step.at(batch) / batch + read * self.student_read
+        return written * self.student_step.predict(batch) / batch + read * self.student_read
 
     def teacher(self, traffic: Traffic, batch: int) -> float:
-        """As `student`; nothing where it is never asked."""
+        """The teacher's engine seconds of one request; nothing if it is never asked."""
         if not traffic.calls:
             return 0.0
         written = traffic.completion * traffic.rate
         read = traffic.prompt + traffic.completion - written + traffic.calls * self.block / 2
-        return written * self.teacher_step.at(batch) / batch + read * self.teacher_read
+        return written * self.teacher_step.predict(batch) / batch + read * self.teacher_read
 
     def requests_per_second(self, traffic: Traffic, batch: int) -> float:
-        """Of one student and one teacher, whichever is full first, in front of them one gateway process."""
-        busy = (self.student(traffic, batch), self.teacher(traffic, batch), self.front * traffic.completion)
-        return 1 / max(busy)
+        """What one student, one teacher and one gateway process carry: the first that is full decides."""
+        front = self.front * traffic.completion
+        return 1 / max(self.student(traffic, batch), self.teacher(traffic, batch), front)
