@@ -34,36 +34,70 @@ IN_TURN = (
 
 @dataclass
 class Waits:
-    """Seconds: before the first token of each request, at every border, in all."""
+    """Seconds that the requests waited."""
 
     first: list[float] = field(default_factory=list)
+    """Before the first token of each."""
     border: list[float] = field(default_factory=list)
+    """At every border between the two models."""
     wall: float = 0.0
+    """In all."""
 
     async def stream(self, client: AsyncOpenAI, example: Example, budget: float) -> None:
-        last, source = time.perf_counter(), None
+        """Make one request, and note its waits."""
+        last = time.perf_counter()
+        writer: str | None = None
         chunks = await client.chat.completions.create(
-            model="wheels", messages=[{"role": "user", "content": example.source}], temperature=0,
-            stream=True, extra_body={"teacher_budget": budget},
-        )  # fmt: skip
+            model="wheels",
+            messages=[{"role": "user", "content": example.source}],
+            temperature=0,
+            stream=True,
+            extra_body={"teacher_budget": budget},
+        )
         async for chunk in chunks:
             if not (chunk.choices and chunk.choices[0].delta.content):
                 continue
-            now, writes = time.perf_counter(), chunk.model_extra["source"]
-            if writes != source:
-                (self.first if source is None else self.border).append(now - last)
-            last, source = now, writes
+            now = time.perf_counter()
+            source = chunk.model_extra["source"]
+            if writer is None:
+                self.first.append(now - last)
+            elif source != writer:
+                self.border.append(now - last)
+            last = now
+            writer = source
+
+    def __str__(self) -> str:
+        p99 = quantiles(self.border, n=100)[98]
+        return (
+            f"at {len(self.border)} borders p50 {1e3 * median(self.border):.0f} ms, p99 {1e3 * p99:.0f} ms; "
+            f"first token p50 {median(self.first):.1f} s; in all {self.wall:.1f} s"
+        )
 
 
 async def measure(url: str, examples: Sequence[Example], budget: float) -> Waits:
-    waits, began = Waits(), time.perf_counter()
+    """All examples at once."""
+    waits = Waits()
+    began = time.perf_counter()
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         await asyncio.gather(*(waits.stream(client, example, budget) for example in examples))
     waits.wall = time.perf_counter() - began
     return waits
 
 
+def gateways(pair: Pair, teacher: str, places: int, logs: Path) -> list[Service]:
+    """The gateway as it is, and the one without priorities."""
+    services: list[Service] = []
+    for name in ("continuations first", "in turn"):
+        service = gateway_service(pair, teacher, f"http://{HOST}:{free_port()}", logs, name=name)
+        command = (*service.command, "--max-num-seqs", str(places))
+        if name == "in turn":
+            command = (*IN_TURN, *command[len(GATEWAY) :])
+        services.append(replace(service, command=command))
+    return services
+
+
 def main() -> None:
+    """Print one line for each gateway and round."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -72,29 +106,20 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.2)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    pair, examples = Pair.in_directory(DEMO), load_examples(DEMO / "examples.jsonl")[: options.streams]
+    pair = Pair.in_directory(DEMO)
+    examples = load_examples(DEMO / "examples.jsonl")[: options.streams]
     teacher = f"http://{HOST}:{free_port()}"
-    urls = {name: f"http://{HOST}:{free_port()}" for name in ("continuations first", "in turn")}
     with tempfile.TemporaryDirectory() as logs:
-        services: list[Service] = [teacher_service(pair.teacher, teacher, Path(logs))]
-        for name, url in urls.items():
-            service = gateway_service(pair, teacher, url, Path(logs))
-            command = (*service.command, "--max-num-seqs", str(options.places))
-            if name == "in turn":
-                command = (*IN_TURN, *command[len(GATEWAY) :])
-            services.append(replace(service, name=name, log=Path(logs) / f"{name}.log", command=command))
+        both = gateways(pair, teacher, options.places, Path(logs))
+        services = [teacher_service(pair.teacher, teacher, Path(logs)), *both]
         with running(services, timeout=600):
             for turn in range(options.rounds + 1):
-                for name, url in list(urls.items())[:: 1 if turn % 2 else -1]:
+                for gateway in both if turn % 2 else reversed(both):
                     time.sleep(1.5)  # the other engine polls for a second after its last step
+                    url = gateway.ready_url.removesuffix("/ready")
                     waits = asyncio.run(measure(url, examples, options.budget))
                     if turn:  # the first warms up
-                        print(
-                            f"{name:<20} at {len(waits.border)} borders p50 {1e3 * median(waits.border):.0f} "
-                            f"ms, p99 {1e3 * quantiles(waits.border, n=100)[98]:.0f} ms; first token p50 "
-                            f"{median(waits.first):.1f} s; in all {waits.wall:.1f} s",
-                            flush=True,
-                        )
+                        print(f"{gateway.name:<20} {waits}", flush=True)
 
 
 if __name__ == "__main__":

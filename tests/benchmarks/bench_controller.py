@@ -9,6 +9,7 @@ against one that follows what is left of the request's bucket.
 """
 
 import argparse
+from collections.abc import Sequence
 
 from router.ledger import FractionOfTraffic, TokensPerWindow
 from tests.traffic import (
@@ -31,29 +32,33 @@ OWN = 0.8
 ANYTHING = TokensPerWindow(tokens=10**12, window_seconds=3600)
 
 
-def row(name: str, outcomes: list[Outcome], best: list[float]) -> str:
-    rates = [rate for outcome in outcomes for rate in outcome.rates]
-    teacher = sum(outcome.teacher for outcome in outcomes)
-    value = sum(outcome.value for outcome in outcomes)
-    realised = teacher / sum(outcome.teacher + outcome.student for outcome in outcomes)
-    refused = sum(outcome.refused for outcome in outcomes) / len(outcomes)
+def total(outcomes: Sequence[Outcome]) -> Outcome:
+    """Several outcomes as one."""
+    together = Outcome()
+    for outcome in outcomes:
+        together.teacher += outcome.teacher
+        together.student += outcome.student
+        together.value += outcome.value
+        together.refused += outcome.refused
+        together.rates += outcome.rates
+    return together
+
+
+def row(name: str, outcomes: Sequence[Outcome], best: Sequence[float]) -> str:
+    """One line of the first table; ``best``: the most value that each traffic allows."""
+    together = total(outcomes)
+    lowest = 100 * min(together.rates)
+    highest = 100 * max(together.rates)
     return (
-        f"| {name:<40} | {100 * realised:5.2f} | {100 * min(rates):5.2f} to {100 * max(rates):5.2f} "
-        f"| {refused:7.0f} | {value / teacher:5.2f} | {100 * value / sum(best):4.0f} |"
+        f"| {name:<40} | {100 * together.rate:5.2f} | {lowest:5.2f} to {highest:5.2f} "
+        f"| {together.refused / len(outcomes):7.0f} | {together.value / together.teacher:5.2f} "
+        f"| {100 * together.value / sum(best):4.0f} |"
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=24_000, help=f"of {STEP_SECONDS} s")
-    parser.add_argument("--windows", type=int, nargs="*", default=[60, 300, 900], help="seconds")
-    parser.add_argument("--streams", type=int, default=40, help="requests at a time, on average")
-    options = parser.parse_args()
+def compare_global_limits(options: argparse.Namespace, traffics: Sequence[Traffic]) -> None:
+    """The same limit, spent in several ways."""
     calibration = calibrate()
-    traffics = [Traffic(seed, options.steps, options.streams) for seed in range(1, options.seeds + 1)]
     best = [hindsight(traffic, RATE) for traffic in traffics] if options.windows else []
     for window in options.windows:
         fraction = FractionOfTraffic(fraction=RATE, window_seconds=window, slack_tokens=SPAN)
@@ -73,23 +78,39 @@ def main() -> None:
         ):
             outcomes = [run(traffic, limit, price, calibration, own) for traffic in traffics]
             print(row(name, outcomes, best), flush=True)
+
+
+def compare_own_budgets(traffics: Sequence[Traffic]) -> None:
+    """No global limit: one price for a request, against one that follows its bucket."""
     print(
         "\nEvery request with a budget of its own: teacher rate, value of all, by the price within a request"
     )
     print("| budget | span, asked for | one price | follows the bucket |")
     print("| ------ | --------------- | --------- | ------------------ |")
     for ask in (SPAN, 1):
+        calibration = calibrate(ask=ask)
         for own in (0.05, 0.15, 0.3):
             cells = []
             for price in (fixed_price(own), controlled):
-                outcomes = [
-                    run(traffic, ANYTHING, price, calibrate(ask=ask), own, ask) for traffic in traffics
-                ]
-                teacher, value = (sum(getattr(o, name) for o in outcomes) for name in ("teacher", "value"))
-                cells.append(
-                    f"{100 * teacher / (teacher + sum(o.student for o in outcomes)):.2f} %, {value:.0f}"
-                )
+                outcomes = [run(traffic, ANYTHING, price, calibration, own, ask) for traffic in traffics]
+                together = total(outcomes)
+                cells.append(f"{100 * together.rate:.2f} %, {together.value:.0f}")
             print(f"| {own} | {SPAN}, by {ask} | {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=24_000, help=f"of {STEP_SECONDS} s")
+    parser.add_argument("--windows", type=int, nargs="*", default=[60, 300, 900], help="seconds")
+    parser.add_argument("--streams", type=int, default=40, help="requests at a time, on average")
+    options = parser.parse_args()
+    traffics = [Traffic(seed, options.steps, options.streams) for seed in range(1, options.seeds + 1)]
+    compare_global_limits(options, traffics)
+    compare_own_budgets(traffics)
 
 
 if __name__ == "__main__":

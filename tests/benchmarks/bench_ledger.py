@@ -21,15 +21,17 @@ from router.ledger import FractionOfTraffic, Lease, Ledger, MemoryLedger, Scope,
 from router.ledger.redis import RedisLedger
 from tests.redis_server import RedisServer
 
+Times = dict[str, list[float]]
+"""Seconds by operation."""
 SCOPES = (
     Scope("tenant", "acme", TokensPerWindow(tokens=10**9, window_seconds=3600)),
     Scope("global", "", FractionOfTraffic(fraction=0.5, window_seconds=3600, slack_tokens=10**6)),
 )
 
 
-async def measure(ledger: Ledger, reservations: int, rate: float, times: dict[str, list[float]]) -> None:
+async def measure(ledger: Ledger, reservations: int, rate: float, times: Times) -> None:
     """Reserve and settle; ``rate`` a second on average at random moments, 0 = without a pause."""
-    for i in range(reservations):
+    for index in range(reservations):
         if rate:
             await asyncio.sleep(random.expovariate(rate))
         started = time.perf_counter()
@@ -37,35 +39,66 @@ async def measure(ledger: Ledger, reservations: int, rate: float, times: dict[st
         reserved = time.perf_counter()
         if not isinstance(lease, Lease):
             raise SystemExit(f"refused: {lease}")
-        await ledger.settle(lease, i % 9)
+        await ledger.settle(lease, index % 9)
         times["reserve"].append(reserved - started)
         times["settle"].append(time.perf_counter() - reserved)
 
 
 def line(name: str, times: list[float]) -> str:
-    times = sorted(times)
-    p50, p99, p999 = (times[math.ceil(q * len(times)) - 1] * 1e6 for q in (0.5, 0.99, 0.999))
-    return f"{name:<42}{len(times):>8}{p50:>10.0f}{p99:>10.0f}{p999:>10.0f}"
+    """Quantiles of the nearest rank, as one row of the table."""
+    ordered = sorted(times)
+    row = f"{name:<42}{len(ordered):>8}"
+    for share in (0.5, 0.99, 0.999):
+        microseconds = ordered[math.ceil(share * len(ordered)) - 1] * 1e6
+        row += f"{microseconds:>10.0f}"
+    return row
 
 
-def new() -> dict[str, list[float]]:
+def no_times() -> Times:
+    """For what is measured next."""
     return {"reserve": [], "settle": []}
 
 
-async def client(build: Callable[[], Ledger], streams: int, reservations: int, rate: float) -> dict:
+async def client(build: Callable[[], Ledger], streams: int, reservations: int, rate: float) -> Times:
+    """One process with one ledger, which this many streams use."""
     ledger = build()
-    await measure(ledger, 20, 0, new())  # connections, scripts
-    times = new()
+    await measure(ledger, 20, 0, no_times())  # connections, scripts
+    times = no_times()
     await asyncio.gather(*(measure(ledger, reservations, rate, times) for _ in range(streams)))
     await ledger.aclose()
     return times
 
 
-def redis_client(url: str, streams: int, reservations: int, rate: float) -> dict[str, list[float]]:
+def redis_client(url: str, streams: int, reservations: int, rate: float) -> Times:
+    """`client` of a ledger in Redis, in a process of its own."""
     return uvloop.run(client(lambda: RedisLedger.connect(url, timeout=5.0), streams, reservations, rate))
 
 
+def measure_clients(url: str, options: argparse.Namespace) -> None:
+    """Several processes, each with one operation under way at a time."""
+    for rate, name in ((options.rate, f"{options.rate:g}/s each"), (0.0, "without a pause")):
+        job = (url, 1, options.reservations, rate)
+        with multiprocessing.get_context("spawn").Pool(options.clients) as pool:
+            results = pool.starmap(redis_client, [job] * options.clients, chunksize=1)
+        for operation in ("reserve", "settle"):
+            times: list[float] = []
+            for result in results:
+                times += result[operation]
+            print(line(f"redis, {options.clients} clients, {name}, {operation}", times))
+
+
+def measure_streams(url: str, reservations: int) -> None:
+    """One process, in which many streams use the ledger at once."""
+    started = time.perf_counter()
+    times = redis_client(url, 64, reservations // 16, 0)
+    seconds = time.perf_counter() - started
+    for operation, values in times.items():
+        print(line(f"redis, 1 client, 64 streams, {operation}", values))
+    print(f"redis, 1 client, 64 streams: {2 * len(times['reserve']) / seconds:.0f} operations/s")
+
+
 def main() -> None:
+    """Print one table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -80,19 +113,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         server = RedisServer(Path(directory))
         try:
-            for rate, name in ((options.rate, f"{options.rate:g}/s each"), (0.0, "without a pause")):
-                job = (server.url, 1, options.reservations, rate)
-                with multiprocessing.get_context("spawn").Pool(options.clients) as pool:
-                    results = pool.starmap(redis_client, [job] * options.clients, chunksize=1)
-                for operation in ("reserve", "settle"):
-                    values = [value for result in results for value in result[operation]]
-                    print(line(f"redis, {options.clients} clients, {name}, {operation}", values))
-            started = time.perf_counter()
-            times = redis_client(server.url, 64, options.reservations // 16, 0)
-            seconds = time.perf_counter() - started
-            for operation, values in times.items():
-                print(line(f"redis, 1 client, 64 streams, {operation}", values))
-            print(f"redis, 1 client, 64 streams: {2 * len(times['reserve']) / seconds:.0f} operations/s")
+            measure_clients(server.url, options)
+            measure_streams(server.url, options.reservations)
         finally:
             server.stop()
 

@@ -1,4 +1,4 @@
-"""Speed of on-policy distillation: PCL-KD here beside TRL's `DistillationTrainer`.
+"""Speed of on-policy distillation: PCL-KD here, compared with TRL's `DistillationTrainer`.
 
 Both in this process and in turns, on the demo pair: the same prompts, batch, longest completion, precision,
 temperature and optimizer, eager, one thread, logging off; a learning rate of almost nothing, so that the
@@ -11,8 +11,6 @@ little.
     python -m tests.benchmarks.bench_training
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import tempfile
@@ -20,6 +18,7 @@ import time
 from itertools import islice
 from pathlib import Path
 from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -44,7 +43,8 @@ LEARNING_RATE = 1e-9
 def ours(sources: list[str], batch: int, longest: int) -> float:
     """Tokens/s."""
     tokenizer = load_tokenizer(PAIR / "student")
-    student, teacher = load_model(PAIR / "student"), load_model(PAIR / "teacher").requires_grad_(False)
+    student = load_model(PAIR / "student")
+    teacher = load_model(PAIR / "teacher").requires_grad_(False)
     end = tokenizer.eos_token_id
     method = PCL(PCLConfig(type="pcl", on_policy=1.0), len(tokenizer), teacher, end)
     steps = len(sources) // batch
@@ -53,10 +53,12 @@ def ours(sources: list[str], batch: int, longest: int) -> float:
     )
     optimizers = make_optimizers(student, schedule)
     student.train()
-    tokens, began = 0, 0.0
+    tokens = 0
+    began = 0.0
     for step in range(steps):
         if step == WARM_UP:
-            tokens, began = 0, clock()
+            tokens = 0
+            began = clock()
         prompts = encode_prompts(tokenizer, sources[step * batch : (step + 1) * batch])
         answers = [[end] * (longest - 1)] * batch  # stand for references: they bound the completions' length
         _, count = update(
@@ -74,13 +76,20 @@ def ours(sources: list[str], batch: int, longest: int) -> float:
 
 
 class Clock(TrainerCallback):
-    def __init__(self) -> None:
-        self.tokens, self.began, self.ended = 0, 0.0, 0.0
+    """When the counted steps began and ended."""
 
-    def on_step_end(self, args, state, control, **others) -> None:
+    def __init__(self) -> None:
+        self.tokens = 0
+        """Of completions since then; `Counting` adds them."""
+        self.began = 0.0
+        self.ended = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Called by the trainer."""
         self.ended = clock()
         if state.global_step == WARM_UP:
-            self.tokens, self.began = 0, self.ended
+            self.tokens = 0
+            self.began = self.ended
 
 
 class Counting(DistillationTrainer):
@@ -88,7 +97,7 @@ class Counting(DistillationTrainer):
 
     seen: Clock
 
-    def _generate_and_score_completions(self, inputs):
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
         outputs = super()._generate_and_score_completions(inputs)
         self.seen.tokens += int(outputs["completion_mask"].sum())
         return outputs
@@ -97,12 +106,13 @@ class Counting(DistillationTrainer):
 def theirs(sources: list[str], batch: int, longest: int) -> float:
     """Tokens/s."""
     seen = Clock()
+    prompts = [{"prompt": [{"role": "user", "content": source}]} for source in sources]
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Counting(
             model=load_model(PAIR / "student"),
             teacher_model=load_model(PAIR / "teacher"),
             processing_class=load_tokenizer(PAIR / "student"),
-            train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": s}]} for s in sources]),
+            train_dataset=Dataset.from_list(prompts),
             args=DistillationConfig(
                 output_dir=scratch,
                 max_steps=len(sources) // batch,
@@ -126,7 +136,20 @@ def theirs(sources: list[str], batch: int, longest: int) -> float:
     return seen.tokens / (seen.ended - seen.began)
 
 
+class Speeds(NamedTuple):
+    """Tokens/s of one round."""
+
+    ours: float
+    theirs: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster ours is."""
+        return self.ours / self.theirs
+
+
 def main() -> None:
+    """Print every round, and the medians as JSON."""
     parser = argparse.ArgumentParser(description="Tokens/s of on-policy distillation, ours and TRL's")
     parser.add_argument("--steps", type=int, default=15, help=f"of a run, the first {WARM_UP} not counted")
     parser.add_argument("--batch", type=int, default=64)
@@ -136,18 +159,22 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    sources = [e.source for e in islice(make_task("numbers").train(11), args.steps * args.batch)]
-    rounds = []
+    examples = islice(make_task("numbers").train(11), args.steps * args.batch)
+    sources = [example.source for example in examples]
+    rounds: list[Speeds] = []
     for _ in range(args.rounds):
-        pair = ours(sources, args.batch, args.longest), theirs(sources, args.batch, args.longest)
+        speeds = Speeds(ours(sources, args.batch, args.longest), theirs(sources, args.batch, args.longest))
         print(
-            f"ours {pair[0]:,.0f} tokens/s, TRL {pair[1]:,.0f} tokens/s, ratio {pair[0] / pair[1]:.2f}",
+            f"ours {speeds.ours:,.0f} tokens/s, TRL {speeds.theirs:,.0f} tokens/s, ratio {speeds.ratio:.2f}",
             flush=True,
         )
-        rounds.append(pair)
-    columns = [median(column) for column in zip(*rounds, strict=True)]
-    ratio = median(a / b for a, b in rounds)
-    print(json.dumps({"ours": round(columns[0]), "trl": round(columns[1]), "ratio": round(ratio, 2)}))
+        rounds.append(speeds)
+    medians = {
+        "ours": round(median(speeds.ours for speeds in rounds)),
+        "trl": round(median(speeds.theirs for speeds in rounds)),
+        "ratio": round(median(speeds.ratio for speeds in rounds), 2),
+    }
+    print(json.dumps(medians))
 
 
 if __name__ == "__main__":
