@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     AnyHttpUrl,
     BaseModel,
     BeforeValidator,
@@ -20,6 +21,7 @@ from pydantic import (
     ValidationError,
 )
 
+from measuring.examples import load_sources
 from router.budget import Budget
 from router.gate import GATES
 from router.ledger import LedgerConfig, Limit, MemoryLedgerConfig
@@ -41,6 +43,11 @@ def _file(value: Any) -> Path:
     if not isinstance(value, str | Path) or not Path(value).is_file():
         raise ValueError(f"no such file: {value}")
     return Path(value)
+
+
+def _with_sources(file: Path) -> Path:
+    load_sources(file)  # raises a ValueError that names the line
+    return file
 
 
 def _budget(value: Any) -> Any:
@@ -128,7 +135,9 @@ class ServeConfig(BaseModel):
     drain_seconds: float = Field(
         30.0, ge=0, description="at SIGTERM, how long running requests have to end, seconds"
     )
-    examples: File | None = Field(None, description="JSONL of {source}: prompts that the playground offers")
+    examples: Annotated[File, AfterValidator(_with_sources)] | None = Field(
+        None, description="JSONL of {source}: prompts that the playground offers"
+    )
     cache: Path = Field(
         Path.home() / ".cache" / "training-wheels", description="where merged students are kept"
     )

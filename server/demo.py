@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from openai import OpenAIError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -29,8 +28,11 @@ from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
+from measuring.examples import Example, load_examples
+from measuring.gateway import GatewayClient, GatewayError, Reply
+from measuring.json_lines import DataError
 from server.local.arguments import PAIR_HELP, SHIPPED_PAIR, positive
-from server.local.measure import Client, Example, Reply, Row, load_examples, recovered
+from server.local.measure import Answered, Row, answer_all, gap_recovered
 from server.local.pair import START_SECONDS, Pair, Serving, free_port, serving
 from server.local.processes import Child, ServiceError
 
@@ -49,16 +51,20 @@ def main(argv: list[str]) -> int:
     if missing := [path for path in (*pair.missing(), examples_file) if not path.exists()]:
         console.print(f"wheels demo: not there: {', '.join(map(str, missing))}", markup=False)
         return 1
-    examples = load_examples(examples_file)[: options.requests]
+    try:
+        examples = load_examples(examples_file)[: options.requests]
+    except DataError as error:
+        console.print(f"wheels demo: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 1
     logs = Path(tempfile.mkdtemp(prefix="wheels-demo-"))
     signal.signal(signal.SIGTERM, _exit_on_signal)  # as an exception, so that the servers are ended
     try:
         with _start(pair, logs, options, console) as servers:
-            replies, rows = asyncio.run(_measure(servers, pair, examples, options.concurrency, console))
+            answered, rows = asyncio.run(_measure(servers, pair, examples, options.concurrency, console))
             _print_table(rows, console)
-            if lost := sum(reply.degraded for at_budget in replies.values() for reply in at_budget):
+            if lost := sum(one.reply.degraded for at_budget in answered.values() for one in at_budget):
                 console.print(f"The teacher was lost in {lost} requests, see {logs}", style="red")
-            _print_completions(replies, pair, console)
+            _print_completions(answered, pair, console)
             if options.json:
                 print(json.dumps({"rows": [asdict(row) for row in rows]}), flush=True)
             if not options.once:
@@ -139,8 +145,8 @@ def _watch(progress: Progress) -> Callable[[list[Child]], None]:
 
 async def _measure(
     servers: Serving, pair: Pair, examples: Sequence[Example], concurrency: int, console: Console
-) -> tuple[dict[float, list[Reply]], list[Row]]:
-    """Replies per budget, and their rows.
+) -> tuple[dict[float, list[Answered]], list[Row]]:
+    """Answered examples per budget, and their rows.
 
     Raises:
         ServiceError: a server died or refused a request.
@@ -148,25 +154,27 @@ async def _measure(
     from router.checkpoint import RouterCheckpoint  # brings torch, which `wheels demo --help` can do without
 
     span_tokens = RouterCheckpoint.load(pair.router).config.span_tokens
-    replies: dict[float, list[Reply]] = {}
+    answered: dict[float, list[Answered]] = {}
     rows: list[Row] = []
     columns = TextColumn("budget {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
-        async with Client(servers.gateway, concurrency=concurrency) as client:
-            await client.ask_all(examples[:concurrency], budget=0.5)  # the engines' first steps are slow
+        async with GatewayClient(servers.gateway, concurrency=concurrency) as client:
+            await answer_all(client, examples[:concurrency], budget=0.5)  # the engines' first steps are slow
             with Progress(*columns, console=console, transient=True) as progress:
                 for budget in BUDGETS:
                     task = progress.add_task(f"{budget:g}", total=len(examples))
-                    replies[budget], seconds = await client.ask_all(
-                        examples, budget, advance=lambda task=task: progress.advance(task)
+                    start = time.perf_counter()
+                    answered[budget] = await answer_all(
+                        client, examples, budget, advance=lambda task=task: progress.advance(task)
                     )
+                    seconds = time.perf_counter() - start
                     rows.append(
-                        Row.of(replies[budget], budget=budget, span_tokens=span_tokens, seconds=seconds)
+                        Row.of(answered[budget], budget=budget, span_tokens=span_tokens, seconds=seconds)
                     )
-    except OpenAIError as error:
+    except GatewayError as error:
         servers.check()  # a dead server explains itself better
         raise servers.gateway_process.error(f"failed a request ({error})") from error
-    return replies, rows
+    return answered, rows
 
 
 # --- showing ---
@@ -188,16 +196,16 @@ def _print_table(rows: Sequence[Row], console: Console) -> None:
             f"{row.tokens_per_second:,.0f}",
         )
     console.print(table)
-    shares = [(budget, recovered(rows, budget)) for budget in SHOWN_BUDGETS]
+    shares = [(budget, gap_recovered(rows, budget)) for budget in SHOWN_BUDGETS]
     text = ", ".join(f"{share:.0%} at budget {budget:g}" for budget, share in shares if share is not None)
     console.print(f"Gap between student and teacher recovered: {text or 'there is none'}.\n", highlight=False)
 
 
-def _print_completions(replies: dict[float, list[Reply]], pair: Pair, console: Console) -> None:
+def _print_completions(answered: dict[float, list[Answered]], pair: Pair, console: Console) -> None:
     """Examples that the student alone gets wrong, with the spans that the teacher wrote."""
     tokenizer = Tokenizer.from_file(str(pair.student / "tokenizer.json"))
     budget = SHOWN_BUDGETS[0]
-    both = zip(replies[0.0], replies[budget], strict=True)
+    both = zip(answered[0.0], answered[budget], strict=True)
     wrong = [(alone, helped) for alone, helped in both if not alone.right][:SHOWN_COMPLETIONS]
     if not wrong:
         return
@@ -208,9 +216,9 @@ def _print_completions(replies: dict[float, list[Reply]], pair: Pair, console: C
         console.print()
         console.print(Text(f"    {alone.example.source}", style="dim"))
         lines = Table.grid(padding=(0, 1))
-        for reply in (alone, helped):
-            verdict = Text("  ✓", style="green") if reply.right else Text("  ✗", style="red")
-            lines.add_row(verdict, _coloured(reply, tokenizer, console))
+        for one in (alone, helped):
+            verdict = Text("  ✓", style="green") if one.right else Text("  ✗", style="red")
+            lines.add_row(verdict, _coloured(one.reply, tokenizer, console))
         console.print(lines)
     console.print()
 

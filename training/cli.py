@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 import transformers
 
+from measuring.gateway import GatewayError
+from measuring.json_lines import DataError
 from router.checkpoint import CheckpointError, RouterCheckpoint
 from training.config import RecipeError, load_recipe
-from training.evaluation.gateway import BUDGETS, Gateway, measure
+from training.evaluation.gateway import BUDGETS, RunningGateway, measure
 from training.evaluation.report import METHODS, evaluate_pair, gateway_report, joined, plot, table
 from training.loop.dry_run import dry_run
 from training.loop.stopping import Stopped
@@ -19,6 +21,8 @@ from training.pipeline import STAGES, run, task_of
 from training.served import ServerError
 
 STOPPED = 130  # exit status of a run that was asked to stop
+UNUSABLE = (CheckpointError, DataError, GatewayError, RecipeError, ServerError)
+"""What ends a command in one line, with status 2."""
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -46,7 +50,7 @@ def train(argv: list[str]) -> int:
         recipe = load_recipe(find_recipe(args.recipe), args.overrides)
         go = dry_run if args.dry_run else run
         go(recipe, tuple(args.stage or STAGES))
-    except (RecipeError, CheckpointError, ServerError) as error:
+    except UNUSABLE as error:
         print(error, file=sys.stderr)
         return 2
     except Stopped as stopped:
@@ -95,10 +99,10 @@ def evaluate(argv: list[str]) -> int:
             reports.append(evaluate_pair(pair, task, examples, args.spans, recipe.max_tokens, others))
             span_tokens = span_tokens or RouterCheckpoint.load(pair / "router").config.span_tokens
         if args.gateway:
-            gateway = Gateway(args.gateway, recipe.max_tokens, args.concurrency)
+            gateway = RunningGateway(args.gateway, recipe.max_tokens, args.concurrency)
             reports.append(gateway_report(measure(gateway, task, examples, args.budgets, span_tokens)))
         report = reports[0] if len(reports) == 1 else joined(*reports)
-    except (RecipeError, CheckpointError, ServerError) as error:
+    except UNUSABLE as error:
         print(error, file=sys.stderr)
         return 2
     print(table(report))

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import aiohttp
 
+from measuring.examples import load_examples
+from measuring.json_lines import DataError
 from server.bench.heavy import HeavyError
 from server.bench.plan import Plan
 from server.bench.results import Section
 from server.local.arguments import PAIR_HELP, SHIPPED_PAIR, positive
-from server.local.measure import load_examples
 from server.local.pair import Pair
 from server.local.processes import ServiceError
 
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
                 _say(f"({name}: {time.monotonic() - start:.0f} s)\n", options.json)
                 if options.out:
                     _write(sections[name], name, options.out)
-    except (ServiceError, HeavyError, aiohttp.ClientError) as error:
+    except (DataError, ServiceError, HeavyError, aiohttp.ClientError) as error:
         print(f"wheels bench: {error}\nLogs: {work}", file=sys.stderr)
         return 1
     shutil.rmtree(work)

@@ -7,9 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from measuring.examples import Example
 from server.bench.heavy import deepen
 from server.bench.load import BenchRequest
-from server.local.measure import Example
 from server.local.pair import Pair
 
 T = TypeVar("T")

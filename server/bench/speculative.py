@@ -66,7 +66,7 @@ def _exact_match(samples: Sequence[Sample], plan: Plan) -> float:
     for turn, sample in enumerate(samples):
         answers = sample.run.answers
         for answer, example in zip(answers, plan.some(len(answers), turn), strict=True):
-            if answer.text in example.answers:
+            if example.references.accepts(answer.text):
                 right += 1
         total += len(answers)
     return right / total

@@ -1,6 +1,5 @@
 """The gateway's own routes, beside those of vLLM: readiness, budgets and the playground."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse
 from typing_extensions import TypedDict
 
+from measuring.examples import load_sources
 from server.http.access import owner_of
 from server.http.budgets import BudgetsView, answer
 from server.tenants import Tenants
@@ -30,8 +30,7 @@ class Ready(TypedDict):
 def routes(examples: Path | None, tenants: Tenants | None) -> APIRouter:
     """Router of the gateway's own pages; ``examples``: JSONL with a `source`, prompts for the playground."""
     router = APIRouter()
-    lines = [] if examples is None else examples.read_text().splitlines()
-    prompts = [json.loads(line)["source"] for line in lines]
+    prompts = [] if examples is None else load_sources(examples)
 
     @router.get("/ready", response_model=Ready, responses={503: {"model": Ready, "description": "Not ready"}})
     async def ready(request: Request) -> JSONResponse:

@@ -17,7 +17,7 @@ from statistics import median, quantiles
 
 from openai import AsyncOpenAI
 
-from server.local.measure import Example, load_examples
+from measuring.examples import Example, load_examples
 from server.local.pair import GATEWAY, HOST, Pair, free_port, gateway_service, teacher_service
 from server.local.processes import Service, running
 

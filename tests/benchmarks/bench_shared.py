@@ -10,13 +10,16 @@ import asyncio
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import httpx
 
-from server.local.measure import Client, Example, Row, load_examples
+from measuring.examples import Example, load_examples
+from measuring.gateway import GatewayClient
+from server.local.measure import Row, answer_all
 from server.local.pair import GATEWAY, HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
 from server.local.processes import Service, running
 
@@ -54,10 +57,12 @@ async def measure(
 ) -> tuple[Row, list[float]]:
     rates: list[float] = []
     watching = asyncio.create_task(watch(url, window, rates))
-    async with Client(url, concurrency=streams) as client:
-        replies, seconds = await client.ask_all(examples, OWN)
+    async with GatewayClient(url, concurrency=streams) as client:
+        start = time.perf_counter()
+        answered = await answer_all(client, examples, OWN)
+        seconds = time.perf_counter() - start
     watching.cancel()
-    return Row.of(replies, budget=OWN, span_tokens=4, seconds=seconds), rates
+    return Row.of(answered, budget=OWN, span_tokens=4, seconds=seconds), rates
 
 
 def main() -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from conftest import DEMO
 
-from server.local.measure import Client, load_examples
+from measuring.examples import load_examples
+from measuring.gateway import GatewayClient
+from server.local.measure import answer_all
 from server.local.pair import Pair, Serving, free_port, gateway_service
 from server.local.processes import running
 
@@ -56,8 +58,8 @@ async def test_asking_where_the_router_says_beats_asking_at_random(
     url, examples = f"http://127.0.0.1:{free_port()}", load_examples(DEMO / "examples.jsonl")
     random = {budget: learned[budget] for budget in (0.0, 1.0)}
     with running([gateway_service(pair, stack.teacher, url, tmp_path, ("--gate", "random"))], timeout=300):
-        async with Client(url, concurrency=16) as client:
+        async with GatewayClient(url, concurrency=16) as client:
             for budget in (0.05, 0.1, 0.2):
-                replies, _ = await client.ask_all(examples, budget)
-                random[budget] = {"exact_match": sum(reply.right for reply in replies) / len(replies)}
+                answered = await answer_all(client, examples, budget)
+                random[budget] = {"exact_match": sum(one.right for one in answered) / len(answered)}
                 assert recovered(learned, budget) > recovered(random, budget) + 0.2

@@ -5,27 +5,31 @@ from pathlib import Path
 
 import pytest
 
-from server.local.measure import Example, Reply, Row, load_examples, recovered
+from measuring.examples import Example, References, load_examples
+from measuring.gateway import Reply
+from server.local.measure import Answered, Row, gap_recovered
 
-EXAMPLE = Example.of("at 3", [[["um "], ["drei", "3"], [" Uhr"]], [["15 Uhr"]]])
+EXAMPLE = Example("at 3", References.from_json([[["um "], ["drei", "3"], [" Uhr"]], [["15 Uhr"]]]))
 
 
-def reply(text: str = "um drei Uhr", tokens: int = 10, spans: tuple[tuple[int, int], ...] = ()) -> Reply:
+def reply(text: str = "um drei Uhr", tokens: int = 10, spans: tuple[tuple[int, int], ...] = ()) -> Answered:
     written = sum(end - start for start, end in spans)
-    return Reply(EXAMPLE, text, list(range(tokens)), list(spans), written, len(spans), degraded=False)
+    made = Reply(text, list(range(tokens)), list(spans), 5, written, len(spans), degraded=False)
+    return Answered(EXAMPLE, made)
 
 
 def test_all_right_answers_are_accepted() -> None:
-    assert EXAMPLE.answers == {"um drei Uhr", "um 3 Uhr", "15 Uhr"}
+    assert all(map(EXAMPLE.references.accepts, ("um drei Uhr", "um 3 Uhr", "15 Uhr")))
     assert reply("um 3 Uhr").right
     assert not reply("um 3 uhr").right
 
 
 def test_similarity_is_to_the_nearest_answer() -> None:
-    assert EXAMPLE.similarity("um drei Uhr") == 1.0
-    assert EXAMPLE.similarity("um vier Uhr") == pytest.approx(1 - 3 / 11)  # d→v, r→i, ei→er: 3 of 11 edits
-    assert EXAMPLE.similarity("15 Uhu") == pytest.approx(1 - 1 / 6)
-    assert EXAMPLE.similarity("") == 0.0
+    similarity = EXAMPLE.references.similarity
+    assert similarity("um drei Uhr") == 1.0
+    assert similarity("um vier Uhr") == pytest.approx(1 - 3 / 11)  # d→v, r→i, ei→er: 3 of 11 edits
+    assert similarity("15 Uhu") == pytest.approx(1 - 1 / 6)
+    assert similarity("") == 0.0
 
 
 @pytest.mark.parametrize(
@@ -75,8 +79,8 @@ def rows(student: float, at_tenth: float, teacher: float) -> list[Row]:
 
 
 def test_share_of_the_gap_that_is_recovered() -> None:
-    assert recovered(rows(0.5, 0.8, 1.0), 0.1) == pytest.approx(0.6)
-    assert recovered(rows(0.9, 0.9, 0.9), 0.1) is None
+    assert gap_recovered(rows(0.5, 0.8, 1.0), 0.1) == pytest.approx(0.6)
+    assert gap_recovered(rows(0.9, 0.9, 0.9), 0.1) is None
 
 
 def test_examples_are_read_line_by_line(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PACKAGES = ("server", "router", "training")
+PACKAGES = ("measuring", "router", "server", "training")
 
 
 def constraints() -> dict[str, str]:
@@ -43,7 +43,7 @@ def imports(package: str) -> Iterator[tuple[Path, str]]:
 
 
 @pytest.mark.parametrize(
-    ("package", "extras"), [("router", []), ("server", ["bench"]), ("training", ["train"])]
+    ("package", "extras"), [("measuring", []), ("router", []), ("server", ["bench"]), ("training", ["train"])]
 )
 def test_every_import_is_declared(package: str, extras: list[str]) -> None:
     """Torch and vLLM come with the build's extra, cpu or gpu."""
@@ -103,7 +103,8 @@ def test_no_companion_of_another_torch(name: str) -> None:
 @pytest.mark.parametrize(
     ("package", "foreign"),
     [
-        ("router", {"server", "training", "vllm", "fastapi", "transformers"}),
+        ("measuring", {"router", "server", "training", "torch", "vllm", "fastapi", "transformers"}),
+        ("router", {"measuring", "server", "training", "vllm", "fastapi", "transformers"}),
         ("server", {"training"}),
         ("training", {"server"}),
     ],

@@ -10,7 +10,7 @@ from training.cli import main
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["train", "demo", "task.name=nosuch"], "task nosuch: unknown task 'nosuch'; known: docstrings"),
+        (["train", "demo", "task.name=nosuch"], "task nosuch: unknown task 'nosuch'; known: jsonl, numbers"),
         (["train", "demo", "task.options={depth: 3}"], "task numbers: .*takes no arguments"),
         (["train", "multi30k", "task.options.directory=/no/where"], "task jsonl: .*/no/where/train.jsonl"),
         (["train", "demo", "--dry-run", "task.name=nosuch"], "task nosuch: unknown task"),

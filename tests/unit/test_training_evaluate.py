@@ -6,12 +6,14 @@ import pytest
 import torch
 from tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 
+from measuring.gateway import Reply
+from measuring.scores import excess
 from router.budget import Bucket, Budget
 from router.gate import EntropyGate
 from training.evaluation.baselines import hesitation, query_level
-from training.evaluation.gateway import Reply, measure
+from training.evaluation.gateway import measure
 from training.evaluation.report import Report, area, at_rate, gateway_report, joined, table
-from training.evaluation.scoring import excess, runs, teacher_positions
+from training.evaluation.scoring import runs, teacher_positions
 from training.gating.calibration import spare_prices, teacher_rate
 from training.gating.rollout import Completion, Cooperation
 from training.gating.tree import PERIODIC, Setting, Tree
@@ -48,8 +50,8 @@ def test_runs_and_positions_by_hand():
 
 
 def test_the_excess_is_the_worst_prefixs():
-    assert excess(written(0, 1, 1, 0, 0), 0.5) == pytest.approx(2 - 1.5)
-    assert excess(written(0, 0), 0.5) < 0
+    assert excess([False, True, True, False, False], 0.5) == pytest.approx(2 - 1.5)
+    assert excess([False, False], 0.5) < 0
 
 
 EXAMPLES = make_task("numbers").test()[:3]
@@ -65,10 +67,12 @@ class ScriptedGateway:
         for at, example in enumerate(EXAMPLES):
             lost = at == 2 and 0.2 <= budget < 1
             if budget >= 0.2 and not lost:
-                half = int(budget == 1)
-                rows.append(Reply(example.references.first(), written(1, 1, half, half), 5, False))
+                text, length = example.references.first(), 4
+                spans = [(0, 4 if budget == 1 else 2)]
             else:
-                rows.append(Reply("?", written(0, 0), 5, lost))
+                text, length, spans = "?", 2, []
+            taught = sum(end - start for start, end in spans)
+            rows.append(Reply(text, [7] * length, spans, 5, taught, len(spans), lost))
         return rows
 
 
@@ -79,7 +83,7 @@ def test_a_gateways_rows_by_hand():
     assert (nothing["rate"], nothing["excess"]) == (0.0, 0.0)
     assert (little["quality"], little["pgr"], little["degraded"]) == (0.0, 0.0, 0)
     assert (some["quality"], some["rate"], some["degraded"]) == pytest.approx((2 / 3, 4 / 10, 1))
-    assert (some["calls"], some["runs"], some["positions"]) == pytest.approx((0, 2 / 3, 2 / 3 * 6))
+    assert (some["calls"], some["runs"], some["positions"]) == pytest.approx((2 / 3, 2 / 3, 2 / 3 * 6))
     assert some["excess"] == pytest.approx(2 - 0.4 - 1)
     assert (everything["pgr"], everything["excess"]) == (1.0, 0.0)
     assert of.area["gateway"] == pytest.approx(0.4 * (2 / 3) / 2 + 0.6 * (2 / 3 + 1) / 2)

@@ -1,15 +1,13 @@
 """The shipped task: splits that cannot leak, references that accept what is right and nothing else."""
 
-import json
 import random
 from itertools import islice, pairwise, product
 
 import pytest
 from sacrebleu import corpus_bleu
 
-from training.tasks import References, make_task
-from training.tasks.base import Example
-from training.tasks.docstrings import extract, functions
+from measuring.examples import Example, References
+from training.tasks import make_task
 from training.tasks.numbers import split_of
 from training.tasks.spelling import cardinals, clock, price
 
@@ -168,47 +166,3 @@ def test_corpus_metrics_are_taken_of_the_whole_set(tmp_path):
     assert whole == pytest.approx(corpus_bleu(answers, [rows]).score / 100)
     assert whole != pytest.approx(sum(each) / 2, abs=1e-3)
     assert task.quality(task.test(), rows, [1.0, 1.0]) == pytest.approx(1.0)
-
-
-def test_docstrings_are_extracted_once_and_split_by_file(tmp_path):
-    directory = tmp_path / "data"
-    task = make_task("docstrings", directory=str(directory), packages=["json", "email", "http", "asyncio"])
-    written = (directory / "train.jsonl").read_bytes()
-    rows = [json.loads(line) for line in written.decode().splitlines()]
-    assert len(rows) > 100
-    sources = {row["source"] for row in rows}
-    assert not any(row["target"] in row["source"] for row in rows)
-    held_out = {example.source for example in task.valid() + task.test()}
-    assert len(held_out) > 5
-    assert not held_out & sources
-    answers = [example.references.first() for example in task.test()]
-    assert task.score(task.test(), answers).quality == [1.0] * len(answers)
-
-    make_task(
-        "docstrings", directory=str(directory), packages=["nosuch"]
-    )  # there already: not extracted again
-    extract(tmp_path / "again", ["json", "email", "http", "asyncio"])
-    assert (tmp_path / "again" / "train.jsonl").read_bytes() == written
-    with pytest.raises(ValueError, match="nosuch"):
-        extract(tmp_path / "other", ["nosuch"])
-
-
-def test_a_function_and_the_first_sentence_of_its_docstring(tmp_path):
-    file = tmp_path / "some.py"
-    file.write_text('''
-def halves(numbers, *, exact=False):
-    """Split a list of numbers
-    in its middle. An odd one goes left.
-    """
-    middle = (len(numbers) + 1) // 2
-    return numbers[:middle], numbers[middle:]
-
-def undocumented(numbers):
-    return [number for number in numbers if number % 2 == 0 and number > 2]
-
-def documented_only():
-    """Say what it does and do nothing at all about it."""
-''')
-    ((source, sentence),) = functions(file)
-    assert sentence == "Split a list of numbers in its middle."
-    assert source.startswith("def halves(numbers, *, exact=False):\n    middle")

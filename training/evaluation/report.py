@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from measuring.scores import recovered
 from router.checkpoint import CheckpointError, RouterCheckpoint
 from router.gate import CONFIDENCE_GATES
 from training.evaluation.baselines import hesitation, query_level
 from training.evaluation.gateway import Measured
-from training.evaluation.scoring import Scorer, ends, point, recovered
+from training.evaluation.scoring import Scorer, ends, point
 from training.gating.gates import GAINS, Head
 from training.gating.prompts import Trees
 from training.gating.rollout import FREE, Completion

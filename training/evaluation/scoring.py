@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from measuring.examples import Example
+from measuring.scores import excess
 from training.gating.calibration import teacher_rate
 from training.gating.rollout import Completion
 from training.gating.tree import Setting
-from training.tasks import Example, Task
+from training.tasks import Task
 from training.tokenizer import decode_answers
 
 
@@ -102,14 +104,8 @@ def point(
         runs=sum(runs(c) for c in completions) / count,
         positions=sum(map(teacher_positions, completions, prompt_tokens)) / count,
         tokens=sum(len(c.tokens) for c in completions) / count,
-        excess=max(excess(c, setting.fraction) for c in completions) - span,
+        excess=max(excess(c.by_teacher, setting.fraction) for c in completions) - span,
     )
-
-
-def excess(completion: Completion, fraction: float) -> float:
-    """Most tokens that any prefix has above fraction * its length."""
-    spent = accumulate(completion.by_teacher)
-    return max(teacher - fraction * length for length, teacher in enumerate(spent, start=1))
 
 
 def runs(completion: Completion) -> int:
@@ -121,8 +117,3 @@ def teacher_positions(completion: Completion, prompt_tokens: int) -> int:
     """Prompt and all that was written up to the last teacher token; 0 for one that never asked."""
     last = max((at for at, flag in enumerate(completion.by_teacher) if flag), default=None)
     return 0 if last is None else prompt_tokens + last
-
-
-def recovered(quality: float, student: float, teacher: float) -> float:
-    """Performance gap recovered; nan where there is no gap."""
-    return (quality - student) / (teacher - student) if teacher != student else math.nan

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from measuring.examples import Example, References
 from training.evaluation.scoring import Scorer
 from training.gating.rollout import Cooperation
 from training.sampling import complete
-from training.tasks import Example, Task
-from training.tasks.base import References
+from training.tasks import Task
 from training.tokenizer import decode_answers
 
 TEMPERATURE = 0.7

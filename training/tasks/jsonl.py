@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from training.tasks.base import Example, References, Scores, Task, register
+from measuring.examples import Example, References
+from measuring.json_lines import DataError, read_some_json_lines
+from training.tasks.base import Scores, Task, register
 
 
 def _exact(targets: list[str], answers: list[str]) -> list[float]:
@@ -34,8 +35,11 @@ def _rouge_l(targets: list[str], answers: list[str]) -> list[float]:
 
 
 METRICS: dict[str, Callable[[list[str], list[str]], list[float]]] = {
-    "exact": _exact, "bleu": _bleu, "chrf": _chrf, "rouge_l": _rouge_l,
-}  # fmt: skip
+    "exact": _exact,
+    "bleu": _bleu,
+    "chrf": _chrf,
+    "rouge_l": _rouge_l,
+}
 
 
 def _corpus_bleu(targets: list[str], answers: list[str]) -> float:
@@ -59,8 +63,9 @@ class Jsonl(Task):
     """Files of a directory. `router`: training examples kept for the router's rollouts, as a teacher knows by
     heart what it was trained on, and would look better there than it is.
 
-    Raises ValueError, naming file and line, for a line without `source` and `target`; OSError for a file that
-    is not there.
+    Raises:
+        DataError: a file or a line of it cannot be used; the message names them.
+        ValueError: an unknown metric, or too many examples kept for the router.
     """
 
     name = "jsonl"
@@ -82,6 +87,8 @@ class Jsonl(Task):
         )
         held_out = {example.source for example in self._valid + self._test}
         self._train = [example for example in self._train if example.source not in held_out]
+        if not self._train:
+            raise DataError(f"{Path(directory) / train}: every source is in {valid} or {test} as well")
         if not 0 <= router < len(self._train):
             raise ValueError(f"cannot keep {router} of {len(self._train)} training examples for the router")
         random.Random(0).shuffle(self._train)
@@ -89,13 +96,8 @@ class Jsonl(Task):
 
     @staticmethod
     def _read(path: Path) -> list[Example]:
-        examples = []
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            row = json.loads(line)
-            if not isinstance(row, dict) or not {"source", "target"} <= row.keys():
-                raise ValueError(f"{path}:{number}: want an object with source and target")
-            examples.append(Example(row["source"], References.one(row["target"])))
-        return examples
+        rows = read_some_json_lines(path)
+        return [Example(row.text("source"), References.one(row.text("target"))) for row in rows]
 
     def train(self, seed: int) -> Iterator[Example]:
         return self._shuffled(self._train, seed)

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+from measuring.examples import Example, Form, References, Slot
 from training.tasks import spelling
-from training.tasks.base import Example, Form, References, Slot, Task, register
+from training.tasks.base import Task, register
 from training.tasks.spelling import Value
 
 

@@ -1,0 +1,174 @@
+"""Examples with all their right answers, and how near a text comes to one.
+
+`References` is a small grammar rather than a list. Free variation multiplies: three synonyms here, two word
+orders there, and a sentence easily has thousands of right answers.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+
+from measuring.json_lines import is_text, read_json_lines, read_some_json_lines
+
+Slot = tuple[str, ...]
+Form = tuple[Slot, ...]
+
+LISTED = 500
+"""A form with at most this many answers is compared answer by answer, which is then faster."""
+_EDIT = 1 << 14  # weight of one edit in `_least`; larger than any answer is long
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """How far a text is from the nearest right answer. Of equally near answers the longest counts."""
+
+    edits: int
+    length: int
+    """Of that answer, in characters."""
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Smaller is nearer."""
+        return self.edits, -self.length
+
+
+@dataclass(frozen=True)
+class References:
+    """All right answers to one source: one form, and in it one alternative per slot, joined without
+    separators.
+    """
+
+    forms: tuple[Form, ...]
+
+    @classmethod
+    def one(cls, text: str) -> "References":
+        return cls((((text,),),))
+
+    @classmethod
+    def from_json(cls, forms: list[list[list[str]]]) -> "References":
+        return cls(tuple(tuple(tuple(slot) for slot in form) for form in forms))
+
+    def to_json(self) -> list[list[list[str]]]:
+        """`[form][slot][alternative]`, the format of `examples.jsonl`."""
+        return [[list(slot) for slot in form] for form in self.forms]
+
+    def __len__(self) -> int:
+        return sum(_count(form) for form in self.forms)
+
+    def first(self) -> str:
+        return "".join(slot[0] for slot in self.forms[0])
+
+    def sample(self, rng: random.Random) -> str:
+        """One right answer; form and alternatives uniform."""
+        return "".join(rng.choice(slot) for slot in rng.choice(self.forms))
+
+    def accepts(self, text: str) -> bool:
+        return any(_accepts(form, text) for form in self.forms)
+
+    def similarity(self, text: str) -> float:
+        """1 - d / max(len(text), len(nearest)), d the Levenshtein distance to the nearest right answer; in
+        [0, 1].
+        """
+        if self.accepts(text):
+            return 1.0
+        nearest = min((_nearest(form, text) for form in self.forms), key=lambda found: found.rank)
+        longest = max(len(text), nearest.length)
+        return 1.0 - nearest.edits / longest if longest else 1.0
+
+
+@dataclass(frozen=True)
+class Example:
+    source: str
+    references: References
+
+
+def load_examples(file: Path) -> list[Example]:
+    """Examples of a pair, one object a line: `source` and `references` (see `References.to_json`).
+
+    Raises:
+        DataError: the file or a line of it cannot be used.
+    """
+    examples = []
+    for row in read_some_json_lines(file):
+        forms = row.fields.get("references")
+        if not _is_grammar(forms):
+            raise row.error("'references' is not a list of forms of slots of alternatives")
+        examples.append(Example(row.text("source"), References.from_json(forms)))
+    return examples
+
+
+def load_sources(file: Path) -> list[str]:
+    """The `source` of every line of a file.
+
+    Raises:
+        DataError: the file or a line of it cannot be used.
+    """
+    return [row.text("source") for row in read_json_lines(file)]
+
+
+def _is_grammar(forms: Any) -> bool:
+    """Whether it is `[form][slot][alternative]`, with an answer in it."""
+
+    def is_slot(slot: Any) -> bool:
+        return isinstance(slot, list) and bool(slot) and all(isinstance(a, str) and is_text(a) for a in slot)
+
+    def is_form(form: Any) -> bool:
+        return isinstance(form, list) and all(map(is_slot, form))
+
+    return isinstance(forms, list) and bool(forms) and all(map(is_form, forms))
+
+
+def _count(form: Form) -> int:
+    return prod(len(slot) for slot in form)
+
+
+def _answers(form: Form) -> Iterator[str]:
+    return map("".join, product(*form))
+
+
+def _accepts(form: Form, text: str) -> bool:
+    ends = {0}
+    for slot in form:
+        reached = set()
+        for choice in slot:
+            reached |= {end + len(choice) for end in ends if text.startswith(choice, end)}
+        ends = reached
+    return len(text) in ends
+
+
+def _nearest(form: Form, text: str) -> Nearest:
+    if _count(form) > LISTED:
+        return _least(form, text)
+    found = (Nearest(Levenshtein.distance(text, answer), len(answer)) for answer in _answers(form))
+    return min(found, key=lambda nearest: nearest.rank)
+
+
+def _least(form: Form, text: str) -> Nearest:
+    """One dynamic programme over the grammar: a slot's rows are the minimum over its alternatives' rows.
+
+    Cells hold `_EDIT` x edits - characters of the answer, so that the nearest answer's length is read off the
+    result.
+    """
+    characters = np.array([ord(c) for c in text], dtype=np.int64)
+    insertions = np.arange(len(text) + 1, dtype=np.int64) * _EDIT
+    row = insertions.copy()
+    for slot in form:
+        ends = []
+        for choice in slot:
+            cells = row
+            for character in choice:
+                new = cells + (_EDIT - 1)
+                np.minimum(new[1:], cells[:-1] + (characters != ord(character)) * _EDIT - 1, out=new[1:])
+                cells = np.minimum.accumulate(new - insertions) + insertions
+            ends.append(cells)
+        row = np.minimum.reduce(ends)
+    least = int(row[-1])
+    edits = -(-least // _EDIT)
+    return Nearest(edits, edits * _EDIT - least)

@@ -1,0 +1,202 @@
+"""A running gateway, asked as its users ask it: through OpenAI's own client."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+from openai import APIStatusError, AsyncOpenAI, OpenAIError
+
+SHOWN_PROBLEM = 300
+"""Characters of an error reply that are passed on."""
+Wire = TypeVar("Wire", bound=msgspec.Struct)
+
+
+class GatewayError(RuntimeError):
+    """The gateway is away, refuses, or does not answer as a gateway does; the message names its URL."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One completion and who wrote it."""
+
+    text: str
+    token_ids: list[int]
+    spans: list[tuple[int, int]]
+    """[start, end) token offsets of the teacher's spans."""
+    prompt_tokens: int
+    teacher_tokens: int
+    calls: int
+    degraded: bool
+    """The teacher was lost, and the student finished alone."""
+
+    @property
+    def by_teacher(self) -> list[bool]:
+        """Who wrote each token."""
+        flags = [False] * len(self.token_ids)
+        for start, end in self.spans:
+            flags[start:end] = [True] * (end - start)
+        return flags
+
+
+class GatewayClient:
+    """A gateway's user with a bounded number of requests at once.
+
+    Args:
+        url: without /v1.
+        concurrency: requests at once.
+        max_tokens: longest completion; None: as long as the gateway allows.
+        api_key: of the gateway's tenant.
+        timeout: seconds for one completion.
+        retries: of a request that failed for a reason that may pass.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        concurrency: int,
+        max_tokens: int | None = None,
+        api_key: str = "none",
+        timeout: float = 600.0,
+        retries: int = 0,
+    ) -> None:
+        self._url, self._max_tokens = url.rstrip("/"), max_tokens
+        self._openai = AsyncOpenAI(
+            base_url=f"{self._url}/v1", api_key=api_key, timeout=timeout, max_retries=retries
+        )
+        self._slots = asyncio.Semaphore(concurrency)
+        self._model = ""
+
+    async def __aenter__(self) -> "GatewayClient":
+        try:
+            raw = await self._openai.models.with_raw_response.list()
+        except OpenAIError as error:
+            await self._openai.close()
+            raise self._error(_problem(error)) from error
+        served = self._decoded(raw.content, _Models).data
+        if not served:
+            raise self._error("it serves no model")
+        self._model = served[0].id
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._openai.close()
+
+    async def ask(self, source: str, budget: float) -> Reply:
+        """A greedy completion of one user message.
+
+        Raises:
+            GatewayError: there is none.
+        """
+        optional: dict[str, Any] = {} if self._max_tokens is None else {"max_tokens": self._max_tokens}
+        try:
+            async with self._slots:
+                raw = await self._openai.chat.completions.with_raw_response.create(
+                    model=self._model,
+                    messages=[{"role": "user", "content": source}],
+                    temperature=0,
+                    extra_body={"teacher_budget": budget, "return_token_ids": True},
+                    **optional,
+                )
+        except OpenAIError as error:
+            raise self._error(_problem(error)) from error
+        return self._reply(self._decoded(raw.content, _Chat))
+
+    async def ask_all(
+        self, sources: Sequence[str], budget: float, advance: Callable[[], None] = lambda: None
+    ) -> list[Reply]:
+        """Replies in the order of the sources; ``advance`` is called after each.
+
+        Raises:
+            GatewayError: one of them failed; the others are given up.
+        """
+
+        async def ask(source: str) -> Reply:
+            reply = await self.ask(source, budget)
+            advance()
+            return reply
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(ask(source)) for source in sources]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from failures  # they all fail for one reason
+        return [task.result() for task in tasks]
+
+    def _reply(self, chat: "_Chat") -> Reply:
+        if chat.teacher is None:
+            raise self._error("its replies have no `teacher`: is it served by `wheels serve`?")
+        if len(chat.choices) != 1:
+            raise self._error(f"it answered with {len(chat.choices)} choices to a request for one")
+        choice = chat.choices[0]
+        if not choice.token_ids:
+            raise self._error("it answered without a token")
+        if not _in_order(chat.teacher.spans, len(choice.token_ids)):
+            raise self._error(f"the teacher's spans {chat.teacher.spans} do not fit the completion")
+        return Reply(
+            text=choice.message.content or "",
+            token_ids=choice.token_ids,
+            spans=chat.teacher.spans,
+            prompt_tokens=chat.usage.prompt_tokens,
+            teacher_tokens=chat.teacher.tokens,
+            calls=chat.teacher.calls,
+            degraded=chat.teacher.degraded,
+        )
+
+    def _decoded(self, content: bytes, kind: type[Wire]) -> Wire:
+        try:
+            return msgspec.json.decode(content, type=kind)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise self._error(f"its reply cannot be read: {error}") from error
+
+    def _error(self, problem: str) -> GatewayError:
+        return GatewayError(f"the gateway at {self._url}: {problem}")
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class _Message(msgspec.Struct):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    message: _Message
+    token_ids: list[int]
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int
+
+
+class _Teacher(msgspec.Struct):
+    spans: list[tuple[int, int]]
+    tokens: int
+    calls: int
+    degraded: bool
+
+
+class _Chat(msgspec.Struct):
+    choices: list[_Choice]
+    usage: _Usage
+    teacher: _Teacher | None = None
+
+
+def _in_order(spans: Sequence[tuple[int, int]], tokens: int) -> bool:
+    written = 0
+    for start, end in spans:
+        if not written <= start <= end <= tokens:
+            return False
+        written = end
+    return True
+
+
+def _problem(error: OpenAIError) -> str:
+    return error.response.text[:SHOWN_PROBLEM] if isinstance(error, APIStatusError) else str(error)

@@ -1,0 +1,21 @@
+"""Numbers that are counted alike for a running gateway and for a pair in process."""
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+
+
+def excess(by_teacher: Sequence[bool], fraction: float) -> float:
+    """Most teacher tokens that any prefix of a completion has above fraction * its length.
+
+    Args:
+        by_teacher: who wrote each token; at least one.
+        fraction: of the completion's tokens.
+    """
+    spent = accumulate(by_teacher)
+    return max(teacher - fraction * length for length, teacher in enumerate(spent, start=1))
+
+
+def recovered(quality: float, student: float, teacher: float) -> float:
+    """Share of the gap between student and teacher that is closed; nan if there is no gap."""
+    return (quality - student) / (teacher - student) if teacher != student else math.nan
