@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from measuring.json_lines import DataError
 from training.tasks import Example, Task
 from training.tokenizer import encode_answers, encode_prompts
 
@@ -142,4 +143,4 @@ class Demonstrations:
             rows += [(p, a) for p, a in pairs if self._longest is None or len(p) + len(a) <= self._longest]
             if len(rows) >= wanted:
                 return rows[:wanted]
-        raise ValueError(f"hardly an example has at most {self._longest} tokens, the context of the model")
+        raise DataError(f"hardly an example has at most {self._longest} tokens, the context of the model")

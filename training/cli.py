@@ -68,8 +68,10 @@ def evaluate(argv: list[str]) -> int:
         help="directory with teacher, student and router; fields of the recipe, e.g. task.name=jsonl",
     )  # fmt: skip
     parser.add_argument("--recipe", default="demo", help="names the task and the longest completion")
-    parser.add_argument("--examples", type=int, default=1000, help="of the test split")
-    parser.add_argument("--spans", type=int, nargs="*", default=[1, 2, 4], help="span lengths of the curves")
+    parser.add_argument("--examples", type=positive, default=1000, help="of the test split")
+    parser.add_argument(
+        "--spans", type=positive, nargs="*", default=[1, 2, 4], help="span lengths of the curves"
+    )
     parser.add_argument(
         "--router", action="append", default=[], metavar="NAME=DIR", help="a further router (repeatable)"
     )
@@ -78,7 +80,9 @@ def evaluate(argv: list[str]) -> int:
     served.add_argument(
         "--budgets", type=fraction, nargs="+", default=BUDGETS, help="beside 0 and 1 (default: %(default)s)"
     )
-    served.add_argument("--concurrency", type=int, default=16, help="requests at once (default: %(default)s)")
+    served.add_argument(
+        "--concurrency", type=positive, default=16, help="requests at once (default: %(default)s)"
+    )
     served.add_argument(
         "--span-tokens", type=int, default=0, help="the router's, which the bound allows on top; else PAIR's"
     )
@@ -119,6 +123,14 @@ def fraction(text: str) -> float:
     """An argument in [0, 1]. Raises ValueError, which argparse reports."""
     value = float(text)
     if not 0 <= value <= 1:
+        raise ValueError(text)
+    return value
+
+
+def positive(text: str) -> int:
+    """An argument of at least 1. Raises ValueError, which argparse reports."""
+    value = int(text)
+    if value < 1:
         raise ValueError(text)
     return value
 

@@ -13,7 +13,10 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from measuring.json_lines import DataError
+
 UNK, END, SYSTEM, USER, ASSISTANT = "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
+SHOWN_SOURCE = 40
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
@@ -59,10 +62,30 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, sources: list[str]) -> list[list[int]]:
-    """Token ids of each source as the single user message of a chat, ready for the answer."""
+    """Token ids of each source as the single user message of a chat, ready for the answer.
+
+    Raises:
+        DataError: the chat template cannot render a source, or makes nothing of it.
+    """
+    ids = tokenizer(rendered(tokenizer, sources), add_special_tokens=False)["input_ids"]
+    for source, prompt in zip(sources, ids, strict=True):
+        if not prompt:
+            raise DataError(f"the source {source[:SHOWN_SOURCE]!r} makes a prompt without a token")
+    return ids
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, sources: list[str]) -> list[str]:
+    """The text of each source's prompt.
+
+    Raises:
+        DataError: the chat template cannot render them.
+    """
     chats = [[{"role": "user", "content": source}] for source in sources]
-    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    try:
+        return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template is a program, and may fail in any way
+        problem = " ".join(str(error).split())
+        raise DataError(f"the chat template fails: {type(error).__name__}: {problem}") from error
 
 
 def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: list[str]) -> list[list[int]]:

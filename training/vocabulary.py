@@ -8,9 +8,13 @@ import json
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from measuring.json_lines import DataError
 from router.reserved import ReservedRows
 from training.config import ChatConfig, PretrainedConfig, Recipe, RecipeError, ServedConfig
 from training.served import ServedTeacher, Server
+from training.tokenizer import rendered
+
+PROBE = "Which way?"
 
 
 def ready_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -18,6 +22,7 @@ def ready_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     name = recipe.ready_tokenizer
     tokenizer = _load(name)
     tokenizer.chat_template = chat_template(tokenizer, recipe.chat)
+    check_template(tokenizer, name)
     if tokenizer.eos_token_id is None:
         raise RecipeError(f"the tokenizer of {name} has no end-of-sequence token")
     return tokenizer
@@ -29,6 +34,16 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, chat: ChatConfig) -> str:
         raise RecipeError(f"{tokenizer.name_or_path} has no chat template: give one as chat.template")
     fixed = "".join(f"{{%- set {name} = {json.dumps(value)} %}}" for name, value in chat.options.items())
     return fixed + template
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises RecipeError if the chat template fails, or leaves the user's message out."""
+    try:
+        (text,) = rendered(tokenizer, [PROBE])
+    except DataError as error:
+        raise RecipeError(f"{name}: {error}") from error
+    if PROBE.lower() not in text.lower():
+        raise RecipeError(f"{name}: the chat template leaves the user's message out")
 
 
 def check_pair(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:

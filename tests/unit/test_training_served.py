@@ -167,3 +167,71 @@ def test_rollouts_are_drawn_with_the_weights_of_the_moment(vllm, tokenizer, tmp_
     rollouts.sampled(model, BATCH, VISIBLE, 256)
     rollouts.sampled(model, BATCH, VISIBLE, 256)
     assert [path for path, _ in vllm.asked].count("/collective_rpc") == 2
+
+
+HTML = httpx.Response(200, text="<html>busy</html>", headers={"content-type": "text/html"})
+
+
+def scored(*rows):
+    """A reply with these rows of `prompt_logprobs`."""
+    choices = [{"index": index, "prompt_logprobs": row} for index, row in enumerate(rows)]
+    return {"choices": choices}
+
+
+FIRST = [None, *({str(token): {"logprob": -1.0}, "9": {"logprob": -2.0}} for token in (6, 1, 2))]
+SECOND = [None, *({str(token): {"logprob": -1.0}, "9": {"logprob": -2.0}} for token in (3, 256))]
+
+
+@pytest.mark.parametrize(
+    ("reply", "problem"),
+    [
+        (HTML, "cannot be read"),
+        (httpx.Response(200, content=b"\xff"), "cannot be read"),
+        (None, "cannot be read"),
+        ([], "cannot be read"),
+        ({}, "choices"),
+        ({"choices": None}, "choices"),
+        (scored(FIRST), "1 choices for 2 prompts"),
+        (scored(None, SECOND), "prompt_logprobs"),
+        (scored(FIRST[:-1], SECOND), "of 3 tokens for 4"),
+        (scored([None] * 4, SECOND), "have 0 tokens of a position"),
+        (scored([*FIRST[:3], {"9": {"logprob": -1.0}, "8": {"logprob": -1.0}}], SECOND), "the prompt's own"),
+        (scored([*FIRST[:3], {"2": {"logprob": -1.0}}], SECOND), "have 1 tokens of a position, want the 2"),
+        (scored([*FIRST[:3], {"2": {"logprob": None}}], SECOND), "logprob"),
+        (scored([*FIRST[:3], {"two": {"logprob": -1.0}}], SECOND), "no token ids"),
+    ],
+)
+def test_what_no_teacher_answers_is_named_in_one_line(reply, problem):
+    def answer(request):
+        body = {"data": [{"id": "big"}]} if request.url.path.endswith("models") else reply
+        return body if isinstance(body, httpx.Response) else httpx.Response(200, json=body)
+
+    with pytest.raises(ServerError, match=rf"^the teacher at http://there/v1/completions: .*{problem}"):
+        served_teacher(answer, 2).likeliest(BATCH)
+    assert served_teacher(lambda request: right(request), 2).likeliest(BATCH)[0].tolist() == [
+        [1, 9],
+        [2, 9],
+        [3, 9],
+        [256, 9],
+    ]
+
+
+def right(request):
+    is_list = request.url.path.endswith("models")
+    return httpx.Response(200, json={"data": [{"id": "big"}]} if is_list else scored(FIRST, SECOND))
+
+
+@pytest.mark.parametrize("reply", [HTML, None, {}, {"data": None}, {"data": [{}]}, {"data": []}])
+def test_what_serves_no_model_is_named(reply):
+    def answer(request):
+        return reply if isinstance(reply, httpx.Response) else httpx.Response(200, json=reply)
+
+    with pytest.raises(ServerError, match="http://there"):
+        Server("teacher", "http://there", None, client(answer))
+
+
+@pytest.mark.parametrize("url", ["there", "http://[", "ftp://there"])
+def test_what_is_no_url_is_named(url, monkeypatch):
+    monkeypatch.setattr(served, "TRIES", 1)
+    with pytest.raises(ServerError, match="the teacher at "):
+        Server("teacher", url, None)

@@ -21,6 +21,7 @@ from training.evaluation.scoring import Scorer, ends, point
 from training.gating.gates import GAINS, Head
 from training.gating.prompts import Trees
 from training.gating.rollout import FREE, Completion
+from training.gating.room import Room
 from training.gating.rounds import install_taps
 from training.gating.stage import load_cooperation
 from training.gating.tree import PERIODIC, Setting
@@ -84,6 +85,8 @@ class Evaluation:
         install_taps(cooperation, Head.of(cooperation.student, self.router))
         self.gates = [LEARNED, *CONFIDENCE_GATES]
         gates = {name: self.router.build_gate(name) for name in self.gates}
+        room = Room.of(tokenizer, [cooperation.student.config, cooperation.teacher.config], max_tokens)
+        examples = room.kept(examples, "test")
         sources = [example.source for example in examples]
         self.trees = Trees(cooperation, tokenizer, sources, gates, config.budget_prompt)
         self.tree = self.trees(0.0)

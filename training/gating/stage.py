@@ -6,20 +6,21 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, fingerprint, tokenizer_fingerprint
 from router.gate import CONFIDENCE_GATES, Gate, RandomGate
-from training.config import GateConfig
+from training.config import GateConfig, RecipeError
 from training.evaluation.scoring import Scorer, ends
 from training.gating.calibration import Noise, Quality, Run, calibrate, spare_prices
 from training.gating.gates import Head
 from training.gating.judge import Judge
 from training.gating.prompts import Trees, rollout_prompts
 from training.gating.rollout import Cooperation
+from training.gating.room import Room
 from training.gating.rounds import Rounds, train_gate
 from training.models import load_model, reserved_rows
 from training.parallel import device
@@ -36,6 +37,9 @@ def load_cooperation(
     max_tokens: int,
 ) -> Cooperation:
     """The pair of two directories, frozen, asking at random. spans: (span_tokens, ask_tokens)."""
+    for path in (student, teacher):
+        if not (path / "config.json").exists():
+            raise RecipeError(f"no model in {path}")
     models = [load_model(path).requires_grad_(False).to(device()) for path in (student, teacher)]
     reserved = reserved_rows(models[0], tokenizer)
     return Cooperation(
@@ -92,7 +96,8 @@ def train_router(
     spans = (config.span_tokens, config.ask_tokens)
     cooperation = load_cooperation(teacher, student, tokenizer, spans, max_tokens)
     reserved = reserved_rows(cooperation.student, tokenizer)
-    examples = list(islice(task.router(seed), config.prompts * config.rounds))
+    room = Room.of(tokenizer, [cooperation.student.config, cooperation.teacher.config], max_tokens)
+    examples = room.drawn(task.router(seed), config.prompts * config.rounds)
     prompts = rollout_prompts(tokenizer, [e.source for e in examples], config, seed)
     # Random asking in the first round: with probability 1 - price.
     prices = {rate: 1 - rate for rate in sorted(set(prompts.rates))}
@@ -105,7 +110,7 @@ def train_router(
     gates: dict[str, Gate] = {"learned": head.gate}
     if config.template is None:  # the others are calibrated for prompts as they are
         gates |= {name: gate(reserved) for name, gate in CONFIDENCE_GATES.items()}
-    valid = task.valid()[: config.calibration_examples]
+    valid = room.kept(task.valid()[: config.calibration_examples], "validation")
     trees = Trees(cooperation, tokenizer, [e.source for e in valid], gates, config.template)
     scorer = Scorer(task, tokenizer, valid)
     alone, taught = trees(0.0).run(ends("learned"))
@@ -118,6 +123,8 @@ def train_router(
 
     def noise(one: Run, other: Run) -> float:
         """By the examples' own qualities, also where the task's is not their mean."""
+        if len(valid) < 2:
+            return math.inf  # one example tells nothing about others
         return (scorer.each(one) - scorer.each(other)).std().item() / math.sqrt(len(valid)) / gap
 
     prices, spares = calibrate_gates(trees, gates, quality, noise, config)

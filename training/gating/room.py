@@ -1,0 +1,76 @@
+"""Which examples leave room for a completion in what the models can read."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from measuring.examples import Example
+from measuring.json_lines import DataError
+from training.tokenizer import encode_prompts
+
+DRAWS = 20
+"""Examples that are looked at for each one that is wanted."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Tells examples that fit from those that are too long."""
+
+    tokenizer: PreTrainedTokenizerBase
+    longest: int | None
+    """Tokens of a prompt; None: any number."""
+
+    @classmethod
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, models: Sequence[PretrainedConfig], max_tokens: int
+    ) -> "Room":
+        """Of models that read a prompt and `max_tokens` of a completion."""
+        configs = [model.get_text_config() for model in models]
+        contexts = [getattr(config, "max_position_embeddings", None) for config in configs]
+        known = [context for context in contexts if context is not None]
+        return cls(tokenizer, min(known) - max_tokens if known else None)
+
+    def fitting(self, examples: Sequence[Example]) -> list[Example]:
+        """Those that are short enough."""
+        if self.longest is None or not examples:
+            return list(examples)
+        prompts = encode_prompts(self.tokenizer, [example.source for example in examples])
+        pairs = zip(examples, prompts, strict=True)
+        return [example for example, prompt in pairs if len(prompt) <= self.longest]
+
+    def drawn(self, stream: Iterator[Example], count: int) -> list[Example]:
+        """The next `count` of a stream that are short enough.
+
+        Raises:
+            DataError: there are hardly any.
+        """
+        found: list[Example] = []
+        for _ in range(DRAWS):
+            found += self.fitting(list(islice(stream, count)))
+            if len(found) >= count:
+                return found[:count]
+        raise self._none_fits()
+
+    def kept(self, examples: Sequence[Example], name: str) -> list[Example]:
+        """All of a split that are short enough; prints how many are left out.
+
+        Raises:
+            DataError: none is.
+        """
+        found = self.fitting(examples)
+        if not found:
+            raise self._none_fits()
+        if len(found) < len(examples):
+            left_out = len(examples) - len(found)
+            print(
+                f"left out {left_out} of {len(examples)} {name} examples: longer than {self.longest} tokens"
+            )
+        return found
+
+    def _none_fits(self) -> DataError:
+        return DataError(
+            f"hardly an example has a prompt of at most {self.longest} tokens, the models' context without "
+            "max_tokens"
+        )
