@@ -24,6 +24,7 @@ COMMANDS = {
     "demo": Command("server.demo:main", "start the demo pair, measure it at several budgets, keep serving"),
     "train": Command("training.cli:train", "train a student and its router from a recipe"),
     "evaluate": Command("training.cli:evaluate", "measure quality against the realised teacher rate"),
+    "import": Command("training.gguf:main", "turn a model in GGUF format into a Hugging Face directory"),
     "bench": Command("server.bench.cli:main", "compare speed with vLLM, speculative decoding and LiteLLM"),
 }
 

