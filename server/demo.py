@@ -4,14 +4,14 @@ import argparse
 import asyncio
 import json
 import shutil
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -21,6 +21,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -31,10 +32,10 @@ from tokenizers import Tokenizer
 from measuring.examples import Example, load_examples
 from measuring.gateway import GatewayClient, GatewayError, Reply
 from measuring.json_lines import DataError
-from server.local.arguments import PAIR_HELP, SHIPPED_PAIR, positive
-from server.local.measure import Answered, Row, answer_all, gap_recovered
+from server.local.arguments import EXAMPLES, PAIR_HELP, SHIPPED_PAIR, missing_files, positive
+from server.local.measure import Answered, BudgetResult, answer_all, gap_recovered
 from server.local.pair import START_SECONDS, Pair, Serving, free_port, serving
-from server.local.processes import Child, ServiceError
+from server.local.processes import Child, ServiceError, exit_at_sigterm
 
 BUDGETS = (0.0, 0.05, 0.1, 0.2, 1.0)
 SHOWN_BUDGETS = (0.1, 0.2)
@@ -47,26 +48,26 @@ def main(argv: list[str]) -> int:
     """Exit status: 0, or 1 when a server did not start, died or refused a request."""
     options = _parse(argv)
     console = Console(stderr=options.json)  # with --json, stdout is for the one object
-    pair, examples_file = Pair.in_directory(options.pair), options.pair / "examples.jsonl"
-    if missing := [path for path in (*pair.missing(), examples_file) if not path.exists()]:
-        console.print(f"wheels demo: not there: {', '.join(map(str, missing))}", markup=False)
+    if missing := missing_files(options.pair):
+        console.print(f"wheels demo: not there: {missing}", markup=False)
         return 1
     try:
-        examples = load_examples(examples_file)[: options.requests]
+        examples = load_examples(options.pair / EXAMPLES)[: options.requests]
     except DataError as error:
         console.print(f"wheels demo: {error}", markup=False, highlight=False, soft_wrap=True)
         return 1
     logs = Path(tempfile.mkdtemp(prefix="wheels-demo-"))
-    signal.signal(signal.SIGTERM, _exit_on_signal)  # as an exception, so that the servers are ended
+    exit_at_sigterm()
+    pair = Pair.in_directory(options.pair)
     try:
         with _start(pair, logs, options, console) as servers:
-            answered, rows = asyncio.run(_measure(servers, pair, examples, options.concurrency, console))
-            _print_table(rows, console)
-            if lost := sum(one.reply.degraded for at_budget in answered.values() for one in at_budget):
-                console.print(f"The teacher was lost in {lost} requests, see {logs}", style="red")
-            _print_completions(answered, pair, console)
+            measured = asyncio.run(_measure(servers, pair, examples, options.concurrency, console))
+            _print_table(measured.results, console)
+            if measured.lost:
+                console.print(f"The teacher was lost in {measured.lost} requests, see {logs}", style="red")
+            _print_completions(measured.answered, pair, console)
             if options.json:
-                print(json.dumps({"rows": [asdict(row) for row in rows]}), flush=True)
+                print(measured.to_json(), flush=True)
             if not options.once:
                 _print_how_to_call(servers, examples[0], logs, console)
                 _wait(servers)
@@ -106,12 +107,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 @contextmanager
 def _start(pair: Pair, logs: Path, options: argparse.Namespace, console: Console) -> Iterator[Serving]:
     """Both servers, with a progress display while they load."""
-    flags = ["--examples", str(options.pair / "examples.jsonl")]
+    flags = ["--examples", str(options.pair / EXAMPLES)]
     if options.gate:
         flags += ["--gate", options.gate]
     port = options.port or free_port(preferred=USUAL_PORT)
     console.print(f"Starting two vLLM engines (their logs: {logs})", highlight=False)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=console, transient=True)
     progress.start()
     try:
@@ -124,7 +125,7 @@ def _start(pair: Pair, logs: Path, options: argparse.Namespace, console: Console
 
 
 def _watch(progress: Progress) -> Callable[[list[Child]], None]:
-    tasks: dict[str, int] = {}
+    tasks: dict[str, TaskID] = {}
     start = time.monotonic()
 
     def watch(children: list[Child]) -> None:
@@ -143,10 +144,31 @@ def _watch(progress: Progress) -> Callable[[list[Child]], None]:
 # --- measuring ---
 
 
+@dataclass
+class Measured:
+    """What the gateway did at every budget."""
+
+    answered: dict[float, list[Answered]] = field(default_factory=dict)
+    """By budget."""
+    results: list[BudgetResult] = field(default_factory=list)
+
+    @property
+    def lost(self) -> int:
+        """Requests in which the teacher was lost."""
+        lost = 0
+        for answers in self.answered.values():
+            lost += sum(answer.reply.degraded for answer in answers)
+        return lost
+
+    def to_json(self) -> str:
+        """The results, by the name of their table's rows."""
+        return json.dumps({"rows": list(map(asdict, self.results))})
+
+
 async def _measure(
     servers: Serving, pair: Pair, examples: Sequence[Example], concurrency: int, console: Console
-) -> tuple[dict[float, list[Answered]], list[Row]]:
-    """Answered examples per budget, and their rows.
+) -> Measured:
+    """Ask all examples at every budget.
 
     Raises:
         ServiceError: a server died or refused a request.
@@ -154,9 +176,13 @@ async def _measure(
     from router.checkpoint import RouterCheckpoint  # brings torch, which `wheels demo --help` can do without
 
     span_tokens = RouterCheckpoint.load(pair.router).config.span_tokens
-    answered: dict[float, list[Answered]] = {}
-    rows: list[Row] = []
-    columns = TextColumn("budget {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    measured = Measured()
+    columns = (
+        TextColumn("budget {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     try:
         async with GatewayClient(servers.gateway, concurrency=concurrency) as client:
             await answer_all(client, examples[:concurrency], budget=0.5)  # the engines' first steps are slow
@@ -164,61 +190,84 @@ async def _measure(
                 for budget in BUDGETS:
                     task = progress.add_task(f"{budget:g}", total=len(examples))
                     start = time.perf_counter()
-                    answered[budget] = await answer_all(
-                        client, examples, budget, advance=lambda task=task: progress.advance(task)
-                    )
+                    answered = await answer_all(client, examples, budget, partial(progress.advance, task))
                     seconds = time.perf_counter() - start
-                    rows.append(
-                        Row.of(answered[budget], budget=budget, span_tokens=span_tokens, seconds=seconds)
+                    result = BudgetResult.from_answers(
+                        answered, budget=budget, span_tokens=span_tokens, seconds=seconds
                     )
+                    measured.answered[budget] = answered
+                    measured.results.append(result)
     except GatewayError as error:
         servers.check()  # a dead server explains itself better
         raise servers.gateway_process.error(f"failed a request ({error})") from error
-    return answered, rows
+    return measured
 
 
 # --- showing ---
 
+HEADINGS = (
+    "budget",
+    "exact\nmatch",
+    "edit\nsimilarity",
+    "teacher\nrate",
+    "calls per\nrequest",
+    "above bound\n(tokens)",
+    "tokens/s",
+)
 
-def _print_table(rows: Sequence[Row], console: Console) -> None:
+
+def _print_table(results: Sequence[BudgetResult], console: Console) -> None:
     table = Table(title="What a budget of teacher tokens buys", title_justify="left", box=SIMPLE_HEAD)
-    headings = "budget", "exact\nmatch", "edit\nsimilarity", "teacher\nrate", "calls per\nrequest"
-    for heading in (*headings, "above bound\n(tokens)", "tokens/s"):
+    for heading in HEADINGS:
         table.add_column(heading, justify="right")
-    for row in rows:
+    for result in results:
         table.add_row(
-            f"{row.budget:g}",
-            f"{row.exact_match:.1%}",
-            f"{row.similarity:.3f}",
-            f"{row.teacher_rate:.1%}",
-            f"{row.calls_per_request:.2f}",
-            f"{row.max_excess_tokens:g}",
-            f"{row.tokens_per_second:,.0f}",
+            f"{result.budget:g}",
+            f"{result.exact_match:.1%}",
+            f"{result.similarity:.3f}",
+            f"{result.teacher_rate:.1%}",
+            f"{result.calls_per_request:.2f}",
+            f"{result.max_excess_tokens:g}",
+            f"{result.tokens_per_second:,.0f}",
         )
     console.print(table)
-    shares = [(budget, gap_recovered(rows, budget)) for budget in SHOWN_BUDGETS]
-    text = ", ".join(f"{share:.0%} at budget {budget:g}" for budget, share in shares if share is not None)
-    console.print(f"Gap between student and teacher recovered: {text or 'there is none'}.\n", highlight=False)
+    shares: list[str] = []
+    for budget in SHOWN_BUDGETS:
+        share = gap_recovered(results, budget)
+        if share is not None:
+            shares.append(f"{share:.0%} at budget {budget:g}")
+    text = ", ".join(shares) or "there is none"
+    console.print(f"Gap between student and teacher recovered: {text}.\n", highlight=False)
+
+
+class Comparison(NamedTuple):
+    """One example at two budgets."""
+
+    alone: Answered
+    """By the student alone."""
+    helped: Answered
 
 
 def _print_completions(answered: dict[float, list[Answered]], pair: Pair, console: Console) -> None:
     """Examples that the student alone gets wrong, with the spans that the teacher wrote."""
     tokenizer = Tokenizer.from_file(str(pair.student / "tokenizer.json"))
     budget = SHOWN_BUDGETS[0]
-    both = zip(answered[0.0], answered[budget], strict=True)
-    wrong = [(alone, helped) for alone, helped in both if not alone.right][:SHOWN_COMPLETIONS]
+    wrong: list[Comparison] = []
+    for comparison in map(Comparison, answered[0.0], answered[budget]):
+        if not comparison.alone.right and len(wrong) < SHOWN_COMPLETIONS:
+            wrong.append(comparison)
     if not wrong:
         return
     legend = Text.assemble("The student alone, and at budget ", f"{budget:g}", " with ")
     legend.append_text(_mark("the teacher's spans", console))
     console.print(legend, highlight=False)
-    for alone, helped in wrong:
+    for comparison in wrong:
         console.print()
-        console.print(Text(f"    {alone.example.source}", style="dim"))
+        console.print(Text(f"    {comparison.alone.example.source}", style="dim"))
         lines = Table.grid(padding=(0, 1))
-        for one in (alone, helped):
-            verdict = Text("  ✓", style="green") if one.right else Text("  ✗", style="red")
-            lines.add_row(verdict, _coloured(one.reply, tokenizer, console))
+        for answer in comparison:
+            verdict = Text("  ✓", style="green") if answer.right else Text("  ✗", style="red")
+            lines.add_row(verdict, _coloured(answer.reply, tokenizer, console))
         console.print(lines)
     console.print()
 
@@ -231,21 +280,25 @@ def _coloured(reply: Reply, tokenizer: Tokenizer, console: Console) -> Text:
         # A prefix may end inside a character, which is then decoded as U+FFFD.
         return len(tokenizer.decode(reply.token_ids[:tokens]).rstrip("\ufffd"))
 
-    text, end = Text(), 0
-    for start, stop in ((offset(start), offset(stop)) for start, stop in reply.spans):
-        text.append(whole[end:start])
-        text.append_text(_mark(whole[start:stop], console))
-        end = stop
-    return text.append(whole[end:])
+    text = Text()
+    shown = 0
+    for first_token, end_token in reply.spans:
+        start = offset(first_token)
+        end = offset(end_token)
+        text.append(whole[shown:start])
+        text.append_text(_mark(whole[start:end], console))
+        shown = end
+    return text.append(whole[shown:])
 
 
 def _mark(text: str, console: Console) -> Text:
-    """What the teacher wrote: in colour, or in brackets where there is none."""
+    """What the teacher wrote: in colour, or in brackets if the console has none."""
     return Text(text, style=TEACHER_STYLE) if console.color_system else Text(f"⟦{text}⟧")
 
 
 def _print_how_to_call(servers: Serving, example: Example, logs: Path, console: Console) -> None:
-    source, url = example.source, servers.gateway
+    source = example.source
+    url = servers.gateway
     body = json.dumps(
         {"model": "wheels", "messages": [{"role": "user", "content": source}], "teacher_budget": 0.1},
         ensure_ascii=False,
@@ -268,16 +321,16 @@ def _print_how_to_call(servers: Serving, example: Example, logs: Path, console: 
     )
 
 
-# --- waiting and ending ---
+# --- waiting ---
 
 
 def _wait(servers: Serving) -> None:
-    """Until Ctrl-C; raises ServiceError when a server dies."""
+    """Until Ctrl-C.
+
+    Raises:
+        ServiceError: a server died.
+    """
     with suppress(KeyboardInterrupt):
         while True:
             servers.check()
             time.sleep(1)
-
-
-def _exit_on_signal(number: int, _frame: object) -> None:
-    sys.exit(128 + number)

@@ -44,7 +44,7 @@ LOAD_COLUMNS: Columns[Sample] = {
 
 
 @dataclass(frozen=True)
-class Point:
+class GridPoint:
     """One load of the grid."""
 
     prompt: int
@@ -54,7 +54,7 @@ class Point:
     """Tokens of a call."""
 
 
-MIDDLE = Point(prompt=64, completion=64, rate=0.1, span=1)
+MIDDLE = GridPoint(prompt=64, completion=64, rate=0.1, span=1)
 GRID = (
     MIDDLE,
     replace(MIDDLE, prompt=256),
@@ -194,14 +194,14 @@ async def _grid(servers: CapacityServers, plan: Plan, costs: Costs) -> list[Row]
     return rows
 
 
-async def _load_point(servers: CapacityServers, point: Point, turn: int) -> Sample:
+async def _load_point(servers: CapacityServers, point: GridPoint, turn: int) -> Sample:
     """The same prompts in every round."""
     server = servers.random[point.span].with_budget(point.rate)
     requests = synthetic(GRID_STREAMS, point.prompt, point.completion)
     return await measure(server, requests, GRID_STREAMS, teacher=servers.pair.teacher)
 
 
-def _point_row(point: Point, samples: Sequence[Sample], costs: Costs) -> Row:
+def _point_row(point: GridPoint, samples: Sequence[Sample], costs: Costs) -> Row:
     tokens = calls = teacher_tokens = positions = 0
     for sample in samples:
         tokens += sample.run.tokens

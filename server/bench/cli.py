@@ -4,12 +4,12 @@ import argparse
 import importlib
 import json
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -18,9 +18,9 @@ from measuring.json_lines import DataError
 from server.bench.heavy import HeavyError
 from server.bench.plan import Plan
 from server.bench.results import Section
-from server.local.arguments import PAIR_HELP, SHIPPED_PAIR, positive
+from server.local.arguments import EXAMPLES, PAIR_HELP, SHIPPED_PAIR, missing_files, positive
 from server.local.pair import Pair
-from server.local.processes import ServiceError
+from server.local.processes import ServiceError, exit_at_sigterm
 
 SECTIONS = ("overhead", "cooperation", "speculative", "quality", "capacity", "peers")
 
@@ -28,37 +28,53 @@ SECTIONS = ("overhead", "cooperation", "speculative", "quality", "capacity", "pe
 def main(argv: list[str]) -> int:
     """Exit status: 0, or 1 when a server did not start, died or refused a request."""
     options = _parse(argv)
-    pair, examples = Pair.in_directory(options.pair), options.pair / "examples.jsonl"
-    if missing := [path for path in (*pair.missing(), examples) if not path.exists()]:
-        print(f"wheels bench: not there: {', '.join(map(str, missing))}", file=sys.stderr)
+    if missing := missing_files(options.pair):
+        print(f"wheels bench: not there: {missing}", file=sys.stderr)
         return 1
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the servers are ended
+    exit_at_sigterm()
     work = Path(tempfile.mkdtemp(prefix="wheels-bench-"))
-    rounds = options.rounds or (1 if options.quick else 5)
-    sections: dict[str, Section] = {}
     try:
-        with ExitStack() as stack:
-            plan = Plan(pair, load_examples(examples), rounds, options.quick, work, stack, options.litellm)
-            for name in options.section or SECTIONS:
-                start = time.monotonic()
-                sections[name] = importlib.import_module(f"server.bench.{name}").run(plan)
-                _say(sections[name].markdown(name), options.json)
-                _say(f"({name}: {time.monotonic() - start:.0f} s)\n", options.json)
-                if options.out:
-                    _write(sections[name], name, options.out)
+        with ExitStack() as shared:
+            stored = _measure(_plan(options, work, shared), options)
     except (DataError, ServiceError, HeavyError, aiohttp.ClientError) as error:
         print(f"wheels bench: {error}\nLogs: {work}", file=sys.stderr)
         return 1
     shutil.rmtree(work)
     if options.json:
-        print(json.dumps({name: section.as_dict() for name, section in sections.items()}))
+        print(json.dumps(stored))
     return 0
+
+
+def _plan(options: argparse.Namespace, work: Path, shared: ExitStack) -> Plan:
+    return Plan(
+        pair=Pair.in_directory(options.pair),
+        examples=load_examples(options.pair / EXAMPLES),
+        rounds=options.rounds or (1 if options.quick else 5),
+        quick=options.quick,
+        work=work,
+        shared=shared,
+        litellm=options.litellm,
+    )
+
+
+def _measure(plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
+    """Run the sections, show each when it is done; returns them for JSON, by name."""
+    stored: dict[str, Any] = {}
+    for name in options.section or SECTIONS:
+        start = time.monotonic()
+        section: Section = importlib.import_module(f"server.bench.{name}").run(plan)
+        stored[name] = section.as_dict()
+        _say(section.markdown(name), options.json)
+        _say(f"({name}: {time.monotonic() - start:.0f} s)\n", options.json)
+        if options.out:
+            _write(section, name, options.out)
+    return stored
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "wheels bench",
-        description="Measure speed and quality beside vLLM's own server, speculative decoding and LiteLLM.",
+        description="Compare speed and quality with vLLM's own server, speculative decoding and LiteLLM.",
     )
     parser.add_argument(
         "pair",

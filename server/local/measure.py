@@ -1,12 +1,16 @@
 """What a running gateway does at a given budget: held-out examples, summed up."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from measuring.examples import Example
 from measuring.gateway import GatewayClient, Reply
 from measuring.scores import excess, recovered
+
+DIGITS = 6
+"""Of rounded results, after the point."""
 
 
 @dataclass(frozen=True)
@@ -18,22 +22,25 @@ class Answered:
 
     @property
     def right(self) -> bool:
+        """Whether the reply is a right answer."""
         return self.example.references.accepts(self.reply.text)
 
     @property
     def similarity(self) -> float:
+        """To the nearest right answer, in [0, 1]."""
         return self.example.references.similarity(self.reply.text)
 
     def excess(self, fraction: float, span_tokens: int) -> float:
         """Most tokens that any prefix has above its bound: fraction * length + one span; at least 0."""
-        return round(max(0.0, excess(self.reply.by_teacher, fraction) - span_tokens), 6)
+        return round(max(0.0, excess(self.reply.by_teacher, fraction) - span_tokens), DIGITS)
 
 
 @dataclass(frozen=True)
-class Row:
-    """Many completions at one budget (a fraction of completion tokens)."""
+class BudgetResult:
+    """Many completions at one budget."""
 
     budget: float
+    """A fraction of completion tokens."""
     exact_match: float
     similarity: float
     teacher_rate: float
@@ -43,18 +50,33 @@ class Row:
     requests: int
 
     @classmethod
-    def of(cls, answered: Sequence[Answered], *, budget: float, span_tokens: int, seconds: float) -> "Row":
-        replies = [one.reply for one in answered]
-        tokens = sum(len(reply.token_ids) for reply in replies)
+    def from_answers(
+        cls, answered: Sequence[Answered], *, budget: float, span_tokens: int, seconds: float
+    ) -> "BudgetResult":
+        """The completions summed up.
+
+        Args:
+            answered: at least one.
+            budget: what they were asked with.
+            span_tokens: the longest span.
+            seconds: what all took together.
+        """
+        tokens = 0
+        teacher_tokens = 0
+        calls = 0
+        for answer in answered:
+            tokens += len(answer.reply.token_ids)
+            teacher_tokens += answer.reply.teacher_tokens
+            calls += answer.reply.calls
         return cls(
             budget=budget,
-            exact_match=_mean(one.right for one in answered),
-            similarity=_mean(one.similarity for one in answered),
-            teacher_rate=round(sum(reply.teacher_tokens for reply in replies) / max(tokens, 1), 6),
-            calls_per_request=_mean(reply.calls for reply in replies),
-            max_excess_tokens=max(one.excess(budget, span_tokens) for one in answered),
+            exact_match=round(fmean(answer.right for answer in answered), DIGITS),
+            similarity=round(fmean(answer.similarity for answer in answered), DIGITS),
+            teacher_rate=round(teacher_tokens / max(tokens, 1), DIGITS),
+            calls_per_request=round(calls / len(answered), DIGITS),
+            max_excess_tokens=max(answer.excess(budget, span_tokens) for answer in answered),
             tokens_per_second=round(tokens / seconds, 1),
-            requests=len(replies),
+            requests=len(answered),
         )
 
 
@@ -69,17 +91,15 @@ async def answer_all(
     Raises:
         GatewayError: a request failed.
     """
-    replies = await client.ask_all([example.source for example in examples], budget, advance)
-    return [Answered(example, reply) for example, reply in zip(examples, replies, strict=True)]
+    sources = [example.source for example in examples]
+    replies = await client.ask_all(sources, budget, advance)
+    return list(map(Answered, examples, replies))
 
 
-def gap_recovered(rows: Sequence[Row], budget: float) -> float | None:
+def gap_recovered(results: Sequence[BudgetResult], budget: float) -> float | None:
     """Share of the gap in exact match between budgets 0 and 1 that ``budget`` closes; None without a gap."""
-    quality = {row.budget: row.exact_match for row in rows}
+    quality: dict[float, float] = {}
+    for result in results:
+        quality[result.budget] = result.exact_match
     share = recovered(quality[budget], quality[0.0], quality[1.0])
     return None if math.isnan(share) or quality[1.0] < quality[0.0] else share
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = [float(value) for value in values]
-    return round(sum(listed) / len(listed), 6)

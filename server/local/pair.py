@@ -180,9 +180,9 @@ def is_cpu_build() -> bool:
         return True
 
 
-def _address(url: str) -> tuple[str, ...]:
+def _address(url: str) -> list[str]:
     host, port = url.removeprefix("http://").split(":")
-    return ("--host", host, "--port", port)
+    return ["--host", host, "--port", port]
 
 
 def _executor(cores: Sequence[int]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -138,6 +139,15 @@ def _wait(children: list[Child], timeout: float, watch: Callable[[list[Child]], 
         if time.monotonic() > deadline:
             raise waiting[0].error(f"was not ready after {timeout:.0f} s")
         time.sleep(POLL_SECONDS)
+
+
+def exit_at_sigterm() -> None:
+    """Make SIGTERM an exception, so that `running` ends the children."""
+
+    def leave(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def stop(children: Sequence[Child], grace: float = GRACE_SECONDS) -> None:

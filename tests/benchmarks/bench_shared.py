@@ -14,12 +14,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 
 from measuring.examples import Example, load_examples
 from measuring.gateway import GatewayClient
-from server.local.measure import Row, answer_all
+from server.local.measure import BudgetResult, answer_all
 from server.local.pair import GATEWAY, HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
 from server.local.processes import Service, running
 
@@ -35,9 +36,14 @@ OWN = 0.5
 """Every request's own budget."""
 
 
+def digits(example: Example) -> int:
+    """How many digits its source has."""
+    return sum(map(str.isdigit, example.source))
+
+
 def shifting(examples: Sequence[Example], rounds: int) -> list[Example]:
     """The third with the fewest digits, the third with the most, then all as they come; again and again."""
-    by_digits = sorted(examples, key=lambda example: sum(c.isdigit() for c in example.source))
+    by_digits = sorted(examples, key=digits)
     third = len(examples) // 3
     return (by_digits[:third] + by_digits[-third:] + list(examples)) * rounds
 
@@ -52,9 +58,16 @@ async def watch(url: str, window: float, rates: list[float]) -> None:
             await asyncio.sleep(1.0)
 
 
-async def measure(
-    url: str, examples: Sequence[Example], window: float, streams: int
-) -> tuple[Row, list[float]]:
+class SharedResult(NamedTuple):
+    """What one gateway did under the limit."""
+
+    result: BudgetResult
+    rates: list[float]
+    """Over the limit's window."""
+
+
+async def measure(url: str, examples: Sequence[Example], window: float, streams: int) -> SharedResult:
+    """All examples, while the limit is watched."""
     rates: list[float] = []
     watching = asyncio.create_task(watch(url, window, rates))
     async with GatewayClient(url, concurrency=streams) as client:
@@ -62,10 +75,23 @@ async def measure(
         answered = await answer_all(client, examples, OWN)
         seconds = time.perf_counter() - start
     watching.cancel()
-    return Row.of(answered, budget=OWN, span_tokens=4, seconds=seconds), rates
+    result = BudgetResult.from_answers(answered, budget=OWN, span_tokens=4, seconds=seconds)
+    return SharedResult(result, rates)
+
+
+def gateways(pair: Pair, teacher: str, flags: Sequence[str], logs: Path) -> list[Service]:
+    """The gateway without its controller, and as it is."""
+    services: list[Service] = []
+    for name in ("first come", "controller"):
+        service = gateway_service(pair, teacher, f"http://{HOST}:{free_port()}", logs, flags, name)
+        if name == "first come":
+            service = replace(service, command=(*FIRST_COME, *service.command[len(GATEWAY) :]))
+        services.append(service)
+    return services
 
 
 def main() -> None:
+    """Print one line for each gateway."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -77,29 +103,26 @@ def main() -> None:
         "--aim", choices=("quality", "rate"), default="quality", help="of a request's own budget"
     )
     options = parser.parse_args()
-    pair, examples = Pair.in_directory(DEMO), load_examples(DEMO / "examples.jsonl")
+    pair = Pair.in_directory(DEMO)
+    traffic = shifting(load_examples(DEMO / "examples.jsonl"), options.rounds)
     limit = {"type": "fraction", "fraction": options.rate, "window_seconds": options.window}
     flags = ("--limits", json.dumps([limit]), "--aim", options.aim)
     teacher = f"http://{HOST}:{free_port()}"
-    urls = {name: f"http://{HOST}:{free_port()}" for name in ("first come", "controller")}
     with tempfile.TemporaryDirectory() as logs:
-        services: list[Service] = [teacher_service(pair.teacher, teacher, Path(logs))]
-        for name, url in urls.items():
-            service = gateway_service(pair, teacher, url, Path(logs), flags)
-            if name == "first come":
-                service = replace(service, command=(*FIRST_COME, *service.command[len(GATEWAY) :]))
-            services.append(replace(service, name=name, log=Path(logs) / f"{name}.log"))
+        both = gateways(pair, teacher, flags, Path(logs))
+        services = [teacher_service(pair.teacher, teacher, Path(logs)), *both]
         with running(services, timeout=2 * START_SECONDS):
             print(
                 f"| a limit of {options.rate:.0%} over {options.window:g} s | exact match | edit similarity "
                 "| teacher rate | over a window |"
             )
-            for name, url in urls.items():
-                traffic = shifting(examples, options.rounds)
-                row, rates = asyncio.run(measure(url, traffic, options.window, options.streams))
+            for gateway in both:
+                url = gateway.ready_url.removesuffix("/ready")
+                measured = asyncio.run(measure(url, traffic, options.window, options.streams))
+                result = measured.result
                 print(
-                    f"| {name} | {row.exact_match:.1%} | {row.similarity:.4f} | {row.teacher_rate:.2%} "
-                    f"| {min(rates):.2%} to {max(rates):.2%} |",
+                    f"| {gateway.name} | {result.exact_match:.1%} | {result.similarity:.4f} "
+                    f"| {result.teacher_rate:.2%} | {min(measured.rates):.2%} to {max(measured.rates):.2%} |",
                     flush=True,
                 )
 

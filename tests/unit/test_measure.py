@@ -7,7 +7,7 @@ import pytest
 
 from measuring.examples import Example, References, load_examples
 from measuring.gateway import Reply
-from server.local.measure import Answered, Row, gap_recovered
+from server.local.measure import Answered, BudgetResult, gap_recovered
 
 EXAMPLE = Example("at 3", References.from_json([[["um "], ["drei", "3"], [" Uhr"]], [["15 Uhr"]]]))
 
@@ -63,7 +63,7 @@ def test_the_ends_of_spans_are_enough() -> None:
 
 def test_a_row_sums_up() -> None:
     replies = [reply(tokens=30, spans=((0, 2), (5, 6))), reply("15 Uhu", tokens=10)]
-    row = Row.of(replies, budget=0.1, span_tokens=2, seconds=4.0)
+    row = BudgetResult.from_answers(replies, budget=0.1, span_tokens=2, seconds=4.0)
     assert row.exact_match == 0.5
     assert row.similarity == pytest.approx((1 + 5 / 6) / 2, abs=1e-6)
     assert row.teacher_rate == 0.075  # 3 of 40 tokens, not the mean of 0.1 and 0
@@ -73,9 +73,9 @@ def test_a_row_sums_up() -> None:
     assert row.requests == 2
 
 
-def rows(student: float, at_tenth: float, teacher: float) -> list[Row]:
+def rows(student: float, at_tenth: float, teacher: float) -> list[BudgetResult]:
     qualities = ((0.0, student), (0.1, at_tenth), (1.0, teacher))
-    return [Row(budget, quality, 0.0, 0.0, 0.0, 0.0, 0.0, 1) for budget, quality in qualities]
+    return [BudgetResult(budget, quality, 0.0, 0.0, 0.0, 0.0, 0.0, 1) for budget, quality in qualities]
 
 
 def test_share_of_the_gap_that_is_recovered() -> None:
