@@ -45,6 +45,8 @@ class Choice:
     completion: Completion
     bucket: Bucket
     tenant: Tenant | None
+    single_tokens: bool
+    """Whether its reader gets one token at a time: see `single_tokens`."""
     share: Share = field(init=False)
     """Its part in the budgets that requests share; set by the span loop."""
     steps: asyncio.Queue[Step | None] = field(default_factory=asyncio.Queue)
@@ -115,10 +117,14 @@ class Choice:
 
     def extend(self, piece: Piece, source: Source) -> int:
         """Append what ``source`` wrote and hand it to the reader; returns how many tokens are kept."""
-        kept = self.completion.extend(piece, source)
-        streams = self.params.output_kind != RequestOutputKind.FINAL_ONLY
-        if self.finished or (streams and piece.token_ids):
-            self.steps.put_nowait(Step(self.completion.output(), source))
+        kept = 0
+        for part in piece.singles() if self.single_tokens else (piece,):
+            kept += self.completion.extend(part, source)
+            streams = self.params.output_kind != RequestOutputKind.FINAL_ONLY
+            if self.finished or (streams and part.token_ids):
+                self.steps.put_nowait(Step(self.completion.output(), source))
+            if self.finished:
+                break
         return kept
 
     def open_span(self) -> None:

@@ -1,7 +1,7 @@
 """One completion written by two models: the merged tokens, their text, their log-probabilities."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from server.exchange import Report, Source
@@ -27,7 +27,38 @@ class Piece:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     asks: bool = False
-    """The student asks for the teacher behind these tokens."""
+    """The student asks for the teacher after these tokens."""
+
+    def singles(self) -> Iterator["Piece"]:
+        """The same tokens one at a time; the ending is the last one's."""
+        last = len(self.token_ids) - 1
+        for place in range(last):
+            part = slice(place, place + 1)
+            yield Piece(self.token_ids[part], self.logprobs and self.logprobs[part])
+        if last < 1:
+            yield self
+        else:
+            yield replace(
+                self, token_ids=self.token_ids[last:], logprobs=self.logprobs and self.logprobs[last:]
+            )
+
+
+def new_detokenizer(
+    tokenizer: Any, prompt_ids: Sequence[int] | None, params: SamplingParams
+) -> IncrementalDetokenizer:
+    """vLLM's own, with its matcher of stop strings, as its engine makes one for each request."""
+    request = EngineCoreRequest(
+        request_id="",
+        prompt_token_ids=prompt_ids,
+        mm_features=None,
+        sampling_params=params,
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    return IncrementalDetokenizer.from_new_request(tokenizer if params.detokenize else None, request)
 
 
 class Completion:
@@ -49,19 +80,8 @@ class Completion:
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self._cumulative_logprob = None if params.logprobs is None else 0.0
         self._handed_out = 0
-        request = EngineCoreRequest(
-            request_id="",
-            prompt_token_ids=prompt_ids,
-            mm_features=None,
-            sampling_params=params,
-            pooling_params=None,
-            arrival_time=0.0,
-            lora_request=None,
-            cache_salt=None,
-            data_parallel_rank=None,
-        )
         tokenizer = tokenizer if params.detokenize else None
-        self._detokenizer = IncrementalDetokenizer.from_new_request(tokenizer, request)
+        self._detokenizer = new_detokenizer(tokenizer, prompt_ids, params)
         self._speller = LogprobsProcessor(tokenizer, self._logprobs, None, None, None, None)
 
     @property

@@ -18,6 +18,7 @@ from server.gate_processor import TERMS
 from server.limits import check_reserved_rows, unsupported
 from server.metrics import counted
 from server.shared import SharedBudgets
+from server.single_tokens import SingleTokens
 from server.span_loop import SpanLoop
 from server.student import StudentEngine
 from server.teacher.pool import TeacherPool
@@ -50,6 +51,8 @@ class Cooperation:
     ask_tokens: int | None = None
     client_priority: bool = False
     """Whether a request may bring a priority of its own."""
+    parsers: bool = False
+    """Whether vLLM's HTTP layer parses reasoning or tool calls out of what is streamed."""
 
 
 class CooperativeEngine(AsyncLLM):
@@ -141,6 +144,8 @@ class Cooperator:
         budget = self._budget(exchange, prompt, params, options)
         if budget.is_zero:
             outputs = self._student.generate(prompt, params, request_id, **options)
+            if self._parsed(params):
+                outputs = self._split(outputs, prompt, params)
             return self._plain(outputs, params, reports, exchange.tenant)
         self._student.verify(params)
         choices = []
@@ -220,6 +225,7 @@ class Cooperator:
             completion=completion,
             bucket=Bucket(budget, cooperation.span_tokens, cooperation.ask_tokens),
             tenant=tenant,
+            single_tokens=self._parsed(completion.params),
         )
 
     def _segment_params(self, params: SamplingParams) -> SamplingParams:
@@ -233,6 +239,20 @@ class Cooperator:
         final_only = params.output_kind == RequestOutputKind.FINAL_ONLY and not params.stop
         segment.output_kind = RequestOutputKind.FINAL_ONLY if final_only else RequestOutputKind.DELTA
         return segment
+
+    def _parsed(self, params: SamplingParams) -> bool:
+        """Whether a parser may read the outputs one after the other: it gets one token at a time."""
+        return self._cooperation.parsers and params.output_kind == RequestOutputKind.DELTA
+
+    async def _split(
+        self, outputs: AsyncGenerator[RequestOutput, None], prompt: Any, params: SamplingParams
+    ) -> AsyncGenerator[RequestOutput, None]:
+        prompt_ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+        single_tokens = SingleTokens(self._student.tokenizer, prompt_ids, params)
+        async with aclosing(outputs):
+            async for output in outputs:
+                for single in single_tokens.split(output):
+                    yield single
 
     async def _plain(
         self,

@@ -35,7 +35,7 @@ from server.teacher.breaker import Breaker
 from server.teacher.client import Teacher, TeacherError
 from server.teacher.pool import TeacherPool
 from server.tenants import Tenants
-from server.vllm_api import AsyncEngineArgs, HttpLayer, current_platform
+from server.vllm_api import AsyncEngineArgs, HttpLayer, current_platform, parses_streams
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,8 @@ async def _serve(config: ServeConfig, router: RouterCheckpoint | None, student: 
         try:
             await _connect(teacher, deadline)
             await _check_vocabulary(teacher, engine)
-            engine.cooperation = _cooperation(config, router, reserved, teacher, engine)
+            cooperation = _cooperation(config, router, reserved, teacher, engine)
+            engine.cooperation = replace(cooperation, parsers=parses_streams(arguments))
             app = await _app(config, engine, tenants, arguments, http)
             # In front of everything; vLLM has built its stack of middlewares already.
             lifecycle = Lifecycle(Traces(app.middleware_stack), drain_seconds=config.drain_seconds)

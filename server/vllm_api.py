@@ -49,6 +49,12 @@ class HttpLayer:
         return arguments
 
 
+def parses_streams(arguments: Namespace) -> bool:
+    """Whether vLLM's HTTP layer reads reasoning or tool calls out of what is streamed."""
+    structured = arguments.structured_outputs_config.reasoning_parser
+    return bool(arguments.tool_call_parser or arguments.reasoning_parser or structured)
+
+
 __all__ = [
     "AsyncEngineArgs",
     "AsyncLLM",
@@ -70,4 +76,5 @@ __all__ = [
     "convert_ids_list_to_tokens",
     "current_platform",
     "merge_async_iterators",
+    "parses_streams",
 ]

@@ -1,5 +1,6 @@
 """Tool calls and reasoning that two models write in turns: vLLM's parsers read the merged text."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -95,27 +96,46 @@ async def test_tool_calls_and_reasoning_across_spans(client: AsyncOpenAI, budget
     assert [json.loads(call.function.arguments)["city"] for call in choice.message.tool_calls] == CITIES
 
 
-@pytest.mark.parametrize("budget", [0, 0.3, 0.6, 1])
-async def test_their_deltas(client: AsyncOpenAI, budget: float) -> None:
-    stream = await client.chat.completions.create(**request(budget, tools=[TOOL], stream=True))
-    reasoning, content, finish = "", "", None
-    names: dict[int, str] = {}
-    arguments: dict[int, str] = {}
-    sources = set()
-    async for chunk in stream:
+class Streamed:
+    """What a client puts together from a stream."""
+
+    def __init__(self) -> None:
+        self.reasoning, self.content, self.finish = "", "", None
+        self.names: dict[int, str] = {}
+        self.arguments: dict[int, str] = {}
+        self.sources: set[str] = set()
+        self.lengths: set[int] = set()
+
+    def add(self, chunk: Any) -> None:
         (choice,) = chunk.choices
-        sources.add(chunk.source)
-        reasoning += getattr(choice.delta, "reasoning", None) or ""
-        content += choice.delta.content or ""
+        self.sources.add(chunk.source)
+        self.lengths.add(len(getattr(choice, "token_ids", None) or ()))
+        self.reasoning += getattr(choice.delta, "reasoning", None) or ""
+        self.content += choice.delta.content or ""
         for call in choice.delta.tool_calls or ():
-            names[call.index] = names.get(call.index, "") + (call.function.name or "")
-            arguments[call.index] = arguments.get(call.index, "") + (call.function.arguments or "")
-        finish = choice.finish_reason or finish
-    assert finish == "tool_calls"
-    assert (reasoning, content.strip()) == (REASONING, CONTENT)
-    assert names == {0: "weather", 1: "weather"}
-    assert [json.loads(arguments[i])["city"] for i in range(2)] == CITIES
-    assert sources >= {0: {"student"}, 1: {"teacher"}}.get(budget, {"student", "teacher"})
+            self.names[call.index] = self.names.get(call.index, "") + (call.function.name or "")
+            self.arguments[call.index] = self.arguments.get(call.index, "") + (call.function.arguments or "")
+        self.finish = choice.finish_reason or self.finish
+
+
+async def streamed(client: AsyncOpenAI, budget: float) -> Streamed:
+    stream = await client.chat.completions.create(**request(budget, tools=[TOOL], stream=True))
+    result = Streamed()
+    async for chunk in stream:
+        result.add(chunk)
+    return result
+
+
+@pytest.mark.parametrize("budget", [0, 0.3, 0.6, 1])
+async def test_their_deltas_under_load(client: AsyncOpenAI, budget: float) -> None:
+    """Many streams at once: what the models write comes in pieces of several tokens."""
+    for result in await asyncio.gather(*(streamed(client, budget) for _ in range(12))):
+        assert result.finish == "tool_calls"
+        assert (result.reasoning, result.content.strip()) == (REASONING, CONTENT)
+        assert result.names == {0: "weather", 1: "weather"}
+        assert [json.loads(result.arguments[i])["city"] for i in range(2)] == CITIES
+        assert result.sources >= {0: {"student"}, 1: {"teacher"}}.get(budget, {"student", "teacher"})
+        assert result.lengths <= {0, 1}
 
 
 async def test_a_forced_tool_is_the_students_alone(client: AsyncOpenAI) -> None:
