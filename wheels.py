@@ -1,6 +1,6 @@
 """The `wheels` command: one name for every entry point.
 
-A command's module is imported only when it is asked for, so that `wheels --help` answers in milliseconds:
+A command's module is imported only when the command runs. So `wheels --help` answers in milliseconds;
 importing vLLM or torch takes seconds.
 """
 

@@ -1,8 +1,8 @@
 """From a budget that many requests share to a rate that each of them may aim at.
 
-The ledger sees to it that a limit holds. Whoever has only a ledger serves first come, first served, and is
-out of tokens when they are worth most. The controller moves one rate for all, hence one price, such that the
-limit is just met: a span is asked for where it is worth that price, whoever asks and whenever.
+The ledger makes a limit hold. With a ledger alone, requests are served first come, first served, and the
+tokens run out when they are worth most. The controller moves one rate for all, hence one price, so that the
+limit is just met: every request asks for the spans that are worth this price.
 """
 
 import math
@@ -23,11 +23,11 @@ STEP = 0.05
 JUMP = 0.5
 """Most by which one update moves it: updates may be rare for a short window."""
 AIM = 0.98
-"""Share of a limit that is aimed at: aimed at itself, the ledger would refuse now and then."""
+"""Share of a limit to aim at. With 1 the ledger would refuse now and then."""
 EVENLY = AIM * SUB_WINDOWS / (SUB_WINDOWS + 1)
-"""The same for tokens per window: the ledger's window is up to a sub-window longer than asked for."""
+"""The same for tokens per window: the ledger's window is up to a sub-window longer than the limit's."""
 LEARNING = 0.05
-"""Share of a window that traffic is watched for before it is believed to go on like that."""
+"""Share of a window after which the traffic so far is taken as typical."""
 
 
 class LedgerTotals(NamedTuple):
@@ -85,7 +85,7 @@ class RateController:
 
     @property
     def rate(self) -> float:
-        """1 where the limit cannot bind, 0 where it allows nothing."""
+        """1 if the limit cannot bind, 0 if it allows nothing."""
         if not 0.0 < self.target < 1.0:
             return min(self.target, 1.0)
         return min(max(self.target * math.exp(self.u), self.lowest), self.highest)
@@ -156,7 +156,7 @@ class PriceController:
             controller.update(now, status)
 
     def rate(self, scopes: Iterable[Scope], weight: float = 1.0) -> float:
-        """The rate that a request under these limits may aim at, besides what its own budget says.
+        """The rate that a request under these limits may aim at; its own budget may allow less.
 
         ``weight`` is the tenant's priority: under a global limit its rate is the common one times this.
         """
@@ -167,5 +167,5 @@ class PriceController:
         return min(rates)
 
     def price(self, scopes: Iterable[Scope], weight: float = 1.0) -> float:
-        """What a teacher token costs under these limits, in the gate's units; -inf where none binds."""
+        """What a teacher token costs under these limits, in the gate's units; -inf if none binds."""
         return self.calibration.price(self.rate(scopes, weight))

@@ -65,7 +65,7 @@ class Plan:
         return made
 
     def some(self, count: int, turn: int) -> list[Example]:
-        """As many examples as asked for, other ones in every round while there are any."""
+        """``count`` examples, other ones in every round while there are any."""
         start = turn * count % len(self.examples)
         return [*self.examples, *self.examples][start : start + count]
 

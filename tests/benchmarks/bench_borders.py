@@ -1,8 +1,11 @@
-"""How long a completion waits where a span begins or ends: python -m tests.benchmarks.bench_borders
+"""How long a completion waits when a span begins or ends.
 
-More streams than the student's engine has places, so that requests queue. *continuations first*: the gateway
-as it is. *in turn*: the same one without priorities, so that a completion in mid-answer queues behind those
-that have not begun. Prints the times between the last token of one model and the first of the other.
+There are more streams than the student's engine has places, so requests queue. *continuations first*: the
+gateway as it is. *in turn*: the same gateway without priorities, so that a completion in mid-answer queues
+after those that have not begun. Prints the times between the last token of one model and the first of the
+other.
+
+    python -m tests.benchmarks.bench_borders
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a budget buys: python -m tests.benchmarks.bench_controller
+"""What a budget buys.
 
 The same synthetic traffic (see tests/traffic.py) and the same global limit, enforced by the real ledger; only
 the way in which it is spent differs. Half of the mixture that the prices were calibrated on is hard; the
@@ -6,6 +6,8 @@ traffic shifts from 50 % to 10, 90, 30, 70 and 5 % hard requests.
 
 Then the same traffic without a global limit, every request with a budget of its own: one price throughout,
 against one that follows what is left of the request's bucket.
+
+    python -m tests.benchmarks.bench_controller
 """
 
 import argparse

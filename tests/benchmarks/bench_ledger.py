@@ -1,8 +1,10 @@
-"""How long a reservation takes: python -m tests.benchmarks.bench_ledger
+"""How long a reservation takes.
 
 Every reservation is made in two scopes, a tenant's tokens and a fraction of all traffic, and is settled.
 Memory: one after the other in one process. Redis: a server of its own on the loopback; first --clients
 processes, each with one operation under way at a time; then one process with many streams.
+
+    python -m tests.benchmarks.bench_ledger
 """
 
 import argparse

@@ -1,8 +1,10 @@
-"""A global limit on real engines, spent in two ways: python -m tests.benchmarks.bench_shared
+"""A global limit on real engines, spent in two ways.
 
 The shipped pair, held-out sentences in an order that shifts from few digits to many and back to a mixture,
 every request with a budget of its own that is more than there is for all. *controller*: the gateway as it is.
 *first come*: the same gateway without its controller, so that the ledger alone holds the limit.
+
+    python -m tests.benchmarks.bench_shared
 """
 
 import argparse

@@ -60,7 +60,7 @@ def ours(sources: list[str], batch: int, longest: int) -> float:
             tokens = 0
             began = clock()
         prompts = encode_prompts(tokenizer, sources[step * batch : (step + 1) * batch])
-        answers = [[end] * (longest - 1)] * batch  # stand for references: they bound the completions' length
+        answers = [[end] * (longest - 1)] * batch  # instead of references; they bound the completions' length
         _, count = update(
             student,
             method.loss,

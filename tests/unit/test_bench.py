@@ -71,7 +71,7 @@ def test_growth_counts_a_new_series_from_nothing() -> None:
 
 
 def test_positions_are_what_went_through_the_model() -> None:
-    """Two prompts of 10 that were read, 7 tokens to each; 3 drafts of 4 tokens, of which 5 were accepted."""
+    """Two prompts of 10 that were read, 7 tokens to each; 3 drafts of 4 tokens, 5 of them accepted."""
     series = {
         "vllm:e2e_request_latency_seconds_count": 2,
         "vllm:request_prefill_kv_computed_tokens_sum": 20,

@@ -1,4 +1,4 @@
-"""The `wheels` command: what it says, and that it says it fast."""
+"""The `wheels` command: what it prints, and that it prints it fast."""
 
 import os
 import subprocess
