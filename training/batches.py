@@ -1,11 +1,10 @@
 """Demonstrations as padded batches, addressed by step: what makes a resumed run repeat itself exactly."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -22,14 +21,12 @@ DRAWS = 20
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded prompts with their answers.
-
-    ids:    (B, T) int64
-    answer: (B, T) bool, True at t where the model at t predicts a token of the answer, ids[:, t + 1]
-    """
+    """Right-padded prompts with their answers."""
 
     ids: Tensor
+    """(B, T) int64."""
     answer: Tensor
+    """(B, T) bool, True at t where the model at t predicts a token of the answer, ids[:, t + 1]."""
 
     @property
     def targets(self) -> Tensor:
@@ -40,26 +37,31 @@ class Batch:
     def positions(self) -> int:
         return int(self.answer.sum())
 
-    def narrow(self) -> tuple[list[Batch], Tensor | slice]:
-        """The same rows, sorted by length, as batches that are as wide as their longest row: less padding to
-        compute on. And what brings the parts' concatenated answer positions (N,) back into this order.
+    def narrow(self) -> "Narrow":
+        """The same rows, sorted by length, as batches that are as wide as their longest row.
+
+        That leaves less padding to compute on.
         """
         count = len(self.ids) // NARROW_ROWS
         if count < 2:
-            return [self], slice(None)
+            return Narrow([self], slice(None))
         places = torch.arange(1, self.ids.shape[1] + 1, device=self.ids.device)
         lengths = (self.answer * places).amax(1) + 1
         order = lengths.argsort()
         chunks = order.chunk(count)
-        widths = [-(-n // 8) * 8 for n in torch.stack([lengths[chunk[-1]] for chunk in chunks]).tolist()]
-        parts = [Batch(self.ids[c, :n], self.answer[c, :n]) for c, n in zip(chunks, widths, strict=True)]
-        return parts, order.repeat_interleave(self.answer.sum(1)[order]).argsort(stable=True)
+        longest = lengths[torch.stack([rows[-1] for rows in chunks])].tolist()
+        parts = []
+        for rows, length in zip(chunks, longest, strict=True):
+            width = rounded_up(length)
+            parts.append(Batch(self.ids[rows, :width], self.answer[rows, :width]))
+        return Narrow(parts, order.repeat_interleave(self.answer.sum(1)[order]).argsort(stable=True))
 
     def prompts(self) -> list[list[int]]:
+        """Token ids of each row before its answer."""
         lengths = self.answer.int().argmax(1) + 1
         return [row[:n] for row, n in zip(self.ids.tolist(), lengths.tolist(), strict=True)]
 
-    def prefixed(self, prefixes: list[list[int]], pad: int) -> Batch:
+    def prefixed(self, prefixes: list[list[int]], pad: int) -> "Batch":
         """Rows with these ids in front; their answer positions keep their order."""
         prompts, counts = self.prompts(), self.answer.sum(1).tolist()
         rows = zip(self.ids.tolist(), prompts, counts, strict=True)
@@ -67,25 +69,40 @@ class Batch:
         longer = [before + prompt for before, prompt in zip(prefixes, prompts, strict=True)]
         return Batch.of(longer, answers, pad).to(self.ids.device)
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> "Batch":
+        """On this device."""
         return Batch(self.ids.to(device), self.answer.to(device))
 
-    def parts(self, count: int) -> list[Batch]:
+    def parts(self, count: int) -> list["Batch"]:
         """`count` batches of equally many rows. Raises ValueError where that does not come out even."""
         if len(self.ids) % count:
             raise ValueError(f"a batch of {len(self.ids)} does not split into {count} equal parts")
         return [Batch(*pair) for pair in zip(self.ids.chunk(count), self.answer.chunk(count), strict=True)]
 
     @classmethod
-    def of(cls, prompts: list[list[int]], answers: list[list[int]], pad: int) -> Batch:
+    def of(cls, prompts: list[list[int]], answers: list[list[int]], pad: int) -> Self:
+        """Rows of prompt and answer, filled up with `pad`."""
         rows = [p + a for p, a in zip(prompts, answers, strict=True)]
-        width = -(-max(map(len, rows)) // 8) * 8  # few distinct widths: friendlier to caches and compilers
+        width = rounded_up(max(map(len, rows)))
         ids = torch.full((len(rows), width), pad)
         answer = torch.zeros_like(ids, dtype=torch.bool)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
             answer[i, len(prompts[i]) - 1 : len(row) - 1] = True
         return cls(ids, answer)
+
+
+class Narrow(NamedTuple):
+    """A batch in narrower parts, see `Batch.narrow`."""
+
+    parts: list[Batch]
+    order: Tensor | slice
+    """(N,) brings the parts' answer positions, one part after the other, into the batch's order."""
+
+
+def rounded_up(width: int) -> int:
+    """Few distinct widths are friendlier to caches and compilers."""
+    return -(-width // 8) * 8
 
 
 def left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,5 @@
 """`wheels train` and `wheels evaluate`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

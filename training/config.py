@@ -104,6 +104,16 @@ class Schedule(Frozen):
     validate_every: NonNegativeInt = 0
     """Steps between greedy completions of validation examples, scored by the task; 0: never."""
     validate_examples: PositiveInt = 100
+    keep: Literal["last", "best"] = "last"
+    """Which weights are exported: those of the last step, or of the best validation."""
+    patience: NonNegativeInt = 0
+    """Validations without a better one after which training ends; 0: it goes on to the last step."""
+
+    @model_validator(mode="after")
+    def _validated(self) -> Self:
+        if not self.validate_every and (self.keep == "best" or self.patience):
+            raise ValueError("keep: best and patience need validate_every")
+        return self
 
 
 class SFTConfig(Frozen):
@@ -126,6 +136,10 @@ class KDConfig(Frozen):
     """Word-level distillation: forward KL to the teacher on the references' prefixes."""
 
     type: Literal["kd"]
+    temperature: PositiveFloat = 1.0
+    """Of both distributions: above 1 the teacher's less likely tokens count more. The loss is multiplied by
+    its square, so that gradients keep their size.
+    """
 
 
 class GKDConfig(Frozen):
@@ -134,6 +148,8 @@ class GKDConfig(Frozen):
     type: Literal["gkd"]
     beta: float = Field(default=1.0, ge=0, le=1)
     """0: forward KL, 1: reverse KL."""
+    temperature: PositiveFloat = 1.0
+    """Of both distributions, as with `kd`; completions are drawn at 1."""
     on_policy: float = Field(default=0.5, ge=0, le=1)
     """Share of the steps on the student's own completions; the others are on the references."""
 

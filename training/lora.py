@@ -1,32 +1,104 @@
 """Low-rank adapters by `peft`, inside the model itself: to everything else it stays the same model."""
 
-from __future__ import annotations
+import warnings
+from collections.abc import Iterator
 
 import peft
 import torch
+from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import transpose
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from training.config import LoraConfig
 
 
+class LoraError(ValueError):
+    """These adapters cannot be trained, or not exported exactly; the message names the module."""
+
+
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
-    """In place; all other weights are frozen."""
-    targets = config.targets if config.targets == "all-linear" else list(config.targets)
-    peft.inject_adapter_in_model(
-        peft.LoraConfig(
-            r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets
-        ),
-        model,
+    """In place; all other weights are frozen.
+
+    Raises:
+        LoraError: a target that the model has not, or whose adapter cannot be merged into plain weights.
+    """
+    _check_targets(model, config)
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.targets if config.targets == "all-linear" else list(config.targets),
     )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft finds out by itself
+            peft.inject_adapter_in_model(settings, model)
+    except ValueError as error:
+        raise LoraError(f"lora.targets: {str(error).splitlines()[0]}") from error
+    for name, layer in adapted(model):
+        if not isinstance(layer, lora.Linear | lora.Embedding):
+            raise LoraError(f"lora.targets: the adapter of {name} cannot be merged into plain weights")
 
 
-def merged(weights: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """`weights`, all of the model's, with its adapters added to what they belong to, and gone."""
-    plain = {n.replace(".base_layer.", "."): t for n, t in weights.items() if ".lora_" not in n}
+def adapted(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
+    """The modules with an adapter, by name."""
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            (adapter,) = module.active_adapters
-            down, up = (weights[f"{name}.lora_{part}.{adapter}.weight"] for part in "AB")
-            plain[f"{name}.weight"] = plain[f"{name}.weight"] + module.scaling[adapter] * (up @ down)
+            yield name, module
+
+
+def merged(weights: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """`weights`, all of the model's, with its adapters added to what they belong to, and gone."""
+    plain = {n.replace(".base_layer.", "."): t for n, t in weights.items() if ".lora_" not in n}
+    for name, layer in adapted(model):
+        change = _change(weights, name, layer)
+        weight = plain[f"{name}.weight"]
+        plain[f"{name}.weight"] = (weight.float() + change.float()).to(weight.dtype)
     return plain
+
+
+def _change(weights: dict[str, Tensor], name: str, layer: BaseTunerLayer) -> Tensor:
+    """What a layer's adapter adds to its weight."""
+    (adapter,) = layer.active_adapters
+    if isinstance(layer, lora.Embedding):
+        down, up = (weights[f"{name}.lora_embedding_{part}.{adapter}"] for part in "AB")
+        turned = True
+    else:
+        down, up = (weights[f"{name}.lora_{part}.{adapter}.weight"] for part in "AB")
+        turned = layer.fan_in_fan_out  # GPT-2 stores its matrices the other way round
+    return layer.scaling[adapter] * transpose(up @ down, turned)
+
+
+def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Each target is there, and no other module has its weight: that one would change with it."""
+    shared = _shared_weights(model)
+    for target in () if config.targets == "all-linear" else config.targets:
+        found = [(n, m) for n, m in model.named_modules() if n == target or n.endswith("." + target)]
+        if not found:
+            raise LoraError(f"lora.targets: {type(model).__name__} has no module named {target}")
+        for name, module in found:
+            if any(id(parameter) in shared for parameter in module.parameters(recurse=False)):
+                raise LoraError(
+                    f"lora.targets: {name} shares its weight with another module of this model "
+                    "(tie_word_embeddings), so its adapter cannot be merged; name other modules"
+                )
+
+
+def _shared_weights(model: PreTrainedModel) -> set[int]:
+    """Ids of parameters that several modules use."""
+    found: set[int] = set()
+    shared: set[int] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            (shared if id(parameter) in found else found).add(id(parameter))
+    return shared
+
+
+@torch.no_grad()
+def largest_difference(model: PreTrainedModel, other: PreTrainedModel, ids: Tensor) -> float:
+    """Of the two models' logits on ids (B, T), as a share of the largest of them."""
+    ours = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+    theirs = other(input_ids=ids.to(other.device), use_cache=False).logits.float().cpu()
+    return float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-9))

@@ -2,8 +2,6 @@
 matter.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -22,7 +20,8 @@ from router.reserved import RESERVED_ROWS, ReservedRows
 from training.batches import Batch
 from training.config import ModelConfig, ScratchConfig, Shape
 from training.lora import add_lora
-from training.parallel import is_sharded, reader
+from training.parallel import blocks_of, is_sharded
+from training.reading import Reading, read, read_parts
 
 
 def build(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -73,10 +72,10 @@ def add_dropout(model: PreTrainedModel, rate: float) -> None:
     def drop(module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
         return dropout(output, rate, training=module.training and torch.is_grad_enabled())
 
-    decoder = model.get_decoder()
-    blocks = [part for layer in decoder.layers for part in (layer.self_attn.o_proj, layer.mlp.down_proj)]
-    for module in (decoder.embed_tokens, *blocks):
-        module.register_forward_hook(drop)
+    model.get_decoder().embed_tokens.register_forward_hook(drop)
+    for layer in blocks_of(model):
+        layer.self_attn.o_proj.register_forward_hook(drop)
+        layer.mlp.down_proj.register_forward_hook(drop)
 
 
 def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -101,20 +100,19 @@ def parameters(model: PreTrainedModel, *, trained_only: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)
 
 
-def answer_read(model: PreTrainedModel, batch: Batch, visible: int) -> tuple[Tensor, Tensor]:
-    """Last hidden states (after the final norm) at the positions that predict the answers (N, H), and their
-    logits (N, visible), over the tokenizer's ids only: the reserved rows belong to the router.
+def answer_read(model: PreTrainedModel, batch: Batch, visible: int) -> Reading:
+    """At the positions that predict the answers: states (N, H) and logits (N, visible).
+
+    Only over the tokenizer's ids: the reserved rows belong to the router.
     """
     if is_sharded(model):  # every pass gathers the parameters again
-        states, logits = reader(model)(batch.answer, input_ids=batch.ids, use_cache=False)
-        return states, logits[:, :visible]
-    parts, back = batch.narrow()
-    decoder = model.get_decoder()
-    states = [decoder(input_ids=p.ids, use_cache=False).last_hidden_state[p.answer] for p in parts]
-    states = torch.cat(states)[back]
-    return states, model.get_output_embeddings()(states)[:, :visible]
+        states, logits = read(model, batch.answer, input_ids=batch.ids, use_cache=False)
+    else:
+        narrow = batch.narrow()
+        states, logits = read_parts(model, [(p.ids, p.answer) for p in narrow.parts], narrow.order)
+    return Reading(states, logits[:, :visible])
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch, visible: int) -> Tensor:
     """(N, visible), see `answer_read`."""
-    return answer_read(model, batch, visible)[1]
+    return answer_read(model, batch, visible).logits

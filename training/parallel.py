@@ -3,18 +3,16 @@
 Without `torchrun` everything here is the identity, so that training has one code path.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import MethodType
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
 T = TypeVar("T")
@@ -72,7 +70,13 @@ def total(value: float) -> float:
 
 
 def largest(value: float) -> float:
+    """Over all processes."""
     return _reduced(value, dist.ReduceOp.MAX)
+
+
+def smallest(value: float) -> float:
+    """Over all processes."""
+    return -largest(-value)
 
 
 def any_of(flag: bool) -> bool:
@@ -102,20 +106,10 @@ def gathered(share: Sequence[T]) -> list[T]:
     return [shares[i % size()][i // size()] for i in range(sum(map(len, shares)))]
 
 
-def read(model: PreTrainedModel, select: object, **inputs: object) -> tuple[Tensor, Tensor]:
-    """Last hidden states (after the final norm) at the positions `select` of (B, T), and their logits:
-    (N, H) and (N, V).
-    """
-    decoder = model.get_decoder()
-    # A cache grows at every step, for which compiled code would be specialised again and again.
-    run = decoder.forward if inputs.get("past_key_values") is not None else decoder
-    states = run(**inputs).last_hidden_state[select]
-    return states, model.get_output_embeddings()(states)
-
-
-def reader(model: PreTrainedModel) -> MethodType:
-    """`read` of this model, with the gathering of parameters where it is sharded."""
-    return model.read if is_sharded(model) else MethodType(read, model)
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers, whatever their architecture calls them."""
+    lists = [part for part in model.get_decoder().children() if isinstance(part, nn.ModuleList)]
+    return max(lists, key=lambda part: sum(p.numel() for p in part.parameters()))
 
 
 def shard(model: PreTrainedModel) -> None:
@@ -125,15 +119,18 @@ def shard(model: PreTrainedModel) -> None:
     model.to(device())
     if size() == 1:
         return
-    for layer in model.get_decoder().layers:
+    for layer in blocks_of(model):
         fully_shard(layer)
     fully_shard(model)
-    model.read = MethodType(read, model)
-    register_fsdp_forward_method(model, "read")
 
 
 def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """All parameters and buffers, whole and on the CPU; empty in all processes but the first."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def synchronise_gradients(model: nn.Module, now: bool) -> None:

@@ -29,11 +29,11 @@ from training.config import (
 )
 from training.gating.stage import train_router
 from training.loop import trainer
-from training.loop.checkpoints import weights_of
 from training.loop.validation import Validation
 from training.lora import merged
 from training.methods import METHODS, Joint, Method
 from training.models import build, load_model, parameters, save_model
+from training.parallel import weights_of
 from training.rollout_server import RolloutServer
 from training.tasks import Task, make_task
 from training.teacher import Teacher
@@ -185,7 +185,9 @@ def job(space: Workspace, role: str, task: Task, tokenizer: PreTrainedTokenizerB
     config: ModelConfig = getattr(space.recipe, role)
     kind = METHODS[config.method.type]
     teacher = load_teacher(space) if kind.needs_teacher else None
-    method = kind(config.method, len(tokenizer), teacher, tokenizer.eos_token_id)
+    method = kind(
+        config.method, len(tokenizer), teacher, tokenizer.eos_token_id, space.recipe.max_tokens
+    )
     if isinstance(method, Joint):
         method.tokenizer = tokenizer
     model = build(config, tokenizer, space.recipe.seed)

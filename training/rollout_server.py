@@ -6,8 +6,6 @@ The server is a stock vLLM server in its development mode (`VLLM_SERVER_DEV_MODE
 models are large.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -17,9 +15,9 @@ from transformers import PreTrainedModel
 
 from training import parallel
 from training.batches import Batch
-from training.loop.checkpoints import weights_of
 from training.lora import merged
-from training.sampling import until_end
+from training.parallel import weights_of
+from training.sampling import MAX_TOKENS, room, until_end
 from training.served import Server, ServerError
 
 WEIGHTS = "model.safetensors"
@@ -27,22 +25,34 @@ BANNED = -100.0  # the strongest bias that OpenAI's protocol knows
 
 
 class RolloutServer:
-    """`directory`: of weights, read by the server. `every`: batches drawn between two transfers."""
+    """A vLLM server of the student.
+
+    Args:
+        directory: of weights, read by the server.
+        every: batches drawn between two transfers.
+    """
 
     def __init__(
-        self, url: str, directory: Path, every: int = 1, model: str | None = None,
+        self,
+        url: str,
+        directory: Path,
+        every: int = 1,
+        model: str | None = None,
         client: httpx.Client | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._server = Server("rollout server", url, model, client)
         self._directory, self._every, self._drawn = directory.resolve(), every, 0
 
-    def sampled(self, model: PreTrainedModel, batch: Batch, visible: int, end: int) -> Batch:
+    def sampled(
+        self, model: PreTrainedModel, batch: Batch, visible: int, end: int, longest: int = MAX_TOKENS
+    ) -> Batch:
         """What `training.sampling.sampled` gives, drawn by the server; it fixes no seed."""
         if self._drawn % self._every == 0:
             self.synchronise(model)
         self._drawn += 1
-        prompts, longest = batch.prompts(), int(batch.answer.sum(1).max()) + 1
-        answers = self.complete(prompts, range(visible, model.config.vocab_size), end, longest, temperature=1)
+        prompts = batch.prompts()
+        banned = range(visible, model.config.get_text_config().vocab_size)
+        answers = self.complete(prompts, banned, end, room(model, prompts, longest), temperature=1)
         return Batch.of(prompts, answers, end).to(batch.ids.device)
 
     def synchronise(self, model: PreTrainedModel) -> None:
@@ -60,7 +70,7 @@ class RolloutServer:
                 "/collective_rpc",
                 {"method": "reload_weights", "kwargs": {"weights_path": str(self._directory)}},
             )
-            if not self._server.post("/reset_prefix_cache", {})["success"]:  # its blocks are the old weights'
+            if not self._server.post("/reset_prefix_cache", {}).get("success"):  # it holds the old weights'
                 raise ServerError(
                     f"the rollout server at {self._server.url} is writing for somebody else too"
                 )
@@ -72,9 +82,33 @@ class RolloutServer:
         """Answers of at most `longest` tokens, none of them banned, the end token with them."""
         reply = self._server.post(
             "/v1/completions",
-            {"model": self._server.model, "prompt": prompts, "max_tokens": longest,
-             "temperature": temperature, "top_p": 1, "top_k": 0,
-             "logit_bias": {str(i): BANNED for i in banned}, "return_token_ids": True},
-        )  # fmt: skip
-        choices = sorted(reply["choices"], key=lambda choice: choice["index"])
-        return [until_end(choice["token_ids"], end) for choice in choices]
+            {
+                "model": self._server.model,
+                "prompt": prompts,
+                "max_tokens": longest,
+                "temperature": temperature,
+                "top_p": 1,
+                "top_k": 0,
+                "logit_bias": {str(i): BANNED for i in banned},
+                "return_token_ids": True,
+            },
+        )
+        return [until_end(ids, end) for ids in self._answers(reply, len(prompts), longest, banned)]
+
+    def _answers(self, reply: object, count: int, longest: int, banned: range) -> list[list[int]]:
+        """Token ids of each choice, in order. Raises ServerError if the reply is not what was asked for."""
+        where = f"the rollout server at {self._server.url}"
+        choices = reply.get("choices") if isinstance(reply, dict) else None
+        if not isinstance(choices, list) or len(choices) != count:
+            raise ServerError(f"{where} did not reply with {count} completions")
+        answers: dict[object, list[int]] = {}
+        for choice in choices:
+            ids = choice.get("token_ids") if isinstance(choice, dict) else None
+            if not isinstance(ids, list) or not 0 < len(ids) <= longest:
+                raise ServerError(f"{where} gave a completion without 1 to {longest} token_ids")
+            if not all(type(i) is int and 0 <= i < banned.start for i in ids):
+                raise ServerError(f"{where} gave a completion with ids outside 0 to {banned.start - 1}")
+            answers[choice.get("index")] = ids
+        if answers.keys() != set(range(count)):
+            raise ServerError(f"{where} gave completions that are not numbered 0 to {count - 1}")
+        return [answers[i] for i in range(count)]

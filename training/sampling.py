@@ -1,25 +1,54 @@
 """Completions by one model: on-policy batches, and greedy answers for validation."""
 
-from __future__ import annotations
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
 
 from training import parallel
 from training.batches import Batch, left_padded
-from training.gating.rollout import Stepper
+from training.reading import Stepper, context_of
+
+MAX_TOKENS = 64
 
 
-def sampled(model: PreTrainedModel, batch: Batch, visible: int, end: int, temperature: float = 1.0) -> Batch:
-    """The batch's prompts with completions drawn from `model`, at top_p = 1; no longer than the batch's
-    longest answer.
+def sampled(
+    model: PreTrainedModel,
+    batch: Batch,
+    visible: int,
+    end: int,
+    temperature: float = 1.0,
+    longest: int = MAX_TOKENS,
+) -> Batch:
+    """The batch's prompts with completions drawn from `model`, at top_p = 1.
 
-    visible: only ids below it are drawn. end: the end-of-sequence id, also used to pad.
+    Args:
+        visible: only ids below it are drawn.
+        end: the end-of-sequence id, also used to pad.
+        temperature: 0 is greedy.
+        longest: tokens of a completion, the end token with them; fewer where the model's context ends.
     """
-    longest = int(parallel.largest(int(batch.answer.sum(1).max()))) + 1
     prompts = batch.prompts()
     answers = complete(model, prompts, visible, end, longest, temperature)
     return Batch.of(prompts, answers, end).to(batch.ids.device)
+
+
+def room(model: PreTrainedModel, prompts: list[list[int]], longest: int) -> int:
+    """Tokens that fit behind the longest prompt of all processes, at least 1 and at most `longest`."""
+    free = context_of(model) - max(map(len, prompts))
+    return int(parallel.smallest(max(1, min(longest, free))))
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Without any dropout; afterwards the model trains on if it did before."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
 
 
 @torch.no_grad()
@@ -36,10 +65,9 @@ def complete(
     # A tenth faster than no_grad in small steps; but gathered parameters are trained later.
     lean = torch.inference_mode(parallel.size() == 1)
     # A compiled decoder is for batches of one length; a growing cache would compile it again and again.
-    with lean, parallel.whole(model), torch.compiler.set_stance("force_eager"):
-        for _ in range(longest):
-            _, logits = stepper.step(ids, mask)
-            logits = logits[:, :visible].float()
+    with lean, evaluating(model), parallel.whole(model), torch.compiler.set_stance("force_eager"):
+        for _ in range(room(model, prompts, longest)):
+            logits = stepper.step(ids, mask).logits[:, :visible].float()
             token = drawn((logits / temperature).softmax(-1)) if temperature else logits.argmax(-1)
             token = torch.where(alive, token, end)
             written.append(token)

@@ -2,8 +2,6 @@
 is spent.
 """
 
-from __future__ import annotations
-
 import json
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase

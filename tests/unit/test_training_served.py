@@ -155,7 +155,7 @@ def test_rollouts_are_drawn_with_the_weights_of_the_moment(vllm, tokenizer, tmp_
     assert drawn.targets.tolist() == [65, 66, 256] * 2
     request = vllm.asked[-1][1]
     assert request["prompt"] == [[5, 6], [7]]
-    assert (request["temperature"], request["top_p"], request["max_tokens"]) == (1, 1, 3)
+    assert (request["temperature"], request["top_p"], request["max_tokens"]) == (1, 1, 64)
     assert request["logit_bias"] == {str(i): -100.0 for i in range(VISIBLE, VISIBLE + 32)}
 
     plain = new_model(SHAPE, tokenizer, 2)

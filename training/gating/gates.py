@@ -22,6 +22,7 @@ from router.gate import LearnedGate
 from router.reserved import ReservedRows
 from training.config import GateConfig
 from training.gating.rollout import Completion, Cooperation, Positions, Request, concatenate
+from training.reading import Readout
 
 CHUNK = 4096  # positions at a time: their logits are as wide as the vocabulary
 
@@ -128,9 +129,11 @@ class Head(nn.Module):
         super().__init__()
         self.gate = LearnedGate(reserved, width)
         self.taps = nn.Parameter(torch.zeros(reserved.count - 1, student.config.hidden_size))
-        self.register_buffer(
-            "visible", student.get_output_embeddings().weight[: reserved.start].detach().clone()
-        )
+        output = student.get_output_embeddings()
+        self.register_buffer("visible", output.weight[: reserved.start].detach().clone())
+        bias = getattr(output, "bias", None)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self._readout = Readout.of(student.config)
 
     def start_from(self, states: Tensor) -> None:
         """Taps = the directions of most variance of states (N, H); features standardised on them."""
@@ -151,21 +154,30 @@ class Head(nn.Module):
     def logits(self, states: Tensor) -> Tensor:
         """(N, H) -> (N, V): what the merged student computes there. The escalation row stays 0."""
         escalation = states.new_zeros(len(states), 1)
-        return torch.cat((states @ self.visible.T, escalation, states @ self.taps.T), dim=-1)
+        return torch.cat((self._visible_logits(states), escalation, self._tapped(states)), dim=-1)
+
+    def _visible_logits(self, states: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias[: len(self.visible)]
+        return self._readout(states, self.visible, bias)
+
+    def _tapped(self, states: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias[self.gate.reserved.taps]
+        return self._readout(states, self.taps, bias)
 
     @torch.no_grad()
     def confidence(self, states: Tensor) -> Tensor:
         """(N, H) -> (N, 10): the features that training does not change. As wide as the vocabulary while they
         are computed, so in pieces and once.
         """
-        chunks = states.split(CHUNK)
-        return torch.cat(
-            [confidence(chunk.to(self.taps.device) @ self.visible.T, self.gate.reserved) for chunk in chunks]
-        )
+        features = []
+        for chunk in states.split(CHUNK):
+            logits = self._visible_logits(chunk.to(self.taps.device))
+            features.append(confidence(logits, self.gate.reserved))
+        return torch.cat(features)
 
     def features(self, states: Tensor, confidence: Tensor) -> Tensor:
         """(N, F): what the gate sees, as `router.features` computes it from logits."""
-        return torch.cat((states @ self.taps.T, confidence), dim=-1)
+        return torch.cat((self._tapped(states), confidence), dim=-1)
 
     def forward(self, states: Tensor) -> Tensor:
         """Scores (N,) of states (N, H)."""

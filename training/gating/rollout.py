@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 
 from router.budget import EPSILON
 from training.batches import left_padded
-from training.cache import growing_cache
-from training.parallel import reader
+from training.reading import Stepper
 
 ScoreFn = Callable[[Tensor], Tensor]
 """Raw student logits (B, V), taps included -> score (B,)."""
@@ -80,34 +79,6 @@ def concatenate(parts: Sequence[Positions]) -> Positions:
     return Positions(
         **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Positions)}
     )
-
-
-class Stepper:
-    """One model with its key-value cache over the rows that are still being written."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model, self._cache = model, growing_cache()
-
-    def step(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """ids (B, S) new tokens, mask (B, T) of all so far. Returns states (B, H) and logits (B, V) at the
-        end.
-        """
-        if ids.shape[1] == 1:
-            positions = mask.sum(-1, keepdim=True) - 1
-            if self._model.config._attn_implementation == "sdpa":
-                mask = mask.bool()[:, None, None]  # as attention takes it, so that nothing is built from it
-        else:
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        return reader(self._model)(
-            (slice(None), -1),
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-        )
-
-    def keep(self, rows: Tensor) -> None:
-        self._cache.batch_select_indices(rows)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from router.budget import Bucket, Budget
 from router.gate import Gate
 from training.gating.gates import CHUNK
 from training.gating.rollout import Completion, Cooperation, Positions, Request, concatenate
+from training.reading import Readout
 
 ScoreGate = Gate | Callable[[Positions], Tensor]
 """A gate, or an oracle that sees more than a gate may."""
@@ -185,7 +186,11 @@ class Tree:
     def _score(self, gate: ScoreGate, positions: Positions) -> list[float]:
         if not isinstance(gate, Gate):
             return gate(positions).tolist()
-        matrix = self._cooperation.student.get_output_embeddings().weight
-        gate.to(matrix.device)
-        chunks = (chunk.to(matrix.device) @ matrix.T for chunk in positions.states.split(CHUNK))
-        return torch.cat([gate(logits) for logits in chunks]).tolist()
+        student = self._cooperation.student
+        output, readout = student.get_output_embeddings(), Readout.of(student.config)
+        gate.to(student.device)
+        scores = []
+        for chunk in positions.states.split(CHUNK):
+            logits = readout(chunk.to(student.device), output.weight, getattr(output, "bias", None))
+            scores.append(gate(logits))
+        return torch.cat(scores).tolist()

@@ -1,7 +1,5 @@
 """Muon, also for CPUs without bfloat16, on which torch's own takes half a second for every matrix."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer

@@ -1,7 +1,5 @@
 """SIGTERM and SIGINT end a run at the end of its step, with a checkpoint; the second one ends it at once."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Iterator

@@ -1,17 +1,15 @@
 """The training loop: batch, step, log, checkpoint; a killed run resumes and repeats itself exactly.
 
-A step's batch is split into equal parts over the processes (`training.parallel`) and over
+A step's batch is split into equal parts over the processes (`training.parallel`), prepared, and split over
 `schedule.accumulate` passes; the loss of each counts by its share of the positions, so that however it is
 split, the gradient is the whole batch's.
 """
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +20,7 @@ from transformers import PreTrainedModel
 from training import parallel
 from training.batches import Batch
 from training.config import Schedule
+from training.loop.best import Best
 from training.loop.checkpoints import restore, save
 from training.loop.muon import Muon
 from training.loop.progress import Log, Progress, console
@@ -34,6 +33,9 @@ Prepare = Callable[[PreTrainedModel, Batch], Batch]
 Validate = Callable[[PreTrainedModel], dict[str, float]]
 
 
+Record = dict[str, Any]
+
+
 class Batches(Protocol):
     """Batch number `step`, the same in every process."""
 
@@ -41,95 +43,182 @@ class Batches(Protocol):
 
 
 def unchanged(model: PreTrainedModel, batch: Batch) -> Batch:
+    """Prepares nothing: the loss is of the batch itself."""
     return batch
 
 
 def train(
-    model: PreTrainedModel, loss: Loss, batches: Batches, schedule: Schedule, directory: Path, *,
-    prepare: Prepare = unchanged, validate: Validate | None = None, seed: int = 0,
-) -> None:  # fmt: skip
+    model: PreTrainedModel,
+    loss: Loss,
+    batches: Batches,
+    schedule: Schedule,
+    directory: Path,
+    *,
+    prepare: Prepare = unchanged,
+    validate: Validate | None = None,
+    seed: int = 0,
+    record: Record | None = None,
+    trackers: Sequence[str] = ("tensorboard",),
+) -> None:
     """Train `model` in place for `schedule.steps`, from `directory`'s checkpoint where there is one.
 
-    Raises Stopped, after writing a checkpoint, on SIGTERM or SIGINT; ValueError where `schedule.batch` does
-    not split over processes and `schedule.accumulate`; FloatingPointError where a metric is not finite.
+    Args:
+        record: what the recipe says of this stage, kept in the checkpoint.
+        trackers: names in `training.loop.trackers.TRACKERS`.
+
+    Raises:
+        Stopped: on SIGTERM or SIGINT, after writing a checkpoint.
+        ValueError: `schedule.batch` does not split over processes and `schedule.accumulate`.
+        FloatingPointError: a loss, a gradient or a metric is not finite; the last checkpoint stays as it is.
     """
     optimizers = make_optimizers(model, schedule)
-    start = restore(directory, model, optimizers)
+    start, state = restore(directory, model, optimizers)
+    best = Best(directory, schedule, state)
     if schedule.precision == "bf16" and parallel.is_first() and not parallel.fast_bf16(parallel.device()):
         console.print(f"{directory.name}: this CPU has no instructions for bf16: fp32 instead")
     model.train()
     with (
         stop_requests() as stop,
-        Log(directory, start) as log,
+        Log(directory, start, trackers) as log,
         Progress(directory.name, start, schedule.steps) as progress,
     ):
-        tokens, since, began = 0, start, time.monotonic()
+        speed = Speed(start)
         for step in range(start, schedule.steps):
-            metrics, count = update(model, loss, prepare, optimizers, batches[step], step, schedule, seed)
+            if best.exhausted:
+                break
+            try:
+                metrics, count = update(model, loss, prepare, optimizers, batches[step], step, schedule, seed)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{directory.name}: {error}") from None
             done, last = step + 1, step + 1 == schedule.steps
-            tokens += count
+            speed.count(count)
             progress.advance(count)
             if done % schedule.log_every == 0 or last:
-                now = time.monotonic()
-                speed = {"steps_per_second": (done - since) / (now - began),
-                         "tokens_per_second": tokens / (now - began)}  # fmt: skip
-                log.write(done, averaged(metrics) | speed)
-                tokens, since, began = 0, done, now
+                log.write(done, averaged(metrics) | speed.since_last(done))
             if validate and schedule.validate_every and (done % schedule.validate_every == 0 or last):
-                model.eval()
-                log.write(done, validate(model))
-                model.train()
+                scores = validate(model)
+                log.write(done, scores)
+                best.note(done, scores, model)
             stopping = parallel.any_of(stop.requested)
-            if done % schedule.checkpoint_every == 0 or last or stopping:
-                save(directory, done, model, optimizers)
-            if stopping and not last:
+            if done % schedule.checkpoint_every == 0 or last or stopping or best.exhausted:
+                save(directory, done, model, optimizers, best.state(), record)
+                best.tidy()
+            if stopping and not last and not best.exhausted:
                 raise Stopped(f"{directory.name}: stopped after step {done} of {schedule.steps}")
+    finish(model, best, directory.name)
+
+
+def finish(model: PreTrainedModel, best: Best, name: str) -> None:
+    """Leave the model with the weights that are to be exported."""
+    kept = best.load_into(model)
+    if parallel.is_first():
+        if best.exhausted:
+            console.print(f"{name}: no better validation than step {best.step}'s: training ends early")
+        if kept:
+            console.print(f"{name}: the weights of step {best.step}, the best validation")
     model.eval()
 
 
+class Speed:
+    """Steps and trained positions per second between two lines of the log."""
+
+    def __init__(self, step: int) -> None:
+        self._tokens, self._step, self._began = 0, step, time.monotonic()
+
+    def count(self, tokens: int) -> None:
+        """Of one step."""
+        self._tokens += tokens
+
+    def since_last(self, step: int) -> dict[str, float]:
+        """Metrics since the last call."""
+        now = time.monotonic()
+        seconds = now - self._began
+        speeds = {
+            "steps_per_second": (step - self._step) / seconds,
+            "tokens_per_second": self._tokens / seconds,
+        }
+        self._tokens, self._step, self._began = 0, step, now
+        return speeds
+
+
+class Updated(NamedTuple):
+    """One optimizer step."""
+
+    metrics: dict[str, Tensor]
+    """This process's; their sum over the processes is the whole batch's, but for `grad_norm`, which is known
+    to all.
+    """
+    positions: int
+    """Trained positions of the whole batch."""
+
+
 def update(
-    model: PreTrainedModel, loss: Loss, prepare: Prepare, optimizers: list[Optimizer], batch: Batch,
-    step: int, schedule: Schedule, seed: int,
-) -> tuple[dict[str, Tensor], int]:  # fmt: skip
-    """One optimizer step. Returns this process's metrics (their sum over the processes is the whole batch's,
-    but for `grad_norm`, which is known to all) and the whole batch's number of trained positions.
+    model: PreTrainedModel,
+    loss: Loss,
+    prepare: Prepare,
+    optimizers: list[Optimizer],
+    batch: Batch,
+    step: int,
+    schedule: Schedule,
+    seed: int,
+) -> Updated:
+    """One optimizer step on this process's share of the batch, which is prepared once.
+
+    Raises FloatingPointError, before the weights change, where a loss or the gradient is not finite.
     """
     torch.manual_seed(seed * 1_000_003 + step)  # a resumed run draws the same
     device = parallel.device()
     bf16 = schedule.precision == "bf16" and parallel.fast_bf16(device)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     accumulate, size = schedule.accumulate, parallel.size()
-    mine = batch.parts(accumulate * size)[parallel.rank() :: size]
+    batch.parts(accumulate * size)  # refuses what does not come out even
+    mine = batch.parts(size)[parallel.rank()]
     with torch.no_grad(), amp:
-        parts = [prepare(model, part.to(device)) for part in mine]
+        parts = prepare(model, mine.to(device)).parts(accumulate)
     positions = int(parallel.total(sum(part.positions for part in parts)))
     metrics: dict[str, Tensor] = defaultdict(float)
+    losses = []
     for i, part in enumerate(parts):
         parallel.synchronise_gradients(model, i + 1 == accumulate)
         with amp:
             value, logged = loss(model, part)
         share = part.positions / positions
         (value * share * size).backward()  # the processes' gradients are averaged, not summed
+        losses.append(value.detach())
         for name, metric in logged.items():
             metrics[name] += metric * share
     metrics["grad_norm"] = clip_grad_norm_(
         [p for p in model.parameters() if p.requires_grad], schedule.clip, foreach=True
     )
+    check_finite(step, losses, metrics["grad_norm"])
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate * learning_rate_factor(step, schedule)
         optimizer.step()
         optimizer.zero_grad()
-    return metrics, positions
+    return Updated(metrics, positions)
+
+
+def check_finite(step: int, losses: list[Tensor], norm: Tensor) -> None:
+    """Raises FloatingPointError, in all processes, where one of them has a loss or gradient that is not."""
+    values = torch.stack([*losses, whole_number(norm).to(losses[0].device)])
+    if parallel.any_of(not bool(values.isfinite().all())):
+        *seen, size = [f"{value:g}" for value in values.tolist()]
+        raise FloatingPointError(
+            f"step {step + 1}: the loss is {', '.join(seen)}, the norm of the gradient {size}; "
+            "the weights and the last checkpoint are those of before"
+        )
+
+
+def whole_number(norm: Tensor) -> Tensor:
+    """Of a norm that may be spread over the processes."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def averaged(metrics: dict[str, Tensor]) -> dict[str, float]:
     """The whole batch's metrics as numbers."""
-    norm = metrics["grad_norm"]
-    if hasattr(norm, "full_tensor"):
-        norm = norm.full_tensor()
     others = {k: parallel.total(float(v)) for k, v in metrics.items() if k != "grad_norm"}
-    return others | {"grad_norm": float(norm)}
+    return others | {"grad_norm": float(whole_number(metrics["grad_norm"]))}
 
 
 def learning_rate_factor(step: int, schedule: Schedule) -> float:
@@ -140,10 +229,11 @@ def learning_rate_factor(step: int, schedule: Schedule) -> float:
 
 def make_optimizers(model: PreTrainedModel, schedule: Schedule) -> list[Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for all else."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    inner = [p for name, p in trained if schedule.optimizer == "muon" and p.ndim == 2 and ".layers." in name]
+    inner = []
+    if schedule.optimizer == "muon":
+        inner = [p for p in parallel.blocks_of(model).parameters() if p.requires_grad and p.ndim == 2]
     chosen = {id(p) for p in inner}
-    outer = [p for _, p in trained if id(p) not in chosen]
+    outer = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     optimizers: list[Optimizer] = []
     if outer:
         optimizers += [AdamW(outer, betas=(0.9, 0.98), weight_decay=schedule.weight_decay, fused=True)]

@@ -1,7 +1,5 @@
 """Validation in the loop: the task's own metric of greedy completions, and a few of them to read."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from rich.text import Text

@@ -1,47 +1,71 @@
 """What a method is: a loss of one batch."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from training.batches import Batch
-from training.sampling import sampled
+from training.sampling import MAX_TOKENS, sampled
 from training.teacher import LogProbs, Teacher, both
 
-Sampler = Callable[[PreTrainedModel, Batch, int, int], Batch]
-"""`training.sampling.sampled`, or what stands in for it."""
+ConfigT = TypeVar("ConfigT")
 
 
-class Method(ABC):
-    """`visible`: number of token ids of the tokenizer; the rows behind them are the router's. `end`: of a
-    sequence.
+class Sampler(Protocol):
+    """`training.sampling.sampled`, or what stands in for it."""
+
+    def __call__(
+        self, model: PreTrainedModel, batch: Batch, visible: int, end: int, *, longest: int
+    ) -> Batch: ...
+
+
+class Method(ABC, Generic[ConfigT]):
+    """A loss, and what it is taken of.
+
+    Args:
+        visible: number of token ids that may be written; the rows after them are the router's.
+        end: id of the end of a sequence.
+        longest: tokens of the model's own completions.
     """
 
     needs_teacher = True
 
-    def __init__(self, config: Any, visible: int, teacher: Teacher | None, end: int = 0) -> None:
+    def __init__(
+        self,
+        config: ConfigT,
+        visible: int,
+        teacher: Teacher | None,
+        end: int = 0,
+        longest: int = MAX_TOKENS,
+    ) -> None:
         if self.needs_teacher and teacher is None:
             raise ValueError(f"{type(self).__name__} needs a teacher")
         self.config, self.visible, self.teacher, self.end = config, visible, teacher, end
+        self.longest = longest
         self.sampler: Sampler = sampled
 
+    @property
+    def on_policy(self) -> float:
+        """Share of the steps on the model's own completions."""
+        return 0.0
+
     def prepare(self, model: PreTrainedModel, batch: Batch) -> Batch:
-        """What `loss` is taken of: with probability `on_policy` the model's own completions of the batch's
-        prompts, else the batch. All processes of a run choose alike.
+        """What `loss` is taken of.
+
+        With probability `on_policy` the model's own completions of the batch's prompts, else the batch. All
+        processes of a run choose alike.
         """
-        if torch.rand(()) >= getattr(self.config, "on_policy", 0.0):
+        if torch.rand(()) >= self.on_policy:
             return batch
-        return self.sampler(model, batch, self.visible, self.end)
+        return self.sampler(model, batch, self.visible, self.end, longest=self.longest)
 
     @abstractmethod
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar to minimise, the mean over the positions of a prepared batch's answers; scalars to log."""
 
     def log_probs(self, model: PreTrainedModel, batch: Batch) -> LogProbs:
+        """Of student and teacher, at the positions of the answers."""
         return both(model, self.teacher, batch, self.visible)

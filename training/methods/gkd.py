@@ -5,13 +5,12 @@ own text.
 TRL.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from training.batches import Batch
+from training.config import GKDConfig
 from training.methods.base import Method
 
 
@@ -35,8 +34,16 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (log_a.exp() * (log_a - log_b)).sum(-1).mean()
 
 
-class GKD(Method):
+class GKD(Method[GKDConfig]):
+    """The divergence of both distributions, softened by `temperature`; gradients keep their size."""
+
+    @property
+    def on_policy(self) -> float:
+        """As the recipe says."""
+        return self.config.on_policy
+
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        of = self.log_probs(model, batch)
-        loss = generalised_jsd(of.student, of.teacher, self.config.beta)
+        """Mean divergence, nats."""
+        pair, t = self.log_probs(model, batch), self.config.temperature
+        loss = t**2 * generalised_jsd(pair.student / t, pair.teacher / t, self.config.beta)
         return loss, {"loss": loss.detach()}

@@ -7,8 +7,6 @@ anchor keeps it a language model where q is near 1. The gate itself is not moved
 it, with its taps, to the new student (alternating descent).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,20 +17,30 @@ from training.batches import Batch
 from training.config import JointConfig
 from training.methods.base import Method
 from training.models import answer_logits, answer_read
+from training.reading import Readout
+from training.sampling import MAX_TOKENS
 from training.teacher import Teacher
 
 
-class Joint(Method):
-    """Every row is trained for a budget drawn from `rates`, by its price and, with a template, in words in
-    front of the student's prompt. Raises ValueError for a teacher behind a URL.
+class Joint(Method[JointConfig]):
+    """Every row is trained for a budget drawn from `rates`, by its price.
+
+    With a template the budget is in words too, in front of the student's prompt. Raises ValueError for a
+    teacher behind a URL.
     """
 
-    config: JointConfig
     tokenizer: PreTrainedTokenizerBase
     """Of the words; set where there is a template."""
 
-    def __init__(self, config: JointConfig, visible: int, teacher: Teacher | None, end: int = 0) -> None:
-        super().__init__(config, visible, teacher, end)
+    def __init__(
+        self,
+        config: JointConfig,
+        visible: int,
+        teacher: Teacher | None,
+        end: int = 0,
+        longest: int = MAX_TOKENS,
+    ) -> None:
+        super().__init__(config, visible, teacher, end, longest)
         if not isinstance(teacher, PreTrainedModel):
             raise ValueError("method joint needs the teacher in process, not behind a URL")
         checkpoint = RouterCheckpoint.load(config.router)
@@ -48,16 +56,23 @@ class Joint(Method):
         with torch.no_grad():
             log_p = answer_logits(self.teacher, batch, self.visible).float().log_softmax(-1)
             price = self.prices[drawn].to(device).repeat_interleave(batch.answer.sum(1))
-            asks = self.asking(states, logits, price)
+            asks = self.asking(self._tapped(model, states), logits, price)
         log_pi = logits.float().log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_pi)).sum(-1)
         loss = ((1 - asks + self.config.anchor) * kl).mean()
         return loss, {"loss": loss.detach(), "kl": kl.detach().mean(), "asks": asks.mean()}
 
-    def asking(self, states: Tensor, logits: Tensor, price: Tensor) -> Tensor:
-        """Probability (N,) that the gate asks, from states (N, H), visible logits and price (N,)."""
-        gate, taps = self.gate.to(states.device), self.taps.to(states)
-        x = torch.cat((states @ taps.T, confidence(logits, gate.reserved)), dim=-1)
+    def _tapped(self, model: PreTrainedModel, states: Tensor) -> Tensor:
+        """Logits (N, taps) of states (N, H), as they will be when the taps are rows of the model."""
+        bias = getattr(model.get_output_embeddings(), "bias", None)
+        if bias is not None:
+            bias = bias[self.gate.reserved.taps]
+        return Readout.of(model.config)(states, self.taps.to(states), bias)
+
+    def asking(self, tapped: Tensor, logits: Tensor, price: Tensor) -> Tensor:
+        """Probability (N,) that the gate asks, from taps (N, taps), visible logits and price (N,)."""
+        gate = self.gate.to(tapped.device)
+        x = torch.cat((tapped, confidence(logits, gate.reserved)), dim=-1)
         return ((gate.score(x.float()) - price) / self.config.temperature).sigmoid()
 
     def _prompted(self, batch: Batch, drawn: Tensor) -> Batch:

@@ -1,12 +1,11 @@
 """Word-level distillation: forward KL to the teacher on the references' prefixes (Hinton et al. 2015)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from training.batches import Batch
+from training.config import KDConfig
 from training.methods.base import Method
 
 
@@ -15,8 +14,11 @@ def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean")
 
 
-class KD(Method):
+class KD(Method[KDConfig]):
+    """T^2 KL of both distributions at temperature T, so that gradients keep their size (Hinton et al.)."""
+
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        of = self.log_probs(model, batch)
-        loss = forward_kl(of.student, of.teacher)
+        """Mean divergence, nats."""
+        pair, t = self.log_probs(model, batch), self.config.temperature
+        loss = t**2 * forward_kl(pair.student / t, pair.teacher / t)
         return loss, {"loss": loss.detach()}

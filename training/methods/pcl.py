@@ -11,13 +11,12 @@ taken for every action of every position instead of the sampled one, weighted by
 sampling noise, both modes.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from training.batches import Batch
+from training.config import PCLConfig
 from training.methods.base import Method
 
 
@@ -46,13 +45,21 @@ def half_square(residual: Tensor, clip: float) -> Tensor:
     return inner * (residual - inner / 2)
 
 
-class PCL(Method):
+class PCL(Method[PCLConfig]):
+    """Path consistency over sub-paths of `window` decisions."""
+
+    @property
+    def on_policy(self) -> float:
+        """As the recipe says."""
+        return self.config.on_policy
+
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        of = self.log_probs(model, batch)
+        """Half the mean squared residual."""
+        pair = self.log_probs(model, batch)
         if self.config.window == 0:
-            loss = all_actions_loss(of.student, of.teacher, self.config.clip)
+            loss = all_actions_loss(pair.student, pair.teacher, self.config.clip)
         else:
             row = batch.answer.nonzero()[:, 0]
-            residuals = path_residuals(of.log_ratio, row, self.config.window)
+            residuals = path_residuals(pair.log_ratio, row, self.config.window)
             loss = half_square(residuals, self.config.clip).mean()
         return loss, {"loss": loss.detach()}

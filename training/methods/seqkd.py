@@ -2,20 +2,23 @@
 arXiv 1606.07947); greedy ones in place of their beam.
 """
 
-from __future__ import annotations
-
 from transformers import PreTrainedModel
 
 from training.batches import Batch
+from training.config import SeqKDConfig
 from training.methods.sft import SFT
-from training.sampling import sampled
+from training.sampling import room, sampled
 
 
 class SeqKD(SFT):
+    """`SFT` on what the teacher writes."""
+
+    config: SeqKDConfig
     needs_teacher = True
 
     def prepare(self, model: PreTrainedModel, batch: Batch) -> Batch:
-        """Raises ValueError for a teacher behind a URL."""
+        """The teacher's completions of the batch's prompts. Raises ValueError for a teacher behind a URL."""
         if not isinstance(self.teacher, PreTrainedModel):
             raise ValueError("method seqkd needs the teacher in process, not behind a URL")
-        return sampled(self.teacher, batch, self.visible, self.end, self.config.temperature)
+        longest = room(model, batch.prompts(), self.longest)  # the student must be able to read them, too
+        return sampled(self.teacher, batch, self.visible, self.end, self.config.temperature, longest)

@@ -1,0 +1,62 @@
+"""The best validation of a run: its weights are kept, and without a better one the run ends."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from training import parallel
+from training.config import Schedule
+from training.loop.checkpoints import load_weights, save_weights
+
+
+class Best:
+    """Follows `valid_quality`, and `valid_similarity` among equals.
+
+    Args:
+        directory: of the run; the best weights lie there as `best-STEP.pt`.
+        state: what `state` gave when the run was interrupted; empty at its start.
+    """
+
+    def __init__(self, directory: Path, schedule: Schedule, state: dict[str, Any]) -> None:
+        self._directory = directory
+        self._keep, self._patience = schedule.keep == "best", schedule.patience
+        self.step: int = state.get("step", 0)
+        self._score: list[float] = state.get("score", [])
+        self._misses: int = state.get("misses", 0)
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"step": self.step, "score": self._score, "misses": self._misses}
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether as many validations as `patience` have passed without a better one."""
+        return 0 < self._patience <= self._misses
+
+    def note(self, step: int, metrics: dict[str, float], model: PreTrainedModel) -> None:
+        """One validation."""
+        score = [metrics["valid_quality"], metrics["valid_similarity"]]
+        if self._score and score <= self._score:
+            self._misses += 1
+            return
+        self.step, self._score, self._misses = step, score, 0
+        if self._keep:
+            save_weights(self._file(step), model)
+
+    def tidy(self) -> None:
+        """Delete older weights, once a checkpoint names the new ones."""
+        if parallel.is_first():
+            for file in self._directory.glob("best-*.pt"):
+                if file != self._file(self.step):
+                    file.unlink()
+
+    def load_into(self, model: PreTrainedModel) -> bool:
+        """Give the model the best weights. False if the last ones are to be kept."""
+        if not self._keep or self.step == 0:
+            return False
+        load_weights(self._file(self.step), model)
+        return True
+
+    def _file(self, step: int) -> Path:
+        return self._directory / f"best-{step}.pt"

@@ -1,0 +1,210 @@
+"""What a causal language model makes of its input: hidden states and logits, whole or token by token.
+
+Logits always come from the model's own forward pass. Some models scale or cap what their output matrix gives
+(Granite, Cohere, Gemma 2), and some add a bias (Phi): a product with the matrix alone would leave that out.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from training.cache import growing_cache
+
+PROBE_TOKENS = 6
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+"""Largest mean difference of two ways to the same logits, as a share of their mean size."""
+TOLERANCE_OF_HALF = 0.05
+"""The same for 16-bit weights."""
+
+
+class UnreadableModel(ValueError):
+    """Training cannot read this model's states and logits as the model itself computes them."""
+
+
+class Reading(NamedTuple):
+    """Of N positions."""
+
+    states: Tensor
+    """(N, H): the last hidden states, as the output matrix is given them."""
+    logits: Tensor
+    """(N, V): the model's own, scaled and capped as it does."""
+
+
+@contextmanager
+def head_given(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Meanwhile the model's output matrix reads `change` of its input (B, T, H)."""
+
+    def hook(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (change(inputs[0]),)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def read(model: PreTrainedModel, select: object, **inputs: object) -> Reading:
+    """The positions `select` of (B, T), in one forward pass that computes no other logits."""
+    given: list[Tensor] = []
+
+    def chosen(states: Tensor) -> Tensor:
+        given.append(states[select])
+        return given[0]
+
+    with head_given(model, chosen):
+        logits = model(**inputs).logits
+    return Reading(given[0], logits)
+
+
+def read_parts(model: PreTrainedModel, parts: list[tuple[Tensor, Tensor]], order: Tensor | slice) -> Reading:
+    """Several passes as one reading, with one product of the output matrix.
+
+    Args:
+        parts: ids (B, T) and the positions to read (B, T) of each pass.
+        order: of the parts' positions, one after the other.
+    """
+    given: list[Tensor] = []
+
+    def gathered(states: Tensor) -> Tensor:
+        given.append(states[parts[len(given)][1]])
+        if len(given) < len(parts):
+            return states[:0, 0]  # no logits yet
+        return torch.cat(given)[order]
+
+    with head_given(model, gathered):
+        for ids, _ in parts:
+            output = model(input_ids=ids, use_cache=False)
+    return Reading(torch.cat(given)[order], output.logits)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """From last hidden states to logits: cap * tanh(scale * (states @ weight.T + bias) / cap).
+
+    For rows that are not in the model yet, such as the router's taps.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "Readout":
+        """By the names that transformers' configurations give to both."""
+        text = config.get_text_config()
+        scale = getattr(text, "logit_scale", None) or getattr(text, "lm_head_multiplier", None) or 1.0
+        divisor = getattr(text, "logits_scaling", None) or 1.0
+        cap = getattr(text, "final_logit_softcapping", None) or getattr(text, "logits_soft_cap", None)
+        return cls(scale / divisor, cap)
+
+    def __call__(self, states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(N, rows) of states (N, H), weight (rows, H) and bias (rows,)."""
+        products = states @ weight.T
+        if bias is not None:
+            products = products + bias
+        if self.scale != 1.0:
+            products = products * self.scale
+        if self.cap is not None:
+            products = torch.tanh(products / self.cap) * self.cap
+        return products
+
+
+def attends_everywhere(config: PreTrainedConfig) -> bool:
+    """Whether every layer sees all earlier tokens: no sliding window, no chunks, no bias by distance."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    slides = kinds != {"full_attention"} if kinds else getattr(config, "sliding_window", None) is not None
+    chunked = getattr(config, "attention_chunk_size", None) is not None
+    return not slides and not chunked and not getattr(config, "alibi", False)
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """Tokens that the model can read at once; practically without end where its configuration names none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+class Stepper:
+    """One model with its key-value cache over the rows that are still being written."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model, self._cache = model, growing_cache()
+        config = model.config.get_text_config()
+        # Attention takes this mask as it is: nothing is built from it at every step.
+        self._plain = config._attn_implementation == "sdpa" and attends_everywhere(config)
+
+    def step(self, ids: Tensor, mask: Tensor) -> Reading:
+        """States (B, H) and logits (B, V) at the end.
+
+        Args:
+            ids: (B, S) new tokens.
+            mask: (B, T) of all tokens so far; 0 is padding.
+        """
+        if ids.shape[1] == 1:
+            positions = mask.sum(-1, keepdim=True) - 1
+            if self._plain:
+                mask = mask.bool()[:, None, None]
+        else:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        return read(
+            self._model,
+            (slice(None), -1),
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch alone."""
+        self._cache.batch_select_indices(rows)
+
+
+@torch.no_grad()
+def check_steps(model: PreTrainedModel, name: str) -> None:
+    """Raises UnreadableModel if the model, asked token by token, gives other logits than asked at once."""
+    ids = _probe(model)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            whole = model(input_ids=ids, use_cache=False).logits[0]
+            stepper = Stepper(model)
+            padded = torch.cat((ids.new_zeros(1, 2), ids), dim=1)  # two of padding, as beside longer prompts
+            mask = (torch.arange(padded.shape[1], device=ids.device) >= 2).long()[None]
+            stepped = [stepper.step(padded[:, :4], mask[:, :4]).logits[0]]
+            for at in range(4, padded.shape[1]):
+                stepped.append(stepper.step(padded[:, at : at + 1], mask[:, : at + 1]).logits[0])
+    except (TypeError, AttributeError, RuntimeError, IndexError, ValueError) as error:
+        raise UnreadableModel(f"{name}: {type(model).__name__} cannot be asked by tokens: {error}") from error
+    if _far(torch.stack(stepped), whole[1:], model):
+        raise UnreadableModel(
+            f"{name}: {type(model).__name__}, asked token by token, gives other logits than asked at once"
+        )
+
+
+@torch.no_grad()
+def check_readout(model: PreTrainedModel, name: str) -> None:
+    """Raises UnreadableModel if `Readout` does not give the model's logits: taps would be misread."""
+    head = model.get_output_embeddings()
+    with torch.compiler.set_stance("force_eager"):
+        states, logits = read(model, 0, input_ids=_probe(model), use_cache=False)
+    again = Readout.of(model.config)(states, head.weight, getattr(head, "bias", None))
+    if again.shape != logits.shape or _far(again, logits, model):
+        raise UnreadableModel(
+            f"{name}: {type(model).__name__} computes its logits in a way that a router cannot follow"
+        )
+
+
+def _probe(model: PreTrainedModel) -> Tensor:
+    rows = model.config.get_text_config().vocab_size
+    return (torch.arange(PROBE_TOKENS, device=model.device) * 7 + 3)[None] % rows
+
+
+def _far(ours: Tensor, theirs: Tensor, model: PreTrainedModel) -> bool:
+    ours, theirs = ours.float(), theirs.float()
+    allowed = TOLERANCE.get(model.dtype, TOLERANCE_OF_HALF)
+    return not bool((ours - theirs).abs().mean() <= allowed * theirs.abs().mean().clamp(min=1e-6))
