@@ -9,10 +9,10 @@ from killing import Killed, killing
 from training import parallel
 from training.batches import Demonstrations
 from training.config import PCLConfig, Schedule, Shape
-from training.loop.checkpoints import weights_of
 from training.loop.trainer import train
 from training.methods import PCL
 from training.models import new_model
+from training.parallel import weights_of
 from training.tasks import make_task
 from training.tokenizer import load_tokenizer
 
