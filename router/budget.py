@@ -114,7 +114,9 @@ class Bucket:
     def _length(self, tokens: int) -> int | None:
         """Completion length whose fraction, with a call behind it, covers so many teacher tokens."""
         length = tokens / self.budget.fraction - self.ask_tokens - EPSILON
-        return None if length > LONGEST else max(0, math.ceil(length))
+        if length <= 0:
+            return 0  # also of a fraction so small that the length is minus infinity
+        return None if length > LONGEST else math.ceil(length)
 
     def credit(self, completion_tokens: int) -> float:
         """Teacher tokens that a fraction leaves behind so many completion tokens."""

@@ -250,3 +250,24 @@ def test_tokens_and_whole_fractions_have_no_spare_price():
     policy = Policy(LINE, expected_tokens=20, spare=LINE)
     for budget in (Budget(tokens=5), Budget(fraction=1), Budget(calls=2)):
         assert policy.terms(Bucket(budget, span_tokens=4), 0, max_tokens=100).spare_price is None
+
+
+EXTREMES = (5e-324, 1e-308, 1e-300, 1e-12, 0.5, 1 - 2**-53, None)
+
+
+@pytest.mark.parametrize("fraction", EXTREMES)
+@pytest.mark.parametrize("tokens", [1, 2**63 - 1, None])
+@pytest.mark.parametrize("calls", [1, 2**63 - 1, None])
+@pytest.mark.parametrize("max_tokens", [1, 10**9])
+def test_every_budget_that_is_allowed_has_terms(fraction, tokens, calls, max_tokens):
+    if (fraction, tokens, calls) == (None, None, None):
+        return
+    budget = Budget.model_validate({"fraction": fraction, "tokens": tokens, "calls": calls})
+    policy = Policy(LINE, expected_tokens=20, spare=LINE)
+    for span_tokens, ask_tokens in ((1, 1), (8, 1), (8, 8)):
+        bucket = Bucket(budget, span_tokens, ask_tokens)
+        for completion_tokens in (0, 1, 10**8):
+            terms = policy.terms(bucket, completion_tokens, max_tokens)
+            assert not math.isnan(terms.price)
+            grant = bucket.reserve(completion_tokens, at_most=8)
+            assert grant is None or grant.tokens >= 1
