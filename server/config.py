@@ -112,6 +112,9 @@ class ServeConfig(BaseModel):
         MemoryLedgerConfig(), description="where shared limits are kept, as JSON; default: in memory"
     )
     tenants: str | None = Field(None, description="file of API keys and their budgets, or its contents")
+    metrics_api_key: SecretStr | None = Field(
+        None, description="key for /metrics; with tenants an admin's key opens it too, and no key does not"
+    )
     gate: Literal[tuple(GATES)] = Field("learned", description=f"what decides: {', '.join(GATES)}")
     price: FiniteFloat | None = Field(None, description="fixed price, for a gate without a calibration")
     aim: Literal["quality", "rate"] = Field(

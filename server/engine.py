@@ -5,6 +5,7 @@ from array import array
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -15,8 +16,8 @@ from server.choice import Choice, Step
 from server.completion import Completion
 from server.exchange import EXCHANGE, Exchange, Report
 from server.gate_processor import TERMS
-from server.limits import check_reserved_rows, unsupported
 from server.metrics import counted
+from server.parameters import check_reserved_rows, unsupported
 from server.shared import SharedBudgets
 from server.single_tokens import SingleTokens
 from server.span_loop import SpanLoop
@@ -135,24 +136,55 @@ class Cooperator:
             VLLMValidationError: a parameter cannot be honoured with a budget above 0, or names a
                 reserved row.
         """
-        check_reserved_rows(prompt, params, self._cooperation.reserved)
-        if TERMS & (params.extra_args or {}).keys():
-            raise VLLMValidationError("the terms of asking are the router's", parameter="vllm_xargs")
-        options["priority"] = self._priority(options.get("priority", 0))
         exchange = EXCHANGE.get(None) or Exchange()
+        with exchange.noting_failure():
+            check_reserved_rows(prompt, params, self._cooperation.reserved, exchange.names)
+            if TERMS & (params.extra_args or {}).keys():
+                raise VLLMValidationError("the terms of asking are the router's", parameter="vllm_xargs")
+            options["priority"] = self._priority(options.get("priority", 0))
+            if exchange.searches:
+                return self._search_step(exchange, prompt, params, request_id, options)
+            return self._complete(exchange, prompt, params, request_id, options)
+
+    def _complete(
+        self,
+        exchange: Exchange,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        options: dict[str, Any],
+    ) -> AsyncGenerator[RequestOutput, None]:
         reports = [exchange.open() for _ in range(params.n)]
         budget = self._budget(exchange, prompt, params, options)
         if budget.is_zero:
             outputs = self._student.generate(prompt, params, request_id, **options)
             if self._parsed(params):
                 outputs = self._split(outputs, prompt, params)
-            return self._plain(outputs, params, reports, exchange.tenant)
+            return self._plain(outputs, params, reports, exchange)
         self._student.verify(params)
         choices = []
         for index, report in enumerate(reports):
             completion = self._completion(prompt, params, index, report)
             choices.append(self._choice(completion, budget, exchange.tenant, prompt, request_id, options))
         return self._hand_out(choices, exchange, request_id)
+
+    def _search_step(
+        self,
+        exchange: Exchange,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        options: dict[str, Any],
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """One token of one beam. It is nobody's completion: what the client gets is counted at the end."""
+        self._budget(exchange, prompt, params, options)
+        exchange.searched = partial(self._count_search, exchange.tenant)
+        return self._student.generate(prompt, params, request_id, **options)
+
+    def _count_search(self, tenant: Tenant | None, reports: list[Report]) -> None:
+        with counted(reports, budgeted=False, refusal=VLLMValidationError):
+            tokens = sum(report.completion_tokens for report in reports)
+        self._cooperation.shared.share(tenant).close(tokens)
 
     def _priority(self, wanted: int) -> int:
         """vLLM's priority (a smaller one goes first) of a new request; one less is left to continuations.
@@ -182,11 +214,14 @@ class Cooperator:
                 report.clamped = clamped
         if budget.is_zero:
             return budget
+        if exchange.writes_nothing:
+            return Budget(tokens=0)
         parameter = exchange.unsupported or unsupported(prompt, params, options)
         if parameter is None:
             return budget
         if exchange.budget is None:
             return Budget(tokens=0)
+        parameter = exchange.names.get(parameter, parameter)
         raise VLLMValidationError(
             f"{parameter} cannot be honoured with a teacher_budget above 0", parameter=parameter
         )
@@ -259,13 +294,13 @@ class Cooperator:
         outputs: AsyncGenerator[RequestOutput, None],
         params: SamplingParams,
         reports: list[Report],
-        tenant: Tenant | None,
+        exchange: Exchange,
     ) -> AsyncGenerator[RequestOutput, None]:
         """A request with nothing to spend: the student's own outputs, counted."""
         delta = params.output_kind == RequestOutputKind.DELTA
-        share = self._cooperation.shared.share(tenant)
+        share = self._cooperation.shared.share(exchange.tenant)
         try:
-            with counted(reports, budgeted=False, refusal=VLLMValidationError):
+            with exchange.noting_failure(), counted(reports, budgeted=False, refusal=VLLMValidationError):
                 async with aclosing(outputs):
                     async for output in outputs:
                         for new in output.outputs:
@@ -281,7 +316,8 @@ class Cooperator:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Cooperative completions as vLLM's outputs, in the kind that the caller wants."""
         final: list[CompletionOutput] = []
-        async with aclosing(merge_async_iterators(*map(self._written, choices))) as steps:
+        written = [self._written(choice, exchange) for choice in choices]
+        async with aclosing(merge_async_iterators(*written)) as steps:
             async for index, (output, source) in steps:
                 choice = choices[index]
                 exchange.hand_out(choice.report, source, finished=output.finish_reason is not None)
@@ -293,12 +329,15 @@ class Cooperator:
                 else:
                     yield _request_output(choices, [output], request_id)
 
-    async def _written(self, choice: Choice) -> AsyncGenerator[Step, None]:
+    async def _written(self, choice: Choice, exchange: Exchange) -> AsyncGenerator[Step, None]:
         """What the span loop writes, for a reader that may be slow, or leave."""
         writing = asyncio.create_task(self._loop.write(choice))
         writing.add_done_callback(lambda _: choice.steps.put_nowait(None))
         try:
-            with counted([choice.report], budgeted=True, refusal=VLLMValidationError):
+            with (
+                exchange.noting_failure(),
+                counted([choice.report], budgeted=True, refusal=VLLMValidationError),
+            ):
                 while (step := await choice.steps.get()) is not None:
                     yield step
                 await writing

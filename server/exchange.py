@@ -1,6 +1,8 @@
 """What the HTTP layer and the engine tell each other about one request, beside vLLM's own types."""
 
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal
@@ -62,11 +64,39 @@ class Exchange:
     """None where the caller named none."""
     unsupported: str | None = None
     """A parameter of the HTTP request that rules out a teacher and that the engine never sees."""
+    writes_nothing: bool = False
+    """Only the prompt is asked for, with its log-probabilities: whatever the budget, nobody spends it."""
+    searches: bool = False
+    """The choices come of a beam search."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What the client calls a parameter that vLLM knows by another name."""
     tenant: Tenant | None = None
     """Whose key the request came with; None where the gateway asks for none, or it was the admin's."""
     reports: list[Report] = field(default_factory=list)
     latest: Report = field(default_factory=Report)
     """Of the choice that handed out tokens last."""
+    failure: Exception | None = None
+    """Why the request ends without its completion, as the engine saw it."""
+    searched: Callable[[list[Report]], None] | None = None
+    """Counts what comes of a beam search: the engine sees its steps only."""
+
+    @contextmanager
+    def noting_failure(self) -> Iterator[None]:
+        """Keep the exception that ends the request: vLLM shows it to some clients only."""
+        try:
+            yield
+        except Exception as error:
+            self.failure = self.failure or error
+            raise
+
+    def end_search(self, choices: int, tokens: int) -> None:
+        """A beam search came to these choices, which have ``tokens`` tokens together."""
+        if self.searched is None or not choices:
+            return
+        for _ in range(choices):
+            self.open().finished = True
+        self.reports[0].completion_tokens = tokens
+        self.searched(self.reports)
 
     def open(self) -> Report:
         """Add a choice; choices are opened in the order of their indices in the response."""

@@ -23,8 +23,9 @@ from server.config import ConfigError, ServeConfig
 from server.engine import Cooperation, CooperativeEngine
 from server.gate_processor import gate_settings
 from server.http.access import Access
-from server.http.fields import TeacherFields, document
+from server.http.fields import TeacherFields
 from server.http.lifecycle import CUT_OFF_SECONDS, KEEP_ALIVE_SECONDS, EngineDied, Lifecycle
+from server.http.openapi import document
 from server.http.request_id import RequestIds, log_with_ids
 from server.http.routes import routes
 from server.http.tracing import Traces
@@ -316,9 +317,15 @@ async def _app(
     tasks = await engine.get_supported_tasks()
     app = http.build_app(arguments, tasks, engine.model_config)
     app.include_router(routes(config.examples, tenants))
-    if tenants is not None:
-        # vLLM has built its stack of middlewares already: keys stand before all of it.
-        app.middleware_stack = Access(app.middleware_stack, tenants, engine.cooperation.shared.ledger)
+    metrics_key = config.metrics_api_key
+    if tenants is not None or metrics_key is not None:
+        # vLLM has built its stack of middlewares already: keys are asked for before all of it.
+        app.middleware_stack = Access(
+            app.middleware_stack,
+            tenants,
+            engine.cooperation.shared.ledger,
+            metrics_key=None if metrics_key is None else metrics_key.get_secret_value(),
+        )
     document(app)
     await http.init_app_state(engine, app.state, arguments, tasks)
     return app

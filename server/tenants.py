@@ -168,9 +168,7 @@ class Tenants:
         """
         if credential is None:
             return None
-        scheme, _, key = credential.partition(" ")
-        key = key.strip() if scheme.lower() == "bearer" else credential.strip()
-        digest = hash_key(key)
+        digest = hash_key(key_of(credential))
         stored, owner = self._owners.get(self._index(digest), ("", None))
         return owner if hmac.compare_digest(stored, digest) else None
 
@@ -228,6 +226,12 @@ class Tenants:
                 for entry in error.errors()
             )
             raise ConfigError(f"{where}: {'; '.join(problems)}") from error
+
+
+def key_of(credential: str) -> str:
+    """The key in an Authorization header (``Bearer KEY``) or an x-api-key header (the key)."""
+    scheme, _, key = credential.partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else credential.strip()
 
 
 def hash_key(key: str) -> str:

@@ -55,6 +55,13 @@ def parses_streams(arguments: Namespace) -> bool:
     return bool(arguments.tool_call_parser or arguments.reasoning_parser or structured)
 
 
+def error_info(error: Exception) -> Any:
+    """What vLLM's server answers after an exception: its `message`, `type`, `code` and `param`."""
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+    return create_error_response(error).error
+
+
 __all__ = [
     "AsyncEngineArgs",
     "AsyncLLM",
@@ -75,6 +82,7 @@ __all__ = [
     "VLLMValidationError",
     "convert_ids_list_to_tokens",
     "current_platform",
+    "error_info",
     "merge_async_iterators",
     "parses_streams",
 ]

@@ -1,14 +1,17 @@
 """Who may use the gateway: a key in front of every route; what a tenant's responses say of its limits."""
 
+import hmac
 from collections.abc import Sequence
 from typing import Any
 
 from router.ledger import Ledger, Status
-from server.http.asgi import Message, Receive, Send, encoded, refuse
+from server.http.asgi import Message, Receive, Send, encoded, route_path
+from server.http.errors import ApiError, refuse
 from server.http.ratelimit import headers, retry_after
-from server.tenants import ADMIN, Tenant, Tenants
+from server.tenants import ADMIN, Tenant, Tenants, hash_key, key_of
 
-# What probes, scrapers and browsers fetch; nothing of it costs or tells anything of a tenant.
+METRICS = "/metrics"
+# What probes and browsers fetch; nothing of it costs or tells anything of a tenant.
 OPEN = {
     "/",
     "/playground/examples",
@@ -16,52 +19,71 @@ OPEN = {
     "/ready",
     "/ping",
     "/version",
-    "/metrics",
     "/docs",
     "/openapi.json",
 }
 
 
 class Access:
-    """ASGI middleware: 401 without a known key, 429 where a tenant wants that once its limit is used up.
+    """ASGI middleware: 401 without a known key, 429 if a tenant wants that once its limit is used up.
 
-    Whose key it was stands in the request's state as ``tenant``: a `Tenant` or "admin".
+    The request's state gets the owner of its key as ``tenant``: a `Tenant` or "admin". Without tenants, only
+    the metrics may want a key.
     """
 
-    def __init__(self, app: Any, tenants: Tenants, ledger: Ledger) -> None:
+    def __init__(
+        self, app: Any, tenants: Tenants | None, ledger: Ledger, *, metrics_key: str | None = None
+    ) -> None:
+        """``metrics_key``: a key that opens the metrics; an admin's does so too."""
         self.app = app
         self.tenants = tenants
         self.ledger = ledger
+        self._metrics_hash = None if metrics_key is None else hash_key(metrics_key)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or (scope["path"] in OPEN and scope.get("method") in ("GET", "HEAD")):
+        if scope["type"] == "lifespan" or self._is_open(scope):
             return await self.app(scope, receive, send)
-        sent = dict(scope["headers"])
-        credential = sent.get(b"authorization") or sent.get(b"x-api-key")
-        owner = self.tenants.authenticate(None if credential is None else credential.decode("latin-1"))
+        owner = self._owner(scope)
         if owner is None and scope["type"] == "websocket":
             return await send({"type": "websocket.close", "code": 1008})
         if owner is None:
-            return await refuse(
-                send,
-                401,
-                "AuthenticationError",
-                "no API key, or not one that this gateway knows",
-                headers={"www-authenticate": "Bearer"},
-            )
+            error = ApiError(401, "no API key, or not one that this gateway knows")
+            return await refuse(scope, send, error, {"www-authenticate": "Bearer"})
         scope.setdefault("state", {})["tenant"] = owner
         if owner == "admin" or not owner.scopes or scope.get("method") != "POST":
             return await self.app(scope, receive, send)
         if owner.exhausted == "refuse" and (status := _used_up(await self.ledger.status(owner.scopes) or ())):
-            return await refuse(
-                send,
-                429,
-                "RateLimitError",
-                f"{status.scope.limit.tokens} teacher tokens in {status.scope.limit.window_seconds:g} s are "
-                "used up",
-                headers=headers([status]) | retry_after(status.retry_after_seconds),
-            )
+            limit = status.scope.limit
+            error = ApiError(429, f"{limit.tokens} teacher tokens in {limit.window_seconds:g} s are used up")
+            told = headers([status]) | retry_after(status.retry_after_seconds)
+            return await refuse(scope, send, error, told)
         await self.app(scope, receive, self._telling(owner, send))
+
+    def _is_open(self, scope: Message) -> bool:
+        """Whether a request needs no key."""
+        if scope["type"] == "http" and _is_preflight(scope):
+            return True
+        if _is_of_metrics(scope):
+            return self.tenants is None and self._metrics_hash is None
+        if self.tenants is None:
+            return True
+        return route_path(scope) in OPEN and scope.get("method") in ("GET", "HEAD")
+
+    def _owner(self, scope: Message) -> Tenant | ADMIN | None:
+        """The owner of the request's key; None if it may not see what it asks for."""
+        sent = dict(scope["headers"])
+        credential = sent.get(b"authorization") or sent.get(b"x-api-key")
+        if credential is None:
+            return None
+        credential = credential.decode("latin-1")
+        owner = None if self.tenants is None else self.tenants.authenticate(credential)
+        if not _is_of_metrics(scope):
+            return owner
+        if self._metrics_hash is not None and hmac.compare_digest(
+            self._metrics_hash, hash_key(key_of(credential))
+        ):
+            return "admin"
+        return "admin" if owner == "admin" else None
 
     def _telling(self, tenant: Tenant, send: Send) -> Send:
         """Adds the tenant's `x-ratelimit-*` headers to the response."""
@@ -73,6 +95,17 @@ class Access:
             await send(message)
 
         return tell
+
+
+def _is_preflight(scope: Message) -> bool:
+    """Whether a browser asks what it may send: without a key, and vLLM's CORS middleware itself answers."""
+    names = {name for name, _ in scope["headers"]}
+    return scope["method"] == "OPTIONS" and names >= {b"origin", b"access-control-request-method"}
+
+
+def _is_of_metrics(scope: Message) -> bool:
+    """Whether the request is for the metrics, which name tenants. Their route takes any longer path too."""
+    return route_path(scope).startswith(METRICS)
 
 
 def owner_of(scope: Message) -> Tenant | ADMIN | None:

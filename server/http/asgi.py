@@ -1,29 +1,22 @@
-"""What the gateway's ASGI middlewares share: the protocol's types, and a refusal in OpenAI's shape."""
+"""What the gateway's ASGI middlewares share: the protocol's types, a request's path and its id."""
 
-import json
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextvars import ContextVar
 from typing import Any
+
+from starlette._utils import get_route_path
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""The `X-Request-Id` of the request at hand."""
 
-async def refuse(
-    send: Send,
-    status: int,
-    type_: str,
-    message: str,
-    *,
-    param: str | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> None:
-    """Answer with an error and nothing else."""
-    error = {"message": message, "type": type_, "param": param, "code": status}
-    body = json.dumps({"error": error}).encode()
-    start = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
-    await send({"type": "http.response.start", "status": status, "headers": encoded(start)})
-    await send({"type": "http.response.body", "body": body})
+
+def route_path(scope: Message) -> str:
+    """The path by which Starlette picks the handler: without the root path, if the client sent that too."""
+    return get_route_path(scope)
 
 
 def encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:

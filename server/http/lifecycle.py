@@ -7,7 +7,8 @@ from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any
 
-from server.http.asgi import Message, Receive, Send, refuse
+from server.http.asgi import Message, Receive, Send, route_path
+from server.http.errors import ApiError, refuse
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +60,9 @@ class Lifecycle:
             if scope["type"] == "websocket":
                 return await send({"type": "websocket.close", "code": 1012})
             # Probes and scrapers are answered to the end, but for the question whether to send more.
-            if scope["path"] == "/ready" or (self._refuses and scope["method"] not in READS):
-                return await refuse(
-                    send,
-                    503,
-                    "ServiceUnavailableError",
-                    "the gateway is about to end, and takes no new requests",
-                    headers={"retry-after": "1", "connection": "close"},
-                )
+            if route_path(scope) == "/ready" or (self._refuses and scope["method"] not in READS):
+                error = ApiError(503, "the gateway is about to end, and takes no new requests")
+                return await refuse(scope, send, error, {"retry-after": "1", "connection": "close"})
             send = _closing(send)
         task = asyncio.current_task()
         self._requests.add(task)

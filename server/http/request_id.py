@@ -3,17 +3,15 @@
 import logging
 import re
 import uuid
-from contextvars import ContextVar
 from typing import Any
 
-from server.http.asgi import Message, Receive, Send, encoded, refuse
+from server.http.asgi import REQUEST_ID, Message, Receive, Send, encoded
+from server.http.errors import ApiError, refuse
 
 HEADER = "x-request-id"
 # It becomes part of request ids, log lines and headers of other servers.
 PATTERN = re.compile(r"[!-~]{1,128}")
 FORMAT = "%(levelname)s %(asctime)s [%(name)s] %(request_id)s%(message)s"
-
-REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 
 class RequestIds:
@@ -29,7 +27,7 @@ class RequestIds:
         request_id = uuid.uuid4().hex if sent is None else sent.decode("latin-1")
         if not PATTERN.fullmatch(request_id):
             message = "X-Request-Id: expected 1 to 128 printable ASCII characters without spaces"
-            return await refuse(send, 400, "BadRequestError", message, param="X-Request-Id")
+            return await refuse(scope, send, ApiError(400, message, "X-Request-Id"))
         if sent is None:
             scope = {**scope, "headers": [*scope["headers"], (HEADER.encode(), request_id.encode())]}
         REQUEST_ID.set(request_id)

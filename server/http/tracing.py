@@ -11,9 +11,8 @@ from opentelemetry import propagate, trace
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
 from server.exchange import EXCHANGE
-from server.http.asgi import Message, Receive, Send, encoded
+from server.http.asgi import REQUEST_ID, Message, Receive, Send, encoded, route_path
 from server.http.fields import PATHS
-from server.http.request_id import REQUEST_ID
 
 TRACER = trace.get_tracer("training-wheels")
 
@@ -25,16 +24,17 @@ class Traces:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
+        path = route_path(scope) if scope["type"] == "http" else None
+        if path not in PATHS or scope["method"] != "POST":
             return await self.app(scope, receive, send)
         sent = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         attributes = {
             "http.request.method": "POST",
-            "url.path": scope["path"],
+            "url.path": path,
             "wheels.request_id": REQUEST_ID.get() or "",
         }
         with TRACER.start_as_current_span(
-            f"POST {scope['path']}", propagate.extract(sent), SpanKind.SERVER, attributes
+            f"POST {path}", propagate.extract(sent), SpanKind.SERVER, attributes
         ) as span:
             if not span.is_recording():
                 return await self.app(scope, receive, send)

@@ -91,6 +91,18 @@ def test_monitoring_manifests_are_valid() -> None:
         check(manifest)
 
 
+def test_gateways_are_scraped_with_the_key_of_their_metrics() -> None:
+    secret = {"name": "wheels-metrics", "key": "key"}
+    keyed = "--set=" + ",".join(f"monitoring.serviceMonitor.gatewayKey.{k}={v}" for k, v in secret.items())
+    for flags, expected in (((), None), ((keyed,), {"credentials": secret})):
+        rendered = helm.template(MONITORING, *flags).stdout
+        gateway = of_kind(rendered, "ServiceMonitor", "gateway")
+        check(gateway)
+        assert gateway["spec"]["endpoints"][0].get("authorization") == expected
+        assert "authorization" not in of_kind(rendered, "ServiceMonitor", "teacher")["spec"]["endpoints"][0]
+    assert helm.template(MONITORING, keyed.rpartition(",")[0]).returncode != 0
+
+
 def test_without_monitoring_only_gateways_reach_the_teacher() -> None:
     result = helm.template("--set-json", "networkPolicy.monitoring=[]")
     assert result.returncode == 0, result.stderr

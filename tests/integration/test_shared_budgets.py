@@ -94,7 +94,8 @@ async def test_only_known_keys(limited: Stack, sources: list[str]) -> None:
     assert (await limited.get("/v1/models")).status_code == 401
     assert (await limited.get("/v1/models", "acme-key")).status_code == 200
     assert (await limited.get("/ready")).status_code == 200
-    assert (await limited.get("/metrics")).status_code == 200
+    for key, status in {None: 401, "acme-key": 401, "root": 200}.items():
+        assert (await limited.get("/metrics", key)).status_code == status
 
 
 async def test_more_than_the_maximum_is_clamped_and_said_so(acme: AsyncOpenAI, sources: list[str]) -> None:

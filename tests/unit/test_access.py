@@ -42,10 +42,17 @@ def access(tenants: Tenants) -> Access:
 
 
 async def ask(
-    access: Access, key: str | None, method: str = "POST", path: str = "/v1/chat/completions"
+    access: Access,
+    key: str | None,
+    method: str = "POST",
+    path: str = "/v1/chat/completions",
+    *,
+    root_path: str = "",
+    **headers: str,
 ) -> httpx.Response:
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(access), base_url="http://gateway") as client:
+    headers |= {} if key is None else {"Authorization": f"Bearer {key}"}
+    transport = httpx.ASGITransport(access, root_path=root_path)
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
         return await client.request(method, path, headers=headers)
 
 
@@ -81,6 +88,56 @@ async def test_anthropic_clients_send_their_key_otherwise(access: Access) -> Non
 async def test_probes_need_no_key(access: Access, path: str) -> None:
     assert (await ask(access, None, "GET", path)).status_code == 200
     assert (await ask(access, None, "POST", path)).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/health", "/api/health"])
+async def test_probes_need_no_key_under_a_root_path(access: Access, path: str) -> None:
+    assert (await ask(access, None, "GET", path, root_path="/api")).status_code == 200
+    assert (await ask(access, None, "GET", "/api/v1/models", root_path="/api")).status_code == 401
+    assert (await ask(access, None, "GET", "/api/health")).status_code == 401
+
+
+async def test_a_preflight_needs_no_key(access: Access) -> None:
+    """A browser asks without one; CORS' own middleware answers it."""
+    asked = {"Origin": "http://page", "Access-Control-Request-Method": "POST"}
+    for path in ("/v1/chat/completions", "/metrics"):
+        assert (await ask(access, None, "OPTIONS", path, **asked)).status_code == 200
+        assert (await ask(access, None, "OPTIONS", path)).status_code == 401
+        assert (await ask(access, None, "POST", path, **asked)).status_code == 401
+
+
+METRICS = ("/metrics", "/metrics/", "/metricsx", "/api/metrics")  # vLLM's route takes all of them
+
+
+@pytest.mark.parametrize("path", METRICS)
+@pytest.mark.parametrize("metrics_key", [None, "scrape"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
+async def test_metrics_name_tenants(
+    tenants: Tenants, path: str, metrics_key: str | None, method: str
+) -> None:
+    access = Access(app, tenants, MemoryLedger(), metrics_key=metrics_key)
+    for key, status in {None: 401, "free": 401, "root": 200, "scrape": 200 if metrics_key else 401}.items():
+        assert (await ask(access, key, method, path, root_path="/api")).status_code == status
+    assert (await ask(access, "scrape", "GET", "/v1/models")).status_code == 401
+
+
+@pytest.mark.parametrize("path", METRICS)
+async def test_without_tenants_metrics_are_open_unless_they_have_a_key(path: str) -> None:
+    open_to_all = Access(app, None, MemoryLedger())
+    assert (await ask(open_to_all, None, "GET", path, root_path="/api")).status_code == 200
+    closed = Access(app, None, MemoryLedger(), metrics_key="scrape")
+    for key, status in {None: 401, "wrong": 401, "scrape": 200}.items():
+        assert (await ask(closed, key, "GET", path, root_path="/api")).status_code == status
+    assert (await ask(closed, None)).text == "None"
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+async def test_anthropics_clients_are_refused_in_their_shape(access: Access, path: str) -> None:
+    refused = (await ask(access, "wrong", path=path)).json()
+    assert (refused["type"], refused["error"]["type"]) == ("error", "authentication_error")
+    await spend(access, "strict", 100)
+    used_up = (await ask(access, "strict", path=path)).json()
+    assert (used_up["type"], used_up["error"]["type"]) == ("error", "rate_limit_error")
 
 
 async def test_a_websocket_needs_a_key(access: Access) -> None:

@@ -192,6 +192,8 @@ def start(
     engine: Engine, budget: object = None, *, unsupported: str | None = None, **params: Any
 ) -> tuple[AsyncGenerator[RequestOutput, None], Exchange]:
     exchange = Exchange(None if budget is None else Budget.model_validate(budget), unsupported)
+    for name in ("searches", "writes_nothing", "names", "tenant"):
+        setattr(exchange, name, params.pop(name, getattr(exchange, name)))
     options = params.pop("options", {})
     sampling = SamplingParams(**{"max_tokens": 8, "output_kind": DELTA} | params)
     token = EXCHANGE.set(exchange)
@@ -744,6 +746,22 @@ async def test_a_parameter_that_two_models_cannot_honour_is_refused(pair):
     assert engine.segments == []
 
 
+async def test_a_refusal_names_the_parameter_as_it_was_sent(pair):
+    engine, _ = pair()
+    with pytest.raises(VLLMValidationError, match="echo cannot be honoured") as error:
+        start(engine, 0.5, prompt_logprobs=1, names={"prompt_logprobs": "echo"})
+    assert error.value.parameter == "echo"
+
+
+@pytest.mark.parametrize("budget", [None, 0, 0.5, 1])
+async def test_a_request_that_writes_nothing_spends_nothing(pair, budget):
+    """The prompt's log-probabilities alone: vLLM writes a token for them, and throws it away."""
+    engine, teacher = pair(ask_at={0}, default=0.5)
+    result = await write(engine, budget, prompt_logprobs=1, max_tokens=1, writes_nothing=True)
+    assert result.report.tokens == 0
+    assert teacher.calls == []
+
+
 @pytest.mark.parametrize("budget", [0.5, 1])
 async def test_what_vllm_refuses_of_one_model_is_refused_of_two(pair, budget):
     """Segments have other parameters: to an empty choice of tokens they add the reserved rows."""
@@ -810,6 +828,46 @@ def test_what_the_engine_refuses_is_no_error_of_ours(error):
     with pytest.raises(type(error)), counted([Report()], budgeted=False, refusal=VLLMValidationError):
         raise error
     assert count("wheels_requests_total", outcome="error") - before == isinstance(error, RuntimeError)
+
+
+async def test_the_steps_of_a_beam_search_are_no_completions(pair):
+    """The client gets two choices of nine tokens together, after any number of steps."""
+    engine, _ = pair()
+    window = FractionOfTraffic(fraction=0.5, window_seconds=60)
+    tenant = Tenant(name="acme", keys=[hash_key("k")], limits=[window])
+    before = count("wheels_requests_total", outcome="finished")
+    tokens = count("wheels_completion_tokens_total", source="student")
+    exchanges = []
+    for _ in range(5):
+        result = await write(engine, 0, max_tokens=1, searches=True, tenant=tenant)
+        exchanges.append(result.exchange)
+    assert exchanges[-1].reports == []
+    exchanges[-1].end_search(2, 9)
+    shared = engine.cooperation.shared
+    await asyncio.gather(*shared._tasks)
+    (status,) = await shared.ledger.status(tenant.scopes)
+    assert status.student_tokens == 9
+    assert count("wheels_requests_total", outcome="finished") - before == 2
+    assert count("wheels_completion_tokens_total", source="student") - tokens == 9
+
+
+@pytest.mark.parametrize("kind", [DELTA, FINAL_ONLY])
+async def test_why_a_request_failed_is_noted(pair, kind):
+    engine, _ = pair(ask_at={2}, fails_at=3, on_teacher_error="error")
+    outputs, exchange = start(engine, 0.5, output_kind=kind)
+    with pytest.raises(GracefulHTTPError) as error:
+        _ = [output async for output in outputs]
+    assert exchange.failure is error.value
+
+
+async def test_why_a_request_was_refused_is_noted(pair):
+    engine, _ = pair()
+    exchange = Exchange(Budget(fraction=0.5))
+    token = EXCHANGE.set(exchange)
+    with pytest.raises(VLLMValidationError) as error:
+        engine.generate(PROMPT, SamplingParams(presence_penalty=1.0), "r")
+    EXCHANGE.reset(token)
+    assert exchange.failure is error.value
 
 
 # A place at the teacher

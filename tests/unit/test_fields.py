@@ -1,13 +1,17 @@
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 import pytest
 
 from router.budget import Budget
 from server.exchange import EXCHANGE, Exchange, Report
-from server.http.fields import ALONE, PATHS, STREAMED, TeacherFields, document
+from server.http.asgi import REQUEST_ID
+from server.http.fields import ALONE, PATHS, STREAMED, TeacherFields
+from server.http.openapi import document
+from server.vllm_api import GracefulHTTPError, VLLMValidationError
 
 Receive = Callable[[], Awaitable[dict]]
 Send = Callable[[dict], Awaitable[None]]
@@ -24,6 +28,7 @@ class Upstream:
     content_type: str = "application/json"
     chunks: tuple[bytes, ...] = (b"{}",)
     reports: tuple[Report, ...] = (Report(),)
+    before_start: Callable[[Exchange], None] = lambda exchange: None
     before_chunk: Callable[[int, Exchange], None] = lambda index, exchange: None
     body: bytes | None = None
     exchange: Exchange | None = None
@@ -42,6 +47,7 @@ class Upstream:
             more = message.get("more_body", False)
         if self.exchange is not None:
             self.exchange.reports = list(self.reports)
+            self.before_start(self.exchange)
         # ASGI's messages may leave out what has its default: an empty body, and no more of it.
         headers = [
             (b"content-type", self.content_type.encode()),
@@ -77,7 +83,12 @@ class Answer:
 
 
 async def post(
-    app: Any, *chunks: bytes, path: str = COMPLETIONS, method: str = "POST", kind: str = "http"
+    app: Any,
+    *chunks: bytes,
+    path: str = COMPLETIONS,
+    method: str = "POST",
+    kind: str = "http",
+    root_path: str = "",
 ) -> Answer | None:
     """Sends a request through the middleware; the client leaves behind its body. None: no answer."""
     last = len(chunks) - 1
@@ -93,7 +104,8 @@ async def post(
     async def send(message: dict) -> None:
         sent.append(dict(message))
 
-    await TeacherFields(app)({"type": kind, "method": method, "path": path, "headers": []}, receive, send)
+    scope = {"type": kind, "method": method, "path": path, "root_path": root_path, "headers": []}
+    await TeacherFields(app)(scope, receive, send)
     if not sent:
         return None
     start, *bodies = sent
@@ -124,6 +136,17 @@ async def test_the_budget_is_taken_out_of_the_body(path, value, budget):
     await post(upstream, request(teacher_budget=value, seed=2**70), path=path)
     assert upstream.exchange.budget == budget
     assert json.loads(upstream.body) == {"model": "wheels", "prompt": "Hi", "seed": 2**70}
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_proxy_may_send_the_root_path_or_leave_it_out(path):
+    for sent in (path, f"/api{path}"):
+        upstream = Upstream()
+        await post(upstream, request(teacher_budget=0.25), path=sent, root_path="/api")
+        assert upstream.exchange.budget == Budget(fraction=0.25)
+    upstream, body = Upstream(), request(teacher_budget=2)
+    await post(upstream, body, path="/apix/v1/completions", root_path="/api")
+    assert upstream.body == body  # another path, which is nobody's
 
 
 def test_every_surface_has_the_field():
@@ -173,8 +196,8 @@ async def test_a_body_may_come_in_pieces():
     assert json.loads(upstream.body)["prompt"] == "für 5 €"
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b'"text"', b"[1]", b"\xff\xfe\x00", b"17"])
-async def test_what_is_no_request_is_left_to_vllm(body):
+@pytest.mark.parametrize("body", [b'"text"', b"[1]", b"17", b"null"])
+async def test_what_is_no_object_is_left_to_vllm(body):
     upstream = Upstream()
     await post(upstream, body)
     assert upstream.body == body
@@ -184,27 +207,83 @@ async def test_what_is_no_request_is_left_to_vllm(body):
 @pytest.mark.parametrize(
     "body",
     [
-        b'{"teacher_budget": 0, "top_p": NaN}',
-        b'{"teacher_budget": 0, "prompt": "\\ud800"}',
         '{"teacher_budget": 0, "prompt": "Hi"}'.encode("utf-16"),
+        '{"teacher_budget": 0, "prompt": "Hi"}'.encode("utf-8-sig"),
         b'{"teacher_budget": 1, "teacher_budget": 0}',
     ],
-    ids=["NaN", "half a character", "UTF-16", "twice"],
+    ids=["UTF-16", "byte order mark", "twice"],
 )
 async def test_every_body_that_vllm_can_read_has_its_budget_read(body):
-    """vLLM reads bodies with `json.loads`, which is lenient; a stricter reader would miss a budget of 0."""
+    """vLLM reads bodies with `json.loads`; another reader would miss a budget of 0."""
     upstream = Upstream()
     await post(upstream, body)
     assert upstream.exchange.budget == Budget(fraction=0)
     assert "teacher_budget" not in json.loads(upstream.body)
 
 
+HALF = b"a string with half of a surrogate pair"
+NO_JSON = [
+    (b"", None, b"the body is not JSON"),
+    (b"{", None, b"the body is not JSON"),
+    (b"model=wheels", None, b"the body is not JSON"),
+    (b"\xff\xfe\x00", None, b"the body is not Unicode text"),
+    (b"\x1f\x8b\x08\x00\x00\x00\x00\x00", None, b"the body is not"),  # gzip
+    (b'{"prompt": "\xff"%s}', None, b"the body is not Unicode text"),
+    (b'{"prompt": "\xed\xa0\x80"%s}', None, b"the body is not Unicode text"),
+    (b'{"seed": ' + b"1" * 5000 + b"%s}", None, b"the body has a number of too many digits"),
+    (b"[" * 100_000, None, b"the body is nested more than 200 levels deep"),
+    (b'{"x": ' + b"[" * 300 + b"]" * 300 + b"%s}", "x", b"nested more than 200 levels deep"),
+    (b'{"x": ' + b'{"y": ' * 300 + b"1" + b"}" * 300 + b"%s}", "x", b"nested more than 200 levels deep"),
+    (b'{"top_p": NaN%s}', "top_p", b"top_p: JSON has finite numbers only"),
+    (b'{"logit_bias": {"3": -Infinity}%s}', "logit_bias", b"logit_bias.3: JSON has finite numbers only"),
+    (b'{"temperature": 1e999%s}', "temperature", b"finite numbers only"),
+    (b'{"temperature": 1' + b"0" * 400 + b".0%s}", "temperature", b"finite numbers only"),
+    (b'{"teacher_budget": NaN}', "teacher_budget", b"teacher_budget: JSON has finite numbers only"),
+    (b'{"teacher_budget": {"\\ud800": 3}}', "teacher_budget", HALF),
+    (b'{"stop": ["a", "\\ud800"]%s}', "stop", b"stop[1]: " + HALF),
+    (b'{"messages": [{"content": "\\uDFFF!"}]%s}', "messages", b"messages[0].content: " + HALF),
+    (b'{"model": "\\ud83d"%s}', "model", HALF),
+    (b'{"user": "\\udE00\\ud83d"%s}', "user", HALF),
+    (b'{"metadata": {"\\ud800": "x"}%s}', "metadata", HALF),
+    (b'{"\\ud800": "x"%s}', "?", HALF),
+]
+
+
+@pytest.mark.parametrize("budget", [b"", b', "teacher_budget": 0', b', "teacher_budget": 0.5'])
+@pytest.mark.parametrize(("body", "param", "said"), NO_JSON, ids=range(len(NO_JSON)))
+async def test_what_is_no_json_is_refused_with_a_budget_and_without(body, param, said, budget):
+    upstream = Upstream()
+    answer = await post(upstream, body.replace(b"%s", budget))
+    assert (answer.status, upstream.calls) == (400, 0)
+    assert answer.json["error"]["param"] == param
+    assert said in answer.body
+    assert len(answer.body) < 400
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt": "\\ud83d\\ude00 NaN Infinity \\\\ud800", "seed": 1e300}',
+        b'{"logit_bias": {"3": -1e-999}, "prompt": ' + b"[" * 150 + b"]" * 150 + b"}",
+        b'{"messages": [' + b'{"content": []},' * 300 + b"{}]}",
+        b'{"seed": ' + b"1" * 4000 + b"}",
+    ],
+    ids=["whole characters", "deep enough", "wide", "long"],
+)
+async def test_what_is_json_passes_with_a_budget_and_without(body):
+    for field in (b"", b'"teacher_budget": 0, '):
+        upstream = Upstream()
+        assert (await post(upstream, b"{" + field + body[1:])).status == 200
+        assert json.loads(upstream.body) == json.loads(body)
+
+
 async def test_a_parameter_that_the_engine_never_sees_is_noted():
     upstream = Upstream()
     await post(upstream, request(use_beam_search=True))
     assert upstream.exchange.unsupported == "use_beam_search"
-    await post(upstream, request(use_beam_search=False, teacher_budget=0.1))
-    assert upstream.exchange.unsupported is None
+    for off in (False, None, "false", 0):
+        await post(upstream, request(use_beam_search=off, teacher_budget=0.1))
+        assert (upstream.exchange.unsupported, upstream.exchange.searches) == (None, False)
     await post(upstream, request(use_beam_search=True, teacher_budget=0.1))
     assert upstream.exchange.unsupported == "use_beam_search"
 
@@ -223,7 +302,6 @@ async def test_a_parameter_that_the_engine_never_sees_is_noted():
         ({"tokens": 1.5}, "teacher_budget.tokens: Input should be a valid integer"),
         ({"calls": 2**63}, "teacher_budget.calls: "),
         ({"dollars": 3}, "teacher_budget.dollars: Extra inputs are not permitted"),
-        ({"\ud800": 3}, "teacher_budget: Input should be a valid string"),
         ({"fraction": "x", "calls": "y"}, "teacher_budget.calls: "),
     ],
     ids=lambda value: str(value)[:40].encode("ascii", "replace").decode(),
@@ -245,6 +323,33 @@ async def test_a_bad_budget_is_refused_in_openais_shape(value, said):
 async def test_a_long_wrong_budget_is_not_repeated_in_full():
     answer = await post(Upstream(), request(teacher_budget="x" * 10_000))
     assert len(answer.json["error"]["message"]) < 300
+
+
+@pytest.mark.parametrize("path", ["/v1/messages"])
+async def test_a_bad_budget_is_refused_in_anthropics_shape(path):
+    REQUEST_ID.set("order-7")
+    answer = await post(Upstream(), request(teacher_budget=2), path=path)
+    assert answer.status == 400
+    error = answer.json.pop("error")
+    assert answer.json == {"type": "error", "error": error, "request_id": "order-7"}
+    assert error.keys() == {"type", "message"}
+    assert error["type"] == "invalid_request_error"
+    assert "teacher_budget.fraction" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "nothing"),
+    [
+        ({"echo": True, "logprobs": 1, "max_tokens": 0}, True),
+        ({"echo": True, "logprobs": 1, "max_tokens": 1}, False),
+        ({"echo": False, "max_tokens": 0}, False),
+        ({"max_tokens": 0}, False),
+    ],
+)
+async def test_a_request_for_the_prompt_alone_is_noted(fields, nothing):
+    upstream = Upstream()
+    await post(upstream, request(**fields))
+    assert upstream.exchange.writes_nothing is nothing
 
 
 # Clients that leave
@@ -273,6 +378,12 @@ async def test_leaving_amid_the_body_ends_the_request():
     scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "headers": []}
     await TeacherFields(upstream)(scope, receive, send)
     assert upstream.calls == 0
+
+
+async def test_the_answer_to_nobody_is_passed_on():
+    """vLLM answers `null` when a client has left before its completion was written."""
+    answer = await post(Upstream(chunks=(b"null",)), request())
+    assert (answer.status, answer.body) == (200, b"null")
 
 
 # Everything else passes
@@ -465,6 +576,149 @@ async def test_several_events_may_come_in_one_chunk():
 @pytest.mark.parametrize("line", [b": ping\n\n", b"data: [DONE]\n\n", event({"error": {"message": "x"}})])
 async def test_comments_endings_and_errors_are_not_touched(line):
     assert (await post(stream(line), request(stream=True))).chunks[0] == line
+
+
+# Streams that fail
+
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
+LOST = GracefulHTTPError("the teacher failed: gone", HTTPStatus.BAD_GATEWAY)
+CREATED = b"event: response.created\n" + event({"type": "response.created", "sequence_number": 0})
+PROGRESS = b"event: response.in_progress\n" + event({"type": "response.in_progress", "sequence_number": 1})
+DELTA = b"event: response.output_text.delta\n" + event({"type": "x", "sequence_number": 2, "delta": "a"})
+TEXT = b"event: content_block_delta\n" + event({"type": "content_block_delta"})
+# What vLLM sends after the failure, by surface; None: it raises.
+VLLMS_END = {
+    COMPLETIONS: event({"error": {"message": "the teacher failed: gone", "code": 502}}),
+    RESPONSES: None,
+    MESSAGES: b"event: error\n" + event({"type": "error", "error": {"message": "2 validation errors"}}),
+}
+FIRST = {COMPLETIONS: delta("a"), RESPONSES: DELTA, MESSAGES: TEXT}
+
+
+def failing(path: str, *before: bytes, error: Exception = LOST, noted: bool = True) -> Any:
+    """An app of vLLM's whose engine fails after it has sent ``before``."""
+    end = VLLMS_END[path]
+
+    async def app(scope: dict, receive: Receive, send: Send) -> None:
+        exchange = EXCHANGE.get()
+        exchange.open()
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for chunk in before:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        exchange.failure = error if noted else None
+        if end is None:
+            raise RuntimeError("response already started") from error
+        await send({"type": "http.response.body", "body": end, "more_body": True})
+        await send({"type": "http.response.body"})
+
+    return app
+
+
+@pytest.mark.parametrize("path", VLLMS_END)
+async def test_a_failure_after_the_first_token_is_the_last_event(path):
+    REQUEST_ID.set("order-7")
+    opening = (CREATED, PROGRESS) if path == RESPONSES else ()
+    answer = await post(failing(path, *opening, FIRST[path]), request(stream=True), path=path)
+    assert answer.status == 200
+    *_, last = answer.events
+    assert len(answer.events) == len(opening) + 2
+    assert last["error"]["message"] == "the teacher failed: gone"
+    if path == MESSAGES:
+        error = {"type": "api_error", "message": "the teacher failed: gone"}
+        assert last == {"type": "error", "error": error, "request_id": "order-7"}
+        assert b"event: error\ndata: {" in answer.body
+    if path == RESPONSES:
+        assert (last["type"], last["sequence_number"], last["code"]) == ("error", 3, "502")
+        assert last["message"] == "the teacher failed: gone"
+        assert answer.chunks[-1].startswith(b"event: error\ndata: {")
+        assert answer.body.endswith(b"}\n\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "type_"),
+    [
+        (LOST, 502, "api_error"),
+        (VLLMValidationError("no", parameter="top_p"), 400, "invalid_request_error"),
+        (RuntimeError("dead"), 500, "api_error"),
+    ],
+    ids=["teacher", "validation", "engine"],
+)
+@pytest.mark.parametrize("path", VLLMS_END)
+async def test_a_failure_before_the_first_token_has_its_status(path, error, status, type_):
+    opening = (CREATED, PROGRESS) if path == RESPONSES else ()
+    answer = await post(failing(path, *opening, error=error), request(stream=True), path=path)
+    assert (answer.status, len(answer.chunks)) == (status, 1)
+    assert answer.headers[b"content-type"] == b"application/json"
+    if path == MESSAGES:
+        assert (answer.json["type"], answer.json["error"]["type"]) == ("error", type_)
+    else:
+        assert answer.json["error"]["code"] == status
+
+
+@pytest.mark.parametrize("path", VLLMS_END)
+async def test_a_failure_that_the_engine_knows_nothing_of_shows_nothing_of_the_inside(path):
+    secret = ValueError("2 validation errors, at /home")
+    answer = await post(
+        failing(path, FIRST[path], error=secret, noted=False), request(stream=True), path=path
+    )
+    if path != COMPLETIONS:  # there it is vLLM's own last event
+        assert answer.events[-1]["error"]["message"] == "Internal server error"
+    assert b"/home" not in answer.body
+
+
+async def test_what_breaks_before_a_response_is_vllms_to_answer():
+    async def app(scope: dict, receive: Receive, send: Send) -> None:
+        raise RuntimeError("not begun")
+
+    with pytest.raises(RuntimeError, match="not begun"):
+        await post(app, request(stream=True), path=RESPONSES)
+
+
+async def test_a_comment_that_keeps_the_connection_alive_is_not_held_back():
+    answer = await post(stream(b": keep-alive\n\n", VLLMS_END[COMPLETIONS]), request(stream=True))
+    assert answer.chunks[0] == b": keep-alive\n\n"
+
+
+@pytest.mark.parametrize(("status", "noted"), [(502, True), (400, True), (500, False)])
+async def test_anthropics_clients_get_anthropics_names(status, noted):
+    """vLLM has the shape, with the type names of OpenAI's."""
+    said = json.dumps({"type": "error", "error": {"type": "Bad Gateway", "message": "broken"}}).encode()
+    error = GracefulHTTPError("broken", HTTPStatus(status)) if noted else None
+
+    def note(_: int, exchange: Exchange) -> None:
+        exchange.failure = error
+
+    upstream = Upstream(status, chunks=(said,), before_start=lambda exchange: note(0, exchange))
+    answer = await post(upstream, request(), path=MESSAGES)
+    expected = "invalid_request_error" if status == 400 else "api_error"
+    assert (answer.status, answer.json["error"]) == (status, {"type": expected, "message": "broken"})
+    elsewhere = Upstream(status, chunks=(said,), before_start=lambda exchange: note(0, exchange))
+    assert (await post(elsewhere, request())).body == said
+
+
+async def test_what_vllm_itself_refuses_stays_in_its_words():
+    said = b'{"error": {"type": "Bad Request"}}'
+    assert (await post(Upstream(400, chunks=(said,)), request(), path=MESSAGES)).body == said
+
+
+# Beam search
+
+
+async def test_a_beam_search_is_counted_by_what_comes_of_it():
+    """The engine sees nothing but steps; the response has the choices."""
+    counted: list[list[Report]] = []
+    body = {"choices": [{"index": 0}, {"index": 1}], "usage": {"completion_tokens": 9}}
+
+    def search(_: int, exchange: Exchange) -> None:
+        exchange.searched = counted.append
+
+    upstream = Upstream(chunks=(json.dumps(body).encode(),), reports=(), before_chunk=search)
+    answer = await post(upstream, request(use_beam_search=True, n=2))
+    ((first, second),) = counted
+    assert first.completion_tokens + second.completion_tokens == 9
+    assert (first.finished, second.finished) == (True, True)
+    assert [choice["teacher"]["tokens"] for choice in answer.json["choices"]] == [0, 0]
 
 
 # The OpenAPI document

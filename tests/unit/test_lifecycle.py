@@ -94,7 +94,12 @@ async def test_at_sigterm_requests_end_whole_and_new_ones_are_refused():
     assert refused.json()["error"]["type"] == "ServiceUnavailableError"
     assert refused.headers["retry-after"] == "1"
     assert refused.headers["connection"] == "close"
+    anthropics = (await gateway.post("/v1/messages")).json()
+    assert (anthropics["type"], anthropics["error"]["type"]) == ("error", "overloaded_error")
     assert (await gateway.get("/ready")).status_code == 503
+    under_root = httpx.ASGITransport(gateway.lifecycle, root_path="/api")
+    async with httpx.AsyncClient(transport=under_root, base_url="http://gateway") as client:
+        assert (await client.get("/api/ready")).status_code == 503
     assert (await gateway.get("/health")).status_code == 200
     assert (await gateway.get("/metrics")).status_code == 200
     assert not gateway.server.should_exit

@@ -1,0 +1,69 @@
+"""Our fields in the OpenAPI document of vLLM's app."""
+
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from router.budget import Budget
+from server.exchange import ReportFields
+from server.http.errors import speaks_anthropic
+from server.http.fields import FIELD, PATHS, STREAMED
+
+# Statuses of the gateway's own, next to vLLM's.
+REFUSALS = {
+    "401": "No API key, or not one that this gateway knows",
+    "429": "A limit of the API key is used up",
+    "502": "The teacher failed, and the gateway is to fail with it",
+    "503": "The gateway is about to end",
+}
+
+
+def document(app: Any) -> None:
+    """Put our fields into the app's OpenAPI document: `teacher_budget`, `teacher` and `source`."""
+    vllms = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = vllms()
+        schemas = document["components"]["schemas"]
+        schemas["TeacherBudget"] = {
+            "title": "Teacher budget",
+            "description": "Bound on teacher tokens: a fraction of the completion, or parts that all hold.",
+            "anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, _BUDGET, {"type": "null"}],
+        }
+        schemas["Teacher"] = TypeAdapter(ReportFields).json_schema()
+        for path in PATHS:
+            if path not in document["paths"]:  # vLLM has it where it is switched on
+                continue
+            operation = document["paths"][path]["post"]
+            if "requestBody" in operation:
+                body = operation["requestBody"]["content"]["application/json"]["schema"]
+                properties = schemas[body["$ref"].rsplit("/", 1)[1]]["properties"]
+                properties[FIELD] = {"$ref": "#/components/schemas/TeacherBudget"}
+            answer = operation["responses"]["200"]
+            answer["content"] = _answer(answer.get("content", {}), streams=path in STREAMED)
+            for status, when in REFUSALS.items():
+                name = "AnthropicErrorResponse" if speaks_anthropic(path) else "ErrorResponse"
+                schema = {"$ref": f"#/components/schemas/{name}"}
+                content = {"application/json": {"schema": schema}}
+                operation["responses"].setdefault(status, {"description": when, "content": content})
+        return document
+
+    app.openapi = openapi
+
+
+# A budget of no part is refused, which its own schema does not say.
+_BUDGET = Budget.model_json_schema() | {
+    "anyOf": [{"required": [part], "properties": {part: {"type": "number"}}} for part in Budget.model_fields]
+}
+
+
+def _answer(content: dict[str, Any], *, streams: bool) -> dict[str, Any]:
+    """vLLM's media types of a response, with our fields; vLLM itself says nothing of what is in them."""
+    report = {"$ref": "#/components/schemas/Teacher"}
+    body = {"type": "object", "properties": {"teacher": report}, "required": ["teacher"]}
+    content = {**content, "application/json": {"schema": body}}
+    if streams:
+        chunk = {"source": {"enum": ["student", "teacher"]}, "teacher": report}
+        described = "Server-sent events: JSON with who wrote what is new in it, in the last one the report."
+        content["text/event-stream"] = {"schema": {"description": described, "properties": chunk}}
+    return content

@@ -1,0 +1,98 @@
+"""What a client may not ask of two models, and what it may not touch."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from router.reserved import ReservedRows
+from server.vllm_api import SamplingParams, VLLMValidationError
+
+# Sampling parameters that a teacher budget rules out, with the value that leaves them unused.
+# They count or constrain the completion as a whole, and a continuation starts their count anew.
+UNSUPPORTED = {
+    "presence_penalty": 0.0,
+    "bad_words": None,
+    "structured_outputs": None,
+    "prompt_logprobs": None,
+    "logprob_token_ids": None,
+    "thinking_token_budget": None,
+    "repetition_detection": None,
+    "trace_decode_token_ids": None,
+}
+
+
+def unsupported(prompt: Any, params: SamplingParams, options: dict[str, Any]) -> str | None:
+    """Name of a parameter that cannot be honoured by two models, if the request has one."""
+    if not isinstance(prompt, dict) or prompt.get("type") != "token":
+        return "prompt"
+    if options.get("lora_request") is not None:
+        return "model"
+    if params.logprobs == -1:
+        return "logprobs"
+    if params.frequency_penalty and params.repetition_penalty != 1.0:
+        return "frequency_penalty"  # what is written comes as a bias, which vLLM would scale by the other
+    used = (name for name, unused in UNSUPPORTED.items() if getattr(params, name) not in (None, [], unused))
+    return next(used, None)
+
+
+def names_as_sent(request: Mapping[str, Any]) -> dict[str, str]:
+    """What the client calls the sampling parameters that vLLM makes of others in its request."""
+    names = {}
+    if _given(request, "echo") and request.get("prompt_logprobs") is None:
+        names["prompt_logprobs"] = "echo"
+    if _given(request, "top_logprobs"):
+        names["logprobs"] = "top_logprobs"
+    if _given(request, "thinking"):
+        names["thinking_token_budget"] = "thinking"
+    for prompt in ("messages", "input", "prompt_embeds"):
+        if _given(request, prompt):
+            names["prompt"] = prompt
+    names["structured_outputs"] = _structure(request)
+    return names
+
+
+def _given(request: Mapping[str, Any], name: str) -> bool:
+    return request.get(name) not in (None, False, [], {})
+
+
+def _structure(request: Mapping[str, Any]) -> str:
+    """The parameter that asks for structured output: itself, a format, or tools that have one."""
+    if _given(request, "structured_outputs"):
+        return "structured_outputs"
+    for outer, inner in (("response_format", None), ("text", "format"), ("output_config", "format")):
+        value = request.get(outer)
+        if inner is not None:
+            value = value.get(inner) if isinstance(value, dict) else None
+        if isinstance(value, dict) and value.get("type") != "text":
+            return outer if inner is None else f"{outer}.{inner}"
+    choice = request.get("tool_choice")
+    choice = choice.get("type") if isinstance(choice, dict) else choice
+    if choice not in (None, "auto", "none"):
+        return "tool_choice"
+    return "tools" if _given(request, "tools") else "structured_outputs"
+
+
+def check_reserved_rows(
+    prompt: Any,
+    params: SamplingParams,
+    reserved: ReservedRows,
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Keep clients from the router's rows; ``names`` as of `names_as_sent`.
+
+    Raises:
+        VLLMValidationError: a parameter has the id of a reserved row.
+    """
+    named = {
+        "prompt": prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None,
+        "stop_token_ids": params.stop_token_ids,
+        "allowed_token_ids": params.allowed_token_ids,
+        "logit_bias": params.logit_bias,
+    }
+    for parameter, ids in named.items():
+        if not ids or max(ids) < reserved.start:
+            continue
+        # Ids beyond the vocabulary are left to vLLM, which says what is wrong with them.
+        if (row := next((i for i in ids if reserved.start <= i < reserved.end), None)) is not None:
+            message = f"token ids from {reserved.start} to {reserved.end - 1} are reserved"
+            raise VLLMValidationError(message, parameter=names.get(parameter, parameter), value=row)
