@@ -5,34 +5,30 @@ from typing import Any
 
 import httpx
 import pytest
-from client import chat
+from client import chat, metric
 from openai import AsyncOpenAI, BadRequestError
 from transformers import AutoTokenizer
 
 from server.local.pair import Pair, Serving
 
-# parameter of the request: (value, the name by which the refusal calls it)
+COUNTED = ("wheels_requests_total", "wheels_completion_tokens_total")
 STUDENT_ALONE = {
-    "bad_words": (["zzz"], "bad_words"),
-    "structured_outputs": ({"choice": ["a", "b"]}, "structured_outputs"),
-    "response_format": ({"type": "json_object"}, "structured_outputs"),
-    "presence_penalty": (0.5, "presence_penalty"),
-    "prompt_logprobs": (0, "prompt_logprobs"),
-    "use_beam_search": (True, "use_beam_search"),
-    "repetition_detection": (
-        {"max_pattern_size": 2, "min_pattern_size": 1, "min_count": 3},
-        "repetition_detection",
-    ),
+    "bad_words": ["zzz"],
+    "structured_outputs": {"choice": ["a", "b"]},
+    "response_format": {"type": "json_object"},
+    "presence_penalty": 0.5,
+    "prompt_logprobs": 0,
+    "use_beam_search": True,
+    "repetition_detection": {"max_pattern_size": 2, "min_pattern_size": 1, "min_count": 3},
 }
 
 
 @pytest.mark.parametrize("parameter", STUDENT_ALONE)
 async def test_student_alone(client: AsyncOpenAI, sources: list[str], parameter: str) -> None:
-    value, named = STUDENT_ALONE[parameter]
-    extra = {parameter: value}
-    with pytest.raises(BadRequestError, match=f"{named} cannot be honoured") as error:
+    extra = {parameter: STUDENT_ALONE[parameter]}
+    with pytest.raises(BadRequestError, match=f"{parameter} cannot be honoured") as error:
         await chat(client, sources[0], 0.1, extra_body=extra)
-    assert error.value.body["param"] == named
+    assert error.value.body["param"] == parameter
     alone = await chat(client, sources[0], None, max_tokens=8, extra_body=extra)
     assert alone.teacher["calls"] == 0
 
@@ -135,3 +131,56 @@ async def test_request_ids(stack: Serving, sources: list[str]) -> None:
     assert {reply.headers["x-request-id"] for reply in replies} == {"order-7"}
     assert {reply.json()["id"] for reply in replies} == {"chatcmpl-order-7"}
     assert len({reply.json()["choices"][0]["message"]["content"] for reply in replies}) == 1
+
+
+@pytest.mark.parametrize("budget", [None, 0, 0.5, 1])
+async def test_the_prompts_log_probabilities_alone(
+    stack: Serving, sources: list[str], budget: float | None
+) -> None:
+    """As evaluations of log-likelihoods ask for them."""
+    body = {"model": "wheels", "prompt": sources[0], "max_tokens": 0, "echo": True, "logprobs": 1}
+    extra = {} if budget is None else {"teacher_budget": budget}
+    async with httpx.AsyncClient(base_url=stack.gateway) as http:
+        reply = (await http.post("/v1/completions", json=body | extra)).raise_for_status().json()
+    assert reply["choices"][0]["text"] == sources[0]
+    assert len(reply["choices"][0]["logprobs"]["tokens"]) == reply["usage"]["prompt_tokens"]
+    assert reply["teacher"]["calls"] == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 2])
+async def test_every_prompt_of_a_batch_has_the_budget(
+    client: AsyncOpenAI, sources: list[str], n: int, stream: bool
+) -> None:
+    """Each choice is written as if its prompt had come alone."""
+    limits = {"model": "wheels", "temperature": 0, "max_tokens": 24, "n": n}
+    extra = {"teacher_budget": {"tokens": 8}}
+    alone = []
+    for source in sources[:3]:
+        alone += (await client.completions.create(prompt=source, extra_body=extra, **limits)).choices
+    reply = await client.completions.create(prompt=sources[:3], extra_body=extra, stream=stream, **limits)
+    texts, reports = [""] * 3 * n, [None] * 3 * n
+    if stream:
+        async for chunk in reply:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+                reports[choice.index] = getattr(chunk, "teacher", None) or reports[choice.index]
+    else:
+        texts = [choice.text for choice in reply.choices]
+        reports = [choice.teacher for choice in reply.choices]
+        assert reply.teacher["tokens"] == sum(report["tokens"] for report in reports)
+    assert texts == [choice.text for choice in alone]
+    assert all(report["tokens"] <= 8 for report in reports)
+    assert sum(report["tokens"] for report in reports) > 8
+    if n > 1 and not stream:
+        assert reports == [choice.teacher for choice in alone]
+
+
+async def test_a_beam_search_counts_what_the_client_gets(stack: Serving, sources: list[str]) -> None:
+    body = {"model": "wheels", "prompt": sources[0], "max_tokens": 6, "n": 3, "use_beam_search": True}
+    before = [metric(stack.gateway, name) for name in COUNTED]
+    async with httpx.AsyncClient(base_url=stack.gateway, timeout=60) as http:
+        reply = (await http.post("/v1/completions", json=body)).raise_for_status().json()
+    choices, tokens = [metric(stack.gateway, name) - n for name, n in zip(COUNTED, before, strict=True)]
+    assert (choices, tokens) == (3, reply["usage"]["completion_tokens"])
+    assert [choice["teacher"]["tokens"] for choice in reply["choices"]] == [0, 0, 0]
