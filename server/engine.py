@@ -99,7 +99,15 @@ class CooperativeEngine(AsyncLLM):
             tokenizer=tokenizer,
             max_model_len=self.model_config.max_model_len,
             reserved=reserved,
+            end_ids=self._end_ids(),
         )
+
+    def _end_ids(self) -> tuple[int, ...]:
+        """Token ids that end the student's completions, its tokenizer's first."""
+        configured = self.model_config.try_get_generation_config().get("eos_token_id")
+        several = configured if isinstance(configured, list) else [configured]
+        ids = dict.fromkeys([self.renderer.tokenizer.eos_token_id, *several])
+        return tuple(token_id for token_id in ids if token_id is not None)
 
 
 class Cooperator:
@@ -115,6 +123,7 @@ class Cooperator:
             cooperation.shared,
             cooperation.span_tokens,
             cooperation.on_teacher_error,
+            student.end_ids,
         )
 
     @property

@@ -33,20 +33,14 @@ from server.metrics import PRICE
 from server.reload import RouterReload
 from server.shared import SharedBudgets
 from server.teacher.breaker import Breaker
-from server.teacher.client import Teacher, TeacherError
+from server.teacher.client import Teacher
+from server.teacher.errors import TeacherError
 from server.teacher.pool import TeacherPool
+from server.teacher.vocabulary import SameVocabulary
 from server.tenants import Tenants
 from server.vllm_api import AsyncEngineArgs, HttpLayer, current_platform, parses_streams
 
 logger = logging.getLogger(__name__)
-
-PROBES = (
-    "The quick brown fox jumps over the lazy dog.",
-    "Preis: 1.234,56 € am 31.12.2024 um 17:45 Uhr",
-    " leading and  double  spaces\n\nand\ttabs",
-    "üäöß ÜÄÖ éèê 你好 привет 🙂",
-    "{\"json\": [1, 2, 3], 'code': x += 1}",
-)
 
 
 def run(config: ServeConfig) -> int:
@@ -180,7 +174,7 @@ async def _serve(config: ServeConfig, router: RouterCheckpoint | None, student: 
         engine = _engine(arguments)
         try:
             await _connect(teacher, deadline)
-            await _check_vocabulary(teacher, engine)
+            await teacher.check_vocabulary(SameVocabulary(engine.renderer.tokenizer, reserved.start))
             cooperation = _cooperation(config, router, reserved, teacher, engine)
             engine.cooperation = replace(cooperation, parsers=parses_streams(arguments))
             app = await _app(config, engine, tenants, arguments, http)
@@ -251,13 +245,6 @@ async def _connect(teacher: TeacherPool, deadline: float) -> None:
             if error.reason not in ("unreachable", "timeout") or time.monotonic() >= deadline:
                 raise
             await asyncio.sleep(0.5)
-
-
-async def _check_vocabulary(teacher: TeacherPool, engine: CooperativeEngine) -> None:
-    tokenizer = engine.renderer.tokenizer
-    await teacher.check_vocabulary(
-        PROBES, [tokenizer.encode(text, add_special_tokens=False) for text in PROBES]
-    )
 
 
 def _cooperation(

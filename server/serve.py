@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     from router.checkpoint import CheckpointError
     from server.gateway import run
     from server.http.lifecycle import EngineDied
-    from server.teacher.client import TeacherError
+    from server.teacher.errors import TeacherError
 
     try:
         return run(config)

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -14,7 +14,8 @@ from router.policy import NEVER, Policy, Terms
 from server.choice import Choice
 from server.completion import Piece
 from server.shared import Draw, SharedBudgets
-from server.teacher.client import TeacherError
+from server.teacher.client import Ask
+from server.teacher.errors import TeacherError
 from server.teacher.pool import Slot, TeacherPool
 from server.vllm_api import GracefulHTTPError
 
@@ -48,6 +49,8 @@ class SpanLoop:
     shared: SharedBudgets
     span_tokens: int
     on_teacher_error: Literal["degrade", "error"] = "degrade"
+    end_ids: Sequence[int] = ()
+    """Token ids that end the student's completions: the teacher ends by them too."""
 
     async def write(self, choice: Choice) -> None:
         """Write one completion to its end.
@@ -153,21 +156,26 @@ class SpanLoop:
     def _call(self, choice: Choice, span: Span) -> AsyncGenerator[Piece, None]:
         params = copy.copy(choice.params)
         params.logit_bias = choice.logit_bias
-        return self.teacher.write(
-            span.slot,
+        ask = Ask(
             choice.prefix,
             span.draw.tokens,
             params,
             min_tokens=choice.min_tokens,
             seed=choice.seed,
+            end_ids=self.end_ids,
+            cache_salt=choice.prompt.get("cache_salt"),
+        )
+        return self.teacher.write(
+            span.slot,
+            ask,
             request_id=f"{choice.request_id}-{choice.report.calls}",
             deadline=span.draw.deadline,
         )
 
     def _lose_teacher(self, choice: Choice, error: TeacherError) -> None:
         if self.on_teacher_error == "error":
-            raise GracefulHTTPError(f"the teacher failed: {error}", HTTPStatus.BAD_GATEWAY) from error
+            raise GracefulHTTPError(error.explanation, HTTPStatus.BAD_GATEWAY) from error
         if error.reason == "saturated":
-            choice.put_off(error.reason, degraded=True)
+            choice.put_off(error.reason, degraded=False)
         else:
             choice.deny(error.reason, degraded=True)

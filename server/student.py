@@ -26,6 +26,8 @@ class StudentEngine:
     max_model_len: int
     """The student's context, in tokens."""
     reserved: ReservedRows
+    end_ids: tuple[int, ...] = ()
+    """Token ids that end its completions, its tokenizer's first."""
 
     async def segment(self, choice: Choice, terms: Terms) -> AsyncGenerator[Piece, None]:
         """One segment of the student behind a choice's prefix, in pieces."""

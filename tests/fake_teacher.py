@@ -22,16 +22,18 @@ class Server:
         self.lost = asyncio.Event()
         """Set when a client hangs up on `until_lost`."""
         self.models: object = {"data": [{"id": "big", "max_model_len": 512}, {"id": "other"}]}
-        self.tokens: dict[str, list[int]] = {}
+        self.tokenizer: Any = None
+        """What /tokenize and /detokenize answer by."""
         self.health = 200
         self.health_seconds = 0.0
         self.url = ""
 
     async def __aenter__(self) -> "Server":
-        app = web.Application()
+        app = web.Application(client_max_size=2**26)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_get("/v1/models", self._list)
         app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_post("/detokenize", self._detokenize)
         app.router.add_get("/health", self._health)
         self._server = TestServer(app)
         await self._server.start_server()
@@ -52,9 +54,13 @@ class Server:
         return web.json_response(self.models)
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        assert body["add_special_tokens"] is False
-        return web.json_response({"count": 1, "tokens": self.tokens[body["prompt"]]})
+        asked = await request.json()
+        ids = self.tokenizer.encode(asked["prompt"], add_special_tokens=asked["add_special_tokens"])
+        return web.json_response({"count": len(ids), "tokens": ids})
+
+    async def _detokenize(self, request: web.Request) -> web.Response:
+        asked = await request.json()
+        return web.json_response({"prompt": self.tokenizer.decode(asked["tokens"])})
 
     async def _health(self, _: web.Request) -> web.Response:
         await asyncio.sleep(self.health_seconds)

@@ -7,14 +7,13 @@ holds text or token ids.
 
 from typing import Any
 
-from opentelemetry import propagate, trace
+from opentelemetry import propagate
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
 from server.exchange import EXCHANGE
 from server.http.asgi import REQUEST_ID, Message, Receive, Send, encoded, route_path
 from server.http.fields import PATHS
-
-TRACER = trace.get_tracer("training-wheels")
+from server.tracing import TRACER
 
 
 class Traces:
@@ -62,22 +61,3 @@ class Traces:
                             "wheels.degraded": report.degraded,
                         }
                     )
-
-
-class CallSpan:
-    """The span of one teacher call, below that of the request in whose context it is made."""
-
-    def __init__(self, replica: str, tokens: int) -> None:
-        attributes = {"server.address": replica, "wheels.tokens.asked": tokens}
-        self._span = TRACER.start_span("teacher call", kind=SpanKind.CLIENT, attributes=attributes)
-        self.headers: dict[str, str] = {}
-        """By which the teacher's own spans, if it has any, are part of the trace."""
-        if self._span.is_recording():
-            propagate.inject(self.headers, trace.set_span_in_context(self._span))
-
-    def end(self, outcome: str, tokens: int) -> None:
-        """``outcome`` as in wheels_teacher_calls_total; ``tokens``: how many were written."""
-        self._span.set_attributes({"wheels.outcome": outcome, "wheels.tokens.written": tokens})
-        if outcome not in ("ok", "aborted"):
-            self._span.set_status(Status(StatusCode.ERROR, outcome))
-        self._span.end()

@@ -1,36 +1,54 @@
 """The teacher: a separately hosted vLLM server that continues token ids over HTTP."""
 
 import asyncio
+import io
+import logging
 import math
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
-from urllib.parse import urlsplit
+from base64 import b64encode
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import aiohttp
 import msgspec
 
 from server.completion import Piece
-from server.http.tracing import CallSpan
 from server.metrics import BREAKER_OPEN, TEACHER_CALL_SECONDS, TEACHER_CALLS
 from server.teacher.breaker import Breaker
-from server.vllm_api import Logprob, SamplingParams
+from server.teacher.errors import TeacherError as TeacherError
+from server.teacher.patience import SPAN as SPAN
+from server.teacher.patience import Patience
+from server.teacher.replies import REFUSALS, Reply, quoted, read_reply
+from server.tracing import CallSpan
+from server.vllm_api import SamplingParams
 
-# Up to this many tokens a span comes as one JSON body: cheaper on both sides than a stream.
+logger = logging.getLogger(__name__)
+
 STREAM_ABOVE = 8
+"""Up to this many tokens a span comes as one JSON body: cheaper on both sides than a stream."""
 
-# So many tokens have `Teacher.span_timeout` to be written, and so many more as long again.
-SPAN = 64
-
-# Idle connections are dropped after this many seconds, before the teacher does it (vLLM: 5 s).
 KEEP_ALIVE = 4
+"""Idle connections are dropped after this many seconds, before the teacher does it (vLLM: 5 s)."""
 
-# Behind its last token a teacher has this long to end its reply, or the connection is not used again.
-END_SECONDS = 1.0
+PROBE_SECONDS = 2.0
+"""A health check has this long, or ``teacher_timeout`` if that is less."""
 
-# Sampling parameters that vLLM's completions endpoint takes under the same name.
+LONGEST = 32 * 2**20
+"""Bytes of the longest line or body of a reply, not counting an echo of the prompt."""
+
+ECHOED = 16
+"""Bytes of one token id of the prompt, which vLLM echoes in the first line of a stream."""
+
+PADDED_IN_A_ROW = 8
+"""A span ends with an error when the teacher draws an id that the student does not have this often."""
+
+MOST_BIASES = 1000
+"""vLLM takes 1,024 biases in a request."""
+
 FORWARDED = (
     "temperature",
     "top_p",
@@ -38,29 +56,12 @@ FORWARDED = (
     "min_p",
     "repetition_penalty",
     "frequency_penalty",
-    "logit_bias",
     "allowed_token_ids",
-    "stop_token_ids",
     "ignore_eos",
 )
+"""Sampling parameters that vLLM's completions endpoint takes under the same name."""
 
-
-# Statuses by which a server says that the request is wrong, not itself.
-REFUSALS = (400, 413, 422)
-
-
-class TeacherError(Exception):
-    """A teacher call failed, or was not made; ``reason`` is one of a few words fit for a metric's label.
-
-    unreachable | timeout | status | nonsense; not made: breaker | saturated
-    """
-
-    def __init__(self, reason: str, message: str, *, refused: bool = False, well: bool = False) -> None:
-        """``well``: this does not speak against the teacher; ``refused``: nor would it take the same call."""
-        super().__init__(message)
-        self.reason = reason
-        self.refused = refused
-        self.well = well or refused
+T = TypeVar("T")
 
 
 class _ClosedConnection(TeacherError):
@@ -75,8 +76,8 @@ class _Sending:
     """On a connection that had another before."""
 
 
-def _reuse_is_noted() -> aiohttp.TraceConfig:
-    """So that a connection that was closed while nobody used it can be told from a server that hangs up."""
+def _note_reuse() -> aiohttp.TraceConfig:
+    """Tell a connection that was closed while nobody used it from a server that hangs up."""
 
     async def reused(_session: aiohttp.ClientSession, context: Any, _: Any) -> None:
         if context.trace_request_ctx is not None:
@@ -85,29 +86,6 @@ def _reuse_is_noted() -> aiohttp.TraceConfig:
     config = aiohttp.TraceConfig()
     config.on_connection_reuseconn.append(reused)
     return config
-
-
-class _Logprobs(msgspec.Struct):
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None] | None = None
-
-
-class _Choice(msgspec.Struct):
-    token_ids: list[int] | None = None
-    logprobs: _Logprobs | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-
-
-class _Error(msgspec.Struct):
-    code: Any = None
-    message: str = ""
-
-
-class _Completion(msgspec.Struct):
-    choices: list[_Choice] = []
-    error: _Error | None = None
-    """What a stream says where a reply would have another status."""
 
 
 class _Model(msgspec.Struct):
@@ -119,17 +97,83 @@ class _Models(msgspec.Struct):
     data: list[_Model]
 
 
-class _Patience:
-    """How long a call may still wait: for its next token, for every 64 of them, and in all."""
+@dataclass(frozen=True)
+class Ask:
+    """What one call asks the teacher for."""
 
-    def __init__(self, token_seconds: float, span_seconds: float, started: float, deadline: float) -> None:
-        self.token_seconds, self._span_seconds = token_seconds, span_seconds
-        self._started, self._deadline = started, deadline
-        self.written = 0
+    prompt_ids: Sequence[int]
+    """Prompt and completion so far."""
+    tokens: int
+    """The most that it may write."""
+    params: SamplingParams
+    """The caller's."""
+    min_tokens: int = 0
+    seed: int | None = None
+    end_ids: Sequence[int] = ()
+    """Ids by which the student ends a completion, its own end token first; the teacher may have others."""
+    cache_salt: str | None = None
 
-    def seconds(self) -> float:
-        due = self._started + self._span_seconds * (1 + self.written // SPAN)
-        return min(self.token_seconds, min(due, self._deadline) - time.monotonic())
+    @property
+    def streamed(self) -> bool:
+        return self.tokens > STREAM_ABOVE
+
+
+@dataclass
+class _Progress:
+    """What an ask has brought so far."""
+
+    written: list[int] = field(default_factory=list)
+    padded: set[int] = field(default_factory=set)
+    """Ids that the teacher drew and the student does not have."""
+    padded_in_a_row: int = 0
+
+
+def _body(ask: Ask, progress: _Progress, model: str | None) -> dict[str, Any]:
+    """The request for what is left of an ask."""
+    params, written = ask.params, progress.written
+    body: dict[str, Any] = {name: getattr(params, name) for name in FORWARDED}
+    stops = list(params.stop_token_ids or ())
+    if not params.ignore_eos:
+        stops += [token_id for token_id in ask.end_ids if token_id not in stops]
+    tokens = ask.tokens - len(written)
+    body |= {
+        "model": model,
+        "prompt": [*ask.prompt_ids, *written],
+        "max_tokens": tokens,
+        "min_tokens": max(0, min(ask.min_tokens - len(written), tokens)),
+        "seed": _next_seed(ask.seed, progress),
+        "stream": ask.streamed,
+        "stop_token_ids": stops or None,
+        "logit_bias": _biases(params, progress) or None,
+        "cache_salt": ask.cache_salt,
+        "return_token_ids": True,
+        "add_special_tokens": False,
+    }
+    if params.logprobs is not None:
+        body |= {"logprobs": params.logprobs, "return_tokens_as_token_ids": True}
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def _next_seed(seed: int | None, progress: _Progress) -> int | None:
+    """A second request with the same seed would draw the same id again."""
+    if seed is None:
+        return None
+    return (seed + len(progress.padded) * 0x9E3779B1 + len(progress.written)) % 2**63
+
+
+def _biases(params: SamplingParams, progress: _Progress) -> dict[int, float]:
+    """The caller's, less the ids that the student does not have.
+
+    A request that goes on counts its own tokens only: the penalty for those before it is a bias.
+    """
+    biases = dict(params.logit_bias or {})
+    if params.frequency_penalty:
+        for token_id, times in Counter(progress.written).items():
+            biases[token_id] = biases.get(token_id, 0.0) - params.frequency_penalty * times
+    for token_id in sorted(progress.padded):
+        if len(biases) < MOST_BIASES:
+            biases[token_id] = -100.0
+    return biases
 
 
 class Teacher:
@@ -146,12 +190,25 @@ class Teacher:
         breaker: Breaker,
         vocabulary: int,
     ) -> None:
-        """``timeout`` is the longest wait for the next token, ``span_timeout`` for 64 of them and for what is
-        left of them, both in seconds; ids are < ``vocabulary``.
+        """Describe the server; entering the client opens it.
+
+        Args:
+            url: where it is, without /v1; a user and a password in it are sent as basic authentication.
+            model: the name that it must serve; None for its first one.
+            api_key: sent as a bearer token.
+            timeout: longest wait for the next token, in seconds; the first may take longer, by the prompt.
+            span_timeout: longest wait for 64 tokens, and for what is left of them, in seconds.
+            breaker: counts its failures.
+            vocabulary: the student has the ids below this.
+
+        Raises:
+            TeacherError: there are two kinds of credentials.
         """
-        self.url = url.rstrip("/")
-        self.name = urlsplit(url).netloc.rpartition("@")[2]
-        """Host and port: the label of this server's metrics."""
+        parts = urlsplit(url.rstrip("/"))
+        self.name = parts.netloc.rpartition("@")[2]
+        """Host and port, by which metrics, logs and traces name this server."""
+        self.url = urlunsplit(parts._replace(netloc=self.name))
+        """Without credentials."""
         self.model = model
         self.max_model_len: int | None = None
         self.timeout = timeout
@@ -159,234 +216,318 @@ class Teacher:
         self.breaker = breaker
         BREAKER_OPEN.labels(self.name).set_function(lambda: breaker.tripped)
         self.vocabulary = vocabulary
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = _credentials(self.name, parts.username, parts.password, api_key)
         self._session: aiohttp.ClientSession | None = None
+        self._served_at = -math.inf
 
     async def __aenter__(self) -> "Teacher":
         self._session = aiohttp.ClientSession(
             headers=self._headers,
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.timeout),
-            trace_configs=[_reuse_is_noted()],
+            trace_configs=[_note_reuse()],
         )
         return self
 
-    async def __aexit__(self, *_: Any) -> None:
-        await self._session.close()
+    async def __aexit__(self, *_: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    @property
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            raise RuntimeError("the client of the teacher is not open")
+        return self._session
 
     async def connect(self) -> None:
-        """Find the served model. Raises TeacherError where there is none, or not the named one."""
+        """Find the served model.
+
+        Raises:
+            TeacherError: nothing is served, or not the named model.
+        """
         models = await self._json("GET", "/v1/models", _Models)
         names = [model.id for model in models.data]
         wanted = self.model or (names[0] if names else None)
         if wanted not in names:
             served = ", ".join(names) or "no model"
-            raise TeacherError("status", f"the teacher at {self.url} serves {served}, not {wanted!r}")
+            raise TeacherError("status", f"the teacher at {self.name} serves {served}, not {wanted!r}")
         self.model = wanted
         self.max_model_len = models.data[names.index(wanted)].max_model_len
 
-    async def check_vocabulary(self, texts: Sequence[str], expected: Sequence[list[int]]) -> None:
-        """Raises TeacherError where the teacher's tokenizer splits a probe text in another way."""
-        for text, ids in zip(texts, expected, strict=True):
-            body = {"model": self.model, "prompt": text, "add_special_tokens": False}
-            answer = await self._json("POST", "/tokenize", dict, body)
-            if answer.get("tokens") != ids:
-                raise TeacherError(
-                    "nonsense",
-                    f"the teacher at {self.url} has another vocabulary than the student: it tokenises "
-                    f"{text!r} as {answer.get('tokens')}, the student as {ids}",
-                )
+    async def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The reply to a question that is no completion, such as one to ``/tokenize``.
+
+        Raises:
+            TeacherError: there is no useful reply.
+        """
+        reply: dict[str, Any] = await self._json("POST", path, dict, {"model": self.model, **body})
+        return reply
 
     async def healthy(self) -> bool | None:
-        """Whether the teacher says that it is well; None where it says nothing within the timeout."""
+        """Whether the teacher reports that it is well; None if it does not answer in time."""
         try:
-            async with asyncio.timeout(self.timeout), self._session.get(f"{self.url}/health") as response:
-                return response.status == 200
+            async with asyncio.timeout(min(PROBE_SECONDS, self.timeout)):
+                async with self._open.get(f"{self.url}/health") as response:
+                    return response.status == 200
         except TimeoutError:
             return None
-        except aiohttp.ClientError:
+        except (aiohttp.ClientError, OSError, ValueError):
             return False
+
+    def first_wait(self, prompt_tokens: int) -> float:
+        """Seconds that the first token after a prompt may take."""
+        return Patience(self.timeout, self.span_timeout, prompt_tokens=prompt_tokens).seconds
 
     async def write(
         self,
-        prompt_ids: list[int],
-        tokens: int,
-        params: SamplingParams,
+        ask: Ask,
         *,
-        min_tokens: int = 0,
-        seed: int | None = None,
         request_id: str,
         started: float | None = None,
         deadline: float = math.inf,
-    ) -> AsyncIterator[Piece]:
-        """Continue ``prompt_ids`` by at most ``tokens`` tokens, in pieces as they arrive.
+    ) -> AsyncGenerator[Piece]:
+        """Continue the ask's prompt, in pieces as they arrive.
 
-        The last piece has a finish reason: "length" where the span is full, else the teacher ended
-        the completion. A span of up to 8 tokens comes as a whole. Closing the iterator closes the
-        connection, by which vLLM aborts the call.
-        The time for a span counts from ``started`` (default: now); no piece comes behind the ``deadline``
-        (both of `time.monotonic`).
+        The last piece has a finish reason: "length" where the span is full, else the teacher ended the
+        completion. A span of up to 8 tokens comes as a whole. Closing the iterator closes the connection,
+        at which vLLM aborts the call. Ids that the student does not have
+        are dropped, and the teacher is asked again from there.
+
+        Args:
+            ask: what the teacher is asked for.
+            request_id: sent along, for the teacher's log.
+            started: when the span began, of `time.monotonic`; None for now.
+            deadline: no piece comes after this, of `time.monotonic`.
 
         Raises:
             TeacherError: whatever went wrong; pieces handed out before it stay valid.
         """
-        stream = tokens > STREAM_ABOVE
-        body = self._body(params) | {
-            "prompt": prompt_ids,
-            "max_tokens": tokens,
-            "min_tokens": min(min_tokens, tokens),
-            "seed": seed,
-            "stream": stream,
-        }
+        patience = Patience(
+            self.timeout,
+            self.span_timeout,
+            prompt_tokens=len(ask.prompt_ids),
+            started=started,
+            deadline=deadline,
+        )
         called, outcome, blamed = time.monotonic(), "aborted", False
-        span = CallSpan(self.name, tokens)
+        span = CallSpan(self.name, ask.tokens)
         headers = {"X-Request-Id": request_id, **span.headers}
-        started = called if started is None else started
-        patience = _Patience(self.timeout, self.span_timeout, started, deadline)
         try:
-            async with self._request("POST", "/v1/completions", patience, body, headers) as response:
-                replies = self._events(response, patience) if stream else self._body_of(response, patience)
-                async for payload in replies:
-                    piece = self._piece(payload, tokens - patience.written, params)
-                    patience.written += len(piece.token_ids)
-                    if piece.finish_reason is None:
-                        yield piece
-                        continue
-                    outcome = "ok"
-                    patience.token_seconds = min(patience.token_seconds, END_SECONDS)
-                    with suppress(TeacherError):  # nothing that is still needed
-                        async for _ in replies:  # to the end, so that the connection is reused
-                            pass
+            async with aclosing(self._pieces(ask, headers, patience)) as pieces:
+                async for piece in pieces:
+                    if piece.finish_reason is not None:
+                        outcome = "ok"
                     yield piece
-                    return
-            raise TeacherError("nonsense", "the teacher's stream ended without a finish reason")
-        except TeacherError as error:
-            outcome, blamed = error.reason, not error.well
-            raise
+        except Exception as error:
+            problem = await self._judged(error, patience)
+            outcome, blamed = problem.reason, not problem.well
+            raise problem from error.__cause__
         finally:
             TEACHER_CALLS.labels(self.name, outcome).inc()
             TEACHER_CALL_SECONDS.labels(self.name).observe(time.monotonic() - called)
             span.end(outcome, patience.written)
             if blamed:
                 self.breaker.failed()
-            elif outcome != "aborted":
+            elif outcome == "ok":
                 self.breaker.succeeded()
 
-    def _body(self, params: SamplingParams) -> dict[str, Any]:
-        body = {name: value for name in FORWARDED if (value := getattr(params, name)) is not None}
-        body |= {"model": self.model, "return_token_ids": True, "add_special_tokens": False}
-        if params.logprobs is not None:
-            body |= {"logprobs": params.logprobs, "return_tokens_as_token_ids": True}
-        return body
+    async def _judged(self, error: Exception, patience: Patience) -> TeacherError:
+        """What a failure is called, and whether it speaks against the teacher.
 
-    def _piece(self, payload: bytes, room: int, params: SamplingParams) -> Piece:
-        try:
-            reply = msgspec.json.decode(payload, type=_Completion)
-            if reply.error is not None and reply.error.code in REFUSALS:
-                message = f"the teacher refused in its stream: {reply.error.message[:500]}"
-                raise TeacherError("status", message, refused=True)
-            (choice,) = reply.choices
-        except (msgspec.MsgspecError, ValueError) as error:
-            raise TeacherError("nonsense", f"the teacher's reply is not a completion: {error}") from error
-        ids = choice.token_ids or []
-        if len(ids) > room or any(token_id < 0 for token_id in ids):
-            raise TeacherError("nonsense", f"the teacher wrote token ids {ids} where {room} were asked for")
-        if ids and max(ids) >= self.vocabulary:
-            # A high temperature reaches padded rows: a client must not open the breaker for all with that.
-            message = f"the teacher wrote the token id {max(ids)}, which the student does not have"
-            raise TeacherError("nonsense", message, well=True)
-        if not ids and choice.finish_reason == "length":
-            raise TeacherError("nonsense", "the teacher wrote nothing and did not end the completion")
-        if choice.finish_reason not in (None, "stop", "length"):
-            raise TeacherError("nonsense", f"the teacher finished with {choice.finish_reason!r}")
-        logprobs = None
-        if params.logprobs is not None and ids:
-            logprobs = _logprobs(ids, choice.logprobs, self.vocabulary)
-        return Piece(ids, logprobs, choice.finish_reason, choice.stop_reason)
+        A teacher that makes a call wait is busy, not broken, if it serves other calls or reports that it is
+        well: its queue, or one long prompt, must not take it from everybody.
+        """
+        if not isinstance(error, TeacherError):
+            logger.error("a call of the teacher at %s ended by an error of ours", self.name, exc_info=error)
+            return TeacherError("nonsense", f"{type(error).__name__} in a call of {self.name}")
+        if error.reason != "timeout":
+            return error
+        waited = time.monotonic() - patience.last_token
+        if self._served_at > patience.last_token + waited / 2:
+            reason = "timeout" if patience.written else "saturated"
+            return TeacherError(reason, f"{error}, while other calls went on", well=True)
+        return TeacherError("timeout", str(error), well=await self.healthy() is True)
 
-    async def _json(self, method: str, path: str, type_: Any, body: dict[str, Any] | None = None) -> Any:
-        patience = _Patience(self.timeout, self.span_timeout, time.monotonic(), math.inf)
+    async def _pieces(
+        self, ask: Ask, headers: Mapping[str, str], patience: Patience
+    ) -> AsyncGenerator[Piece]:
+        """An ask's pieces, of one request or of several."""
+        progress = _Progress()
+        while progress.padded_in_a_row < PADDED_IN_A_ROW:
+            ended = False
+            async with aclosing(self._replies(ask, progress, headers, patience)) as replies:
+                async for piece, padded in replies:
+                    progress.written += piece.token_ids
+                    if piece.token_ids:
+                        progress.padded_in_a_row = 0
+                        self._served_at = time.monotonic()
+                    if piece.token_ids or padded is None:
+                        yield piece
+                    if padded is not None:
+                        progress.padded.add(padded)
+                        progress.padded_in_a_row += 1
+                    ended = piece.finish_reason is not None
+            if ended:
+                return
+        wrote = f"the teacher at {self.name} wrote the token ids {sorted(progress.padded)}"
+        raise TeacherError("nonsense", f"{wrote}, which the student does not have", well=True)
+
+    async def _replies(
+        self, ask: Ask, progress: _Progress, headers: Mapping[str, str], patience: Patience
+    ) -> AsyncGenerator[Reply]:
+        """The replies to one request, up to an ending or to an id that the student does not have."""
+        body = _body(ask, progress, self.model)
+        longest = LONGEST + ECHOED * len(body["prompt"])
+        room = body["max_tokens"]
+        async with self._request("POST", "/v1/completions", patience, body, headers) as response:
+            payloads = self._payloads(response, patience, longest, stream=ask.streamed)
+            async with aclosing(payloads):
+                async for payload in payloads:
+                    wants_logprobs = ask.params.logprobs is not None
+                    reply = read_reply(
+                        payload, room=room, logprobs=wants_logprobs, vocabulary=self.vocabulary
+                    )
+                    tokens = len(reply.piece.token_ids)
+                    if ask.end_ids and reply.piece.stop_reason == ask.end_ids[0]:
+                        reply.piece.stop_reason = None  # as where the student ends by itself
+                    room -= tokens
+                    patience.came(tokens)
+                    if reply.piece.finish_reason is None and reply.padded is None:
+                        yield reply
+                        continue
+                    if reply.padded is None:
+                        patience.end()
+                        with suppress(TeacherError):  # nothing that is still needed
+                            async for _ in payloads:  # to the end, so that the connection is reused
+                                pass
+                    yield reply
+                    return
+        raise TeacherError("nonsense", f"the reply of {self.name} ended without a finish reason")
+
+    async def _json(
+        self, method: str, path: str, type_: type[T], body: dict[str, Any] | None = None
+    ) -> T:
+        patience = Patience(self.timeout, self.span_timeout)
         async with self._request(method, path, patience, body) as response:
-            async for payload in self._body_of(response, patience):
-                try:
-                    return msgspec.json.decode(payload, type=type_)
-                except msgspec.MsgspecError as error:
-                    raise TeacherError("nonsense", f"{self.url}{path}: {error}") from error
+            payload = await self._read(response, patience, LONGEST)
+        try:
+            return msgspec.json.decode(payload, type=type_)
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise TeacherError("nonsense", f"{self.name}{path}: {error}") from error
 
     @asynccontextmanager
     async def _request(
         self,
         method: str,
         path: str,
-        patience: _Patience,
+        patience: Patience,
         body: dict[str, Any] | None,
         headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        response, fresh = None, 0
-        while response is None:
+        response = await self._send(method, path, patience, body, headers or {})
+        try:
+            if response.status != 200:
+                detail = (await self._read(response, patience, LONGEST)).decode(errors="replace")
+                message = f"{self.name}{path} answered {response.status}: {quoted(detail)}"
+                raise TeacherError("status", message, refused=response.status in REFUSALS)
+            yield response
+        finally:
+            # Read to the end, the connection goes back to the pool; cut short, this closes it.
+            if response.content.at_eof():
+                response.release()
+            else:
+                response.close()
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        patience: Patience,
+        body: dict[str, Any] | None,
+        headers: Mapping[str, str],
+    ) -> aiohttp.ClientResponse:
+        """The response to a request; a kept connection that has died meanwhile is replaced."""
+        content = None if body is None else msgspec.json.encode(body)
+        typed = {**headers, "Content-Type": "application/json"} if content is not None else headers
+        fresh = 0
+        while True:
             sending = _Sending()
-            request = self._session.request(
-                method, self.url + path, json=body, headers=headers, trace_request_ctx=sending
+            request = self._open.request(
+                method,
+                self.url + path,
+                data=None if content is None else io.BytesIO(content),
+                headers=typed,
+                trace_request_ctx=sending,
             )
             try:
-                response = await self._wait(request, patience)
+                return await self._wait(request, patience)
             except _ClosedConnection:
                 # All that were kept may be closed by now; of new ones a second is tried.
                 fresh += not sending.reused
                 if fresh > 1:
                     raise
-        try:
-            if response.status != 200:
-                detail = (await self._wait(response.text(), patience))[:500]
-                message = f"{self.url}{path} answered {response.status}: {detail}"
-                raise TeacherError("status", message, refused=response.status in REFUSALS)
-            yield response
-        finally:
-            # Read to the end, the connection goes back to the pool; cut short, this closes it.
-            response.release() if response.content.at_eof() else response.close()
 
-    async def _body_of(self, response: aiohttp.ClientResponse, patience: _Patience) -> AsyncIterator[bytes]:
-        yield await self._wait(response.read(), patience)
+    async def _payloads(
+        self, response: aiohttp.ClientResponse, patience: Patience, longest: int, *, stream: bool
+    ) -> AsyncGenerator[bytes]:
+        """The body, or the data of each server-sent event up to the last."""
+        if not stream:
+            yield await self._read(response, patience, longest)
+            return
+        lines = self._lines(response, patience, longest)
+        async with aclosing(lines):
+            async for line in lines:
+                data = line.removeprefix(b"data:").strip()
+                if len(data) < len(line) and data not in (b"", b"[DONE]"):
+                    yield data
 
-    async def _events(self, response: aiohttp.ClientResponse, patience: _Patience) -> AsyncIterator[bytes]:
-        """Data of server-sent events, up to the last."""
-        while line := await self._wait(response.content.readline(), patience):
-            if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
-                yield line[len(b"data: ") :]
+    async def _lines(
+        self, response: aiohttp.ClientResponse, patience: Patience, longest: int
+    ) -> AsyncGenerator[bytes]:
+        rest = bytearray()
+        while chunk := await self._wait(response.content.readany(), patience):
+            rest += chunk
+            if b"\n" in chunk:
+                *lines, rest = rest.split(b"\n")
+                for line in lines:
+                    yield bytes(line)
+            if len(rest) > longest:
+                raise TeacherError("nonsense", f"a line of {self.name} has more than {longest} bytes")
+        yield bytes(rest)
 
-    async def _wait(self, awaitable: Any, patience: _Patience) -> Any:
-        seconds = patience.seconds()
+    async def _read(
+        self, response: aiohttp.ClientResponse, patience: Patience, longest: int
+    ) -> bytes:
+        content = bytearray()
+        while chunk := await self._wait(response.content.readany(), patience):
+            content += chunk
+            if len(content) > longest:
+                raise TeacherError("nonsense", f"a reply of {self.name} has more than {longest} bytes")
+        return bytes(content)
+
+    async def _wait(self, awaitable: Awaitable[T], patience: Patience) -> T:
+        seconds = patience.seconds
         try:
             return await asyncio.wait_for(awaitable, seconds)
         except TimeoutError as error:
-            raise TeacherError("timeout", f"nothing from {self.url} for {max(0.0, seconds):.1f} s") from error
+            message = f"nothing more from {self.name} for {max(0.0, seconds):.1f} s"
+            raise TeacherError("timeout", message) from error
         except aiohttp.ClientConnectorError as error:
-            raise TeacherError("unreachable", f"cannot reach the teacher at {self.url}: {error}") from error
+            raise TeacherError("unreachable", f"cannot reach the teacher at {self.name}: {error}") from error
         except aiohttp.ClientConnectionError as error:
-            raise _ClosedConnection("unreachable", f"the teacher at {self.url} hung up: {error}") from error
-        except (aiohttp.ClientError, ValueError) as error:
-            raise TeacherError("unreachable", f"cannot read the teacher at {self.url}: {error}") from error
+            raise _ClosedConnection("unreachable", f"the teacher at {self.name} hung up: {error}") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise TeacherError("unreachable", f"cannot read the teacher at {self.name}: {error}") from error
 
 
-def _logprobs(ids: list[int], reply: _Logprobs | None, vocabulary: int) -> list[dict[int, Logprob]]:
-    """vLLM's per-token dictionaries from the reply's lists; keys come as ``token_id:17``.
-
-    A teacher may have rows beyond the common ``vocabulary``: they are left out, as the student's are.
-    """
-    tops = reply and (reply.top_logprobs or [None] * len(ids))
-    if reply is None or not len(reply.token_logprobs) == len(tops) == len(ids):
-        raise TeacherError("nonsense", "the teacher's log-probabilities do not match its tokens")
-    result = []
-    for token_id, chosen, top in zip(ids, reply.token_logprobs, tops, strict=True):
-        try:
-            by_id = {int(token.removeprefix("token_id:")): value for token, value in (top or {}).items()}
-        except ValueError as error:
-            raise TeacherError("nonsense", f"the teacher's log-probabilities have no ids: {error}") from error
-        if chosen is None:
-            raise TeacherError("nonsense", "the teacher's log-probabilities lack a written token")
-        visible = (item for item in by_id.items() if item[0] < vocabulary)
-        ranked = sorted(visible, key=lambda item: -item[1])
-        logprobs = {i: Logprob(value, rank=rank) for rank, (i, value) in enumerate(ranked, start=1)}
-        # As vLLM does: the written token first, then the best ones in order.
-        result.append({token_id: logprobs.pop(token_id, Logprob(chosen))} | logprobs)
-    return result
+def _credentials(
+    name: str, user: str | None, password: str | None, api_key: str | None
+) -> dict[str, str]:
+    """The header that holds what is secret: it is nowhere else from here on."""
+    if user is None and password is None:
+        return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    if api_key:
+        message = f"the teacher at {name} has a password in its URL and an API key: leave out one of them"
+        raise TeacherError("status", message)
+    pair = f"{unquote(user or '')}:{unquote(password or '')}"
+    return {"Authorization": f"Basic {b64encode(pair.encode()).decode()}"}

@@ -4,27 +4,37 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Protocol
 
 from server.completion import Piece
 from server.metrics import TEACHER_RUNNING, TEACHER_UP
-from server.teacher.client import Teacher, TeacherError
-from server.vllm_api import SamplingParams
+from server.teacher.client import Ask, Teacher
+from server.teacher.crowding import Crowding
+from server.teacher.errors import TeacherError
 
 logger = logging.getLogger(__name__)
 
-# What keeps a replica out until it answers, as against what its operator has to change.
 ABSENT = ("unreachable", "timeout")
+"""What keeps a replica out until it answers; anything else its operator has to change."""
+
+
+class VocabularyCheck(Protocol):
+    """Compares the vocabulary of a server with the student's; `server.teacher.vocabulary` has it."""
+
+    async def __call__(self, teacher: Teacher) -> None:
+        """Raises TeacherError if the vocabularies differ."""
 
 
 class Replica:
     """One server of the teacher, with what the gateway knows of it."""
 
-    def __init__(self, teacher: Teacher) -> None:
+    def __init__(self, teacher: Teacher, concurrency: int) -> None:
         self.teacher = teacher
+        self.crowding = Crowding(concurrency)
         self.running = 0
         self.up = False
         """Whether it counts as there, by what it said at the start and to the probes since."""
@@ -33,7 +43,7 @@ class Replica:
         self.checked = False
         """Whether it is known to serve the right model with the right vocabulary."""
         self.out_for = ""
-        """Why it is there and stays out, where it does; said once."""
+        """Why it answers and stays out all the same; logged once."""
         TEACHER_RUNNING.labels(teacher.name).set_function(lambda: self.running)
         TEACHER_UP.labels(teacher.name).set_function(lambda: self.up)
 
@@ -55,13 +65,21 @@ class Slot:
         self._pool.wake()
 
     def move(self, replica: Replica) -> None:
+        replica.running += 1
         self.release()
         self.replica = replica
-        replica.running += 1
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A call that waits for its turn."""
+
+    ranked: list[Replica]
+    slot: asyncio.Future[Slot]
 
 
 class TeacherPool:
-    """Teachers with one vocabulary, of which each call goes to one that is up and has room.
+    """Teachers with one vocabulary: each call goes to one that is up and has room.
 
     A key has its own order of preference among the replicas (rendezvous hashing: Thaler and Ravishankar,
     1998), so the spans of a request find its prefix in the cache of the replica that wrote the last one, and
@@ -70,11 +88,10 @@ class TeacherPool:
 
     def __init__(self, teachers: Sequence[Teacher], *, concurrency: int, queue_seconds: float) -> None:
         """``concurrency``: calls at once for each replica; ``queue_seconds``: longest wait for one's turn."""
-        self.replicas = [Replica(teacher) for teacher in teachers]
-        self._concurrency = concurrency
+        self.replicas = [Replica(teacher, concurrency) for teacher in teachers]
         self._queue_seconds = queue_seconds
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._probes: tuple[Sequence[str], Sequence[list[int]]] = ((), ())
+        self._waiting: deque[_Waiting] = deque()
+        self._check_vocabulary: VocabularyCheck | None = None
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> "TeacherPool":
@@ -86,8 +103,8 @@ class TeacherPool:
         await self._stack.aclose()
 
     def __str__(self) -> str:
-        models = {replica.teacher.model for replica in self.replicas if replica.checked}
-        return f"{', '.join(sorted(models))} at {', '.join(r.teacher.url for r in self.replicas)}"
+        models = {str(replica.teacher.model) for replica in self.replicas if replica.checked}
+        return f"{', '.join(sorted(models))} at {', '.join(r.teacher.name for r in self.replicas)}"
 
     @property
     def max_model_len(self) -> int | None:
@@ -107,23 +124,21 @@ class TeacherPool:
         """
         await self._introduce(self.replicas)
 
-    async def check_vocabulary(self, texts: Sequence[str], expected: Sequence[list[int]]) -> None:
-        """Raises TeacherError where a replica's tokenizer splits a probe text in another way.
+    async def check_vocabulary(self, check: VocabularyCheck) -> None:
+        """Check every replica that is there; later ones are checked before they are asked for anything.
 
-        Replicas that come later are checked before they are asked for anything.
+        Raises:
+            TeacherError: a replica has another vocabulary than the student.
         """
-        self._probes = (texts, expected)
+        self._check_vocabulary = check
         await self._introduce([replica for replica in self.replicas if replica.up])
 
     async def _introduce(self, replicas: Sequence[Replica]) -> None:
         outcomes = await asyncio.gather(*map(self._check, replicas), return_exceptions=True)
         errors = [error for error in outcomes if error is not None]
         for error in errors:
-            if (
-                len(errors) == len(replicas)
-                or not isinstance(error, TeacherError)
-                or error.reason not in ABSENT
-            ):
+            absent = isinstance(error, TeacherError) and error.reason in ABSENT
+            if not absent or len(errors) == len(replicas):
                 raise error
         for error in errors:
             logger.warning("a replica of the teacher is missing: %s", error)
@@ -131,68 +146,118 @@ class TeacherPool:
     async def _check(self, replica: Replica) -> None:
         replica.up = replica.checked = replica.late = False
         await replica.teacher.connect()
-        await replica.teacher.check_vocabulary(*self._probes)
+        if self._check_vocabulary is not None:
+            await self._check_vocabulary(replica.teacher)
         replica.up = replica.checked = True
 
     async def healthy(self) -> bool:
-        """Whether a replica that may be asked answers its health check now."""
-        asked = [replica.teacher for replica in self.replicas if replica.checked]
-        return any(await asyncio.gather(*(teacher.healthy() for teacher in asked)))
+        """Whether a replica that may be asked answers its health check now; the first that does decides."""
+        asked = [
+            asyncio.create_task(replica.teacher.healthy()) for replica in self.replicas if replica.checked
+        ]
+        try:
+            for answer in asyncio.as_completed(asked):
+                if await answer:
+                    return True
+            return False
+        finally:
+            for task in asked:
+                task.cancel()
 
     async def watch(self, seconds: float) -> None:
-        """Probe every replica, for ever."""
+        """Probe every replica, for ever and each by itself: a slow one delays no other."""
+        await asyncio.gather(*(self._watch(replica, seconds) for replica in self.replicas))
+
+    async def _watch(self, replica: Replica, seconds: float) -> None:
         while True:
             await asyncio.sleep(seconds)
-            await asyncio.gather(*map(self._probe, self.replicas))
+            try:
+                await self._probe(replica)
+            except Exception:
+                logger.exception("a probe of the teacher at %s failed", replica.teacher.name)
 
     async def _probe(self, replica: Replica) -> None:
         was_up = replica.up
-        if not replica.checked:
-            try:
-                await self._check(replica)
-            except TeacherError as error:
-                before, replica.out_for = replica.out_for, "" if error.reason in ABSENT else str(error)
-                if replica.out_for not in ("", before):
-                    logger.error("a replica of the teacher stays out: %s", error)
-        else:
+        if replica.checked:
             answer = await replica.teacher.healthy()
-            once, replica.late = replica.late, answer is None
-            if answer is None and not once:
+            late_before, replica.late = replica.late, answer is None
+            if answer is None and not late_before:
                 return
             # Who comes back may be another: it is checked again.
             replica.up = replica.checked = bool(answer)
+        else:
+            await self._probe_unknown(replica)
         if replica.up != was_up:
-            logger.warning("the teacher at %s is %s", replica.teacher.url, "up" if replica.up else "down")
+            state = "up" if replica.up else "down"
+            logger.warning("the teacher at %s is %s", replica.teacher.name, state)
             self.wake()
+
+    async def _probe_unknown(self, replica: Replica) -> None:
+        try:
+            await self._check(replica)
+        except TeacherError as error:
+            before, replica.out_for = replica.out_for, "" if error.reason in ABSENT else str(error)
+            if replica.out_for not in ("", before):
+                logger.error("a replica of the teacher stays out: %s", error)
 
     async def admit(self, key: bytes) -> Slot:
         """The right to a call at the first replica in the key's order that is up and has room.
 
+        Whoever has to wait gets it in the order of coming.
+
         Raises:
             TeacherError: "breaker", all are down; "saturated", none had room in time.
         """
-        ranked = self._ranked(key)
+        waiting = _Waiting(self._ranked(key), asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        self.wake()
         try:
             async with asyncio.timeout(self._queue_seconds):
-                while (replica := self._free(ranked)) is None:
-                    if self.down:
-                        raise TeacherError("breaker", "every replica of the teacher counts as down")
-                    await self._turn()
+                return await waiting.slot
         except TimeoutError:
             waited = f"for {self._queue_seconds} s every replica of the teacher was busy"
-            raise TeacherError("saturated", waited) from None
-        return Slot(self, replica)
+            self._leave(waiting)
+            raise TeacherError("saturated", waited, well=True) from None
+        except asyncio.CancelledError:
+            self._leave(waiting)
+            raise
+
+    def _leave(self, waiting: _Waiting) -> None:
+        """Stop waiting; a slot that came at the last moment goes to the next one."""
+        if waiting in self._waiting:
+            self._waiting.remove(waiting)
+        elif waiting.slot.done() and not waiting.slot.cancelled() and not waiting.slot.exception():
+            waiting.slot.result().release()
+
+    def wake(self) -> None:
+        """Let those in that have waited longest, as far as there is room."""
+        while self._waiting:
+            first = self._waiting[0]
+            if first.slot.done():  # cancelled
+                self._waiting.popleft()
+            elif (replica := self._free(first.ranked)) is not None:
+                self._waiting.popleft()
+                first.slot.set_result(Slot(self, replica))
+            elif self.down:
+                self._waiting.popleft()
+                message = "every replica of the teacher counts as down"
+                first.slot.set_exception(TeacherError("breaker", message))
+            else:
+                return
 
     async def write(
-        self, slot: Slot, prompt_ids: list[int], tokens: int, params: SamplingParams, **options: Any
-    ) -> AsyncIterator[Piece]:
-        """As `Teacher.write`; where a replica fails before its first token, another is asked, once."""
-        started, moved = time.monotonic(), False
+        self, slot: Slot, ask: Ask, *, started: float | None = None, **options: Any
+    ) -> AsyncGenerator[Piece]:
+        """As `Teacher.write`; where a replica fails before its first token, another is asked, once.
+
+        Raises:
+            TeacherError: as `Teacher.write`.
+        """
+        started, moved = time.monotonic() if started is None else started, False
         while True:
             written = False
-            call = slot.replica.teacher.write(prompt_ids, tokens, params, started=started, **options)
             try:
-                async with aclosing(call) as pieces:
+                async with aclosing(self._observed(slot, ask, started=started, **options)) as pieces:
                     async for piece in pieces:
                         written = True
                         yield piece
@@ -205,6 +270,22 @@ class TeacherPool:
                 slot.move(other)
                 moved = True
 
+    async def _observed(self, slot: Slot, ask: Ask, **options: Any) -> AsyncGenerator[Piece]:
+        """A call at the slot's replica, from whose first token its crowding learns."""
+        replica, sent, first = slot.replica, time.monotonic(), True
+        try:
+            async with aclosing(replica.teacher.write(ask, **options)) as pieces:
+                async for piece in pieces:
+                    if first:
+                        longest = replica.teacher.first_wait(len(ask.prompt_ids))
+                        replica.crowding.first_token(replica.running, time.monotonic() - sent, longest)
+                        first = False
+                    yield piece
+        except TeacherError as error:
+            if first and error.well and error.reason in ("timeout", "saturated"):
+                replica.crowding.gave_up(replica.running, time.monotonic() - sent)
+            raise
+
     def _ranked(self, key: bytes) -> list[Replica]:
         if len(self.replicas) == 1:
             return self.replicas
@@ -214,27 +295,12 @@ class TeacherPool:
 
         return sorted(self.replicas, key=weight)
 
-    def _free(self, replicas: Sequence[Replica]) -> Replica | None:
+    @staticmethod
+    def _free(replicas: Sequence[Replica]) -> Replica | None:
         """The first that may be called now; where it was down for a while, this is its trial."""
         for replica in replicas:
-            if replica.up and replica.running < self._concurrency and replica.teacher.breaker.allow():
+            if not replica.up or replica.running >= replica.crowding.limit:
+                continue
+            if replica.teacher.breaker.allow():
                 return replica
         return None
-
-    async def _turn(self) -> None:
-        """Wait until a call may have ended; in the order of coming."""
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # woken and leaving at once: the next one's turn
-                self.wake()
-            raise
-
-    def wake(self) -> None:
-        """Let the first who waits look again."""
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                return turn.set_result(None)

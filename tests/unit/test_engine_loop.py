@@ -35,7 +35,7 @@ from server.gate_processor import TERMS
 from server.metrics import counted
 from server.shared import SharedBudgets
 from server.teacher.breaker import Breaker
-from server.teacher.client import TeacherError
+from server.teacher.errors import TeacherError
 from server.tenants import Tenant, hash_key
 from server.vllm_api import (
     CompletionOutput,

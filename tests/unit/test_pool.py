@@ -3,19 +3,19 @@
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
 
 from server.completion import Piece
 from server.teacher.breaker import Breaker
-from server.teacher.client import TeacherError
+from server.teacher.client import Ask
+from server.teacher.errors import TeacherError
 from server.teacher.pool import Slot, TeacherPool
 from server.vllm_api import SamplingParams
 
 KEYS = [n.to_bytes(16) for n in range(300)]
-PARAMS = SamplingParams()
+ASK = Ask([1], 3, SamplingParams())
 DOWN = TeacherError("unreachable", "the script says so")
 
 
@@ -31,7 +31,7 @@ class Replica:
         self.absent: TeacherError | None = None
         self.silent = False
         self.fails_before: int | None = None
-        self.vocabulary = {"one": [1]}
+        self.vocabulary = "ours"
         self.calls = 0
         self.started: list[float] = []
 
@@ -45,27 +45,29 @@ class Replica:
         if self.absent:
             raise self.absent
 
-    async def check_vocabulary(self, texts: list[str], expected: list[list[int]]) -> None:
-        if self.absent:
-            raise self.absent
-        if [self.vocabulary[text] for text in texts] != list(expected):
-            raise TeacherError("nonsense", "another vocabulary")
+    def first_wait(self, prompt_tokens: int) -> float:
+        return 10.0
 
     async def healthy(self) -> bool | None:
         return None if self.silent else self.absent is None
 
-    async def write(
-        self, prompt: list[int], tokens: int, params: Any, *, started: float
-    ) -> AsyncIterator[Piece]:
+    async def write(self, ask: Ask, *, started: float) -> AsyncIterator[Piece]:
         self.calls += 1
         self.started.append(started)
-        for token in range(tokens):
+        for token in range(ask.tokens):
             await asyncio.sleep(0)
             if token == self.fails_before:
                 self.breaker.failed()
                 raise DOWN
-            yield Piece([token], None, "length" if token + 1 == tokens else None)
+            yield Piece([token], None, "length" if token + 1 == ask.tokens else None)
         self.breaker.succeeded()
+
+
+async def same_vocabulary(teacher: Replica) -> None:
+    if teacher.absent:
+        raise teacher.absent
+    if teacher.vocabulary != "ours":
+        raise TeacherError("nonsense", "another vocabulary")
 
 
 async def pool_of(count: int, *, concurrency: int = 100, queue: float = 5.0) -> TeacherPool:
@@ -86,7 +88,7 @@ async def where(pool: TeacherPool, key: bytes) -> str:
 
 async def write(pool: TeacherPool, slot: Slot) -> list[int]:
     try:
-        return [token async for piece in pool.write(slot, [1], 3, PARAMS) for token in piece.token_ids]
+        return [token async for piece in pool.write(slot, ASK) for token in piece.token_ids]
     finally:
         slot.release()
 
@@ -251,7 +253,7 @@ async def test_what_was_streamed_is_not_written_again():
     pool = await pool_of(2)
     slot = await pool.admit(KEYS[0])
     slot.replica.teacher.fails_before = 1
-    pieces, written = pool.write(slot, [1], 3, PARAMS), []
+    pieces, written = pool.write(slot, ASK), []
     with pytest.raises(TeacherError):
         written += [piece.token_ids async for piece in pieces]
     assert sum(teacher.calls for teacher in teachers(pool)) == 1
@@ -295,7 +297,7 @@ def unconnected(count: int) -> TeacherPool:
 async def test_one_replica_is_enough_to_start_and_others_join_when_they_answer():
     pool = absent(unconnected(2), 0)
     await pool.connect()
-    await pool.check_vocabulary(["one"], [[1]])
+    await pool.check_vocabulary(same_vocabulary)
     assert {await where(pool, key) for key in KEYS} == {"replica-1:8000"}
     absent(pool, 0, error=None)
     await pool._probe(pool.replicas[0])
@@ -318,8 +320,8 @@ async def test_a_replica_of_another_model_stops_the_start():
 async def test_a_replica_that_comes_late_with_another_vocabulary_stays_out(caplog):
     pool = absent(unconnected(2), 0)
     await pool.connect()
-    await pool.check_vocabulary(["one"], [[1]])
-    absent(pool, 0, error=None).replicas[0].teacher.vocabulary = {"one": [2]}
+    await pool.check_vocabulary(same_vocabulary)
+    absent(pool, 0, error=None).replicas[0].teacher.vocabulary = "another"
     await pool._probe(pool.replicas[0])
     assert not pool.replicas[0].up
     assert "another vocabulary" in caplog.text
@@ -327,13 +329,13 @@ async def test_a_replica_that_comes_late_with_another_vocabulary_stays_out(caplo
 
 async def test_a_replica_that_comes_back_with_another_vocabulary_stays_out(caplog):
     pool = await pool_of(2)
-    await pool.check_vocabulary(["one"], [[1]])
+    await pool.check_vocabulary(same_vocabulary)
     await absent(pool, 0)._probe(pool.replicas[0])
-    absent(pool, 0, error=None).replicas[0].teacher.vocabulary = {"one": [2]}
+    absent(pool, 0, error=None).replicas[0].teacher.vocabulary = "another"
     await pool._probe(pool.replicas[0])
     assert not pool.replicas[0].up
     assert "another vocabulary" in caplog.text
-    pool.replicas[0].teacher.vocabulary = {"one": [1]}
+    pool.replicas[0].teacher.vocabulary = "ours"
     await pool._probe(pool.replicas[0])
     assert pool.replicas[0].up
 
@@ -387,14 +389,14 @@ async def test_calls_under_way_are_counted_by_replica():
 async def test_who_stays_out_is_not_healthy_and_is_told_of_once(caplog: pytest.LogCaptureFixture):
     pool = await pool_of(1)
     (replica,) = pool.replicas
-    replica.teacher.vocabulary = {"a": [2]}
-    pool._probes = (["a"], [[1]])
+    replica.teacher.vocabulary = "another"
+    pool._check_vocabulary = same_vocabulary
     replica.up = replica.checked = False
     for _ in range(3):
         await pool._probe(replica)
     assert await replica.teacher.healthy()
     assert not await pool.healthy()
     assert caplog.text.count("a replica of the teacher stays out: another vocabulary") == 1
-    replica.teacher.vocabulary = {"a": [1]}
+    replica.teacher.vocabulary = "ours"
     await pool._probe(replica)
     assert await pool.healthy()

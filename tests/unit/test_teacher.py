@@ -11,13 +11,16 @@ from prometheus_client import REGISTRY
 
 from server.completion import Piece
 from server.teacher.breaker import Breaker
-from server.teacher.client import KEEP_ALIVE, SPAN, STREAM_ABOVE, Teacher, TeacherError
+from server.teacher.client import KEEP_ALIVE, STREAM_ABOVE, Ask, Teacher
+from server.teacher.errors import TeacherError
+from server.teacher.patience import SPAN
 from server.vllm_api import Logprob, SamplingParams
 
 SHORT, LONG = STREAM_ABOVE, STREAM_ABOVE + 1  # spans that come as one body, as a stream
 EITHER = pytest.mark.parametrize("tokens", [SHORT, LONG], ids=["body", "stream"])
 VOCABULARY = 100
 PATIENCE, IMPATIENCE = 20.0, 0.2  # timeouts that must not, and must, pass
+CALL = ("request_id", "started", "deadline")  # what is said of a call, not asked of the teacher
 
 
 @pytest.fixture
@@ -49,9 +52,9 @@ def either(tokens: int, *replies: object) -> Answer:
 
 
 def write(teacher: Teacher, tokens: int, **given: Any) -> AsyncIterator[Piece]:
-    given = {"params": SamplingParams(), "request_id": "r-1"} | given
-    params = given.pop("params")
-    return teacher.write([1, 2, 3], tokens, params, **given)
+    call = {"request_id": "r-1"} | {name: given.pop(name) for name in CALL if name in given}
+    ask = {"prompt_ids": [1, 2, 3], "params": SamplingParams()} | given
+    return teacher.write(Ask(tokens=tokens, **ask), **call)
 
 
 async def collect(pieces: AsyncIterator[Piece]) -> list[Piece]:
@@ -259,7 +262,7 @@ async def test_a_teacher_that_is_not_there(tokens):
     async with client(url) as teacher:
         error = await failure(write(teacher, tokens))
     assert error.reason == "unreachable"
-    assert url in str(error)
+    assert teacher.name in str(error)
 
 
 @EITHER
@@ -613,17 +616,6 @@ async def test_what_is_not_a_model_list_is_nonsense(server, teacher):
     with pytest.raises(TeacherError, match="/v1/models") as error:
         await teacher.connect()
     assert error.value.reason == "nonsense"
-
-
-async def test_the_same_vocabulary_is_accepted(server, teacher):
-    server.tokens = {"one": [1], "one two": [1, 2]}
-    await teacher.check_vocabulary(["one", "one two"], [[1], [1, 2]])
-
-
-async def test_another_vocabulary_is_refused_with_the_text_that_shows_it(server, teacher):
-    server.tokens = {"one": [1], "one two": [1, 3]}
-    with pytest.raises(TeacherError, match=r"'one two' as \[1, 3\], the student as \[1, 2\]"):
-        await teacher.check_vocabulary(["one", "one two"], [[1], [1, 2]])
 
 
 async def test_health_is_what_the_teacher_says(server, teacher):

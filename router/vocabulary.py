@@ -1,0 +1,291 @@
+"""Whether two tokenizers are the same: every id, every special token, and how text is split.
+
+A pair exchanges token ids, so one id with two meanings spoils everything after it. A `Question` is put to
+the other tokenizer, by HTTP or in process, and knows the answer of our own. Bodies and answers are those
+of vLLM's ``/detokenize`` and ``/tokenize``.
+"""
+
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+IDS = 32_768
+"""Token ids of one question."""
+
+CHARACTERS = 65_536
+"""Characters of one question about text."""
+
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Preis: 1.234,56 € am 31.12.2024 um 17:45 Uhr",
+    " leading and  double  spaces\n\nand\ttabs\r\n   \n",
+    "üäöß ÜÄÖ éèê 你好 привет 🙂 👩‍🚀",
+    "e\u0301 \u1e9b\u0323 \ufb01 \uff21\uff22 \u00a0 \u2028 \u3000 \u200b",  # what a normaliser changes
+    "{\"json\": [1, 2, 3], 'code': x += 1}",
+    "IT'S it's don't DON'T 1234567890 3.14159",
+)
+
+CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+"""Some versions of `transformers` take the first space out of these when they decode, others do not."""
+
+UNKNOWN = "\ufffd"
+
+
+class Tokenizer(Protocol):
+    """What is used of a Hugging Face tokenizer."""
+
+    @property
+    def all_special_ids(self) -> list[int]: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+    def decode(self, token_ids: list[int]) -> str: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+
+class Context(NamedTuple):
+    """Ids around one that is a part of a character, which together are whole characters."""
+
+    before: list[int]
+    after: list[int]
+
+
+class Question(Protocol):
+    """Something that a tokenizer of the same vocabulary answers as ours does."""
+
+    path: str
+    optional: bool
+    """A server may refuse to answer."""
+
+    @property
+    def body(self) -> dict[str, Any]: ...
+
+    def answered_by(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """The answer of a tokenizer in this process."""
+
+    def difference(self, answer: Mapping[str, Any]) -> str | None:
+        """What is different "there" and "here", as the middle of a sentence; None if nothing is."""
+
+
+@dataclass(frozen=True)
+class IdsQuestion:
+    """What some ids are as text."""
+
+    ids: Sequence[int]
+    sequence: list[int]
+    """The ids with their contexts, and the separator after each."""
+    separator: str
+    texts: list[str]
+    """By our tokenizer, of each id with its context."""
+    optional: bool = False
+    path: str = "/detokenize"
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"tokens": self.sequence}
+
+    def answered_by(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        return {"prompt": tokenizer.decode(self.sequence)}
+
+    def difference(self, answer: Mapping[str, Any]) -> str | None:
+        text = answer.get("prompt")
+        if not isinstance(text, str):
+            return "the ids have no text there"
+        theirs = text.split(self.separator)[:-1]
+        if len(theirs) != len(self.ids):
+            return f"{len(self.ids)} tokens from {self.ids[0]} on are other texts there and here"
+        if theirs == self.texts or theirs == cleaned(self.texts) or cleaned(theirs) == self.texts:
+            return None
+        for token_id, their, our in zip(self.ids, theirs, self.texts, strict=True):
+            if their != our:
+                return f"the token {token_id} is {their!r} there and {our!r} here"
+        return None
+
+
+@dataclass(frozen=True)
+class TextQuestion:
+    """How a text is split."""
+
+    text: str
+    ids: list[int]
+    """By our tokenizer."""
+    add_special_tokens: bool = False
+    optional: bool = False
+    path: str = "/tokenize"
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"prompt": self.text, "add_special_tokens": self.add_special_tokens}
+
+    def answered_by(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        return {"tokens": tokenizer.encode(self.text, add_special_tokens=self.add_special_tokens)}
+
+    def difference(self, answer: Mapping[str, Any]) -> str | None:
+        theirs = answer.get("tokens")
+        if theirs == self.ids:
+            return None
+        if not isinstance(theirs, list):
+            return "texts have no ids there"
+        same = _common(theirs, self.ids)
+        if len(self.text) <= max(map(len, PROBES)):
+            what = repr(self.text)
+        else:
+            what = f"a text of {len(self.text)} characters"
+        special = " with special tokens" if self.add_special_tokens else ""
+        here, there = self.ids[same : same + 8], theirs[same : same + 8]
+        return f"{what} is{special}, after {same} tokens that agree, {there} there and {here} here"
+
+
+def questions(tokenizer: Tokenizer, rows: int = 0) -> list[Question]:
+    """All that another tokenizer must answer alike.
+
+    Args:
+        tokenizer: ours.
+        rows: ids below this are nobody's tokens if they are not ours.
+
+    Raises:
+        ValueError: no token can tell the others apart.
+    """
+    known = sorted(set(tokenizer.get_vocab().values()))
+    contexts = _contexts(tokenizer)
+    asked: list[Question] = []
+    texts: dict[int, str] = {}
+    for start in range(0, len(known), IDS):
+        question = _ids_question(tokenizer, known[start : start + IDS], contexts)
+        texts |= dict(zip(question.ids, question.texts, strict=True))
+        asked.append(question)
+    if nobodys := sorted(set(range(rows)) - set(known)):
+        asked.append(_ids_question(tokenizer, nobodys, {}, optional=True))
+    asked += _text_questions(tokenizer, texts)
+    return asked
+
+
+def difference(ours: Tokenizer, theirs: Tokenizer) -> str | None:
+    """What two tokenizers in this process do not agree on; None if they are the same."""
+    if ours.get_vocab().keys() != theirs.get_vocab().keys():
+        token = min(ours.get_vocab().keys() ^ theirs.get_vocab().keys())
+        return f"{token!r} is a token {'here' if token in ours.get_vocab() else 'there'} only"
+    for question in questions(ours):
+        if problem := question.difference(question.answered_by(theirs)):
+            return problem
+    return None
+
+
+def cleaned(texts: Sequence[str]) -> list[str]:
+    """Texts as `transformers` cleans them up."""
+    result = []
+    for text in texts:
+        for phrase in CLEANED:
+            text = text.replace(phrase, phrase.strip())
+        result.append(text)
+    return result
+
+
+def _ids_question(
+    tokenizer: Tokenizer, ids: Sequence[int], contexts: Mapping[int, Context], *, optional: bool = False
+) -> IdsQuestion:
+    for separator in _separators(tokenizer):
+        shown = [token_id for token_id in ids if token_id != separator]
+        text = tokenizer.decode([separator])
+        sequence: list[int] = []
+        for token_id in shown:
+            context = contexts.get(token_id, Context([], []))
+            sequence += [*context.before, token_id, *context.after, separator]
+        *texts, rest = tokenizer.decode(sequence).split(text)
+        if len(texts) == len(shown) and not rest:
+            return IdsQuestion(shown, sequence, text, texts, optional)
+    raise ValueError("no token can tell the others apart")
+
+
+def _separators(tokenizer: Tokenizer) -> Iterator[int]:
+    """Ids whose text is likely to be in no other token: special ones, then long ones."""
+    vocabulary = tokenizer.get_vocab()
+    longest = sorted(vocabulary, key=lambda token: (-len(token), token))[:20]
+    for token_id in [*tokenizer.all_special_ids, *(vocabulary[token] for token in longest)]:
+        if tokenizer.decode([token_id]).strip():
+            yield token_id
+
+
+def _text_questions(tokenizer: Tokenizer, texts: Mapping[int, str]) -> list[TextQuestion]:
+    """The probes, every special token amid text, and all tokens in a row, mixed: their merges meet there."""
+    special = set(tokenizer.all_special_ids)
+    marked = " a ".join(texts[token_id] for token_id in sorted(special) if token_id in texts)
+    plain = [text for i, text in texts.items() if i not in special and UNKNOWN not in text]
+    random.Random(0).shuffle(plain)
+    everything = "".join(plain)
+    pieces = [everything[i : i + CHARACTERS] for i in range(0, len(everything), CHARACTERS)]
+    asked = [
+        TextQuestion(text, tokenizer.encode(text, add_special_tokens=False))
+        for text in [*PROBES, f"b{marked}c", *pieces]
+    ]
+    with_special = tokenizer.encode(PROBES[0], add_special_tokens=True)
+    return [*asked, TextQuestion(PROBES[0], with_special, add_special_tokens=True)]
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """The length of what two sequences begin with alike."""
+    for position, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return position
+    return min(len(one), len(other))
+
+
+def _contexts(tokenizer: Tokenizer) -> dict[int, Context]:
+    """For every token that is a part of a character, what makes it whole: alone, all such look alike."""
+    vocabulary = tokenizer.get_vocab()
+    spelled = _byte_level(vocabulary) if _is_byte_level(tokenizer, vocabulary) else _byte_fallback(vocabulary)
+    single = {content: token_id for token_id, content in spelled.items() if len(content) == 1}
+    contexts: dict[int, Context] = {}
+    for token_id, content in spelled.items():
+        if _is_text(content):
+            continue
+        before, after = _completion(content)
+        parts = [bytes([byte]) for byte in before + after]
+        if _is_text(before + content + after) and all(part in single for part in parts):
+            ids = [single[part] for part in parts]
+            contexts[token_id] = Context(ids[: len(before)], ids[len(before) :])
+    return contexts
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _completion(content: bytes) -> tuple[bytes, bytes]:
+    """Bytes before and after a part of UTF-8, which make whole characters of it."""
+    following = len(content) - len(content.lstrip(bytes(range(0x80, 0xC0))))
+    before = {0: b"", 1: b"\xc2", 2: b"\xe1", 3: b"\xf1"}.get(following, b"")
+    for after in (b"", b"\x80", b"\xa0", b"\x90", b"\x80\x80", b"\xa0\x80", b"\x90\x80\x80", b"\x80\x80\x80"):
+        if _is_text(before + content + after):
+            return before, after
+    return b"", b""
+
+
+def _is_byte_level(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> bool:
+    return "\u0120" in vocabulary and tokenizer.decode([vocabulary["\u0120"]]) == " "
+
+
+def _byte_level(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
+    """Bytes of each token, as GPT-2's tokenizer writes them: a printable character for every byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable}
+    byte_of |= {chr(256 + position): byte for position, byte in enumerate(others)}
+    return {
+        token_id: bytes(byte_of[char] for char in token)
+        for token, token_id in vocabulary.items()
+        if all(char in byte_of for char in token)
+    }
+
+
+def _byte_fallback(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
+    """Bytes of the tokens that SentencePiece has for single bytes: ``<0xE4>``."""
+    matches = {token_id: re.fullmatch(r"<0x([0-9A-F]{2})>", token) for token, token_id in vocabulary.items()}
+    return {token_id: bytes.fromhex(match[1]) for token_id, match in matches.items() if match}

@@ -1,0 +1,50 @@
+"""How many calls a replica has under way, by how long they wait for their first token."""
+
+import time
+from collections.abc import Callable
+
+LONG = 0.5
+"""A first token that takes more than this share of its longest wait shows a queue at the replica."""
+
+SHORT = 0.25
+"""One that takes less than this share shows that there is room for one more."""
+
+
+class Crowding:
+    """A bound on a replica's calls that follows its queue: half of them when it is long, one more when not.
+
+    A replica that is sent more than it can serve makes every call wait. The calls that are too many are
+    better not made: their students write on and ask again later. (The rule is that of TCP: additive
+    increase, multiplicative decrease; Chiu and Jain, 1989.)
+    """
+
+    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """``most``: the bound that is never exceeded."""
+        self.limit = self._most = most
+        self._clock = clock
+        self._halve_from = 0.0
+
+    def first_token(self, running: int, waited: float, longest: float) -> None:
+        """Learn from a call's first token.
+
+        Args:
+            running: calls under way, this one among them.
+            waited: how long it took, in seconds.
+            longest: how long it might have taken, in seconds.
+        """
+        if waited > LONG * longest:
+            self._halve(running, waited)
+        elif waited < SHORT * longest:
+            self.limit = min(self._most, self.limit + 1)
+
+    def gave_up(self, running: int, waited: float) -> None:
+        """Learn from a call that ended before its first token because the replica made it wait."""
+        self._halve(running, waited)
+
+    def _halve(self, running: int, waited: float) -> None:
+        """Once for all calls that waited together: the next ones show what that has brought."""
+        now = self._clock()
+        if now < self._halve_from:
+            return
+        self._halve_from = now + waited
+        self.limit = max(1, min(self.limit, running) // 2)

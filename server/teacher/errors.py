@@ -1,0 +1,41 @@
+"""What goes wrong between the gateway and its teacher."""
+
+from typing import Literal
+
+Reason = Literal["unreachable", "timeout", "status", "nonsense", "breaker", "saturated"]
+
+EXPLANATIONS: dict[Reason, str] = {
+    "unreachable": "The teacher could not be reached.",
+    "timeout": "The teacher did not answer in time.",
+    "status": "The teacher answered with an error.",
+    "nonsense": "The teacher's answer could not be used.",
+    "breaker": "No teacher is available at the moment.",
+    "saturated": "The teacher is busy.",
+}
+REFUSED = "The teacher refused this request."
+
+
+class TeacherError(Exception):
+    """A teacher call failed, or was not made.
+
+    The message is for the log: it names the replica and quotes its reply. Clients get `explanation`.
+    """
+
+    def __init__(self, reason: Reason, message: str, *, refused: bool = False, well: bool = False) -> None:
+        """Describe the failure.
+
+        Args:
+            reason: one of a few words, fit for a metric's label. "breaker" and "saturated" are calls that
+                were not made, or that waited in the teacher's queue for too long.
+            refused: the teacher would refuse the same call again.
+            well: this does not speak against the teacher.
+        """
+        super().__init__(message)
+        self.reason: Reason = reason
+        self.refused = refused
+        self.well = well or refused
+
+    @property
+    def explanation(self) -> str:
+        """One of a few sentences, without names, addresses or replies."""
+        return REFUSED if self.refused else EXPLANATIONS[self.reason]

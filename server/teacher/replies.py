@@ -1,0 +1,137 @@
+"""What a stock vLLM server answers on /v1/completions, read strictly."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from server.completion import Piece
+from server.teacher.errors import TeacherError
+from server.vllm_api import Logprob
+
+REFUSALS = (400, 413, 422)
+"""Statuses by which a server reports that the request is wrong, not the server."""
+
+QUOTED = 200
+"""Characters of a reply that the log quotes."""
+
+
+class _Logprobs(msgspec.Struct):
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+
+class _Choice(msgspec.Struct):
+    token_ids: list[int] | None = None
+    logprobs: _Logprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class _Error(msgspec.Struct):
+    code: Any = None
+    message: str = ""
+
+
+class _Completion(msgspec.Struct):
+    choices: list[_Choice] = []
+    error: _Error | None = None
+    """What a stream holds where a plain reply would have another status."""
+
+
+class Reply(NamedTuple):
+    """A piece of the teacher's, cut before the first id that the student does not have."""
+
+    piece: Piece
+    padded: int | None
+    """That id. The piece has no ending then: what came after the id is lost."""
+
+
+def quoted(text: str) -> str:
+    """The beginning of a reply on one line, for the log."""
+    return " ".join(text[: 2 * QUOTED].split())[:QUOTED]
+
+
+def read_reply(payload: bytes, *, room: int, logprobs: bool, vocabulary: int) -> Reply:
+    """Read one body, or one event of a stream.
+
+    Args:
+        payload: JSON of vLLM's completion or of one of its chunks.
+        room: the most tokens that it may hold.
+        logprobs: whether log-probabilities were asked for.
+        vocabulary: the student has the ids below this.
+
+    Raises:
+        TeacherError: the payload is an error, or nothing that was asked for.
+    """
+    choice = _choice(payload)
+    ids = choice.token_ids or []
+    if len(ids) > room or any(token_id < 0 for token_id in ids):
+        raise TeacherError("nonsense", f"the teacher wrote token ids {ids[:20]}, where {room} were asked for")
+    if not ids and choice.finish_reason == "length":
+        raise TeacherError("nonsense", "the teacher wrote nothing and did not end the completion")
+    if choice.finish_reason not in (None, "stop", "length"):
+        raise TeacherError("nonsense", f"the teacher finished with {choice.finish_reason!r}")
+    kept = _visible(ids, vocabulary)
+    entries = None
+    if logprobs and ids:
+        entries = _entries(ids, choice.logprobs, vocabulary)[: len(kept)]
+    if len(kept) < len(ids):
+        return Reply(Piece(kept, entries), padded=ids[len(kept)])
+    return Reply(Piece(ids, entries, choice.finish_reason, choice.stop_reason), padded=None)
+
+
+def _choice(payload: bytes) -> _Choice:
+    try:
+        completion = msgspec.json.decode(payload, type=_Completion)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise TeacherError("nonsense", f"the teacher's reply is not a completion: {error}") from error
+    error = completion.error
+    if error is not None:
+        message = f"the teacher reports {error.code}: {quoted(error.message)}"
+        refused = error.code in REFUSALS
+        raise TeacherError("status" if refused else "nonsense", message, refused=refused)
+    if len(completion.choices) != 1:
+        raise TeacherError("nonsense", f"the teacher's reply has {len(completion.choices)} choices")
+    return completion.choices[0]
+
+
+def _visible(ids: Sequence[int], vocabulary: int) -> Sequence[int]:
+    """The ids before the first one that the student does not have."""
+    for position, token_id in enumerate(ids):
+        if token_id >= vocabulary:
+            return ids[:position]
+    return ids
+
+
+def _entries(ids: Sequence[int], reply: _Logprobs | None, vocabulary: int) -> list[dict[int, Logprob]]:
+    """vLLM's dictionary for each token from the reply's lists."""
+    if reply is None:
+        raise TeacherError("nonsense", "the teacher's reply has no log-probabilities")
+    tops = reply.top_logprobs or [None] * len(ids)
+    if not len(reply.token_logprobs) == len(tops) == len(ids):
+        raise TeacherError("nonsense", "the teacher's log-probabilities do not match its tokens")
+    return [
+        _entry(token_id, chosen, top or {}, vocabulary)
+        for token_id, chosen, top in zip(ids, reply.token_logprobs, tops, strict=True)
+    ]
+
+
+def _entry(
+    token_id: int, chosen: float | None, top: dict[str, float], vocabulary: int
+) -> dict[int, Logprob]:
+    """Log-probabilities by token id; keys of ``top`` are ``token_id:17``.
+
+    A teacher may have rows beyond the common ``vocabulary``: they are left out, as the student's are.
+    """
+    if chosen is None:
+        raise TeacherError("nonsense", "the teacher's log-probabilities lack a written token")
+    try:
+        by_id = {int(token.removeprefix("token_id:")): value for token, value in top.items()}
+    except ValueError as error:
+        raise TeacherError("nonsense", f"the teacher's log-probabilities have no ids: {error}") from error
+    visible = (item for item in by_id.items() if item[0] < vocabulary)
+    ranked = sorted(visible, key=lambda item: -item[1])
+    logprobs = {i: Logprob(value, rank=rank) for rank, (i, value) in enumerate(ranked, start=1)}
+    # As vLLM does: the written token first, then the best ones in order.
+    return {token_id: logprobs.pop(token_id, Logprob(chosen))} | logprobs
