@@ -173,9 +173,9 @@ class SpanLoop:
         )
 
     def _lose_teacher(self, choice: Choice, error: TeacherError) -> None:
-        if self.on_teacher_error == "error":
-            raise GracefulHTTPError(error.explanation, HTTPStatus.BAD_GATEWAY) from error
-        if error.reason == "saturated":
+        if error.reason == "saturated":  # busy, not lost
             choice.put_off(error.reason, degraded=False)
+        elif self.on_teacher_error == "error":
+            raise GracefulHTTPError(error.explanation, HTTPStatus.BAD_GATEWAY) from error
         else:
             choice.deny(error.reason, degraded=True)
