@@ -9,10 +9,14 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import nlargest
 from typing import Any, NamedTuple, Protocol
 
 IDS = 32_768
 """Token ids of one question."""
+
+MIXED = 20_000
+"""Tokens whose texts are put in a row, to see how they are split again."""
 
 CHARACTERS = 65_536
 """Characters of one question about text."""
@@ -51,6 +55,9 @@ class Context(NamedTuple):
 
     before: list[int]
     after: list[int]
+
+
+ALONE = Context([], [])
 
 
 class Question(Protocol):
@@ -149,25 +156,28 @@ def questions(tokenizer: Tokenizer, rows: int = 0) -> list[Question]:
     Raises:
         ValueError: no token can tell the others apart.
     """
-    known = sorted(set(tokenizer.get_vocab().values()))
-    contexts = _contexts(tokenizer)
+    vocabulary = tokenizer.get_vocab()
+    known = sorted(set(vocabulary.values()))
+    contexts = _contexts(tokenizer, vocabulary)
+    separators = list(_separators(tokenizer, vocabulary))
     asked: list[Question] = []
     texts: dict[int, str] = {}
     for start in range(0, len(known), IDS):
-        question = _ids_question(tokenizer, known[start : start + IDS], contexts)
+        question = _ids_question(tokenizer, known[start : start + IDS], contexts, separators)
         texts |= dict(zip(question.ids, question.texts, strict=True))
         asked.append(question)
     if nobodys := sorted(set(range(rows)) - set(known)):
-        asked.append(_ids_question(tokenizer, nobodys, {}, optional=True))
+        asked.append(_ids_question(tokenizer, nobodys, {}, separators, optional=True))
     asked += _text_questions(tokenizer, texts)
     return asked
 
 
 def difference(ours: Tokenizer, theirs: Tokenizer) -> str | None:
     """What two tokenizers in this process do not agree on; None if they are the same."""
-    if ours.get_vocab().keys() != theirs.get_vocab().keys():
-        token = min(ours.get_vocab().keys() ^ theirs.get_vocab().keys())
-        return f"{token!r} is a token {'here' if token in ours.get_vocab() else 'there'} only"
+    here, there = ours.get_vocab().keys(), theirs.get_vocab().keys()
+    if here != there:
+        token = min(here ^ there)
+        return f"{token!r} is a token {'here' if token in here else 'there'} only"
     for question in questions(ours):
         if problem := question.difference(question.answered_by(theirs)):
             return problem
@@ -185,14 +195,19 @@ def cleaned(texts: Sequence[str]) -> list[str]:
 
 
 def _ids_question(
-    tokenizer: Tokenizer, ids: Sequence[int], contexts: Mapping[int, Context], *, optional: bool = False
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    contexts: Mapping[int, Context],
+    separators: Sequence[int],
+    *,
+    optional: bool = False,
 ) -> IdsQuestion:
-    for separator in _separators(tokenizer):
+    for separator in separators:
         shown = [token_id for token_id in ids if token_id != separator]
         text = tokenizer.decode([separator])
         sequence: list[int] = []
         for token_id in shown:
-            context = contexts.get(token_id, Context([], []))
+            context = contexts.get(token_id, ALONE)
             sequence += [*context.before, token_id, *context.after, separator]
         *texts, rest = tokenizer.decode(sequence).split(text)
         if len(texts) == len(shown) and not rest:
@@ -200,23 +215,22 @@ def _ids_question(
     raise ValueError("no token can tell the others apart")
 
 
-def _separators(tokenizer: Tokenizer) -> Iterator[int]:
+def _separators(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> Iterator[int]:
     """Ids whose text is likely to be in no other token: special ones, then long ones."""
-    vocabulary = tokenizer.get_vocab()
-    longest = sorted(vocabulary, key=lambda token: (-len(token), token))[:20]
+    longest = nlargest(20, vocabulary, key=len)
     for token_id in [*tokenizer.all_special_ids, *(vocabulary[token] for token in longest)]:
         if tokenizer.decode([token_id]).strip():
             yield token_id
 
 
 def _text_questions(tokenizer: Tokenizer, texts: Mapping[int, str]) -> list[TextQuestion]:
-    """The probes, every special token amid text, and all tokens in a row, mixed: their merges meet there."""
+    """The probes, every special token amid text, and many tokens in a row, mixed: their merges meet there."""
     special = set(tokenizer.all_special_ids)
     marked = " a ".join(texts[token_id] for token_id in sorted(special) if token_id in texts)
     plain = [text for i, text in texts.items() if i not in special and UNKNOWN not in text]
     random.Random(0).shuffle(plain)
-    everything = "".join(plain)
-    pieces = [everything[i : i + CHARACTERS] for i in range(0, len(everything), CHARACTERS)]
+    mixed = "".join(plain[:MIXED])
+    pieces = [mixed[i : i + CHARACTERS] for i in range(0, len(mixed), CHARACTERS)]
     asked = [
         TextQuestion(text, tokenizer.encode(text, add_special_tokens=False))
         for text in [*PROBES, f"b{marked}c", *pieces]
@@ -233,9 +247,8 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return min(len(one), len(other))
 
 
-def _contexts(tokenizer: Tokenizer) -> dict[int, Context]:
+def _contexts(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> dict[int, Context]:
     """For every token that is a part of a character, what makes it whole: alone, all such look alike."""
-    vocabulary = tokenizer.get_vocab()
     spelled = _byte_level(vocabulary) if _is_byte_level(tokenizer, vocabulary) else _byte_fallback(vocabulary)
     single = {content: token_id for token_id, content in spelled.items() if len(content) == 1}
     contexts: dict[int, Context] = {}
@@ -273,16 +286,19 @@ def _is_byte_level(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> bool:
 
 
 def _byte_level(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
-    """Bytes of each token, as GPT-2's tokenizer writes them: a printable character for every byte."""
+    """Bytes of each token that is not ASCII, as GPT-2's tokenizer writes them: a character for every byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable}
-    byte_of |= {chr(256 + position): byte for position, byte in enumerate(others)}
-    return {
-        token_id: bytes(byte_of[char] for char in token)
-        for token, token_id in vocabulary.items()
-        if all(char in byte_of for char in token)
-    }
+    byte_of = {256 + position: byte for position, byte in enumerate(others)}
+    spelled: dict[int, bytes] = {}
+    for token, token_id in vocabulary.items():
+        if token.isascii():
+            continue
+        try:
+            spelled[token_id] = token.translate(byte_of).encode("latin-1")
+        except UnicodeEncodeError:  # an added token, which is written as it is
+            continue
+    return spelled
 
 
 def _byte_fallback(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
