@@ -82,8 +82,11 @@ browser: setup
 lint: setup  ## Ruff
 	$(BIN)/ruff check .
 
-unit: packages setup  ## Unit tests: seconds, no engine
-	$(BIN)/pytest tests/unit tests/deploy $(ARGS)
+# As many processes as cores, but no more than four: each first imports torch and vLLM.
+WORKERS := -n logical --maxprocesses 4
+
+unit: packages setup  ## Unit tests: a minute, no engine
+	$(BIN)/pytest tests/unit tests/deploy $(WORKERS) --dist worksteal $(ARGS)
 
 integration: packages setup browser  ## Integration tests: real vLLM engines
 	$(BIN)/pytest tests/integration -m integration $(ARGS)
