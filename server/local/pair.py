@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,8 @@ HOST = "127.0.0.1"
 STOCK_SERVER = (sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry")
 GATEWAY = (sys.executable, "-m", "wheels", "serve")
 START_SECONDS = 300.0
+SERVER_PORTS = range(16_384, 32_768)
+"""Linux gives the ports from 32768 on to outgoing connections."""
 
 # The pair was trained and calibrated in float32; compiling takes longer than a tiny model can win back.
 EXACT = ("--dtype", "float32", "--enforce-eager")
@@ -161,14 +164,20 @@ def gateway_service(
     )
 
 
-def free_port(preferred: int = 0) -> int:
-    """A loopback port that nobody listens on now: the preferred one if it is free."""
-    for port in (preferred, 0):
+def free_port(preferred: int | None = None) -> int:
+    """A loopback port that nobody uses now: the preferred one if it is free.
+
+    A server binds its port seconds later. Until then the kernel must not give it to an outgoing connection,
+    and another process that asks for a port at the same time should not draw it either.
+    """
+    candidates = random.SystemRandom().sample(SERVER_PORTS, 100)
+    if preferred is not None:
+        candidates.insert(0, preferred)
+    for port in candidates:
         with socket.socket() as probe, suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will
             probe.bind((HOST, port))
-            _, bound = probe.getsockname()
-            return int(bound)
+            return port
     raise OSError("no free port")
 
 

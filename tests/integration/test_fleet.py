@@ -17,9 +17,9 @@ import promql
 import pytest
 import yaml
 from client import chat, openai_client
-from redis_server import RedisServer, free_port
+from redis_server import RedisServer
 
-from server.local.pair import HOST, START_SECONDS, Pair, gateway_service, teacher_service
+from server.local.pair import HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
 from server.local.processes import Child, Service, running
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

@@ -19,10 +19,11 @@ from hypothesis.stateful import run_state_machine_as_test
 from ledger_machine import LEASE_SECONDS, LedgerMachine
 from network import Network
 from redis import Redis as SyncRedis
-from redis_server import RedisServer, free_port
+from redis_server import RedisServer
 
 from router.ledger import Denial, FractionOfTraffic, Lease, Scope, TokensPerWindow
 from router.ledger.redis import RedisLedger
+from server.local.pair import free_port
 
 T = TypeVar("T")
 
