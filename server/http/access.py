@@ -2,10 +2,10 @@
 
 import hmac
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 from router.ledger import Ledger, Status
-from server.http.asgi import Message, Receive, Send, encoded, route_path
+from server.http.asgi import App, Message, Receive, Send, encoded, route_path
 from server.http.errors import ApiError, refuse
 from server.http.ratelimit import headers, retry_after
 from server.tenants import ADMIN, Tenant, Tenants, hash_key, key_of
@@ -32,7 +32,7 @@ class Access:
     """
 
     def __init__(
-        self, app: Any, tenants: Tenants | None, ledger: Ledger, *, metrics_key: str | None = None
+        self, app: App, tenants: Tenants | None, ledger: Ledger, *, metrics_key: str | None = None
     ) -> None:
         """``metrics_key``: a key that opens the metrics; an admin's does so too."""
         self.app = app
@@ -52,11 +52,11 @@ class Access:
         scope.setdefault("state", {})["tenant"] = owner
         if owner == "admin" or not owner.scopes or scope.get("method") != "POST":
             return await self.app(scope, receive, send)
-        if owner.exhausted == "refuse" and (status := _used_up(await self.ledger.status(owner.scopes) or ())):
-            limit = status.scope.limit
-            error = ApiError(429, f"{limit.tokens} teacher tokens in {limit.window_seconds:g} s are used up")
-            told = headers([status]) | retry_after(status.retry_after_seconds)
-            return await refuse(scope, send, error, told)
+        if owner.exhausted == "refuse":
+            used_up = _used_up(await self.ledger.status(owner.scopes) or ())
+            if used_up is not None:
+                told = headers([used_up.status]) | retry_after(used_up.status.retry_after_seconds)
+                return await refuse(scope, send, ApiError(429, used_up.message), told)
         await self.app(scope, receive, self._telling(owner, send))
 
     def _is_open(self, scope: Message) -> bool:
@@ -109,10 +109,23 @@ def _is_of_metrics(scope: Message) -> bool:
 
 
 def owner_of(scope: Message) -> Tenant | ADMIN | None:
-    """Whose key a request came with; None where the gateway asks for none."""
-    return scope.get("state", {}).get("tenant")
+    """The owner of a request's key; None if the gateway asks for none."""
+    owner: Tenant | ADMIN | None = scope.get("state", {}).get("tenant")
+    return owner
 
 
-def _used_up(statuses: Sequence[Status]) -> Status | None:
+class _UsedUp(NamedTuple):
+    """A limit with nothing left."""
+
+    status: Status
+    message: str
+
+
+def _used_up(statuses: Sequence[Status]) -> _UsedUp | None:
     """A limit in tokens with nothing left. (A fraction has room again with the next completion.)"""
-    return next((s for s in statuses if s.scope.limit.type == "tokens" and s.remaining == 0), None)
+    for status in statuses:
+        limit = status.scope.limit
+        if limit.type == "tokens" and status.remaining == 0:
+            message = f"{limit.tokens} teacher tokens in {limit.window_seconds:g} s are used up"
+            return _UsedUp(status, message)
+    return None

@@ -9,6 +9,7 @@ from starlette._utils import get_route_path
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The `X-Request-Id` of the request at hand."""

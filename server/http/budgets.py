@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from typing_extensions import TypedDict
 
@@ -42,10 +42,13 @@ class BudgetsView(TypedDict):
 async def answer(shared: SharedBudgets, tenants: Tenants | None, owner: Tenant | ADMIN | None) -> BudgetsView:
     """What the owner of a key may see: a tenant its own budgets, the admin all; without keys, all."""
     if isinstance(owner, Tenant):
-        seen, scopes = [owner], owner.scopes
+        seen = [owner]
+        scopes = list(owner.scopes)
     else:
         seen = list(tenants.current.tenants) if tenants else []
-        scopes = [*shared.everybody, *(scope for tenant in seen for scope in tenant.scopes)]
+        scopes = list(shared.everybody)
+        for tenant in seen:
+            scopes += tenant.scopes
     return view(await shared.ledger.status(scopes), seen, shared.prices)
 
 
@@ -62,24 +65,20 @@ def view(
 
 def _budget(status: Status, prices: PriceController | None) -> BudgetView:
     scope = status.scope
-    entry = {
+    price = math.inf if prices is None else prices.price([scope])
+    return {
         "scope": scope.kind,
         "tenant": scope.key if scope.kind == "tenant" else None,
-        "limit": scope.limit.model_dump(),
+        "limit": cast(Limit, scope.limit.model_dump()),  # as JSON has it
         "spent": status.spent,
         "reserved": status.reserved,
         "remaining": status.remaining,
         "student_tokens": status.student_tokens,
         "rate": round(status.rate, 6),
         "reset_seconds": status.reset_seconds,
-        "aim": None,
-        "price": None,
+        "aim": None if prices is None else round(prices.rate([scope]), 6),
+        "price": price if math.isfinite(price) else None,
     }
-    if prices is not None:
-        price = prices.price([scope])
-        entry["aim"] = round(prices.rate([scope]), 6)
-        entry["price"] = price if math.isfinite(price) else None
-    return entry
 
 
 def _tenant(tenant: Tenant) -> dict[str, Any]:

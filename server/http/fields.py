@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 from router.budget import Budget
 from server.exchange import EXCHANGE, Exchange
 from server.http.access import owner_of
-from server.http.asgi import Message, Receive, Send, route_path
+from server.http.asgi import App, Message, Receive, Send, route_path
 from server.http.errors import RESPONSES, ApiError, BadRequest, refuse
 from server.http.json_body import read_body
 from server.http.response import AnnotatedResponse
@@ -31,7 +31,7 @@ class TeacherFields:
     carries budget and reports travels to the engine in a context variable.
     """
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any
 
-from server.http.asgi import Message, Receive, Send, route_path
+from server.http.asgi import App, Message, Receive, Send, route_path
 from server.http.errors import ApiError, refuse
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Lifecycle:
     process too) clients are hung up on, by which their requests are aborted and settled.
     """
 
-    def __init__(self, app: Any, *, drain_seconds: float) -> None:
+    def __init__(self, app: App, *, drain_seconds: float) -> None:
         self.app = app
         self.drain_seconds = drain_seconds
         self.cut_off = 0
@@ -65,6 +65,8 @@ class Lifecycle:
                 return await refuse(scope, send, error, {"retry-after": "1", "connection": "close"})
             send = _closing(send)
         task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a request runs outside of a task")
         self._requests.add(task)
         try:
             await self.app(scope, receive, send)

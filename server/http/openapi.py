@@ -23,7 +23,7 @@ def document(app: Any) -> None:
     vllms = app.openapi
 
     def openapi() -> dict[str, Any]:
-        document = vllms()
+        document: dict[str, Any] = vllms()
         schemas = document["components"]["schemas"]
         schemas["TeacherBudget"] = {
             "title": "Teacher budget",

@@ -5,7 +5,7 @@ import re
 import uuid
 from typing import Any
 
-from server.http.asgi import REQUEST_ID, Message, Receive, Send, encoded
+from server.http.asgi import REQUEST_ID, App, Message, Receive, Send, encoded
 from server.http.errors import ApiError, refuse
 
 HEADER = "x-request-id"
@@ -17,7 +17,7 @@ FORMAT = "%(levelname)s %(asctime)s [%(name)s] %(request_id)s%(message)s"
 class RequestIds:
     """ASGI middleware: gives a request its id, in the context and its headers, and its response the same."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:

@@ -5,13 +5,12 @@ Off until an exporter is set, by vLLM's ``--otlp-traces-endpoint``. The student'
 holds text or token ids.
 """
 
-from typing import Any
 
 from opentelemetry import propagate
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
 from server.exchange import EXCHANGE
-from server.http.asgi import REQUEST_ID, Message, Receive, Send, encoded, route_path
+from server.http.asgi import REQUEST_ID, App, Message, Receive, Send, encoded, route_path
 from server.http.fields import PATHS
 from server.tracing import TRACER
 
@@ -19,7 +18,7 @@ from server.tracing import TRACER
 class Traces:
     """ASGI middleware: a span around every request that writes, under its client's where it names one."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
