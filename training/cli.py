@@ -1,26 +1,44 @@
 """`wheels train` and `wheels evaluate`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import HfApi
 
 from measuring.gateway import GatewayError
 from measuring.json_lines import DataError
 from router.checkpoint import CheckpointError, RouterCheckpoint
-from training.config import RecipeError, load_recipe
+from training.config import Recipe, RecipeError, load_recipe
+from training.dry_run import dry_run
 from training.evaluation.gateway import BUDGETS, RunningGateway, measure
 from training.evaluation.report import METHODS, evaluate_pair, gateway_report, joined, plot, table
-from training.loop.dry_run import dry_run
+from training.export import ExportError
+from training.hub import HubError, check_hub, push
 from training.loop.stopping import Stopped
-from training.pipeline import STAGES, run, task_of
+from training.loop.trackers import TrackerError
+from training.pipeline import run, task_of
+from training.reading import UnreadableModel
 from training.served import ServerError
+from training.workspace import STAGES
 
 STOPPED = 130  # exit status of a run that was asked to stop
-UNUSABLE = (CheckpointError, DataError, GatewayError, RecipeError, ServerError)
+UNUSABLE = (
+    CheckpointError,
+    DataError,
+    GatewayError,
+    HubError,
+    RecipeError,
+    ServerError,
+    TrackerError,
+    UnreadableModel,
+)
 """What ends a command in one line, with status 2."""
+FAILED = (ExportError, FloatingPointError)
+"""What training came to: one line, with status 1."""
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -42,19 +60,47 @@ def train(argv: list[str]) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="print shapes, memory and a time estimate; keep nothing"
     )
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="forget what the stages have done (of --stage, or all), and begin anew",
+    )
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="at the end, upload to OWNER/NAME-student and OWNER/NAME-router (private if they are new)",
+    )
     args = parser.parse_intermixed_args(argv)
+    if args.dry_run and (args.restart or args.push_to_hub):
+        parser.error("--dry-run keeps nothing: it goes with neither --restart nor --push-to-hub")
     transformers.utils.logging.disable_progress_bar()
     try:
         recipe = load_recipe(find_recipe(args.recipe), args.overrides)
-        go = dry_run if args.dry_run else run
-        go(recipe, tuple(args.stage or STAGES))
+        stages = tuple(args.stage or STAGES)
+        if args.dry_run:
+            dry_run(recipe, stages)
+        else:
+            train_and_push(recipe, stages, args.restart, args.push_to_hub)
     except UNUSABLE as error:
         print(error, file=sys.stderr)
         return 2
+    except FAILED as error:
+        print(error, file=sys.stderr)
+        return 1
     except Stopped as stopped:
         print(f"{stopped}; the same command goes on from there", file=sys.stderr)
         return STOPPED
     return 0
+
+
+def train_and_push(recipe: Recipe, stages: tuple[str, ...], restart: bool, repository: str | None) -> None:
+    """What cannot be pushed is refused before anything is trained."""
+    if repository is not None:
+        check_hub(repository, HfApi())
+    run(recipe, stages, restart)
+    if repository is not None and int(os.environ.get("RANK", "0")) == 0:
+        for pushed in push(recipe.output, repository, HfApi()):
+            print(f"pushed to {pushed}")
 
 
 def evaluate(argv: list[str]) -> int:

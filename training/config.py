@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
@@ -22,6 +22,8 @@ from pydantic import (
 
 from router.checkpoint import check_budget_prompt
 
+Role = Literal["teacher", "student"]
+ROLES: tuple[Role, ...] = ("teacher", "student")
 Rate = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -116,8 +118,18 @@ class Schedule(Frozen):
         return self
 
 
-class SFTConfig(Frozen):
+class MethodBase(Frozen):
+    """What all methods tell about themselves."""
+
+    needs_teacher: ClassVar[bool] = True
+    teacher_in_process: ClassVar[bool] = False
+    """Whether a teacher behind a URL is not enough."""
+
+
+class SFTConfig(MethodBase):
     """Supervised fine-tuning on the references."""
+
+    needs_teacher: ClassVar[bool] = False
 
     type: Literal["sft"]
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
@@ -127,12 +139,14 @@ class SFTConfig(Frozen):
 class SeqKDConfig(SFTConfig):
     """Sequence-level distillation: fine-tuning on the teacher's own completions."""
 
+    needs_teacher: ClassVar[bool] = True
+    teacher_in_process: ClassVar[bool] = True
     type: Literal["seqkd"]
     temperature: float = Field(default=0.0, ge=0)
     """0: greedy, the likeliest completion; 1: drawn from the teacher."""
 
 
-class KDConfig(Frozen):
+class KDConfig(MethodBase):
     """Word-level distillation: forward KL to the teacher on the references' prefixes."""
 
     type: Literal["kd"]
@@ -142,7 +156,7 @@ class KDConfig(Frozen):
     """
 
 
-class GKDConfig(Frozen):
+class GKDConfig(MethodBase):
     """Generalised Jensen-Shannon divergence, on the student's own completions."""
 
     type: Literal["gkd"]
@@ -154,7 +168,7 @@ class GKDConfig(Frozen):
     """Share of the steps on the student's own completions; the others are on the references."""
 
 
-class PCLConfig(Frozen):
+class PCLConfig(MethodBase):
     """Path consistency with V = 0: squared log-ratios, on own completions and references."""
 
     type: Literal["pcl"]
@@ -168,11 +182,12 @@ class PCLConfig(Frozen):
 BudgetPrompt = Annotated[str, AfterValidator(check_budget_prompt)]
 
 
-class JointConfig(Frozen):
+class JointConfig(MethodBase):
     """A student goes on with its router: distillation where the gate does not ask; see
     `training.methods.joint`. The router's stage then fits the gate to the new student.
     """
 
+    teacher_in_process: ClassVar[bool] = True
     type: Literal["joint"]
     router: Path
     """Checkpoint that was trained with the student."""
@@ -204,6 +219,8 @@ class RolloutConfig(Frozen):
 class ScratchConfig(Frozen):
     """A model trained from nothing."""
 
+    is_ready: ClassVar[bool] = False
+    dtype: ClassVar[str] = "float32"
     shape: Shape
     method: MethodConfig
     schedule: Schedule
@@ -232,6 +249,11 @@ class PretrainedConfig(Frozen):
     schedule: Schedule | None = None
     rollouts: RolloutConfig | None = None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the model is taken as it is."""
+        return self.schedule is None
+
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if (self.method is None) != (self.schedule is None):
@@ -244,6 +266,9 @@ class PretrainedConfig(Frozen):
 class ServedConfig(Frozen):
     """A teacher behind a vLLM server's URL."""
 
+    is_ready: ClassVar[bool] = False
+    method: ClassVar[None] = None
+    schedule: ClassVar[None] = None
     url: str
     model: str | None = None
     """The name it is served by; None: the only one there."""
@@ -335,6 +360,8 @@ class GateConfig(Frozen):
 
 
 class Recipe(Frozen):
+    """All stages of one pair."""
+
     output: Path
     """Where teacher, student and router are exported to."""
     work: Path
@@ -347,16 +374,25 @@ class Recipe(Frozen):
     tokenizer: TokenizerConfig | None = None
     """None: the pretrained student's, or else the pretrained teacher's."""
     chat: ChatConfig = ChatConfig()
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where the scalars of training go, besides `log.jsonl`."""
     teacher: TeacherConfig
     student: StudentConfig
     router: GateConfig
+
+    def model(self, role: Role) -> ModelConfig | ServedConfig:
+        """The configuration of teacher or student."""
+        return self.teacher if role == "teacher" else self.student
 
     @property
     def ready_tokenizer(self) -> str | None:
         """Directory or hub name; None where one is trained."""
         if self.tokenizer is not None:
             return self.tokenizer.pretrained
-        return getattr(self.student, "pretrained", None) or getattr(self.teacher, "pretrained", None)
+        for config in (self.student, self.teacher):
+            if isinstance(config, PretrainedConfig):
+                return config.pretrained
+        return None
 
     @model_validator(mode="after")
     def _vocabulary(self) -> Self:

@@ -4,12 +4,12 @@ import warnings
 from collections.abc import Iterator
 
 import peft
-import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import transpose
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from training.config import LoraConfig
 
@@ -33,7 +33,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
     )
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft finds out by itself
+            warnings.simplefilter("ignore")  # of what is checked here, and of what peft sets right by itself
             peft.inject_adapter_in_model(settings, model)
     except ValueError as error:
         raise LoraError(f"lora.targets: {str(error).splitlines()[0]}") from error
@@ -79,6 +79,8 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
         if not found:
             raise LoraError(f"lora.targets: {type(model).__name__} has no module named {target}")
         for name, module in found:
+            if not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+                raise LoraError(f"lora.targets: {name} is a {type(module).__name__}: it takes no adapter")
             if any(id(parameter) in shared for parameter in module.parameters(recurse=False)):
                 raise LoraError(
                     f"lora.targets: {name} shares its weight with another module of this model "
@@ -94,11 +96,3 @@ def _shared_weights(model: PreTrainedModel) -> set[int]:
         for parameter in module.parameters(recurse=False):
             (shared if id(parameter) in found else found).add(id(parameter))
     return shared
-
-
-@torch.no_grad()
-def largest_difference(model: PreTrainedModel, other: PreTrainedModel, ids: Tensor) -> float:
-    """Of the two models' logits on ids (B, T), as a share of the largest of them."""
-    ours = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
-    theirs = other(input_ids=ids.to(other.device), use_cache=False).logits.float().cpu()
-    return float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-9))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
@@ -18,21 +19,28 @@ from transformers import (
 
 from router.reserved import RESERVED_ROWS, ReservedRows
 from training.batches import Batch
-from training.config import ModelConfig, ScratchConfig, Shape
+from training.config import ModelConfig, PretrainedConfig, RecipeError, ScratchConfig, Shape
 from training.lora import add_lora
 from training.parallel import blocks_of, is_sharded
 from training.reading import Reading, read, read_parts
 
 
+def check_adapters(config: PretrainedConfig) -> None:
+    """Raises LoraError for adapters that the model cannot have; needs its configuration alone."""
+    if config.lora is not None:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.pretrained))
+        add_lora(model, config.lora)
+
+
 def build(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """The model to train, on the CPU. Raises ValueError where it has too few rows for the tokenizer."""
+    """The model to train, on the CPU. Raises RecipeError if it has too few rows for the tokenizer."""
     if isinstance(config, ScratchConfig):
         return new_model(config.shape, tokenizer, seed)
     model = AutoModelForCausalLM.from_pretrained(config.pretrained, dtype=getattr(torch, config.dtype))
-    if model.config.vocab_size < len(tokenizer):
-        raise ValueError(
-            f"{config.pretrained} has {model.config.vocab_size} rows for the tokenizer's {len(tokenizer)} ids"
-        )
+    rows = model.config.get_text_config().vocab_size
+    if rows < len(tokenizer):
+        raise RecipeError(f"{config.pretrained} has {rows} rows for the tokenizer's {len(tokenizer)} ids")
     if config.lora is not None:
         torch.manual_seed(seed)
         add_lora(model, config.lora)

@@ -168,7 +168,7 @@ class Stepper:
 @torch.no_grad()
 def check_steps(model: PreTrainedModel, name: str) -> None:
     """Raises UnreadableModel if the model, asked token by token, gives other logits than asked at once."""
-    ids = _probe(model)
+    ids = probe_ids(model)
     try:
         with torch.compiler.set_stance("force_eager"):
             whole = model(input_ids=ids, use_cache=False).logits[0]
@@ -180,7 +180,7 @@ def check_steps(model: PreTrainedModel, name: str) -> None:
                 stepped.append(stepper.step(padded[:, at : at + 1], mask[:, : at + 1]).logits[0])
     except (TypeError, AttributeError, RuntimeError, IndexError, ValueError) as error:
         raise UnreadableModel(f"{name}: {type(model).__name__} cannot be asked by tokens: {error}") from error
-    if _far(torch.stack(stepped), whole[1:], model):
+    if differ(torch.stack(stepped), whole[1:], model.dtype):
         raise UnreadableModel(
             f"{name}: {type(model).__name__}, asked token by token, gives other logits than asked at once"
         )
@@ -191,20 +191,22 @@ def check_readout(model: PreTrainedModel, name: str) -> None:
     """Raises UnreadableModel if `Readout` does not give the model's logits: taps would be misread."""
     head = model.get_output_embeddings()
     with torch.compiler.set_stance("force_eager"):
-        states, logits = read(model, 0, input_ids=_probe(model), use_cache=False)
+        states, logits = read(model, 0, input_ids=probe_ids(model), use_cache=False)
     again = Readout.of(model.config)(states, head.weight, getattr(head, "bias", None))
-    if again.shape != logits.shape or _far(again, logits, model):
+    if again.shape != logits.shape or differ(again, logits, model.dtype):
         raise UnreadableModel(
             f"{name}: {type(model).__name__} computes its logits in a way that a router cannot follow"
         )
 
 
-def _probe(model: PreTrainedModel) -> Tensor:
+def probe_ids(model: PreTrainedModel) -> Tensor:
+    """A few ids (1, T) to compare models on."""
     rows = model.config.get_text_config().vocab_size
     return (torch.arange(PROBE_TOKENS, device=model.device) * 7 + 3)[None] % rows
 
 
-def _far(ours: Tensor, theirs: Tensor, model: PreTrainedModel) -> bool:
+def differ(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways to the same logits differ by more than rounding, for weights of this type."""
     ours, theirs = ours.float(), theirs.float()
-    allowed = TOLERANCE.get(model.dtype, TOLERANCE_OF_HALF)
+    allowed = TOLERANCE.get(dtype, TOLERANCE_OF_HALF)
     return not bool((ours - theirs).abs().mean() <= allowed * theirs.abs().mean().clamp(min=1e-6))

@@ -1,7 +1,5 @@
 """`wheels train --dry-run`: what a recipe would train, in how much memory, for how long; nothing is kept."""
 
-from __future__ import annotations
-
 import resource
 import time
 from collections.abc import Iterable
@@ -17,26 +15,29 @@ from transformers import PreTrainedTokenizerBase
 
 from training import parallel
 from training.batches import Batch
-from training.config import Recipe, ServedConfig
+from training.config import ROLES, Recipe, ServedConfig
 from training.loop.progress import console
 from training.loop.trainer import make_optimizers, update
 from training.models import build, parameters, reserved_rows, save_model
-from training.pipeline import Job, Workspace, check, ensure_tokenizer, job, make_model, task_of
+from training.pipeline import Job, check, ensure_tokenizer, job, make_model, task_of
+from training.workspace import Workspace
 
 STEPS = 9
 """Measured; the first ones compile and warm up, so that the median counts."""
 
 
 def dry_run(recipe: Recipe, stages: tuple[str, ...]) -> None:
-    """A few steps of each model that the stages would train, with an untrained teacher where there is none
-    yet. Raises what `training.pipeline.run` would at its start.
+    """A few steps of each model that the stages would train; an untrained teacher stands in for a missing one.
+
+    Raises what `training.pipeline.run` would at its start.
     """
     torch.set_num_threads(recipe.threads)
     task = task_of(recipe)
     with parallel.processes(), TemporaryDirectory() as scratch:
         space = Workspace(recipe.model_copy(update={"work": Path(scratch) / "work"}))
+        check(recipe, stages)
+        Workspace(recipe).check(stages)
         tokenizer = ensure_tokenizer(space, task)
-        check(recipe, stages, tokenizer)
         local = not isinstance(recipe.teacher, ServedConfig)
         if local and "student" in stages and not space.is_exported("teacher"):
             space = Workspace(space.recipe.model_copy(update={"output": Path(scratch) / "output"}))
@@ -45,8 +46,8 @@ def dry_run(recipe: Recipe, stages: tuple[str, ...]) -> None:
             else:
                 untrained = build(recipe.teacher, tokenizer, recipe.seed)
                 save_model(untrained, tokenizer, space.exported("teacher"))
-        for role in ("teacher", "student"):
-            if role in stages and getattr(getattr(recipe, role), "schedule", None) is not None:
+        for role in ROLES:
+            if role in stages and recipe.model(role).schedule is not None:
                 report(role, job(space, role, task, tokenizer), tokenizer, recipe.seed)
 
 
@@ -56,11 +57,9 @@ def report(role: str, this: Job, tokenizer: PreTrainedTokenizerBase, seed: int) 
     seconds, tokens = [], []
     for step in range(STEPS):
         batch, began = this.batches[step], time.monotonic()
-        _, count = update(
-            model, this.method.loss, this.method.prepare, optimizers, batch, step, schedule, seed
-        )
+        done = update(model, this.method.loss, this.method.prepare, optimizers, batch, step, schedule, seed)
         seconds.append(time.monotonic() - began)
-        tokens.append(count)
+        tokens.append(done.positions)
     trained = [p for p in model.parameters() if p.requires_grad]
     states = [x for o in optimizers for state in o.state.values() for x in state.values()]
     usual = median(seconds)

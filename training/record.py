@@ -1,0 +1,105 @@
+"""What a stage was trained from: kept with its checkpoint and its export.
+
+So a changed recipe is noticed. A record holds the fields that matter for the result. How a run is split,
+logged or compiled does not.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from training.config import Recipe, ScratchConfig, SeqKDConfig, ServedConfig
+
+RECORD = "recipe.json"
+HOW = ("accumulate", "compile", "checkpoint_every", "log_every", "validate_every", "validate_examples")
+"""Fields of a schedule that do not change what is learned."""
+WHOLE = ("options",)
+"""Fields that are compared as one: keys that are missing count."""
+Record = dict[str, Any]
+
+
+def model_record(recipe: Recipe, role: str) -> Record:
+    """Of teacher or student."""
+    config = recipe.model(role)
+    if isinstance(config, ServedConfig):
+        return {"kind": "served", "model": config.model, "top_logprobs": config.top_logprobs}
+    kind = "scratch" if isinstance(config, ScratchConfig) else "pretrained"
+    record = {"kind": kind} | config.model_dump(mode="json", exclude={"schedule", "rollouts"})
+    record |= {"tokenizer": _tokenizer(recipe), "chat": recipe.chat.model_dump(mode="json")}
+    if config.schedule is None or config.method is None:
+        return _plain(record)
+    record["schedule"] = config.schedule.model_dump(mode="json", exclude=set(HOW))
+    record |= {"seed": recipe.seed, "task": recipe.task.model_dump(mode="json")}
+    if isinstance(config.method, SeqKDConfig) or getattr(config.method, "on_policy", 0):
+        record["max_tokens"] = recipe.max_tokens
+    if role == "student" and config.method.needs_teacher:
+        record["teacher"] = model_record(recipe, "teacher")
+    return _plain(record)
+
+
+def router_record(recipe: Recipe) -> Record:
+    """Of the gate over its pair."""
+    return _plain(
+        {
+            "router": recipe.router.model_dump(mode="json"),
+            "student": model_record(recipe, "student"),
+            "teacher": model_record(recipe, "teacher"),
+            "task": recipe.task.model_dump(mode="json"),
+            "max_tokens": recipe.max_tokens,
+            "seed": recipe.seed,
+        }
+    )
+
+
+def tokenizer_record(recipe: Recipe) -> Record:
+    """Of a tokenizer that is trained on the task."""
+    return _plain(
+        {"tokenizer": _tokenizer(recipe), "task": recipe.task.model_dump(mode="json"), "seed": recipe.seed}
+    )
+
+
+def changes(before: Record, now: Record, path: str = "") -> list[str]:
+    """What differs, as `schedule.steps 10, now 20`. A field that only one of them knows is not compared."""
+    found: list[str] = []
+    for key in before.keys() & now.keys():
+        name = f"{path}{key}"
+        old, new = before[key], now[key]
+        if isinstance(old, dict) and isinstance(new, dict) and key not in WHOLE:
+            found += changes(old, new, name + ".")
+        elif old != new:
+            found.append(f"{name} {json.dumps(old)}, now {json.dumps(new)}")
+    return sorted(found)
+
+
+def may_be_prolonged(before: Record, now: Record, step: int) -> bool:
+    """Whether a run at this step has not begun to decay, by its old schedule and by the new one."""
+    schedules = [record["schedule"] for record in (before, now)]
+    return all(step <= schedule["steps"] * (1 - schedule["decay"]) for schedule in schedules)
+
+
+def without_length(record: Record) -> Record:
+    """For runs that may be prolonged."""
+    schedule = {k: v for k, v in record["schedule"].items() if k not in ("steps", "decay")}
+    return record | {"schedule": schedule}
+
+
+def write_record(record: Record, directory: Path) -> None:
+    """Beside what was trained."""
+    (directory / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_record(directory: Path) -> Record | None:
+    """None where there is none: what was trained before there were records."""
+    file = directory / RECORD
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def _tokenizer(recipe: Recipe) -> Record:
+    if recipe.ready_tokenizer is not None:
+        return {"size": None, "pretrained": recipe.ready_tokenizer}
+    return recipe.tokenizer.model_dump(mode="json") if recipe.tokenizer else {}
+
+
+def _plain(record: Record) -> Record:
+    """As it comes back from a file."""
+    return json.loads(json.dumps(record))

@@ -1,0 +1,108 @@
+"""The directories of a recipe, and whether what lies in them is what the recipe says."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from router.checkpoint import CheckpointError, RouterCheckpoint
+from training.config import ROLES, PretrainedConfig, Recipe, RecipeError
+from training.export import is_link_to, remove
+from training.loop.checkpoints import saved
+from training.record import (
+    Record,
+    changes,
+    may_be_prolonged,
+    model_record,
+    read_record,
+    router_record,
+    tokenizer_record,
+    without_length,
+)
+
+STAGES = ("teacher", "student", "router")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where each stage keeps its checkpoints and puts its export."""
+
+    recipe: Recipe
+
+    @property
+    def tokenizer(self) -> Path:
+        """Of a tokenizer that is trained on the task."""
+        return self.recipe.work / "tokenizer"
+
+    def work(self, stage: str) -> Path:
+        """Checkpoints and logs."""
+        return self.recipe.work / stage
+
+    def exported(self, stage: str) -> Path:
+        """What the stage leaves."""
+        return self.recipe.output / stage
+
+    def is_exported(self, stage: str) -> bool:
+        """Whether the stage is done."""
+        file = "router.json" if stage == "router" else "config.json"
+        return (self.exported(stage) / file).exists()
+
+    def record(self, stage: str) -> Record:
+        """What the recipe says of the stage."""
+        return router_record(self.recipe) if stage == "router" else model_record(self.recipe, stage)
+
+    def restart(self, stages: tuple[str, ...]) -> None:
+        """Forget what these stages have done; with the first one the tokenizer, too."""
+        for stage in stages:
+            remove(self.work(stage))
+            remove(self.exported(stage))
+        if STAGES[0] in stages:
+            remove(self.tokenizer)
+
+    def check(self, stages: tuple[str, ...]) -> None:
+        """Raises RecipeError if one of these stages, or one before them, was done by another recipe."""
+        self._compare("tokenizer", self.tokenizer, read_record(self.tokenizer), tokenizer_record(self.recipe))
+        last = max(STAGES.index(stage) for stage in stages)
+        for stage in STAGES[: last + 1]:
+            if self.is_exported(stage):
+                self._check_export(stage)
+            else:
+                self._check_checkpoint(stage)
+
+    def _check_export(self, stage: str) -> None:
+        directory = self.exported(stage)
+        if directory.is_symlink() and stage in ROLES:
+            config = self.recipe.model(stage)
+            ready = isinstance(config, PretrainedConfig) and config.is_ready
+            if not ready or not is_link_to(config.pretrained, directory):
+                raise RecipeError(
+                    f"{stage}: the recipe has changed: {directory} is {directory.resolve()}; {_WAY_OUT}"
+                )
+        else:
+            self._compare(stage, directory, read_record(directory), self.record(stage))
+        if stage == "router" and self.is_exported("student"):
+            self._check_router()
+
+    def _check_router(self) -> None:
+        """The student may have been trained again, elsewhere or on other data."""
+        try:
+            RouterCheckpoint.load(self.exported("router")).check_student(self.exported("student"))
+        except CheckpointError as error:
+            raise RecipeError(f"router: {error}; --restart --stage router fits one to it") from error
+
+    def _check_checkpoint(self, stage: str) -> None:
+        checkpoint = saved(self.work(stage))
+        if checkpoint is None or checkpoint.record is None:
+            return
+        before, now = checkpoint.record, self.record(stage)
+        if "schedule" in now and may_be_prolonged(before, now, checkpoint.step):
+            before, now = without_length(before), without_length(now)
+        self._compare(stage, self.work(stage), before, now)
+
+    def _compare(self, stage: str, directory: Path, before: Record | None, now: Record) -> None:
+        found = changes(before, now) if before is not None else []
+        if found:
+            raise RecipeError(
+                f"{stage}: the recipe has changed since {directory} was made: {'; '.join(found)}; {_WAY_OUT}"
+            )
+
+
+_WAY_OUT = "--restart (with --stage, these stages alone) begins anew, another output and work keep both"
