@@ -27,7 +27,7 @@ STEPS = 9
 
 
 def dry_run(recipe: Recipe, stages: tuple[str, ...]) -> None:
-    """A few steps of each model that the stages would train; an untrained teacher stands in for a missing one.
+    """A few steps of each model to train; an untrained teacher stands in for a missing one.
 
     Raises what `training.pipeline.run` would at its start.
     """

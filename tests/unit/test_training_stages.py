@@ -1,4 +1,4 @@
-"""Stages: each is done once, by one recipe; exports are whole, and are what was trained; the hub at the end."""
+"""Stages: done once, by one recipe; exports are whole, and are what was trained; the hub at the end."""
 
 import json
 from itertools import islice
