@@ -61,13 +61,13 @@ def main(argv: list[str]) -> int:
     pair = Pair.in_directory(options.pair)
     try:
         with _start(pair, logs, options, console) as servers:
-            measured = asyncio.run(_measure(servers, pair, examples, options.concurrency, console))
-            _print_table(measured.results, console)
-            if measured.lost:
-                console.print(f"The teacher was lost in {measured.lost} requests, see {logs}", style="red")
-            _print_completions(measured.answered, pair, console)
+            results = asyncio.run(_measure(servers, pair, examples, options.concurrency, console))
+            _print_table(results.rows, console)
+            if results.lost:
+                console.print(f"The teacher was lost in {results.lost} requests, see {logs}", style="red")
+            _print_completions(results.answered, pair, console)
             if options.json:
-                print(measured.to_json(), flush=True)
+                print(results.to_json(), flush=True)
             if not options.once:
                 _print_how_to_call(servers, examples[0], logs, console)
                 _wait(servers)
@@ -145,12 +145,12 @@ def _watch(progress: Progress) -> Callable[[list[Child]], None]:
 
 
 @dataclass
-class Measured:
+class DemoResults:
     """What the gateway did at every budget."""
 
     answered: dict[float, list[Answered]] = field(default_factory=dict)
     """By budget."""
-    results: list[BudgetResult] = field(default_factory=list)
+    rows: list[BudgetResult] = field(default_factory=list)
 
     @property
     def lost(self) -> int:
@@ -161,13 +161,13 @@ class Measured:
         return lost
 
     def to_json(self) -> str:
-        """The results, by the name of their table's rows."""
-        return json.dumps({"rows": list(map(asdict, self.results))})
+        """The rows, for `--json`."""
+        return json.dumps({"rows": list(map(asdict, self.rows))})
 
 
 async def _measure(
     servers: Serving, pair: Pair, examples: Sequence[Example], concurrency: int, console: Console
-) -> Measured:
+) -> DemoResults:
     """Ask all examples at every budget.
 
     Raises:
@@ -176,31 +176,36 @@ async def _measure(
     from router.checkpoint import RouterCheckpoint  # brings torch, which `wheels demo --help` can do without
 
     span_tokens = RouterCheckpoint.load(pair.router).config.span_tokens
-    measured = Measured()
+    try:
+        async with GatewayClient(servers.gateway, concurrency=concurrency) as client:
+            await answer_all(client, examples[:concurrency], budget=0.5)  # the engines' first steps are slow
+            return await _measure_budgets(client, examples, span_tokens, console)
+    except GatewayError as error:
+        servers.check()  # a dead server explains itself better
+        raise servers.gateway_process.error(f"failed a request ({error})") from error
+
+
+async def _measure_budgets(
+    client: GatewayClient, examples: Sequence[Example], span_tokens: int, console: Console
+) -> DemoResults:
+    results = DemoResults()
     columns = (
         TextColumn("budget {task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    try:
-        async with GatewayClient(servers.gateway, concurrency=concurrency) as client:
-            await answer_all(client, examples[:concurrency], budget=0.5)  # the engines' first steps are slow
-            with Progress(*columns, console=console, transient=True) as progress:
-                for budget in BUDGETS:
-                    task = progress.add_task(f"{budget:g}", total=len(examples))
-                    start = time.perf_counter()
-                    answered = await answer_all(client, examples, budget, partial(progress.advance, task))
-                    seconds = time.perf_counter() - start
-                    result = BudgetResult.from_answers(
-                        answered, budget=budget, span_tokens=span_tokens, seconds=seconds
-                    )
-                    measured.answered[budget] = answered
-                    measured.results.append(result)
-    except GatewayError as error:
-        servers.check()  # a dead server explains itself better
-        raise servers.gateway_process.error(f"failed a request ({error})") from error
-    return measured
+    with Progress(*columns, console=console, transient=True) as progress:
+        for budget in BUDGETS:
+            task = progress.add_task(f"{budget:g}", total=len(examples))
+            start = time.perf_counter()
+            answered = await answer_all(client, examples, budget, partial(progress.advance, task))
+            seconds = time.perf_counter() - start
+            results.answered[budget] = answered
+            results.rows.append(
+                BudgetResult.from_answers(answered, budget=budget, span_tokens=span_tokens, seconds=seconds)
+            )
+    return results
 
 
 # --- showing ---
@@ -216,11 +221,11 @@ HEADINGS = (
 )
 
 
-def _print_table(results: Sequence[BudgetResult], console: Console) -> None:
+def _print_table(rows: Sequence[BudgetResult], console: Console) -> None:
     table = Table(title="What a budget of teacher tokens buys", title_justify="left", box=SIMPLE_HEAD)
     for heading in HEADINGS:
         table.add_column(heading, justify="right")
-    for result in results:
+    for result in rows:
         table.add_row(
             f"{result.budget:g}",
             f"{result.exact_match:.1%}",
@@ -233,7 +238,7 @@ def _print_table(results: Sequence[BudgetResult], console: Console) -> None:
     console.print(table)
     shares: list[str] = []
     for budget in SHOWN_BUDGETS:
-        share = gap_recovered(results, budget)
+        share = gap_recovered(rows, budget)
         if share is not None:
             shares.append(f"{share:.0%} at budget {budget:g}")
     text = ", ".join(shares) or "there is none"

@@ -147,29 +147,40 @@ async def drive(
     Raises:
         aiohttp.ClientError: a request was refused, or the server hung up.
     """
-    answers: list[Answer | None] = [None] * len(requests)
-    waiting = iter(range(len(requests)))
     fixed: dict[str, Any] = {"model": model, "stream": stream}
     if stream:
         fixed["stream_options"] = {"include_usage": True}
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)  # a proxy may drop idle ones after 5 s
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
-
-        async def work() -> None:
-            for index in waiting:
-                request = requests[index]
-                answers[index] = await _ask(session, request.path, {**request.body, **fixed})
-
         start = time.perf_counter()
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(streams, len(requests))):
-                    group.create_task(work())
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from failures  # they all fail for one reason
+        answers = await _answers(session, requests, streams, fixed)
         seconds = time.perf_counter() - start
-    return Run(tuple(answer for answer in answers if answer is not None), seconds)
+    return Run(answers, seconds)
+
+
+async def _answers(
+    session: aiohttp.ClientSession,
+    requests: Sequence[BenchRequest],
+    streams: int,
+    fixed: Mapping[str, Any],
+) -> tuple[Answer, ...]:
+    """In the order of the requests; ``fixed``: what every body has."""
+    answers: dict[int, Answer] = {}
+    waiting = iter(range(len(requests)))
+
+    async def work() -> None:
+        for index in waiting:
+            request = requests[index]
+            answers[index] = await _ask(session, request.path, {**request.body, **fixed})
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(streams, len(requests))):
+                group.create_task(work())
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from failures  # they all fail for one reason
+    return tuple(answers[index] for index in range(len(requests)))
 
 
 class Arrival(NamedTuple):

@@ -99,6 +99,17 @@ def gateways(pair: Pair, teacher: str, places: int, logs: Path) -> list[Service]
     return services
 
 
+def compare(both: Sequence[Service], examples: Sequence[Example], budget: float, rounds: int) -> None:
+    """Print the waits of every round; one more round, the first, warms up."""
+    for turn in range(rounds + 1):
+        for gateway in both if turn % 2 else reversed(both):
+            time.sleep(1.5)  # the other engine polls for a second after its last step
+            url = gateway.ready_url.removesuffix("/ready")
+            waits = asyncio.run(measure(url, examples, budget))
+            if turn:
+                print(f"{gateway.name:<20} {waits}", flush=True)
+
+
 def main() -> None:
     """Print one line for each gateway and round."""
     parser = argparse.ArgumentParser(
@@ -116,13 +127,7 @@ def main() -> None:
         both = gateways(pair, teacher, options.places, Path(logs))
         services = [teacher_service(pair.teacher, teacher, Path(logs)), *both]
         with running(services, timeout=600):
-            for turn in range(options.rounds + 1):
-                for gateway in both if turn % 2 else reversed(both):
-                    time.sleep(1.5)  # the other engine polls for a second after its last step
-                    url = gateway.ready_url.removesuffix("/ready")
-                    waits = asyncio.run(measure(url, examples, options.budget))
-                    if turn:  # the first warms up
-                        print(f"{gateway.name:<20} {waits}", flush=True)
+            compare(both, examples, options.budget, options.rounds)
 
 
 if __name__ == "__main__":
