@@ -8,11 +8,16 @@ from typing import Any, NamedTuple
 
 from router.budget import Bucket
 from server.completion import Completion, Piece
-from server.exchange import Report, Source
+from server.exchange import Purse, Report, Source
 from server.metrics import ESCALATIONS
 from server.shared import Share
 from server.tenants import Tenant
-from server.vllm_api import CompletionOutput, RequestOutputKind, SamplingParams
+from server.vllm_api import (
+    MAX_NUM_LOGIT_BIAS_TOKENS,
+    CompletionOutput,
+    RequestOutputKind,
+    SamplingParams,
+)
 
 PAUSE_TOKENS = 32
 """After a refused span, a choice does not ask again for this many tokens."""
@@ -43,7 +48,7 @@ class Choice:
     options: Mapping[str, Any]
     """Further arguments of `AsyncLLM.generate`, passed on to every student segment."""
     completion: Completion
-    bucket: Bucket
+    purse: Purse
     tenant: Tenant | None
     single_tokens: bool
     """Whether its reader gets one token at a time: see `single_tokens`."""
@@ -54,6 +59,8 @@ class Choice:
     may_ask: bool = True
     ask_from: int = 0
     """Length of the completion from which it may ask again."""
+    losses: int = 0
+    """How often the teacher was lost since it last wrote something."""
     cached_tokens: int | None = None
     """Of the first segment's prompt, those that vLLM had in its prefix cache."""
 
@@ -69,6 +76,15 @@ class Choice:
     @property
     def finished(self) -> bool:
         return self.completion.finished
+
+    @property
+    def bucket(self) -> Bucket:
+        return self.purse.bucket
+
+    @property
+    def length(self) -> int:
+        """Tokens that the request's budget is a fraction of."""
+        return self.purse.written + len(self.completion)
 
     @property
     def student_tokens(self) -> int:
@@ -93,6 +109,19 @@ class Choice:
     def min_tokens(self) -> int:
         """Tokens still to write before the completion may end."""
         return max(0, self.params.min_tokens - len(self.completion))
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The student's end token, which ends the teacher's spans too; others are among the stop ids."""
+        end = self.params.eos_token_id
+        return [] if end is None else [end]
+
+    @property
+    def bias_room(self) -> int:
+        """Tokens that may be written until `logit_bias` has more entries than vLLM takes."""
+        if not self.params.frequency_penalty:
+            return self.completion.max_tokens + 1
+        return MAX_NUM_LOGIT_BIAS_TOKENS - len(self.logit_bias or ())
 
     @property
     def seed(self) -> int | None:
@@ -139,9 +168,15 @@ class Choice:
         self._denied(reason, degraded=degraded)
 
     def put_off(self, reason: str, *, degraded: bool) -> None:
-        """The student writes on alone for a while: later there may be room, or the teacher back."""
+        """The student writes on alone for a while: what others share may have room again."""
         self.ask_from = len(self.completion) + PAUSE_TOKENS
         self._denied(reason, degraded=degraded)
+
+    def lose_teacher(self, reason: str, *, degraded: bool) -> None:
+        """As `put_off`, and twice as long each time: a teacher that stays away costs little."""
+        self.put_off(reason, degraded=degraded)
+        self.ask_from += PAUSE_TOKENS * (2**self.losses - 1)
+        self.losses += 1
 
     def _denied(self, reason: str, *, degraded: bool) -> None:
         self.report.denied[reason] += 1

@@ -75,6 +75,7 @@ class Completion:
         self.params = params
         self.report = report
         self.max_tokens = params.max_tokens
+        self._end_ids = frozenset([params.eos_token_id, *(params.stop_token_ids or ())]) - {None}
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
@@ -109,6 +110,7 @@ class Completion:
         Returns:
             How many tokens were kept: those that count as written, in every budget and report.
         """
+        piece = self._up_to_the_end(piece)
         start = len(self)
         stop_string = self._detokenizer.update(list(piece.token_ids), piece.finish_reason == "stop")
         kept = len(self) - start
@@ -128,6 +130,17 @@ class Completion:
             self.report.tokens += kept
             self.report.spans[-1][1] = len(self)
         return kept
+
+    def _up_to_the_end(self, piece: Piece) -> Piece:
+        """A piece without what comes after a token that ends the student's completions.
+
+        A teacher may have other end tokens, and write on.
+        """
+        for place, token_id in enumerate(piece.token_ids):
+            if token_id in self._end_ids:
+                stop_reason = None if token_id == self.params.eos_token_id else token_id
+                return Piece(piece.token_ids[: place + 1], piece.logprobs, "stop", stop_reason)
+        return piece
 
     def _spell(self, logprobs: dict[int, Logprob]) -> None:
         """Give the next position's candidates their texts, which neither model sends: as vLLM does, by which

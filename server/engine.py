@@ -14,6 +14,7 @@ from router.policy import Policy
 from router.reserved import ReservedRows
 from server.choice import Choice, Step
 from server.completion import Completion
+from server.engine_limits import check_engine_limits
 from server.exchange import EXCHANGE, Exchange, Report
 from server.gate_processor import TERMS
 from server.metrics import counted
@@ -31,6 +32,7 @@ from server.vllm_api import (
     RequestOutputKind,
     SamplingParams,
     VLLMValidationError,
+    data_parallel_ranks,
     merge_async_iterators,
 )
 
@@ -86,28 +88,25 @@ class CooperativeEngine(AsyncLLM):
         return self._cooperator.generate(prompt, sampling_params, request_id, **options)
 
     def _student(self, reserved: ReservedRows) -> StudentEngine:
-        config, tokenizer = self.vllm_config, self.renderer.tokenizer
-
-        def verify(params: SamplingParams) -> None:
-            params.verify(
-                config.model_config, config.speculative_config, config.structured_outputs_config, tokenizer
+        def check(prompt: Any, params: SamplingParams, request_id: str, **options: Any) -> SamplingParams:
+            request = self.input_processor.process_inputs(
+                request_id,
+                prompt,
+                params,
+                supported_tasks=("generate",),
+                data_parallel_rank=options.get("data_parallel_rank"),
             )
+            return request.sampling_params
 
         return StudentEngine(
             generate=super().generate,
-            verify=verify,
-            tokenizer=tokenizer,
+            check=check,
+            tokenizer=self.renderer.tokenizer,
             max_model_len=self.model_config.max_model_len,
             reserved=reserved,
-            end_ids=self._end_ids(),
+            ranks=data_parallel_ranks(self.vllm_config.parallel_config),
+            speculative=self.vllm_config.speculative_config is not None,
         )
-
-    def _end_ids(self) -> tuple[int, ...]:
-        """Token ids that end the student's completions, its tokenizer's first."""
-        configured = self.model_config.try_get_generation_config().get("eos_token_id")
-        several = configured if isinstance(configured, list) else [configured]
-        ids = dict.fromkeys([self.renderer.tokenizer.eos_token_id, *several])
-        return tuple(token_id for token_id in ids if token_id is not None)
 
 
 class Cooperator:
@@ -123,7 +122,6 @@ class Cooperator:
             cooperation.shared,
             cooperation.span_tokens,
             cooperation.on_teacher_error,
-            student.end_ids,
         )
 
     @property
@@ -147,7 +145,9 @@ class Cooperator:
         """
         exchange = EXCHANGE.get(None) or Exchange()
         with exchange.noting_failure():
-            check_reserved_rows(prompt, params, self._cooperation.reserved, exchange.names)
+            reserved = self._cooperation.reserved
+            check_reserved_rows(prompt, params, reserved, exchange.names)
+            check_engine_limits(prompt, params, reserved, self._student.tokenizer, exchange.names)
             if TERMS & (params.extra_args or {}).keys():
                 raise VLLMValidationError("the terms of asking are the router's", parameter="vllm_xargs")
             options["priority"] = self._priority(options.get("priority", 0))
@@ -170,11 +170,12 @@ class Cooperator:
             if self._parsed(params):
                 outputs = self._split(outputs, prompt, params)
             return self._plain(outputs, params, reports, exchange)
-        self._student.verify(params)
+        # Before the teacher is asked for anything; and with the ids that end the student's completions.
+        params = self._student.check(prompt, params, request_id, **options)
         choices = []
         for index, report in enumerate(reports):
             completion = self._completion(prompt, params, index, report)
-            choices.append(self._choice(completion, budget, exchange.tenant, prompt, request_id, options))
+            choices.append(self._choice(completion, budget, exchange, prompt, request_id, options))
         return self._hand_out(choices, exchange, request_id)
 
     def _search_step(
@@ -226,6 +227,8 @@ class Cooperator:
         if exchange.writes_nothing:
             return Budget(tokens=0)
         parameter = exchange.unsupported or unsupported(prompt, params, options)
+        if parameter is None and self._student.speculative and params.frequency_penalty:
+            parameter = "frequency_penalty"  # what is written comes as a bias, which vLLM refuses with drafts
         if parameter is None:
             return budget
         if exchange.budget is None:
@@ -253,13 +256,13 @@ class Cooperator:
         self,
         completion: Completion,
         budget: Budget,
-        tenant: Tenant | None,
+        exchange: Exchange,
         prompt: dict[str, Any],
         request_id: str,
         options: dict[str, Any],
     ) -> Choice:
         digest = blake2b(array("I", prompt["prompt_token_ids"]).tobytes(), digest_size=16)
-        cooperation = self._cooperation
+        bucket = Bucket(budget, self._cooperation.span_tokens, self._cooperation.ask_tokens)
         return Choice(
             prompt=prompt,
             segment_params=self._segment_params(completion.params),
@@ -267,8 +270,8 @@ class Cooperator:
             affinity=digest.digest(),
             options=options,
             completion=completion,
-            bucket=Bucket(budget, cooperation.span_tokens, cooperation.ask_tokens),
-            tenant=tenant,
+            purse=exchange.purse(completion.index, bucket),
+            tenant=exchange.tenant,
             single_tokens=self._parsed(completion.params),
         )
 
@@ -353,6 +356,7 @@ class Cooperator:
         finally:
             writing.cancel()
             await asyncio.wait([writing])
+            choice.purse.close(len(choice.completion))
 
 
 def _request_output(choices: list[Choice], outputs: list[CompletionOutput], request_id: str) -> RequestOutput:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from typing_extensions import TypedDict
 
-from router.budget import Budget
+from router.budget import Bucket, Budget
 from server.tenants import Tenant
 
 Source = Literal["student", "teacher"]
@@ -57,6 +57,25 @@ class Report:
 
 
 @dataclass
+class Purse:
+    """A budget, and what is spent of it.
+
+    The engine may be called several times for one request, as for tools that the gateway runs: what comes
+    later goes on with what is left.
+    """
+
+    bucket: Bucket
+    written: int = 0
+    """Tokens of the completions that ended, whoever wrote them."""
+    in_use: bool = False
+
+    def close(self, tokens: int) -> None:
+        """A completion of this many tokens has ended."""
+        self.written += tokens
+        self.in_use = False
+
+
+@dataclass
 class Exchange:
     """One HTTP request: the budget it asked for and a report for each of its choices."""
 
@@ -73,6 +92,8 @@ class Exchange:
     tenant: Tenant | None = None
     """Whose key the request came with; None where the gateway asks for none, or it was the admin's."""
     reports: list[Report] = field(default_factory=list)
+    purses: dict[int, list[Purse]] = field(default_factory=dict)
+    """By the index of a choice; several where the engine is called for several prompts at once."""
     latest: Report = field(default_factory=Report)
     """Of the choice that handed out tokens last."""
     failure: Exception | None = None
@@ -102,6 +123,16 @@ class Exchange:
         """Add a choice; choices are opened in the order of their indices in the response."""
         self.reports.append(Report())
         return self.reports[-1]
+
+    def purse(self, index: int, bucket: Bucket) -> Purse:
+        """The budget of a choice: one that an earlier call of the engine has left, or a new ``bucket``."""
+        purses = self.purses.setdefault(index, [])
+        purse = next((purse for purse in purses if not purse.in_use), None)
+        if purse is None:
+            purse = Purse(bucket)
+            purses.append(purse)
+        purse.in_use = True
+        return purse
 
     def hand_out(self, report: Report, source: Source, *, finished: bool) -> None:
         report.source, report.finished = source, finished

@@ -55,12 +55,15 @@ TEACHER_RUNNING = Gauge("wheels_teacher_running", "Calls under way", ["replica"]
 
 @contextmanager
 def counted(reports: Sequence[Report], *, budgeted: bool, refusal: type[Exception]) -> Iterator[None]:
-    """Count the choices of a request once, however it ends; one that ends by a ``refusal`` has none."""
+    """Count the choices of a request once, however it ends; one that is refused at its begin has none."""
     unfinished = "aborted"
     try:
         yield
     except refusal:
-        reports = ()
+        if any(report.completion_tokens for report in reports):
+            unfinished = "error"
+        else:
+            reports = ()
         raise
     except Exception:
         unfinished = "error"

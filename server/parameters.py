@@ -44,6 +44,8 @@ def names_as_sent(request: Mapping[str, Any]) -> dict[str, str]:
         names["logprobs"] = "top_logprobs"
     if _given(request, "thinking"):
         names["thinking_token_budget"] = "thinking"
+    if _given(request, "stop_sequences"):
+        names["stop"] = "stop_sequences"
     for prompt in ("messages", "input", "prompt_embeds"):
         if _given(request, prompt):
             names["prompt"] = prompt

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -49,8 +49,6 @@ class SpanLoop:
     shared: SharedBudgets
     span_tokens: int
     on_teacher_error: Literal["degrade", "error"] = "degrade"
-    end_ids: Sequence[int] = ()
-    """Token ids that end the student's completions: the teacher ends by them too."""
 
     async def write(self, choice: Choice) -> None:
         """Write one completion to its end.
@@ -73,17 +71,20 @@ class SpanLoop:
         """On which terms the student may ask in its next segment."""
         if not choice.may_ask:
             return NEVER
+        if choice.bias_room < 2:
+            choice.deny("penalty", degraded=False)
+            return NEVER
         terms = self.policy.terms(
             choice.bucket,
-            len(choice.completion),
-            choice.completion.max_tokens,
+            choice.length,
+            choice.length + choice.completion.tokens_left,
             ceiling=choice.share.rate,
             pause=choice.pause,
         )
-        if not terms.never and self.teacher.down:
-            self._lose_teacher(choice, TeacherError("breaker", "it counts as down"))
-            return NEVER
-        return terms
+        if terms.never or choice.pause or not self.teacher.down:
+            return terms
+        self._lose_teacher(choice, TeacherError("breaker", "it counts as down"))
+        return self._terms(choice)
 
     async def _ask(self, choice: Choice, terms: Terms) -> bool:
         """Let the student write a segment; whether it asks for the teacher at its end."""
@@ -105,7 +106,7 @@ class SpanLoop:
         at_most = room
         if choice.share.scopes:  # what one holds, no other can have
             at_most = min(room, LEASE_TOKENS if choice.share.rate >= 1.0 else self.span_tokens)
-        grant = choice.bucket.reserve(len(choice.completion), at_most)
+        grant = choice.bucket.reserve(choice.length, at_most)
         if grant is None:
             choice.deny("budget", degraded=False)
             return None
@@ -127,8 +128,8 @@ class SpanLoop:
         return Span(grant, draw, slot)
 
     def _room(self, choice: Choice) -> int:
-        """Tokens that the completion and the teacher's context have left."""
-        room = choice.completion.tokens_left
+        """Tokens that the completion, vLLM's biases and the teacher's context have left."""
+        room = min(choice.completion.tokens_left, choice.bias_room)
         if self.teacher.max_model_len is not None:
             room = min(room, self.teacher.max_model_len - len(choice.prefix))
         return room
@@ -150,6 +151,7 @@ class SpanLoop:
         async with aclosing(self._call(choice, span)) as pieces:
             async for piece in pieces:
                 span.used += choice.extend(piece, "teacher")
+                choice.losses = 0
                 if choice.finished:  # by a stop string: the teacher would write on
                     return
 
@@ -162,7 +164,7 @@ class SpanLoop:
             params,
             min_tokens=choice.min_tokens,
             seed=choice.seed,
-            end_ids=self.end_ids,
+            end_ids=choice.end_ids,
             cache_salt=choice.prompt.get("cache_salt"),
         )
         return self.teacher.write(
@@ -177,5 +179,7 @@ class SpanLoop:
             choice.put_off(error.reason, degraded=False)
         elif self.on_teacher_error == "error":
             raise GracefulHTTPError(error.explanation, HTTPStatus.BAD_GATEWAY) from error
-        else:
+        elif error.refused:  # a longer prefix would fare no better
             choice.deny(error.reason, degraded=True)
+        else:
+            choice.lose_teacher(error.reason, degraded=True)

@@ -20,19 +20,27 @@ class StudentEngine:
 
     generate: Callable[..., AsyncGenerator[RequestOutput, None]]
     """vLLM's own: one plain request."""
-    verify: Callable[[SamplingParams], None]
-    """vLLM's own checks of a request's parameters."""
+    check: Callable[..., SamplingParams]
+    """vLLM's own checks of a request; its parameters with the model's end tokens, as vLLM runs them."""
     tokenizer: Any
     max_model_len: int
     """The student's context, in tokens."""
     reserved: ReservedRows
-    end_ids: tuple[int, ...] = ()
-    """Token ids that end its completions, its tokenizer's first."""
+    ranks: int = 1
+    """Data-parallel copies of the student, each with a prefix cache of its own."""
+    speculative: bool = False
+    """Whether the student has drafts, with which vLLM takes no `logit_bias`."""
+
+    def rank(self, affinity: bytes) -> int | None:
+        """The copy that writes all segments behind a prompt, so that it finds their prefix in its cache."""
+        return int.from_bytes(affinity[:8]) % self.ranks if self.ranks > 1 else None
 
     async def segment(self, choice: Choice, terms: Terms) -> AsyncGenerator[Piece, None]:
         """One segment of the student behind a choice's prefix, in pieces."""
         options = dict(choice.options)
         options["priority"] -= len(choice.completion) > 0
+        if options.get("data_parallel_rank") is None:
+            options["data_parallel_rank"] = self.rank(choice.affinity)
         outputs = self.generate(
             {**choice.prompt, "prompt_token_ids": choice.prefix},
             self._params(choice, terms),
@@ -54,6 +62,8 @@ class StudentEngine:
     def _params(self, choice: Choice, terms: Terms) -> SamplingParams:
         params = copy.copy(choice.segment_params)
         params.max_tokens = choice.completion.tokens_left
+        if not terms.never:  # as long as the next segment's biases are not too many, and a span's
+            params.max_tokens = min(params.max_tokens, choice.bias_room - 1)
         # vLLM masks what ends a completion before the gate runs, so the student may still ask.
         params.min_tokens = min(choice.min_tokens, params.max_tokens)
         params.seed = choice.seed

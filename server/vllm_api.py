@@ -3,7 +3,7 @@
 from argparse import Namespace
 from typing import Any
 
-from vllm import SamplingParams
+from vllm import SamplingParams, envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.logprobs import Logprob
@@ -18,6 +18,11 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 from vllm.v1.sample.sampler import Sampler
+from vllm.v1.worker.gpu.sample.logit_bias import (
+    MAX_NUM_ALLOWED_TOKEN_IDS,
+    MAX_NUM_LOGIT_BIAS_TOKENS,
+    MAX_NUM_STOP_TOKEN_IDS,
+)
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
 
@@ -49,6 +54,18 @@ class HttpLayer:
         return arguments
 
 
+def max_bad_words_tokens() -> int:
+    """The most tokens that the V2 model runner takes of all bad words of a request."""
+    return int(envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS)
+
+
+def data_parallel_ranks(parallel: Any) -> int:
+    """How many ranks a request may be sent to, by vLLM's ``ParallelConfig``."""
+    if parallel.local_engines_only:
+        return int(parallel.data_parallel_size_local)
+    return int(parallel.data_parallel_size)
+
+
 def parses_streams(arguments: Namespace) -> bool:
     """Whether vLLM's HTTP layer reads reasoning or tool calls out of what is streamed."""
     structured = arguments.structured_outputs_config.reasoning_parser
@@ -63,6 +80,9 @@ def error_info(error: Exception) -> Any:
 
 
 __all__ = [
+    "MAX_NUM_ALLOWED_TOKEN_IDS",
+    "MAX_NUM_LOGIT_BIAS_TOKENS",
+    "MAX_NUM_STOP_TOKEN_IDS",
     "AsyncEngineArgs",
     "AsyncLLM",
     "CompletionOutput",
@@ -82,7 +102,9 @@ __all__ = [
     "VLLMValidationError",
     "convert_ids_list_to_tokens",
     "current_platform",
+    "data_parallel_ranks",
     "error_info",
+    "max_bad_words_tokens",
     "merge_async_iterators",
     "parses_streams",
 ]

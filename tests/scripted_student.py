@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from vllm.tokenizers.hf import get_cached_tokenizer
+
 from router.reserved import ReservedRows
-from server.choice import Choice
 from server.engine import Cooperation, Cooperator
 from server.gate_processor import NOT_BEFORE, PRICE
 from server.student import StudentEngine
@@ -26,6 +27,7 @@ from server.vllm_api import (
 
 EOS = 256  # of the `tokenizer` fixture, whose other ids are bytes
 RESERVED = ReservedRows(start=260, count=4)
+VOCABULARY = 5000
 PROMPT_IDS = list(b"Hi")
 PROMPT = {"type": "token", "prompt": "Hi", "prompt_token_ids": PROMPT_IDS}
 DELTA, CUMULATIVE, FINAL_ONLY = (
@@ -63,15 +65,18 @@ class ScriptedLLM:
     """vLLM's engine: asks at some places where its terms allow it, ends at one."""
 
     def __init__(self, tokenizer: Any, ask_at: Collection[int], ends_at: int | None) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer = get_cached_tokenizer(tokenizer)
         self.ask_at, self.ends_at = ask_at, ends_at
         self.segments: list[Segment] = []
 
-    def verify(self, params: SamplingParams) -> None:
+    def check(self, prompt: Any, params: SamplingParams, request_id: str, **_: Any) -> SamplingParams:
         config = SimpleNamespace(
-            max_model_len=200, max_logprobs=20, is_diffusion=False, get_vocab_size=lambda: RESERVED.end
+            max_model_len=200, max_logprobs=20, is_diffusion=False, get_vocab_size=lambda: VOCABULARY
         )
         params.verify(config, None, None, self.tokenizer)
+        params = params.clone()
+        params.update_from_generation_config({}, EOS)
+        return params
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
@@ -123,15 +128,8 @@ class ScriptedLLM:
         )
 
 
-class Engine(Cooperator):
-    """What is tested, over a scripted vLLM; keeps its choices."""
-
-    def __init__(self, vllm: ScriptedLLM, cooperation: Cooperation) -> None:
-        student = StudentEngine(vllm.generate, vllm.verify, vllm.tokenizer, 200, RESERVED)
-        super().__init__(student, cooperation)
-        self.segments = vllm.segments
-        self.choices: list[Choice] = []
-
-    def _choice(self, *arguments: Any) -> Choice:
-        self.choices.append(super()._choice(*arguments))
-        return self.choices[-1]
+def cooperator(vllm: Any, cooperation: Cooperation, **student: Any) -> Cooperator:
+    """What is tested, over a scripted vLLM."""
+    return Cooperator(
+        StudentEngine(vllm.generate, vllm.check, vllm.tokenizer, 200, RESERVED, **student), cooperation
+    )

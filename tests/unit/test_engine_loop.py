@@ -19,8 +19,9 @@ from scripted_student import (
     PROMPT,
     PROMPT_IDS,
     RESERVED,
-    Engine,
+    VOCABULARY,
     ScriptedLLM,
+    cooperator,
     letter,
 )
 
@@ -132,6 +133,30 @@ class ScriptedTeacher:
         return Piece([token], logprobs, "stop" if ends else "length" if full else None)
 
 
+class Engine:
+    """What is tested, with the segments that reached its scripted vLLM and the last request's exchange."""
+
+    def __init__(self, vllm: ScriptedLLM, cooperation: Cooperation, **student: Any) -> None:
+        self.cooperator = cooperator(vllm, cooperation, **student)
+        self.segments = vllm.segments
+        self.exchange = Exchange()
+
+    def generate(
+        self, params: SamplingParams, exchange: Exchange, prompt: Any = PROMPT, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        self.exchange = exchange
+        token = EXCHANGE.set(exchange)
+        try:
+            return self.cooperator.generate(prompt, params, "r", **options)
+        finally:
+            EXCHANGE.reset(token)
+
+    @property
+    def spent(self) -> list[int]:
+        """Teacher tokens on the books of every choice."""
+        return [purse.bucket.spent for purses in self.exchange.purses.values() for purse in purses]
+
+
 @pytest.fixture
 def pair(tokenizer):
     """Builds an engine and its teacher: ``pair(ask_at={2}, fails_at=3, span_tokens=4)``."""
@@ -145,6 +170,7 @@ def pair(tokenizer):
         default: float = 0.5,
         on_teacher_error: str = "degrade",
         shared: SharedBudgets | None = None,
+        student: dict[str, Any] | None = None,
         **teacher: Any,
     ) -> tuple[Engine, ScriptedTeacher]:
         cooperation = Cooperation(
@@ -157,7 +183,7 @@ def pair(tokenizer):
             shared=shared or SharedBudgets(MemoryLedger(), PriceController(CALIBRATION, span_tokens)),
             on_teacher_error=on_teacher_error,
         )
-        engine = Engine(ScriptedLLM(tokenizer, ask_at, ends_at), cooperation)
+        engine = Engine(ScriptedLLM(tokenizer, ask_at, ends_at), cooperation, **(student or {}))
         return engine, cooperation.teacher
 
     return pair
@@ -196,11 +222,7 @@ def start(
         setattr(exchange, name, params.pop(name, getattr(exchange, name)))
     options = params.pop("options", {})
     sampling = SamplingParams(**{"max_tokens": 8, "output_kind": DELTA} | params)
-    token = EXCHANGE.set(exchange)
-    try:
-        return engine.generate(PROMPT, sampling, "r", **options), exchange
-    finally:
-        EXCHANGE.reset(token)
+    return engine.generate(sampling, exchange, **options), exchange
 
 
 async def write(engine: Engine, budget: object = None, **params: Any) -> Result:
@@ -214,8 +236,8 @@ def count(name: str, **labels: str) -> float:
 
 def spent(engine: Engine) -> tuple[int, int]:
     """Teacher tokens and calls on the books of the only choice."""
-    (choice,) = engine.choices
-    return choice.bucket.spent, choice.bucket.calls
+    ((purse,),) = engine.exchange.purses.values()
+    return purse.bucket.spent, purse.bucket.calls
 
 
 # Who writes what
@@ -395,7 +417,7 @@ async def test_a_lost_teacher_leaves_the_rest_to_the_student(pair):
     assert (result.report.calls, result.report.tokens) == (1, 0)
     assert result.report.as_dict()["spans"] == []
     assert spent(engine) == (0, 1)
-    assert engine.segments[-1].price == INF
+    assert engine.segments[-1].not_before == 32
     assert len(teacher.calls) == 1
 
 
@@ -430,7 +452,49 @@ async def test_an_open_breaker_forbids_asking(pair):
     assert result.text() == "abcdefgh"
     assert (result.report.degraded, result.report.denied) == (True, {"breaker": 1})
     assert teacher.calls == []
-    assert [segment.price for segment in engine.segments] == [INF]
+    assert [segment.not_before for segment in engine.segments] == [32]
+
+
+async def test_a_lost_teacher_is_asked_again_later(pair):
+    engine, _ = pair(ask_at={2, 20, 40}, fails_at=2)
+    result = await write(engine, 0.5, max_tokens=50)
+    assert result.report.spans == [[2, 2], [40, 42]], "not at 20: it has to pause"
+    assert (result.report.denied, result.report.degraded) == ({"timeout": 1}, True)
+    assert spent(engine) == (2, 2)
+
+
+@pytest.mark.parametrize("budget", [0.9, 1])
+async def test_a_teacher_that_stays_away_is_asked_less_and_less(pair, budget):
+    """At 0, 32 and 96 tokens; then 128 later, beyond the end."""
+    engine, _ = pair(ask_at=range(1000), refuses="unreachable")
+    result = await write(engine, budget, max_tokens=198)
+    assert result.report.denied == {"unreachable": 3}
+    assert len(result.ids()) == 198
+    assert [len(segment.prefix) - len(PROMPT_IDS) for segment in engine.segments][-2:] == [32, 96]
+
+
+async def test_a_teacher_that_came_back_has_lost_nothing(pair):
+    engine, teacher = pair(ask_at=range(1000), refuses="unreachable")
+    outputs, exchange = start(engine, {"calls": 1}, max_tokens=198)
+    written = 0
+    async for output in outputs:
+        written += len(output.outputs[0].token_ids)
+        teacher.refuses = None if written >= 20 else teacher.refuses
+    (report,) = exchange.reports
+    assert (report.spans, report.denied) == ([[32, 34]], {"unreachable": 1})
+
+
+async def test_what_a_teacher_refuses_once_it_is_not_asked_again(pair):
+    engine, teacher = pair(ask_at=range(1000))
+
+    async def refuse(*_: Any, **__: Any) -> AsyncIterator[Piece]:
+        raise TeacherError("status", "too long", refused=True)
+        yield
+
+    teacher.write = refuse
+    result = await write(engine, 0.9, max_tokens=100)
+    assert (result.report.denied, result.report.calls) == ({"status": 1}, 1)
+    assert engine.segments[-1].price == INF
 
 
 async def test_a_breaker_that_opens_meanwhile_refuses_the_span(pair):
@@ -515,7 +579,7 @@ async def test_leaving_two_choices_closes_both(pair):
     for _ in range(10):  # the iterators of both choices end in tasks of their own
         await asyncio.sleep(0)
     assert [call.closed for call in teacher.calls] == [True, True]
-    assert [choice.bucket.spent for choice in engine.choices] == [1, 1]
+    assert engine.spent == [1, 1]
 
 
 # Stop strings, minimum lengths, seeds
@@ -598,7 +662,7 @@ async def test_without_a_seed_there_is_none(pair):
 async def test_the_escalation_token_stops_a_segment_and_is_no_stop_of_the_callers(pair):
     engine, _ = pair(ask_at={2})
     params = SamplingParams(max_tokens=8, output_kind=DELTA, stop_token_ids=[5], stop=["zz"])
-    outputs = engine.generate(PROMPT, params, "r")
+    outputs = engine.generate(params, Exchange())
     assert [output async for output in outputs]
     assert all(s.params.stop_token_ids == [5, RESERVED.escalation] for s in engine.segments)
     assert all(s.params.stop == [] and s.params.detokenize is False for s in engine.segments)
@@ -623,7 +687,7 @@ async def test_ids_and_options_of_segments(pair):
 async def test_continuations_go_first(pair):
     """Smaller numbers do: before all new requests of the same priority, behind those of a better one."""
     engine, _ = pair(ask_at={2, 6})
-    engine.cooperation = replace(engine.cooperation, client_priority=True)
+    engine.cooperator.cooperation = replace(engine.cooperator.cooperation, client_priority=True)
     seen = []
     for priority in (-(2**63), -1, 0, 1, 2**63 - 1):
         engine.segments.clear()
@@ -703,6 +767,128 @@ async def test_no_output_is_empty(pair):
     assert all(output.outputs[0].token_ids for output in result.outputs)
 
 
+# A teacher that writes over the end
+
+
+def whole_spans(teacher: ScriptedTeacher, text: bytes, ends: int | None = None) -> None:
+    """Let it write each span in one piece, of this text; some servers know nothing of our end tokens."""
+
+    async def write(slot: Any, ask: Ask, **_: Any) -> AsyncIterator[Piece]:
+        ids = [EOS if place == ends else token for place, token in enumerate(text[: ask.tokens])]
+        yield Piece(ids, [{token: Logprob(-0.5)} for token in ids], "length")
+
+    teacher.write = write
+
+
+@pytest.mark.parametrize("kind", [DELTA, FINAL_ONLY])
+async def test_the_students_end_token_ends_a_span(pair, kind):
+    shared = shared_by_all(tokens(100))
+    engine, teacher = pair(ask_at={2}, span_tokens=8, shared=shared)
+    whole_spans(teacher, b"CDEFGHIJ", ends=3)
+    result = await write(engine, 0.9, max_tokens=20, output_kind=kind, logprobs=0)
+    assert (result.text(), result.ids()[-1]) == ("abCDE", EOS)
+    assert (result.last.finish_reason, result.last.stop_reason) == ("stop", None)
+    assert result.report.spans == [[2, 6]]
+    assert len(engine.segments) == 1
+    assert spent(engine) == (4, 1)
+    assert await on_the_books(shared) == (4, 0, 2)
+
+
+async def test_a_callers_stop_token_ends_a_span(pair):
+    engine, teacher = pair(ask_at={2}, span_tokens=8)
+    whole_spans(teacher, b"CDEFGHIJ")
+    result = await write(engine, 0.9, max_tokens=20, stop_token_ids=[ord("E")])
+    assert (result.text(), result.last.stop_reason) == ("abCDE", ord("E"))
+
+
+async def test_who_ignores_ends_gets_more(pair):
+    engine, teacher = pair(ask_at={2}, span_tokens=8)
+    whole_spans(teacher, b"CDEFGHIJ", ends=3)
+    result = await write(engine, {"calls": 1}, max_tokens=12, ignore_eos=True)
+    assert len(result.ids()) == 12
+    assert result.last.finish_reason == "length"
+
+
+@pytest.mark.parametrize("kind", [DELTA, FINAL_ONLY])
+async def test_what_comes_after_a_stop_string_is_not_paid(pair, kind):
+    """The books, the report, the usage and the metrics say the same."""
+    shared = shared_by_all(tokens(100))
+    engine, teacher = pair(ask_at={2}, span_tokens=8, shared=shared)
+    whole_spans(teacher, b"CDEFGHIJ")
+    before = count("wheels_completion_tokens_total", source="teacher")
+    result = await write(engine, 0.9, max_tokens=20, stop=["DE"], output_kind=kind)
+    assert result.text() == "abCDE"
+    assert (result.report.tokens, result.report.completion_tokens) == (3, 5)
+    assert spent(engine) == (3, 1)
+    assert await on_the_books(shared) == (3, 0, 2)
+    assert count("wheels_completion_tokens_total", source="teacher") - before == 3
+
+
+# A request for which the engine is called several times
+
+
+@pytest.mark.parametrize("budget", [0.25, {"tokens": 5}, {"calls": 2}, {"fraction": 0.5, "tokens": 7}])
+async def test_calls_one_after_the_other_share_the_requests_budget(pair, budget):
+    """As a response does whose tools the gateway runs."""
+    engine, _ = pair(ask_at=range(1000), span_tokens=2)
+    exchange, text = Exchange(Budget.model_validate(budget)), ""
+    for _ in range(3):
+        params = SamplingParams(max_tokens=15, output_kind=DELTA)
+        for output in await collect(engine.generate(params, exchange)):
+            text += bytes(output.outputs[0].token_ids).decode()
+    bound, report = exchange.budget, exchange.total()
+    assert (len(text), report.completion_tokens) == (45, 45)
+    assert report.tokens == sum(map(str.isupper, text)) == spent(engine)[0]
+    assert report.calls == spent(engine)[1]
+    assert report.tokens <= (bound.tokens or 45)
+    assert report.calls <= (bound.calls or 45)
+    if bound.fraction:
+        for end in range(1, 46):
+            assert sum(map(str.isupper, text[:end])) <= bound.fraction * end + 2
+
+
+async def test_prompts_of_one_request_have_a_budget_each(pair):
+    engine, _ = pair(ask_at=range(1000))
+    exchange = Exchange(Budget(tokens=3))
+    params = SamplingParams(max_tokens=8, output_kind=DELTA, n=2)
+    calls = [engine.generate(params, exchange) for _ in range(2)]
+    await asyncio.gather(*map(collect, calls))
+    assert engine.spent == [3] * 4
+
+
+# Clients that read slowly
+
+
+async def test_a_client_that_does_not_read_holds_nothing(pair):
+    """All is written, paid and given back while it has read one token."""
+    shared = shared_by_all(tokens(100))
+    engine, teacher = pair(ask_at={2}, span_tokens=4, shared=shared)
+    outputs, exchange = start(engine, 0.9, max_tokens=8)
+    first = await anext(outputs)
+    for _ in range(100):  # the models write on
+        await asyncio.sleep(0)
+    assert [segment.closed for segment in engine.segments] == [True, True]
+    assert await on_the_books(shared) == (4, 0, 4)
+    assert teacher.released == 1
+    rest = await collect(outputs)
+    read = b"".join(bytes(output.outputs[0].token_ids) for output in (first, *rest))
+    assert read == b"abCDEFgh"
+    assert exchange.finished
+
+
+async def test_who_wrote_what_reaches_a_slow_reader_too(pair):
+    engine, _ = pair(ask_at={2})
+    outputs, exchange = start(engine, 0.5, max_tokens=6)
+    seen = []
+    async for output in outputs:
+        for _ in range(20):  # both models are ahead
+            await asyncio.sleep(0)
+        seen.append((bytes(output.outputs[0].token_ids).decode(), exchange.latest.source))
+    assert [source for text, source in seen] == [
+        "teacher" if text.isupper() else "student" for text, _ in seen
+    ]
+
+
 # Several choices
 
 
@@ -730,6 +916,105 @@ async def test_every_choice_has_the_whole_budget(pair):
     engine, _ = pair(ask_at=range(100))
     result = await write(engine, {"tokens": 2}, n=2, max_tokens=5)
     assert [report.tokens for report in result.exchange.reports] == [2, 2]
+
+
+# Copies of the student
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(1, {None}), (4, set(range(4)))])
+async def test_all_segments_of_a_prompt_go_to_the_same_copy(pair, ranks, expected):
+    engine, _ = pair(ask_at={2, 6}, student={"ranks": ranks})
+    used = set()
+    for last in range(40):
+        prompt = {**PROMPT, "prompt_token_ids": [72, last]}
+        engine.segments.clear()
+        params = SamplingParams(max_tokens=10, output_kind=DELTA, n=2)
+        await collect(engine.generate(params, Exchange(Budget(fraction=0.5)), prompt))
+        (rank,) = {segment.options["data_parallel_rank"] for segment in engine.segments}
+        used.add(rank)
+    assert used == expected
+
+
+async def test_a_copy_that_the_caller_names_is_the_one(pair):
+    engine, _ = pair(ask_at={2}, student={"ranks": 4})
+    await write(engine, 0.5, options={"data_parallel_rank": 3})
+    assert [segment.options["data_parallel_rank"] for segment in engine.segments] == [3, 3]
+
+
+# What the engine cannot take
+
+MANY = 1025 - RESERVED.count
+
+
+@pytest.mark.parametrize("budget", [0, 0.5, 1])
+@pytest.mark.parametrize(
+    ("parameter", "value"),
+    [
+        ("logit_bias", dict.fromkeys(range(300, 300 + MANY), 1.0)),
+        ("allowed_token_ids", list(range(300, 300 + MANY))),
+        ("bad_words", ["x" * 600, "y" * 600]),
+        ("stop", ["a\ud800"]),
+        ("bad_words", ["\udfff"]),
+    ],
+)
+async def test_what_would_end_the_engine_is_refused_at_every_budget(pair, budget, parameter, value):
+    engine, teacher = pair(ask_at={2})
+    with pytest.raises(VLLMValidationError) as error:
+        start(engine, budget, **{parameter: value})
+    assert error.value.parameter == parameter
+    assert (engine.segments, teacher.calls) == ([], [])
+
+
+@pytest.mark.parametrize("budget", [0, 0.5])
+async def test_as_many_as_the_engine_takes_are_taken(pair, budget):
+    engine, _ = pair(ask_at={2})
+    ids = range(300, 299 + MANY)
+    await write(engine, budget, logit_bias=dict.fromkeys(ids, 1.0))
+    await write(engine, budget, allowed_token_ids=list(ids))
+    await write(engine, budget, stop_token_ids=list(range(300, 500)))
+    assert max(len(segment.params.allowed_token_ids or ()) for segment in engine.segments) <= 1024
+
+
+@pytest.mark.parametrize("budget", [0, 0.5])
+async def test_stop_tokens_are_counted_where_they_are_masked(pair, budget):
+    engine, _ = pair(ask_at={2})
+    stop_token_ids = list(range(300, 300 + 113))
+    with pytest.raises(VLLMValidationError) as error:
+        start(engine, budget, stop_token_ids=stop_token_ids, min_tokens=1)
+    assert error.value.parameter == "stop_token_ids"
+    await write(engine, budget, stop_token_ids=stop_token_ids[:-1], min_tokens=1)
+
+
+@pytest.mark.parametrize("budget", [0.9, 1, {"calls": 3}])
+@pytest.mark.parametrize("others", [1000, 1015, 1020])
+async def test_a_frequency_penalty_never_has_more_biases_than_the_engine_takes(pair, budget, others):
+    """Tokens that are written become biases; with no room for more, the student ends the completion alone."""
+    engine, teacher = pair(ask_at=range(0, 1000, 5), span_tokens=3)
+    bias = dict.fromkeys(range(300, 300 + others), 0.5)
+    result = await write(engine, budget, max_tokens=150, frequency_penalty=0.5, logit_bias=bias)
+    assert len(result.ids()) == 150
+    sent = [segment.params.logit_bias for segment in engine.segments] + teacher.biases
+    assert max(map(len, sent)) <= 1024
+    ids = result.ids()
+    for segment in engine.segments:
+        written = segment.prefix[len(PROMPT_IDS) :]
+        assert written == ids[: len(written)]
+        assert all(segment.params.logit_bias[i] == -0.5 * written.count(i) for i in written)
+    if others == 1020:
+        assert result.report.denied == {"penalty": 1}
+        assert not result.report.degraded
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+async def test_a_frequency_penalty_with_drafts_is_the_students_alone(pair, drafts):
+    engine, teacher = pair(ask_at={2}, student={"speculative": drafts})
+    if drafts:
+        with pytest.raises(VLLMValidationError) as error:
+            start(engine, 0.5, frequency_penalty=0.5)
+        assert error.value.parameter == "frequency_penalty"
+    await write(engine, frequency_penalty=0.5)
+    assert len(teacher.calls) == (not drafts)
+    assert [segment.params.logit_bias for segment in engine.segments][:1] == [None if drafts else {}]
 
 
 # What is refused
@@ -766,7 +1051,7 @@ async def test_a_request_that_writes_nothing_spends_nothing(pair, budget):
 async def test_what_vllm_refuses_of_one_model_is_refused_of_two(pair, budget):
     """Segments have other parameters: to an empty choice of tokens they add the reserved rows."""
     engine, teacher = pair()
-    for parameters in ({"allowed_token_ids": []}, {"logprobs": 21}, {"logit_bias": {RESERVED.end: 1.0}}):
+    for parameters in ({"allowed_token_ids": []}, {"logprobs": 21}, {"logit_bias": {VOCABULARY: 1.0}}):
         with pytest.raises(VLLMValidationError) as error:
             start(engine, budget, **parameters)
         assert error.value.parameter in parameters
@@ -822,6 +1107,21 @@ async def test_a_degraded_request_is_counted_as_such(pair):
     assert [count(name, **labels) for name, labels in series] == [n + 1 for n in before]
 
 
+async def test_what_the_engine_refuses_in_mid_answer_is_an_error(pair):
+    """It is one request more, and its tokens were written."""
+    engine, _ = pair(ask_at={2})
+    before = count("wheels_requests_total", outcome="error")
+    outputs, exchange = start(engine, 0.5)
+    await anext(outputs)
+    with (
+        pytest.raises(VLLMValidationError),
+        counted(exchange.reports, budgeted=True, refusal=VLLMValidationError),
+    ):
+        raise VLLMValidationError("no logit_bias with drafts", parameter="logit_bias")
+    await outputs.aclose()
+    assert count("wheels_requests_total", outcome="error") - before == 1
+
+
 @pytest.mark.parametrize("error", [VLLMValidationError("no", parameter="top_k"), RuntimeError("engine")])
 def test_what_the_engine_refuses_is_no_error_of_ours(error):
     before = count("wheels_requests_total", outcome="error")
@@ -843,7 +1143,7 @@ async def test_the_steps_of_a_beam_search_are_no_completions(pair):
         exchanges.append(result.exchange)
     assert exchanges[-1].reports == []
     exchanges[-1].end_search(2, 9)
-    shared = engine.cooperation.shared
+    shared = engine.cooperator.cooperation.shared
     await asyncio.gather(*shared._tasks)
     (status,) = await shared.ledger.status(tenant.scopes)
     assert status.student_tokens == 9
@@ -863,10 +1163,8 @@ async def test_why_a_request_failed_is_noted(pair, kind):
 async def test_why_a_request_was_refused_is_noted(pair):
     engine, _ = pair()
     exchange = Exchange(Budget(fraction=0.5))
-    token = EXCHANGE.set(exchange)
     with pytest.raises(VLLMValidationError) as error:
-        engine.generate(PROMPT, SamplingParams(presence_penalty=1.0), "r")
-    EXCHANGE.reset(token)
+        engine.generate(SamplingParams(presence_penalty=1.0), exchange)
     assert exchange.failure is error.value
 
 
@@ -1088,11 +1386,7 @@ async def test_a_tenants_maximum(pair):
 
 
 def generate(engine: Engine, exchange: Exchange) -> AsyncGenerator[RequestOutput, None]:
-    token = EXCHANGE.set(exchange)
-    try:
-        return engine.generate(PROMPT, SamplingParams(max_tokens=8, output_kind=DELTA), "r")
-    finally:
-        EXCHANGE.reset(token)
+    return engine.generate(SamplingParams(max_tokens=8, output_kind=DELTA), exchange)
 
 
 async def test_a_tenants_limit_and_everybodys(pair):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import pytest
 from aiohttp import web
 from fake_teacher import Answer, Server, begin_events, body, choice, event
-from scripted_student import DELTA, FINAL_ONLY, PROMPT, PROMPT_IDS, RESERVED, Engine, ScriptedLLM
+from scripted_student import DELTA, FINAL_ONLY, PROMPT, PROMPT_IDS, RESERVED, ScriptedLLM, cooperator
 
 from router.budget import Budget
 from router.controller import PriceController
@@ -134,10 +134,10 @@ class Gateway:
             default_budget=Budget(fraction=0.5),
             shared=self.shared,
         )
-        self.engine = Engine(ScriptedLLM(tokenizer, {2}, None), cooperation)
+        self.engine = cooperator(ScriptedLLM(tokenizer, {2}, None), cooperation)
 
     async def write(self, kind: object) -> tuple[str, Report]:
-        exchange = Exchange(Budget(calls=1))
+        exchange = self.exchange = Exchange(Budget(calls=1))
         token = EXCHANGE.set(exchange)
         params = SamplingParams(max_tokens=LENGTH, output_kind=kind)
         outputs = self.engine.generate(PROMPT, params, "r")
@@ -152,7 +152,8 @@ class Gateway:
         (status,) = await self.shared.ledger.status(self.shared.everybody)
         assert (status.spent, status.reserved) == (report.tokens, 0)
         assert status.student_tokens == LENGTH - report.tokens
-        assert self.engine.choices[-1].bucket.spent == report.tokens
+        ((purse,),) = self.exchange.purses.values()
+        assert purse.bucket.spent == report.tokens
         assert all(replica.running == 0 for replica in self.pool.replicas)
 
 

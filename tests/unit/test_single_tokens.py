@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import pytest
-from scripted_student import DELTA, INF, RESERVED, Engine
+from scripted_student import DELTA, INF, RESERVED, cooperator
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -27,6 +27,7 @@ from server.exchange import EXCHANGE, Exchange
 from server.gate_processor import NOT_BEFORE, PRICE
 from server.shared import SharedBudgets
 from server.single_tokens import SingleTokens
+from server.teacher.client import Ask
 from server.vllm_api import CompletionOutput, Logprob, RequestOutput, SamplingParams
 
 CALIBRATION = Calibration(((0.5, 1.0),))
@@ -107,8 +108,8 @@ class Recital:
         self.segments: list[Any] = []
         self.max_model_len, self.down = None, False
 
-    def verify(self, params: SamplingParams) -> None:
-        """Nothing here is wrong."""
+    def check(self, prompt: Any, params: SamplingParams, request_id: str, **_: Any) -> SamplingParams:
+        return params  # nothing here is wrong
 
     async def generate(
         self, prompt: Any, params: SamplingParams, request_id: str, **_: Any
@@ -124,11 +125,9 @@ class Recital:
                 return
         yield self._output([RESERVED.escalation], "", "stop")
 
-    async def write(
-        self, slot: Any, prompt_ids: list[int], tokens: int, params: SamplingParams, **_: Any
-    ) -> AsyncGenerator[Piece, None]:
-        start = len(prompt_ids) - len(PROMPT_IDS)
-        ids = self.script.ids[start : start + tokens]
+    async def write(self, slot: Any, ask: Ask, **_: Any) -> AsyncGenerator[Piece, None]:
+        start = len(ask.prompt_ids) - len(PROMPT_IDS)
+        ids = self.script.ids[start : start + ask.tokens]
         ends = ids[-1] == 1
         yield Piece(ids, [{i: Logprob(-0.5)} for i in ids], "stop" if ends else "length")
 
@@ -170,7 +169,7 @@ async def streamed(recital: Recital, budget: float, **params: Any) -> list[tuple
     )
     token = EXCHANGE.set(exchange)
     try:
-        outputs = Engine(recital, cooperation).generate(prompt, sampling, "r")
+        outputs = cooperator(recital, cooperation).generate(prompt, sampling, "r")
     finally:
         EXCHANGE.reset(token)
     return [(output.outputs[0], exchange.latest.source) async for output in outputs]
