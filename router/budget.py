@@ -61,7 +61,6 @@ class Grant:
     """Teacher tokens reserved for one span; to be settled exactly once (settling again is a no-op)."""
 
     tokens: int
-    calls: int = 1
     settled: bool = False
 
 
@@ -123,23 +122,29 @@ class Bucket:
         fraction = 1.0 if self.budget.fraction is None else self.budget.fraction
         return fraction * completion_tokens + self.span_tokens - self.spent
 
-    def reserve(self, completion_tokens: int, at_most: int, *, calls: int = 1) -> Grant | None:
-        """Reserve a teacher call's tokens behind ``completion_tokens``, ``at_most`` of them.
+    def reserve(self, completion_tokens: int, at_most: int, *, always: bool = False) -> Grant | None:
+        """Reserve a teacher call's tokens after ``completion_tokens`` of the completion.
 
-        ``calls`` is 0 where a call that was counted already has them.
+        A budget that covers all ``at_most`` tokens grants them in one call, whatever the span length.
 
-        Returns None when the budget has no room for it. A budget that covers all ``at_most`` tokens
-        grants them in one call, whatever the span length.
+        Args:
+            completion_tokens: the length of the completion now.
+            at_most: tokens that the completion has left.
+            always: the teacher writes on for as long as it may: all tokens that are left are one call's.
+
+        Returns:
+            What is granted; None when the budget has no room for it.
         """
         earliest = self.earliest()
         if earliest is None or completion_tokens < earliest or at_most < 1:
             return None
-        covered = self.budget.fraction in (None, 1.0) and self.budget.calls is None
-        left = at_most if self.tokens_left is None else self.tokens_left
-        tokens = at_most if covered and left >= at_most else min(at_most, self.ask_tokens, left)
-        self.spent += tokens
-        self.calls += calls
-        return Grant(tokens, calls)
+        left = at_most if self.tokens_left is None else min(at_most, self.tokens_left)
+        one_call = self.budget.fraction in (None, 1.0) and self.budget.calls is None
+        if not one_call or not (always or left == at_most):
+            left = min(left, self.ask_tokens)
+        self.spent += left
+        self.calls += 1
+        return Grant(left)
 
     def settle(self, grant: Grant, used: int) -> None:
         """Give back what ``grant`` reserved and the teacher did not write."""
@@ -153,7 +158,7 @@ class Bucket:
         """Take back a grant that led to no call."""
         if not grant.settled:
             self.settle(grant, 0)
-            self.calls -= grant.calls
+            self.calls -= 1
 
     @property
     def tokens_left(self) -> int | None:

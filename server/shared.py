@@ -53,7 +53,10 @@ class SharedBudgets:
         """Let the prices follow the ledger, for ever."""
         while True:
             await asyncio.sleep(STEER_SECONDS)
-            await self.update()
+            try:
+                await self.update()
+            except Exception:
+                logger.exception("the prices stay as they were")
 
     async def update(self) -> Sequence[Status]:
         """Let the prices follow the ledger once, under the limits that were used since the last time.

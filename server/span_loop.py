@@ -61,7 +61,7 @@ class SpanLoop:
             while not choice.finished:
                 terms = self._terms(choice)
                 if terms.always or await self._ask(choice, terms):
-                    span = await self._reserve(choice)
+                    span = await self._reserve(choice, terms)
                     if span is not None:
                         await self._teach(choice, span)
         finally:
@@ -97,7 +97,7 @@ class SpanLoop:
                     return False
         return asks
 
-    async def _reserve(self, choice: Choice) -> Span | None:
+    async def _reserve(self, choice: Choice, terms: Terms) -> Span | None:
         """Reserve the next span in every budget, or let the choice ask later, or never again."""
         room = self._room(choice)
         if room < 1:
@@ -106,7 +106,7 @@ class SpanLoop:
         at_most = room
         if choice.share.scopes:  # what one holds, no other can have
             at_most = min(room, LEASE_TOKENS if choice.share.rate >= 1.0 else self.span_tokens)
-        grant = choice.bucket.reserve(choice.length, at_most)
+        grant = choice.bucket.reserve(choice.length, at_most, always=terms.always)
         if grant is None:
             choice.deny("budget", degraded=False)
             return None

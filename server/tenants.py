@@ -191,14 +191,19 @@ class Tenants:
         return True
 
     async def watch(self, seconds: float = 2.0) -> None:
-        """Reload whenever the file changes, for ever; an unusable file is logged and changes nothing."""
+        """Reload whenever the file changes, for ever; an unusable file is logged once and changes nothing."""
+        logged = ""
         while True:
             await asyncio.sleep(seconds)
             try:
                 if await asyncio.to_thread(self.reload):
                     logger.info("tenants reloaded: %d", len(self.current.tenants))
-            except ConfigError as error:
-                logger.error("tenants stay as they were: %s", error)
+                logged = ""
+            except Exception as error:
+                if logged != str(error):
+                    ours = not isinstance(error, ConfigError)
+                    logger.error("tenants stay as they were: %s", error, exc_info=ours)
+                logged = str(error)
 
     def _index(self, digest: str) -> bytes:
         return hmac.digest(self._secret, digest.encode(), "sha256")
@@ -216,16 +221,17 @@ class Tenants:
     def _read(self) -> TenantList:
         where = "the tenants" if self._path is None else str(self._path)
         try:
-            content = yaml.safe_load(self._inline if self._path is None else self._path.read_text())
+            content = yaml.safe_load(self._inline if self._path is None else self._path.read_bytes())
             return TenantList.model_validate({} if content is None else content)
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read {where}: {error}") from error
         except ValidationError as error:
             problems = (
                 f"{'.'.join(map(str, entry['loc']))}: {entry['msg'].removeprefix('Value error, ')}"
                 for entry in error.errors()
             )
             raise ConfigError(f"{where}: {'; '.join(problems)}") from error
+        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+            problem = " ".join(str(error).split())  # YAML's errors are drawn over several lines
+            raise ConfigError(f"cannot read {where}: {problem}") from error
 
 
 def key_of(credential: str) -> str:

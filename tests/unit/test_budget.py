@@ -125,6 +125,21 @@ def test_tokens_shorten_the_last_span():
     assert bucket.reserve(50, at_most=100) is None
 
 
+def test_where_the_teacher_always_writes_all_tokens_that_are_left_are_one_calls():
+    bucket = Bucket(Budget(tokens=50), span_tokens=4, ask_tokens=1)
+    assert bucket.reserve(0, at_most=512, always=True).tokens == 50
+    assert bucket.reserve(50, at_most=462, always=True) is None
+
+
+def test_elsewhere_a_call_is_as_long_as_the_student_asks():
+    assert Bucket(Budget(tokens=50), span_tokens=4, ask_tokens=1).reserve(0, at_most=512).tokens == 1
+
+
+@pytest.mark.parametrize("budget", [Budget(tokens=50, calls=9), Budget(fraction=0.5, tokens=50)])
+def test_a_fraction_and_calls_go_call_by_call(budget: Budget):
+    assert Bucket(budget, span_tokens=4, ask_tokens=2).reserve(0, at_most=512, always=True).tokens == 2
+
+
 def test_what_the_teacher_did_not_write_can_be_spent_again():
     bucket = Bucket(Budget(tokens=6, calls=9), span_tokens=4)
     spend(bucket, 0, used=1)

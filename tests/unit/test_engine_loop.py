@@ -377,6 +377,14 @@ async def test_a_spent_budget_forbids_asking(pair):
     assert result.report.denied == {}  # it never came to a refusal
 
 
+async def test_tokens_that_cover_the_plan_are_one_call(pair):
+    engine, teacher = pair(ask_at=range(100))
+    result = await write(engine, {"tokens": 50}, max_tokens=60)  # of 20 tokens that are expected
+    assert [call.tokens for call in teacher.calls] == [50]
+    assert (result.report.tokens, result.report.calls) == (50, 1)
+    assert result.report.spans == [[0, 50]]
+
+
 async def test_the_terms_travel_with_each_segment(pair):
     engine, _ = pair(ask_at={0, 4})
     await write(engine, 0.25, max_tokens=20, extra_args={"caller": "x"})

@@ -144,6 +144,28 @@ async def test_watch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(
+    "content",
+    [b"tenants: [{name: \xff\xfe}]", b"tenants: 2024-13-45", b"\xef\xbb\xbf[", b"[" * 5000, b"tenants: 5", b"\0"],
+    ids=["not UTF-8", "no date", "a list", "deep", "a number", "no text"],
+)
+async def test_no_file_ends_the_watch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    path = tmp_path / "tenants.yaml"
+    write(path, entry("acme", "old"))
+    tenants = Tenants(str(path))
+    watching = asyncio.create_task(tenants.watch(0.01))
+    path.write_bytes(content)
+    await until(lambda: "stay as they were" in caplog.text)
+    assert "\n" not in caplog.records[-1].message
+    assert tenants.authenticate("Bearer old") is not None
+    write(path, entry("acme", "newer"))
+    await until(lambda: tenants.authenticate("Bearer newer") is not None)
+    assert caplog.text.count("stay as they were") == 1, "it is logged once"
+    watching.cancel()
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"tenant": []}, "tenant: Extra inputs"),
