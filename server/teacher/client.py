@@ -477,8 +477,8 @@ class Teacher:
         lines = self._lines(response, patience, longest)
         async with aclosing(lines):
             async for line in lines:
-                data = line.removeprefix(b"data:").strip()
-                if len(data) < len(line) and data not in (b"", b"[DONE]"):
+                data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
+                if data not in (b"", b"[DONE]"):
                     yield data
 
     async def _lines(

@@ -10,6 +10,7 @@ from prometheus_client import REGISTRY
 from server.completion import Piece
 from server.teacher.breaker import Breaker
 from server.teacher.client import Ask
+from server.teacher.crowding import Crowding
 from server.teacher.errors import TeacherError
 from server.teacher.pool import Slot, TeacherPool
 from server.vllm_api import SamplingParams
@@ -400,3 +401,135 @@ async def test_who_stays_out_is_not_healthy_and_is_told_of_once(caplog: pytest.L
     replica.teacher.vocabulary = "ours"
     await pool._probe(replica)
     assert await pool.healthy()
+
+
+# A queue at the teacher
+
+
+async def test_a_newcomer_does_not_overtake_who_waits():
+    pool = await pool_of(1, concurrency=1)
+    first, order = await pool.admit(KEYS[0]), []
+
+    async def call(number: int) -> None:
+        slot = await pool.admit(KEYS[number])
+        order.append(number)
+        slot.release()
+
+    waiting = [asyncio.create_task(call(number)) for number in range(3)]
+    await asyncio.sleep(0)
+    first.release()
+    newcomer = asyncio.create_task(call(99))
+    await asyncio.gather(*waiting, newcomer)
+    assert order == [0, 1, 2, 99]
+
+
+async def test_who_waits_hears_at_once_that_all_are_down():
+    pool = await pool_of(1, concurrency=1)
+    slot = await pool.admit(KEYS[0])
+    waiting = asyncio.create_task(pool.admit(KEYS[1]))
+    await asyncio.sleep(0)
+    pool.replicas[0].up = False
+    slot.release()
+    with pytest.raises(TeacherError) as error:
+        await waiting
+    assert error.value.reason == "breaker"
+
+
+async def test_a_call_that_moves_on_takes_nobodys_place():
+    pool = await pool_of(2, concurrency=1)
+    slot = await pool.admit(KEYS[0])
+    (other,) = [replica for replica in pool.replicas if replica is not slot.replica]
+    waiting = asyncio.create_task(pool.admit(KEYS[0]))
+    slot.move(other)
+    taken = await waiting
+    assert running(pool) == [1, 1]
+    assert taken.replica is not other
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_queue_halves_the_bound_once_for_all_calls_in_it():
+    clock = Clock()
+    crowding = Crowding(1024, clock)
+    clock.now = 10.0
+    for running_now in range(200, 150, -1):
+        crowding.gave_up(running_now, waited=10.0)
+    assert crowding.limit == 100
+    clock.now = 21.0
+    crowding.first_token(100, waited=6.0, longest=10.0)
+    assert crowding.limit == 50
+
+
+def test_quick_first_tokens_raise_the_bound_again_up_to_its_most():
+    crowding = Crowding(8)
+    crowding.gave_up(4, waited=1.0)
+    limits = []
+    for _ in range(8):
+        crowding.first_token(1, waited=0.1, longest=10.0)
+        limits.append(crowding.limit)
+    assert limits == [3, 4, 5, 6, 7, 8, 8, 8]
+
+
+def test_a_bound_leaves_one_call():
+    crowding = Crowding(4)
+    crowding.gave_up(1, waited=1.0)
+    assert crowding.limit == 1
+
+
+# Probes
+
+
+async def test_a_slow_replica_delays_no_probe_of_another():
+    pool = await pool_of(2)
+    slow, quick = teachers(pool)
+    probed, asked = asyncio.Event(), asyncio.Event()
+
+    async def hangs() -> bool:
+        asked.set()
+        await asyncio.Event().wait()
+        return True
+
+    async def answers() -> bool:
+        await asked.wait()
+        probed.set()
+        return False
+
+    slow.healthy, quick.healthy = hangs, answers
+    watching = asyncio.create_task(pool.watch(0.001))
+    await asyncio.wait_for(probed.wait(), 5)
+    assert await asyncio.wait_for(pool.admit(KEYS[0]), 5)
+    watching.cancel()
+
+
+async def test_a_slow_replica_does_not_delay_whether_one_is_ready():
+    pool = await pool_of(2)
+
+    async def hangs() -> bool:
+        await asyncio.Event().wait()
+        return True
+
+    pool.replicas[0].teacher.healthy = hangs
+    assert await asyncio.wait_for(pool.healthy(), 5)
+
+
+async def test_a_probe_that_fails_in_an_unknown_way_ends_no_watch(caplog):
+    pool = await pool_of(1)
+    (teacher,) = teachers(pool)
+    again = asyncio.Event()
+
+    async def broken() -> bool:
+        if caplog.records:
+            again.set()
+        raise RuntimeError("never thought of")
+
+    teacher.healthy = broken
+    watching = asyncio.create_task(pool.watch(0.001))
+    await asyncio.wait_for(again.wait(), 5)
+    assert "a probe of the teacher at replica-0:8000 failed" in caplog.text
+    watching.cancel()

@@ -2,7 +2,8 @@ import asyncio
 import socket
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import pytest
 from aiohttp import web
@@ -12,8 +13,8 @@ from prometheus_client import REGISTRY
 from server.completion import Piece
 from server.teacher.breaker import Breaker
 from server.teacher.client import KEEP_ALIVE, STREAM_ABOVE, Ask, Teacher
-from server.teacher.errors import TeacherError
-from server.teacher.patience import SPAN
+from server.teacher.errors import EXPLANATIONS, Reason, TeacherError
+from server.teacher.patience import READING, SPAN
 from server.vllm_api import Logprob, SamplingParams
 
 SHORT, LONG = STREAM_ABOVE, STREAM_ABOVE + 1  # spans that come as one body, as a stream
@@ -634,3 +635,230 @@ async def test_a_teacher_that_is_gone_is_not_healthy(server):
     async with client(server.url) as teacher:
         await server._server.close()
         assert await teacher.healthy() is False
+
+
+# Replies of any length
+
+
+@EITHER
+async def test_a_long_prompt_may_be_echoed(server, tokens):
+    """vLLM puts the prompt's ids into the first line of a stream."""
+    prompt = [10**6 + i for i in range(200_000)]
+    replies = (choice([7], None, prompt_token_ids=prompt), choice([8]))
+    async with client(server.url) as teacher:
+        server.answers = [either(tokens, *replies[-1 if tokens == SHORT else 0 :])]
+        pieces = await collect(write(teacher, tokens, prompt_ids=prompt))
+    assert [piece.token_ids for piece in pieces] == ([[8]] if tokens == SHORT else [[7], [8]])
+    assert server.bodies[0]["prompt"] == prompt
+
+
+@EITHER
+async def test_a_reply_without_end_is_nonsense(server, teacher, tokens, monkeypatch):
+    monkeypatch.setattr("server.teacher.client.LONGEST", 2**16)
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await begin_events(request)
+        while True:
+            await response.write(b"x" * 2**14)
+
+    server.answers = [answer]
+    error = await failure(write(teacher, tokens))
+    assert error.reason == "nonsense"
+    assert "bytes" in str(error)
+
+
+async def test_lines_may_end_in_any_way(server, teacher):
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await begin_events(request)
+        first, last = event(choice([7], None)).strip(), event(choice([8])).strip()
+        await response.write(b": a comment\r\n\r\n" + first.replace(b"data: ", b"data:") + b"\r\n\r\n" + last)
+        return response
+
+    server.answers = [answer]
+    assert [piece.token_ids for piece in await collect(write(teacher, LONG))] == [[7], [8]]
+
+
+async def test_an_error_of_ours_is_the_calls(server, teacher, monkeypatch, caplog):
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("never thought of")
+
+    monkeypatch.setattr("server.teacher.client.read_reply", broken)
+    server.answers = [body(choice([7]))]
+    assert (await failure(write(teacher, SHORT))).reason == "nonsense"
+    assert "never thought of" in caplog.text
+
+
+@EITHER
+@pytest.mark.parametrize(
+    "headers",
+    [{"Content-Type": "text/plain; charset=no"}, {"Content-Encoding": "gzip"}, {"Content-Encoding": "br"}],
+    ids=["charset", "no gzip", "no brotli"],
+)
+@pytest.mark.parametrize("status", [200, 500])
+async def test_whatever_is_wrong_with_a_reply_is_a_failed_call(server, teacher, tokens, headers, status):
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(body=b"data: \xff\xfe", status=status, headers=headers)
+
+    server.answers = [answer]
+    assert (await failure(write(teacher, tokens))).reason in ("unreachable", "status", "nonsense")
+
+
+# Ids that the student does not have
+
+
+@EITHER
+async def test_an_id_that_the_student_does_not_have_is_dropped_and_the_rest_asked_for_again(
+    server, teacher, tokens
+):
+    server.answers = [
+        either(tokens, choice([7, 8, VOCABULARY + 3, 9], "length")),
+        either(tokens, choice([9, VOCABULARY + 5], "stop", stop_reason=VOCABULARY + 5)),
+        either(tokens, choice([10], "stop")),
+    ]
+    given = {"seed": 5, "min_tokens": 3, "params": SamplingParams(frequency_penalty=0.5, logit_bias={4: 1.0})}
+    pieces = await collect(write(teacher, tokens, **given))
+    assert [piece.token_ids for piece in pieces] == [[7, 8], [9], [10]]
+    assert [piece.finish_reason for piece in pieces] == [None, None, "stop"]
+    first, second, third = server.bodies
+    assert [body["prompt"] for body in server.bodies] == [[1, 2, 3], [1, 2, 3, 7, 8], [1, 2, 3, 7, 8, 9]]
+    assert [body["max_tokens"] for body in server.bodies] == [tokens, tokens - 2, tokens - 3]
+    assert [body["min_tokens"] for body in server.bodies] == [3, 1, 0]
+    assert len({body["seed"] for body in server.bodies}) == 3
+    assert first["logit_bias"] == {"4": 1.0}
+    assert second["logit_bias"] == {"4": 1.0, "7": -0.5, "8": -0.5, str(VOCABULARY + 3): -100.0}
+    assert third["logit_bias"][str(VOCABULARY + 5)] == -100.0
+    assert calls(teacher, "ok") >= 1
+
+
+async def test_log_probabilities_end_with_the_tokens(server, teacher):
+    tops = [top(t7=-0.5), {f"token_id:{VOCABULARY}": -0.1}]
+    logprobs = {"token_logprobs": [-0.5, -0.1], "top_logprobs": tops}
+    end = {"token_logprobs": [-0.2], "top_logprobs": [top(t8=-0.2)]}
+    server.answers = [
+        body(choice([7, VOCABULARY], logprobs=logprobs)),
+        body(choice([8], "stop", logprobs=end)),
+    ]
+    pieces = await collect(write(teacher, SHORT, params=SamplingParams(logprobs=1)))
+    assert [list(piece.logprobs) for piece in pieces] == [
+        [{7: Logprob(-0.5, rank=1)}],
+        [{8: Logprob(-0.2, rank=1)}],
+    ]
+
+
+async def test_a_teacher_that_writes_nothing_else_is_given_up_and_not_blamed(server):
+    async with client(server.url, failures=1) as teacher:
+        server.answers = [body(choice([VOCABULARY + 3]))]
+        error = await failure(write(teacher, SHORT))
+        assert (error.reason, error.well) == ("nonsense", True)
+        assert not teacher.breaker.tripped
+
+
+# Ends and caches
+
+
+async def test_the_students_end_tokens_end_the_teachers_completion_too(server, teacher):
+    server.answers = [body(choice([7, 98], "stop", stop_reason=98))]
+    params = SamplingParams(stop_token_ids=[4])
+    (piece,) = await collect(write(teacher, SHORT, params=params, end_ids=[98, 97]))
+    assert server.bodies[0]["stop_token_ids"] == [4, 98, 97]
+    assert (piece.finish_reason, piece.stop_reason) == ("stop", None), "as where the student ends"
+
+
+async def test_ends_are_ignored_where_the_caller_says_so(server, teacher):
+    server.answers = [body(choice([7]))]
+    params = SamplingParams(stop_token_ids=[4], ignore_eos=True)
+    await collect(write(teacher, SHORT, params=params, end_ids=[98]))
+    assert server.bodies[0]["stop_token_ids"] == [4]
+
+
+async def test_the_cache_is_salted_as_the_caller_says(server, teacher):
+    server.answers = [body(choice([7]))]
+    await collect(write(teacher, SHORT, cache_salt="pepper"))
+    await collect(write(teacher, SHORT))
+    assert [body.get("cache_salt") for body in server.bodies] == ["pepper", None]
+
+
+# A teacher that takes its time
+
+
+async def never(server: Server, _: web.Request) -> web.StreamResponse:
+    await server.until_lost()
+    return web.Response()
+
+
+async def test_the_first_wait_grows_with_the_prompt(server):
+    async with client(server.url, 1.0, span_timeout=2.0) as teacher:
+        assert round(teacher.first_wait(0)) == 1
+        assert round(teacher.first_wait(READING)) == 2
+        assert round(teacher.first_wait(9 * READING)) == 10
+
+
+async def test_a_long_prompt_is_waited_for(server):
+    """It takes longer than the timeout for a token, and longer than that for a span."""
+    async with client(server.url, 0.2, span_timeout=0.3) as teacher:
+
+        async def answer(request: web.Request) -> web.StreamResponse:
+            await asyncio.sleep(0.8)
+            return await body(choice([7]))(request)
+
+        server.answers = [answer]
+        pieces = await collect(write(teacher, SHORT, prompt_ids=[1] * 20 * READING))
+        assert [piece.token_ids for piece in pieces] == [[7]]
+
+
+@EITHER
+@pytest.mark.parametrize(("health", "blamed"), [(200, False), (503, True)])
+async def test_who_waits_blames_a_teacher_only_if_it_is_not_well(server, tokens, health, blamed):
+    async with client(server.url, IMPATIENCE, failures=1) as teacher:
+        server.answers, server.health = [partial(never, server)], health
+        error = await failure(write(teacher, tokens))
+        assert (error.reason, error.well) == ("timeout", not blamed)
+        assert teacher.breaker.open is blamed
+
+
+async def test_a_teacher_that_stands_still_is_blamed(server):
+    async with client(server.url, IMPATIENCE, failures=1) as teacher:
+        server.answers, server.health_seconds = [partial(never, server)], PATIENCE
+        assert (await failure(write(teacher, SHORT))).reason == "timeout"
+        assert teacher.breaker.open
+
+
+async def test_who_waits_while_others_are_served_meets_a_busy_teacher(server):
+    """Nobody asks for its health then: it may be too busy to answer."""
+    async with client(server.url, 0.4, span_timeout=PATIENCE, failures=1) as teacher:
+        server.health = 503
+        drip = stream(*[choice([7], None) for _ in range(8)], choice([8]), pause=0.1)
+        server.answers = [drip, partial(never, server)]
+        served = write(teacher, LONG)
+        first = await anext(served)
+        others = asyncio.create_task(collect(served))
+        error = await failure(write(teacher, LONG))
+        assert (error.reason, error.well) == ("saturated", True)
+        assert [first.token_ids, len(await others)] == [[7], 8]
+        assert not teacher.breaker.tripped
+
+
+# What is secret
+
+
+@pytest.mark.parametrize("answer", [body({"error": {"message": "secret reply"}}, 500), hang_up])
+async def test_a_password_in_the_url_is_sent_and_shown_to_nobody(server, answer, caplog):
+    url = server.url.replace("://", "://user:p%40ss@")
+    async with client(url) as teacher:
+        server.answers = [answer]
+        error = await failure(write(teacher, SHORT))
+        assert server.requests[0].headers["Authorization"] == "Basic dXNlcjpwQHNz"
+        shown = [teacher.name, teacher.url, str(error), error.explanation, caplog.text]
+    assert not any("p%40ss" in text or "p@ss" in text or "user" in text for text in shown)
+    assert not any(word in error.explanation for word in ("secret", "127.0.0.1", "http"))
+
+
+def test_a_password_and_a_key_are_one_too_many():
+    with pytest.raises(TeacherError, match="a password in its URL and an API key") as error:
+        client("http://user:pass@host:8000", api_key="key")
+    assert "pass@" not in str(error.value)
+
+
+def test_every_reason_has_a_sentence_for_clients():
+    assert set(EXPLANATIONS) == set(get_args(Reason))
+    assert all(text.startswith(("The teacher", "No teacher")) for text in EXPLANATIONS.values())
