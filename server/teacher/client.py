@@ -343,10 +343,10 @@ class Teacher:
         if error.reason != "timeout":
             return error
         waited = time.monotonic() - patience.last_token
-        if self._served_at > patience.last_token + waited / 2:
-            reason = "timeout" if patience.written else "saturated"
-            return TeacherError(reason, f"{error}, while other calls went on", well=True)
-        return TeacherError("timeout", str(error), well=await self.healthy() is True)
+        lately = self._served_at > patience.last_token + waited / 2
+        well = lately or await self.healthy() is True
+        queued = well and not patience.written and self._served_at > patience.last_token
+        return TeacherError("saturated" if queued else "timeout", str(error), well=well)
 
     async def _pieces(
         self, ask: Ask, headers: Mapping[str, str], patience: Patience

@@ -14,9 +14,9 @@ from server.teacher.errors import TeacherError
 from server.teacher.pool import TeacherPool
 from server.vllm_api import SamplingParams
 
-AT_ONCE, SECONDS, TIMEOUT = 2, 0.02, 0.4
-CALLS = 150
-"""In one queue they take 1.5 s, longer than the timeout."""
+AT_ONCE, SECONDS, TIMEOUT = 2, 0.02, 1.0
+CALLS = 200
+"""In one queue they take 2 s, longer than the timeout."""
 
 
 @asynccontextmanager
@@ -68,7 +68,7 @@ async def test_a_queue_is_no_failure_and_does_not_stay() -> None:
         assert replica.running == 0
 
         served, later = used["served"], Counter()
-        for _ in range(4):
+        for _ in range(3):
             later += Counter(await asyncio.gather(*(outcome(pool, number) for number in range(CALLS))))
         assert set(later) == {"ok", "saturated"}
         assert later["ok"] >= 0.8 * (used["served"] - served), "hardly a call is served for nobody"
