@@ -1,8 +1,18 @@
 """The reserved rows at the end of the student's vocabulary."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 RESERVED_ROWS = 32
+
+
+def visible_rows(token_ids: Iterable[int]) -> int:
+    """One past the highest id that a token has.
+
+    Models pad their vocabulary: rows from here on are no tokens. Training leaves them out of every
+    distribution, and serving masks them, so that neither student nor teacher writes one.
+    """
+    return max(token_ids, default=-1) + 1
 
 
 @dataclass(frozen=True)

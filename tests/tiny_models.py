@@ -15,8 +15,8 @@ class Words:
 
     eos_token_id = END
 
-    def __len__(self) -> int:
-        return VISIBLE
+    def get_vocab(self) -> dict[str, int]:
+        return {str(i): i for i in range(VISIBLE)}
 
 
 def model(seed: int, layers: int = 1) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from training.loop.progress import console
 from training.loop.trainer import make_optimizers, update
 from training.models import build, parameters, reserved_rows, save_model
 from training.pipeline import Job, check, ensure_tokenizer, job, make_model, task_of
+from training.tokenizer import visible_ids
 from training.workspace import Workspace
 
 STEPS = 9
@@ -64,10 +65,10 @@ def report(role: str, this: Job, tokenizer: PreTrainedTokenizerBase, seed: int) 
     states = [x for o in optimizers for state in o.state.values() for x in state.values()]
     usual = median(seconds)
     total = timedelta(seconds=round(sum(seconds) + usual * (schedule.steps - STEPS)))
-    reserved = reserved_rows(model, tokenizer)
+    reserved, ids = reserved_rows(model, tokenizer), visible_ids(tokenizer)
     rows = {
         "parameters": f"{parameters(model):,}, trained {parameters(model, trained_only=True):,}",
-        "vocabulary": f"{len(tokenizer):,} ids, reserved rows {reserved.start:,} to {reserved.end - 1:,}",
+        "vocabulary": f"{ids:,} ids, reserved rows {reserved.start:,} to {reserved.end - 1:,}",
         "batch": shape_of(batch, schedule.accumulate),
         "memory of a process": f"weights {size(model.parameters())}, gradients {size(trained)}, "
         f"optimizer {size(states)}, peak {peak()}",

@@ -23,6 +23,7 @@ from training.config import ModelConfig, PretrainedConfig, RecipeError, ScratchC
 from training.lora import add_lora
 from training.parallel import blocks_of, is_sharded
 from training.reading import Reading, read, read_parts
+from training.tokenizer import visible_ids
 
 
 def check_adapters(config: PretrainedConfig) -> None:
@@ -39,8 +40,10 @@ def build(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) ->
         return new_model(config.shape, tokenizer, seed)
     model = AutoModelForCausalLM.from_pretrained(config.pretrained, dtype=getattr(torch, config.dtype))
     rows = model.config.get_text_config().vocab_size
-    if rows < len(tokenizer):
-        raise RecipeError(f"{config.pretrained} has {rows} rows for the tokenizer's {len(tokenizer)} ids")
+    if rows < visible_ids(tokenizer):
+        raise RecipeError(
+            f"{config.pretrained} has {rows} rows for the tokenizer's {visible_ids(tokenizer)} ids"
+        )
     if config.lora is not None:
         torch.manual_seed(seed)
         add_lora(model, config.lora)
@@ -52,7 +55,7 @@ def new_model(shape: Shape, tokenizer: PreTrainedTokenizerBase, seed: int) -> Pr
     torch.manual_seed(seed)
     end = tokenizer.eos_token_id
     config = LlamaConfig(
-        vocab_size=len(tokenizer) + RESERVED_ROWS,
+        vocab_size=visible_ids(tokenizer) + RESERVED_ROWS,
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
@@ -101,7 +104,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
 
 def reserved_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ReservedRows:
     """Raises ValueError where the vocabulary has no row to spare."""
-    return ReservedRows.at_end(model.config.vocab_size, len(tokenizer))
+    return ReservedRows.at_end(model.config.get_text_config().vocab_size, visible_ids(tokenizer))
 
 
 def parameters(model: PreTrainedModel, *, trained_only: bool = False) -> int:

@@ -36,7 +36,7 @@ from training.record import tokenizer_record, write_record
 from training.rollout_server import RolloutServer
 from training.tasks import Task, make_task
 from training.teacher import Teacher
-from training.tokenizer import load_tokenizer, train_tokenizer
+from training.tokenizer import load_tokenizer, train_tokenizer, visible_ids
 from training.vocabulary import check_pair, ready_tokenizer, served_teacher
 from training.workspace import STAGES, Workspace
 
@@ -213,7 +213,7 @@ def job(space: Workspace, role: Role, task: Task, tokenizer: PreTrainedTokenizer
     recipe, config = space.recipe, space.recipe.model(role)
     kind = METHODS[config.method.type]
     teacher = load_teacher(space) if kind.needs_teacher else None
-    method = kind(config.method, len(tokenizer), teacher, tokenizer.eos_token_id, recipe.max_tokens)
+    method = kind(config.method, visible_ids(tokenizer), teacher, tokenizer.eos_token_id, recipe.max_tokens)
     if isinstance(method, Joint):
         method.tokenizer = tokenizer
     model = build(config, tokenizer, recipe.seed)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from measuring.json_lines import DataError
+from router.reserved import visible_rows
 
 UNK, END, SYSTEM, USER, ASSISTANT = "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 SHOWN_SOURCE = 40
@@ -96,3 +97,8 @@ def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: list[str]) -> li
 
 def decode_answers(tokenizer: PreTrainedTokenizerBase, answers: list[list[int]]) -> list[str]:
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+
+def visible_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many ids may be written, see `router.reserved.visible_rows`."""
+    return visible_rows(tokenizer.get_vocab().values())

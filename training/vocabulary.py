@@ -10,7 +10,7 @@ from measuring.json_lines import DataError
 from router.reserved import ReservedRows
 from training.config import ChatConfig, PretrainedConfig, Recipe, RecipeError, ServedConfig
 from training.served import ServedTeacher, Server
-from training.tokenizer import rendered
+from training.tokenizer import rendered, visible_ids
 
 PROBE = "Which way?"
 
@@ -57,7 +57,7 @@ def check_pair(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
             rows = AutoConfig.from_pretrained(config.pretrained).vocab_size
             try:
                 if role == "student":
-                    ReservedRows.at_end(rows, len(tokenizer))
+                    ReservedRows.at_end(rows, visible_ids(tokenizer))
             except ValueError as error:
                 raise RecipeError(f"student {config.pretrained}: {error}") from error
 

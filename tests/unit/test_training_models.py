@@ -15,7 +15,10 @@ from router.checkpoint import RouterCheckpoint
 from router.reserved import RESERVED_ROWS
 from training.cli import train
 from training.config import Shape
-from training.models import new_model, save_model
+from training.gating.rollout import Request
+from training.gating.stage import load_cooperation
+from training.models import new_model, reserved_rows, save_model
+from training.sampling import complete
 from training.tasks import make_task
 from training.tokenizer import load_tokenizer, train_tokenizer
 
@@ -138,6 +141,29 @@ def test_a_student_without_a_row_to_spare_is_refused(recipe, ready, tmp_path, ca
     save_model(model, load_tokenizer(ready / "student"), full)
     assert train([recipe, f"student.pretrained={full}"]) == 2
     assert f"student {full}: the vocabulary has no spare row" in capsys.readouterr().err
+
+
+def test_rows_without_a_token_are_written_by_nobody(ready, tmp_path):
+    """Eight rows between the tokenizer's ids and the reserved ones, which both models like best."""
+    tokenizer = load_tokenizer(ready / "student")
+    for role in ("teacher", "student"):
+        model = AutoModelForCausalLM.from_pretrained(ready / role)
+        model.resize_token_embeddings(300 + 8 + RESERVED_ROWS)
+        model.tie_weights()
+        save_model(model, tokenizer, tmp_path / role)
+    pair = load_cooperation(tmp_path / "teacher", tmp_path / "student", tokenizer, (2, 1), 8)
+    for model in (pair.student, pair.teacher):
+        model.get_output_embeddings().register_forward_hook(padded_rows_win)
+    assert (pair.visible, reserved_rows(pair.student, tokenizer).start) == (300, 308)
+    (completion,) = pair.write([Request([5, 6], price=0.5, fraction=0.5)])
+    assert max(completion.tokens) < 300
+    assert max(complete(pair.student, [[5, 6]], pair.visible, 1, 8, temperature=0)[0]) < 300
+
+
+def padded_rows_win(head, inputs, logits):
+    logits = logits.clone()
+    logits[..., 300:308] += 1000
+    return logits
 
 
 def test_a_template_and_its_variables_go_with_the_student(recipe, ready, tmp_path):

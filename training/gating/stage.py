@@ -24,7 +24,9 @@ from training.gating.room import Room
 from training.gating.rounds import Rounds, train_gate
 from training.models import load_model, reserved_rows
 from training.parallel import device
+from training.reading import check_readout, check_steps
 from training.tasks import Example, Task
+from training.tokenizer import visible_ids
 
 Points = dict[str, list[tuple[float, float]]]
 
@@ -41,12 +43,15 @@ def load_cooperation(
         if not (path / "config.json").exists():
             raise RecipeError(f"no model in {path}")
     models = [load_model(path).requires_grad_(False).to(device()) for path in (student, teacher)]
+    check_steps(models[0], "student")
+    check_steps(models[1], "teacher")
+    check_readout(models[0], "student")
     reserved = reserved_rows(models[0], tokenizer)
     return Cooperation(
         student=models[0],
         teacher=models[1],
         score=RandomGate(reserved),
-        visible=reserved.start,
+        visible=visible_ids(tokenizer),
         end=tokenizer.eos_token_id,
         span_tokens=spans[0],
         ask_tokens=spans[1],

@@ -9,7 +9,7 @@ from training import parallel
 from training.loop.progress import console
 from training.sampling import complete
 from training.tasks import Task
-from training.tokenizer import decode_answers, encode_prompts
+from training.tokenizer import decode_answers, encode_prompts, visible_ids
 
 SHOWN = 2
 
@@ -31,7 +31,7 @@ class Validation:
         share = list(parallel.mine(prompts)) or prompts[:1]
         padding = int(parallel.largest(len(share))) - len(share)
         share += share[-1:] * padding
-        visible, end = len(self.tokenizer), self.tokenizer.eos_token_id
+        visible, end = visible_ids(self.tokenizer), self.tokenizer.eos_token_id
         tokens = complete(model, share, visible, end, self.longest, temperature=0)
         answers = parallel.gathered(decode_answers(self.tokenizer, tokens)[: len(parallel.mine(prompts))])
         scores = self.task.score(examples, answers)
