@@ -1,0 +1,58 @@
+"""Our fields in the OpenAPI document."""
+
+from typing import Any
+
+import pytest
+
+from server.exchange import Report
+from server.http.fields import ALONE, PATHS, STREAMED
+from server.http.openapi import document
+
+# The OpenAPI document
+
+
+@pytest.fixture
+def documented() -> dict[str, Any]:
+    """The document of an app that has all paths but one, of which one has no schema."""
+    names = {path: f"Request{i}" for i, path in enumerate(PATHS) if path != ALONE[-1]}
+
+    def operation(path: str) -> dict[str, Any]:
+        responses = {"200": {"content": {"text/event-stream": {}}}, "503": {"description": "vLLM's"}}
+        reference = {"$ref": f"#/components/schemas/{names[path]}"}
+        body = {"requestBody": {"content": {"application/json": {"schema": reference}}}}
+        return {"post": {"responses": responses} | ({} if path == "/invocations" else body)}
+
+    class App:
+        def openapi(self) -> dict[str, Any]:
+            schemas = {name: {"properties": {"model": {}}} for name in names.values()}
+            return {"paths": {path: operation(path) for path in names}, "components": {"schemas": schemas}}
+
+    app = App()
+    document(app)
+    return app.openapi()
+
+
+def test_the_budget_is_documented_where_there_is_a_body(documented):
+    schemas = documented["components"]["schemas"]
+    number, parts, nothing = schemas["TeacherBudget"]["anyOf"]
+    assert (number["minimum"], number["maximum"]) == (0, 1)
+    assert parts["properties"].keys() == {"fraction", "tokens", "calls"}
+    assert [some["required"] for some in parts["anyOf"]] == [["fraction"], ["tokens"], ["calls"]]
+    assert nothing == {"type": "null"}
+    bodies = [schema for name, schema in schemas.items() if name.startswith("Request")]
+    assert len(bodies) == len(PATHS) - 1
+    assert sum("teacher_budget" in schema["properties"] for schema in bodies) == len(bodies) - 1
+
+
+def test_the_report_is_documented_on_every_path(documented):
+    assert documented["paths"].keys() == {*PATHS} - {ALONE[-1]}
+    report = documented["components"]["schemas"]["Teacher"]
+    assert report["properties"].keys() == Report().as_dict().keys()
+    assert set(report["required"]) == Report().as_dict().keys()
+    for path, operations in documented["paths"].items():
+        responses = operations["post"]["responses"]
+        assert responses["200"]["content"]["application/json"]["schema"]["required"] == ["teacher"]
+        streamed = responses["200"]["content"]["text/event-stream"].get("schema", {}).get("properties", {})
+        assert streamed.keys() == ({"source", "teacher"} if path in STREAMED else set())
+        assert responses["503"] == {"description": "vLLM's"}
+        assert {"401", "429", "502"} < responses.keys()
