@@ -93,7 +93,7 @@ async def test_a_stream_that_loses_its_teacher_ends_with_an_error(
     longest: list[Any] = []
     for source in sources[:5]:  # the student may ask before its first token
         seen: list[Any] = []
-        with pytest.raises(expected, match="the teacher failed") as error:
+        with pytest.raises(expected, match="The teacher did not answer in time") as error:
             await read(gpt, claude, path, source, 0.5, seen)
         if seen:
             assert not isinstance(error.value, openai.APIConnectionError | openai.APIStatusError)
@@ -107,7 +107,7 @@ async def test_a_stream_that_has_not_begun_is_refused(
     gpt: AsyncOpenAI, claude: AsyncAnthropic, sources: list[str], path: str
 ) -> None:
     client = anthropic if path == MESSAGES else openai
-    with pytest.raises(client.InternalServerError, match="the teacher failed") as error:
+    with pytest.raises(client.InternalServerError, match="The teacher did not answer in time") as error:
         await read(gpt, claude, path, sources[6], 1, [])
     assert error.value.status_code == 502
 
