@@ -147,33 +147,47 @@ async def test_the_prompts_log_probabilities_alone(
     assert reply["teacher"]["calls"] == 0
 
 
+BATCH = {"model": "wheels", "max_tokens": 48, "extra_body": {"teacher_budget": 0.5}}
+
+
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("n", [1, 2])
-async def test_every_prompt_of_a_batch_has_the_budget(
-    client: AsyncOpenAI, sources: list[str], n: int, stream: bool
+async def test_every_prompt_of_a_batch_is_written_as_if_it_were_alone(
+    client: AsyncOpenAI, sources: list[str], stream: bool
 ) -> None:
-    """Each choice is written as if its prompt had come alone."""
-    limits = {"model": "wheels", "temperature": 0, "max_tokens": 24, "n": n}
-    extra = {"teacher_budget": {"tokens": 8}}
     alone = []
     for source in sources[:3]:
-        alone += (await client.completions.create(prompt=source, extra_body=extra, **limits)).choices
-    reply = await client.completions.create(prompt=sources[:3], extra_body=extra, stream=stream, **limits)
-    texts, reports = [""] * 3 * n, [None] * 3 * n
-    if stream:
-        async for chunk in reply:
-            for choice in chunk.choices:
-                texts[choice.index] += choice.text
-                reports[choice.index] = getattr(chunk, "teacher", None) or reports[choice.index]
-    else:
-        texts = [choice.text for choice in reply.choices]
-        reports = [choice.teacher for choice in reply.choices]
-        assert reply.teacher["tokens"] == sum(report["tokens"] for report in reports)
-    assert texts == [choice.text for choice in alone]
-    assert all(report["tokens"] <= 8 for report in reports)
-    assert sum(report["tokens"] for report in reports) > 8
-    if n > 1 and not stream:
-        assert reports == [choice.teacher for choice in alone]
+        alone.append(await client.completions.create(prompt=source, temperature=0, **BATCH))
+    reply = await client.completions.create(prompt=sources[:3], temperature=0, stream=stream, **BATCH)
+    batch = await merged(reply) if stream else [(c.text, c.teacher) for c in reply.choices]
+    assert batch == [(one.choices[0].text, one.teacher) for one in alone]
+    assert sum(report["tokens"] for _, report in batch) > 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_every_choice_of_a_batch_has_a_report(
+    client: AsyncOpenAI, sources: list[str], stream: bool
+) -> None:
+    reply = await client.completions.create(prompt=sources[:3], n=2, seed=7, stream=stream, **BATCH)
+    batch = await merged(reply) if stream else [(c.text, c.teacher) for c in reply.choices]
+    assert len(batch) == 6
+    for text, report in batch:
+        assert text
+        assert all(0 <= start < end <= 48 for start, end in report["spans"])
+        assert sum(end - start for start, end in report["spans"]) == report["tokens"]
+    if not stream:
+        assert reply.teacher["tokens"] == sum(report["tokens"] for _, report in batch)
+
+
+async def merged(stream: Any) -> list[tuple[str, Any]]:
+    """Text and report of every choice of a stream, in their order."""
+    texts: dict[int, str] = {}
+    reports: dict[int, Any] = {}
+    async for chunk in stream:
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+            if choice.finish_reason is not None:
+                reports[choice.index] = chunk.teacher
+    return [(texts[index], reports[index]) for index in sorted(texts)]
 
 
 async def test_a_beam_search_counts_what_the_client_gets(stack: Serving, sources: list[str]) -> None:
