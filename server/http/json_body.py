@@ -11,8 +11,10 @@ from server.http.errors import BadRequest
 DEEPEST = 200
 """Levels of nesting that a body may have. Python's own readers and writers of JSON end at some 1,000."""
 HALF = re.compile("[\ud800-\udfff]")
-# Without any of these, no number is infinite and no string has half of a surrogate pair.
-SUSPECT = re.compile(r"NaN|Infinity|[eE]\+?\d{3}|\d{300}|\\u[dD][89a-fA-F]")
+
+
+class _NotFinite(Exception):
+    """A number that JSON does not have."""
 
 
 class _Value(NamedTuple):
@@ -34,7 +36,7 @@ def read_body(body: bytes) -> Any:
     """
     try:
         text = body.decode(json.detect_encoding(body))
-        value = json.loads(text)
+        value = _decoded(text)
     except UnicodeDecodeError as error:
         message = f"the body is not Unicode text: {error.reason} at byte {error.start}"
         raise BadRequest(None, message) from error
@@ -44,10 +46,64 @@ def read_body(body: bytes) -> Any:
         raise BadRequest(None, f"the body is not JSON: {error}") from error
     except ValueError as error:  # Python converts no integer of more than 4,300 digits
         raise BadRequest(None, "the body has a number of too many digits") from error
-    if SUSPECT.search(text) or text.count("[") + text.count("{") > DEEPEST:
-        for found in _values(value):
-            _check(found)
+    if _has_halves(text, value) or _is_deep(text, value):
+        _name_problem(value)
     return value
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise _NotFinite
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_float=_number, parse_constant=_number)
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return _DECODER.decode(text)
+    except _NotFinite:
+        value = json.loads(text)
+        _name_problem(value)
+        return value
+
+
+def _has_halves(text: str, value: Any) -> bool:
+    """Whether a string has half of a surrogate pair. Only an escape can bring one into valid Unicode."""
+    if "\\ud" not in text and "\\uD" not in text:
+        return False
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return True
+    return False
+
+
+def _is_deep(text: str, value: Any) -> bool:
+    """Whether some container has `DEEPEST` others around it."""
+    if text.count("[") + text.count("{") <= DEEPEST:
+        return False
+    level = [value]
+    for _ in range(DEEPEST):
+        level = _containers(level)
+    return bool(level)
+
+
+def _containers(level: list[Any]) -> list[Any]:
+    """The containers in these."""
+    found: list[Any] = []
+    for container in level:
+        entries = container.values() if isinstance(container, dict) else container
+        found += [entry for entry in entries if isinstance(entry, dict | list)]
+    return found
+
+
+def _name_problem(value: Any) -> None:
+    """Raises BadRequest for the value that is no JSON, or too deep."""
+    for found in _values(value):
+        _check(found)
 
 
 def _check(found: _Value) -> None:

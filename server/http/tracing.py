@@ -5,7 +5,6 @@ Off until an exporter is set, by vLLM's ``--otlp-traces-endpoint``. The student'
 holds text or token ids.
 """
 
-
 from opentelemetry import propagate
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
