@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.http.asgi import REQUEST_ID, Message, Send, encoded, route_path
-from server.vllm_api import error_info
 
 ANTHROPIC = "/v1/messages"
 RESPONSES = "/v1/responses"
@@ -53,6 +52,8 @@ class ApiError:
     @classmethod
     def of(cls, error: Exception) -> "ApiError":
         """What vLLM would answer after this exception."""
+        from server.vllm_api import error_info  # loads vLLM, which raised it
+
         info = error_info(error)
         return cls(info.code, info.message, info.param)
 

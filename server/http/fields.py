@@ -11,8 +11,8 @@ from server.http.access import owner_of
 from server.http.asgi import App, Message, Receive, Send, route_path
 from server.http.errors import RESPONSES, ApiError, BadRequest, refuse
 from server.http.json_body import read_body
+from server.http.names import names_as_sent
 from server.http.response import AnnotatedResponse
-from server.parameters import names_as_sent
 from server.tenants import Tenant
 
 STREAMED = ("/v1/chat/completions", "/v1/completions", RESPONSES, "/v1/messages")

@@ -1,7 +1,7 @@
 import pytest
 
 from router.reserved import ReservedRows
-from server.parameters import UNSUPPORTED, check_reserved_rows, names_as_sent, unsupported
+from server.parameters import UNSUPPORTED, check_reserved_rows, unsupported
 from server.vllm_api import SamplingParams, VLLMValidationError
 
 RESERVED = ReservedRows(start=100, count=4)
@@ -72,54 +72,6 @@ def test_a_prompt_that_is_not_token_ids_cannot_be_sent_to_a_teacher(prompt):
 def test_the_teacher_has_no_adapter():
     assert unsupported(PROMPT, params(), {"lora_request": object()}) == "model"
     assert unsupported(PROMPT, params(), {"lora_request": None, "priority": 1}) is None
-
-
-# What the client calls it
-
-JSON_FORMAT = {"type": "json_object"}
-STRICT_TOOL = {"type": "function", "function": {"name": "f", "strict": True}}
-
-
-@pytest.mark.parametrize(
-    ("request_", "name"),
-    [
-        ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs"),
-        ({"response_format": JSON_FORMAT}, "response_format"),
-        ({"response_format": JSON_FORMAT, "tools": [STRICT_TOOL]}, "response_format"),
-        ({"response_format": {"type": "text"}, "tools": [STRICT_TOOL]}, "tools"),
-        ({"response_format": None, "tools": [STRICT_TOOL], "tool_choice": "auto"}, "tools"),
-        ({"tools": [STRICT_TOOL], "tool_choice": "required"}, "tool_choice"),
-        ({"tools": [STRICT_TOOL], "tool_choice": {"type": "function"}}, "tool_choice"),
-        ({"tools": [STRICT_TOOL], "tool_choice": {"type": "auto"}}, "tools"),
-        ({"tools": [STRICT_TOOL], "tool_choice": {"type": "any"}}, "tool_choice"),
-        ({"text": {"format": JSON_FORMAT}}, "text.format"),
-        ({"text": {"format": {"type": "text"}}, "tools": [STRICT_TOOL]}, "tools"),
-        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format"),
-        ({"text": "nonsense", "tools": 3, "tool_choice": 7}, "tool_choice"),
-        ({}, "structured_outputs"),
-    ],
-)
-def test_structured_output_has_the_name_that_was_sent(request_, name):
-    assert names_as_sent(request_)["structured_outputs"] == name
-
-
-@pytest.mark.parametrize(
-    ("request_", "parameter", "name"),
-    [
-        ({"echo": True, "logprobs": 1}, "prompt_logprobs", "echo"),
-        ({"echo": True, "prompt_logprobs": 0}, "prompt_logprobs", "prompt_logprobs"),
-        ({"prompt_logprobs": 0}, "prompt_logprobs", "prompt_logprobs"),
-        ({"echo": False}, "prompt_logprobs", "prompt_logprobs"),
-        ({"logprobs": True, "top_logprobs": -1}, "logprobs", "top_logprobs"),
-        ({"logprobs": -1}, "logprobs", "logprobs"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "thinking_token_budget", "thinking"),
-        ({"messages": [{}]}, "prompt", "messages"),
-        ({"input": "x"}, "prompt", "input"),
-        ({"prompt": "x"}, "prompt", "prompt"),
-    ],
-)
-def test_a_parameter_has_the_name_that_was_sent(request_, parameter, name):
-    assert names_as_sent(request_).get(parameter, parameter) == name
 
 
 # What a client may not touch
