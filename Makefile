@@ -88,8 +88,9 @@ WORKERS := -n logical --maxprocesses 4
 unit: packages setup  ## Unit tests: a minute, no engine
 	$(BIN)/pytest tests/unit tests/deploy $(WORKERS) --dist worksteal $(ARGS)
 
+# On a GPU one after the other: the engines of two processes may not fit into its memory.
 integration: packages setup browser  ## Integration tests: real vLLM engines
-	$(BIN)/pytest tests/integration -m integration $(ARGS)
+	$(BIN)/pytest tests/integration -m integration $(if $(filter cpu,$(BUILD)),-n 2 --dist loadfile) $(ARGS)
 
 .PHONY: sbom audit licences
 # Each tool runs in an environment of its own, and looks at ours from outside.
