@@ -1,6 +1,7 @@
 """What `wheels evaluate` counts, by hand; and the spare price, in the closed loop."""
 
 import math
+from itertools import islice
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_the_excess_is_the_worst_prefixs():
     assert excess([False, False], 0.5) < 0
 
 
-EXAMPLES = make_task("numbers").test()[:3]
+EXAMPLES = list(islice(make_task("numbers").train(0), 3))
 
 
 class ScriptedGateway:

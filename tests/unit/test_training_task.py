@@ -36,9 +36,10 @@ def answers(references: References) -> list[str]:
 
 
 def test_held_out_sources_never_appear_in_training(task):
-    held_out = {example.source for example in task.valid() + task.test()}
-    assert len(task.valid()) == 500
-    assert len(task.test()) == 1000
+    valid, test = task.valid(), task.test()
+    held_out = {example.source for example in valid + test}
+    assert len(valid) == 500
+    assert len(test) == 1000
     assert len(held_out) == 1500  # distinct, and the two are disjoint
     for seed in range(3):
         sources = {example.source for example in islice(task.train(seed), 3000)}
