@@ -175,7 +175,7 @@ class Choice:
     def lose_teacher(self, reason: str, *, degraded: bool) -> None:
         """As `put_off`, and twice as long each time: a teacher that stays away costs little."""
         self.put_off(reason, degraded=degraded)
-        self.ask_from += PAUSE_TOKENS * (2**self.losses - 1)
+        self.ask_from += PAUSE_TOKENS * ((1 << self.losses) - 1)
         self.losses += 1
 
     def _denied(self, reason: str, *, degraded: bool) -> None:

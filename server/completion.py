@@ -22,7 +22,7 @@ class Piece:
     """Some tokens that one model wrote in a row, and how it ended, if it did."""
 
     token_ids: Sequence[int]
-    logprobs: Sequence[dict[int, Logprob]] | None = None
+    logprobs: Sequence[Any] | None = None
     """Per token: log-probabilities by token id, the written one among them."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -44,7 +44,7 @@ class Piece:
 
 
 def new_detokenizer(
-    tokenizer: Any, prompt_ids: Sequence[int] | None, params: SamplingParams
+    tokenizer: Any, prompt_ids: list[int] | None, params: SamplingParams
 ) -> IncrementalDetokenizer:
     """vLLM's own, with its matcher of stop strings, as its engine makes one for each request."""
     request = EngineCoreRequest(
@@ -74,12 +74,14 @@ class Completion:
         self.index = index
         self.params = params
         self.report = report
-        self.max_tokens = params.max_tokens
+        if params.max_tokens is None:
+            raise ValueError("a completion needs a length that ends it")
+        self.max_tokens: int = params.max_tokens
         self._end_ids = frozenset([params.eos_token_id, *(params.stop_token_ids or ())]) - {None}
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
-        self._cumulative_logprob = None if params.logprobs is None else 0.0
+        self._cumulative_logprob = 0.0
         self._handed_out = 0
         tokenizer = tokenizer if params.detokenize else None
         self._detokenizer = new_detokenizer(tokenizer, prompt_ids, params)
@@ -162,7 +164,7 @@ class Completion:
             index=self.index,
             text=self._detokenizer.get_next_output_text(self.finished, delta),
             token_ids=self.token_ids[start:],
-            cumulative_logprob=self._cumulative_logprob,
+            cumulative_logprob=None if self._logprobs is None else self._cumulative_logprob,
             logprobs=None if self._logprobs is None else self._logprobs[start:],
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,

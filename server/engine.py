@@ -96,6 +96,8 @@ class CooperativeEngine(AsyncLLM):
                 supported_tasks=("generate",),
                 data_parallel_rank=options.get("data_parallel_rank"),
             )
+            if request.sampling_params is None:
+                raise TypeError("not a request for a completion")
             return request.sampling_params
 
         return StudentEngine(

@@ -64,24 +64,32 @@ class SharedBudgets:
         Now and then those too of which something is in use or spent in its window.
         """
         now = time.monotonic()
-        seen, self._used = self._used, {}
+        seen = self._used
+        self._used = {}
         if now >= self._idle_at:
-            seen, self._idle, self._idle_at = self._idle | seen, {}, now + IDLE_SECONDS
-        statuses = await self.ledger.status(list(seen.values()))
-        if statuses is None:  # it is away: all are looked at when it is back
+            seen = self._idle | seen
+            self._idle = {}
+            self._idle_at = now + IDLE_SECONDS
+        answer = await self.ledger.status(list(seen.values()))
+        if answer is None:  # it is away: all are looked at when it is back
             self._idle |= seen
-            statuses = ()
-        self._idle |= {s.scope.id: s.scope for s in statuses if s.spent or s.reserved}
+        statuses = answer or []
+        for status in statuses:
+            if status.spent or status.reserved:
+                self._idle[status.scope.id] = status.scope
         self.prices.update(now, statuses)
         LEDGER_AVAILABLE.set(self.ledger.available)
         for status in statuses:
-            scope, limit = status.scope, status.scope.limit
-            labels = (scope.kind, scope.key, f"{limit.type}/{limit.window_seconds:g}s")
-            BUDGET_LIMIT.labels(*labels).set(limit.tokens if limit.type == "tokens" else limit.fraction)
-            BUDGET_REMAINING.labels(*labels).set(status.remaining)
-            BUDGET_RATE.labels(*labels).set(status.rate)
-            BUDGET_PRICE.labels(*labels).set(self.prices.price([scope]))
+            self._publish(status)
         return statuses
+
+    def _publish(self, status: Status) -> None:
+        scope, limit = status.scope, status.scope.limit
+        labels = (scope.kind, scope.key, f"{limit.type}/{limit.window_seconds:g}s")
+        BUDGET_LIMIT.labels(*labels).set(limit.tokens if limit.type == "tokens" else limit.fraction)
+        BUDGET_REMAINING.labels(*labels).set(status.remaining)
+        BUDGET_RATE.labels(*labels).set(status.rate)
+        BUDGET_PRICE.labels(*labels).set(self.prices.price([scope]))
 
     def use(self, scopes: Sequence[Scope]) -> None:
         self._used |= {scope.id: scope for scope in scopes}
@@ -155,7 +163,7 @@ class Share:
         return Draw(min(tokens, self.lease.tokens - self.used), self.lease.deadline)
 
     def settle(self, used: int) -> None:
-        """So many tokens of what was reserved last were written."""
+        """This many tokens of what was reserved last were written."""
         if self.lease is None:
             return
         self.used += used

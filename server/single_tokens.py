@@ -5,7 +5,7 @@ parsers go wrong on a delta in which one part of an answer ends and the next beg
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from server.vllm_api import CompletionOutput, IncrementalDetokenizer, RequestOut
 class SingleTokens:
     """Splits the deltas of one plain request; the texts are those that vLLM would have made of each token."""
 
-    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] | None, params: SamplingParams) -> None:
+    def __init__(self, tokenizer: Any, prompt_ids: list[int] | None, params: SamplingParams) -> None:
         self._texts: list[IncrementalDetokenizer] = []
         for _ in range(params.n):
             self._texts.append(new_detokenizer(tokenizer, prompt_ids, params))
@@ -53,9 +53,10 @@ class SingleTokens:
 
     @staticmethod
     def _part(new: CompletionOutput, part: slice) -> CompletionOutput:
+        mask = new.sampling_mask
         return replace(
             new,
             token_ids=new.token_ids[part],
             logprobs=new.logprobs and new.logprobs[part],
-            sampling_mask=new.sampling_mask and new.sampling_mask[part],
+            sampling_mask=mask and replace(mask, token_ids=mask.token_ids[part]),
         )
