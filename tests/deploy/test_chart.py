@@ -195,3 +195,96 @@ def test_wrong_values_are_refused(values: str, message: str) -> None:
     result = helm.template("--set", values)
     assert result.returncode != 0
     assert message in result.stderr
+
+
+# Variables and numbers
+
+
+def variables(text: str, kind: str, component: str) -> list[tuple[str, Any]]:
+    """Names and values of a container's environment, in order."""
+    pod = of_kind(text, kind, component)["spec"]["template"]["spec"]
+    return [(variable["name"], variable.get("value")) for variable in pod["containers"][0]["env"]]
+
+
+@pytest.mark.parametrize(("kind", "component"), [("Deployment", "gateway"), ("StatefulSet", "teacher")])
+@pytest.mark.parametrize("name", ["HOME", "VLLM_API_KEY", "LEDGER_URL", "HF_TOKEN"])
+def test_a_variable_is_rendered_once_as_configured(kind: str, component: str, name: str) -> None:
+    result = helm.template("--set", f"{component}.env.{name}=/mine,{component}.env.OTHER=x")
+    assert result.returncode == 0, result.stderr
+    found = variables(result.stdout, kind, component)
+    assert len({variable for variable, _ in found}) == len(found)
+    assert dict(found)[name] == "/mine"
+    assert dict(found)["HOME"] == ("/mine" if name == "HOME" else "/home/wheels")
+
+
+@pytest.mark.parametrize(
+    ("variable", "secret"),
+    [
+        ("gateway.env.VLLM_API_KEY", "secrets.apiKey"),
+        ("gateway.env.LEDGER_URL", "ledger.urlSecret"),
+        ("teacher.env.VLLM_API_KEY", "secrets.teacherApiKey"),
+        ("teacher.env.HF_TOKEN", "secrets.huggingFaceToken"),
+    ],
+)
+def test_a_variable_that_a_secret_sets_is_refused(variable: str, secret: str) -> None:
+    result = helm.template("--set", f"{variable}=mine,{secret}.name=theirs")
+    assert result.returncode != 0
+    assert f"{variable} and {secret} exclude each other" in result.stderr
+    assert helm.template("--set", f"{variable}=mine").returncode == 0
+
+
+BIG = 10_000_000
+
+
+def big_values() -> dict[str, Any]:
+    """A big number wherever the chart takes one; ports and replicas of a teacher have their limits."""
+    component = {
+        "tensorParallel": BIG,
+        "dataParallel": BIG,
+        "startSeconds": BIG,
+        "drainSeconds": BIG,
+        "podDisruptionBudget": {"maxUnavailable": BIG},
+        "resources": {"requests": {"cpu": BIG}, "limits": {"memory": BIG}},
+    }
+    limit = {"type": "tokens", "tokens": BIG, "window_seconds": 60}
+    return {
+        "gateway": component
+        | {"autoscaling": {"enabled": True, "minReplicas": BIG, "maxReplicas": BIG, "waitingRequests": BIG}}
+        | {"config": {"limits": [limit], "vllm": {"max-model-len": BIG}, "default_budget": {"tokens": BIG}}}
+        | {"tolerations": [{"key": "gpu", "operator": "Exists", "tolerationSeconds": BIG}]},
+        "teacher": component | {"replicas": 3},
+        "ledger": {"urlSecret": {"name": "redis"}, "settings": {"retry_seconds": BIG, "connections": BIG}},
+    }
+
+
+def test_numbers_are_written_as_numbers(tmp_path: Path) -> None:
+    """Helm reads them as floating point, and would write 1e+07."""
+    values = tmp_path / "values.yaml"
+    values.write_text(yaml.safe_dump(big_values()))
+    result = helm.template("--values", str(values))
+    assert result.returncode == 0, result.stderr
+    assert "e+0" not in result.stdout
+    scaled = of_kind(result.stdout, "ScaledObject")["spec"]
+    assert (scaled["minReplicaCount"], scaled["maxReplicaCount"]) == (BIG, BIG)
+    assert scaled["triggers"][0]["metadata"]["threshold"] == str(BIG)
+    for kind, component in (("Deployment", "gateway"), ("StatefulSet", "teacher")):
+        pod = of_kind(result.stdout, kind, component)["spec"]["template"]["spec"]
+        assert pod["terminationGracePeriodSeconds"] == BIG + 30
+        assert pod["containers"][0]["startupProbe"]["failureThreshold"] == BIG // 5
+        assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == BIG * BIG
+        assert pod["containers"][0]["resources"]["limits"]["memory"] == BIG
+    config = yaml.safe_load(of_kind(result.stdout, "ConfigMap")["data"]["config.yaml"])
+    assert (config["drain_seconds"], config["limits"][0]["tokens"]) == (BIG, BIG)
+    assert config["vllm"]["tensor-parallel-size"] == BIG
+    ledger = json.loads(dict(variables(result.stdout, "Deployment", "gateway"))["WHEELS_LEDGER"])
+    assert ledger["connections"] == BIG
+
+
+def test_a_teachers_password_is_not_in_the_notes() -> None:
+    result = helm.helm(
+        *("install", "wheels", str(helm.CHART), "--namespace", "ai", "--dry-run=client"),
+        *("--set", "teacher.urls[0]=http://me:secret@teacher:8000"),
+    )
+    notes = result.stdout.partition("NOTES:")[2]
+    assert "http://teacher:8000" in notes
+    assert "secret" not in notes

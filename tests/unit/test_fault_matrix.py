@@ -33,7 +33,7 @@ CALIBRATION = Calibration(((0.5, 1.0),))
 LENGTH = 30
 SPANS = {"body": STREAM_ABOVE - 4, "stream": STREAM_ABOVE + 4}
 KINDS = {"streaming client": DELTA, "waiting client": FINAL_ONLY}
-PATIENCE, SPAN_PATIENCE, BREAKER_SECONDS = 0.25, 0.5, 0.3
+PATIENCE, SPAN_PATIENCE, BREAKER_SECONDS = 0.25, 1.0, 0.3
 
 
 # The faults

@@ -37,10 +37,10 @@ Those that autoscaling has not started are names of nobody, which gateways ask a
 {{/* Settings of vLLM that follow from the shape of a pod. Call with gateway or teacher. */}}
 {{- define "wheels.parallel" -}}
 {{- if gt (int .tensorParallel) 1 }}
-tensor-parallel-size: {{ .tensorParallel }}
+tensor-parallel-size: {{ int64 .tensorParallel }}
 {{- end }}
 {{- if gt (int .dataParallel) 1 }}
-data-parallel-size: {{ .dataParallel }}
+data-parallel-size: {{ int64 .dataParallel }}
 {{- end }}
 {{- end }}
 
@@ -54,6 +54,13 @@ data-parallel-size: {{ .dataParallel }}
 {{- with .Values.secrets.tenants }}{{ if .name }}{{ $_ = set $config "tenants" (printf "/etc/wheels/tenants/%s" .key) }}{{ end }}{{ end }}
 {{- with fromYaml (include "wheels.parallel" .Values.gateway) }}{{ $_ = set $config "vllm" (merge . ($config.vllm | default dict)) }}{{ end }}
 {{- toYaml $config }}
+{{- end }}
+
+{{/* Environment variables of a container, as configured; HOME is writable unless it is set. Call with env. */}}
+{{- define "wheels.env" -}}
+{{- range $name, $value := merge (deepCopy .) (dict "HOME" "/home/wheels") }}
+- {name: {{ $name }}, value: {{ $value | quote }}}
+{{- end }}
 {{- end }}
 
 {{/* An environment variable from a Secret, where one is named. Call: (list "NAME" $secret) */}}
