@@ -13,8 +13,10 @@ State of a scope, four keys in one slot (every key of a ledger carries one hash 
 
 from hashlib import sha1
 
-PRELUDE = """
-local SUB_WINDOWS, PARTS = 60, 1000000
+from router.ledger.base import PARTS, SUB_WINDOWS
+
+PRELUDE = f"local SUB_WINDOWS, PARTS = {SUB_WINDOWS}, {PARTS}"
+PRELUDE += """
 local TOTALS = {'now', 'newest', 'spent', 'student', 'reserved', 'total_spent', 'total_student'}
 local call = redis.call
 
