@@ -25,6 +25,7 @@ from measuring.examples import load_sources
 from router.budget import Budget
 from router.gate import GATES
 from router.ledger import LedgerConfig, Limit, MemoryLedgerConfig
+from server.vllm_flags import read_flags, setting_name
 
 ENVIRONMENT_PREFIX = "WHEELS_"
 
@@ -68,6 +69,15 @@ def _structure(value: Any) -> Any:
         return json.loads(value)
     except ValueError as error:
         raise ValueError(f"not JSON: {value!r}") from error
+
+
+def _vllm_settings(value: Any) -> Any:
+    value = _structure(value)
+    if not isinstance(value, dict):
+        raise ValueError("expected settings of vLLM's server by flag name")
+    if len({setting_name(str(name)) for name in value}) < len(value):
+        raise ValueError("one setting is there in two spellings")
+    return value
 
 
 def _several(value: Any) -> Any:
@@ -144,9 +154,14 @@ class ServeConfig(BaseModel):
     cache: Path = Field(
         Path.home() / ".cache" / "training-wheels", description="where merged students are kept"
     )
-    vllm: dict[str, Any] = Field(
+    vllm: Annotated[dict[str, Any], BeforeValidator(_vllm_settings)] = Field(
         default_factory=dict, description="further settings of the student's vLLM server, by flag name"
     )
+
+    @property
+    def vllm_settings(self) -> dict[str, Any]:
+        """``vllm``, by vLLM's own spelling of its flags."""
+        return {setting_name(name): value for name, value in self.vllm.items()}
 
 
 def load(argv: list[str]) -> ServeConfig:
@@ -170,12 +185,24 @@ def load(argv: list[str]) -> ServeConfig:
             parser.add_argument(f"--{name.replace('_', '-')}", help=(field.description or "") + default)
     flags = vars(parser.parse_args(own))
     settings = _from_file(flags.pop("config", None)) | _from_environment() | flags
-    if vllm_flags:
-        settings["vllm"] = {**settings.get("vllm", {}), **_vllm_flags(vllm_flags)}
     try:
+        if vllm_flags:
+            settings["vllm"] = _merged(settings.get("vllm", {}), read_flags(vllm_flags))
         return ServeConfig.model_validate(settings)
     except ValidationError as error:
         raise ConfigError("; ".join(_problem(entry) for entry in error.errors())) from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _merged(settings: Any, flags: dict[str, Any]) -> dict[str, Any]:
+    """The file's settings of vLLM, but for those that a flag replaces, and the flags."""
+    try:
+        checked = _vllm_settings(settings)
+    except ValueError as error:
+        raise ConfigError(f"vllm: {error}") from error
+    kept = {name: value for name, value in checked.items() if setting_name(name) not in flags}
+    return kept | flags
 
 
 def _problem(entry: Any) -> str:
@@ -206,18 +233,3 @@ def _from_environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if name.startswith(ENVIRONMENT_PREFIX)
     }
-
-
-def _vllm_flags(flags: list[str]) -> dict[str, Any]:
-    """``--max-model-len 256 --enforce-eager`` as settings; vLLM's parser checks them later."""
-    settings: dict[str, Any] = {}
-    name: str | None = None
-    for word in flags:
-        if word.startswith("--"):
-            name, _, value = word.removeprefix("--").partition("=")
-            settings[name] = value if value else True
-        elif name is None:
-            raise ConfigError(f"expected a flag of vLLM after --, got {word!r}")
-        else:
-            settings[name] = word
-    return settings

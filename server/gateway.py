@@ -38,7 +38,7 @@ from server.teacher.errors import TeacherError
 from server.teacher.pool import TeacherPool
 from server.teacher.vocabulary import SameVocabulary
 from server.tenants import Tenants
-from server.vllm_api import AsyncEngineArgs, HttpLayer, current_platform, parses_streams
+from server.vllm_api import AsyncEngineArgs, HttpLayer, UsageContext, current_platform, parses_streams
 
 logger = logging.getLogger(__name__)
 
@@ -143,22 +143,18 @@ def _vllm_arguments(
             gate_settings(reserved, config.gate, None if router is None else student / MERGED_ROUTER)
         ),
     }
-    theirs = _vllm_settings(config)
+    theirs = config.vllm_settings
     if config.tenants is not None and "api-key" in theirs:
         raise ConfigError("tenants have API keys of their own: leave out vllm's api-key")
-    if clash := ours.keys() & theirs:
-        raise ConfigError(f"vllm settings that the gateway sets itself: {', '.join(sorted(clash))}")
     if current_platform.is_cpu():
         # The CPU default of 128 would recompute whole short prompts after every span.
         theirs.setdefault("block-size", 32)
     # What is in mid-answer goes before what has not begun: see `CooperativeEngine._priority`.
-    if theirs.setdefault("scheduling-policy", "priority") != "priority":
+    theirs.setdefault("scheduling-policy", "priority")
+    arguments = HttpLayer().parse(theirs, fixed=ours)
+    if arguments.scheduling_policy != "priority":
         raise ConfigError("vllm's scheduling-policy must be priority: continuations go first")
-    return HttpLayer().parse({**ours, **theirs})
-
-
-def _vllm_settings(config: ServeConfig) -> dict[str, Any]:
-    return {name.replace("_", "-"): value for name, value in config.vllm.items()}
+    return arguments
 
 
 async def _serve(config: ServeConfig, router: RouterCheckpoint | None, student: Path) -> int:
@@ -170,7 +166,8 @@ async def _serve(config: ServeConfig, router: RouterCheckpoint | None, student: 
         if not config.teacher_wait:
             await teacher.connect()  # the engine takes a while: say at once what is missing
         http = HttpLayer()
-        address, socket = http.setup_server(arguments, reuse_port=False)
+        http.prepare(arguments)
+        address, socket = http.listen(arguments)
         engine = _engine(arguments)
         try:
             await _connect(teacher, deadline)
@@ -187,15 +184,9 @@ async def _serve(config: ServeConfig, router: RouterCheckpoint | None, student: 
             works += [] if config.router is None else [_router_reload(config, router, engine).watch()]
             async with aclosing(shared), _background(works):  # at the end, every span is settled
                 print(f"wheels serve: {address}, teacher {teacher}", flush=True)
+                options = http.serve_options(arguments, keep_alive_seconds=KEEP_ALIVE_SECONDS)
                 serving = http.serve_http(
-                    app,
-                    sock=socket,
-                    host=arguments.host,
-                    port=arguments.port,
-                    log_level=arguments.uvicorn_log_level,
-                    access_log=not arguments.disable_uvicorn_access_log,
-                    timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                    timeout_graceful_shutdown=CUT_OFF_SECONDS,
+                    app, sock=socket, timeout_graceful_shutdown=CUT_OFF_SECONDS, **options
                 )
                 await lifecycle.run(app.state, serving)
             if engine.errored and not lifecycle.interrupted:
@@ -226,13 +217,17 @@ def _teacher(config: ServeConfig, reserved: ReservedRows) -> TeacherPool:
 
 
 def _engine(arguments: Namespace) -> CooperativeEngine:
-    config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+    # What vLLM's own server passes: its defaults for batches depend on it.
+    usage = UsageContext.OPENAI_API_SERVER
+    config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config(usage)
     if config.use_v2_model_runner:  # vLLM's choice on GPUs, known only now; it takes its own interface alone
         config.model_config.logits_processors = ["server.gate_processor:GateProcessorV2"]
     return CooperativeEngine.from_vllm_config(
         config,
+        usage_context=usage,
         disable_log_stats=arguments.disable_log_stats,
         enable_log_requests=arguments.enable_log_requests,
+        aggregate_engine_logging=arguments.aggregate_engine_logging,
     )
 
 
@@ -263,7 +258,7 @@ def _cooperation(
         reserved=reserved,
         span_tokens=span_tokens,
         ask_tokens=ask_tokens,
-        client_priority=_vllm_settings(config).get("scheduling-policy") == "priority",
+        client_priority=config.vllm_settings.get("scheduling-policy") == "priority",
         default_budget=config.default_budget,
         shared=SharedBudgets(
             config.ledger.build(), PriceController(policy.calibration, ask_tokens), config.limits

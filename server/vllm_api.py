@@ -1,7 +1,15 @@
-"""Every name of vLLM that the gateway uses, so that an upgrade of vLLM touches this file."""
+"""Every name of vLLM that the gateway uses, so that an upgrade of vLLM touches this file.
 
-from argparse import Namespace
-from typing import Any
+Public names first, then vLLM's HTTP server, then what vLLM does not offer: each of its private names is
+reached through one function here, which `tests/unit/test_vllm_contract.py` checks against vLLM itself.
+"""
+
+import os
+import socket
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NoReturn
 
 from vllm import SamplingParams, envs
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -11,6 +19,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.async_utils import merge_async_iterators
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -25,6 +34,12 @@ from vllm.v1.worker.gpu.sample.logit_bias import (
 )
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
+from server.config import ConfigError
+from server.vllm_arguments import check_arguments, check_fixed, one_line
+from server.vllm_flags import write_flags
+
+KEEP_ALIVE_VARIABLE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
+
 
 class HttpLayer:
     """vLLM's OpenAI server around any engine; imported late, as the engine's process needs none of it."""
@@ -37,21 +52,91 @@ class HttpLayer:
         self.init_app_state = init_app_state
         self.build_app = build_app
         self.serve_http = serve_http
-        self.setup_server = setup_server
+        self._setup_server = setup_server
 
-    def parse(self, settings: dict[str, Any]) -> Namespace:
-        """Settings by flag name as vLLM's server arguments; a wrong one ends the process, as in vLLM."""
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
+    def parse(self, settings: Mapping[str, Any], fixed: Mapping[str, Any] | None = None) -> Namespace:
+        """Settings by flag name as vLLM's server arguments, with ``fixed`` ones that nobody may change.
 
-        flags: list[str] = []
-        for name, value in settings.items():
-            if value is not False:
-                values = value if isinstance(value, list) else [value]
-                flags += [f"--{name}", *(str(v) for v in values if v is not True)]
-        arguments = make_arg_parser(FlexibleArgumentParser(prog="wheels serve --")).parse_args(flags)
-        validate_parsed_serve_args(arguments)
+        Raises:
+            ConfigError: a setting is unknown, wrong, fixed, or nothing that a gateway can honour.
+        """
+        from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+
+        parser = _parser()
+        actions = parser._option_string_actions
+        fixed = fixed or {}
+        check_fixed(settings, fixed, actions)
+        try:
+            arguments = parser.parse_args(write_flags({**settings, **fixed}, actions))
+            validate_parsed_serve_args(arguments)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"vllm: {one_line(error)}") from error
+        check_arguments(arguments)
         return arguments
+
+    def prepare(self, arguments: Namespace) -> None:
+        """Set up logging and the start of processes, as vLLM's own entry does before it starts an engine.
+
+        Raises:
+            ConfigError: the logging configuration is not usable.
+        """
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+        from vllm.logger import configure_logging_from_args
+
+        cli_env_setup()
+        try:
+            configure_logging_from_args(arguments)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"vllm's logging-config: {one_line(error)}") from error
+
+    def listen(self, arguments: Namespace) -> tuple[str, socket.socket]:
+        """The address for the operator, and its socket.
+
+        Raises:
+            ConfigError: it cannot be listened on, or a parser of tools or reasoning is unknown.
+        """
+        try:
+            address, listening = self._setup_server(arguments, reuse_port=False)
+        except (ImportError, KeyError, OSError) as error:
+            raise ConfigError(f"vllm: {one_line(error)}") from error
+        if arguments.ssl_certfile is not None:  # a key of its own is no condition
+            address = address.replace("http://", "https://", 1)
+        return address, listening
+
+    def serve_options(self, arguments: Namespace, *, keep_alive_seconds: int) -> dict[str, Any]:
+        """What vLLM's own entry passes to `serve_http` besides app and socket."""
+        from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+
+        log_config = get_uvicorn_log_config(arguments)
+        return {
+            "enable_ssl_refresh": arguments.enable_ssl_refresh,
+            "host": arguments.host,
+            "port": arguments.port,
+            "log_level": arguments.uvicorn_log_level,
+            "access_log": not arguments.disable_uvicorn_access_log,
+            "timeout_keep_alive": int(os.environ.get(KEEP_ALIVE_VARIABLE, keep_alive_seconds)),
+            "ssl_keyfile": arguments.ssl_keyfile,
+            "ssl_certfile": arguments.ssl_certfile,
+            "ssl_ca_certs": arguments.ssl_ca_certs,
+            "ssl_cert_reqs": arguments.ssl_cert_reqs,
+            "ssl_ciphers": arguments.ssl_ciphers,
+            "h11_max_incomplete_event_size": arguments.h11_max_incomplete_event_size,
+            "h11_max_header_count": arguments.h11_max_header_count,
+            **({} if log_config is None else {"log_config": log_config}),
+        }
+
+
+@cache
+def _parser() -> ArgumentParser:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(f"vllm: {one_line(message)}")
+
+    # Without abbreviations: a setting that the gateway makes itself has no second name.
+    return make_arg_parser(Parser(prog="wheels serve --", allow_abbrev=False))
 
 
 def max_bad_words_tokens() -> int:
@@ -99,6 +184,7 @@ __all__ = [
     "RequestOutputKind",
     "Sampler",
     "SamplingParams",
+    "UsageContext",
     "VLLMValidationError",
     "convert_ids_list_to_tokens",
     "current_platform",

@@ -7,6 +7,7 @@ import yaml
 
 from router.budget import Budget
 from server.config import ConfigError, ServeConfig, load
+from server.vllm_flags import Repeated
 
 
 @pytest.fixture(autouse=True)
@@ -276,6 +277,12 @@ def test_a_file_that_is_no_text_is_named(needed, tmp_path):
         (["--max-model-len=256"], {"max-model-len": "256"}),
         (["--enforce-eager"], {"enforce-eager": True}),
         (["--enforce-eager", "--seed", "-1"], {"enforce-eager": True, "seed": "-1"}),
+        (["--api-key", "OLD", "NEW"], {"api-key": ["OLD", "NEW"]}),
+        (["--api-key=OLD", "NEW", "--seed", "1"], {"api-key": ["OLD", "NEW"], "seed": "1"}),
+        (["--api-key", "OLD", "--api-key", "NEW"], {"api-key": Repeated(["OLD", "NEW"])}),
+        (["--chat-template="], {"chat-template": ""}),
+        (["--hf_overrides.a_b", "1"], {"hf-overrides.a_b": "1"}),
+        (["-tp", "2", "-O3"], {"-tp": "2", "-O3": True}),
     ],
 )
 def test_vllms_flags_follow_two_dashes(needed, flags, settings):
@@ -285,6 +292,29 @@ def test_vllms_flags_follow_two_dashes(needed, flags, settings):
 def test_vllms_flags_win_over_the_file(needed, write):
     file = write({"vllm": {"seed": 1, "max-model-len": 256}})
     assert load([*needed, *file, "--", "--seed", "2"]).vllm == {"seed": "2", "max-model-len": 256}
+
+
+def test_a_flag_replaces_the_files_setting_in_any_spelling(needed, write):
+    file = write({"vllm": {"max_model_len": 256, "served": 1}})
+    assert load([*needed, *file, "--", "--max-model-len", "8"]).vllm == {"served": 1, "max-model-len": "8"}
+
+
+def test_settings_of_vllm_can_stand_in_the_environment(needed, environment):
+    environment.setenv("WHEELS_VLLM", '{"max-model-len": 256}')
+    assert load(needed).vllm == {"max-model-len": 256}
+    assert load([*needed, "--", "--seed", "1"]).vllm == {"max-model-len": 256, "seed": "1"}
+
+
+@pytest.mark.parametrize("flags", [[], ["--", "--seed", "1"]])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["--seed"], "vllm: expected settings of vLLM's server by flag name"),
+        ({"max_model_len": 1, "max-model-len": 2}, "vllm: one setting is there in two spellings"),
+    ],
+)
+def test_settings_of_vllm_that_are_none_are_refused(needed, write, settings, said, flags):
+    assert refusal([*needed, *write({"vllm": settings}), *flags]) == said
 
 
 def test_a_word_that_is_no_flag_of_vllm_is_refused(needed):
