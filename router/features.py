@@ -1,5 +1,7 @@
 """What a gate sees of one position: the student's own logits, taps included."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,11 @@ from router.reserved import ReservedRows
 TOP_LOG_PROBS = 8
 # A masked token's log-probability is -inf; a feature must be finite.
 LOG_PROB_FLOOR = -30.0
+LOWEST = -80.0
+"""A logit this far below the largest counts as masked; exp of it is still a normal float32."""
+
+BLOCK = 128
+"""Logits of which `largest` first takes the maximum."""
 
 
 def n_features(reserved: ReservedRows) -> int:
@@ -30,8 +37,47 @@ def confidence(logits: Tensor, reserved: ReservedRows) -> Tensor:
     logits: (..., V) with at least the visible rows.
     Returns (..., 10) float32; log-probabilities and entropy in nats, margin = log p1 - log p2.
     """
-    log_probs = logits[..., : reserved.start].float().log_softmax(-1)
-    top = log_probs.topk(TOP_LOG_PROBS, dim=-1).values.clamp(min=LOG_PROB_FLOOR)
-    entropy = torch.special.entr(log_probs.exp()).sum(-1, keepdim=True)
-    margin = top[..., :1] - top[..., 1:2]
-    return torch.cat((top, entropy, margin), dim=-1)
+    visible = logits[..., : reserved.start].float()
+    top = largest(visible, TOP_LOG_PROBS)
+    spread = Spread.of(visible, top[..., :1])
+    log_probs = (top - top[..., :1] - spread.log_total[..., None]).clamp(min=LOG_PROB_FLOOR)
+    margin = log_probs[..., :1] - log_probs[..., 1:2]
+    return torch.cat((log_probs, spread.entropy[..., None], margin), dim=-1)
+
+
+def largest(x: Tensor, k: int) -> Tensor:
+    """The k largest of the last dimension, in falling order: (..., V) to (..., k).
+
+    They are within the k blocks with the largest maxima: one pass over x, where `topk` takes many.
+    """
+    blocks = x.shape[-1] // BLOCK
+    if blocks <= k:
+        return x.topk(k, dim=-1).values
+    blocked = x[..., : blocks * BLOCK].unflatten(-1, (blocks, BLOCK))
+    best = blocked.amax(-1).topk(k, dim=-1, sorted=False).indices
+    candidates = blocked.gather(-2, best[..., None].expand(*best.shape, BLOCK)).flatten(-2)
+    rest = x[..., blocks * BLOCK :]
+    return torch.cat((candidates, rest), dim=-1).topk(k, dim=-1).values
+
+
+class Spread(NamedTuple):
+    """How far a distribution is spread out; both fields are (...) float32, in nats."""
+
+    log_total: Tensor
+    """log of the sum of exp(x - largest x): minus the log-probability of the best token."""
+    entropy: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, largest: Tensor) -> "Spread":
+        """x: (..., V) float32 logits; largest: (..., 1), their maximum.
+
+        Entropy is log sum exp(x) - sum p x, with x taken relative to its maximum. It makes two tensors of the
+        shape of x, and is exact for masked tokens: exp(LOWEST) adds nothing to a float32.
+        """
+        shifted = (x - largest).clamp_(min=LOWEST)
+        weights = shifted.exp()
+        total = weights.sum(-1)
+        log_total = total.log()
+        reuse = None if weights.requires_grad else weights
+        weighted = torch.mul(weights, shifted, out=reuse).sum(-1)
+        return cls(log_total, log_total - weighted / total)

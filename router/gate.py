@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from router.features import features, n_features
+from router.features import Spread, features, largest, n_features
 from router.reserved import ReservedRows
 
 
@@ -60,15 +60,15 @@ class EntropyGate(Gate):
     """Entropy of the next token, in nats."""
 
     def forward(self, logits: Tensor) -> Tensor:
-        probs = logits[..., : self.reserved.start].float().softmax(-1)
-        return torch.special.entr(probs).sum(-1)
+        visible = logits[..., : self.reserved.start].float()
+        return Spread.of(visible, visible.amax(-1, keepdim=True)).entropy
 
 
 class MarginGate(Gate):
     """Minus the logit gap between the best two tokens (= minus the gap of their log-probabilities)."""
 
     def forward(self, logits: Tensor) -> Tensor:
-        top = logits[..., : self.reserved.start].float().topk(2, dim=-1).values
+        top = largest(logits[..., : self.reserved.start].float(), 2)
         return top[..., 1] - top[..., 0]
 
 
@@ -77,7 +77,7 @@ class MaxProbabilityGate(Gate):
 
     def forward(self, logits: Tensor) -> Tensor:
         visible = logits[..., : self.reserved.start].float()
-        return -(visible.amax(-1) - visible.logsumexp(-1)).exp()
+        return -1 / (visible - visible.amax(-1, keepdim=True)).exp_().sum(-1)
 
 
 CONFIDENCE_GATES: dict[str, type[Gate]] = {

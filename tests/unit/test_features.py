@@ -83,3 +83,26 @@ def test_a_row_does_not_depend_on_its_neighbours(reserved):
     logits = torch.randn(5, ROWS, generator=torch.Generator().manual_seed(0))
     batch = features(logits, reserved)
     assert all(torch.allclose(batch[i], features(logits[i], reserved)) for i in range(5))
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 10.0])
+@pytest.mark.parametrize("visible", [10, 1000, 1500])
+def test_they_are_what_the_definitions_say(scale, visible):
+    """In double precision, with masked tokens, where the best are spread over blocks or within one."""
+    rows = ReservedRows(start=visible, count=4)
+    logits = scale * torch.randn(6, visible + 4, generator=torch.Generator().manual_seed(0))
+    logits[1, 2 : visible - 1] = -math.inf
+    logits[2, :9] += 50.0
+    log_probs = logits[:, :visible].double().log_softmax(-1)
+    top = log_probs.topk(8).values.clamp(min=LOG_PROB_FLOOR)
+    entropy = torch.special.entr(log_probs.exp()).sum(-1, keepdim=True)
+    expected = torch.cat((logits[:, rows.taps].double(), top, entropy, top[:, :1] - top[:, 1:2]), dim=-1)
+    assert torch.allclose(features(logits, rows).double(), expected, atol=5e-6, rtol=0)
+
+
+def test_gradients_reach_the_logits(reserved):
+    logits = torch.randn(2, ROWS, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    features(logits, reserved)[:, ENTROPY].sum().backward()
+    p = logits.detach()[:, :10].softmax(-1)
+    expected = -p * (p.log() + torch.special.entr(p).sum(-1, keepdim=True))
+    assert torch.allclose(logits.grad[:, :10], expected, atol=1e-6)
