@@ -1,7 +1,7 @@
 """The router checkpoint: one directory that holds everything learned about a pair.
 
     router.json         `RouterConfig`: format, rows, span length, calibration, fingerprints
-    router.safetensors  taps (count - 1, H), gate.* and value.* tensors
+    router.safetensors  taps (count - 1, H) and gate.* tensors
 
 It is joined with its student by `merge`, which writes the taps into the student's reserved rows;
 the result is a plain Hugging Face directory that stock vLLM serves.
@@ -13,10 +13,10 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -38,8 +38,18 @@ from router.reserved import ReservedRows
 CONFIG_FILE = "router.json"
 TENSORS_FILE = "router.safetensors"
 MERGED_ROUTER = "router"  # folder inside a merged student: vLLM loads every *.safetensors beside config.json
-OUTPUT_MATRICES = ("lm_head.weight", "model.embed_tokens.weight")
+# The output matrix, or the input's that is tied to it. Longer names are those of models of text and images.
+OUTPUT_LAYERS = ("lm_head", "language_model.lm_head", "model.language_model.lm_head")
+INPUT_LAYERS = (
+    "model.embed_tokens",
+    "language_model.model.embed_tokens",
+    "model.language_model.embed_tokens",
+)
+OUTPUT_MATRICES = frozenset(f"{layer}.weight" for layer in OUTPUT_LAYERS + INPUT_LAYERS)
+PLAIN_TYPES = ("F32", "F16", "BF16")
 HEAD_BYTES = 4096
+UNUSED = "value"
+"""Part of older checkpoints that nothing reads."""
 
 
 class CheckpointError(ValueError):
@@ -120,8 +130,6 @@ class RouterCheckpoint:
     """(reserved_count - 1, H), read-outs of the last hidden state (after the final norm)."""
     gate: dict[str, Tensor]
     """State dict of the `LearnedGate`."""
-    value: dict[str, Tensor] = field(default_factory=dict)
-    """State dict of the value heads; used by training only."""
 
     @property
     def reserved(self) -> ReservedRows:
@@ -156,7 +164,6 @@ class RouterCheckpoint:
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {"taps": self.taps}
         tensors |= {f"gate.{name}": tensor for name, tensor in self.gate.items()}
-        tensors |= {f"value.{name}": tensor for name, tensor in self.value.items()}
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, directory / TENSORS_FILE)
         (directory / CONFIG_FILE).write_text(self.config.model_dump_json(indent=1) + "\n")
 
@@ -175,16 +182,17 @@ class RouterCheckpoint:
             tensors = load_file(tensors_file)
         except SafetensorError as error:
             raise CheckpointError(f"{tensors_file}: {error}") from error
-        parts: dict[str, dict[str, Tensor]] = {"gate": {}, "value": {}}
         taps = tensors.pop("taps", None)
         if taps is None or taps.dim() != 2 or taps.shape[0] != config.reserved_count - 1:
             raise CheckpointError(f"{tensors_file}: taps must be ({config.reserved_count - 1}, H)")
+        gate: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             part, _, key = name.partition(".")
-            if part not in parts:
+            if part == "gate":
+                gate[key] = tensor
+            elif part != UNUSED:
                 raise CheckpointError(f"{tensors_file}: unknown tensor {name!r}")
-            parts[part][key] = tensor
-        checkpoint = cls(config=config, taps=taps, **parts)
+        checkpoint = cls(config=config, taps=taps, gate=gate)
         try:
             for name in config.calibration:
                 checkpoint.calibration(name)
@@ -296,20 +304,69 @@ def tokenizer_fingerprint(model: Path) -> str:
     return hashlib.sha256(json.dumps(sorted(vocabulary(model))).encode()).hexdigest()
 
 
-def _output_matrix(model: Path) -> tuple[str, str]:
-    """Name of the tensor that maps the last hidden state to logits, and its file."""
+class _Matrix(NamedTuple):
+    """A tensor of a model, and its file."""
+
+    name: str
+    file: str
+
+
+def _output_matrix(model: Path) -> _Matrix:
+    """The tensor that maps the last hidden state to logits: one of its own, or the input's where it is tied.
+
+    Raises:
+        CheckpointError: it is quantised, or under a name that is not known here.
+    """
+    tensors = _tensors(model)
+    for layer in OUTPUT_LAYERS:
+        if any(name.startswith(f"{layer}.") and name != f"{layer}.bias" for name in tensors):
+            return _plain(model, tensors, layer)
+    for layer in INPUT_LAYERS:
+        if f"{layer}.weight" in tensors:
+            if _is_tied(model) is False:
+                raise CheckpointError(
+                    f"the output matrix of {model} is not tied to {layer}, and not in its files"
+                )
+            return _plain(model, tensors, layer)
+    raise CheckpointError(f"none of {OUTPUT_LAYERS[0]}.weight, {INPUT_LAYERS[0]}.weight in {model}")
+
+
+def _plain(model: Path, tensors: dict[str, str], layer: str) -> _Matrix:
+    """Its weight. Raises CheckpointError where other tensors, or its type, show that it is quantised."""
+    name = f"{layer}.weight"
+    others = sorted(t for t in tensors if t.startswith(f"{layer}.") and t not in (name, f"{layer}.bias"))
+    sign = others[0] if others else ""
+    if not others:
+        with safe_open(model / tensors[name], "pt") as file:
+            dtype = file.get_slice(name).get_dtype()
+        sign = "" if dtype in PLAIN_TYPES else f"{name}: {dtype}"
+    if sign:
+        raise CheckpointError(f"the output matrix of {model} is quantised ({sign}): it takes no taps")
+    return _Matrix(name, tensors[name])
+
+
+def _tensors(model: Path) -> dict[str, str]:
+    """The file of every tensor."""
     index = model / "model.safetensors.index.json"
-    files: dict[str, str] = {}
     if index.is_file():
-        files = json.loads(index.read_text())["weight_map"]
-    else:
-        for file in model.glob("*.safetensors"):
-            with safe_open(file, "pt") as source:
-                files |= dict.fromkeys(source.keys(), file.name)
-    for name in OUTPUT_MATRICES:
-        if name in files:
-            return name, files[name]
-    raise CheckpointError(f"none of {', '.join(OUTPUT_MATRICES)} in {model}")
+        return dict(json.loads(index.read_text())["weight_map"])
+    files: dict[str, str] = {}
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, "pt") as source:
+            files |= dict.fromkeys(source.keys(), file.name)
+    return files
+
+
+def _is_tied(model: Path) -> bool | None:
+    """Whether the configuration ties the output matrix to the input's; None where it does not tell."""
+    try:
+        config = json.loads((model / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    for part in (config.get("text_config") or {}, config):
+        if "tie_word_embeddings" in part:
+            return bool(part["tie_word_embeddings"])
+    return None
 
 
 __all__ = [

@@ -73,14 +73,18 @@ def trained_for(router: RouterCheckpoint, student: Path) -> RouterCheckpoint:
 
 
 def test_what_is_saved_is_what_is_loaded(router, tmp_path):
-    router = replace(router, value={"linear.weight": torch.ones(1, HIDDEN)})
     router.save(tmp_path / "new" / "router")
     loaded = RouterCheckpoint.load(tmp_path / "new" / "router")
     assert loaded.config == router.config
     assert torch.equal(loaded.taps, router.taps)
-    for ours, theirs in ((router.gate, loaded.gate), (router.value, loaded.value)):
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert loaded.gate.keys() == router.gate.keys()
+    assert all(torch.equal(loaded.gate[name], router.gate[name]) for name in router.gate)
+
+
+def test_an_older_checkpoint_is_read_without_its_value_heads(router, tmp_path):
+    router.save(tmp_path)
+    edit_tensors(tmp_path, **{"value.linear.weight": torch.ones(1, HIDDEN)})
+    assert RouterCheckpoint.load(tmp_path).digest() == router.digest()
 
 
 def test_a_loaded_gate_decides_as_the_saved_one(router, tmp_path):
@@ -299,10 +303,70 @@ def test_a_student_without_an_output_matrix_is_refused(router, plain_student, tm
         trained_for(router, plain_student).merge(plain_student, tmp_path / "merged")
 
 
+QUANTISED = {
+    "packed": {"lm_head.qweight": torch.zeros(2, dtype=torch.int32), "lm_head.scales": torch.ones(2)},
+    "scaled": {"lm_head.weight": torch.zeros(ROWS, HIDDEN), "lm_head.weight_scale": torch.ones(ROWS)},
+    "eight bits": {"lm_head.weight": torch.zeros(ROWS, HIDDEN, dtype=torch.int8)},
+    "float8": {"lm_head.weight": torch.zeros(ROWS, HIDDEN).to(torch.float8_e4m3fn)},
+    "nested": {"language_model.lm_head.weight_packed": torch.zeros(2, dtype=torch.int32)},
+}
+
+
+@pytest.mark.parametrize("tensors", QUANTISED.values(), ids=QUANTISED)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_taps_never_go_into_the_input_matrix_of_a_quantised_model(router, tmp_path, tensors, sharded):
+    student = write_student(tmp_path / "student", tied=True, sharded=sharded)
+    save_file(tensors, student / "head.safetensors")
+    index = student / "model.safetensors.index.json"
+    if sharded:
+        files = json.loads(index.read_text())["weight_map"] | dict.fromkeys(tensors, "head.safetensors")
+        index.write_text(json.dumps({"weight_map": files}))
+    before = contents(student)
+    with pytest.raises(CheckpointError, match=r"the output matrix of .*student is quantised \(.*lm_head"):
+        trained_for(router, student).merge(student, tmp_path / "merged")
+    assert contents(student) == before
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}, {"text_config": {}}])
+def test_an_input_matrix_that_may_be_tied_takes_the_taps(router, tmp_path, config):
+    student = write_student(tmp_path / "student", tied=True, sharded=False)
+    (student / "config.json").write_text(json.dumps(config))
+    trained_for(router, student).merge(student, tmp_path / "merged")
+    merged = all_tensors(tmp_path / "merged")["model.embed_tokens.weight"]
+    assert torch.equal(merged[11:], router.taps)
+
+
+@pytest.mark.parametrize(
+    "config", [{"tie_word_embeddings": False}, {"text_config": {"tie_word_embeddings": False}}]
+)
+def test_an_input_matrix_that_is_not_tied_takes_no_taps(router, tmp_path, config):
+    student = write_student(tmp_path / "student", tied=True, sharded=False)
+    (student / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"not tied to model\.embed_tokens, and not in its files"):
+        trained_for(router, student).merge(student, tmp_path / "merged")
+
+
+def test_a_quantised_input_matrix_is_refused(router, tmp_path):
+    student = write_student(tmp_path / "student", tied=True, sharded=False)
+    save_file({"model.embed_tokens.weight_scale": torch.ones(2)}, student / "scales.safetensors")
+    with pytest.raises(CheckpointError, match=r"quantised \(model\.embed_tokens\.weight_scale\)"):
+        trained_for(router, student).merge(student, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("name", ["language_model.lm_head", "model.language_model.embed_tokens"])
+def test_a_nested_language_model_takes_the_taps(router, tmp_path, name):
+    student = write_student(tmp_path / "student", tied=True, sharded=False)
+    save_file({f"{name}.weight": torch.randn(ROWS, HIDDEN)}, student / "model.safetensors")
+    trained_for(router, student).merge(student, tmp_path / "merged")
+    assert torch.equal(all_tensors(tmp_path / "merged")[f"{name}.weight"][11:], router.taps)
+    assert fingerprint(tmp_path / "merged", START) == fingerprint(student, START)
+
+
 def test_a_merge_that_fails_leaves_nothing_behind(router, plain_student, tmp_path):
     router, merged = trained_for(router, plain_student), tmp_path / "merged"
     with pytest.raises(AttributeError):
-        replace(router, value={"broken": None}).merge(plain_student, merged)
+        replace(router, gate={"broken": None}).merge(plain_student, merged)
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
