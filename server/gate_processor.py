@@ -7,18 +7,32 @@ request, whatever its terms.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from router.checkpoint import RouterCheckpoint
+from router.checkpoint import CheckpointError, RouterCheckpoint
 from router.gate import GATES, Gate
 from router.policy import Terms
 from router.reserved import ReservedRows
-from server.vllm_api import LogitsProcessor, LogitsProcessorV2, MoveDirectionality, Sampler, SamplingParams
+from server.vllm_api import (
+    LogitsProcessor,
+    LogitsProcessorV2,
+    MoveDirectionality,
+    SamplingParams,
+    UnsupportedVllm,
+    hide_from_reports,
+    output_matrix,
+    pack_again,
+    prompt_lengths,
+    rows_of,
+    weight_of,
+)
 
 SETTINGS = "wheels"
 PRICE = "wheels_price"
@@ -28,16 +42,27 @@ SPARE_FROM = "wheels_spare_from"
 TERMS = frozenset({PRICE, NOT_BEFORE, SPARE_PRICE, SPARE_FROM})
 """What a client must not say: it would steer the router."""
 
+PIECE_ON_CPU, PIECE_ON_GPU = 2**19, 2**26
+"""Logits that a gate reads at a time: 2 MiB, 256 MiB."""
+MANY = 0.5
+"""From this share of a batch on, all its rows are read where they are, and none is copied."""
 
-def gate_settings(reserved: ReservedRows, gate: str, router: Path | None) -> dict[str, Any]:
-    """The engine's ``additional_config`` from which its process builds the gate."""
-    return {
-        SETTINGS: {
-            "reserved": [reserved.start, reserved.count],
-            "gate": gate,
-            "router": None if router is None else str(router),
-        }
+
+def gate_settings(
+    reserved: ReservedRows, gate: str, router: Path | None, visible: int | None = None
+) -> dict[str, Any]:
+    """The engine's ``additional_config`` from which its process builds the gate.
+
+    ``visible``: see `router.reserved.visible_rows`; default: all rows before the reserved ones.
+    """
+    settings = {
+        "reserved": [reserved.start, reserved.count],
+        "gate": gate,
+        "router": None if router is None else str(router),
     }
+    if visible is not None:
+        settings["visible"] = visible
+    return {SETTINGS: settings}
 
 
 def terms_args(terms: Terms) -> dict[str, float | int]:
@@ -56,94 +81,156 @@ def price_steps(args: dict[str, Any]) -> list[tuple[float, float]]:
     return steps
 
 
-def decide(gate: Gate, logits: Tensor, price: Tensor) -> None:
-    """Force the escalation token where the gate's score exceeds the price, mask the reserved rows.
+def decide(
+    gate: Gate, logits: Tensor, price: Tensor, rows: Tensor | None = None, visible: int | None = None
+) -> None:
+    """Force the escalation token where the gate's score exceeds the price, mask what no token has.
 
-    logits: (B, V) float32, changed in place; price: (B,) float32, inf where asking is forbidden.
+    logits: (B, V) float32, changed in place; price: (B,) float32, inf where asking is forbidden;
+    rows: those that may ask, where others are not worth a look; visible: as in `mask_reserved`.
     """
-    ask = gate(logits) > price
-    mask_reserved(logits, gate.reserved)
+    ask = scores(gate, logits, rows) > (price if rows is None else price[rows])
+    mask_reserved(logits, gate.reserved, visible)
+    if logits.device.type == "cpu":  # where it costs nothing to know which
+        asking = ask.nonzero().squeeze(-1) if rows is None else rows[ask]
+        logits.index_fill_(0, asking, -math.inf)
+        logits[asking, gate.reserved.escalation] = 0.0
+        return
+    if rows is not None:
+        ask = torch.zeros_like(price, dtype=torch.bool).index_copy_(0, rows, ask)
     logits.masked_fill_(ask[:, None], -math.inf)
     logits[:, gate.reserved.escalation].masked_fill_(ask, 0.0)
 
 
-def mask_reserved(logits: Tensor, reserved: ReservedRows) -> None:
-    """logits: (..., V), changed in place."""
-    logits[..., reserved.start : reserved.end] = -math.inf
+def scores(gate: Gate, logits: Tensor, rows: Tensor | None = None) -> Tensor:
+    """The gate's scores of these rows (default: all), computed piece by piece.
+
+    A gate makes tensors as large as what it reads. Pieces keep them small: in the caches of a CPU, and out of
+    the way of what vLLM has left of a GPU's memory.
+    """
+    elements = PIECE_ON_CPU if logits.device.type == "cpu" else PIECE_ON_GPU
+    size = max(1, elements // logits.shape[-1])
+    if rows is None:
+        return torch.cat([gate(piece) for piece in logits.split(size)])
+    return torch.cat([gate(logits[piece]) for piece in rows.split(size)])
 
 
-def build_gate(vllm_config: Any, device: torch.device) -> Gate:
-    settings = vllm_config.additional_config[SETTINGS]
-    reserved = ReservedRows(*settings["reserved"])
-    if settings["router"] is None:
-        gate = GATES[settings["gate"]](reserved)
-    else:
-        gate = RouterCheckpoint.load(Path(settings["router"])).build_gate(settings["gate"])
-    _hide_reserved_rows_from_logprobs(reserved)
-    return gate.to(device)
+def mask_reserved(logits: Tensor, reserved: ReservedRows, visible: int | None = None) -> None:
+    """logits: (..., V), changed in place; visible: the first row to mask, where some before have no token."""
+    start = reserved.start if visible is None else visible
+    logits[..., start : reserved.end] = -math.inf
+
+
+class Decider:
+    """What both interfaces share: the gate of this process, and the rows that are no tokens."""
+
+    gate: Gate
+    device: torch.device
+
+    def _build(self, vllm_config: Any, *, v2: bool) -> None:
+        settings = vllm_config.additional_config[SETTINGS]
+        reserved = ReservedRows(*settings["reserved"])
+        if settings["router"] is None:
+            gate = GATES[settings["gate"]](reserved)
+        else:
+            gate = RouterCheckpoint.load(Path(settings["router"])).build_gate(settings["gate"])
+        self.gate = gate.to(self.device)
+        self.visible: int = settings.get("visible", reserved.start)
+        hide_from_reports(slice(self.visible, reserved.end), v2=v2)
+        PROCESSORS.add(self)
+
+    def _mask(self, logits: Tensor) -> Tensor:
+        mask_reserved(logits, self.gate.reserved, self.visible)
+        return logits
+
+    def _decide(self, logits: Tensor, price: Tensor, rows: Tensor | None) -> Tensor:
+        decide(self.gate, logits, price, rows, self.visible)
+        return logits
+
+
+PROCESSORS: "WeakSet[Decider]" = WeakSet()
+"""This process's: one, or none where it only serves HTTP."""
+
+
+PENDING = "pending_router"
 
 
 class RouterLoader:
-    """What vLLM's worker can do besides (its ``worker_extension_cls``)."""
+    """What vLLM's worker can do besides (its ``worker_extension_cls``).
+
+    A router is replaced in two steps, so that all processes of the engine take it, or none.
+    """
+
+    def check_router(self, hidden_size: int) -> None:
+        """Raises CheckpointError where taps of this width cannot be written into the running model."""
+        _check_output(_output(self, hidden_size), hidden_size)
+
+    def prepare_router(self, directory: str) -> str:
+        """Load a router checkpoint for this student, and check it; returns its digest."""
+        router = RouterCheckpoint.load(Path(directory))
+        width = router.taps.shape[1]
+        _check_output(_output(self, width), width)
+        setattr(self, PENDING, router)
+        return router.digest()
 
     def load_router(self, directory: str) -> None:
-        """Take taps and gate from a router checkpoint for this student, between two steps."""
-        router = RouterCheckpoint.load(Path(directory))
-        settings = self.vllm_config.additional_config[SETTINGS]
-        gate = router.build_gate(settings["gate"])
-        write_taps(self.get_model().lm_head, router)
+        """Take taps and gate from the prepared router, else from the directory, between two steps."""
+        router = vars(self).pop(PENDING, None) or RouterCheckpoint.load(Path(directory))
+        gate = router.build_gate(self.vllm_config.additional_config[SETTINGS]["gate"])  # type: ignore[attr-defined]
+        output = _output(self, router.taps.shape[1])
+        if output is not None:
+            write_taps(output, router)
         for processor in PROCESSORS:
             processor.gate = gate.to(processor.device)
 
 
-PROCESSORS: "WeakSet[GateProcessor | GateProcessorV2]" = WeakSet()
-"""This process's: one, or none where it only serves HTTP."""
+def _output(worker: Any, hidden_size: int) -> Any:
+    """The output matrix of a worker's model; None on a rank of a pipeline that has none."""
+    try:
+        return output_matrix(worker.get_model(), hidden_size)
+    except UnsupportedVllm as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _check_output(output: Any, hidden_size: int) -> None:
+    if output is None:
+        return
+    weight = weight_of(output)
+    if weight is None:
+        raise CheckpointError(f"the output matrix is quantised ({type(output).__name__}): it takes no taps")
+    if weight.shape[1] != hidden_size:
+        raise CheckpointError(f"the output matrix is {tuple(weight.shape)}, the taps are {hidden_size} wide")
 
 
 def write_taps(output: Any, router: RouterCheckpoint) -> None:
     """``output``: vLLM's output matrix, of which this process may have only some rows (tensor parallel)."""
-    rows, taps = output.shard_indices, router.reserved.taps
-    first, end = rows.org_vocab_start_index, rows.org_vocab_end_index
-    mine = range(max(taps.start, first), min(taps.stop, end))
+    rows, taps = rows_of(output), router.reserved.taps
+    mine = range(max(taps.start, rows.start), min(taps.stop, rows.stop))
     if mine:
         values = router.taps[mine.start - taps.start : mine.stop - taps.start]
-        output.weight.data[mine.start - first : mine.stop - first] = values.to(output.weight)
-    if hasattr(output, "cpu_linear"):  # which may hold a copy, packed for the CPU's kernels
-        output.quant_method.process_weights_after_loading(output)
-
-
-def _hide_reserved_rows_from_logprobs(reserved: ReservedRows) -> None:
-    """vLLM computes reported log-probabilities before any processor runs, and has no hook there."""
-    original = Sampler.compute_logprobs
-    if hasattr(original, "reserved"):
-        return
-
-    def compute_logprobs(logits: Tensor) -> Tensor:
-        logits = logits.clone()
-        mask_reserved(logits, reserved)
-        return original(logits)
-
-    compute_logprobs.reserved = reserved
-    Sampler.compute_logprobs = staticmethod(compute_logprobs)
+        output.weight.data[mine.start - rows.start : mine.stop - rows.start] = values.to(output.weight)
+    pack_again(output)
 
 
 Waiting = tuple[list[tuple[float, float]], list[int]]
 """The price steps still to come, and the request's growing output ids."""
 
 
-class GateProcessor(LogitsProcessor):
+class GateProcessor(Decider, LogitsProcessor):
     """V1 interface: batch rows are requests, in the order of the persistent batch."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self.device = device
-        self.gate = build_gate(vllm_config, device)
-        PROCESSORS.add(self)
+        self._build(vllm_config, v2=False)
         rows = vllm_config.scheduler_config.max_num_seqs
         self.prices = torch.full((rows,), math.inf)
         self.device_prices = self.prices.to(device)
         self.finite: set[int] = set()
         self.waiting: dict[int, Waiting] = {}  # by row
         self.changed = False
+        self.batch = 0
+        self.asking: list[int] = []  # rows of the batch with a finite price
+        self.rows: Tensor | None = None
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -173,7 +260,10 @@ class GateProcessor(LogitsProcessor):
         self.waiting.pop(row, None)
         if price == math.inf and row not in self.finite:
             return
-        (self.finite.discard if price == math.inf else self.finite.add)(row)
+        if price == math.inf:
+            self.finite.discard(row)
+        else:
+            self.finite.add(row)
         self.prices[row] = price
         self.changed = True
 
@@ -192,32 +282,50 @@ class GateProcessor(LogitsProcessor):
             self.waiting[row] = waiting
 
     def apply(self, logits: Tensor) -> Tensor:
-        if not self.finite:
-            mask_reserved(logits, self.gate.reserved)
-            return logits
+        batch = len(logits)
+        if self.changed or batch != self.batch:
+            self.batch = batch
+            self.asking = [row for row in sorted(self.finite) if row < batch]
+            self.rows = rows_to_read(self.asking, batch, self.device)
+        if not self.asking:
+            return self._mask(logits)
         if self.changed:
             self.device_prices.copy_(self.prices, non_blocking=True)
             self.changed = False
-        decide(self.gate, logits, self.device_prices[: logits.shape[0]])
-        return logits
+        return self._decide(logits, self.device_prices[:batch], self.rows)
 
 
-class GateProcessorV2(LogitsProcessorV2):
+def rows_to_read(asking: Sequence[int], batch: int, device: torch.device) -> Tensor | None:
+    """The rows that a gate has to score; None: all, as they are too many to be copied."""
+    if len(asking) > MANY * batch:
+        return None
+    return torch.tensor(asking, dtype=torch.int64).to(device, non_blocking=True)
+
+
+NEVER_ASKS = 2**62
+
+
+class GateProcessorV2(Decider, LogitsProcessorV2):
     """V2 interface: rows are mapped to request slots at every step."""
 
     def __init__(self, vllm_config: Any, req_states: Any) -> None:
         self.req_states = req_states
         self.device = req_states.device
-        self.gate = build_gate(vllm_config, self.device)
-        PROCESSORS.add(self)
+        self._build(vllm_config, v2=True)
         # two steps (from, price) of every slot
         self.terms = torch.zeros(2, 2, req_states.max_num_reqs)
         self.device_terms = self.terms.to(req_states.device)
         self.changed = False
+        self.asks_from = np.full(req_states.max_num_reqs, NEVER_ASKS, dtype=np.int64)
+        """Tokens of its segment from which a slot's request may ask; on the host, so that nobody waits."""
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        first, second = [*price_steps(sampling_params.extra_args or {}), (math.inf, math.inf)][:2]
+        steps = price_steps(sampling_params.extra_args or {})
+        first, second = [*steps, (math.inf, math.inf)][:2]
         self.terms[:, :, req_idx] = torch.tensor([first, second])
+        self.asks_from[req_idx] = min(
+            (start for start, price in steps if price < math.inf), default=NEVER_ASKS
+        )
         self.changed = True
         return True
 
@@ -227,10 +335,18 @@ class GateProcessorV2(LogitsProcessorV2):
             self.changed = False
 
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
+        prompts = prompt_lengths(self.req_states)
+        requests = ctx.idx_mapping_np
+        at_most_written = ctx.seq_lens_upper_bound_np - prompts.host[requests]
+        asking = np.flatnonzero(at_most_written >= self.asks_from[requests])
+        if not asking.size:
+            return self._mask(logits)
         slots = ctx.expanded_idx_mapping
-        written = ctx.pos + 1 - self.req_states.prompt_len.gpu[slots]
+        written = ctx.pos + 1 - prompts.device[slots]
         price = torch.full_like(written, math.inf, dtype=torch.float32)
         for start, from_then in self.device_terms[:, :, slots]:
             price = torch.where(written >= start, from_then, price)
-        decide(self.gate, logits, price)
-        return logits
+        rows = None
+        if len(requests) == len(logits):  # no drafts: a row is a request
+            rows = rows_to_read(asking.tolist(), len(logits), self.device)
+        return self._decide(logits, price, rows)

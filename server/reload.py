@@ -2,12 +2,29 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from router.checkpoint import CONFIG_FILE, CheckpointError, RouterCheckpoint
 
 logger = logging.getLogger(__name__)
+
+
+async def load_everywhere(
+    call: Callable[..., Awaitable[Sequence[Any]]], directory: Path, router: RouterCheckpoint
+) -> None:
+    """Put a router into every process of the engine, or into none.
+
+    ``call``: vLLM's ``collective_rpc``.
+
+    Raises:
+        CheckpointError: the directory's router is another one by now.
+    """
+    digests = set(await call("prepare_router", args=(str(directory),)))
+    if digests != {router.digest()}:
+        raise CheckpointError("it was replaced while it was read; the next one is taken")
+    await call("load_router", args=(str(directory),))
 
 
 class RouterReload:

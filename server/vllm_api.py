@@ -4,17 +4,23 @@ Public names first, then vLLM's HTTP server, then what vLLM does not offer: each
 reached through one function here, which `tests/unit/test_vllm_contract.py` checks against vLLM itself.
 """
 
+import math
 import os
 import socket
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping
-from functools import cache
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, reduce, wraps
+from importlib import import_module
+from typing import Any, NamedTuple, NoReturn
 
+import torch
+from torch import Tensor
 from vllm import SamplingParams, envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.logprobs import Logprob
+from vllm.model_executor.layers.logits_processor import LogitsProcessor as LogitsComputation
+from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -151,6 +157,173 @@ def data_parallel_ranks(parallel: Any) -> int:
     return int(parallel.data_parallel_size)
 
 
+class UnsupportedVllm(ConfigError):
+    """This vLLM has no longer what the gateway reaches into; the message is one line for the operator."""
+
+
+# Where vLLM computes the scores that it reports, by model runner. None of these places has a hook, and all
+# see the logits before any processor does. A module that imports a function has a name of its own for it.
+REPORTS_V1 = (
+    ("vllm.v1.sample.sampler", "Sampler.compute_logprobs"),
+    ("vllm.v1.sample.sampler", "Sampler.gather_logprobs"),
+)
+REPORTS_V2 = (
+    ("vllm.v1.worker.gpu.sample.logprob", "compute_token_logprobs"),
+    ("vllm.v1.worker.gpu.sample.logprob", "compute_topk_scores"),
+    ("vllm.v1.worker.gpu.sample.sampler", "compute_topk_scores"),
+    ("vllm.v1.worker.gpu.sample.prompt_logprob", "compute_token_logprobs"),
+    ("vllm.v1.worker.gpu.sample.prompt_logprob", "compute_topk_scores"),
+    ("vllm.v1.worker.gpu.spec_decode.rejection_sampler", "compute_topk_scores"),
+)
+
+
+class Report(NamedTuple):
+    """A function that computes reported scores; its first argument is the logits (..., V)."""
+
+    owner: Any
+    name: str
+    function: Callable[..., Any]
+
+
+def find_reports(*, v2: bool) -> list[Report]:
+    """The functions of one model runner. Raises UnsupportedVllm where one is gone."""
+    reports = []
+    for module, path in REPORTS_V2 if v2 else REPORTS_V1:
+        try:
+            *owners, name = path.split(".")
+            owner = reduce(getattr, owners, import_module(module))
+            reports.append(Report(owner, name, getattr(owner, name)))
+        except (ImportError, AttributeError) as error:
+            raise UnsupportedVllm(f"this vLLM has no {module}.{path}: it is not supported") from error
+    return reports
+
+
+def hide_from_reports(rows: slice, *, v2: bool) -> None:
+    """Keep these rows of the vocabulary out of the log-probabilities that vLLM reports, and of its top k."""
+    for owner, name, function in find_reports(v2=v2):
+        if getattr(function, "rows", None) == rows:
+            continue
+        original = getattr(function, "original", function)
+        wrapped = _hiding(original, rows)
+        setattr(owner, name, staticmethod(wrapped) if isinstance(owner, type) else wrapped)
+
+
+def _hiding(original: Callable[..., Any], rows: slice) -> Callable[..., Any]:
+    @wraps(original)
+    def hiding(logits: Tensor, *args: Any, **options: Any) -> Any:
+        hidden = logits[..., rows].clone()  # and put back: a copy of all the logits would be large
+        logits[..., rows] = -math.inf
+        try:
+            return original(logits, *args, **options)
+        finally:
+            logits[..., rows] = hidden
+
+    vars(hiding).update(original=original, rows=rows)
+    return hiding
+
+
+class _Found(Exception):
+    """Ends `compute_logits` where it has shown its matrix."""
+
+
+def output_matrix(model: Any, hidden_size: int) -> Any:
+    """The layer from which the model computes its logits, whatever its family calls it.
+
+    It is seen where the model hands it to vLLM's logits processor; a model without one has it under the usual
+    name. None on a rank of a pipeline that has none.
+
+    Raises:
+        UnsupportedVllm: the model computes its logits in a way of its own.
+    """
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    processors = [module for module in modules if isinstance(module, LogitsComputation)]
+    output = _seen_by(processors, model, hidden_size) if processors else getattr(model, "lm_head", None)
+    if output is None:
+        raise UnsupportedVllm(f"{type(model).__name__} computes its logits in a way of its own")
+    return None if isinstance(output, PPMissingLayer) else output
+
+
+def _seen_by(processors: Sequence[torch.nn.Module], model: Any, hidden_size: int) -> Any:
+    """What the model hands to one of these logits processors; None where it asks none of them."""
+    found = []
+
+    def see(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        found.append(args[0] if args else options["lm_head"])
+        raise _Found
+
+    handles = [module.register_forward_pre_hook(see, with_kwargs=True) for module in processors]
+    weight = next(model.parameters())
+    try:
+        with torch.inference_mode():
+            model.compute_logits(torch.zeros(1, hidden_size, dtype=weight.dtype, device=weight.device))
+    except _Found:
+        return found[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return None
+
+
+def rows_of(output: Any) -> range:
+    """The rows of the vocabulary that this process has of an output matrix (tensor parallel)."""
+    rows = output.shard_indices
+    return range(rows.org_vocab_start_index, rows.org_vocab_end_index)
+
+
+def weight_of(output: Any) -> Tensor | None:
+    """The rows themselves, (rows, H); None where they are quantised."""
+    weight = getattr(output, "weight", None)
+    plain = isinstance(weight, Tensor) and weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return weight if plain else None
+
+
+def pack_again(output: Any) -> None:
+    """After a change of its rows: an output matrix may hold a copy, packed for the CPU's kernels."""
+    if hasattr(output, "cpu_linear"):
+        output.quant_method.process_weights_after_loading(output)
+
+
+class PromptLengths(NamedTuple):
+    """Of every request slot of the V2 runner."""
+
+    device: Tensor
+    host: Any
+    """numpy array"""
+
+
+def prompt_lengths(req_states: Any) -> PromptLengths:
+    return PromptLengths(req_states.prompt_len.gpu, req_states.prompt_len.np)
+
+
+def wrap_app(app: Any, middleware: Callable[[Any], Any]) -> Any:
+    """Put an ASGI middleware before all of vLLM's, whose stack is built already; returns it."""
+    if app.middleware_stack is None:
+        app.middleware_stack = app.build_middleware_stack()
+    app.middleware_stack = middleware(app.middleware_stack)
+    return app.middleware_stack
+
+
+DRAFTS_WITHOUT_THE_STUDENTS_ROWS = frozenset({"ngram", "ngram_gpu", "draft_model"})
+
+
+def check_speculation(config: Any) -> None:
+    """Raises ConfigError where the student's speculative decoding cannot work with a gate.
+
+    The V1 runner takes no custom logits processor with it. With the V2 runner, drafts come from the text, or
+    from a model of its own; other drafters compute theirs from the student's output matrix, taps among them.
+    """
+    speculative = config.speculative_config
+    if speculative is None:
+        return
+    if not config.use_v2_model_runner:
+        raise ConfigError("vllm's speculative-config is not supported: this model runner has no gate with it")
+    if speculative.method not in DRAFTS_WITHOUT_THE_STUDENTS_ROWS:
+        methods = ", ".join(sorted(DRAFTS_WITHOUT_THE_STUDENTS_ROWS))
+        raise ConfigError(
+            f"vllm's speculative-config: method {speculative.method} is not supported, only {methods}"
+        )
+
+
 def parses_streams(arguments: Namespace) -> bool:
     """Whether vLLM's HTTP layer reads reasoning or tool calls out of what is streamed."""
     structured = arguments.structured_outputs_config.reasoning_parser
@@ -184,8 +357,10 @@ __all__ = [
     "RequestOutputKind",
     "Sampler",
     "SamplingParams",
+    "UnsupportedVllm",
     "UsageContext",
     "VLLMValidationError",
+    "check_speculation",
     "convert_ids_list_to_tokens",
     "current_platform",
     "data_parallel_ranks",

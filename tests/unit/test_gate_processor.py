@@ -2,14 +2,19 @@ import math
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import v2_runner
 from torch import Tensor
+from vllm.v1.worker.gpu.sample import logprob, prompt_logprob, sampler
+from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 
 from router.checkpoint import RouterCheckpoint
 from router.gate import MarginGate
 from router.policy import NEVER, Terms
 from router.reserved import ReservedRows
+from server import gate_processor
 from server.gate_processor import (
     PRICE,
     GateProcessor,
@@ -19,7 +24,7 @@ from server.gate_processor import (
     mask_reserved,
     terms_args,
 )
-from server.vllm_api import MoveDirectionality, Sampler, SamplingParams
+from server.vllm_api import MoveDirectionality, Sampler, SamplingParams, find_reports
 
 CPU = torch.device("cpu")
 ROWS, ESCALATION, BATCH = 14, 10, 6  # of the `reserved` fixture; the size of the largest batch
@@ -27,11 +32,12 @@ SWAP, ONE_WAY = MoveDirectionality.SWAP, MoveDirectionality.UNIDIRECTIONAL
 
 
 @pytest.fixture(autouse=True)
-def sampler():
-    """Building a gate changes vLLM's sampler for the whole process: a test gives it back."""
-    original = Sampler.__dict__["compute_logprobs"]
-    yield Sampler
-    Sampler.compute_logprobs = original
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate changes vLLM's reports for the whole process: a test gives them back."""
+    v2_runner.use_torch_kernels(monkeypatch)
+    for v2 in (False, True):
+        for report in find_reports(v2=v2):
+            monkeypatch.setattr(report.owner, report.name, vars(report.owner)[report.name])
 
 
 def engine_config(settings: dict) -> SimpleNamespace:
@@ -303,23 +309,47 @@ def test_any_sequence_of_updates_keeps_prices_with_their_requests(processor, see
 # V2: slots, mapped to rows at every step
 
 
-class V2:
-    """A processor with four slots, whose prompts have 3, 5, 7 and 9 tokens."""
+class CountingGate(MarginGate):
+    """Counts the rows that it is shown."""
 
-    def __init__(self, reserved: ReservedRows) -> None:
-        states = SimpleNamespace(
-            device=CPU, max_num_reqs=4, prompt_len=SimpleNamespace(gpu=torch.tensor([3, 5, 7, 9]))
-        )
-        self.processor = GateProcessorV2(engine_config(gate_settings(reserved, "margin", None)), states)
+    seen = 0
+
+    def forward(self, logits: Tensor) -> Tensor:
+        self.seen += len(logits)
+        return super().forward(logits)
+
+
+class V2:
+    """A processor in vLLM's V2 sampler with four slots, whose prompts have 3, 5, 7 and 9 tokens."""
+
+    def __init__(self, reserved: ReservedRows, visible: int | None = None) -> None:
+        states = v2_runner.request_states([3, 5, 7, 9], ROWS)
+        settings = gate_settings(reserved, "margin", None, visible)
+        self.processor = GateProcessorV2(engine_config(settings), states)
         self.processor.device_terms = self.processor.terms.clone()  # two tensors, as on a GPU
+        self.processor.gate = CountingGate(reserved)
+        self.sampler = v2_runner.sampler_with(self.processor, 4)
 
     def add(self, slot: int, sampling_params: SamplingParams) -> None:
-        assert self.processor.add_request(slot, sampling_params)
+        self.sampler.needs_logits_processing[slot] = self.processor.add_request(slot, sampling_params)
+
+    def logits(self, slots: list[int], pos: list[int]) -> Tensor:
+        """What vLLM samples from, at a margin of 2."""
+        self.processor.apply_staged_writes()
+        step = v2_runner.context(slots, pos)
+        return self.sampler.apply_sampling_params(
+            margins(*[2.0] * len(slots)),
+            step.expanded_idx_mapping,
+            step.idx_mapping,
+            step.idx_mapping_np,
+            step.pos,
+            step.input_ids,
+            step.expanded_local_pos,
+            step.seq_lens_upper_bound_np,
+        )
 
     def step(self, slots: list[int], pos: list[int]) -> list[bool]:
-        self.processor.apply_staged_writes()
-        context = SimpleNamespace(expanded_idx_mapping=torch.tensor(slots), pos=torch.tensor(pos))
-        return asks(self.processor.apply(margins(*[2.0] * len(slots)), context))
+        return asks(self.logits(slots, pos))
 
 
 def test_v2_maps_rows_to_slots(reserved):
@@ -404,22 +434,171 @@ def test_the_settings_are_plain_json(reserved, tmp_path):
     assert gate_settings(reserved, "learned", tmp_path)["wheels"]["router"] == str(tmp_path)
 
 
+# What it costs
+
+
+def test_v2_nobody_is_scored_who_may_not_ask(reserved):
+    v2 = V2(reserved)
+    for slot in range(4):
+        v2.add(slot, params())
+    assert v2.step([0, 1, 2, 3], [20] * 4) == [False] * 4
+    assert v2.processor.gate.seen == 0
+
+
+def test_v2_only_rows_that_may_ask_are_scored(reserved):
+    v2 = V2(reserved)
+    for slot, price in enumerate([None, -3.0, None, None]):
+        v2.add(slot, params(price))
+    assert v2.step([2, 1, 0, 3], [20] * 4) == [False, True, False, False]
+    assert v2.processor.gate.seen == 1
+    assert v2.step([2, 0], [21, 21]) == [False, False], "the one that may ask is not in this step"
+    assert v2.processor.gate.seen == 1
+
+
+def test_v2_nobody_is_scored_before_its_time(reserved):
+    v2 = V2(reserved)
+    v2.add(1, params(-3.0, not_before=3))  # 5 prompt tokens
+    assert [v2.step([1], [pos]) for pos in (4, 5, 6)] == [[False]] * 3
+    assert v2.processor.gate.seen == 0
+    assert v2.step([1], [7]) == [True]
+    assert v2.processor.gate.seen == 1
+
+
+def test_v2_a_request_that_left_its_slot_is_not_scored(reserved):
+    v2 = V2(reserved)
+    v2.add(0, params(-3.0))
+    v2.add(0, params())
+    v2.step([0], [9])
+    assert v2.processor.gate.seen == 0
+
+
+def test_only_rows_that_may_ask_are_scored(processor, reserved):
+    processor.gate = CountingGate(reserved)
+    added = [(row, params(-3.0 if row == 4 else None), []) for row in range(5)]
+    assert step(processor, 5, update(added=added)) == [False] * 4 + [True]
+    assert processor.gate.seen == 1
+    assert step(processor, 5) == [False] * 4 + [True]
+    assert step(processor, 4) == [False] * 4, "without that row"
+    assert processor.gate.seen == 2
+    more = [(row, params(-3.0), []) for row in range(4)]
+    assert step(processor, 5, update(added=more)) == [True] * 5
+    assert processor.gate.seen == 2 + 5
+
+
+@pytest.mark.parametrize("rows", [None, [0, 2, 3]])
+def test_pieces_change_no_decision(reserved, monkeypatch, rows):
+    price = torch.tensor([-3.0, -3.0, -1.0, -3.0])
+    chosen = None if rows is None else torch.tensor(rows)
+    whole, pieces = margins(2.0, 2.0, 2.0, 2.0), margins(2.0, 2.0, 2.0, 2.0)
+    decide(MarginGate(reserved), whole, price, chosen)
+    monkeypatch.setattr(gate_processor, "PIECE_ON_CPU", 1)
+    gate = CountingGate(reserved)
+    decide(gate, pieces, price, chosen)
+    assert torch.equal(whole, pieces)
+    assert gate.seen == (4 if rows is None else 3)
+
+
+# Rows that no token has
+
+
+def test_rows_without_a_token_are_masked_too(reserved):
+    settings = gate_settings(reserved, "margin", None, 8)
+    processor = GateProcessor(engine_config(settings), CPU, False)
+    for added in ([], [(0, params(-1.0), [])]):
+        processor.update_state(update(added=added))
+        logits = processor.apply(margins(2.0))
+        assert (logits[:, 8:] == -math.inf).all()
+        assert (logits[:, :8] > -math.inf).all()
+    reported = Sampler.compute_logprobs(margins(0.0))
+    assert torch.allclose(reported[:, :8], torch.full((1, 8), -math.log(8)))
+
+
+def test_v2_rows_without_a_token_are_masked_too(reserved):
+    v2 = V2(reserved, visible=8)
+    v2.add(0, params())
+    assert (v2.logits([0], [9])[:, 8:] == -math.inf).all()
+    v2.add(0, params(-1.0))
+    assert (v2.logits([0], [9])[:, 8:] == -math.inf).all()
+
+
 # Reported log-probabilities
 
+FLAT = torch.full((2, 10), -math.log(10))
 
-def test_reserved_rows_do_not_show_in_log_probabilities(processor, sampler):
+
+def test_reserved_rows_do_not_show_in_log_probabilities(processor):
     logits = margins(0.0, 0.0)
     before = logits.clone()
-    logprobs = sampler.compute_logprobs(logits)
+    logprobs = Sampler.compute_logprobs(logits)
     assert torch.equal(logits, before)
     assert (logprobs[:, 10:] == -math.inf).all()
-    assert torch.allclose(logprobs[:, :10], torch.full((2, 10), -math.log(10)))
+    assert torch.allclose(logprobs[:, :10], FLAT)
 
 
-def test_log_probabilities_are_covered_once(processor, sampler, reserved):
-    once = sampler.compute_logprobs
+def test_reserved_rows_do_not_show_in_reported_logits(processor):
+    """`--logprobs-mode raw_logits`: the best ones are picked from the logits themselves."""
+    reported = Sampler.gather_logprobs(margins(1.0, 2.0), 3, torch.tensor([3, 3]))
+    assert reported.logprob_token_ids.max() < 10
+    assert reported.logprobs.max() == 2.0
+    assert reported.selected_token_ranks.tolist() == [1, 1]
+
+
+def test_log_probabilities_are_covered_once(processor, reserved):
+    once = Sampler.compute_logprobs
     GateProcessor(engine_config(gate_settings(reserved, "entropy", None)), CPU, False)
-    assert sampler.compute_logprobs is once
+    assert Sampler.compute_logprobs is once
+
+
+def test_other_rows_are_covered_instead(processor):
+    GateProcessor(engine_config(gate_settings(ReservedRows(12, 2), "entropy", None)), CPU, False)
+    assert torch.isfinite(Sampler.compute_logprobs(margins(0.0))[:, :12]).all()
+
+
+@pytest.mark.parametrize("module", [logprob, sampler, prompt_logprob, rejection_sampler])
+def test_v2_reserved_rows_do_not_show_in_log_probabilities(reserved, module):
+    V2(reserved)
+    logits = margins(0.0, 0.0)
+    before = logits.clone()
+    reported = module.compute_topk_scores(logits, 4, torch.tensor([3, 3]))
+    assert torch.equal(logits, before)
+    assert reported.logprob_token_ids.max() < 10
+    assert torch.allclose(reported.logprobs, FLAT[:, :5])
+    assert reported.selected_token_ranks.tolist() == [10, 10]
+
+
+@pytest.mark.parametrize("module", [logprob, prompt_logprob])
+def test_v2_reserved_rows_do_not_show_in_scores_of_tokens(reserved, module):
+    V2(reserved)
+    assert torch.allclose(module.compute_token_logprobs(margins(0.0), torch.tensor([[1, 2]])), FLAT[:1, :2])
+
+
+def test_v2_reserved_rows_do_not_show_in_reported_logits(reserved):
+    V2(reserved)
+    reported = logprob.compute_topk_scores(margins(2.0), 3, torch.tensor([3]), logits_mode=True)
+    assert reported.logprobs.max() == 2.0
+
+
+def test_v2_reserved_rows_do_not_show_in_prompts(reserved):
+    V2(reserved)
+    ids, scores, _ = prompt_logprob.compute_prompt_logprobs_with_chunking(
+        torch.tensor([1, 2]), torch.zeros(2, 4), lambda states: margins(*[0.0] * len(states)), 3
+    )
+    assert ids.max() < 10
+    assert torch.allclose(scores, FLAT[:, :4])
+
+
+def test_v2_reserved_rows_do_not_show_where_drafts_are_verified(reserved):
+    V2(reserved)
+    verifier = object.__new__(rejection_sampler.RejectionSampler)
+    verifier.sampler = SimpleNamespace(logprobs_mode="raw_logprobs")
+    verifier.enable_adaptive_verification = False
+    drafts = torch.tensor([[1, 2]])
+    ends = np.array([0, 2])
+    reported = verifier._get_logprobs_tensors(
+        drafts, torch.tensor([2]), margins(0.0, 0.0), torch.from_numpy(ends), ends, 3
+    )
+    assert reported.logprob_token_ids.max() < 10
+    assert torch.allclose(reported.logprobs, FLAT[:, :4])
 
 
 def test_v2_knows_the_spare_price(reserved):

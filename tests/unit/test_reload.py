@@ -8,14 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from router.checkpoint import CheckpointError, RouterCheckpoint
 from router.controller import PriceController
 from router.ledger import FractionOfTraffic, Scope, Status
 from router.policy import Calibration
-from server.gate_processor import PROCESSORS, GateProcessor, RouterLoader, gate_settings, write_taps
-from server.reload import RouterReload
-from server.vllm_api import Sampler
+from router.reserved import ReservedRows
+from server.gate_processor import GateProcessor, RouterLoader, gate_settings, write_taps
+from server.reload import RouterReload, load_everywhere
+from server.vllm_api import find_reports
 
 CPU = torch.device("cpu")
 
@@ -162,24 +164,107 @@ def test_a_copy_for_the_cpus_kernels_is_made_again(router):
     assert torch.equal(packed[0][11:], router.taps)
 
 
-def test_the_worker_takes_taps_and_gate(router, reserved, tmp_path, monkeypatch):
-    monkeypatch.setattr(Sampler, "compute_logprobs", Sampler.__dict__["compute_logprobs"])
+class Worker(RouterLoader):
+    """One process of the engine, with a part of the output matrix or none, and a gate."""
+
+    def __init__(self, directory: Path, reserved: ReservedRows, output: object) -> None:
+        self.vllm_config = SimpleNamespace(
+            additional_config=gate_settings(reserved, "learned", directory),
+            scheduler_config=SimpleNamespace(max_num_seqs=2),
+        )
+        self.processor = GateProcessor(self.vllm_config, CPU, False)
+        self.output = output
+
+    def get_model(self) -> SimpleNamespace:
+        return SimpleNamespace(lm_head=self.output)
+
+    @property
+    def score(self) -> float:
+        return self.processor.gate(torch.zeros(1, 14)).item()
+
+
+class Engine:
+    """vLLM's `collective_rpc` over its workers, in turn."""
+
+    def __init__(self, *workers: Worker) -> None:
+        self.workers = workers
+
+    async def collective_rpc(self, method: str, args: tuple[object, ...]) -> list[object]:
+        return [getattr(worker, method)(*args) for worker in self.workers]
+
+
+@pytest.fixture
+def engine(router, reserved, tmp_path, monkeypatch) -> Engine:
+    """Two stages of a pipeline: the first has no output matrix."""
+    for report in find_reports(v2=False):
+        monkeypatch.setattr(report.owner, report.name, vars(report.owner)[report.name])
     router.save(tmp_path)
-    config = SimpleNamespace(
-        additional_config=gate_settings(reserved, "learned", tmp_path),
-        scheduler_config=SimpleNamespace(max_num_seqs=2),
-    )
-    processor = GateProcessor(config, CPU, False)
-    assert processor in PROCESSORS
-    lm_head = output_matrix(0, 14)
-    worker = SimpleNamespace(vllm_config=config, get_model=lambda: SimpleNamespace(lm_head=lm_head))
-    shifted = {**router.gate, "mlp.4.bias": router.gate["mlp.4.bias"] + 3.0}
-    replace(router, gate=shifted, taps=2 * router.taps).save(tmp_path)
-    logits = torch.zeros(1, 14)
-    before = processor.gate(logits).item()
-    RouterLoader.load_router(worker, str(tmp_path))
-    assert processor.gate(logits).item() == pytest.approx(before + 3.0)
-    assert torch.equal(lm_head.weight[11:], 2 * router.taps)
+    stages = PPMissingLayer(), output_matrix(0, 14)
+    return Engine(*(Worker(tmp_path, reserved, output) for output in stages))
+
+
+def shifted(router: RouterCheckpoint, by: float) -> RouterCheckpoint:
+    gate = {**router.gate, "mlp.4.bias": router.gate["mlp.4.bias"] + by}
+    return replace(router, gate=gate, taps=2 * router.taps)
+
+
+async def test_every_process_takes_taps_and_gate(engine, router, tmp_path):
+    new = shifted(router, 3.0)
+    new.save(tmp_path)
+    before = [worker.score for worker in engine.workers]
+    await load_everywhere(engine.collective_rpc, tmp_path, new)
+    assert [worker.score for worker in engine.workers] == pytest.approx([score + 3.0 for score in before])
+    assert torch.equal(engine.workers[1].output.weight[11:], new.taps)
+
+
+async def test_a_process_that_refuses_keeps_all_others_from_it(engine, router, tmp_path):
+    """A first rank that can take the router, and a last one whose matrix is quantised."""
+    engine.workers[1].output.weight = torch.zeros(14, 4, dtype=torch.int8)
+    engine.workers = (Worker(tmp_path, router.reserved, output_matrix(0, 14)), *engine.workers)
+    new = shifted(router, 3.0)
+    new.save(tmp_path)
+    before = [worker.score for worker in engine.workers]
+    with pytest.raises(CheckpointError, match="the output matrix is quantised"):
+        await load_everywhere(engine.collective_rpc, tmp_path, new)
+    assert [worker.score for worker in engine.workers] == before
+    assert not engine.workers[0].output.weight.any()
+
+
+async def test_a_router_that_changed_while_it_was_read_is_left_for_the_next_look(engine, router, tmp_path):
+    read, written = shifted(router, 1.0), shifted(router, 2.0)
+    written.save(tmp_path)
+    before = [worker.score for worker in engine.workers]
+    with pytest.raises(CheckpointError, match="replaced while it was read"):
+        await load_everywhere(engine.collective_rpc, tmp_path, read)
+    assert [worker.score for worker in engine.workers] == before
+
+
+async def test_a_router_is_taken_as_it_was_checked(engine, router, tmp_path):
+    new = shifted(router, 3.0)
+    new.save(tmp_path)
+    worker = engine.workers[1]
+    before = worker.score
+    worker.prepare_router(str(tmp_path))
+    shifted(router, 9.0).save(tmp_path)
+    worker.load_router(str(tmp_path))
+    assert worker.score == pytest.approx(before + 3.0)
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (SimpleNamespace(weight=torch.zeros(14, 4, dtype=torch.int8)), "the output matrix is quantised"),
+        (SimpleNamespace(qweight=torch.zeros(1)), "the output matrix is quantised"),
+        (SimpleNamespace(weight=torch.zeros(14, 5)), r"the output matrix is \(14, 5\), the taps are 4 wide"),
+        (None, "SimpleNamespace computes its logits in a way of its own"),
+    ],
+)
+def test_a_model_that_takes_no_taps_is_known_at_the_start(engine, output, said):
+    worker = engine.workers[1]
+    worker.check_router(4)
+    worker.output = output
+    with pytest.raises(CheckpointError, match=said):
+        worker.check_router(4)
 
 
 def test_the_price_controller_keeps_what_it_learned():

@@ -1,6 +1,6 @@
 import pytest
 
-from router.reserved import RESERVED_ROWS, ReservedRows
+from router.reserved import RESERVED_ROWS, ReservedRows, visible_rows
 
 
 def test_the_rows_are_the_last_of_the_vocabulary():
@@ -47,3 +47,8 @@ def test_fewer_rows_can_be_asked_for():
 def test_a_full_vocabulary_is_refused(tokenizer):
     with pytest.raises(ValueError, match=f"no spare row .* 1024 rows in the model, {tokenizer}"):
         ReservedRows.at_end(1024, tokenizer)
+
+
+def test_rows_beyond_the_highest_id_are_not_visible():
+    assert visible_rows([3, 0, 7]) == 8
+    assert visible_rows([]) == 0

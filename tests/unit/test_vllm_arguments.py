@@ -154,7 +154,7 @@ def test_a_key_on_the_command_line_replaces_that_key_of_the_file(http: HttpLayer
         ({"grpc-port": 50051}, "vllm: --grpc-port requires"),
         ({"tokens-only": True}, "vllm's tokens-only is not supported"),
         ({"config": "vllm.yaml"}, "vllm's config is not supported"),
-        ({"-dpm": True, "-dp": 2}, "vllm's data-parallel-multi-port-external-lb is not supported"),
+        ({"-dpm": True, "-dp": 2, "-dpl": 2}, "vllm's data-parallel-multi-port-external-lb is not supported"),
         ({"api-server-count": 2}, "vllm's api-server-count is not supported"),
         ({"-asc": 0}, "vllm's api-server-count is not supported"),
         ({"ssl-keyfile": "key.pem"}, "vllm's ssl-keyfile needs ssl-certfile"),

@@ -1,4 +1,4 @@
-"""What the gateway makes of its configuration before anything starts."""
+"""What is decided about a pair before anything starts."""
 
 import json
 from dataclasses import replace
@@ -7,16 +7,27 @@ from typing import Any
 
 import pytest
 
-from router.checkpoint import CheckpointError, RouterCheckpoint
+from router.checkpoint import MERGED_ROUTER, CheckpointError, RouterCheckpoint
 from router.policy import Calibration
 from server.config import ConfigError, ServeConfig
-from server.gateway import _policy, _reserved_rows, _spans
+from server.served_pair import ServedPair
 
 VOCABULARY = {"a": 0, "b": 1, "c": 2}
 
 
 def configured(directory: Path, **settings: Any) -> ServeConfig:
     return ServeConfig.model_validate({"student": directory, "teacher": "http://teacher"} | settings)
+
+
+def pair_of(directory: Path, router: RouterCheckpoint | None = None, **settings: Any) -> ServedPair:
+    """Of a student with ten tokens and four free rows; its router, if any, is merged into it."""
+    names = {f"t{i}": i for i in range(10)}
+    student(directory, 14, {"model": {"type": "BPE", "vocab": names}})
+    if router is not None:
+        router.save(directory / MERGED_ROUTER)
+    elif "gate" not in settings:
+        settings["gate"] = "random"
+    return ServedPair.of(configured(directory, **settings))
 
 
 def with_spans(router: RouterCheckpoint, span_tokens: int, ask_tokens: int | None) -> RouterCheckpoint:
@@ -49,7 +60,7 @@ def student(directory: Path, vocab_size: int | None = 40, tokenizer: Any = None)
 )
 def test_spans_are_the_configurations_else_the_routers(router, tmp_path, of_router, settings, spans):
     trained = None if of_router is None else with_spans(router, *of_router)
-    assert _spans(configured(tmp_path, **settings), trained) == spans
+    assert pair_of(tmp_path, trained, **settings).spans == spans
 
 
 @pytest.mark.parametrize(
@@ -59,52 +70,52 @@ def test_spans_are_the_configurations_else_the_routers(router, tmp_path, of_rout
 def test_nobody_asks_for_more_than_a_span(router, tmp_path, of_router, settings):
     trained = None if of_router is None else with_spans(router, *of_router)
     with pytest.raises(ConfigError, match=r"ask_tokens: . is more than a span of"):
-        _spans(configured(tmp_path, **settings), trained)
+        pair_of(tmp_path, trained, **settings)
 
 
 # The policy
 
 
 def test_the_routers_calibration_prices_its_gate(router, tmp_path):
-    policy = _policy(configured(tmp_path), router, max_len=400)
+    policy = pair_of(tmp_path, router).policy(400)
     assert policy.calibration == router.calibration("learned")
     assert policy.expected_tokens == router.config.expected_tokens
 
 
 def test_a_fixed_price_needs_no_calibration(tmp_path):
-    policy = _policy(configured(tmp_path, gate="margin", price=-0.5), None, max_len=400)
+    policy = pair_of(tmp_path, None, gate="margin", price=-0.5).policy(400)
     assert {policy.calibration.price(rate) for rate in (0.1, 0.5, 0.9)} == {-0.5}
     assert policy.expected_tokens == 100
 
 
 def test_the_random_gate_needs_no_calibration(tmp_path):
     settings = {"gate": "random", "span_tokens": 4, "ask_tokens": 2}
-    policy = _policy(configured(tmp_path, **settings), None, max_len=400)
+    policy = pair_of(tmp_path, None, **settings).policy(400)
     assert policy.calibration == Calibration.of_random_gate(2)
 
 
 def test_a_gate_without_a_calibration_is_refused(router, tmp_path):
     for trained in (None, router):
         with pytest.raises(ConfigError, match=r"the gate margin is not calibrated .* or a fixed --price"):
-            _policy(configured(tmp_path, gate="margin"), trained, max_len=400)
+            pair_of(tmp_path, trained, gate="margin").policy(400)
 
 
 def test_a_router_that_wants_budgets_in_words_is_refused(router, tmp_path):
     config = router.config.model_copy(update={"budget_prompt": "At most {percent} %. "})
     with pytest.raises(ConfigError, match="budgets in words"):
-        _policy(configured(tmp_path), replace(router, config=config), 512)
+        pair_of(tmp_path, replace(router, config=config)).policy(512)
 
 
 def test_a_calibration_is_for_its_own_spans(router, tmp_path):
     with pytest.raises(ConfigError, match="not calibrated for this pair and spans of 8"):
-        _policy(configured(tmp_path, span_tokens=8), router, max_len=400)
+        pair_of(tmp_path, router, span_tokens=8).policy(400)
 
 
 # Reserved rows
 
 
 def test_the_routers_rows(router, tmp_path):
-    assert _reserved_rows(router, tmp_path) == router.reserved
+    assert pair_of(tmp_path, router).reserved == router.reserved
 
 
 @pytest.mark.parametrize(
@@ -117,7 +128,7 @@ def test_the_routers_rows(router, tmp_path):
     ids=["bpe", "unigram", "added"],
 )
 def test_without_a_router_the_last_rows_that_the_tokenizer_leaves_free(tmp_path, tokenizer):
-    rows = _reserved_rows(None, student(tmp_path, 13, tokenizer))
+    rows = ServedPair.of(configured(student(tmp_path, 13, tokenizer), gate="random")).reserved
     assert (rows.start, rows.end) == (3, 13)
 
 
@@ -139,8 +150,46 @@ def test_a_student_that_is_not_usable_is_said_in_one_line(tmp_path, broken, prob
     for name, content in broken.items():
         (directory / name).unlink() if content is None else (directory / name).write_text(content)
     with pytest.raises((ConfigError, CheckpointError), match=problem) as error:
-        _reserved_rows(None, directory)
+        ServedPair.of(configured(directory, gate="random"))
     assert "\n" not in str(error.value)
+
+
+def test_rows_without_a_token_are_known(router, tmp_path):
+    """Ten tokens below the reserved rows, then the same with three of them unknown to the tokenizer."""
+    assert pair_of(tmp_path, router).visible == 10
+    names = {f"t{i}": i for i in range(7)}
+    student(tmp_path, 14, {"model": {"type": "BPE", "vocab": names}})
+    pair = ServedPair.of(configured(tmp_path))
+    assert (pair.visible, pair.reserved) == (7, router.reserved)
+    assert pair.gate_settings()["wheels"] == {
+        "reserved": [10, 4],
+        "gate": "learned",
+        "router": str(tmp_path / MERGED_ROUTER),
+        "visible": 7,
+    }
+
+
+def test_a_tokenizer_of_another_kind_hides_nothing(router, tmp_path):
+    pair_of(tmp_path, router)
+    (tmp_path / "tokenizer.json").unlink()
+    assert ServedPair.of(configured(tmp_path)).visible == 10
+
+
+# Another router
+
+
+def test_another_router_brings_its_spans_and_its_policy(router, tmp_path):
+    pair = pair_of(tmp_path, router)
+    other = with_spans(router, 8, 2)
+    changed = pair.with_router(other)
+    assert (changed.spans, changed.router) == ((8, 2), other)
+    assert changed.policy(400).calibration == other.calibration("learned")
+
+
+def test_another_router_that_does_not_fit_is_refused(router, tmp_path):
+    pair = pair_of(tmp_path, router, ask_tokens=3)
+    with pytest.raises(CheckpointError, match="ask_tokens: 3 is more than a span of 2"):
+        pair.with_router(with_spans(router, 2, 1))
 
 
 # The aim
@@ -149,14 +198,14 @@ def test_a_student_that_is_not_usable_is_said_in_one_line(tmp_path, broken, prob
 def test_who_aims_at_the_rate_gets_the_spare_prices(router, tmp_path):
     spares = {"learned": [(0.1, 1.0), (0.3, 0.5)]}
     trained = replace(router, config=router.config.model_copy(update={"spare": spares}))
-    assert _policy(configured(tmp_path), trained, max_len=400).spare is None
-    policy = _policy(configured(tmp_path, aim="rate"), trained, max_len=400)
+    assert pair_of(tmp_path, trained).policy(400).spare is None
+    policy = pair_of(tmp_path, trained, aim="rate").policy(400)
     assert policy.spare == Calibration(((0.1, 1.0), (0.3, 0.5)))
     assert policy.calibration == router.calibration("learned")
 
 
 def test_an_aim_that_nothing_was_measured_for_is_refused(router, tmp_path):
     with pytest.raises(ConfigError, match="aim rate: the router has no calibration for gate 'learned'"):
-        _policy(configured(tmp_path, aim="rate"), router, max_len=400)
+        pair_of(tmp_path, router, aim="rate").policy(400)
     with pytest.raises(ConfigError, match="aim rate needs a router"):
-        _policy(configured(tmp_path, aim="rate", gate="margin", price=1.0), None, max_len=400)
+        pair_of(tmp_path, None, aim="rate", gate="margin", price=1.0).policy(400)

@@ -1,0 +1,155 @@
+"""What the gateway serves: which student, router, rows, spans and policy, decided once."""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from router.checkpoint import MERGED_ROUTER, CheckpointError, RouterCheckpoint, vocabulary
+from router.policy import Calibration, Policy
+from router.reserved import ReservedRows, visible_rows
+from server.config import ConfigError, ServeConfig
+from server.gate_processor import gate_settings
+
+
+class Spans(NamedTuple):
+    """Lengths in tokens."""
+
+    span_tokens: int
+    """Longest span."""
+    ask_tokens: int
+    """One teacher call."""
+
+
+@dataclass(frozen=True)
+class ServedPair:
+    """A student with its router, as configured; the engine loads both from one directory."""
+
+    config: ServeConfig
+    student: Path
+    """What the engine loads: the router's taps are in it, where there is a router."""
+    router: RouterCheckpoint | None
+    reserved: ReservedRows
+    visible: int
+    """Rows from here on are no tokens, see `router.reserved.visible_rows`."""
+    spans: Spans
+
+    @classmethod
+    def of(cls, config: ServeConfig) -> "ServedPair":
+        """Raises ConfigError or CheckpointError where student, router and settings do not go together."""
+        router, student = _merged(config)
+        reserved = router.reserved if router is not None else _free_rows(student)
+        return cls(
+            config=config,
+            student=student,
+            router=router,
+            reserved=reserved,
+            visible=min(_known_rows(student, reserved), reserved.start),
+            spans=_spans(config, router),
+        )
+
+    def with_router(self, router: RouterCheckpoint) -> "ServedPair":
+        """The pair with another router for the same student. Raises CheckpointError where it does not fit."""
+        try:
+            return replace(self, router=router, spans=_spans(self.config, router))
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
+
+    def gate_settings(self) -> dict[str, Any]:
+        """The engine's ``additional_config``."""
+        router = None if self.router is None else self.student / MERGED_ROUTER
+        return gate_settings(self.reserved, self.config.gate, router, self.visible)
+
+    def policy(self, max_len: int) -> Policy:
+        """``max_len``: of the student, prompt and completion.
+
+        Raises:
+            ConfigError: the gate has no calibration for these spans, and no fixed price.
+        """
+        config, router = self.config, self.router
+        if router is not None and router.config.budget_prompt is not None:
+            raise ConfigError(
+                "the router wants budgets in words in the prompt, which the gateway does not write: "
+                "train one with router.conditioning price"
+            )
+        expected = router.config.expected_tokens if router else max_len / 4
+        if config.aim == "rate" and (config.price is not None or router is None):
+            raise ConfigError("aim rate needs a router checkpoint with its calibration, and no fixed price")
+        if config.price is not None:
+            return Policy(Calibration(((0.5, config.price),)), expected)
+        if router is not None and self._is_calibrated:
+            return Policy(router.calibration(config.gate), expected, self._spare(router))
+        if config.gate == "random":
+            return Policy(Calibration.of_random_gate(self.spans.ask_tokens), expected)
+        raise ConfigError(
+            f"the gate {config.gate} is not calibrated for this pair and spans of {self.spans.span_tokens}: "
+            "give a router checkpoint that has its calibration, or a fixed --price"
+        )
+
+    @property
+    def _is_calibrated(self) -> bool:
+        """Whether the router's calibration of the gate holds: it was measured with the router's spans."""
+        router = self.router
+        return (
+            router is not None
+            and self.config.gate in router.config.calibration
+            and self.spans == _spans(None, router)
+        )
+
+    def _spare(self, router: RouterCheckpoint) -> Calibration | None:
+        if self.config.aim != "rate":
+            return None
+        try:
+            return router.spare(self.config.gate)
+        except CheckpointError as error:
+            raise ConfigError(f"aim rate: {error}") from error
+
+
+def _merged(config: ServeConfig) -> tuple[RouterCheckpoint | None, Path]:
+    """The router, where there is one, and the directory that the engine loads: both in one."""
+    merged_router = config.student / MERGED_ROUTER
+    if config.router is None:
+        if merged_router.is_dir():
+            return RouterCheckpoint.load(merged_router), config.student
+        if config.gate == "learned":
+            raise ConfigError(
+                "the learned gate needs a router checkpoint (--router), or choose another --gate"
+            )
+        return None, config.student
+    router = RouterCheckpoint.load(config.router)
+    router.check_student(config.student)
+    # The merged student links to files of the original: another place makes another one.
+    key = hashlib.sha256(f"{router.digest()} {config.student.resolve()}".encode()).hexdigest()
+    merged = config.cache / "merged" / key[:16]
+    if not merged.is_dir():
+        router.merge(config.student, merged)
+    return router, merged
+
+
+def _free_rows(student: Path) -> ReservedRows:
+    known = visible_rows(token_id for _, token_id in vocabulary(student))
+    try:
+        rows = json.loads((student / "config.json").read_text())["vocab_size"]
+        return ReservedRows.at_end(rows, known)
+    except KeyError as error:
+        raise ConfigError(f"{student}/config.json has no {error}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{student}: {error}") from error
+
+
+def _known_rows(student: Path, reserved: ReservedRows) -> int:
+    if not (student / "tokenizer.json").is_file():
+        return reserved.start  # a tokenizer of another kind: nobody knows
+    return visible_rows(token_id for _, token_id in vocabulary(student))
+
+
+def _spans(config: ServeConfig | None, router: RouterCheckpoint | None) -> Spans:
+    """The configuration's, else the router's, else single tokens."""
+    span_tokens = (config and config.span_tokens) or (router.config.span_tokens if router else 1)
+    ask_tokens = (
+        (config and config.ask_tokens) or (router.config.ask_tokens if router else None) or span_tokens
+    )
+    if ask_tokens > span_tokens:
+        raise ConfigError(f"ask_tokens: {ask_tokens} is more than a span of {span_tokens}")
+    return Spans(span_tokens, ask_tokens)

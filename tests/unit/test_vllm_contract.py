@@ -1,0 +1,245 @@
+"""What the gateway reaches into vLLM for, looked up in vLLM itself: an upgrade fails here, and says where.
+
+No engine is started. Each test names one function of `server.vllm_api`.
+"""
+
+import inspect
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import vllm
+from fastapi import FastAPI
+from vllm.config.speculative import SpeculativeConfig
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
+
+from server import vllm_api
+from server.config import ConfigError
+from server.vllm_api import (
+    UnsupportedVllm,
+    check_speculation,
+    find_reports,
+    output_matrix,
+    pack_again,
+    rows_of,
+    weight_of,
+    wrap_app,
+)
+
+SOURCE = Path(vllm.__file__).parent
+
+
+def sources(folder: str) -> dict[str, str]:
+    """Text of vLLM's modules below a folder, by name."""
+    found = {}
+    for file in sorted((SOURCE / folder).rglob("*.py")):
+        name = ".".join(file.relative_to(SOURCE.parent).with_suffix("").parts)
+        found[name] = file.read_text()
+    return found
+
+
+# find_reports
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_reports_take_the_logits_first(v2):
+    for report in find_reports(v2=v2):
+        first = next(iter(inspect.signature(report.function).parameters))
+        assert first in ("logits", "logprobs"), f"{report.name} takes {first} first"
+
+
+def test_every_place_of_the_v2_runner_that_reports_is_known():
+    known = {module for module, _ in vllm_api.REPORTS_V2}
+    pattern = re.compile(r"\bcompute_(topk_scores|token_logprobs)\b")
+    users = {name for name, text in sources("v1/worker/gpu").items() if pattern.search(text)}
+    assert users == known, "vLLM reports scores in other places than `REPORTS_V2` has"
+
+
+def test_a_report_that_is_gone_is_named(monkeypatch):
+    monkeypatch.setattr(vllm_api, "REPORTS_V2", (("vllm.v1.worker.gpu.sample.logprob", "compute_gone"),))
+    with pytest.raises(UnsupportedVllm, match=r"this vLLM has no .*\.logprob\.compute_gone"):
+        find_reports(v2=True)
+    monkeypatch.setattr(vllm_api, "REPORTS_V1", (("vllm.v1.nowhere", "Sampler.compute_logprobs"),))
+    with pytest.raises(UnsupportedVllm, match=r"this vLLM has no vllm\.v1\.nowhere\.Sampler"):
+        find_reports(v2=False)
+
+
+# output_matrix, weight_of, rows_of, pack_again
+
+HIDDEN = 4
+
+
+class Scores(LogitsProcessor):
+    """vLLM's, without its configuration."""
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+
+
+class Model(torch.nn.Module):
+    """A model of vLLM's, whose output matrix has some name."""
+
+    def __init__(self, name: str, output: torch.nn.Module) -> None:
+        super().__init__()
+        self.embed_tokens = torch.nn.Embedding(8, HIDDEN)
+        self.logits_processor = Scores()
+        self.name = name
+        if name != "embed_tokens":
+            setattr(self, name, output)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.logits_processor(getattr(self, self.name), hidden_states)
+
+
+class Nested(torch.nn.Module):
+    """A model of text and images, of which the language model computes the logits."""
+
+    def __init__(self, language_model: Model) -> None:
+        super().__init__()
+        self.language_model = language_model
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.language_model.compute_logits(hidden_states)
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_out", "output", "embed_tokens"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_output_matrix_is_found_whatever_its_name(name, nested):
+    model = Model(name, torch.nn.Embedding(8, HIDDEN))
+    found = output_matrix(Nested(model) if nested else model, HIDDEN)
+    assert found is getattr(model, name)
+    assert not model.logits_processor._forward_pre_hooks, "the model is left as it was"
+
+
+def test_a_rank_of_a_pipeline_may_have_none():
+    assert output_matrix(Model("lm_head", PPMissingLayer()), HIDDEN) is None
+
+
+def test_a_model_with_logits_of_its_own_is_named():
+    class Own(torch.nn.Module):
+        pass
+
+    with pytest.raises(UnsupportedVllm, match="Own computes its logits in a way of its own"):
+        output_matrix(Own(), HIDDEN)
+
+
+def test_every_model_hands_its_matrix_to_vllms_logits_processor_first():
+    first = list(inspect.signature(LogitsProcessor.forward).parameters)[1]
+    assert first == "lm_head"
+
+
+@pytest.mark.parametrize(
+    ("weight", "plain"),
+    [
+        (torch.zeros(2, 2), True),
+        (torch.zeros(2, 2, dtype=torch.bfloat16), True),
+        (torch.zeros(2, 2, dtype=torch.int8), False),
+        (torch.zeros(2, 2).to(torch.float8_e4m3fn), False),
+        (None, False),
+    ],
+)
+def test_quantised_rows_are_none(weight, plain):
+    assert (weight_of(SimpleNamespace(weight=weight)) is not None) == plain
+    assert weight_of(SimpleNamespace()) is None
+
+
+def test_rows_are_named_as_vllm_names_them():
+    source = inspect.getsource(VocabParallelEmbedding)
+    assert "self.shard_indices" in source
+    text = sources("model_executor/layers")["vllm.model_executor.layers.vocab_parallel_embedding"]
+    assert "def org_vocab_start_index" in text or "org_vocab_start_index: int" in text
+    indices = SimpleNamespace(org_vocab_start_index=8, org_vocab_end_index=12)
+    assert rows_of(SimpleNamespace(shard_indices=indices)) == range(8, 12)
+
+
+def test_packed_copies_are_named_as_vllm_names_them():
+    texts = sources("model_executor/layers")
+    assert any("layer.cpu_linear = " in text for text in texts.values())
+    packed = []
+    method = SimpleNamespace(process_weights_after_loading=packed.append)
+    plain, copied = SimpleNamespace(quant_method=method), SimpleNamespace(quant_method=method, cpu_linear=1)
+    pack_again(plain)
+    pack_again(copied)
+    assert packed == [copied]
+
+
+# prompt_lengths, and what the V2 adapter reads of a step
+
+
+def test_the_v2_runner_tells_what_the_gate_reads():
+    assert "prompt_len" in LogitsProcRequestState.__dataclass_fields__
+    needed = {"expanded_idx_mapping", "idx_mapping_np", "pos", "seq_lens_upper_bound_np"}
+    assert needed <= LogitsContext.__dataclass_fields__.keys()
+
+
+# wrap_app
+
+
+async def test_a_middleware_stands_before_all_others():
+    seen = []
+
+    def named(name):
+        def wrap(app):
+            async def middleware(scope, receive, send):
+                seen.append(name)
+
+            return middleware if name == "inner" else _then(seen, name, app)
+
+        return wrap
+
+    app = FastAPI()
+    wrap_app(app, named("inner"))
+    outer = wrap_app(app, named("outer"))
+    assert app.middleware_stack is outer
+    await app({"type": "http"}, None, None)
+    assert seen == ["outer", "inner"]
+
+
+def _then(seen, name, app):
+    async def middleware(scope, receive, send):
+        seen.append(name)
+        await app(scope, receive, send)
+
+    return middleware
+
+
+# check_speculation
+
+
+def configured(method: str | None, v2: bool) -> SimpleNamespace:
+    speculative = None if method is None else SimpleNamespace(method=method)
+    return SimpleNamespace(speculative_config=speculative, use_v2_model_runner=v2)
+
+
+@pytest.mark.parametrize("method", ["ngram", "ngram_gpu", "draft_model"])
+def test_drafters_without_the_students_rows_are_welcome(method):
+    check_speculation(configured(method, v2=True))
+    check_speculation(configured(None, v2=False))
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3", "mtp", "dflash", "dspark", "medusa"])
+def test_drafters_that_share_the_students_rows_are_refused(method):
+    with pytest.raises(ConfigError, match=f"method {method} is not supported, only draft_model, ngram"):
+        check_speculation(configured(method, v2=True))
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle"])
+def test_the_v1_runner_has_no_gate_with_drafts(method):
+    with pytest.raises(ConfigError, match="speculative-config is not supported: this model runner"):
+        check_speculation(configured(method, v2=False))
+
+
+def test_vllm_still_refuses_processors_with_drafts_in_the_v1_runner():
+    text = sources("v1/sample/logits_processor")["vllm.v1.sample.logits_processor.__init__"]
+    assert "STR_SPEC_DEC_REJECTS_LOGITSPROCS" in text, "the V1 runner may take a gate with drafts now"
+    assert "method" in SpeculativeConfig.__dataclass_fields__
+
+
+def test_a_draft_model_of_its_own_shares_nothing_with_the_student():
+    text = sources("v1/worker/gpu/spec_decode/standalone_ar")
+    assert not any("lm_head" in each for each in text.values())
