@@ -31,7 +31,7 @@ def check_engine_limits(
     tokenizer: Any,
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Refuse what the engine process could not take; ``names`` as of `parameters.names_as_sent`.
+    """Refuse what the engine process could not take; ``names`` as of `server.http.names.names_as_sent`.
 
     Raises:
         VLLMValidationError: names the parameter.

@@ -1,4 +1,4 @@
-"""The gateway's Prometheus series; vLLM's own ``vllm:*`` series stand beside them on /metrics."""
+"""The gateway's Prometheus series. vLLM's own ``vllm:*`` series are on /metrics too."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -41,7 +41,7 @@ def check_reserved_rows(
     reserved: ReservedRows,
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Keep clients from the router's rows; ``names`` as of `names_as_sent`.
+    """Keep clients from the router's rows; ``names`` as of `server.http.names.names_as_sent`.
 
     Raises:
         VLLMValidationError: a parameter has the id of a reserved row.

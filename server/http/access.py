@@ -61,11 +61,9 @@ class Access:
 
     def _is_open(self, scope: Message) -> bool:
         """Whether a request needs no key."""
-        if scope["type"] == "http" and _is_preflight(scope):
-            return True
         if _is_of_metrics(scope):
-            return self.tenants is None and self._metrics_hash is None
-        if self.tenants is None:
+            return (self.tenants is None and self._metrics_hash is None) or _is_preflight(scope)
+        if self.tenants is None or scope.get("method") == "OPTIONS":
             return True
         return route_path(scope) in OPEN and scope.get("method") in ("GET", "HEAD")
 
@@ -98,9 +96,11 @@ class Access:
 
 
 def _is_preflight(scope: Message) -> bool:
-    """Whether a browser asks what it may send: without a key, and vLLM's CORS middleware itself answers."""
+    """Whether a browser asks what it may send. vLLM's CORS middleware answers, and no route."""
+    if scope.get("method") != "OPTIONS":
+        return False
     names = {name for name, _ in scope["headers"]}
-    return scope["method"] == "OPTIONS" and names >= {b"origin", b"access-control-request-method"}
+    return names >= {b"origin", b"access-control-request-method"}
 
 
 def _is_of_metrics(scope: Message) -> bool:
