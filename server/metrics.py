@@ -26,8 +26,9 @@ TEACHER_CALL_SECONDS = Histogram(
 )
 ESCALATIONS = Counter(
     "wheels_escalations",
-    "Escalations: granted by the gate; denied by budget, context, penalty, breaker, saturated, a failed call, shared "
-    "limits (tenant_tokens, tenant_fraction, global_tokens, global_fraction) or their ledger (unavailable)",
+    "Escalations: granted by the gate; denied by budget, context, penalty, breaker, saturated, a failed "
+    "call, shared limits (tenant_tokens, tenant_fraction, global_tokens, global_fraction) or their ledger "
+    "(unavailable)",
     ["decision", "reason"],
 )
 TEACHER_RATE = Histogram(
