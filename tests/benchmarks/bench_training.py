@@ -46,7 +46,7 @@ def ours(sources: list[str], batch: int, longest: int) -> float:
     student = load_model(PAIR / "student")
     teacher = load_model(PAIR / "teacher").requires_grad_(False)
     end = tokenizer.eos_token_id
-    method = PCL(PCLConfig(type="pcl", on_policy=1.0), len(tokenizer), teacher, end)
+    method = PCL(PCLConfig(type="pcl", on_policy=1.0), len(tokenizer), teacher, end, longest)
     steps = len(sources) // batch
     schedule = Schedule(
         steps=steps, batch=batch, learning_rate=LEARNING_RATE, optimizer="adamw", compile=False
@@ -60,7 +60,7 @@ def ours(sources: list[str], batch: int, longest: int) -> float:
             tokens = 0
             began = clock()
         prompts = encode_prompts(tokenizer, sources[step * batch : (step + 1) * batch])
-        answers = [[end] * (longest - 1)] * batch  # instead of references; they bound the completions' length
+        answers = [[end]] * batch  # instead of references
         _, count = update(
             student,
             method.loss,
