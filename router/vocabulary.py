@@ -85,6 +85,7 @@ class IdsQuestion:
     sequence: list[int]
     """The ids with their contexts, and the separator after each."""
     separator: str
+    separator_id: int
     texts: list[str]
     """By our tokenizer, of each id with its context."""
     optional: bool = False
@@ -102,6 +103,8 @@ class IdsQuestion:
         if not isinstance(text, str):
             return "the ids have no text there"
         theirs = text.split(self.separator)[:-1]
+        if self.ids and len(theirs) < len(self.ids) / 2:
+            return f"the token {self.separator_id} is {self.separator!r} here and not there"
         if len(theirs) != len(self.ids):
             return f"{len(self.ids)} tokens from {self.ids[0]} on are other texts there and here"
         if theirs == self.texts or theirs == cleaned(self.texts) or cleaned(theirs) == self.texts:
@@ -211,7 +214,7 @@ def _ids_question(
             sequence += [*context.before, token_id, *context.after, separator]
         *texts, rest = tokenizer.decode(sequence).split(text)
         if len(texts) == len(shown) and not rest:
-            return IdsQuestion(shown, sequence, text, texts, optional)
+            return IdsQuestion(shown, sequence, text, separator, texts, optional)
     raise ValueError("no token can tell the others apart")
 
 

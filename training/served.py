@@ -1,7 +1,6 @@
 """Stock vLLM servers that training asks; a teacher behind one gives log-probabilities of whole prompts."""
 
 import math
-import random
 import time
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from router.vocabulary import questions
 from training.batches import Batch
 
 TRIES = 6
 FIRST_PAUSE = 0.5
-PROBE_IDS = 256
 SHOWN_PROBLEM = 300
 """Characters of an error reply that are passed on."""
 HOPELESS = (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.DecodingError, httpx.TooManyRedirects)
@@ -49,10 +48,6 @@ class ScoredPrompt(msgspec.Struct):
 
 class ScoredPrompts(msgspec.Struct):
     choices: list[ScoredPrompt]
-
-
-class TokenIds(msgspec.Struct):
-    tokens: list[int]
 
 
 class Server:
@@ -163,20 +158,18 @@ class ServedTeacher:
         return torch.tensor(ids), torch.tensor(log_probs)
 
     def check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Check that the teacher gives a text the ids that `tokenizer` gives it.
+        """Check that the teacher's tokens are those of `tokenizer`, and that it splits texts alike.
 
         Raises:
             ServerError: it does not, or cannot be used.
         """
-        some = random.Random(0).choices(range(len(tokenizer)), k=PROBE_IDS)
-        text = tokenizer.decode(some, skip_special_tokens=True)
-        ours = tokenizer(text, add_special_tokens=False)["input_ids"]
-        body = {"model": self._server.model, "prompt": text, "add_special_tokens": False}
-        if self._server.ask("/tokenize", body, TokenIds).tokens != ours:
-            raise ServerError(
-                f"the teacher {self._server.model} at {self._server.url} has another vocabulary than the "
-                f"student's tokenizer {tokenizer.name_or_path}"
-            )
+        for question in questions(tokenizer):
+            body = {"model": self._server.model, **question.body}
+            if problem := question.difference(self._server.ask(question.path, body, dict[str, object])):
+                raise ServerError(
+                    f"the teacher {self._server.model} at {self._server.url} has another vocabulary than "
+                    f"the student's tokenizer {tokenizer.name_or_path}: {problem}"
+                )
 
     def _scored(self, rows: Sequence[list[int]]) -> list[list[dict[str, LogProb] | None]]:
         """`prompt_logprobs` of each row, in order."""

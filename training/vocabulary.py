@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from measuring.json_lines import DataError
 from router.reserved import ReservedRows
+from router.vocabulary import difference
 from training.config import ChatConfig, PretrainedConfig, Recipe, RecipeError, ServedConfig
 from training.served import ServedTeacher, Server
 from training.tokenizer import rendered, visible_ids
@@ -63,13 +64,11 @@ def check_pair(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def check_vocabulary(role: str, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    ours, theirs = tokenizer.get_vocab(), _load(name).get_vocab()
-    if ours != theirs:
-        token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+    """Raises RecipeError, with the first difference, if a model's tokenizer is not like `tokenizer`."""
+    if problem := difference(tokenizer, _load(name)):
         raise RecipeError(
-            f"the {role} {name} has another vocabulary than {tokenizer.name_or_path}: {token!r} is "
-            f"{theirs.get(token, 'unknown')} there, {ours.get(token, 'unknown')} here; a pair needs one "
-            "vocabulary"
+            f"the {role} {name} has another vocabulary than {tokenizer.name_or_path}: {problem}; a pair "
+            "needs one vocabulary"
         )
 
 

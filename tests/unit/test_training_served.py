@@ -6,6 +6,8 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from training import served
 from training.batches import Batch
@@ -235,3 +237,30 @@ def test_what_is_no_url_is_named(url, monkeypatch):
     monkeypatch.setattr(served, "TRIES", 1)
     with pytest.raises(ServerError, match="the teacher at "):
         Server("teacher", url, None)
+
+
+def tokenizer_server(tokenizer):
+    """A vLLM server's side of the check, with a tokenizer of its own."""
+
+    def answer(request):
+        if request.method == "GET":
+            return httpx.Response(200, json={"data": [{"id": "big"}]})
+        asked = json.loads(request.content)
+        if request.url.path == "/detokenize":
+            return httpx.Response(200, json={"prompt": tokenizer.decode(asked["tokens"])})
+        ids = tokenizer.encode(asked["prompt"], add_special_tokens=asked["add_special_tokens"])
+        return httpx.Response(200, json={"tokens": ids})
+
+    return answer
+
+
+def test_two_swapped_ids_of_a_served_teacher_are_named(tokenizer):
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    one, other = "a", "b"
+    first = min(vocabulary[one], vocabulary[other])
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    swapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+    served_teacher(tokenizer_server(tokenizer), 5).check_vocabulary(tokenizer)
+    with pytest.raises(ServerError, match=f"the token {first} is .* there and .* here"):
+        served_teacher(tokenizer_server(swapped), 5).check_vocabulary(tokenizer)

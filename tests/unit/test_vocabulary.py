@@ -43,7 +43,8 @@ def tokenizer(change: Callable[[dict[str, Any]], None] = lambda _: None) -> PreT
     content = json.loads(_trained())
     change(content)
     made = Tokenizer.from_str(json.dumps(content))
-    names = {"eos_token": "<|end|>", "additional_special_tokens": SPECIAL}
+    special = [token["content"] for token in content["added_tokens"]]
+    names = {"eos_token": "<|end|>", "additional_special_tokens": special}
     return PreTrainedTokenizerFast(tokenizer_object=made, **names)
 
 
@@ -58,6 +59,13 @@ def swapped(one: int, other: int) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def named_otherwise(content: dict[str, Any]) -> None:
+    """A special token with another text."""
+    content["added_tokens"][2]["content"] = "<|helper|>"
+    vocabulary = content["model"]["vocab"]
+    vocabulary["<|helper|>"] = vocabulary.pop("<|assistant|>")
+
+
 def test_a_tokenizer_is_the_same_as_itself() -> None:
     assert difference(tokenizer(), tokenizer()) is None
 
@@ -70,6 +78,16 @@ def test_two_swapped_ids_are_found(seed: int) -> None:
     problem = difference(ours, tokenizer(swapped(one, other)))
     assert problem is not None
     assert any(f"the token {token_id} is " in problem for token_id in (one, other))
+
+
+def test_another_special_token_is_found() -> None:
+    problem = difference(tokenizer(), tokenizer(named_otherwise)) or ""
+    assert "'<|assistant|>' is a token here only" in problem
+    for question in questions(tokenizer()):
+        if found := question.difference(question.answered_by(tokenizer(named_otherwise))):
+            assert found.startswith("the token 2 is '<|helper|>' there")
+            return
+    raise AssertionError("no question told them apart")
 
 
 def test_parts_of_characters_are_told_apart() -> None:
