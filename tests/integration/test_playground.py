@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Route, expect, sync_playwright
 
+from server.http.routes import PLAYGROUND
 from server.local.pair import Serving
 
 # Chromium's own chatter would look for hosts that are not there.
@@ -131,3 +132,29 @@ def test_the_chart_moves(page: Page) -> None:
     expect(page.locator("#live")).to_contain_text("Since start", timeout=10_000)
     for series in ("rate", "price"):
         expect(page.locator(f"#chart path.{series}")).not_to_have_attribute("d", "", timeout=15_000)
+
+
+def test_under_a_root_path_and_without_an_admins_key(browser: Browser) -> None:
+    """The page asks below the address that it came from, and says why it shows no numbers."""
+    asked: list[str] = []
+
+    def answer(route: Route) -> None:
+        path = route.request.url.removeprefix("http://gateway")
+        asked.append(path)
+        if path == "/api/":
+            route.fulfill(body=PLAYGROUND.read_text(), content_type="text/html")
+        elif path == "/api/playground/examples":
+            route.fulfill(json=["Hello"])
+        else:
+            route.fulfill(status=401, json={"error": {"message": "no"}})
+
+    page = browser.new_page()
+    page.route("**/*", answer)
+    page.goto("http://gateway/api/")
+    expect(page.locator("#live")).to_have_text("This gateway shows its numbers to an admin's key.")
+    page.get_by_role("textbox", name="Prompt").fill("Hi")
+    page.get_by_role("button", name="Write").click()
+    expect(page.locator("#facts")).to_contain_text("wants an API key")
+    page.close()
+    assert {"/api/metrics", "/api/v1/models", "/api/playground/examples"} <= set(asked)
+    assert all(path.startswith("/api/") or path == "/favicon.ico" for path in asked)
