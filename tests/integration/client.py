@@ -3,6 +3,7 @@
 import asyncio
 import re
 import urllib.request
+from collections.abc import Callable
 from typing import Any
 
 from openai import AsyncOpenAI
@@ -54,6 +55,14 @@ def metric(url: str, name: str, **labels: str) -> float:
         if match and all(f'{key}="{value}"' in (match[1] or "") for key, value in labels.items()):
             total += float(match[2])
     return total
+
+
+async def eventually(true: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for what comes by itself, late on a busy machine; the test that needs it fails if it does not."""
+    for _ in range(int(seconds * 5)):
+        if true():
+            return
+        await asyncio.sleep(0.2)
 
 
 async def settled(url: str, name: str, value: float, seconds: float = 10, **labels: str) -> float:

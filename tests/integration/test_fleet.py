@@ -16,7 +16,7 @@ import openai
 import promql
 import pytest
 import yaml
-from client import chat, openai_client
+from client import chat, eventually, openai_client
 from redis_server import RedisServer
 
 from server.local.pair import HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
@@ -50,6 +50,10 @@ class Fleet:
         query = urllib.parse.urlencode({"query": expression})
         with urllib.request.urlopen(f"{self.prometheus}/api/v1/query?{query}", timeout=10) as reply:
             return json.load(reply)["data"]["result"]
+
+    def alerts(self) -> set[str]:
+        """Names of the alerts that are pending or firing."""
+        return {result["metric"]["alertname"] for result in self.query("ALERTS")}
 
     def kill(self, name: str) -> None:
         self.processes[name].signal(SIGKILL)
@@ -203,6 +207,8 @@ async def _load(fleet: Fleet, prompts: list[str]) -> Load:
         fleet.redis.start()
         await asyncio.gather(*requests)
     await asyncio.sleep(LEASE_SECONDS + 3)  # what the dead held is charged; Prometheus sees it all
+    await eventually(lambda: fleet.budget()["reserved"] == 0)
+    await eventually(lambda: fleet.alerts() >= {"WheelsGatewayDown", "WheelsTeacherDown"})
     return load
 
 
@@ -248,6 +254,6 @@ def test_every_series_exists(fleet: Fleet, load: Load, expression: promql.Expres
 
 
 def test_the_deaths_are_noticed(fleet: Fleet, load: Load) -> None:
-    alerts = {result["metric"]["alertname"] for result in fleet.query("ALERTS")}
+    alerts = fleet.alerts()
     assert {"WheelsGatewayDown", "WheelsTeacherDown"} <= alerts
     assert not {"WheelsNoGateway", "WheelsTeacherUnreachable"} & alerts
