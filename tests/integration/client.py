@@ -48,7 +48,7 @@ def excess(reply: Any, fraction: float, span_tokens: int) -> float:
 
 def metric(url: str, name: str, **labels: str) -> float:
     """Sum of a metric's series that have these labels."""
-    text = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+    text = urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode()
     total = 0.0
     for line in text.splitlines():
         match = re.fullmatch(rf"{re.escape(name)}(?:{{(.*)}})? (\S+)", line)
@@ -65,7 +65,7 @@ async def eventually(true: Callable[[], bool], seconds: float = 60) -> None:
         await asyncio.sleep(0.2)
 
 
-async def settled(url: str, name: str, value: float, seconds: float = 10, **labels: str) -> float:
+async def settled(url: str, name: str, value: float, seconds: float = 60, **labels: str) -> float:
     """Wait until a metric has reached a value; returns what it is in the end."""
     for _ in range(int(seconds * 10)):
         if metric(url, name, **labels) == value:

@@ -48,7 +48,7 @@ class Fleet:
     def query(self, expression: str) -> list[dict[str, Any]]:
         """An instant query's result vector."""
         query = urllib.parse.urlencode({"query": expression})
-        with urllib.request.urlopen(f"{self.prometheus}/api/v1/query?{query}", timeout=10) as reply:
+        with urllib.request.urlopen(f"{self.prometheus}/api/v1/query?{query}", timeout=60) as reply:
             return json.load(reply)["data"]["result"]
 
     def alerts(self) -> set[str]:
@@ -61,7 +61,7 @@ class Fleet:
 
     def budget(self) -> dict[str, Any]:
         """The global limit, as the gateway that survives sees it."""
-        with urllib.request.urlopen(f"{self.gateways[1]}/budgets", timeout=10) as reply:
+        with urllib.request.urlopen(f"{self.gateways[1]}/budgets", timeout=60) as reply:
             (budget,) = (b for b in json.load(reply)["budgets"] if b["limit"]["type"] == "tokens")
         return budget
 

@@ -11,6 +11,7 @@ from server.local.pair import Serving
 
 # Chromium's own chatter would look for hosts that are not there.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+expect.set_options(timeout=30_000)  # engines and browser share the cores
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_the_teachers_words_are_marked_and_say_why(page: Page) -> None:
     expect(page.locator("#budget-value")).to_have_text("50 %")
     page.get_by_role("textbox", name="Prompt").fill("The book has 695 pages and costs £89.56.")
     page.get_by_role("button", name="Write").click()
-    expect(page.locator("#facts")).to_contain_text("of the answer, budget 50 %", timeout=30_000)
+    expect(page.locator("#facts")).to_contain_text("of the answer, budget 50 %")
     marked = page.locator("#text .teacher")
     expect(marked).not_to_have_count(0)
     marked.first.focus()
@@ -75,7 +76,7 @@ def test_budget_zero_marks_nothing(page: Page) -> None:
     set_budget(page, 0)
     page.get_by_role("textbox", name="Prompt").fill("The train leaves at 17:45.")
     page.get_by_role("textbox", name="Prompt").press("Control+Enter")
-    expect(page.locator("#facts")).to_contain_text("0 of", timeout=30_000)
+    expect(page.locator("#facts")).to_contain_text("0 of")
     assert page.locator("#text").inner_text()
     expect(page.locator("#text .teacher")).to_have_count(0)
 
@@ -93,7 +94,8 @@ def test_who_is_faster_than_the_page_is_not_interrupted(page: Page) -> None:
     """A click before the examples have come waits for one, and is not stopped by the opening answer."""
     held: list[Route] = []
     page.route("**/playground/examples", lambda route: held.append(route))
-    page.reload()
+    with page.expect_request("**/playground/examples"):
+        page.reload()
     page.get_by_role("button", name="Compare budgets").click()
     page.wait_for_timeout(300)
     held[0].continue_()
@@ -102,7 +104,7 @@ def test_who_is_faster_than_the_page_is_not_interrupted(page: Page) -> None:
 
 
 def test_it_opens_with_an_answer(page: Page) -> None:
-    expect(page.locator("#facts")).to_contain_text("of the answer, budget 10 %", timeout=30_000)
+    expect(page.locator("#facts")).to_contain_text("of the answer, budget 10 %")
     assert page.get_by_role("textbox", name="Prompt").input_value()
     assert page.locator("#text").inner_text()
 
@@ -124,7 +126,7 @@ def test_on_a_telephone_everything_is_in_sight(page: Page) -> None:
 def test_what_goes_wrong_is_said(page: Page) -> None:
     page.get_by_role("textbox", name="Prompt").fill("word " * 2000)  # longer than the model's context
     page.get_by_role("button", name="Write").click()
-    expect(page.locator("#facts .error")).to_contain_text("context", timeout=30_000)
+    expect(page.locator("#facts .error")).to_contain_text("context")
 
 
 def test_the_chart_moves(page: Page) -> None:
