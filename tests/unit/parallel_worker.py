@@ -1,7 +1,6 @@
-"""Run by `torchrun` in test_training_parallel.py: every process trains its share, is killed, resumes."""
+"""Two processes of test_training_parallel.py: each trains its share, is killed, resumes."""
 
-import sys
-from pathlib import Path
+import os
 
 import torch
 from killing import Killed, killing
@@ -48,5 +47,8 @@ def main(tokenizer_directory, directory):
                 torch.save(weights, directory / "weights.pt")
 
 
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+def as_torchrun(rank, port, tokenizer_directory, directory):
+    """`main` with the variables that `torchrun` sets for each of two processes."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    main(tokenizer_directory, directory)

@@ -1,16 +1,16 @@
 """Two processes with sharded models do what one does, also when they are killed in between."""
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 from itertools import islice
-from pathlib import Path
 
 import parallel_worker
 import pytest
 import torch
 
+from server.local.pair import free_port
 from training.batches import Batch, Demonstrations
 from training.config import Schedule, SFTConfig
 from training.loop.trainer import make_optimizers, unchanged, update
@@ -34,16 +34,22 @@ def tokenizer_of_numbers():
     return train_tokenizer(texts, 300, 512)
 
 
-def test_two_processes_follow_the_curve_of_one_through_a_kill(tokenizer_of_numbers, tmp_path):
+def test_two_processes_follow_the_curve_of_one_through_a_kill(tokenizer_of_numbers, tmp_path, monkeypatch):
     tokenizer = tokenizer_of_numbers
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     one = parallel_worker.run(tokenizer, tmp_path / "one")
-    worker = [parallel_worker.__file__, str(tmp_path / "tokenizer"), str(tmp_path / "two")]
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *worker],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
+    # One process imports, and the two are forks of it.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([parallel_worker.__name__])
+    port, directories = free_port(), (tmp_path / "tokenizer", tmp_path / "two")
+    two = [forks.Process(target=parallel_worker.as_torchrun, args=(i, port, *directories)) for i in range(2)]
+    for process in two:
+        process.start()
+    for process in two:
+        process.join(100)
+    assert [process.exitcode for process in two] == [0, 0]
     expected, got = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert [step for step, *_ in got] == [1, 2, 3, 4, 5, 6]
     for a, b in zip(got, expected, strict=True):
