@@ -15,7 +15,7 @@ COMPLETION_TOKENS = Counter(
 )
 TEACHER_CALLS = Counter(
     "wheels_teacher_calls",
-    "Teacher calls by outcome: ok, aborted, unreachable, timeout, status, nonsense",
+    "Teacher calls by outcome: ok, aborted, unreachable, timeout, saturated, status, nonsense",
     ["replica", "outcome"],
 )
 TEACHER_CALL_SECONDS = Histogram(
