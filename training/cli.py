@@ -49,6 +49,7 @@ def find_recipe(name: str) -> Path:
 
 
 def train(argv: list[str]) -> int:
+    """Runs `wheels train` and returns its exit status."""
     parser = argparse.ArgumentParser(
         "wheels train", description="Train what a recipe says; resumes by itself."
     )
@@ -103,14 +104,17 @@ def train_and_push(recipe: Recipe, stages: tuple[str, ...], restart: bool, repos
             print(f"pushed to {pushed}")
 
 
-def evaluate(argv: list[str]) -> int:
+def evaluation_parser() -> argparse.ArgumentParser:
+    """Arguments of `wheels evaluate`."""
     parser = argparse.ArgumentParser(
         "wheels evaluate", description="Quality against teacher rate: all gates of a pair, or a gateway."
     )
     parser.add_argument(
-        "arguments", nargs="*", metavar="PAIR | key=value",
+        "arguments",
+        nargs="*",
+        metavar="PAIR | key=value",
         help="directory with teacher, student and router; fields of the recipe, e.g. task.name=jsonl",
-    )  # fmt: skip
+    )
     parser.add_argument("--recipe", default="demo", help="names the task and the longest completion")
     parser.add_argument("--examples", type=positive, default=1000, help="of the test split")
     parser.add_argument(
@@ -132,7 +136,12 @@ def evaluate(argv: list[str]) -> int:
     )
     parser.add_argument("--out", type=Path, help="directory for report.json and plots")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object, last")
-    args = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def evaluate(argv: list[str]) -> int:
+    """Runs `wheels evaluate` and returns its exit status."""
+    args = evaluation_parser().parse_intermixed_args(argv)
     overrides = [argument for argument in args.arguments if "=" in argument]
     pairs = [Path(argument) for argument in args.arguments if "=" not in argument]
     try:

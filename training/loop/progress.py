@@ -75,7 +75,7 @@ class Log:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Raises FloatingPointError where one is not finite."""
         if not all(map(math.isfinite, metrics.values())):
-            raise FloatingPointError(f"{self._name}: step {step}: a metric is not finite: {metrics}")
+            raise FloatingPointError(f"step {step}: a metric is not finite: {metrics}")
         if not parallel.is_first():
             return
         for tracker in self._trackers:

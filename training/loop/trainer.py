@@ -7,7 +7,8 @@ split, the gradient is the whole batch's.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +26,7 @@ from training.loop.checkpoints import restore, save
 from training.loop.muon import Muon
 from training.loop.progress import Log, Progress, console
 from training.loop.stopping import Stopped, stop_requests
+from training.sampling import evaluating
 
 Loss = Callable[[PreTrainedModel, Batch], tuple[Tensor, dict[str, Tensor]]]
 """A scalar, the mean over the positions of the batch's answers, and scalars to log."""
@@ -68,16 +70,15 @@ def train(
 
     Raises:
         Stopped: on SIGTERM or SIGINT, after writing a checkpoint.
-        ValueError: `schedule.batch` does not split over processes and `schedule.accumulate`.
         FloatingPointError: a loss, a gradient or a metric is not finite; the last checkpoint stays as it is.
     """
     optimizers = make_optimizers(model, schedule)
     start, state = restore(directory, model, optimizers)
     best = Best(directory, schedule, state)
-    if schedule.precision == "bf16" and parallel.is_first() and not parallel.fast_bf16(parallel.device()):
-        console.print(f"{directory.name}: this CPU has no instructions for bf16: fp32 instead")
+    announce(schedule, directory.name)
     model.train()
     with (
+        named_failures(directory.name),
         stop_requests() as stop,
         Log(directory, start, trackers) as log,
         Progress(directory.name, start, schedule.steps) as progress,
@@ -86,17 +87,15 @@ def train(
         for step in range(start, schedule.steps):
             if best.exhausted:
                 break
-            try:
-                metrics, count = update(model, loss, prepare, optimizers, batches[step], step, schedule, seed)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"{directory.name}: {error}") from None
+            metrics, count = update(model, loss, prepare, optimizers, batches[step], step, schedule, seed)
             done, last = step + 1, step + 1 == schedule.steps
             speed.count(count)
             progress.advance(count)
             if done % schedule.log_every == 0 or last:
                 log.write(done, averaged(metrics) | speed.since_last(done))
             if validate and schedule.validate_every and (done % schedule.validate_every == 0 or last):
-                scores = validate(model)
+                with evaluating(model):
+                    scores = validate(model)
                 log.write(done, scores)
                 best.note(done, scores, model)
             stopping = parallel.any_of(stop.requested)
@@ -106,6 +105,21 @@ def train(
             if stopping and not last and not best.exhausted:
                 raise Stopped(f"{directory.name}: stopped after step {done} of {schedule.steps}")
     finish(model, best, directory.name)
+
+
+def announce(schedule: Schedule, name: str) -> None:
+    """What of the schedule this machine cannot do."""
+    if schedule.precision == "bf16" and parallel.is_first() and not parallel.fast_bf16(parallel.device()):
+        console.print(f"{name}: this CPU has no instructions for bf16: fp32 instead")
+
+
+@contextmanager
+def named_failures(name: str) -> Iterator[None]:
+    """Numbers that are not finite are reported with the run they belong to."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{name}: {error}") from None
 
 
 def finish(model: PreTrainedModel, best: Best, name: str) -> None:
