@@ -145,8 +145,9 @@ class Completion:
         return piece
 
     def _spell(self, logprobs: dict[int, Logprob]) -> None:
-        """Give the next position's candidates their texts, which neither model sends: as vLLM does, by which
-        the token that ends a character has the text of those before it.
+        """Give the next position's candidates their texts, which neither model sends.
+
+        As vLLM does it, the token that ends a character has the text of those before it.
         """
         if self._speller.tokenizer is None:
             return

@@ -201,7 +201,7 @@ class Cooperator:
     def _priority(self, wanted: int) -> int:
         """vLLM's priority (a smaller one goes first) of a new request; one less is left to continuations.
 
-        So a completion that a call interrupts does not wait again behind requests that have not begun.
+        So a completion that a call interrupts does not wait again for requests that have not begun.
         """
         if wanted and not self._cooperation.client_priority:
             raise VLLMValidationError(

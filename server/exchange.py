@@ -1,4 +1,4 @@
-"""What the HTTP layer and the engine tell each other about one request, beside vLLM's own types."""
+"""What the HTTP layer and the engine tell each other about one request, next to vLLM's own types."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping

@@ -26,7 +26,7 @@ HOLD_SECONDS = 0.25
 
 
 class SharedBudgets:
-    """The ledger, and the prices that it makes. Settlements and records run beside the request."""
+    """The ledger, and the prices that it makes. Settlements and records run without the request."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The span loop: the student writes, and asks the teacher for the next tokens where its gate says so."""
+"""The span loop: the student writes, and asks the teacher for the next tokens if its gate wants them."""
 
 import copy
 import logging
@@ -25,7 +25,7 @@ LEASE_TOKENS = 64
 """Most that is reserved at a time under a shared limit, also for a request that may have all of it."""
 
 Student = Callable[[Choice, Terms], AsyncGenerator[Piece, None]]
-"""Writes one segment behind a choice's prefix, on these terms; the last piece may ask for the teacher."""
+"""Continues a choice's prefix by one segment, on these terms; the last piece may ask for the teacher."""
 
 
 @dataclass
@@ -93,7 +93,7 @@ class SpanLoop:
             async for piece in pieces:
                 choice.extend(piece, "student")
                 asks = piece.asks
-                if choice.finished:  # by a stop string, of which the engine knows nothing
+                if choice.finished:  # by a stop string, which the engine does not know
                     return False
         return asks
 

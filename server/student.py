@@ -32,11 +32,11 @@ class StudentEngine:
     """Whether the student has drafts, with which vLLM takes no `logit_bias`."""
 
     def rank(self, affinity: bytes) -> int | None:
-        """The copy that writes all segments behind a prompt, so that it finds their prefix in its cache."""
+        """The copy that writes all segments of a prompt, so that it finds their prefix in its cache."""
         return int.from_bytes(affinity[:8]) % self.ranks if self.ranks > 1 else None
 
     async def segment(self, choice: Choice, terms: Terms) -> AsyncGenerator[Piece, None]:
-        """One segment of the student behind a choice's prefix, in pieces."""
+        """Continue a choice's prefix by one segment of the student, in pieces."""
         options = dict(choice.options)
         options["priority"] -= len(choice.completion) > 0
         if options.get("data_parallel_rank") is None:
