@@ -74,6 +74,19 @@ async def test_bad_budget_is_refused_by_name(client: AsyncOpenAI, budget: Any) -
     assert "teacher_budget" in error.value.body["message"]
 
 
+@pytest.mark.parametrize("prompt", [[[]], [999_999]], ids=["empty", "unknown id"])
+async def test_a_prompt_that_vllm_refuses_never_reaches_the_teacher(
+    client: AsyncOpenAI, stack: Serving, prompt: list[Any]
+) -> None:
+    calls = metric(stack.gateway, "wheels_teacher_calls_total")
+    for budget in (0, 0.5, 1):
+        with pytest.raises(BadRequestError):
+            await client.completions.create(
+                model="wheels", prompt=prompt, max_tokens=8, extra_body={"teacher_budget": budget}
+            )
+    assert metric(stack.gateway, "wheels_teacher_calls_total") == calls
+
+
 async def test_stream_says_who_wrote_what(client: AsyncOpenAI, sources: list[str]) -> None:
     whole = await chat(client, sources[1], 0.5)
     stream = await chat(client, sources[1], 0.5, stream=True, stream_options={"include_usage": True})
