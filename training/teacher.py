@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from training.batches import Batch
 from training.models import answer_logits
-from training.served import ServedTeacher
+from training.served import ServedTeacher, ServerError
 
 LEAST = 1e-7  # a remainder below float32's resolution is noise
+SLACK = 0.01  # of a sum of probabilities that a server computed in 16 bits
 Teacher: TypeAlias = PreTrainedModel | ServedTeacher
 
 
@@ -43,10 +44,18 @@ def both(model: PreTrainedModel, teacher: Teacher, batch: Batch, visible: int) -
     log_pi = answer_logits(model, batch, visible).float().log_softmax(-1)
     if isinstance(teacher, ServedTeacher):
         ids, log_p = (x.to(log_pi.device) for x in teacher.likeliest(batch))
+        check_masses(log_p)
         return LogProbs(lump(log_pi, ids), remainder(log_p), (ids == batch.targets[:, None]).int().argmax(1))
     with torch.no_grad():
         log_p = answer_logits(teacher, batch, visible).float().log_softmax(-1)
     return LogProbs(log_pi, log_p, batch.targets)
+
+
+def check_masses(log_probs: Tensor) -> None:
+    """Raises ServerError if some of the events (N, K) are likelier than all of them can be."""
+    most = float(log_probs.double().exp().sum(-1).max())
+    if not most <= 1 + SLACK:
+        raise ServerError(f"the teacher gave log-probabilities that add up to a probability of {most:.4g}")
 
 
 def lump(log_probs: Tensor, ids: Tensor) -> Tensor:

@@ -218,6 +218,44 @@ def test_what_no_teacher_answers_is_named_in_one_line(reply, problem):
     ]
 
 
+@pytest.mark.parametrize("values", [(0.5, -3.0), (-0.1, -0.2), (200.0, -1.0)])
+def test_probabilities_above_one_are_not_trained_on(tokenizer, values):
+    """A log-probability above 0, or two events that are both nearly certain."""
+    top, other = values
+    last = [*FIRST[:3], {"2": {"logprob": top}, "9": {"logprob": other}}]
+
+    def answer(request):
+        is_list = request.url.path.endswith("models")
+        return httpx.Response(200, json={"data": [{"id": "big"}]} if is_list else scored(last, SECOND))
+
+    method = KD(KDConfig(type="kd"), VISIBLE, served_teacher(answer, 2))
+    with pytest.raises(ServerError, match="add up to a probability of"):
+        method.loss(new_model(SHAPE, tokenizer, 0), BATCH)
+
+
+@pytest.mark.parametrize(
+    ("reply", "problem"),
+    [
+        ({}, "did not reply with 2 completions"),
+        ({"choices": [{"index": 0, "token_ids": [65]}]}, "did not reply with 2 completions"),
+        ({"choices": [{"index": 0, "token_ids": [65]}, {"index": 1}]}, "without 1 to 4 token_ids"),
+        ({"choices": [{"index": 0, "token_ids": [65]}, {"index": 1, "token_ids": []}]}, "without 1 to 4"),
+        ({"choices": [{"index": 0, "token_ids": [65] * 5}] * 2}, "without 1 to 4"),
+        ({"choices": [{"index": 0, "token_ids": [VISIBLE]}] * 2}, "ids outside 0 to 256"),
+        ({"choices": [{"index": 0, "token_ids": ["a"]}] * 2}, "ids outside 0 to 256"),
+        ({"choices": [{"index": 0, "token_ids": [65]}] * 2}, "not numbered 0 to 1"),
+    ],
+)
+def test_completions_that_nobody_asked_for_are_refused(tokenizer, tmp_path, reply, problem):
+    def answer(request):
+        listing = {"data": [{"id": "s"}], "success": True}
+        return httpx.Response(200, json=reply if request.url.path == "/v1/completions" else listing)
+
+    rollouts = RolloutServer("http://there", tmp_path, client=client(answer))
+    with pytest.raises(ServerError, match=f"^the rollout server at http://there .*{problem}"):
+        rollouts.sampled(new_model(SHAPE, tokenizer, 0), BATCH, VISIBLE, 256, longest=4)
+
+
 def right(request):
     is_list = request.url.path.endswith("models")
     return httpx.Response(200, json={"data": [{"id": "big"}]} if is_list else scored(FIRST, SECOND))
