@@ -13,6 +13,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
+from vllm.v1.worker.gpu.sample import sampler as v2_sampler
 
 from router.budget import Bucket, Budget
 from router.gate import MarginGate
@@ -88,6 +89,18 @@ def test_min_tokens_mask_what_ends_a_completion_and_not_the_question(tokenizer):
     processor.update_state(None)
     assert (processor.apply(torch.zeros(1, RESERVED.end)) == 0).all()
     assert MinTokensLogitsProcessor in BUILTIN_LOGITS_PROCESSORS
+
+
+def test_vllms_v2_sampler_runs_the_gate_last(monkeypatch):
+    """Min tokens are part of its logit biases, so the gate forces what they masked."""
+    stages = ("SamplingStates", "PenaltiesState", "LogitBiasState", "BadWordsState", "LogprobTokenIdsState")
+    for name in (*stages, "ThinkingBudgetState"):
+        monkeypatch.setattr(v2_sampler, name, lambda *_, name=name: name)
+    monkeypatch.setattr(v2_sampler.LogitsProcRequestState, "from_request_state", lambda _: None)
+    config = SimpleNamespace(reasoning_config=None)
+    sampler = v2_sampler.Sampler(config, 4, 8, torch.device("cpu"), None, custom_logits_processors=["gate"])
+    assert sampler.logits_processors[0] == "LogitBiasState"
+    assert sampler.logits_processors[-1] == "gate"
 
 
 @pytest.mark.parametrize("token", [RESERVED.escalation, 65])
