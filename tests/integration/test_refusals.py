@@ -90,16 +90,15 @@ async def test_a_stream_that_loses_its_teacher_ends_with_an_error(
     gpt: AsyncOpenAI, claude: AsyncAnthropic, sources: list[str], path: str
 ) -> None:
     expected = anthropic.APIStatusError if path == MESSAGES else openai.APIError
-    longest: list[Any] = []
-    for source in sources[:5]:  # the student may ask before its first token
-        seen: list[Any] = []
+    seen: list[Any] = []
+    for source in sources[:30]:  # the student may ask before its first token
         with pytest.raises(expected, match="The teacher did not answer in time") as error:
             await read(gpt, claude, path, source, 0.5, seen)
         if seen:
-            assert not isinstance(error.value, openai.APIConnectionError | openai.APIStatusError)
-            assert getattr(error.value, "status_code", 200) == 200
-        longest = max(longest, seen, key=len)
-    assert len(longest) > 2
+            break
+    assert seen
+    assert not isinstance(error.value, openai.APIConnectionError | openai.APIStatusError)
+    assert getattr(error.value, "status_code", 200) == 200
 
 
 @pytest.mark.parametrize("path", SURFACES)
