@@ -7,9 +7,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     NonNegativeInt,
@@ -20,24 +17,20 @@ from pydantic import (
     model_validator,
 )
 
-from router.checkpoint import check_budget_prompt
+from training.gating.config import GateConfig
+from training.settings import BudgetPrompt, Frozen, Rate
 
 Role = Literal["teacher", "student"]
 ROLES: tuple[Role, ...] = ("teacher", "student")
-Rate = Annotated[float, Field(gt=0, lt=1)]
 
 
 class RecipeError(ValueError):
     """The recipe is missing, malformed, or sets something that does not exist; the message names it."""
 
 
-class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 class TaskConfig(Frozen):
     name: str
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class TokenizerConfig(Frozen):
@@ -62,7 +55,7 @@ class ChatConfig(Frozen):
 
     template: str | None = None
     """Jinja template in place of the tokenizer's own; needed where that has none."""
-    options: dict[str, bool | int | str] = {}
+    options: dict[str, bool | int | str] = Field(default_factory=dict)
     """Variables fixed in the template, e.g. `enable_thinking: false`."""
 
 
@@ -179,9 +172,6 @@ class PCLConfig(MethodBase):
     on_policy: float = Field(default=0.5, ge=0, le=1)
 
 
-BudgetPrompt = Annotated[str, AfterValidator(check_budget_prompt)]
-
-
 class JointConfig(MethodBase):
     """A student goes on with its router: distillation where the gate does not ask; see
     `training.methods.joint`. The router's stage then fits the gate to the new student.
@@ -290,73 +280,6 @@ WHICH = Discriminator(
 ModelConfig = ScratchConfig | PretrainedConfig
 StudentConfig = Annotated[Scratch | Pretrained, WHICH]
 TeacherConfig = Annotated[Scratch | Pretrained | Annotated[ServedConfig, Tag("url")], WHICH]
-
-
-class GateConfig(Frozen):
-    """The gate over the frozen pair, and its calibration."""
-
-    span_tokens: PositiveInt
-    ask_tokens: PositiveInt
-    """Tokens of one teacher call, at most a span."""
-    width: PositiveInt = 64
-    gain: Literal["regret", "excess", "ratio", "differs", "kl", "quality"]
-    """What the score predicts, see `training.gating.gates.GAINS`. quality: what a teacher token changes in
-    the mean of the whole completion's quality and similarity, in points of 100 (horizon completion).
-    """
-    teacher_references: NonNegativeInt = 4
-    """gain quality: completions drawn from the teacher that are references beside the task's own."""
-    objective: Literal["difference", "constrained"] = "difference"
-    """Regression of the score on the gain of asking, or path consistency of asking as a policy with a price
-    (`training.gating.constrained`).
-    """
-    prices: tuple[PositiveFloat, PositiveFloat] = (0.02, 2.0)
-    """constrained: prices that the gate is trained for, nats."""
-    temperature: PositiveFloat = 0.2
-    """constrained: of the policy, nats."""
-    window: PositiveInt = 4
-    """constrained: decisions of a sub-path."""
-    horizon: Literal["span", "completion"] = "span"
-    """How far it looks: the mean over the student's own span, or all that changes until the end of the
-    completion (`training.gating.branches`), for calls of one token.
-    """
-    clip: PositiveFloat = 8.0
-    """Cap of a token's gain, and of a whole horizon's, nats. `gain: quality` has none."""
-    conditioning: Literal["price", "prompt"] = "price"
-    """How a budget reaches student and gate: by the price alone, or in words in front of the prompt."""
-    budget_prompt: BudgetPrompt = "Use the teacher for at most {percent} % of the answer. "
-    """The words, with conditioning prompt; the teacher does not read them."""
-    prompts: PositiveInt = 4000
-    """Training sources of each round of rollouts."""
-    rounds: PositiveInt = 2
-    """The first round's rollouts ask at random, the later ones ask as the gate does."""
-    explore: float = Field(default=0.1, ge=0, lt=1)
-    rate: Rate = 0.15
-    """Teacher rate that the on-policy rollouts aim at; with budgets in the prompt each aims at its own."""
-    epochs: PositiveInt = 8
-    batch: PositiveInt = 2048
-    learning_rate: PositiveFloat = 3e-3
-    weight_decay: float = 1e-4
-    budgets: tuple[Rate, ...] = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.9)
-    """Fractions that a price is calibrated for."""
-    calibration_examples: PositiveInt = 500
-
-    @property
-    def template(self) -> str | None:
-        """The budget prompt, where budgets are prompted."""
-        return self.budget_prompt if self.conditioning == "prompt" else None
-
-    @model_validator(mode="after")
-    def _one_token(self) -> GateConfig:
-        for name, chosen in (("horizon", self.horizon), ("objective", self.objective)):
-            if chosen in ("completion", "constrained") and self.ask_tokens != 1:
-                raise ValueError(f"{name} {chosen} is for ask_tokens 1")
-        if self.horizon == "completion" and self.conditioning == "prompt":
-            raise ValueError("horizon completion is for conditioning price")
-        if self.gain == "quality" and (self.horizon, self.objective) != ("completion", "difference"):
-            raise ValueError("gain quality is for horizon completion and objective difference")
-        if not self.prices[0] < self.prices[1]:
-            raise ValueError("prices: want a range, the lower one first")
-        return self
 
 
 class Recipe(Frozen):

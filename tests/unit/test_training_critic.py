@@ -1,6 +1,7 @@
 """Gates that are taught the task's quality: who judges completions, and the critic without the noise."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,7 +38,8 @@ def noisy(head):
     target = signal + 2 * torch.randn(N, generator=generator)
     target[view[:, 0] == 0] = 0
     row = torch.arange(N) * PATHS // N
-    return Lessons(states, target, torch.zeros(N, dtype=torch.bool), row, view), signal
+    source = row % (PATHS // 2)  # each comes twice
+    return Lessons(states, target, torch.zeros(N, dtype=torch.bool), row, source, view), signal
 
 
 def test_it_finds_the_signal_in_the_noise(head, noisy):
@@ -50,12 +52,14 @@ def test_it_finds_the_signal_in_the_noise(head, noisy):
     assert not found[~differ].any()
 
 
-def test_a_path_is_judged_by_what_others_taught(head, noisy):
+def test_a_source_is_judged_by_what_others_taught(head, noisy):
+    """Also if it comes again in a later round, by other paths."""
     lessons, _ = noisy
     changed = lessons.target.clone()
-    own = lessons.row % 5 == 2
+    own = lessons.source % 5 == 2
+    assert len(lessons.row[own].unique()) == 2 * len(lessons.source[own].unique())
     changed[own] += 100
-    other = Lessons(lessons.states, changed, lessons.asked, lessons.row, lessons.view)
+    other = replace(lessons, target=changed)
     before, after = (expected_gain(head, one, seed=0) for one in (lessons, other))
     assert torch.equal(before[own], after[own])
     assert not torch.equal(before[~own], after[~own])

@@ -41,7 +41,8 @@ max_tokens: 8
 task: {{name: jsonl, options: {{directory: {data}}}}}
 teacher: {{pretrained: {ready}/teacher}}
 student: {{pretrained: {ready}/student, {STUDENT}}}
-router: {{span_tokens: 1, ask_tokens: 1, gain: excess, prompts: 4, rounds: 1, calibration_examples: 4}}
+router:
+  {{span_tokens: 1, ask_tokens: 1, gain: {{type: regret}}, prompts: 4, rounds: 1, calibration_examples: 4}}
 """)
     return str(path)
 

@@ -118,7 +118,7 @@ student:
   pretrained: {student}
   method: {{type: joint, router: {router(student, tmp_path / "router", 0.5)}}}
   schedule: {{steps: 2, batch: 4, learning_rate: 1e-2, log_every: 1, compile: false}}
-router: {{span_tokens: 1, ask_tokens: 1, gain: excess}}
+router: {{span_tokens: 1, ask_tokens: 1, gain: {{type: regret}}}}
 """)
     return str(path)
 

@@ -301,15 +301,15 @@ teacher: &model
   method: {type: sft}
   schedule: {steps: 10, batch: 4, learning_rate: 1e-3}
 student: *model
-router: {span_tokens: 1, ask_tokens: 1, gain: excess}
+router: {span_tokens: 1, ask_tokens: 1, gain: {type: regret}}
 """
     )
     return path
 
 
 def test_overrides(recipe):
-    loaded = load_recipe(recipe, ["teacher.schedule.steps=7", "router.gain=kl"])
-    assert (loaded.teacher.schedule.steps, loaded.router.gain) == (7, "kl")
+    loaded = load_recipe(recipe, ["teacher.schedule.steps=7", "router.gain.type=ratio"])
+    assert (loaded.teacher.schedule.steps, loaded.router.gain.type) == (7, "ratio")
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ student:
   lora: {{rank: 4}}
   method: {{type: gkd, on_policy: 0.5}}
   schedule: {{steps: 6, batch: 4, learning_rate: 1e-2, checkpoint_every: 2, log_every: 1, compile: false}}
-router: {{span_tokens: 2, ask_tokens: 1, gain: excess, prompts: 8, calibration_examples: 4}}
+router: {{span_tokens: 2, ask_tokens: 1, gain: {{type: regret}}, prompts: 8, calibration_examples: 4}}
 """)
     return str(path)
 

@@ -18,7 +18,7 @@ from router.gate import CONFIDENCE_GATES
 from training.evaluation.baselines import hesitation, query_level
 from training.evaluation.gateway import Measured
 from training.evaluation.scoring import Scorer, ends, point
-from training.gating.gates import GAINS, Head
+from training.gating.gates import Head, regret
 from training.gating.prompts import Trees
 from training.gating.rollout import FREE, Completion
 from training.gating.room import Room
@@ -90,8 +90,8 @@ class Evaluation:
         sources = [example.source for example in examples]
         self.trees = Trees(cooperation, tokenizer, sources, gates, config.budget_prompt)
         self.tree = self.trees(0.0)
-        self.tree.add("oracle", GAINS["excess"])
-        self.tree.add("oracle_kl", GAINS["kl"])
+        self.tree.add("oracle", regret)
+        self.tree.add("oracle_kl", lambda positions: positions.kl)
         self.others = list(others)
         for name, directory in others.items():
             checkpoint = RouterCheckpoint.load(directory)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from training.config import GateConfig
+from training.gating.config import ConstrainedObjective, GateConfig
 from training.gating.gates import Head, Lessons, descend
 from training.methods.pcl import half_square, path_residuals
 
@@ -57,7 +57,9 @@ def residuals(
     return path_residuals(earned, row, window) + after - utility
 
 
-def fit_constrained(head: Head, lessons: Lessons, config: GateConfig, seed: int) -> dict[str, float]:
+def fit_constrained(
+    head: Head, lessons: Lessons, config: GateConfig, objective: ConstrainedObjective, seed: int
+) -> dict[str, float]:
     """Train head and critic on whole paths, whose target is the gain. Returns means over all positions: the
     last epoch's `loss`, then `residual`, the absolute one at the prices' geometric mean, `value` (nats) and
     `value_cost` (teacher tokens).
@@ -69,7 +71,7 @@ def fit_constrained(head: Head, lessons: Lessons, config: GateConfig, seed: int)
     starts = torch.cat((torch.tensor([True]), row[1:] != row[:-1])).nonzero().squeeze(1)
     cuts = [*starts[:: max(1, config.batch * len(starts) // len(row))].tolist(), len(row)]
     slices = [slice(a, b) for a, b in pairwise(cuts)]  # whole paths, about a batch each
-    low, high = map(math.log, config.prices)
+    low, high = map(math.log, objective.prices)
 
     def heads(part: slice, price: float) -> tuple[Tensor, Tensor, Tensor]:
         """Residual, V and V_C of a part's positions."""
@@ -80,13 +82,13 @@ def fit_constrained(head: Head, lessons: Lessons, config: GateConfig, seed: int)
         value, cost = critic(x)
         of = residuals(
             head.gate.score(x), value, cost, asked, gain, row[part].to(device),
-            price, config.temperature, config.window,
+            price, objective.temperature, objective.window,
         )  # fmt: skip
         return of, value, cost
 
     def loss(part: slice) -> Tensor:
         price = math.exp(low + (high - low) * torch.rand(()).item())
-        return half_square(heads(part, price)[0], config.clip).mean()
+        return half_square(heads(part, price)[0], objective.clip).mean()
 
     def epoch() -> Iterator[slice]:
         return (slices[at] for at in torch.randperm(len(slices)).tolist())

@@ -19,10 +19,10 @@ FOLDS, EPOCHS, BATCH, WIDTH = 5, 12, 2048, 32
 
 def expected_gain(head: Head, lessons: Lessons, seed: int) -> Tensor:
     """(N,) the expectation of the lessons' target where student and teacher differ, and 0 elsewhere; for each
-    path by a critic that was fitted on others.
+    source by a critic that was fitted on others.
     """
     differ = lessons.view[:, 0] > 0
-    states, fold = lessons.states[differ], lessons.row[differ] % FOLDS
+    states, fold = lessons.states[differ], lessons.source[differ] % FOLDS
     with torch.no_grad():
         own = head.features(states.to(head.taps.device), head.confidence(states)).cpu()
     x = torch.cat((own, lessons.view[differ]), dim=1)

@@ -8,7 +8,7 @@ that one gate serves all budgets.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import torch
@@ -20,7 +20,7 @@ from router.checkpoint import RouterCheckpoint
 from router.features import confidence
 from router.gate import LearnedGate
 from router.reserved import ReservedRows
-from training.config import GateConfig
+from training.gating.config import GateConfig, RatioGain, RegretGain
 from training.gating.rollout import Completion, Cooperation, Positions, Request, concatenate
 from training.reading import Readout
 
@@ -55,55 +55,60 @@ def collect(
 
 @dataclass(frozen=True)
 class Lessons:
-    """What a gate is fitted on. states: (N, H); target: (N,) nats, or points; asked: (N,) whether the teacher
-    wrote there; row: (N,) the path that a position belongs to, in one piece; view: (N, 7) `teacher_view`.
-    """
+    """What a gate is fitted on: N positions, those of a path in one piece."""
 
     states: Tensor
+    """(N, H) the student's."""
     target: Tensor
+    """(N,) nats, or points."""
     asked: Tensor
+    """(N,) whether the teacher wrote there."""
     row: Tensor
+    """(N,) the path that a position belongs to."""
+    source: Tensor
+    """(N,) number of the path's source, the same for all paths from it."""
     view: Tensor
+    """(N, 7) `teacher_view`."""
 
     def __len__(self) -> int:
         return len(self.target)
 
     @classmethod
     def join(cls, parts: Sequence[Lessons]) -> Lessons:
+        """All of them, their paths numbered on."""
         rows, first = [], 0
         for part in parts:
             rows.append(part.row + first)
             first = int(rows[-1].max()) + 1
-        columns = (
-            torch.cat([getattr(part, name) for part in parts])
-            for name in ("states", "target", "asked", "view")
-        )
-        *before, view = columns
-        return cls(*before, torch.cat(rows), view)
+        columns = {}
+        for field in fields(cls):
+            columns[field.name] = torch.cat([getattr(part, field.name) for part in parts])
+        return replace(cls(**columns), row=torch.cat(rows))
+
+    def where(self, known: Tensor) -> Lessons:
+        """At these positions (N,) only."""
+        return Lessons(*(getattr(self, field.name)[known] for field in fields(self)))
 
 
 def teacher_view(at: Positions) -> Tensor:
     """(N, 7): what only the teacher knows of a position: how much less it likes the student's token than its
     own (nats, 0 where they agree; and as a ratio), how much it likes both, KL(student, teacher), its entropy.
     """
-    excess = GAINS["excess"](at).clamp(min=0, max=8)
-    columns = (excess, (-excess).exp(), at.regret, at.best, (-at.best).exp(), at.kl, at.entropy)
+    lost = regret(at).clamp(min=0, max=8)
+    columns = (lost, (-lost).exp(), at.surprisal, at.best, (-at.best).exp(), at.kl, at.entropy)
     return torch.stack(columns, dim=1)
 
 
-# What asking at a position would gain there, in nats: (N,) from Positions.
-GAINS: dict[str, Callable[[Positions], Tensor]] = {
-    # -log p_T(own token): training.md's regret. Also large where the teacher itself has many good tokens.
-    "regret": lambda p: p.regret,
-    # The same above the teacher's best token: zero where both agree, small among synonyms.
-    "excess": lambda p: p.regret - p.best,
-    # 1 - p_T(own) / p_T(best): the share of the teacher's mass that the own token gives away; bounded.
-    "ratio": lambda p: 1 - (p.best - p.regret).exp(),
-    # The supervised label of R2R and others: harmless differences count like mistakes.
-    "differs": lambda p: (p.own != p.theirs).float(),
-    # The whole distribution's: dense, less noisy, blind to which token is really written.
-    "kl": lambda p: p.kl,
-}
+def regret(at: Positions) -> Tensor:
+    """(N,) log p_T(best) - log p_T(own), nats: zero if both agree, small among synonyms."""
+    return at.surprisal - at.best
+
+
+def token_gain(config: RegretGain | RatioGain, at: Positions) -> Tensor:
+    """(N,) what asking at a position would gain there."""
+    if isinstance(config, RatioGain):
+        return (1 - (-regret(at)).exp()).clamp(min=0)
+    return regret(at).clamp(0, config.clip)
 
 
 def span_gain(gain: Tensor, trajectories: Trajectories, span: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from random import Random
 from transformers import PreTrainedTokenizerBase
 
 from router.checkpoint import budget_text
-from training.config import GateConfig
+from training.gating.config import GateConfig, PriceConditioning
 from training.gating.rollout import Cooperation
 from training.gating.tree import ScoreGate, Tree
 from training.tokenizer import encode_prompts
@@ -21,13 +21,16 @@ from training.tokenizer import encode_prompts
 
 @dataclass(frozen=True)
 class Prompts:
-    """ids: as the student reads them; rates: teacher rate that each one's rollout aims at; hidden: first
-    tokens of each that the teacher does not see.
-    """
+    """Of rollouts."""
 
     ids: list[list[int]]
+    """As the student reads them."""
     rates: list[float]
+    """Teacher rate that each one's rollout aims at."""
     hidden: list[int]
+    """First tokens of each that the teacher does not see."""
+    sources: list[int]
+    """Number of each one's source: a source that comes again has the number that it had."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -35,10 +38,10 @@ class Prompts:
     def part(self, at: int, size: int) -> Prompts:
         """The `at`-th of the parts of `size`."""
         cut = slice(at * size, (at + 1) * size)
-        return Prompts(self.ids[cut], self.rates[cut], self.hidden[cut])
+        return Prompts(self.ids[cut], self.rates[cut], self.hidden[cut], self.sources[cut])
 
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps([self.ids, self.rates]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.ids, self.rates, self.sources]).encode()).hexdigest()
 
 
 def prefix_ids(tokenizer: PreTrainedTokenizerBase, template: str | None, fraction: float) -> list[int]:
@@ -51,16 +54,20 @@ def prefix_ids(tokenizer: PreTrainedTokenizerBase, template: str | None, fractio
 def rollout_prompts(
     tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], config: GateConfig, seed: int
 ) -> Prompts:
-    """Conditioned on a price they all aim at `config.rate`, by a prompt each at a budget of its own."""
+    """Conditioned on a price they all aim at one rate, by words each at a budget of its own."""
     prompts = encode_prompts(tokenizer, list(sources))
-    if config.template is None:
-        return Prompts(prompts, [config.rate] * len(prompts), [0] * len(prompts))
+    numbers = {source: number for number, source in enumerate(dict.fromkeys(sources))}
+    numbered = [numbers[source] for source in sources]
+    if isinstance(config.conditioning, PriceConditioning):
+        rates = [config.conditioning.rate] * len(prompts)
+        return Prompts(prompts, rates, [0] * len(prompts), numbered)
     rates = Random(seed).choices(config.budgets, k=len(prompts))
     prefixes = {rate: prefix_ids(tokenizer, config.template, rate) for rate in config.budgets}
     return Prompts(
         [prefixes[rate] + prompt for rate, prompt in zip(rates, prompts, strict=True)],
         rates,
         [len(prefixes[rate]) for rate in rates],
+        numbered,
     )
 
 

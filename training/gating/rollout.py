@@ -1,8 +1,8 @@
 """The closed loop in process: student and teacher step together over a batch, and the gate decides who
 writes.
 
-It follows the served path decision for decision (`router.budget.Bucket`, spans that end with the completion,
-no decision inside a span), so what is calibrated and measured here holds there.
+It follows the served path decision for decision, by the same `router.budget.Bucket`: no decision inside a
+span, and spans end with the completion. So what is calibrated and measured here holds there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from router.budget import EPSILON
+from router.budget import Bucket, Budget
 from training.batches import left_padded
 from training.reading import Stepper
 
@@ -54,13 +54,46 @@ class Completion:
         return sum(self.by_teacher)
 
 
+@dataclass
+class Draft:
+    """A completion that is being written under its bucket."""
+
+    bucket: Bucket
+    longest: int
+    """Tokens of the completion."""
+    completion: Completion
+    span_left: int = 0
+    """Tokens that the teacher still writes of the span that it was asked for."""
+
+    def write(self, own: int, theirs: int, asks: bool) -> int:
+        """Append the next token, and return it.
+
+        Args:
+            own: the student's.
+            theirs: the teacher's.
+            asks: whether the gate wants the teacher; inside a span it is not heard.
+        """
+        length = len(self.completion.tokens)
+        if asks and self.span_left == 0:
+            grant = self.bucket.reserve(length, self.longest - length)
+            if grant is not None:
+                self.span_left = grant.tokens
+                self.completion.starts.append(length)
+        by_teacher = self.span_left > 0
+        self.span_left -= int(by_teacher)
+        token = theirs if by_teacher else own
+        self.completion.tokens.append(token)
+        self.completion.by_teacher.append(by_teacher)
+        return token
+
+
 @dataclass(frozen=True)
 class Positions:
     """What one step saw, for the rows that were alive (R of them).
 
     row: (R,) index of the request; step: (R,) tokens written so far; states: (R, H) the student's last hidden
     states; own, theirs: (R,) the next token of student and teacher;
-    regret: (R,) -log p_T of the student's own next token; best: (R,) -max log p_T; kl: (R,) KL(pi || p_T);
+    surprisal: (R,) -log p_T of the student's own next token; best: (R,) -max log p_T; kl: (R,) KL(pi || p_T);
     entropy: (R,) of p_T. All in nats.
     """
 
@@ -69,7 +102,7 @@ class Positions:
     states: Tensor
     own: Tensor
     theirs: Tensor
-    regret: Tensor
+    surprisal: Tensor
     best: Tensor
     kl: Tensor
     entropy: Tensor
@@ -125,9 +158,7 @@ class Cooperation:
         seen = mask * (mask.cumsum(-1) > hidden)  # by the teacher
         row = torch.tensor(rows, device=device)
         price = torch.tensor([requests[i].price for i in rows], device=device)
-        fraction = torch.tensor([requests[i].fraction for i in rows], dtype=torch.float64, device=device)
-        spent = torch.zeros_like(row)
-        span_left = torch.zeros_like(row)
+        drafts = {i: self._draft(requests[i].fraction, done[i]) for i in rows}
         alive = torch.ones_like(row, dtype=torch.bool)
         student, teacher = Stepper(self.student), Stepper(self.teacher)
         for length in range(self.max_tokens):
@@ -140,18 +171,9 @@ class Cooperation:
             wants = self.score(logits) > price
             if self.explore:
                 wants ^= torch.rand(wants.shape, device=device) < self.explore
-            asks = wants & (span_left == 0) & (length >= self._earliest(spent, fraction))
-            span_left = torch.where(asks, self._span(fraction), span_left)
-            by_teacher = span_left > 0
-            token = torch.where(by_teacher, theirs.argmax(-1), own)
-            spent += by_teacher
-            span_left -= by_teacher.long()
-            columns = (x[alive].tolist() for x in (row, token, by_teacher, asks))
-            for i, written, foreign, asked in zip(*columns, strict=True):
-                done[i].tokens.append(written)
-                done[i].by_teacher.append(foreign)
-                if asked:
-                    done[i].starts.append(length)
+            token = own.clone()
+            living = (x[alive] for x in (row, wants, own, theirs.argmax(-1)))
+            token[alive] = self._written(drafts, *living)
             alive &= token != self.end
             left = int(alive.sum())
             if left == 0:
@@ -160,30 +182,29 @@ class Cooperation:
                 kept = alive.nonzero().squeeze(1)
                 student.keep(kept)
                 teacher.keep(kept)
-                row, price, fraction, spent, span_left, token, mask, seen, alive = (
-                    x[kept] for x in (row, price, fraction, spent, span_left, token, mask, seen, alive)
+                row, price, token, mask, seen, alive = (
+                    x[kept] for x in (row, price, token, mask, seen, alive)
                 )
             ids = token[:, None]
             mask, seen = (torch.cat((of, torch.ones_like(ids)), dim=1) for of in (mask, seen))
 
-    @property
-    def asks(self) -> int:
-        """Tokens of one teacher call."""
-        return self.ask_tokens or self.span_tokens
+    def _draft(self, fraction: float, completion: Completion) -> Draft:
+        bucket = Bucket(Budget(fraction=fraction), self.span_tokens, self.ask_tokens)
+        return Draft(bucket, self.max_tokens, completion)
+
+    @staticmethod
+    def _written(drafts: dict[int, Draft], row: Tensor, wants: Tensor, own: Tensor, theirs: Tensor) -> Tensor:
+        """The next token (R,) of each draft."""
+        tokens = []
+        columns = zip(row.tolist(), wants.tolist(), own.tolist(), theirs.tolist(), strict=True)
+        for number, asks, mine, foreign in columns:
+            tokens.append(drafts[number].write(mine, foreign, asks))
+        return torch.tensor(tokens, device=own.device)
 
     def _choose(self, logits: Tensor) -> Tensor:
         if self.temperature == 0:
             return logits.argmax(-1)
         return (logits / self.temperature).softmax(-1).multinomial(1).squeeze(1)
-
-    def _span(self, fraction: Tensor) -> Tensor:
-        """A budget of 1 bounds nothing: the teacher writes to the end (`Budget.is_unbounded`)."""
-        return torch.where(fraction >= 1, self.max_tokens, self.asks)
-
-    def _earliest(self, spent: Tensor, fraction: Tensor) -> Tensor:
-        """`Bucket.earliest` of every row, in float64; never (inf) at fraction 0."""
-        earliest = ((spent + self.asks - self.span_tokens) / fraction - self.asks - EPSILON).ceil()
-        return torch.where(fraction >= 1, 0.0, torch.where(fraction <= 0, math.inf, earliest))
 
 
 def with_gate(cooperation: Cooperation, score: ScoreFn, explore: float = 0.0) -> Cooperation:
@@ -204,7 +225,7 @@ def observe(
         states=states,
         own=own,
         theirs=teacher.argmax(-1),
-        regret=-log_p.gather(1, own[:, None]).squeeze(1),
+        surprisal=-log_p.gather(1, own[:, None]).squeeze(1),
         best=-log_p.amax(-1),
         kl=(log_pi.exp() * (log_pi - log_p)).sum(-1),
         entropy=torch.special.entr(log_p.exp()).sum(-1),

@@ -18,13 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from router.gate import Gate, RandomGate
-from training.config import GateConfig
-from training.gating.branches import Worth, future_gain, future_worth
 from training.gating.calibration import teacher_rate
+from training.gating.config import ConstrainedObjective, GateConfig, QualityGain
 from training.gating.constrained import ascended, fit_constrained
 from training.gating.critic import expected_gain
+from training.gating.forks import Worth, worth_of_asking
 from training.gating.gates import (
-    GAINS,
     Head,
     Lessons,
     Trajectories,
@@ -32,9 +31,10 @@ from training.gating.gates import (
     fit,
     span_gain,
     teacher_view,
+    token_gain,
 )
 from training.gating.prompts import Prompts
-from training.gating.rollout import FREE, Completion, Cooperation, Positions, Request, with_gate
+from training.gating.rollout import FREE, Completion, Cooperation, Request, with_gate
 from training.loop.progress import Log, console
 
 SHOWN = 2
@@ -73,10 +73,9 @@ class Rounds:
         data = Lessons.join(self.seen)
         if first:
             self.head.start_from(data.states)
-        if config.gain == "quality":
+        if isinstance(config.gain, QualityGain):
             data = replace(data, target=expected_gain(self.head, data, self.seed))
-        fitted = fit_constrained if config.objective == "constrained" else fit
-        metrics = fitted(self.head, data, config, self.seed)
+        metrics = self._fit(data)
         install_taps(cooperation, self.head)
         asked, aims = completions[half:], prompts.rates[half:]
         at, realised = trajectories.positions, teacher_rate(asked)
@@ -94,42 +93,43 @@ class Rounds:
         self.prices = self._next_prices(data, asked, aims, first)
         return metrics, asked
 
+    def _fit(self, data: Lessons) -> dict[str, float]:
+        """Scalars to log."""
+        objective = self.config.objective
+        if isinstance(objective, ConstrainedObjective):
+            return fit_constrained(self.head, data, self.config, objective, self.seed)
+        return fit(self.head, data, self.config, self.seed)
+
     def _lessons(
         self, prompts: Prompts, trajectories: Trajectories, completions: Sequence[Completion]
     ) -> Lessons:
         """What asking gains at every position of the rollouts, as the recipe counts it."""
         config, at = self.config, trajectories.positions
-        view = teacher_view(at)
-        if config.gain == "quality":
-            first = len(self.seen) * config.prompts
+        view, source = teacher_view(at), torch.tensor(prompts.sources)[at.row]
+        known = torch.ones_like(trajectories.by_teacher)
+        if isinstance(config.gain, QualityGain):
+            target = worth_of_asking(
+                self.cooperation, prompts.ids, trajectories, completions, self._worth_in_this_round
+            )
+        else:
+            target = token_gain(config.gain, at)
+            if not isinstance(config.objective, ConstrainedObjective):  # its critic looks ahead
+                target, known = span_gain(target, trajectories, config.ask_tokens)
+        return Lessons(at.states, target, trajectories.by_teacher, at.row, source, view).where(known)
 
-            def worth(rows: Sequence[int], whole: Sequence[list[int]]) -> Tensor:
-                return self.worth([first + row for row in rows], whole)
-
-            target = future_worth(self.cooperation, prompts.ids, trajectories, completions, worth)
-            return Lessons(at.states, target, trajectories.by_teacher, at.row, view)
-
-        def gain(positions: Positions) -> Tensor:
-            return GAINS[config.gain](positions).clamp(0, config.clip)
-
-        if config.objective == "constrained":  # its critic looks ahead
-            return Lessons(at.states, gain(at), trajectories.by_teacher, at.row, view)
-        if config.horizon == "completion":
-            target = future_gain(self.cooperation, prompts.ids, trajectories, completions, gain)
-            target = target.clamp(-config.clip, config.clip)
-            return Lessons(at.states, target, trajectories.by_teacher, at.row, view)
-        target, known = span_gain(gain(at), trajectories, config.ask_tokens)
-        columns = at.states, target, trajectories.by_teacher, at.row, view
-        return Lessons(*(column[known] for column in columns))
+    def _worth_in_this_round(self, rows: Sequence[int], whole: Sequence[list[int]]) -> Tensor:
+        first = len(self.seen) * self.config.prompts
+        return self.worth([first + row for row in rows], whole)
 
     def _next_prices(
         self, data: Lessons, asked: Sequence[Completion], aims: Sequence[float], first: bool
     ) -> dict[float, float]:
-        if self.config.objective == "difference":
+        objective = self.config.objective
+        if not isinstance(objective, ConstrainedObjective):
             scores = self.head.scores(data.states[-RECENT:])
             return {rate: torch.quantile(scores, 1 - rate).item() for rate in self.prices}
         if first:
-            return dict.fromkeys(self.prices, math.sqrt(math.prod(self.config.prices)))
+            return dict.fromkeys(self.prices, math.sqrt(math.prod(objective.prices)))
         by_aim = {
             rate: [c for c, aim in zip(asked, aims, strict=True) if aim == rate] for rate in self.prices
         }

@@ -9,13 +9,15 @@ from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, fingerprint, tokenizer_fingerprint
 from router.gate import CONFIDENCE_GATES, Gate, RandomGate
-from training.config import GateConfig, RecipeError
+from training.config import RecipeError
 from training.evaluation.scoring import Scorer, ends
 from training.gating.calibration import Noise, Quality, Run, calibrate, spare_prices
+from training.gating.config import GateConfig, QualityGain
 from training.gating.gates import Head
 from training.gating.judge import Judge
 from training.gating.prompts import Trees, rollout_prompts
@@ -106,10 +108,12 @@ def train_router(
     prompts = rollout_prompts(tokenizer, [e.source for e in examples], config, seed)
     # Random asking in the first round: with probability 1 - price.
     prices = {rate: 1 - rate for rate in sorted(set(prompts.rates))}
+    torch.manual_seed(seed)  # of the first weights
     head = Head(cooperation.student, reserved, config.width).to(device())
     pair = [fingerprint(model, reserved.start) for model in (student, teacher)]
     of = origin(pair, task, examples, max_tokens)
-    judge = Judge(cooperation, task, tokenizer, examples, prompts.ids, config.teacher_references)
+    drawn = config.gain.teacher_references if isinstance(config.gain, QualityGain) else 0
+    judge = Judge(cooperation, task, tokenizer, examples, prompts.ids, drawn)
     rounds = Rounds(cooperation, head, config, seed, prices, judge.worth)
     head = train_gate(rounds, prompts, tokenizer, work, of)
     gates: dict[str, Gate] = {"learned": head.gate}
@@ -149,7 +153,12 @@ def train_router(
                 teacher=teacher.name,
             ),
             budget_prompt=config.template,
-            training={"gain": config.gain, "seed": seed, "task": task.name},
+            training={
+                "gain": config.gain.type,
+                "objective": config.objective.type,
+                "seed": seed,
+                "task": task.name,
+            },
         ),
         taps=head.taps,
         gate=head.gate.state_dict(),

@@ -18,7 +18,7 @@ from torch import Tensor
 from router.budget import Bucket, Budget
 from router.gate import Gate
 from training.gating.gates import CHUNK
-from training.gating.rollout import Completion, Cooperation, Positions, Request, concatenate
+from training.gating.rollout import Completion, Cooperation, Draft, Positions, Request, concatenate
 from training.reading import Readout
 
 ScoreGate = Gate | Callable[[Positions], Tensor]
@@ -117,17 +117,10 @@ class Tree:
         """Writes `done`; yields True where the tree has to grow before the walk can go on."""
         bucket = Bucket(Budget(fraction=setting.fraction), setting.span_tokens, setting.ask_tokens)
         end, max_tokens = self._cooperation.end, self._cooperation.max_tokens
-        span_left = 0
+        draft = Draft(bucket, max_tokens, done)
         for length in range(max_tokens):
-            if span_left == 0 and self._wants(node, length, setting, bucket):
-                grant = bucket.reserve(length, max_tokens - length)
-                if grant is not None:
-                    span_left = grant.tokens
-                    done.starts.append(length)
-            token = node.theirs if span_left else node.own
-            done.tokens.append(token)
-            done.by_teacher.append(span_left > 0)
-            span_left -= span_left > 0
+            asks = draft.span_left == 0 and self._wants(node, length, setting, bucket)
+            token = draft.write(node.own, node.theirs, asks)
             if token == end or length + 1 == max_tokens:
                 return
             if token not in node.next:

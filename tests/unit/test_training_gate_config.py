@@ -1,0 +1,80 @@
+"""The router's part of a recipe: alternatives by type, and clear words for keys of older recipes."""
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from training.cli import RECIPES
+from training.config import Recipe
+from training.gating.config import GateConfig
+
+LEAST = {"span_tokens": 4, "ask_tokens": 1, "gain": {"type": "regret"}}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_that_ships_is_valid(path):
+    Recipe.model_validate(yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"gain": "excess"}, r"gain excess: write {type: regret}, as it is called now"),
+        ({"gain": "kl"}, r"gain kl: is gone"),
+        ({"gain": "differs"}, r"gain differs: is gone"),
+        ({"gain": "quality"}, r"gain quality: write {type: quality}"),
+        ({"horizon": "completion"}, r"horizon is gone: gain {type: quality}"),
+        ({"teacher_references": 2}, r"teacher_references is part of gain: {type: quality}"),
+        ({"objective": "constrained"}, r"objective constrained: write {type: constrained}"),
+        ({"window": 1}, r"window is part of objective: {type: constrained}"),
+        ({"prices": [1, 2]}, r"prices is part of objective"),
+        ({"temperature": 1}, r"temperature is part of objective"),
+        ({"clip": 1}, r"clip is part of gain"),
+        ({"rate": 0.1}, r"rate is part of conditioning: {type: price}"),
+        ({"conditioning": "prompt"}, r"conditioning prompt: write {type: prompt}"),
+        ({"budget_prompt": "{percent}"}, r"budget_prompt is conditioning: {type: prompt, words"),
+    ],
+)
+def test_a_key_of_an_older_recipe_is_answered_with_the_new_one(changes, problem):
+    with pytest.raises(ValidationError, match=problem):
+        GateConfig.model_validate(LEAST | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"ask_tokens": 5}, "ask_tokens 5 is more than a span of 4"),
+        ({"gain": {"type": "quality"}, "ask_tokens": 2}, "gain quality is for ask_tokens 1"),
+        (
+            {"objective": {"type": "constrained"}, "ask_tokens": 2},
+            "objective constrained is for ask_tokens 1",
+        ),
+        (
+            {"gain": {"type": "quality"}, "objective": {"type": "constrained"}},
+            "gain quality is for objective difference",
+        ),
+        (
+            {"gain": {"type": "quality"}, "conditioning": {"type": "prompt"}},
+            "gain quality is for conditioning price",
+        ),
+        ({"objective": {"type": "constrained", "prices": [2, 1]}}, "the lower one first"),
+        ({"objective": {"type": "difference", "window": 1}}, "window"),
+        ({"gain": {"type": "ratio", "clip": 1}}, "clip"),
+        ({"conditioning": {"type": "prompt", "words": "half"}}, "want the one field"),
+        ({"conditioning": {"type": "prompt", "rate": 0.1}}, "rate"),
+        ({"budgets": []}, "budgets: want at least one"),
+        ({"budgets": [0.2, 0.1]}, "increasing"),
+        ({"budgets": [0.2, 0.2]}, "increasing"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes, problem):
+    with pytest.raises(ValidationError, match=problem):
+        GateConfig.model_validate(LEAST | changes)
+
+
+def test_what_is_not_said_is_the_difference_form_by_price():
+    config = GateConfig.model_validate(LEAST)
+    assert (config.objective.type, config.conditioning.type) == ("difference", "price")
+    assert config.template is None
+    prompted = GateConfig.model_validate(LEAST | {"conditioning": {"type": "prompt", "words": "{percent}!"}})
+    assert prompted.template == "{percent}!"

@@ -1,0 +1,160 @@
+"""The router's part of a recipe: what the gate is taught, how budgets reach it, and its calibration."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from training.settings import BudgetPrompt, Frozen, Rate
+
+
+class RegretGain(Frozen):
+    """What the student's token loses against the teacher's best one, in nats: synonyms are free."""
+
+    type: Literal["regret"]
+    clip: PositiveFloat = 8.0
+    """Most that one token can lose, nats."""
+
+
+class RatioGain(Frozen):
+    """1 - p_T(own) / p_T(best): the share of the teacher's mass that the student's token gives away."""
+
+    type: Literal["ratio"]
+
+
+class QualityGain(Frozen):
+    """What one teacher token changes until the end of the completion, in points of 100.
+
+    Counted is the mean of the task's quality and similarity, see `training.gating.judge`.
+    """
+
+    type: Literal["quality"]
+    teacher_references: NonNegativeInt = 4
+    """Completions drawn from the teacher that are references like the task's own."""
+
+
+class DifferenceObjective(Frozen):
+    """The score is a regression on the gain of asking."""
+
+    type: Literal["difference"] = "difference"
+
+
+class ConstrainedObjective(Frozen):
+    """Asking is a policy with a price, trained by path consistency, see `training.gating.constrained`."""
+
+    type: Literal["constrained"]
+    prices: tuple[PositiveFloat, PositiveFloat] = (0.02, 2.0)
+    """Range of prices that the gate is trained for, nats."""
+    temperature: PositiveFloat = 0.2
+    """Of the policy, nats."""
+    window: PositiveInt = 4
+    """Decisions of a sub-path."""
+    clip: PositiveFloat = 8.0
+    """Residuals count linearly beyond this, nats."""
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if not self.prices[0] < self.prices[1]:
+            raise ValueError("prices: want a range, the lower one first")
+        return self
+
+
+class PriceConditioning(Frozen):
+    """A budget reaches the gate by the price alone."""
+
+    type: Literal["price"] = "price"
+    rate: Rate = 0.15
+    """Teacher rate that the on-policy rollouts aim at."""
+
+
+class PromptConditioning(Frozen):
+    """A budget reaches student and gate in words too, in front of the prompt; each rollout draws its own."""
+
+    type: Literal["prompt"]
+    words: BudgetPrompt = "Use the teacher for at most {percent} % of the answer. "
+    """The teacher does not read them."""
+
+
+Gain = Annotated[RegretGain | RatioGain | QualityGain, Field(discriminator="type")]
+Objective = Annotated[DifferenceObjective | ConstrainedObjective, Field(discriminator="type")]
+Conditioning = Annotated[PriceConditioning | PromptConditioning, Field(discriminator="type")]
+
+MOVED = {
+    "teacher_references": "is part of gain: {type: quality}",
+    "horizon": "is gone: gain {type: quality} looks to the end of the completion, the others at one call",
+    "prices": "is part of objective: {type: constrained}",
+    "temperature": "is part of objective: {type: constrained}",
+    "window": "is part of objective: {type: constrained}",
+    "clip": "is part of gain: {type: regret} and of objective: {type: constrained}",
+    "rate": "is part of conditioning: {type: price}",
+    "budget_prompt": "is conditioning: {type: prompt, words: …}",
+}
+"""Keys of older recipes, and where they are now."""
+OLD_GAINS = {
+    "excess": "write {type: regret}, as it is called now",
+    "kl": "is gone: write {type: regret}",
+    "differs": "is gone: write {type: regret}",
+}
+
+
+class GateConfig(Frozen):
+    """The gate over the frozen pair, and its calibration."""
+
+    span_tokens: PositiveInt
+    ask_tokens: PositiveInt
+    """Tokens of one teacher call, at most a span."""
+    width: PositiveInt = 64
+    gain: Gain
+    """What asking gains, which the score is taught."""
+    objective: Objective = DifferenceObjective()
+    """How the score is taught it."""
+    conditioning: Conditioning = PriceConditioning()
+    """How a budget reaches student and gate."""
+    prompts: PositiveInt = 4000
+    """Training sources of each round of rollouts."""
+    rounds: PositiveInt = 2
+    """The first round's rollouts ask at random, the later ones ask as the gate does."""
+    explore: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the later rounds' decisions that are turned round."""
+    epochs: PositiveInt = 8
+    batch: PositiveInt = 2048
+    learning_rate: PositiveFloat = 3e-3
+    weight_decay: float = 1e-4
+    budgets: tuple[Rate, ...] = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.9)
+    """Fractions that a price is calibrated for, increasing."""
+    calibration_examples: PositiveInt = 500
+
+    @property
+    def template(self) -> str | None:
+        """The budget prompt, if budgets are prompted."""
+        return self.conditioning.words if isinstance(self.conditioning, PromptConditioning) else None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_recipe(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name in MOVED.keys() & data.keys():
+            raise ValueError(f"{name} {MOVED[name]}")
+        for name in ("gain", "objective", "conditioning"):
+            value = data.get(name)
+            if isinstance(value, str):
+                now = OLD_GAINS.get(value) if name == "gain" else None
+                raise ValueError(f"{name} {value}: {now or f'write {{type: {value}}}'}")
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.ask_tokens > self.span_tokens:
+            raise ValueError(f"ask_tokens {self.ask_tokens} is more than a span of {self.span_tokens}")
+        looks_ahead = isinstance(self.gain, QualityGain)
+        if looks_ahead and not isinstance(self.objective, DifferenceObjective):
+            raise ValueError("gain quality is for objective difference")
+        if looks_ahead and not isinstance(self.conditioning, PriceConditioning):
+            raise ValueError("gain quality is for conditioning price")
+        if looks_ahead and self.ask_tokens != 1:
+            raise ValueError("gain quality is for ask_tokens 1")
+        if isinstance(self.objective, ConstrainedObjective) and self.ask_tokens != 1:
+            raise ValueError("objective constrained is for ask_tokens 1")
+        if not self.budgets or list(self.budgets) != sorted(set(self.budgets)):
+            raise ValueError("budgets: want at least one, increasing")
+        return self

@@ -1,0 +1,85 @@
+"""The long-range term of the gate's advantage, measured: what a teacher token at a position changes until the
+end of the completion.
+
+    A(s) = worth of the completion after s and the teacher's token
+         - worth of the completion after s and the student's own token
+
+After that token the student writes alone and greedily. So A is exact, and zero if the two models want the
+same token: only positions at which they differ cost rollouts.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from training.gating.gates import Trajectories
+from training.gating.rollout import Completion, Cooperation, Request
+
+Worth = Callable[[Sequence[int], Sequence[list[int]]], Tensor]
+"""Rows and whole completions (N of both) -> what they are worth (N,)."""
+
+
+@dataclass(frozen=True)
+class Forks:
+    """The D of N positions at which the two models differ."""
+
+    positions: Tensor
+    """(D,) their numbers."""
+    rows: list[int]
+    """The rows that they belong to."""
+    own: list[list[int]]
+    """The completions up to there, with the student's next token."""
+    theirs: list[list[int]]
+    """The same, with the teacher's."""
+
+    @classmethod
+    def of(cls, trajectories: Trajectories, completions: Sequence[Completion]) -> "Forks":
+        """Of the completions of the trajectories' rows."""
+        at = trajectories.positions
+        differ = (at.own != at.theirs).nonzero().squeeze(1)
+        forks = cls(differ, at.row[differ].tolist(), [], [])
+        columns = (column[differ].tolist() for column in (at.row, at.step, at.own, at.theirs))
+        for row, step, own, theirs in zip(*columns, strict=True):
+            begun = completions[row].tokens[:step]
+            forks.own.append([*begun, own])
+            forks.theirs.append([*begun, theirs])
+        return forks
+
+
+def worth_of_asking(
+    cooperation: Cooperation,
+    prompts: Sequence[list[int]],
+    trajectories: Trajectories,
+    completions: Sequence[Completion],
+    worth: Worth,
+) -> Tensor:
+    """(N,) A at every position, in the unit of `worth`.
+
+    Args:
+        cooperation: whose student goes on.
+        prompts: of the trajectories' rows.
+        trajectories: the positions.
+        completions: of the trajectories' rows.
+        worth: of whole completions.
+    """
+    forks = Forks.of(trajectories, completions)
+    own = worth(forks.rows, finished(cooperation, prompts, forks.rows, forks.own))
+    theirs = worth(forks.rows, finished(cooperation, prompts, forks.rows, forks.theirs))
+    total = torch.zeros_like(trajectories.positions.surprisal)
+    total[forks.positions] = theirs - own
+    return total
+
+
+def finished(
+    cooperation: Cooperation, prompts: Sequence[list[int]], rows: Sequence[int], begun: Sequence[list[int]]
+) -> list[list[int]]:
+    """Every begun completion of a row, finished by the student alone."""
+    alone = replace(cooperation, teacher=cooperation.student)  # nobody looks at what the teacher thinks of it
+    whole, most = [list(tokens) for tokens in begun], cooperation.max_tokens
+    going = [i for i, tokens in enumerate(begun) if tokens[-1] != cooperation.end and len(tokens) < most]
+    rest = alone.write([Request(prompts[rows[i]] + begun[i]) for i in going])
+    for i, completion in zip(going, rest, strict=True):
+        whole[i] = (whole[i] + completion.tokens)[:most]
+    return whole

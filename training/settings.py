@@ -1,0 +1,17 @@
+"""What all parts of a recipe are made of."""
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from router.checkpoint import check_budget_prompt
+
+
+class Frozen(BaseModel):
+    """Checked when it is built, never changed; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Rate = Annotated[float, Field(gt=0, lt=1)]
+BudgetPrompt = Annotated[str, AfterValidator(check_budget_prompt)]
