@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple, Self
 
@@ -27,6 +27,8 @@ class Batch:
     """(B, T) int64."""
     answer: Tensor
     """(B, T) bool, True at t where the model at t predicts a token of the answer, ids[:, t + 1]."""
+    comes_again: bool = False
+    """Its rows come again in later epochs, so that a teacher's answer is worth keeping."""
 
     @property
     def targets(self) -> Tensor:
@@ -71,13 +73,14 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """On this device."""
-        return Batch(self.ids.to(device), self.answer.to(device))
+        return replace(self, ids=self.ids.to(device), answer=self.answer.to(device))
 
     def parts(self, count: int) -> list["Batch"]:
         """`count` batches of equally many rows. Raises ValueError where that does not come out even."""
         if len(self.ids) % count:
             raise ValueError(f"a batch of {len(self.ids)} does not split into {count} equal parts")
-        return [Batch(*pair) for pair in zip(self.ids.chunk(count), self.answer.chunk(count), strict=True)]
+        pairs = zip(self.ids.chunk(count), self.answer.chunk(count), strict=True)
+        return [replace(self, ids=ids, answer=answer) for ids, answer in pairs]
 
     @classmethod
     def of(cls, prompts: list[list[int]], answers: list[list[int]], pad: int) -> Self:
@@ -142,10 +145,11 @@ class Demonstrations:
         seed = self._seed * 1_000_003 + shard
         rng = random.Random(seed)
         rows = sorted(self._rows(self._task.train(seed), rng), key=lambda row: len(row[0]) + len(row[1]))
-        batches = [
-            Batch.of(*map(list, zip(*rows[at : at + self._batch], strict=True)), self._tokenizer.eos_token_id)
-            for at in range(0, len(rows), self._batch)
-        ]
+        batches = []
+        for first in range(0, len(rows), self._batch):
+            prompts, answers = zip(*rows[first : first + self._batch], strict=True)
+            batch = Batch.of(list(prompts), list(answers), self._tokenizer.eos_token_id)
+            batches.append(replace(batch, comes_again=self._task.is_finite))
         rng.shuffle(batches)
         return batches
 

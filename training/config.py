@@ -293,6 +293,8 @@ class Recipe(Frozen):
     threads: PositiveInt = 1
     max_tokens: PositiveInt = 64
     """Longest completion in rollouts, calibration and evaluation."""
+    teacher_cache: NonNegativeInt = 1024
+    """Megabytes of the teacher's answers that are kept in `work`, for later epochs; 0: none."""
     task: TaskConfig
     tokenizer: TokenizerConfig | None = None
     """None: the pretrained student's, or else the pretrained teacher's."""

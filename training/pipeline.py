@@ -10,7 +10,7 @@ from random import Random
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from router.checkpoint import CheckpointError, RouterCheckpoint
+from router.checkpoint import CheckpointError, RouterCheckpoint, fingerprint
 from training import parallel
 from training.batches import Demonstrations
 from training.config import (
@@ -25,17 +25,19 @@ from training.config import (
 )
 from training.export import directory_of, export, export_examples, link_model, replacing, save
 from training.gating.stage import train_router
+from training.kept_completions import KeptCompletions
 from training.loop import trainer
 from training.loop.trackers import check_trackers
 from training.loop.validation import Validation
 from training.lora import LoraError
-from training.methods import METHODS, Joint, Method
+from training.methods import METHODS, Joint, Method, SeqKD
 from training.models import build, check_adapters, load_model, parameters
 from training.reading import check_readout, check_steps, context_of
 from training.record import tokenizer_record, write_record
 from training.rollout_server import RolloutServer
 from training.tasks import Task, make_task
 from training.teacher import Teacher
+from training.teacher_cache import TeacherCache
 from training.tokenizer import load_tokenizer, train_tokenizer, visible_ids
 from training.vocabulary import check_pair, ready_tokenizer, served_teacher
 from training.workspace import STAGES, Workspace
@@ -216,6 +218,10 @@ def job(space: Workspace, role: Role, task: Task, tokenizer: PreTrainedTokenizer
     method = kind(config.method, visible_ids(tokenizer), teacher, tokenizer.eos_token_id, recipe.max_tokens)
     if isinstance(method, Joint):
         method.tokenizer = tokenizer
+    cache = teacher_cache(space)
+    if isinstance(method, SeqKD) and cache is not None:
+        weights = fingerprint(space.exported("teacher"), visible_ids(tokenizer))
+        method.kept = KeptCompletions(cache, f"{weights} {recipe.teacher.dtype}")
     model = build(config, tokenizer, recipe.seed)
     for name, each in ((role, model), ("teacher", teacher)):
         if isinstance(each, PreTrainedModel):
@@ -255,10 +261,16 @@ def load_teacher(space: Workspace) -> Teacher:
     """The exported one. Raises RecipeError where it is not there yet."""
     config = space.recipe.teacher
     if isinstance(config, ServedConfig):
-        return served_teacher(config)
+        return served_teacher(config, teacher_cache(space))
     if not space.is_exported("teacher"):
         raise RecipeError(f"no teacher in {space.exported('teacher')}: train it first (--stage teacher)")
     return load_model(space.exported("teacher"), getattr(torch, config.dtype)).requires_grad_(False)
+
+
+def teacher_cache(space: Workspace) -> TeacherCache | None:
+    """Of the recipe's run; None if the recipe wants none."""
+    megabytes = space.recipe.teacher_cache
+    return TeacherCache(space.recipe.work / "teacher.sqlite", megabytes * 1_000_000) if megabytes else None
 
 
 def rollout_server(

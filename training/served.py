@@ -3,21 +3,26 @@
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import httpx
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from router.vocabulary import questions
 from training.batches import Batch
+from training.teacher_cache import TeacherCache, key_of
 
 TRIES = 6
 FIRST_PAUSE = 0.5
 SHOWN_PROBLEM = 300
 """Characters of an error reply that are passed on."""
+SAME_TEACHER = 0.25
+"""Mean difference of log-probabilities, nats, below which a served teacher is the one that it was."""
 HOPELESS = (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.DecodingError, httpx.TooManyRedirects)
 """What a second try does not change."""
 Wire = TypeVar("Wire")
@@ -118,6 +123,35 @@ class Server:
         raise self.error(path, problem)
 
 
+class ScoredRow(NamedTuple):
+    """Prompt and answer of one row of a batch."""
+
+    ids: list[int]
+    first: int
+    """Place of the answer's first token."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What a teacher says of the n tokens of an answer."""
+
+    ids: np.ndarray
+    """(n, top) int64: the answer's own token, then the likeliest others."""
+    log_probs: np.ndarray
+    """(n, top) float32, nats."""
+
+    def to_bytes(self) -> bytes:
+        """As it is kept: ids in 32 bits."""
+        return self.ids.astype(np.int32).tobytes() + self.log_probs.tobytes()
+
+    @classmethod
+    def from_bytes(cls, content: bytes, top: int) -> "View":
+        """The other way round."""
+        half = len(content) // 2
+        ids = np.frombuffer(content[:half], dtype=np.int32).reshape(-1, top).astype(np.int64)
+        return cls(ids, np.frombuffer(content[half:], dtype=np.float32).reshape(-1, top))
+
+
 class ServedTeacher:
     """A teacher behind a vLLM server.
 
@@ -125,17 +159,14 @@ class ServedTeacher:
         server: of the teacher.
         top: likeliest tokens whose log-probabilities are asked for at every position; at most the server's
             `--max-logprobs`.
+        cache: keeps what it says of demonstrations.
     """
 
     PATH = "/v1/completions"
 
-    def __init__(self, server: Server, top: int) -> None:
-        self._server, self.top = server, top
-
-    @property
-    def identity(self) -> str:
-        """What its log-probabilities depend on, as far as it is known from here."""
-        return f"{self._server.url} {self._server.model}"
+    def __init__(self, server: Server, top: int, cache: TeacherCache | None = None) -> None:
+        self._server, self.top, self._cache = server, top, cache
+        self._is_the_kept_one = False
 
     def likeliest(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """ids (N, top) and their log-probabilities (N, top) at the positions that predict the answers.
@@ -145,17 +176,15 @@ class ServedTeacher:
         Raises:
             ServerError: the server cannot be used.
         """
-        lengths = batch.ids.shape[1] - batch.answer.flip(1).int().argmax(1) + 1
-        rows = [row[:n] for row, n in zip(batch.ids.tolist(), lengths.tolist(), strict=True)]
-        ids: list[list[int]] = []
-        log_probs: list[list[float]] = []
-        for row, answer, scored in zip(rows, batch.answer.tolist(), self._scored(rows), strict=True):
-            for position in range(len(row) - 1):
-                if answer[position]:
-                    known = self._columns(scored[position + 1], row[position + 1])
-                    ids.append(list(known))
-                    log_probs.append(list(known.values()))
-        return torch.tensor(ids), torch.tensor(log_probs)
+        rows = self._rows(batch)
+        if self._cache is None or not batch.comes_again:
+            views = self._asked(rows)
+        else:
+            views = self._kept_or_asked(self._cache, rows)
+        return (
+            torch.from_numpy(np.concatenate([view.ids for view in views])),
+            torch.from_numpy(np.concatenate([view.log_probs for view in views])),
+        )
 
     def check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Check that the teacher's tokens are those of `tokenizer`, and that it splits texts alike.
@@ -170,6 +199,45 @@ class ServedTeacher:
                     f"the teacher {self._server.model} at {self._server.url} has another vocabulary than "
                     f"the student's tokenizer {tokenizer.name_or_path}: {problem}"
                 )
+
+    @staticmethod
+    def _rows(batch: Batch) -> list[ScoredRow]:
+        lengths = batch.ids.shape[1] - batch.answer.flip(1).int().argmax(1) + 1
+        counts = batch.answer.sum(1).tolist()
+        columns = zip(batch.ids.tolist(), lengths.tolist(), counts, strict=True)
+        return [ScoredRow(row[:length], length - count) for row, length, count in columns]
+
+    def _kept_or_asked(self, cache: TeacherCache, rows: Sequence[ScoredRow]) -> list[View]:
+        keys = [key_of(self._server.url, self._server.model, self.top, *row) for row in rows]
+        kept = [None if value is None else View.from_bytes(value, self.top) for value in cache.get(keys)]
+        if not self._is_the_kept_one and not self._still_says(rows, kept):
+            print(f"the teacher at {self._server.url} is another one than before: asked for everything again")
+            cache.clear()
+            kept = [None] * len(rows)
+        missing = [number for number, view in enumerate(kept) if view is None]
+        new = dict(zip(missing, self._asked([rows[number] for number in missing]), strict=True))
+        if new:
+            cache.put({keys[number]: view.to_bytes() for number, view in new.items()})
+        return [new.get(number) or view for number, view in enumerate(kept)]
+
+    def _still_says(self, rows: Sequence[ScoredRow], kept: Sequence[View | None]) -> bool:
+        """Whether the server still says of one row what is kept of it: another model may have its URL now."""
+        for row, view in zip(rows, kept, strict=True):
+            if view is not None:
+                self._is_the_kept_one = True
+                (now,) = self._asked([row])
+                return bool(np.abs(now.log_probs[:, 0] - view.log_probs[:, 0]).mean() < SAME_TEACHER)
+        return True
+
+    def _asked(self, rows: Sequence[ScoredRow]) -> list[View]:
+        if not rows:
+            return []
+        views = []
+        for row, scored in zip(rows, self._scored([row.ids for row in rows]), strict=True):
+            known = [self._columns(scored[at], row.ids[at]) for at in range(row.first, len(row.ids))]
+            ids = np.array([list(columns) for columns in known], dtype=np.int64)
+            views.append(View(ids, np.array([list(columns.values()) for columns in known], dtype=np.float32)))
+        return views
 
     def _scored(self, rows: Sequence[list[int]]) -> list[list[dict[str, LogProb] | None]]:
         """`prompt_logprobs` of each row, in order."""

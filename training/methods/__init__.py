@@ -17,4 +17,4 @@ METHODS: dict[str, type[Method]] = {
     "joint": Joint,
 }
 
-__all__ = ["METHODS", "Joint", "Method"]
+__all__ = ["METHODS", "Joint", "Method", "SeqKD"]

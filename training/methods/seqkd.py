@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from training.batches import Batch
 from training.config import SeqKDConfig
+from training.kept_completions import KeptCompletions
 from training.methods.sft import SFT
 from training.sampling import room, sampled
 
@@ -15,10 +16,14 @@ class SeqKD(SFT):
 
     config: SeqKDConfig
     needs_teacher = True
+    kept: KeptCompletions | None = None
+    """What the teacher wrote in earlier epochs."""
 
     def prepare(self, model: PreTrainedModel, batch: Batch) -> Batch:
         """The teacher's completions of the batch's prompts. Raises ValueError for a teacher behind a URL."""
         if not isinstance(self.teacher, PreTrainedModel):
             raise ValueError("method seqkd needs the teacher in process, not behind a URL")
         longest = room(model, batch.prompts(), self.longest)  # the student must be able to read them, too
+        if self.kept is not None and batch.comes_again and self.config.temperature == 0:
+            return self.kept.written(self.teacher, batch, self.visible, self.end, longest)
         return sampled(self.teacher, batch, self.visible, self.end, self.config.temperature, longest)

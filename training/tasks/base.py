@@ -28,6 +28,8 @@ class Task(ABC):
     """
 
     name: str
+    is_finite: bool = False
+    """Whether training examples come again, epoch by epoch."""
     options: Mapping[str, Any] = MappingProxyType({})
     """What `make_task` made it with."""
 

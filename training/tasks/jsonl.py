@@ -69,6 +69,7 @@ class Jsonl(Task):
     """
 
     name = "jsonl"
+    is_finite = True
 
     def __init__(
         self,

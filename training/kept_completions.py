@@ -1,0 +1,49 @@
+"""A teacher's greedy completions of training prompts, kept: they are the same in every epoch."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from training import parallel
+from training.batches import Batch
+from training.sampling import complete
+from training.teacher_cache import TeacherCache, key_of
+
+
+@dataclass(frozen=True)
+class KeptCompletions:
+    """Completions by one teacher in process."""
+
+    cache: TeacherCache
+    teacher: str
+    """Fingerprint of its weights."""
+
+    def written(self, model: PreTrainedModel, batch: Batch, visible: int, end: int, longest: int) -> Batch:
+        """The batch's prompts with the teacher's completions, of which only new ones are written.
+
+        Args:
+            model: the teacher.
+            batch: of demonstrations.
+            visible: only ids below it are written.
+            end: the end-of-sequence id, also used to pad.
+            longest: tokens of a completion, the end token with them.
+        """
+        prompts = batch.prompts()
+        keys = [key_of("completion", self.teacher, visible, prompt) for prompt in prompts]
+        answers: dict[int, list[int]] = {}
+        for row, value in enumerate(self.cache.get(keys)):
+            tokens = [] if value is None else np.frombuffer(value, dtype=np.int32).tolist()
+            if tokens and (tokens[-1] == end or len(tokens) >= longest):  # else it was cut short
+                answers[row] = tokens[:longest]
+        missing = [row for row in range(len(prompts)) if row not in answers]
+        # Sharded models run in step: a process with fewer new prompts completes one of them again.
+        count = int(parallel.largest(len(missing)))
+        if count:
+            asked = [prompts[row] for row in missing] + prompts[:1] * (count - len(missing))
+            written = complete(model, asked, visible, end, longest, temperature=0)
+            new = dict(zip(missing, written, strict=False))
+            self.cache.put({keys[row]: np.array(new[row], dtype=np.int32).tobytes() for row in new})
+            answers |= new
+        ordered = [answers[row] for row in range(len(prompts))]
+        return Batch.of(prompts, ordered, end).to(batch.ids.device)
