@@ -24,7 +24,7 @@ from training.config import (
     ServedConfig,
 )
 from training.export import directory_of, export, export_examples, link_model, replacing, save
-from training.gating.stage import train_router
+from training.gating.router_stage import FrozenPair, RouterStage
 from training.kept_completions import KeptCompletions
 from training.loop import trainer
 from training.loop.trackers import check_trackers
@@ -83,17 +83,15 @@ def make_router(space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBase
     recipe = space.recipe
     export_examples(task, recipe.output / "examples.jsonl")
     with replacing(space.exported("router")) as scratch:
-        train_router(
-            space.exported("teacher"),
-            space.exported("student"),
-            scratch,
-            task,
-            tokenizer,
-            recipe.router,
-            recipe.max_tokens,
-            recipe.seed,
-            space.work("router"),
+        pair = FrozenPair(
+            teacher=space.exported("teacher"),
+            student=space.exported("student"),
+            tokenizer=tokenizer,
+            span_tokens=recipe.router.span_tokens,
+            ask_tokens=recipe.router.ask_tokens,
+            max_tokens=recipe.max_tokens,
         )
+        RouterStage(pair, task, recipe.router, recipe.seed).run(space.work("router"), scratch)
         write_record(space.record("router"), scratch)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from training.cache import growing_cache
+from training.growing_cache import growing_cache
 
 PROBE_TOKENS = 6
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}

@@ -13,8 +13,10 @@ from router.gate import EntropyGate, RandomGate
 from training.gating.calibration import Noise, calibrate, price_at_rate, teacher_rate
 from training.gating.config import ConstrainedObjective, GateConfig, RegretGain
 from training.gating.constrained import ascended, fit_constrained, residuals
+from training.gating.fitting import fit
 from training.gating.forks import worth_of_asking
-from training.gating.gates import Head, Lessons, Trajectories, collect, fit, span_gain, teacher_view
+from training.gating.head import Head
+from training.gating.lessons import Lessons, Trajectories, collect, span_gain, teacher_view
 from training.gating.rollout import FREE, Completion, Cooperation, Positions, Request, with_gate
 from training.gating.tree import Setting, Tree
 

@@ -16,7 +16,7 @@ from router.reserved import RESERVED_ROWS
 from training.cli import train
 from training.config import Shape
 from training.gating.rollout import Request
-from training.gating.stage import load_cooperation
+from training.gating.router_stage import FrozenPair
 from training.models import new_model, reserved_rows, save_model
 from training.sampling import complete
 from training.tasks import make_task
@@ -151,7 +151,7 @@ def test_rows_without_a_token_are_written_by_nobody(ready, tmp_path):
         model.resize_token_embeddings(300 + 8 + RESERVED_ROWS)
         model.tie_weights()
         save_model(model, tokenizer, tmp_path / role)
-    pair = load_cooperation(tmp_path / "teacher", tmp_path / "student", tokenizer, (2, 1), 8)
+    pair = FrozenPair(tmp_path / "teacher", tmp_path / "student", tokenizer, 2, 1, 8).load()
     for model in (pair.student, pair.teacher):
         model.get_output_embeddings().register_forward_hook(padded_rows_win)
     assert (pair.visible, reserved_rows(pair.student, tokenizer).start) == (300, 308)

@@ -25,7 +25,7 @@ from transformers import (
 
 from router.reserved import ReservedRows
 from training.batches import Batch, left_padded
-from training.gating.gates import Head
+from training.gating.head import Head
 from training.models import answer_read
 from training.reading import Readout, Stepper, UnreadableModel, check_readout, check_steps
 from training.sampling import complete

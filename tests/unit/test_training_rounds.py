@@ -19,11 +19,11 @@ from training.gating.config import (
     RatioGain,
     RegretGain,
 )
-from training.gating.gates import Head
+from training.gating.head import Head
 from training.gating.prompts import Prompts, Trees, rollout_prompts
 from training.gating.rollout import Completion, Cooperation
 from training.gating.rounds import Rounds, correlation, marked, train_gate
-from training.gating.stage import origin
+from training.gating.router_stage import origin
 from training.tasks import make_task
 
 torch.set_num_threads(1)

@@ -17,14 +17,16 @@ from router.checkpoint import CheckpointError, RouterCheckpoint
 from router.gate import CONFIDENCE_GATES
 from training.evaluation.baselines import hesitation, query_level
 from training.evaluation.gateway import Measured
-from training.evaluation.scoring import Scorer, ends, point
-from training.gating.gates import Head, regret
+from training.evaluation.scoring import point
+from training.gating.head import Head
+from training.gating.lessons import regret
 from training.gating.prompts import Trees
 from training.gating.rollout import FREE, Completion
 from training.gating.room import Room
 from training.gating.rounds import install_taps
-from training.gating.stage import load_cooperation
-from training.gating.tree import PERIODIC, Setting
+from training.gating.router_stage import FrozenPair
+from training.gating.scorer import Scorer
+from training.gating.tree import PERIODIC, Setting, ends
 from training.loop.progress import console
 from training.tasks import Example, Task
 from training.tokenizer import load_tokenizer
@@ -81,7 +83,8 @@ class Evaluation:
         tokenizer = load_tokenizer(pair / "student")
         config = self.router.config
         self.spans = (config.span_tokens, config.ask_tokens or config.span_tokens)
-        cooperation = load_cooperation(pair / "teacher", pair / "student", tokenizer, self.spans, max_tokens)
+        frozen = FrozenPair(pair / "teacher", pair / "student", tokenizer, *self.spans, max_tokens)
+        cooperation = frozen.load()
         install_taps(cooperation, Head.of(cooperation.student, self.router))
         self.gates = [LEARNED, *CONFIDENCE_GATES]
         gates = {name: self.router.build_gate(name) for name in self.gates}
@@ -102,7 +105,7 @@ class Evaluation:
             self.tree.add(name, lambda positions, head=head: head.scores(positions.states))
         self.scorer = Scorer(task, tokenizer, examples)
         self.alone, self.taught = self.tree.run(ends(LEARNED))
-        self.student, self.teacher = (self.scorer(run)[0] for run in (self.alone, self.taught))
+        self.student, self.teacher = (self.scorer(run).quality for run in (self.alone, self.taught))
 
     def row(self, completions: Sequence[Completion], setting: Setting) -> Row:
         of = point(completions, self.tree.prompt_tokens, setting, *self.scorer(completions))

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from measuring.examples import Example
 from measuring.scores import excess
 from training.gating.calibration import teacher_rate
 from training.gating.rollout import Completion
 from training.gating.tree import Setting
-from training.tasks import Task
-from training.tokenizer import decode_answers
 
 
 @dataclass(frozen=True)
@@ -41,49 +33,6 @@ class Point:
     positions: float
     tokens: float
     excess: float
-
-
-class Scorer:
-    """Scores completions of `examples`; remembers answers, of which a tree gives few different ones."""
-
-    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> None:
-        self._task, self._tokenizer, self._examples = task, tokenizer, examples
-        self._known: dict[tuple[int, tuple[int, ...]], tuple[str, float, float]] = {}
-
-    def __call__(self, completions: Sequence[Completion]) -> tuple[float, float]:
-        """Quality and mean similarity."""
-        known = self._look_up(enumerate(c.tokens for c in completions))
-        answers, qualities, similarities = map(list, zip(*known, strict=True))
-        quality = self._task.quality(self._examples, answers, qualities)
-        return quality, sum(similarities) / len(similarities)
-
-    def each(self, completions: Sequence[Completion]) -> Tensor:
-        """Quality of every completion: (examples,)"""
-        known = self._look_up(enumerate(c.tokens for c in completions))
-        return torch.tensor([quality for _, quality, _ in known])
-
-    def worth(self, of: Sequence[int], completions: Sequence[list[int]]) -> Tensor:
-        """Mean of quality and similarity, in points of 100: (N,). of: numbers of N examples; completions: of
-        theirs, token ids.
-        """
-        known = self._look_up(zip(of, completions, strict=True))
-        return torch.tensor([50 * (quality + similarity) for _, quality, similarity in known])
-
-    def _look_up(self, completions: Iterable[tuple[int, list[int]]]) -> list[tuple[str, float, float]]:
-        """Answer, quality and similarity of every completion of an example, by its number."""
-        keys = [(i, tuple(tokens)) for i, tokens in completions]
-        new = [key for key in dict.fromkeys(keys) if key not in self._known]
-        if new:
-            answers = decode_answers(self._tokenizer, [list(tokens) for _, tokens in new])
-            scores = self._task.score([self._examples[i] for i, _ in new], answers)
-            triples = zip(answers, scores.quality, scores.similarity, strict=True)
-            self._known.update(zip(new, triples, strict=True))
-        return [self._known[key] for key in keys]
-
-
-def ends(gate: str) -> list[Setting]:
-    """Student alone and teacher alone."""
-    return [Setting(gate, math.inf, 0.0, 1), Setting(gate, -math.inf, 1.0, 1)]
 
 
 def point(

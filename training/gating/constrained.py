@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from training.gating.config import ConstrainedObjective, GateConfig
-from training.gating.gates import Head, Lessons, descend
+from training.gating.fitting import descend
+from training.gating.head import Head
+from training.gating.lessons import Lessons
 from training.methods.pcl import half_square, path_residuals
 
 
-class Critic(nn.Module):
+class PathValues(nn.Module):
     """V and V_C over what the gate sees: features (N, F) -> two of (N,), in nats and in teacher tokens."""
 
     def __init__(self, head: Head, width: int) -> None:
@@ -67,7 +69,7 @@ def fit_constrained(
     torch.manual_seed(seed)
     device, row = head.taps.device, lessons.row
     confidence = head.confidence(lessons.states)
-    critic = Critic(head, config.width).to(device)
+    values = PathValues(head, config.width).to(device)
     starts = torch.cat((torch.tensor([True]), row[1:] != row[:-1])).nonzero().squeeze(1)
     cuts = [*starts[:: max(1, config.batch * len(starts) // len(row))].tolist(), len(row)]
     slices = [slice(a, b) for a, b in pairwise(cuts)]  # whole paths, about a batch each
@@ -79,7 +81,7 @@ def fit_constrained(
             column[part].to(device) for column in (lessons.states, lessons.target, lessons.asked)
         )
         x = head.features(states, confidence[part])
-        value, cost = critic(x)
+        value, cost = values(x)
         of = residuals(
             head.gate.score(x), value, cost, asked, gain, row[part].to(device),
             price, objective.temperature, objective.window,
@@ -93,7 +95,7 @@ def fit_constrained(
     def epoch() -> Iterator[slice]:
         return (slices[at] for at in torch.randperm(len(slices)).tolist())
 
-    trained = [*head.parameters(), *critic.mlp.parameters()]
+    trained = [*head.parameters(), *values.mlp.parameters()]
     last = descend(trained, len(slices), epoch, loss, config)
     with torch.no_grad():
         columns = zip(*(heads(part, math.exp((low + high) / 2)) for part in slices), strict=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from training.gating.gates import Trajectories
+from training.gating.lessons import Trajectories
 from training.gating.rollout import Completion, Cooperation, Request
 
 Worth = Callable[[Sequence[int], Sequence[list[int]]], Tensor]

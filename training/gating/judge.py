@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from measuring.examples import Example, References
-from training.evaluation.scoring import Scorer
 from training.gating.rollout import Cooperation
+from training.gating.scorer import Scorer
 from training.sampling import complete
 from training.tasks import Task
 from training.tokenizer import decode_answers

@@ -21,18 +21,11 @@ from router.gate import Gate, RandomGate
 from training.gating.calibration import teacher_rate
 from training.gating.config import ConstrainedObjective, GateConfig, QualityGain
 from training.gating.constrained import ascended, fit_constrained
-from training.gating.critic import expected_gain
+from training.gating.expected_gain import expected_gain
+from training.gating.fitting import fit
 from training.gating.forks import Worth, worth_of_asking
-from training.gating.gates import (
-    Head,
-    Lessons,
-    Trajectories,
-    collect,
-    fit,
-    span_gain,
-    teacher_view,
-    token_gain,
-)
+from training.gating.head import Head
+from training.gating.lessons import Lessons, Trajectories, collect, span_gain, teacher_view, token_gain
 from training.gating.prompts import Prompts
 from training.gating.rollout import FREE, Completion, Cooperation, Request, with_gate
 from training.loop.progress import Log, console

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from router.budget import Bucket, Budget
 from router.gate import Gate
-from training.gating.gates import CHUNK
+from training.gating.head import CHUNK
 from training.gating.rollout import Completion, Cooperation, Draft, Positions, Request, concatenate
 from training.reading import Readout
 
@@ -50,6 +50,11 @@ class Setting:
     ask_tokens: int | None = None
     spare: float | None = None
     """Price while a call fits into the fraction itself; None: the same."""
+
+
+def ends(gate: str) -> list[Setting]:
+    """Student alone and teacher alone."""
+    return [Setting(gate, math.inf, 0.0, 1), Setting(gate, -math.inf, 1.0, 1)]
 
 
 class Tree:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from training.gating.gates import Head, Lessons
+from training.gating.head import Head
+from training.gating.lessons import Lessons
 
 FOLDS, EPOCHS, BATCH, WIDTH = 5, 12, 2048, 32
 

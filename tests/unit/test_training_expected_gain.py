@@ -9,9 +9,10 @@ from tiny_models import END, RESERVED, VISIBLE, model
 
 from router.gate import RandomGate
 from training.gating import judge
-from training.gating.critic import expected_gain
-from training.gating.gates import Head, Lessons
+from training.gating.expected_gain import expected_gain
+from training.gating.head import Head
 from training.gating.judge import Judge
+from training.gating.lessons import Lessons
 from training.gating.rollout import Cooperation
 from training.gating.rounds import correlation
 from training.tasks import make_task

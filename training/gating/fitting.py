@@ -1,0 +1,67 @@
+"""The difference form: the gate's score is a regression on what asking gains.
+
+The score says what the next span would gain if the teacher wrote it, per teacher token. The price that it is
+compared with at serving time plays lambda's part, so that one gate serves all budgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from training.gating.config import GateConfig
+from training.gating.head import Head
+from training.gating.lessons import Lessons
+
+
+def fit(head: Head, lessons: Lessons, config: GateConfig, seed: int) -> dict[str, float]:
+    """Least squares of the score on the target; `loss` is the last epoch's mean."""
+    device, states, target = head.taps.device, lessons.states, lessons.target
+    confidence = head.confidence(states)
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss(chunk: Tensor) -> Tensor:
+        x = head.features(states[chunk].to(device), confidence[chunk])
+        return mse_loss(head.gate.score(x), target[chunk].to(device))
+
+    def epoch() -> Sequence[Tensor]:
+        return torch.randperm(len(states), generator=generator).split(config.batch)
+
+    last = descend(list(head.parameters()), -(-len(states) // config.batch), epoch, loss, config)
+    return {"loss": last}
+
+
+Part = TypeVar("Part")
+
+
+def descend(
+    parameters: list[nn.Parameter],
+    steps: int,
+    epoch: Callable[[], Iterable[Part]],
+    loss: Callable[[Part], Tensor],
+    config: GateConfig,
+) -> float:
+    """`config.epochs` epochs of AdamW, one cycle of the learning rate; returns the last epoch's mean loss.
+
+    epoch: the parts of one, of which there are `steps`, in an order of its own.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=config.epochs * steps, pct_start=0.1
+    )
+    mean = 0.0
+    for _ in range(config.epochs):
+        losses = []
+        for part in epoch():
+            value = loss(part)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(value.item())
+        mean = sum(losses) / len(losses)
+    return mean

@@ -1,0 +1,82 @@
+"""Taps and learned gate over a frozen student."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from router.checkpoint import RouterCheckpoint
+from router.features import confidence
+from router.gate import LearnedGate
+from router.reserved import ReservedRows
+from training.reading import Readout
+
+CHUNK = 4096  # positions at a time: their logits are as wide as the vocabulary
+
+
+class Head(nn.Module):
+    """Taps and learned gate over a frozen student, as they will be merged into it."""
+
+    def __init__(self, student: PreTrainedModel, reserved: ReservedRows, width: int) -> None:
+        super().__init__()
+        self.gate = LearnedGate(reserved, width)
+        self.taps = nn.Parameter(torch.zeros(reserved.count - 1, student.config.hidden_size))
+        output = student.get_output_embeddings()
+        self.register_buffer("visible", output.weight[: reserved.start].detach().clone())
+        bias = getattr(output, "bias", None)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self._readout = Readout.of(student.config)
+
+    def start_from(self, states: Tensor) -> None:
+        """Taps = the directions of most variance of states (N, H); features standardised on them."""
+        _, _, directions = torch.pca_lowrank(states, q=min(self.taps.shape), niter=4)
+        self.taps.data[: directions.shape[1]] = directions.T
+        with torch.no_grad():
+            x = self.features(states.to(self.taps.device), self.confidence(states))
+        self.gate.mean.copy_(x.mean(0))
+        self.gate.scale.copy_(1 / x.std(0).clamp(min=1e-3))
+
+    @classmethod
+    def of(cls, student: PreTrainedModel, checkpoint: RouterCheckpoint) -> Head:
+        head = cls(student, checkpoint.reserved, checkpoint.config.gate_width)
+        head.taps.data.copy_(checkpoint.taps)
+        head.gate.load_state_dict(checkpoint.gate)
+        return head.requires_grad_(False).eval()
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(N, H) -> (N, V): what the merged student computes there. The escalation row stays 0."""
+        escalation = states.new_zeros(len(states), 1)
+        return torch.cat((self._visible_logits(states), escalation, self._tapped(states)), dim=-1)
+
+    def _visible_logits(self, states: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias[: len(self.visible)]
+        return self._readout(states, self.visible, bias)
+
+    def _tapped(self, states: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias[self.gate.reserved.taps]
+        return self._readout(states, self.taps, bias)
+
+    @torch.no_grad()
+    def confidence(self, states: Tensor) -> Tensor:
+        """(N, H) -> (N, 10): the features that training does not change. As wide as the vocabulary while they
+        are computed, so in pieces and once.
+        """
+        features = []
+        for chunk in states.split(CHUNK):
+            logits = self._visible_logits(chunk.to(self.taps.device))
+            features.append(confidence(logits, self.gate.reserved))
+        return torch.cat(features)
+
+    def features(self, states: Tensor, confidence: Tensor) -> Tensor:
+        """(N, F): what the gate sees, as `router.features` computes it from logits."""
+        return torch.cat((self._tapped(states), confidence), dim=-1)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Scores (N,) of states (N, H)."""
+        return self.gate(self.logits(states))
+
+    @torch.no_grad()
+    def scores(self, states: Tensor) -> Tensor:
+        """(N,) of states (N, H), in pieces, on the CPU."""
+        return torch.cat([self(chunk.to(self.taps.device)).cpu() for chunk in states.split(CHUNK)])

@@ -1,0 +1,254 @@
+"""The router over a frozen pair: on-policy rollouts, the gate, its calibration and the confidence gates'."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from measuring.examples import Example
+from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, fingerprint, tokenizer_fingerprint
+from router.gate import CONFIDENCE_GATES, Gate, RandomGate
+from router.reserved import ReservedRows
+from training.config import RecipeError
+from training.gating.calibration import Noise, Quality, Run, calibrate, spare_prices
+from training.gating.config import GateConfig, QualityGain
+from training.gating.head import Head
+from training.gating.judge import Judge
+from training.gating.prompts import Trees, rollout_prompts
+from training.gating.rollout import Cooperation
+from training.gating.room import Room
+from training.gating.rounds import Rounds, train_gate
+from training.gating.scorer import Scorer
+from training.gating.tree import ends
+from training.models import load_model, reserved_rows
+from training.parallel import device
+from training.reading import check_readout, check_steps
+from training.tasks import Task
+from training.tokenizer import visible_ids
+
+LEARNED = "learned"
+Points = dict[str, list[tuple[float, float]]]
+"""(fraction, price) by gate."""
+
+
+@dataclass(frozen=True)
+class FrozenPair:
+    """Directories of two models that are not changed."""
+
+    teacher: Path
+    student: Path
+    tokenizer: PreTrainedTokenizerBase
+    span_tokens: int
+    ask_tokens: int
+    max_tokens: int
+    """Longest completion."""
+
+    def load(self) -> Cooperation:
+        """Both models, asking at random.
+
+        Raises:
+            RecipeError: one of them is not there.
+            UnreadableModel: one of them cannot be read as it computes.
+        """
+        for path in (self.student, self.teacher):
+            if not (path / "config.json").exists():
+                raise RecipeError(f"no model in {path}")
+        student, teacher = (
+            load_model(path).requires_grad_(False).to(device()) for path in (self.student, self.teacher)
+        )
+        check_steps(student, "student")
+        check_steps(teacher, "teacher")
+        check_readout(student, "student")
+        return Cooperation(
+            student=student,
+            teacher=teacher,
+            score=RandomGate(reserved_rows(student, self.tokenizer)),
+            visible=visible_ids(self.tokenizer),
+            end=self.tokenizer.eos_token_id,
+            span_tokens=self.span_tokens,
+            ask_tokens=self.ask_tokens,
+            max_tokens=self.max_tokens,
+        )
+
+
+class Calibrated(NamedTuple):
+    """What the closed loop on validation data gave."""
+
+    prices: Points
+    spares: Points
+    """Spare prices, see `router.policy.Policy`."""
+    expected_tokens: float
+    """Mean length of the student's own completions."""
+
+
+@dataclass(frozen=True)
+class RouterStage:
+    """Trains the router of one pair: fit, calibrate, export."""
+
+    pair: FrozenPair
+    task: Task
+    config: GateConfig
+    seed: int
+
+    def run(self, work: Path, out: Path) -> RouterCheckpoint:
+        """Write the router to `out`.
+
+        Args:
+            work: directory of the log and of what a killed run goes on from.
+            out: of the checkpoint.
+
+        Raises:
+            DataError: the task's examples do not fit into the models.
+        """
+        head = self.fitted(work)
+        checkpoint = self.checkpoint(head, self.calibrated(head.gate))
+        checkpoint.save(out)
+        return checkpoint
+
+    def fitted(self, work: Path) -> Head:
+        """Taps and gate after all rounds; the taps are in the student's reserved rows."""
+        config, tokenizer = self.config, self.pair.tokenizer
+        examples = self._room.drawn(self.task.router(self.seed), config.prompts * config.rounds)
+        prompts = rollout_prompts(tokenizer, [example.source for example in examples], config, self.seed)
+        torch.manual_seed(self.seed)  # of the first weights
+        head = Head(self.cooperation.student, self._reserved, config.width).to(device())
+        drawn = config.gain.teacher_references if isinstance(config.gain, QualityGain) else 0
+        judge = Judge(self.cooperation, self.task, tokenizer, examples, prompts.ids, drawn)
+        # Random asking in the first round: with probability 1 - price.
+        prices = {rate: 1 - rate for rate in sorted(set(prompts.rates))}
+        rounds = Rounds(self.cooperation, head, config, self.seed, prices, judge.worth)
+        models = [fingerprint(path, self._reserved.start) for path in (self.pair.student, self.pair.teacher)]
+        from_what = origin(models, self.task, examples, self.pair.max_tokens)
+        return train_gate(rounds, prompts, tokenizer, work, from_what)
+
+    def calibrated(self, gate: Gate) -> Calibrated:
+        """Prices of this gate and of the confidence gates."""
+        config, tokenizer = self.config, self.pair.tokenizer
+        gates: dict[str, Gate] = {LEARNED: gate}
+        if config.template is None:  # the others are calibrated for prompts as they are
+            gates |= {name: make(self._reserved) for name, make in CONFIDENCE_GATES.items()}
+        examples = self._room.kept(self.task.valid()[: config.calibration_examples], "validation")
+        sources = [example.source for example in examples]
+        trees = Trees(self.cooperation, tokenizer, sources, gates, config.template)
+        scorer = Scorer(self.task, tokenizer, examples)
+        alone, taught = trees(0.0).run(ends(LEARNED))
+        gap = Gap(scorer, scorer(alone).quality, scorer(taught).quality)
+        print(f"on validation data: student {gap.student:.3f}, teacher {gap.teacher:.3f}", flush=True)
+        prices, spares = calibrate_gates(trees, gates, gap.share, gap.noise, config)
+        return Calibrated(prices, spares, sum(len(c.tokens) for c in alone) / len(alone))
+
+    def checkpoint(self, head: Head, calibrated: Calibrated) -> RouterCheckpoint:
+        """All of it, as it is exported."""
+        config, reserved = self.config, self._reserved
+        return RouterCheckpoint(
+            config=RouterConfig(
+                reserved_start=reserved.start,
+                reserved_count=reserved.count,
+                gate_width=config.width,
+                span_tokens=config.span_tokens,
+                ask_tokens=config.ask_tokens,
+                expected_tokens=calibrated.expected_tokens,
+                calibration=calibrated.prices,
+                spare=calibrated.spares,
+                fingerprints=Fingerprints(
+                    student=fingerprint(self.pair.student, reserved.start),
+                    tokenizer=tokenizer_fingerprint(self.pair.student),
+                    teacher=self.pair.teacher.name,
+                ),
+                budget_prompt=config.template,
+                training={
+                    "gain": config.gain.type,
+                    "objective": config.objective.type,
+                    "seed": self.seed,
+                    "task": self.task.name,
+                },
+            ),
+            taps=head.taps,
+            gate=head.gate.state_dict(),
+        )
+
+    @cached_property
+    def cooperation(self) -> Cooperation:
+        """The pair, loaded once."""
+        return self.pair.load()
+
+    @cached_property
+    def _reserved(self) -> ReservedRows:
+        return reserved_rows(self.cooperation.student, self.pair.tokenizer)
+
+    @cached_property
+    def _room(self) -> Room:
+        models = [self.cooperation.student.config, self.cooperation.teacher.config]
+        return Room.of(self.pair.tokenizer, models, self.pair.max_tokens)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Qualities as shares of the gap between student and teacher."""
+
+    scorer: Scorer
+    student: float
+    teacher: float
+
+    @property
+    def size(self) -> float:
+        """1 if there is none, so that qualities stay what they are."""
+        return self.teacher - self.student if self.teacher > self.student else 1.0
+
+    def share(self, run: Run) -> float:
+        """Quality of a run."""
+        return self.scorer(run).quality / self.size
+
+    def noise(self, one: Run, other: Run) -> float:
+        """By the examples' own qualities, also if the task's is not their mean."""
+        if len(one) < 2:
+            return math.inf  # one example tells nothing about others
+        differences = self.scorer.each(one) - self.scorer.each(other)
+        return differences.std().item() / math.sqrt(len(one)) / self.size
+
+
+def calibrate_gates(
+    trees: Trees, gates: Iterable[str], quality: Quality, noise: Noise, config: GateConfig
+) -> tuple[Points, Points]:
+    """For each gate (fraction, price) and (fraction, spare price). quality, noise: in shares of the gap."""
+    prices, spares = {}, {}
+    spans = (config.span_tokens, config.ask_tokens)
+    together = [config.budgets] if config.template is None else [(budget,) for budget in config.budgets]
+    for name in gates:
+        points, spare = [], []
+        for budgets in together:
+            tree = trees(budgets[0])
+            found = calibrate(tree, name, budgets, spans, quality, noise)
+            points += found
+            spare += spare_prices(tree, name, found, spans)
+        prices[name], spares[name] = falling(points), falling(spare)
+        print(f"calibrated {name}: " + " ".join(f"{b:g}:{p:.4g}" for b, p in prices[name]), flush=True)
+    return prices, spares
+
+
+def falling(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """With prices that do not rise with the fraction, as a calibration must be: lowered where they do."""
+    fractions, prices = zip(*points, strict=True)
+    return list(zip(fractions, accumulate(prices, min), strict=True))
+
+
+def origin(models: Sequence[str], task: Task, examples: Sequence[Example], max_tokens: int) -> str:
+    """Digest of what rollouts come from, apart from their prompts: only such rounds are gone on with.
+
+    Args:
+        models: the pair's fingerprints.
+        task: its name and options count.
+        examples: their references count.
+        max_tokens: longest completion.
+    """
+    references = [example.references.to_json() for example in examples]
+    options = {name: str(value) for name, value in task.options.items()}
+    return sha256(json.dumps([*models, task.name, options, max_tokens, references]).encode()).hexdigest()
