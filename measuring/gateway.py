@@ -18,7 +18,7 @@ class GatewayError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Reply:
+class GatewayReply:
     """One completion and who wrote it."""
 
     text: str
@@ -75,7 +75,7 @@ class GatewayClient:
         except OpenAIError as error:
             await self._openai.close()
             raise self._error(_problem(error)) from error
-        served = self._decoded(raw.content, _Models).data
+        served = self._decoded(raw.content, _GatewayModels).data
         if not served:
             raise self._error("it serves no model")
         self._model = served[0].id
@@ -84,7 +84,7 @@ class GatewayClient:
     async def __aexit__(self, *_: object) -> None:
         await self._openai.close()
 
-    async def ask(self, source: str, budget: float) -> Reply:
+    async def ask(self, source: str, budget: float) -> GatewayReply:
         """A greedy completion of one user message.
 
         Raises:
@@ -106,14 +106,14 @@ class GatewayClient:
 
     async def ask_all(
         self, sources: Sequence[str], budget: float, advance: Callable[[], None] = lambda: None
-    ) -> list[Reply]:
+    ) -> list[GatewayReply]:
         """Replies in the order of the sources; ``advance`` is called after each.
 
         Raises:
             GatewayError: one of them failed; the others are given up.
         """
 
-        async def ask(source: str) -> Reply:
+        async def ask(source: str) -> GatewayReply:
             reply = await self.ask(source, budget)
             advance()
             return reply
@@ -125,7 +125,7 @@ class GatewayClient:
             raise failures.exceptions[0] from failures  # they all fail for one reason
         return [task.result() for task in tasks]
 
-    def _reply(self, chat: "_Chat") -> Reply:
+    def _reply(self, chat: "_Chat") -> GatewayReply:
         if chat.teacher is None:
             raise self._error("its replies have no `teacher`: is it served by `wheels serve`?")
         if len(chat.choices) != 1:
@@ -135,7 +135,7 @@ class GatewayClient:
             raise self._error("it answered without a token")
         if not _in_order(chat.teacher.spans, len(choice.token_ids)):
             raise self._error(f"the teacher's spans {chat.teacher.spans} do not fit the completion")
-        return Reply(
+        return GatewayReply(
             text=choice.message.content or "",
             token_ids=choice.token_ids,
             spans=chat.teacher.spans,
@@ -155,19 +155,19 @@ class GatewayClient:
         return GatewayError(f"the gateway at {self._url}: {problem}")
 
 
-class _Model(msgspec.Struct):
+class _GatewayModel(msgspec.Struct):
     id: str
 
 
-class _Models(msgspec.Struct):
-    data: list[_Model]
+class _GatewayModels(msgspec.Struct):
+    data: list[_GatewayModel]
 
 
 class _Message(msgspec.Struct):
     content: str | None = None
 
 
-class _Choice(msgspec.Struct):
+class _ChatChoice(msgspec.Struct):
     message: _Message
     token_ids: list[int]
 
@@ -184,7 +184,7 @@ class _Teacher(msgspec.Struct):
 
 
 class _Chat(msgspec.Struct):
-    choices: list[_Choice]
+    choices: list[_ChatChoice]
     usage: _Usage
     teacher: _Teacher | None = None
 

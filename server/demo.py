@@ -30,7 +30,7 @@ from rich.text import Text
 from tokenizers import Tokenizer
 
 from measuring.examples import Example, load_examples
-from measuring.gateway import GatewayClient, GatewayError, Reply
+from measuring.gateway import GatewayClient, GatewayError, GatewayReply
 from measuring.json_lines import DataError
 from server.local.arguments import EXAMPLES, PAIR_HELP, SHIPPED_PAIR, missing_files, positive
 from server.local.measure import Answered, BudgetResult, answer_all, gap_recovered
@@ -277,7 +277,7 @@ def _print_completions(answered: dict[float, list[Answered]], pair: Pair, consol
     console.print()
 
 
-def _coloured(reply: Reply, tokenizer: Tokenizer, console: Console) -> Text:
+def _coloured(reply: GatewayReply, tokenizer: Tokenizer, console: Console) -> Text:
     """The reply's text with the teacher's spans marked."""
     whole = tokenizer.decode(reply.token_ids)
 

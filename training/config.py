@@ -1,7 +1,5 @@
 """The recipe: one YAML file and `key=value` overrides; frozen, checked when built, unknown keys refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 

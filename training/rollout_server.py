@@ -18,7 +18,7 @@ from training.batches import Batch
 from training.lora import merged
 from training.parallel import weights_of
 from training.sampling import MAX_TOKENS, room, until_end
-from training.served import Server, ServerError
+from training.served import ServerError, VLLMServer
 
 WEIGHTS = "model.safetensors"
 BANNED = -100.0  # the strongest bias that OpenAI's protocol knows
@@ -40,7 +40,7 @@ class RolloutServer:
         model: str | None = None,
         client: httpx.Client | None = None,
     ) -> None:
-        self._server = Server("rollout server", url, model, client)
+        self._server = VLLMServer("rollout server", url, model, client)
         self._directory, self._every, self._drawn = directory.resolve(), every, 0
 
     def sampled(

@@ -55,7 +55,7 @@ class ScoredPrompts(msgspec.Struct):
     choices: list[ScoredPrompt]
 
 
-class Server:
+class VLLMServer:
     """A stock vLLM server.
 
     Args:
@@ -164,7 +164,7 @@ class ServedTeacher:
 
     PATH = "/v1/completions"
 
-    def __init__(self, server: Server, top: int, cache: TeacherCache | None = None) -> None:
+    def __init__(self, server: VLLMServer, top: int, cache: TeacherCache | None = None) -> None:
         self._server, self.top, self._cache = server, top, cache
         self._is_the_kept_one = False
 

@@ -1,7 +1,5 @@
 """The teacher's view of a batch beside the student's: log-probabilities over the same events."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import TypeAlias

@@ -4,8 +4,6 @@ Digits stay single tokens, so that a number is read figure by figure. Bytes that
 printable ASCII do not use have no id (they become `<|unk|>`): with 480 ids in all, merges are worth more.
 """
 
-from __future__ import annotations
-
 import string
 from collections.abc import Iterable
 from pathlib import Path

@@ -10,7 +10,7 @@ from measuring.json_lines import DataError
 from router.reserved import ReservedRows
 from router.vocabulary import difference
 from training.config import ChatConfig, PretrainedConfig, Recipe, RecipeError, ServedConfig
-from training.served import ServedTeacher, Server
+from training.served import ServedTeacher, VLLMServer
 from training.teacher_cache import TeacherCache
 from training.tokenizer import rendered, visible_ids
 
@@ -75,7 +75,7 @@ def check_vocabulary(role: str, name: str, tokenizer: PreTrainedTokenizerBase) -
 
 def served_teacher(config: ServedConfig, cache: TeacherCache | None = None) -> ServedTeacher:
     """The teacher behind a URL; `cache` keeps what it says of demonstrations."""
-    return ServedTeacher(Server("teacher", config.url, config.model), config.top_logprobs, cache)
+    return ServedTeacher(VLLMServer("teacher", config.url, config.model), config.top_logprobs, cache)
 
 
 def _load(name: str) -> PreTrainedTokenizerBase:

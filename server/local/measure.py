@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from measuring.examples import Example
-from measuring.gateway import GatewayClient, Reply
+from measuring.gateway import GatewayClient, GatewayReply
 from measuring.scores import excess, recovered
 
 DIGITS = 6
@@ -18,7 +18,7 @@ class Answered:
     """An example and the gateway's reply to it."""
 
     example: Example
-    reply: Reply
+    reply: GatewayReply
 
     @property
     def right(self) -> bool:

@@ -15,7 +15,7 @@ from training.batches import Batch
 from training.models import answer_logits, load_model
 from training.rollout_server import RolloutServer
 from training.sampling import complete
-from training.served import ServedTeacher, Server
+from training.served import ServedTeacher, VLLMServer
 from training.teacher import lump, remainder
 from training.tokenizer import encode_prompts, load_tokenizer
 
@@ -45,7 +45,7 @@ def test_a_served_teacher_sees_what_one_in_process_sees(
     url: str, client: httpx.Client, pair: Pair, sources: list[str]
 ) -> None:
     tokenizer, model = load_tokenizer(pair.teacher), load_model(pair.teacher)
-    served = ServedTeacher(Server("teacher", url, None, client), top=20)
+    served = ServedTeacher(VLLMServer("teacher", url, None, client), top=20)
     served.check_vocabulary(tokenizer)
     prompts = encode_prompts(tokenizer, sources[:8])
     answers = complete(model, prompts, len(tokenizer), tokenizer.eos_token_id, 30, temperature=1)

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 
-from measuring.gateway import GatewayClient, GatewayError, Reply
+from measuring.gateway import GatewayClient, GatewayError, GatewayReply
 
 MODELS = {"data": [{"id": "wheels"}]}
 CHAT = {
@@ -28,8 +28,8 @@ def client(answer: Callable[[httpx.Request], httpx.Response]) -> GatewayClient:
     return made
 
 
-def asked(answer: Callable[[httpx.Request], httpx.Response]) -> list[Reply]:
-    async def go() -> list[Reply]:
+def asked(answer: Callable[[httpx.Request], httpx.Response]) -> list[GatewayReply]:
+    async def go() -> list[GatewayReply]:
         async with client(answer) as gateway:
             return await gateway.ask_all(["one", "two"], 0.2)
 
@@ -53,7 +53,7 @@ def test_a_reply_says_who_wrote_what() -> None:
         return answering(CHAT)(request)
 
     first, _ = asked(answer)
-    assert first == Reply("ab", [5, 6, 7], [(1, 2)], 4, 1, 1, degraded=False)
+    assert first == GatewayReply("ab", [5, 6, 7], [(1, 2)], 4, 1, 1, degraded=False)
     assert first.by_teacher == [False, True, False]
     assert {body["messages"][0]["content"] for body in bodies} == {"one", "two"}
     for body in bodies:

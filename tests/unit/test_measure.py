@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from measuring.examples import Example, References, load_examples
-from measuring.gateway import Reply
+from measuring.gateway import GatewayReply
 from server.local.measure import Answered, BudgetResult, gap_recovered
 
 EXAMPLE = Example("at 3", References.from_json([[["um "], ["drei", "3"], [" Uhr"]], [["15 Uhr"]]]))
@@ -14,7 +14,7 @@ EXAMPLE = Example("at 3", References.from_json([[["um "], ["drei", "3"], [" Uhr"
 
 def reply(text: str = "um drei Uhr", tokens: int = 10, spans: tuple[tuple[int, int], ...] = ()) -> Answered:
     written = sum(end - start for start, end in spans)
-    made = Reply(text, list(range(tokens)), list(spans), 5, written, len(spans), degraded=False)
+    made = GatewayReply(text, list(range(tokens)), list(spans), 5, written, len(spans), degraded=False)
     return Answered(EXAMPLE, made)
 
 

@@ -17,7 +17,7 @@ from training.gating.fitting import fit
 from training.gating.forks import worth_of_asking
 from training.gating.head import Head
 from training.gating.lessons import Lessons, Trajectories, collect, span_gain, teacher_view
-from training.gating.rollout import FREE, Completion, Cooperation, Positions, Request, with_gate
+from training.gating.rollout import FREE, ClosedLoop, Positions, Request, Rollout, with_gate
 from training.gating.tree import Setting, Tree
 
 GAIN = RegretGain(type="regret")
@@ -25,8 +25,8 @@ torch.set_num_threads(1)  # tiny models: threads only wait for each other
 
 
 @pytest.fixture(scope="module")
-def pair() -> Cooperation:
-    return Cooperation(
+def pair() -> ClosedLoop:
+    return ClosedLoop(
         student=model(0),
         teacher=model(1, layers=2),
         score=EntropyGate(RESERVED),
@@ -112,7 +112,7 @@ def test_a_price_leaves_its_aim_only_for_what_is_more_than_noise(pair, prompts):
     tree = Tree(pair, prompts, {"entropy": EntropyGate(RESERVED)})
     budgets = (0.2, 0.5)
 
-    def frugal(run: list[Completion]) -> float:
+    def frugal(run: list[Rollout]) -> float:
         """Asking costs quality: never asking is the best by as much as the aim asks."""
         return -teacher_rate(run)
 

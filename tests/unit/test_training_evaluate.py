@@ -7,23 +7,23 @@ import pytest
 import torch
 from tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 
-from measuring.gateway import Reply
+from measuring.gateway import GatewayReply
 from measuring.scores import excess
 from router.budget import Bucket, Budget
 from router.gate import EntropyGate
 from training.evaluation.baselines import hesitation, query_level
 from training.evaluation.gateway import measure
-from training.evaluation.report import Report, area, at_rate, gateway_report, joined, table
+from training.evaluation.report import QualityReport, area, at_rate, gateway_report, joined, table
 from training.evaluation.scoring import runs, teacher_positions
 from training.gating.calibration import spare_prices, teacher_rate
-from training.gating.rollout import Completion, Cooperation
+from training.gating.rollout import ClosedLoop, Rollout
 from training.gating.tree import PERIODIC, Setting, Tree
 from training.tasks import make_task
 
 
 @pytest.fixture(scope="module")
 def tree() -> Tree:
-    pair = Cooperation(
+    pair = ClosedLoop(
         student=model(0),
         teacher=model(1, layers=2),
         score=EntropyGate(RESERVED),
@@ -36,8 +36,8 @@ def tree() -> Tree:
     return Tree(pair, prompts, {"entropy": EntropyGate(RESERVED)})
 
 
-def written(*by_teacher: int) -> Completion:
-    return Completion(tokens=[7] * len(by_teacher), by_teacher=[bool(flag) for flag in by_teacher])
+def written(*by_teacher: int) -> Rollout:
+    return Rollout(tokens=[7] * len(by_teacher), by_teacher=[bool(flag) for flag in by_teacher])
 
 
 def test_runs_and_positions_by_hand():
@@ -63,7 +63,7 @@ class ScriptedGateway:
     last request below 1.
     """
 
-    def replies(self, sources: list[str], budget: float) -> list[Reply]:
+    def replies(self, sources: list[str], budget: float) -> list[GatewayReply]:
         rows = []
         for at, example in enumerate(EXAMPLES):
             lost = at == 2 and 0.2 <= budget < 1
@@ -73,7 +73,7 @@ class ScriptedGateway:
             else:
                 text, length, spans = "?", 2, []
             taught = sum(end - start for start, end in spans)
-            rows.append(Reply(text, [7] * length, spans, 5, taught, len(spans), lost))
+            rows.append(GatewayReply(text, [7] * length, spans, 5, taught, len(spans), lost))
         return rows
 
 
@@ -96,7 +96,7 @@ def test_a_gateway_stands_beside_what_was_computed_in_process():
     rows = [
         {"budget": b, "rate": b, "pgr": 2 * b, "calls": 1, "runs": 1, "positions": 1} for b in (0.05, 0.5)
     ]
-    pair = Report(0.1, 0.9, {"learned": rows}, {"learned": 0.7}, 0.0, {"learned": rows}, [0.1] * 10)
+    pair = QualityReport(0.1, 0.9, {"learned": rows}, {"learned": 0.7}, 0.0, {"learned": rows}, [0.1] * 10)
     gateway = gateway_report(measure(ScriptedGateway(), make_task("numbers"), EXAMPLES, (0.2,), 1))
     both = joined(pair, gateway)
     assert (both.student, both.curves.keys()) == (0.1, {"learned", "gateway"})

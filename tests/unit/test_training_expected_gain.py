@@ -13,7 +13,7 @@ from training.gating.expected_gain import expected_gain
 from training.gating.head import Head
 from training.gating.judge import Judge
 from training.gating.lessons import Lessons
-from training.gating.rollout import Cooperation
+from training.gating.rollout import ClosedLoop
 from training.gating.rounds import correlation
 from training.tasks import make_task
 
@@ -90,7 +90,7 @@ def judged(tmp_path, monkeypatch):
         return [ids("aacc") if prompt == [7] else ids("bbbb") for prompt in prompts]
 
     monkeypatch.setattr(judge, "complete", complete)
-    pair = Cooperation(model(0), model(1), RandomGate(RESERVED), VISIBLE, END)
+    pair = ClosedLoop(model(0), model(1), RandomGate(RESERVED), VISIBLE, END)
     return lambda drawn: Judge(pair, task, Letters(), task.test(), [[7], [8]], drawn), asked
 
 

@@ -21,7 +21,7 @@ from training.gating.config import (
 )
 from training.gating.head import Head
 from training.gating.prompts import Prompts, Trees, rollout_prompts
-from training.gating.rollout import Completion, Cooperation
+from training.gating.rollout import ClosedLoop, Rollout
 from training.gating.rounds import Rounds, correlation, marked, train_gate
 from training.gating.router_stage import origin
 from training.tasks import make_task
@@ -69,7 +69,7 @@ def sources():
 
 def rounds(config: GateConfig, prompts: Prompts) -> Rounds:
     student = model(0)
-    pair = Cooperation(
+    pair = ClosedLoop(
         student=student, teacher=model(1, layers=2), score=RandomGate(RESERVED), visible=VISIBLE, end=END,
         max_tokens=MAX_TOKENS,
     )  # fmt: skip
@@ -181,7 +181,7 @@ def test_correlation():
 
 
 def test_the_teachers_part_is_marked():
-    of = Completion([3, 4, 5, 6, END], [True, False, True, True, False])
+    of = Rollout([3, 4, 5, 6, END], [True, False, True, True, False])
     assert marked(Letters(), of, colour=False).plain == "⟦d⟧e⟦fg⟧"
     assert marked(Letters(), replace(of, by_teacher=[False] * 5), colour=True).plain == "defg"
     (styled,) = (s for s in marked(Letters(), of, colour=True).spans if s.start == 2)
@@ -198,7 +198,7 @@ def test_a_budget_in_words_stands_in_front_of_the_prompt_and_the_teacher_does_no
         assert hidden == 3
 
     trees = Trees(
-        rounds(config, prompts).cooperation,
+        rounds(config, prompts).loop,
         Letters(),
         sources[:20],
         {"entropy": EntropyGate(RESERVED)},

@@ -16,7 +16,7 @@ from training.lora import add_lora
 from training.methods import GKD, KD, PCL
 from training.models import answer_logits, new_model
 from training.rollout_server import RolloutServer
-from training.served import ServedTeacher, Server, ServerError
+from training.served import ServedTeacher, ServerError, VLLMServer
 from training.teacher import lump, remainder
 
 SHAPE = Shape(hidden=32, layers=1, heads=1, feed_forward=32)
@@ -72,7 +72,7 @@ def client(handler):
 
 
 def served_teacher(handler, top):
-    return ServedTeacher(Server("teacher", "http://there", None, client(handler)), top)
+    return ServedTeacher(VLLMServer("teacher", "http://there", None, client(handler)), top)
 
 
 def test_the_likeliest_tokens_and_the_rest(vllm):
@@ -130,7 +130,7 @@ def test_a_server_that_comes_back_is_asked_again(monkeypatch):
             raise reply
         return reply
 
-    assert Server("teacher", "http://there", None, client(answer)).model == "x"
+    assert VLLMServer("teacher", "http://there", None, client(answer)).model == "x"
 
 
 def test_a_refusal_is_passed_on_at_once():
@@ -140,7 +140,7 @@ def test_a_refusal_is_passed_on_at_once():
 
     asked = []
     with pytest.raises(ServerError, match=r"teacher at http://there/v1/models: 400 .*at most 20"):
-        Server("teacher", "http://there", None, client(answer))
+        VLLMServer("teacher", "http://there", None, client(answer))
     assert len(asked) == 1
 
 
@@ -267,14 +267,14 @@ def test_what_serves_no_model_is_named(reply):
         return reply if isinstance(reply, httpx.Response) else httpx.Response(200, json=reply)
 
     with pytest.raises(ServerError, match="http://there"):
-        Server("teacher", "http://there", None, client(answer))
+        VLLMServer("teacher", "http://there", None, client(answer))
 
 
 @pytest.mark.parametrize("url", ["there", "http://[", "ftp://there"])
 def test_what_is_no_url_is_named(url, monkeypatch):
     monkeypatch.setattr(served, "TRIES", 1)
     with pytest.raises(ServerError, match="the teacher at "):
-        Server("teacher", url, None)
+        VLLMServer("teacher", url, None)
 
 
 def tokenizer_server(tokenizer):

@@ -12,7 +12,7 @@ from training.config import SeqKDConfig, Shape
 from training.kept_completions import KeptCompletions
 from training.methods import SeqKD
 from training.models import new_model
-from training.served import ServedTeacher, Server
+from training.served import ServedTeacher, VLLMServer
 from training.teacher_cache import TeacherCache, key_of
 
 DEMONSTRATION = replace(BATCH, comes_again=True)
@@ -73,7 +73,7 @@ def asked(vllm):
 
 
 def teacher(vllm, file, top=5):
-    server = Server("teacher", "http://there", None, client(vllm))
+    server = VLLMServer("teacher", "http://there", None, client(vllm))
     return ServedTeacher(server, top, TeacherCache(file, MEGABYTE))
 
 
@@ -90,7 +90,7 @@ def test_a_served_teacher_scores_a_demonstration_once(vllm, file):
     assert asked(vllm) == 3  # one row, to see that it is the same teacher
     first.likeliest(DEMONSTRATION)
     assert asked(vllm) == 3
-    plain = ServedTeacher(Server("teacher", "http://there", None, client(vllm)), 5).likeliest(BATCH)
+    plain = ServedTeacher(VLLMServer("teacher", "http://there", None, client(vllm)), 5).likeliest(BATCH)
     for kept in (again, first.likeliest(DEMONSTRATION), plain):
         assert torch.equal(kept[0], ids)
         assert torch.equal(kept[1], log_probs)
@@ -118,7 +118,7 @@ def test_another_teacher_behind_the_same_url_is_noticed(vllm, file, tokenizer, c
     other.model.get_output_embeddings().weight.data *= 20
     now = teacher(other, file).likeliest(DEMONSTRATION)[1]
     assert not torch.allclose(kept, now)
-    plain = ServedTeacher(Server("teacher", "http://there", None, client(other)), 5).likeliest(BATCH)[1]
+    plain = ServedTeacher(VLLMServer("teacher", "http://there", None, client(other)), 5).likeliest(BATCH)[1]
     assert torch.equal(now, plain)
     assert "another one than before" in capsys.readouterr().out
 

@@ -1,19 +1,17 @@
 """Baselines that are no gates: whole requests to the teacher, by what the student's own answer looks like."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from training.gating.rollout import Completion
+from training.gating.rollout import Rollout
 from training.gating.tree import Tree
 
 
 def query_level(
-    alone: Sequence[Completion], taught: Sequence[Completion], worth: Tensor, shares: Iterable[float]
-) -> list[list[Completion]]:
+    alone: Sequence[Rollout], taught: Sequence[Rollout], worth: Tensor, shares: Iterable[float]
+) -> list[list[Rollout]]:
     """For each share of the requests the completions where those of most worth go to the teacher.
 
     alone, taught: by the student alone and by the teacher alone. worth: (requests,)
@@ -26,7 +24,7 @@ def query_level(
     return mixed
 
 
-def hesitation(tree: Tree, alone: Sequence[Completion]) -> Tensor:
+def hesitation(tree: Tree, alone: Sequence[Rollout]) -> Tensor:
     """Mean entropy of the student's own completions, nats: (requests,). A router of whole requests that looks
     at prompts only knows less.
     """

@@ -1,7 +1,5 @@
 """A running gateway, measured as its users see it: held-out sources through OpenAI's own client."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 from collections.abc import Sequence
@@ -9,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from measuring.examples import Example
-from measuring.gateway import GatewayClient, Reply
+from measuring.gateway import GatewayClient, GatewayReply
 from measuring.scores import recovered
 from training.evaluation.scoring import point
-from training.gating.rollout import Completion
+from training.gating.rollout import Rollout
 from training.gating.tree import Setting
 from training.tasks import Task
 
@@ -27,7 +25,7 @@ Row = dict[str, float]
 class Replies(Protocol):
     """What is measured: replies at a budget."""
 
-    def replies(self, sources: Sequence[str], budget: float) -> list[Reply]:
+    def replies(self, sources: Sequence[str], budget: float) -> list[GatewayReply]:
         """Greedy, in the order of the sources."""
 
 
@@ -42,7 +40,7 @@ class RunningGateway:
     concurrency: int = 16
     """Requests at once."""
 
-    def replies(self, sources: Sequence[str], budget: float) -> list[Reply]:
+    def replies(self, sources: Sequence[str], budget: float) -> list[GatewayReply]:
         """Greedy, in the order of the sources.
 
         Raises:
@@ -50,7 +48,7 @@ class RunningGateway:
         """
         return asyncio.run(self._replies(sources, budget))
 
-    async def _replies(self, sources: Sequence[str], budget: float) -> list[Reply]:
+    async def _replies(self, sources: Sequence[str], budget: float) -> list[GatewayReply]:
         client = GatewayClient(
             self.url,
             concurrency=self.concurrency,
@@ -75,7 +73,7 @@ class Measured:
     """Of all budgets: see `training.evaluation.scoring.Point`, with `pgr` and `degraded`, the number of
     requests that lost their teacher.
     """
-    completions: list[list[Completion]]
+    completions: list[list[Rollout]]
     """Of each row."""
 
 
@@ -117,6 +115,6 @@ def measure(
     return Measured(student, teacher, rows, completions)
 
 
-def completion_of(reply: Reply) -> Completion:
+def completion_of(reply: GatewayReply) -> Rollout:
     starts = [start for start, _ in reply.spans]
-    return Completion(reply.token_ids, reply.by_teacher, starts)
+    return Rollout(reply.token_ids, reply.by_teacher, starts)

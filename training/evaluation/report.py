@@ -1,7 +1,5 @@
 """`wheels evaluate`: quality against realised teacher rate for every gate, as a table, JSON and plots."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +19,7 @@ from training.evaluation.scoring import point
 from training.gating.head import Head
 from training.gating.lessons import regret
 from training.gating.prompts import Trees
-from training.gating.rollout import FREE, Completion
+from training.gating.rollout import FREE, Rollout
 from training.gating.room import Room
 from training.gating.rounds import install_taps
 from training.gating.router_stage import FrozenPair
@@ -32,8 +30,26 @@ from training.tasks import Example, Task
 from training.tokenizer import load_tokenizer
 
 SHARES = (
-    0.2, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.83, 0.86, 0.88, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99,
-)  # fmt: skip
+    0.2,
+    0.4,
+    0.5,
+    0.6,
+    0.65,
+    0.7,
+    0.75,
+    0.8,
+    0.83,
+    0.86,
+    0.88,
+    0.9,
+    0.92,
+    0.94,
+    0.95,
+    0.96,
+    0.97,
+    0.98,
+    0.99,
+)
 """Of positions below the prices of a curve."""
 QUERY_SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -48,7 +64,7 @@ Row = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Report:
+class QualityReport:
     """curves: per method, PGR at realised rates without a bucket, spans of the router's ask_tokens; a method
     with `@K` has spans of K. budgets: gates under the bucket, at their calibrated prices. calibration_mae:
     mean |realised - requested| rate of the learned gate where it aims at the rate. asked: share of the
@@ -84,14 +100,14 @@ class Evaluation:
         config = self.router.config
         self.spans = (config.span_tokens, config.ask_tokens or config.span_tokens)
         frozen = FrozenPair(pair / "teacher", pair / "student", tokenizer, *self.spans, max_tokens)
-        cooperation = frozen.load()
-        install_taps(cooperation, Head.of(cooperation.student, self.router))
+        loop = frozen.load()
+        install_taps(loop, Head.of(loop.student, self.router))
         self.gates = [LEARNED, *CONFIDENCE_GATES]
         gates = {name: self.router.build_gate(name) for name in self.gates}
-        room = Room.of(tokenizer, [cooperation.student.config, cooperation.teacher.config], max_tokens)
+        room = Room.of(tokenizer, [loop.student.config, loop.teacher.config], max_tokens)
         examples = room.kept(examples, "test")
         sources = [example.source for example in examples]
-        self.trees = Trees(cooperation, tokenizer, sources, gates, config.budget_prompt)
+        self.trees = Trees(loop, tokenizer, sources, gates, config.budget_prompt)
         self.tree = self.trees(0.0)
         self.tree.add("oracle", regret)
         self.tree.add("oracle_kl", lambda positions: positions.kl)
@@ -101,15 +117,15 @@ class Evaluation:
             checkpoint.check_student(pair / "student")
             if checkpoint.config.budget_prompt is not None:
                 raise CheckpointError(f"{directory}: its budgets are prompted; evaluate a pair that holds it")
-            head = Head.of(cooperation.student, checkpoint)
+            head = Head.of(loop.student, checkpoint)
             self.tree.add(name, lambda positions, head=head: head.scores(positions.states))
         self.scorer = Scorer(task, tokenizer, examples)
         self.alone, self.taught = self.tree.run(ends(LEARNED))
         self.student, self.teacher = (self.scorer(run).quality for run in (self.alone, self.taught))
 
-    def row(self, completions: Sequence[Completion], setting: Setting) -> Row:
-        of = point(completions, self.tree.prompt_tokens, setting, *self.scorer(completions))
-        return asdict(of) | {"pgr": recovered(of.quality, self.student, self.teacher)}
+    def row(self, completions: Sequence[Rollout], setting: Setting) -> Row:
+        measured = point(completions, self.tree.prompt_tokens, setting, *self.scorer(completions))
+        return asdict(measured) | {"pgr": recovered(measured.quality, self.student, self.teacher)}
 
     def rows(self, settings: Sequence[Setting]) -> list[Row]:
         return [
@@ -188,38 +204,38 @@ def evaluate_pair(
     spans: Sequence[int],
     max_tokens: int,
     others: dict[str, Path] | None = None,
-) -> Report:
+) -> QualityReport:
     """The protocol; `spans`: lengths of the curves, beside the router's own."""
-    of = Evaluation(pair, task, examples, max_tokens, others or {})
-    curves, budgets = of.curves(spans), of.budgets()
+    evaluation = Evaluation(pair, task, examples, max_tokens, others or {})
+    curves, budgets = evaluation.curves(spans), evaluation.budgets()
     aimed = budgets.get(SPENT, budgets[LEARNED])
-    return Report(
-        student=of.student,
-        teacher=of.teacher,
+    return QualityReport(
+        student=evaluation.student,
+        teacher=evaluation.teacher,
         curves=curves,
         area={name: area([(row["rate"], row["pgr"]) for row in rows]) for name, rows in curves.items()},
         calibration_mae=sum(abs(row["rate"] - row["budget"]) for row in aimed) / len(BUDGETS),
         budgets=budgets,
-        asked=of.asked(),
+        asked=evaluation.asked(),
     )
 
 
-def gateway_report(of: Measured) -> Report:
+def gateway_report(measured: Measured) -> QualityReport:
     """Of a gateway alone."""
-    between = [row for row in of.rows if 0 < row["budget"] < 1]
-    example = min(range(len(of.rows)), key=lambda i: abs(of.rows[i]["budget"] - 0.1))
-    return Report(
-        student=of.student,
-        teacher=of.teacher,
-        curves={GATEWAY: of.rows},
-        area={GATEWAY: area([(row["rate"], row["pgr"]) for row in of.rows])},
+    between = [row for row in measured.rows if 0 < row["budget"] < 1]
+    example = min(range(len(measured.rows)), key=lambda i: abs(measured.rows[i]["budget"] - 0.1))
+    return QualityReport(
+        student=measured.student,
+        teacher=measured.teacher,
+        curves={GATEWAY: measured.rows},
+        area={GATEWAY: area([(row["rate"], row["pgr"]) for row in measured.rows])},
         calibration_mae=sum(abs(row["rate"] - row["budget"]) for row in between) / max(1, len(between)),
-        budgets={GATEWAY: of.rows},
-        asked=where_asked(of.completions[example]),
+        budgets={GATEWAY: measured.rows},
+        asked=where_asked(measured.completions[example]),
     )
 
 
-def joined(report: Report, gateway: Report) -> Report:
+def joined(report: QualityReport, gateway: QualityReport) -> QualityReport:
     """What was computed in process, and beside it the gateway's rows."""
     both = {name: getattr(report, name) | getattr(gateway, name) for name in ("curves", "area", "budgets")}
     return replace(report, **both)
@@ -231,7 +247,7 @@ def area(points: Sequence[tuple[float, float]]) -> float:
     return sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in pairwise(anchored))
 
 
-def where_asked(completions: Sequence[Completion]) -> list[float]:
+def where_asked(completions: Sequence[Rollout]) -> list[float]:
     """Share of all calls in each tenth of the completion."""
     counts = [0] * BINS
     for completion in completions:
@@ -247,7 +263,7 @@ def at_rate(rows: Sequence[Row], rate: float) -> float:
     return float(np.interp(rate, rates, values))
 
 
-def table(report: Report) -> str:
+def table(report: QualityReport) -> str:
     lines = [f"student {report.student:.4f}, teacher {report.teacher:.4f}"]
     if LEARNED in report.budgets:
         lines += ["", *_in_process(report)]
@@ -256,7 +272,7 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _in_process(report: Report) -> list[str]:
+def _in_process(report: QualityReport) -> list[str]:
     heads = "".join(f"{b:>15g}" for b in BUDGETS)
     lines = [
         "PGR at a realised rate of (no bucket), and the area below it",
@@ -282,7 +298,7 @@ def _of_gateway(rows: Sequence[Row]) -> list[str]:
     return lines + ["".join(f"{row[c]:>11.4g}" for c in columns) for row in rows]
 
 
-def plot(report: Report, directory: Path) -> None:
+def plot(report: QualityReport, directory: Path) -> None:
     """quality.png, calibration.png, where.png"""
     import matplotlib
 

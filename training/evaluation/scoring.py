@@ -1,14 +1,12 @@
 """Quality against realised teacher rate, in process."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from measuring.scores import excess
 from training.gating.calibration import teacher_rate
-from training.gating.rollout import Completion
+from training.gating.rollout import Rollout
 from training.gating.tree import Setting
 
 
@@ -36,7 +34,7 @@ class Point:
 
 
 def point(
-    completions: Sequence[Completion],
+    completions: Sequence[Rollout],
     prompt_tokens: Sequence[int],
     setting: Setting,
     quality: float,
@@ -57,12 +55,12 @@ def point(
     )
 
 
-def runs(completion: Completion) -> int:
+def runs(completion: Rollout) -> int:
     """Stretches of teacher tokens."""
     return sum(now and not before for before, now in pairwise([False, *completion.by_teacher]))
 
 
-def teacher_positions(completion: Completion, prompt_tokens: int) -> int:
+def teacher_positions(completion: Rollout, prompt_tokens: int) -> int:
     """Prompt and all that was written up to the last teacher token; 0 for one that never asked."""
     last = max((at for at, flag in enumerate(completion.by_teacher) if flag), default=None)
     return 0 if last is None else prompt_tokens + last

@@ -5,17 +5,15 @@ can only be spent to its mean by emptying it on trifles, and then it is empty wh
 The spare price spends the rest of a fraction, for those who want a rate and not a bound.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
 
-from training.gating.rollout import Completion
+from training.gating.rollout import Rollout
 from training.gating.tree import Setting, Tree
 
-Run = Sequence[Completion]
+Run = Sequence[Rollout]
 Quality = Callable[[Run], float]
 Noise = Callable[[Run, Run], float]
 """Standard error of the difference between two runs' qualities, in the same unit."""
@@ -48,7 +46,7 @@ ERRORS = 2.0
 ROUNDS = 12
 
 
-def teacher_rate(completions: Sequence[Completion]) -> float:
+def teacher_rate(completions: Sequence[Rollout]) -> float:
     """Teacher tokens / completion tokens, over all of them together."""
     return sum(c.teacher_tokens for c in completions) / sum(len(c.tokens) for c in completions)
 

@@ -12,8 +12,6 @@ prices drawn anew for every batch of paths: so one gate serves all prices, and V
 price. The price of the next rollouts follows the realised rate by dual ascent.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from itertools import pairwise
@@ -42,9 +40,16 @@ class PathValues(nn.Module):
 
 
 def residuals(
-    score: Tensor, value: Tensor, cost: Tensor, asked: Tensor, gain: Tensor, row: Tensor,
-    price: float, temperature: float, window: int,
-) -> Tensor:  # fmt: skip
+    score: Tensor,
+    value: Tensor,
+    cost: Tensor,
+    asked: Tensor,
+    gain: Tensor,
+    row: Tensor,
+    price: float,
+    temperature: float,
+    window: int,
+) -> Tensor:
     """C of the sub-path of `window` decisions from every position; all arguments (N,), rows in one piece.
 
     Sub-paths that the end of a row cuts short count too: behind it U is 0.
@@ -82,11 +87,18 @@ def fit_constrained(
         )
         x = head.features(states, confidence[part])
         value, cost = values(x)
-        of = residuals(
-            head.gate.score(x), value, cost, asked, gain, row[part].to(device),
-            price, objective.temperature, objective.window,
-        )  # fmt: skip
-        return of, value, cost
+        residual = residuals(
+            head.gate.score(x),
+            value,
+            cost,
+            asked,
+            gain,
+            row[part].to(device),
+            price,
+            objective.temperature,
+            objective.window,
+        )
+        return residual, value, cost
 
     def loss(part: slice) -> Tensor:
         price = math.exp(low + (high - low) * torch.rand(()).item())

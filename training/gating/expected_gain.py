@@ -6,8 +6,6 @@ of what a token changes in it. The critic sees the teacher's distribution beside
 does (an asymmetric critic: Pinto et al. 2017, arXiv 1710.06542); the gate's target is free of that noise.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss

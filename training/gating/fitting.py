@@ -4,8 +4,6 @@ The score says what the next span would gain if the teacher wrote it, per teache
 compared with at serving time plays lambda's part, so that one gate serves all budgets.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from training.gating.lessons import Trajectories
-from training.gating.rollout import Completion, Cooperation, Request
+from training.gating.rollout import ClosedLoop, Request, Rollout
 
 Worth = Callable[[Sequence[int], Sequence[list[int]]], Tensor]
 """Rows and whole completions (N of both) -> what they are worth (N,)."""
@@ -35,7 +35,7 @@ class Forks:
     """The same, with the teacher's."""
 
     @classmethod
-    def of(cls, trajectories: Trajectories, completions: Sequence[Completion]) -> "Forks":
+    def of(cls, trajectories: Trajectories, completions: Sequence[Rollout]) -> "Forks":
         """Of the completions of the trajectories' rows."""
         at = trajectories.positions
         differ = (at.own != at.theirs).nonzero().squeeze(1)
@@ -49,36 +49,36 @@ class Forks:
 
 
 def worth_of_asking(
-    cooperation: Cooperation,
+    loop: ClosedLoop,
     prompts: Sequence[list[int]],
     trajectories: Trajectories,
-    completions: Sequence[Completion],
+    completions: Sequence[Rollout],
     worth: Worth,
 ) -> Tensor:
     """(N,) A at every position, in the unit of `worth`.
 
     Args:
-        cooperation: whose student goes on.
+        loop: whose student goes on.
         prompts: of the trajectories' rows.
         trajectories: the positions.
         completions: of the trajectories' rows.
         worth: of whole completions.
     """
     forks = Forks.of(trajectories, completions)
-    own = worth(forks.rows, finished(cooperation, prompts, forks.rows, forks.own))
-    theirs = worth(forks.rows, finished(cooperation, prompts, forks.rows, forks.theirs))
+    own = worth(forks.rows, finished(loop, prompts, forks.rows, forks.own))
+    theirs = worth(forks.rows, finished(loop, prompts, forks.rows, forks.theirs))
     total = torch.zeros_like(trajectories.positions.surprisal)
     total[forks.positions] = theirs - own
     return total
 
 
 def finished(
-    cooperation: Cooperation, prompts: Sequence[list[int]], rows: Sequence[int], begun: Sequence[list[int]]
+    loop: ClosedLoop, prompts: Sequence[list[int]], rows: Sequence[int], begun: Sequence[list[int]]
 ) -> list[list[int]]:
     """Every begun completion of a row, finished by the student alone."""
-    alone = replace(cooperation, teacher=cooperation.student)  # nobody looks at what the teacher thinks of it
-    whole, most = [list(tokens) for tokens in begun], cooperation.max_tokens
-    going = [i for i, tokens in enumerate(begun) if tokens[-1] != cooperation.end and len(tokens) < most]
+    alone = replace(loop, teacher=loop.student)  # nobody looks at what the teacher thinks of it
+    whole, most = [list(tokens) for tokens in begun], loop.max_tokens
+    going = [i for i, tokens in enumerate(begun) if tokens[-1] != loop.end and len(tokens) < most]
     rest = alone.write([Request(prompts[rows[i]] + begun[i]) for i in going])
     for i, completion in zip(going, rest, strict=True):
         whole[i] = (whole[i] + completion.tokens)[:most]

@@ -1,7 +1,5 @@
 """Taps and learned gate over a frozen student."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -38,7 +36,7 @@ class Head(nn.Module):
         self.gate.scale.copy_(1 / x.std(0).clamp(min=1e-3))
 
     @classmethod
-    def of(cls, student: PreTrainedModel, checkpoint: RouterCheckpoint) -> Head:
+    def of(cls, student: PreTrainedModel, checkpoint: RouterCheckpoint) -> "Head":
         head = cls(student, checkpoint.reserved, checkpoint.config.gate_width)
         head.taps.data.copy_(checkpoint.taps)
         head.gate.load_state_dict(checkpoint.gate)

@@ -5,15 +5,13 @@ A token of a good answer is often not in the one reference. Completions drawn fr
 what they agree on is what it is asked for (minimum Bayes risk: Eikema and Aziz 2020, arXiv 2005.10283).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from measuring.examples import Example, References
-from training.gating.rollout import Cooperation
+from training.gating.rollout import ClosedLoop
 from training.gating.scorer import Scorer
 from training.sampling import complete
 from training.tasks import Task
@@ -28,39 +26,41 @@ class Judge:
 
     def __init__(
         self,
-        cooperation: Cooperation,
+        loop: ClosedLoop,
         task: Task,
         tokenizer: PreTrainedTokenizerBase,
         examples: list[Example],
         prompts: list[list[int]],
         drawn: int,
     ) -> None:
-        self._cooperation, self._tokenizer = cooperation, tokenizer
+        self._loop, self._tokenizer = loop, tokenizer
         self._prompts, self._count = prompts, drawn
         self._examples = list(examples)  # behind them those that the teacher wrote
         self._scorer = Scorer(task, tokenizer, self._examples)
         self._drawn: dict[int, range] = {}
 
-    def worth(self, of: Sequence[int], completions: Sequence[list[int]]) -> Tensor:
-        """In points of 100: (N,); the references count as much as all that was drawn. of: numbers of N
+    def worth(self, numbers: Sequence[int], completions: Sequence[list[int]]) -> Tensor:
+        """In points of 100: (N,); the references count as much as all that was drawn. numbers: of N
         examples; completions: of theirs, token ids.
         """
-        given = self._scorer.worth(of, completions)
+        given = self._scorer.worth(numbers, completions)
         if self._count == 0:
             return given
-        self._draw(sorted(set(of) - self._drawn.keys()))
-        pairs = [(at, c) for i, c in zip(of, completions, strict=True) for at in self._drawn[i]]
+        self._draw(sorted(set(numbers) - self._drawn.keys()))
+        pairs = []
+        for number, completion in zip(numbers, completions, strict=True):
+            pairs += [(reference, completion) for reference in self._drawn[number]]
         drawn = self._scorer.worth(*zip(*pairs, strict=True)) if pairs else given.new_zeros(0)
         return (given + drawn.view(len(given), self._count).mean(1)) / 2
 
     def _draw(self, new: list[int]) -> None:
-        of = self._cooperation
+        loop = self._loop
         order = sorted((i for i in new for _ in range(self._count)), key=lambda i: len(self._prompts[i]))
         written: dict[int, list[list[int]]] = {i: [] for i in new}
         for at in range(0, len(order), BATCH):
             rows = order[at : at + BATCH]
             prompts = [self._prompts[i] for i in rows]
-            answers = complete(of.teacher, prompts, of.visible, of.end, of.max_tokens, TEMPERATURE)
+            answers = complete(loop.teacher, prompts, loop.visible, loop.end, loop.max_tokens, TEMPERATURE)
             for i, answer in zip(rows, answers, strict=True):
                 written[i].append(answer)
         for i in new:

@@ -1,7 +1,5 @@
 """What a gate is fitted on: positions of rollouts, what asking gains there, and what the teacher knows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -9,7 +7,7 @@ import torch
 from torch import Tensor
 
 from training.gating.config import RatioGain, RegretGain
-from training.gating.rollout import Completion, Cooperation, Positions, Request, concatenate
+from training.gating.rollout import ClosedLoop, Positions, Request, Rollout, concatenate
 
 
 @dataclass(frozen=True)
@@ -27,12 +25,12 @@ class Trajectories:
 
 
 def collect(
-    cooperation: Cooperation, requests: Sequence[Request], batch: int = 512
-) -> tuple[Trajectories, list[Completion]]:
+    loop: ClosedLoop, requests: Sequence[Request], batch: int = 512
+) -> tuple[Trajectories, list[Rollout]]:
     seen: list[Positions] = []
-    completions = cooperation.write(requests, batch=batch, watch=seen.append)
+    completions = loop.write(requests, batch=batch, watch=seen.append)
     joined = concatenate(seen)
-    order = (joined.row * cooperation.max_tokens + joined.step).argsort()
+    order = (joined.row * loop.max_tokens + joined.step).argsort()
     by_teacher = torch.tensor([flag for completion in completions for flag in completion.by_teacher])
     ordered = Positions(**{name: column[order] for name, column in vars(joined).items()})
     return Trajectories(ordered, by_teacher), completions
@@ -59,7 +57,7 @@ class Lessons:
         return len(self.target)
 
     @classmethod
-    def join(cls, parts: Sequence[Lessons]) -> Lessons:
+    def join(cls, parts: Sequence["Lessons"]) -> "Lessons":
         """All of them, their paths numbered on."""
         rows, first = [], 0
         for part in parts:
@@ -70,7 +68,7 @@ class Lessons:
             columns[field.name] = torch.cat([getattr(part, field.name) for part in parts])
         return replace(cls(**columns), row=torch.cat(rows))
 
-    def where(self, known: Tensor) -> Lessons:
+    def where(self, known: Tensor) -> "Lessons":
         """At these positions (N,) only."""
         return Lessons(*(getattr(self, field.name)[known] for field in fields(self)))
 

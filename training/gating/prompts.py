@@ -2,8 +2,6 @@
 reads.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence
@@ -14,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from router.checkpoint import budget_text
 from training.gating.config import GateConfig, PriceConditioning
-from training.gating.rollout import Cooperation
+from training.gating.rollout import ClosedLoop
 from training.gating.tree import ScoreGate, Tree
 from training.tokenizer import encode_prompts
 
@@ -35,7 +33,7 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def part(self, at: int, size: int) -> Prompts:
+    def part(self, at: int, size: int) -> "Prompts":
         """The `at`-th of the parts of `size`."""
         cut = slice(at * size, (at + 1) * size)
         return Prompts(self.ids[cut], self.rates[cut], self.hidden[cut], self.sources[cut])
@@ -76,13 +74,13 @@ class Trees:
 
     def __init__(
         self,
-        cooperation: Cooperation,
+        loop: ClosedLoop,
         tokenizer: PreTrainedTokenizerBase,
         sources: Sequence[str],
         gates: dict[str, ScoreGate],
         template: str | None,
     ) -> None:
-        self._cooperation, self._gates = cooperation, gates
+        self._loop, self._gates = loop, gates
         self._tokenizer, self._template = tokenizer, template
         self._prompts = encode_prompts(tokenizer, list(sources))
         self._trees: dict[float, Tree] = {}
@@ -93,5 +91,5 @@ class Trees:
         if key not in self._trees:
             prefix = prefix_ids(self._tokenizer, self._template, key) if key else []
             prompts = [prefix + prompt for prompt in self._prompts]
-            self._trees[key] = Tree(self._cooperation, prompts, self._gates, len(prefix))
+            self._trees[key] = Tree(self._loop, prompts, self._gates, len(prefix))
         return self._trees[key]

@@ -5,8 +5,6 @@ It follows the served path decision for decision, by the same `router.budget.Buc
 span, and spans end with the completion. So what is calibrated and measured here holds there.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -42,7 +40,7 @@ class Request:
 
 
 @dataclass
-class Completion:
+class Rollout:
     """tokens: with the end-of-sequence token. by_teacher: who wrote each. starts: where the spans start."""
 
     tokens: list[int] = field(default_factory=list)
@@ -61,7 +59,7 @@ class Draft:
     bucket: Bucket
     longest: int
     """Tokens of the completion."""
-    completion: Completion
+    completion: Rollout
     span_left: int = 0
     """Tokens that the teacher still writes of the span that it was asked for."""
 
@@ -115,7 +113,7 @@ def concatenate(parts: Sequence[Positions]) -> Positions:
 
 
 @dataclass(frozen=True)
-class Cooperation:
+class ClosedLoop:
     """A pair and how it works together.
 
     visible: token ids below this may be written. temperature: of the student's own tokens, 0 = greedy; the
@@ -137,9 +135,9 @@ class Cooperation:
     @torch.inference_mode()
     def write(
         self, requests: Sequence[Request], batch: int = 512, watch: Callable[[Positions], None] | None = None
-    ) -> list[Completion]:
+    ) -> list[Rollout]:
         """Completions in the order of the requests. `watch` is shown every step's positions."""
-        done = [Completion() for _ in requests]
+        done = [Rollout() for _ in requests]
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
         for at in range(0, len(order), batch):
             self._write(requests, done, order[at : at + batch], watch)
@@ -148,7 +146,7 @@ class Cooperation:
     def _write(
         self,
         requests: Sequence[Request],
-        done: list[Completion],
+        done: list[Rollout],
         rows: list[int],
         watch: Callable[[Positions], None] | None,
     ) -> None:
@@ -186,9 +184,10 @@ class Cooperation:
                     x[kept] for x in (row, price, token, mask, seen, alive)
                 )
             ids = token[:, None]
-            mask, seen = (torch.cat((of, torch.ones_like(ids)), dim=1) for of in (mask, seen))
+            mask = torch.cat((mask, torch.ones_like(ids)), dim=1)
+            seen = torch.cat((seen, torch.ones_like(ids)), dim=1)
 
-    def _draft(self, fraction: float, completion: Completion) -> Draft:
+    def _draft(self, fraction: float, completion: Rollout) -> Draft:
         bucket = Bucket(Budget(fraction=fraction), self.span_tokens, self.ask_tokens)
         return Draft(bucket, self.max_tokens, completion)
 
@@ -207,8 +206,8 @@ class Cooperation:
         return (logits / self.temperature).softmax(-1).multinomial(1).squeeze(1)
 
 
-def with_gate(cooperation: Cooperation, score: ScoreFn, explore: float = 0.0) -> Cooperation:
-    return replace(cooperation, score=score, explore=explore)
+def with_gate(loop: ClosedLoop, score: ScoreFn, explore: float = 0.0) -> ClosedLoop:
+    return replace(loop, score=score, explore=explore)
 
 
 def observe(

@@ -4,8 +4,6 @@ What a round gave is written to a file: a killed run goes on behind its last who
 happened.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence
@@ -27,7 +25,7 @@ from training.gating.forks import Worth, worth_of_asking
 from training.gating.head import Head
 from training.gating.lessons import Lessons, Trajectories, collect, span_gain, teacher_view, token_gain
 from training.gating.prompts import Prompts
-from training.gating.rollout import FREE, Completion, Cooperation, Request, with_gate
+from training.gating.rollout import FREE, ClosedLoop, Request, Rollout, with_gate
 from training.loop.progress import Log, console
 
 SHOWN = 2
@@ -41,7 +39,7 @@ class Rounds:
     prompts, by number over all rounds, in points of 100; for `gain: quality`. seen: of past rounds.
     """
 
-    cooperation: Cooperation
+    loop: ClosedLoop
     head: Head
     config: GateConfig
     seed: int
@@ -49,12 +47,12 @@ class Rounds:
     worth: Worth
     seen: list[Lessons] = field(default_factory=list)
 
-    def play(self, prompts: Prompts) -> tuple[dict[str, float], list[Completion]]:
+    def play(self, prompts: Prompts) -> tuple[dict[str, float], list[Rollout]]:
         """One round; scalars to log, and the completions of the half that asked."""
-        config, cooperation, first = self.config, self.cooperation, not self.seen
+        config, loop, first = self.config, self.loop, not self.seen
         torch.manual_seed(self.seed * 1_000_003 + len(self.seen))  # a resumed run draws the same
         gate: Gate = RandomGate(self.head.gate.reserved) if first else self.head.gate
-        asking = with_gate(cooperation, gate, 0.0 if first else config.explore)
+        asking = with_gate(loop, gate, 0.0 if first else config.explore)
         # Half of the rollouts never ask: most of a served completion is the student's own path.
         half = len(prompts) // 2
         terms = [(math.inf, 0.0)] * half + [(self.prices[rate], FREE) for rate in prompts.rates[half:]]
@@ -69,7 +67,7 @@ class Rounds:
         if isinstance(config.gain, QualityGain):
             data = replace(data, target=expected_gain(self.head, data, self.seed))
         metrics = self._fit(data)
-        install_taps(cooperation, self.head)
+        install_taps(loop, self.head)
         asked, aims = completions[half:], prompts.rates[half:]
         at, realised = trajectories.positions, teacher_rate(asked)
         metrics |= {
@@ -94,7 +92,7 @@ class Rounds:
         return fit(self.head, data, self.config, self.seed)
 
     def _lessons(
-        self, prompts: Prompts, trajectories: Trajectories, completions: Sequence[Completion]
+        self, prompts: Prompts, trajectories: Trajectories, completions: Sequence[Rollout]
     ) -> Lessons:
         """What asking gains at every position of the rollouts, as the recipe counts it."""
         config, at = self.config, trajectories.positions
@@ -102,7 +100,7 @@ class Rounds:
         known = torch.ones_like(trajectories.by_teacher)
         if isinstance(config.gain, QualityGain):
             target = worth_of_asking(
-                self.cooperation, prompts.ids, trajectories, completions, self._worth_in_this_round
+                self.loop, prompts.ids, trajectories, completions, self._worth_in_this_round
             )
         else:
             target = token_gain(config.gain, at)
@@ -115,7 +113,7 @@ class Rounds:
         return self.worth([first + row for row in rows], whole)
 
     def _next_prices(
-        self, data: Lessons, asked: Sequence[Completion], aims: Sequence[float], first: bool
+        self, data: Lessons, asked: Sequence[Rollout], aims: Sequence[float], first: bool
     ) -> dict[float, float]:
         objective = self.config.objective
         if not isinstance(objective, ConstrainedObjective):
@@ -144,7 +142,7 @@ class Rounds:
         if saved["run"] == run:
             self.head.load_state_dict(saved["head"])
             self.prices, self.seen = saved["prices"], [Lessons(**taught) for taught in saved["seen"]]
-            install_taps(self.cooperation, self.head)
+            install_taps(self.loop, self.head)
 
 
 def train_gate(
@@ -176,9 +174,9 @@ def train_gate(
     return rounds.head.requires_grad_(False).eval()
 
 
-def install_taps(cooperation: Cooperation, head: Head) -> None:
+def install_taps(loop: ClosedLoop, head: Head) -> None:
     """In memory what `RouterCheckpoint.merge` does to the files."""
-    cooperation.student.get_output_embeddings().weight.data[head.gate.reserved.taps] = head.taps.detach()
+    loop.student.get_output_embeddings().weight.data[head.gate.reserved.taps] = head.taps.detach()
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
@@ -187,7 +185,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return 0.0 if value.isnan() else value.item()
 
 
-def marked(tokenizer: PreTrainedTokenizerBase, completion: Completion, colour: bool) -> Text:
+def marked(tokenizer: PreTrainedTokenizerBase, completion: Rollout, colour: bool) -> Text:
     """The completion's text, the teacher's part of it coloured, or in brackets."""
 
     def offset(tokens: int) -> int:  # a prefix may end inside a character, which then reads U+FFFD

@@ -23,7 +23,7 @@ from training.gating.config import GateConfig, QualityGain
 from training.gating.head import Head
 from training.gating.judge import Judge
 from training.gating.prompts import Trees, rollout_prompts
-from training.gating.rollout import Cooperation
+from training.gating.rollout import ClosedLoop
 from training.gating.room import Room
 from training.gating.rounds import Rounds, train_gate
 from training.gating.scorer import Scorer
@@ -51,7 +51,7 @@ class FrozenPair:
     max_tokens: int
     """Longest completion."""
 
-    def load(self) -> Cooperation:
+    def load(self) -> ClosedLoop:
         """Both models, asking at random.
 
         Raises:
@@ -67,7 +67,7 @@ class FrozenPair:
         check_steps(student, "student")
         check_steps(teacher, "teacher")
         check_readout(student, "student")
-        return Cooperation(
+        return ClosedLoop(
             student=student,
             teacher=teacher,
             score=RandomGate(reserved_rows(student, self.tokenizer)),
@@ -119,12 +119,12 @@ class RouterStage:
         examples = self._room.drawn(self.task.router(self.seed), config.prompts * config.rounds)
         prompts = rollout_prompts(tokenizer, [example.source for example in examples], config, self.seed)
         torch.manual_seed(self.seed)  # of the first weights
-        head = Head(self.cooperation.student, self._reserved, config.width).to(device())
+        head = Head(self.loop.student, self._reserved, config.width).to(device())
         drawn = config.gain.teacher_references if isinstance(config.gain, QualityGain) else 0
-        judge = Judge(self.cooperation, self.task, tokenizer, examples, prompts.ids, drawn)
+        judge = Judge(self.loop, self.task, tokenizer, examples, prompts.ids, drawn)
         # Random asking in the first round: with probability 1 - price.
         prices = {rate: 1 - rate for rate in sorted(set(prompts.rates))}
-        rounds = Rounds(self.cooperation, head, config, self.seed, prices, judge.worth)
+        rounds = Rounds(self.loop, head, config, self.seed, prices, judge.worth)
         models = [fingerprint(path, self._reserved.start) for path in (self.pair.student, self.pair.teacher)]
         from_what = origin(models, self.task, examples, self.pair.max_tokens)
         return train_gate(rounds, prompts, tokenizer, work, from_what)
@@ -137,7 +137,7 @@ class RouterStage:
             gates |= {name: make(self._reserved) for name, make in CONFIDENCE_GATES.items()}
         examples = self._room.kept(self.task.valid()[: config.calibration_examples], "validation")
         sources = [example.source for example in examples]
-        trees = Trees(self.cooperation, tokenizer, sources, gates, config.template)
+        trees = Trees(self.loop, tokenizer, sources, gates, config.template)
         scorer = Scorer(self.task, tokenizer, examples)
         alone, taught = trees(0.0).run(ends(LEARNED))
         gap = Gap(scorer, scorer(alone).quality, scorer(taught).quality)
@@ -176,17 +176,17 @@ class RouterStage:
         )
 
     @cached_property
-    def cooperation(self) -> Cooperation:
+    def loop(self) -> ClosedLoop:
         """The pair, loaded once."""
         return self.pair.load()
 
     @cached_property
     def _reserved(self) -> ReservedRows:
-        return reserved_rows(self.cooperation.student, self.pair.tokenizer)
+        return reserved_rows(self.loop.student, self.pair.tokenizer)
 
     @cached_property
     def _room(self) -> Room:
-        models = [self.cooperation.student.config, self.cooperation.teacher.config]
+        models = [self.loop.student.config, self.loop.teacher.config]
         return Room.of(self.pair.tokenizer, models, self.pair.max_tokens)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from measuring.examples import Example
-from training.gating.rollout import Completion
+from training.gating.rollout import Rollout
 from training.tasks import Task
 from training.tokenizer import decode_answers
 
@@ -36,7 +36,7 @@ class Scorer:
         self._task, self._tokenizer, self._examples = task, tokenizer, examples
         self._known: dict[tuple[int, tuple[int, ...]], Scored] = {}
 
-    def __call__(self, completions: Sequence[Completion]) -> SetScore:
+    def __call__(self, completions: Sequence[Rollout]) -> SetScore:
         """Of one completion of each example."""
         scored = self._look_up(enumerate(c.tokens for c in completions))
         answers = [each.answer for each in scored]
@@ -44,7 +44,7 @@ class Scorer:
         quality = self._task.quality(self._examples, answers, qualities)
         return SetScore(quality, sum(each.similarity for each in scored) / len(scored))
 
-    def each(self, completions: Sequence[Completion]) -> Tensor:
+    def each(self, completions: Sequence[Rollout]) -> Tensor:
         """Quality of every completion: (examples,)"""
         scored = self._look_up(enumerate(c.tokens for c in completions))
         return torch.tensor([each.quality for each in scored])

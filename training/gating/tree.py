@@ -6,8 +6,6 @@ it; only nodes that no walk has seen cost a forward pass. A grid of five gates a
 less than decoding it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +16,7 @@ from torch import Tensor
 from router.budget import Bucket, Budget
 from router.gate import Gate
 from training.gating.head import CHUNK
-from training.gating.rollout import Completion, Cooperation, Draft, Positions, Request, concatenate
+from training.gating.rollout import ClosedLoop, Draft, Positions, Request, Rollout, concatenate
 from training.reading import Readout
 
 ScoreGate = Gate | Callable[[Positions], Tensor]
@@ -32,7 +30,7 @@ class Node:
     index: int
     own: int
     theirs: int
-    next: dict[int, Node] = field(default_factory=dict)
+    next: dict[int, "Node"] = field(default_factory=dict)
 
 
 PERIODIC = "periodic"
@@ -58,20 +56,20 @@ def ends(gate: str) -> list[Setting]:
 
 
 class Tree:
-    """Grows on demand below each of `prompts`; `cooperation` must decode greedily. hidden: first tokens of
+    """Grows on demand below each of `prompts`; `loop` must decode greedily. hidden: first tokens of
     every prompt that the teacher does not see.
     """
 
     def __init__(
         self,
-        cooperation: Cooperation,
+        loop: ClosedLoop,
         prompts: Sequence[list[int]],
         gates: dict[str, ScoreGate],
         hidden: int = 0,
     ) -> None:
-        if cooperation.temperature or cooperation.explore:
+        if loop.temperature or loop.explore:
             raise ValueError("the tree holds greedy decoding only")
-        self._cooperation, self._prompts, self._hidden = cooperation, prompts, hidden
+        self._loop, self._prompts, self._hidden = loop, prompts, hidden
         self._seen: list[Positions] = []
         self._scores: dict[str, list[float]] = {}
         self._gates: dict[str, ScoreGate] = {}
@@ -104,9 +102,9 @@ class Tree:
         """(nodes,)"""
         return torch.tensor(self._scores[name])
 
-    def run(self, settings: Sequence[Setting]) -> list[list[Completion]]:
+    def run(self, settings: Sequence[Setting]) -> list[list[Rollout]]:
         """For each setting the completions of all prompts."""
-        runs = [[Completion() for _ in self._prompts] for _ in settings]
+        runs = [[Rollout() for _ in self._prompts] for _ in settings]
         walks = [
             (p, done, self._walk(self._roots[p], setting, done))
             for run, setting in zip(runs, settings, strict=True)
@@ -118,10 +116,10 @@ class Tree:
             self._grow([(p, list(prefix)) for p, prefix in missing])
         return runs
 
-    def _walk(self, node: Node, setting: Setting, done: Completion) -> Iterator[bool]:
+    def _walk(self, node: Node, setting: Setting, done: Rollout) -> Iterator[bool]:
         """Writes `done`; yields True where the tree has to grow before the walk can go on."""
         bucket = Bucket(Budget(fraction=setting.fraction), setting.span_tokens, setting.ask_tokens)
-        end, max_tokens = self._cooperation.end, self._cooperation.max_tokens
+        end, max_tokens = self._loop.end, self._loop.max_tokens
         draft = Draft(bucket, max_tokens, done)
         for length in range(max_tokens):
             asks = draft.span_left == 0 and self._wants(node, length, setting, bucket)
@@ -155,7 +153,7 @@ class Tree:
             return
         requests = [Request(self._prompts[p] + prefix, hidden=self._hidden) for p, prefix in prefixes]
         seen: list[Positions] = []
-        self._cooperation.write(requests, watch=seen.append)
+        self._loop.write(requests, watch=seen.append)
         new = concatenate(seen)
         self._seen.append(new)
         at: list[Node | None] = [None] * len(prefixes)  # last node of each row; `seen` is in order of time
@@ -184,7 +182,7 @@ class Tree:
     def _score(self, gate: ScoreGate, positions: Positions) -> list[float]:
         if not isinstance(gate, Gate):
             return gate(positions).tolist()
-        student = self._cooperation.student
+        student = self._loop.student
         output, readout = student.get_output_embeddings(), Readout.of(student.config)
         gate.to(student.device)
         scores = []

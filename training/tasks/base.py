@@ -1,7 +1,5 @@
 """What a task is: examples with all their right answers, split for good, and a metric."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

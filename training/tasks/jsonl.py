@@ -1,7 +1,5 @@
 """`jsonl`: any data of one's own, as files of lines `{"source": ..., "target": ...}`."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -7,8 +7,6 @@ right: a student that hesitates there makes no mistake. Training targets are dra
 answers.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import re
@@ -187,7 +185,7 @@ class Template:
     german: list[list[str]]  # forms, each cut into pieces
 
     @classmethod
-    def parse(cls, text: str) -> list[Template]:
+    def parse(cls, text: str) -> list["Template"]:
         templates: list[Template] = []
         for line in text.strip().splitlines():
             if line.startswith("  "):

@@ -4,8 +4,6 @@ Each kind draws `(english, german alternatives)`. Spelling is num2words', names 
 Babel's; what stands here is only the grammar around them (Uhr, halb, Viertel vor, Komma, inflected ordinals).
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from functools import lru_cache
