@@ -64,7 +64,6 @@ class Grant:
     settled: bool = False
 
 
-@dataclass
 class Bucket:
     """What one request has spent of its budget.
 
@@ -77,19 +76,33 @@ class Bucket:
     end, so it holds inside them too.
     """
 
-    budget: Budget
-    span_tokens: int
-    """Longest span, and the credit that a fraction starts with."""
-    ask_tokens: int | None = None
-    """Tokens of one teacher call; None: a whole span."""
-    spent: int = 0
-    calls: int = 0
+    def __init__(
+        self,
+        budget: Budget,
+        span_tokens: int,
+        ask_tokens: int | None = None,
+        spent: int = 0,
+        calls: int = 0,
+    ) -> None:
+        """Open an account.
 
-    def __post_init__(self) -> None:
-        if self.ask_tokens is None:
-            self.ask_tokens = self.span_tokens
-        if not 1 <= self.ask_tokens <= self.span_tokens:
-            raise ValueError(f"cannot ask for {self.ask_tokens} tokens of a span of {self.span_tokens}")
+        Args:
+            budget: what it holds the request to.
+            span_tokens: longest span, and the credit that a fraction starts with.
+            ask_tokens: tokens of one teacher call; None for a whole span.
+            spent: teacher tokens so far.
+            calls: teacher calls so far.
+
+        Raises:
+            ValueError: a call is longer than a span, or shorter than a token.
+        """
+        self.budget = budget
+        self.span_tokens = span_tokens
+        self.ask_tokens: int = span_tokens if ask_tokens is None else ask_tokens
+        self.spent = spent
+        self.calls = calls
+        if not 1 <= self.ask_tokens <= span_tokens:
+            raise ValueError(f"cannot ask for {self.ask_tokens} tokens of a span of {span_tokens}")
 
     def earliest(self) -> int | None:
         """Completion length from which a span may start; None when none may any more."""
@@ -99,20 +112,21 @@ class Bucket:
         if budget.fraction is None or budget.fraction == 1.0:
             return 0
         # spent + ask <= fraction * (length + ask) + span
-        return self._length(self.spent + self.ask_tokens - self.span_tokens)
+        return self._length(self.spent + self.ask_tokens - self.span_tokens, budget.fraction)
 
     def spare_from(self) -> int | None:
         """Completion length from which a call fits into the fraction itself, without the span on top.
 
         None when it never does, and for budgets without a fraction in (0, 1).
         """
-        if self.budget.fraction in (None, 0.0, 1.0):
+        fraction = self.budget.fraction
+        if fraction is None or fraction in (0.0, 1.0):
             return None
-        return self._length(self.spent + self.ask_tokens)
+        return self._length(self.spent + self.ask_tokens, fraction)
 
-    def _length(self, tokens: int) -> int | None:
+    def _length(self, tokens: int, fraction: float) -> int | None:
         """Completion length whose fraction, with a call behind it, covers so many teacher tokens."""
-        length = tokens / self.budget.fraction - self.ask_tokens - EPSILON
+        length = tokens / fraction - self.ask_tokens - EPSILON
         if length <= 0:
             return 0  # also of a fraction so small that the length is minus infinity
         return None if length > LONGEST else math.ceil(length)

@@ -63,9 +63,12 @@ ALONE = Context([], [])
 class Question(Protocol):
     """Something that a tokenizer of the same vocabulary answers as ours does."""
 
-    path: str
-    optional: bool
-    """A server may refuse to answer."""
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def optional(self) -> bool:
+        """Whether a server may refuse to answer."""
 
     @property
     def body(self) -> dict[str, Any]: ...

@@ -221,7 +221,8 @@ class Tenants:
     def _read(self) -> TenantList:
         where = "the tenants" if self._path is None else str(self._path)
         try:
-            content = yaml.safe_load(self._inline if self._path is None else self._path.read_bytes())
+            text = self._inline or "" if self._path is None else self._path.read_bytes()
+            content = yaml.safe_load(text)
             return TenantList.model_validate({} if content is None else content)
         except ValidationError as error:
             problems = (

@@ -86,10 +86,10 @@ def _choice(payload: bytes) -> _Choice:
         completion = msgspec.json.decode(payload, type=_Completion)
     except (msgspec.MsgspecError, ValueError) as error:
         raise TeacherError("nonsense", f"the teacher's reply is not a completion: {error}") from error
-    error = completion.error
-    if error is not None:
-        message = f"the teacher reports {error.code}: {quoted(error.message)}"
-        refused = error.code in REFUSALS
+    problem = completion.error
+    if problem is not None:
+        message = f"the teacher reports {problem.code}: {quoted(problem.message)}"
+        refused = problem.code in REFUSALS
         raise TeacherError("status" if refused else "nonsense", message, refused=refused)
     if len(completion.choices) != 1:
         raise TeacherError("nonsense", f"the teacher's reply has {len(completion.choices)} choices")
