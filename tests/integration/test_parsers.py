@@ -140,7 +140,7 @@ async def test_their_deltas_under_load(client: AsyncOpenAI, budget: float) -> No
 
 async def test_a_forced_tool_is_the_students_alone(client: AsyncOpenAI) -> None:
     forced = {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "weather"}}}
-    with pytest.raises(BadRequestError, match="structured_outputs cannot be honoured"):
+    with pytest.raises(BadRequestError, match="tool_choice cannot be honoured"):
         await client.chat.completions.create(**request(0.3, **forced))
 
 
