@@ -30,7 +30,11 @@ export PATH := $(PATH):/usr/sbin
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 20
 
-setup: $(STAMP)  ## Create the virtual environment and install (GPU or CPU build)
+.PHONY: engine-packages
+engine-packages:
+	@PYTHON='$(PYTHON)' BUILD=$(BUILD) deploy/system_packages.sh setup
+
+setup: engine-packages $(STAMP)  ## Create the virtual environment and install (GPU or CPU build)
 
 # A stamp of the other build means that its vLLM is in the way: then start from nothing.
 $(STAMP): pyproject.toml constraints.txt
@@ -74,7 +78,7 @@ test: packages lint unit integration  ## Everything CI runs
 
 .PHONY: packages browser
 packages:
-	@PYTHON='$(PYTHON)' tests/system_packages.sh
+	@PYTHON='$(PYTHON)' BUILD=$(BUILD) deploy/system_packages.sh tests
 
 browser: setup
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || $(BIN)/playwright install --with-deps chromium

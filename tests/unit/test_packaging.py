@@ -134,8 +134,9 @@ def test_the_console_script_is_installed_beside_python() -> None:
     assert done.stdout == f"wheels {PROJECT['version']}\n"
 
 
-MISSING = "python3-venv redis-server nginx-light prometheus chromium"
-NEEDED = ("python3", "redis-server", "nginx", "promtool", "chromium")
+FOR_ENGINES = "python3-venv g++ libnuma1"
+MISSING = f"{FOR_ENGINES} redis-server nginx-light prometheus chromium"
+NEEDED = ("python3", "g++", "redis-server", "nginx", "promtool", "chromium")
 
 
 class Machine:
@@ -151,6 +152,7 @@ class Machine:
         for tool in ("env", "grep"):
             (self.bin / tool).symlink_to(shutil.which(tool))
         self.add("id", f"echo {user}", noted=False)
+        self.add("ldconfig", noted=False)
 
     def add(self, name: str, body: str = "", noted: bool = True) -> None:
         note = f"echo {name} $* >> {self.calls_file}\n" if noted else ""
@@ -164,10 +166,21 @@ class Machine:
     def calls(self) -> list[str]:
         return self.calls_file.read_text().splitlines()
 
-    def install(self, python: str = "") -> subprocess.CompletedProcess[str]:
+    def add_libnuma(self) -> None:
+        line = "libnuma.so.1 (libc6,x86-64) => /lib/x86_64-linux-gnu/libnuma.so.1"
+        self.add("ldconfig", f"echo '{line}'", noted=False)
+
+    def install(
+        self, python: str = "", what: str = "tests", build: str = "cpu"
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [shutil.which("bash"), ROOT / "tests" / "system_packages.sh"],
-            env={"PATH": str(self.bin), "PYTHON": python, "OS_RELEASE": str(self.os_release)},
+            [shutil.which("bash"), ROOT / "deploy" / "system_packages.sh", what],
+            env={
+                "PATH": str(self.bin),
+                "PYTHON": python,
+                "BUILD": build,
+                "OS_RELEASE": str(self.os_release),
+            },
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -183,6 +196,7 @@ def test_nothing_is_done_where_all_programs_are_there(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     for name in (*NEEDED, "apt-get", "sudo"):
         machine.add(name)
+    machine.add_libnuma()
     done = machine.install(python="python3")
     assert (done.returncode, done.stdout, done.stderr, machine.calls) == (0, "", "", [])
 
@@ -208,8 +222,10 @@ def test_root_installs_what_is_missing_and_keeps_the_services_down(tmp_path: Pat
 def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
     """Also its service, which somebody may use."""
     machine = Machine(tmp_path)
-    for name in ("apt-get", "service", "update-rc.d", "redis-server", "nginx", "google-chrome", "python3"):
+    there = ("python3", "g++", "redis-server", "nginx", "google-chrome")
+    for name in (*there, "apt-get", "service", "update-rc.d"):
         machine.add(name)
+    machine.add_libnuma()
     assert machine.install(python="python3").returncode == 0
     assert machine.calls == [
         f"{APT_GET} update",
@@ -251,9 +267,16 @@ def test_without_apt_get_one_line_names_the_packages(tmp_path: Path) -> None:
     done = machine.install()
     assert done.returncode == 1
     assert done.stderr == (
-        "make: the tests need packages that are missing, and there is no apt-get to install them: "
-        f"{MISSING}\n"
+        f"make: packages are missing, and there is no apt-get to install them: {MISSING}\n"
     )
+
+
+@pytest.mark.parametrize(("build", "packages"), [("cpu", FOR_ENGINES), ("gpu", "python3-venv")])
+def test_engines_need_less_than_the_tests(tmp_path: Path, build: str, packages: str) -> None:
+    machine = Machine(tmp_path)
+    machine.add("apt-get")
+    assert machine.install(what="setup", build=build).returncode == 0
+    assert machine.calls[1] == f"{APT_GET} install --no-install-recommends {packages}"
 
 
 def test_ubuntus_chromium_is_not_a_package(tmp_path: Path) -> None:

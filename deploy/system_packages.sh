@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Installs the programs that the tests start and that PyPI does not have, from Debian's or Ubuntu's packages.
-# Does nothing if all of them are there. PYTHON names a Python that can make environments; empty if there is none.
+# Installs what PyPI does not have, from Debian's or Ubuntu's packages; does nothing if all of it is there.
+# `system_packages.sh setup`: what the engines need. `system_packages.sh tests`: also what the tests start.
+# PYTHON names a Python that can make environments, empty if there is none; BUILD is cpu or gpu.
 set -euo pipefail
 
 packages=()
@@ -17,7 +18,7 @@ need() {  # need PACKAGE SERVICE COMMAND…: any one of the commands is enough; 
 }
 
 stop() {
-    echo "make: the tests need packages that are missing, and $1: ${packages[*]}" >&2
+    echo "make: packages are missing, and $1: ${packages[*]}" >&2
     exit 1
 }
 
@@ -27,12 +28,18 @@ may_sudo() {  # Without a password, or with one that somebody at a terminal can 
 }
 
 need python3-venv - "${PYTHON-python3}"
-need redis-server redis-server redis-server
-need nginx-light nginx nginx
-need prometheus prometheus promtool
-# Ubuntu has Chromium only as a snap; there, `make` lets Playwright download its own.
-if ! grep -qx 'ID=ubuntu' "${OS_RELEASE:-/etc/os-release}" 2>/dev/null; then
-    need chromium - chromium google-chrome
+if [[ ${BUILD-cpu} == cpu ]]; then
+    need g++ - g++  # vLLM compiles what counts log-probabilities
+    if [[ $(ldconfig -p) != *'libnuma.so.1 '* ]]; then packages+=(libnuma1); fi
+fi
+if [[ $1 == tests ]]; then
+    need redis-server redis-server redis-server
+    need nginx-light nginx nginx
+    need prometheus prometheus promtool
+    # Ubuntu has Chromium only as a snap; there, `make` lets Playwright download its own.
+    if ! grep -qx 'ID=ubuntu' "${OS_RELEASE:-/etc/os-release}" 2>/dev/null; then
+        need chromium - chromium google-chrome
+    fi
 fi
 if ((${#packages[@]} == 0)); then exit 0; fi
 
