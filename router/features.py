@@ -53,7 +53,7 @@ def largest(x: Tensor, k: int) -> Tensor:
     blocks = x.shape[-1] // BLOCK
     if blocks <= k:
         return x.topk(k, dim=-1).values
-    blocked = x[..., : blocks * BLOCK].unflatten(-1, (blocks, BLOCK))
+    blocked = x[..., : blocks * BLOCK].view(*x.shape[:-1], blocks, BLOCK)
     best = blocked.amax(-1).topk(k, dim=-1, sorted=False).indices
     candidates = blocked.gather(-2, best[..., None].expand(*best.shape, BLOCK)).flatten(-2)
     rest = x[..., blocks * BLOCK :]

@@ -28,8 +28,12 @@ class Gate(nn.Module, ABC):
 class LearnedGate(Gate):
     """MLP over `router.features`; its score is the predicted value of asking, per teacher token."""
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self, reserved: ReservedRows, width: int = 64) -> None:
         super().__init__(reserved)
+        self.width = width
         size = n_features(reserved)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("scale", torch.ones(size))
@@ -37,16 +41,13 @@ class LearnedGate(Gate):
             nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)
         )
 
-    @property
-    def width(self) -> int:
-        return self.mlp[0].out_features
-
     def forward(self, logits: Tensor) -> Tensor:
         return self.score(features(logits, self.reserved))
 
     def score(self, x: Tensor) -> Tensor:
         """x: (..., F) features. Returns (...)."""
-        return self.mlp((x - self.mean) * self.scale).squeeze(-1)
+        scores: Tensor = self.mlp((x - self.mean) * self.scale)
+        return scores.squeeze(-1)
 
 
 class RandomGate(Gate):

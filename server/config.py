@@ -125,7 +125,9 @@ class ServeConfig(BaseModel):
     metrics_api_key: SecretStr | None = Field(
         None, description="key for /metrics; with tenants an admin's key opens it too, and no key does not"
     )
-    gate: Literal[tuple(GATES)] = Field("learned", description=f"what decides: {', '.join(GATES)}")
+    gate: Literal["learned", "random", "entropy", "margin", "max_probability"] = Field(
+        "learned", description=f"what decides: {', '.join(GATES)}"
+    )
     price: FiniteFloat | None = Field(None, description="fixed price, for a gate without a calibration")
     aim: Literal["quality", "rate"] = Field(
         "quality", description="a fraction of a budget is a bound (quality), or a rate to be spent (rate)"

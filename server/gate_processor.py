@@ -55,7 +55,7 @@ def gate_settings(
 
     ``visible``: see `router.reserved.visible_rows`; default: all rows before the reserved ones.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "reserved": [reserved.start, reserved.count],
         "gate": gate,
         "router": None if router is None else str(router),
@@ -111,8 +111,8 @@ def scores(gate: Gate, logits: Tensor, rows: Tensor | None = None) -> Tensor:
     elements = PIECE_ON_CPU if logits.device.type == "cpu" else PIECE_ON_GPU
     size = max(1, elements // logits.shape[-1])
     if rows is None:
-        return torch.cat([gate(piece) for piece in logits.split(size)])
-    return torch.cat([gate(logits[piece]) for piece in rows.split(size)])
+        return torch.cat([gate(piece) for piece in torch.split(logits, size)])
+    return torch.cat([gate(logits[piece]) for piece in torch.split(rows, size)])
 
 
 def mask_reserved(logits: Tensor, reserved: ReservedRows, visible: int | None = None) -> None:

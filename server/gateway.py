@@ -8,7 +8,8 @@ from argparse import Namespace
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import uvloop
 from fastapi import FastAPI
@@ -45,6 +46,7 @@ from server.vllm_api import (
     parses_streams,
     wrap_app,
 )
+from server.vllm_arguments import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +101,9 @@ async def _serve(config: ServeConfig, pair: ServedPair) -> int:
         engine = _engine(arguments)
         try:
             await _connect(teacher, deadline)
-            await teacher.check_vocabulary(SameVocabulary(engine.renderer.tokenizer, pair.reserved.start))
+            await teacher.check_vocabulary(
+                SameVocabulary(engine.renderer.get_tokenizer(), pair.reserved.start)
+            )
             cooperation = _cooperation(config, pair, teacher, engine)
             engine.cooperation = replace(cooperation, parsers=parses_streams(arguments))
             app = await _app(config, engine, tenants, arguments, http)
@@ -110,8 +114,8 @@ async def _serve(config: ServeConfig, pair: ServedPair) -> int:
             shared = engine.cooperation.shared
             works = [shared.steer(), teacher.watch(config.teacher_probe)]
             works += [] if tenants is None else [tenants.watch()]
-            if await _takes_routers(pair, engine):
-                works.append(_router_reload(pair, engine).watch())
+            if (reload := await _router_reload(pair, engine)) is not None:
+                works.append(reload.watch())
             async with aclosing(shared), _background(works):  # at the end, every span is settled
                 print(f"wheels serve: {address}, teacher {teacher}", flush=True)
                 options = http.serve_options(arguments, keep_alive_seconds=KEEP_ALIVE_SECONDS)
@@ -149,18 +153,22 @@ def _teacher(config: ServeConfig, visible: int) -> TeacherPool:
 def _engine(arguments: Namespace) -> CooperativeEngine:
     # What vLLM's own server passes: its defaults for batches depend on it.
     usage = UsageContext.OPENAI_API_SERVER
-    config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config(usage)
+    try:
+        config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config(usage)
+    except ValueError as error:
+        raise ConfigError(f"vllm: {one_line(error)}") from error
     check_speculation(config)
     find_reports(v2=config.use_v2_model_runner)
     if config.use_v2_model_runner:  # vLLM's choice on GPUs, known only now; it takes its own interface alone
         config.model_config.logits_processors = ["server.gate_processor:GateProcessorV2"]
-    return CooperativeEngine.from_vllm_config(
+    engine = CooperativeEngine.from_vllm_config(
         config,
         usage_context=usage,
         disable_log_stats=arguments.disable_log_stats,
         enable_log_requests=arguments.enable_log_requests,
         aggregate_engine_logging=arguments.aggregate_engine_logging,
     )
+    return cast(CooperativeEngine, engine)
 
 
 async def _connect(teacher: TeacherPool, deadline: float) -> None:
@@ -194,25 +202,21 @@ def _cooperation(
     )
 
 
-async def _takes_routers(pair: ServedPair, engine: CooperativeEngine) -> bool:
-    """Whether another router can take the place of the one that runs; a line of the log says why not."""
-    if pair.config.router is None or pair.router is None:
-        return False
+async def _router_reload(pair: ServedPair, engine: CooperativeEngine) -> RouterReload | None:
+    """Follows the configured router; None where there is none, or the running student cannot take another."""
+    config, running, directory = pair.config, pair.router, pair.config.router
+    if directory is None or running is None:
+        return None
     try:
-        await engine.collective_rpc("check_router", args=(pair.router.taps.shape[1],))
+        await engine.collective_rpc("check_router", args=(running.taps.shape[1],))
     except Exception as error:  # of whatever kind: it comes from the engine's processes as text
         logger.warning("the router is not followed, a new one needs a restart: %s", error)
-        return False
-    return True
-
-
-def _router_reload(pair: ServedPair, engine: CooperativeEngine) -> RouterReload:
-    config = pair.config
+        return None
 
     async def use(new: RouterCheckpoint) -> None:
         changed = pair.with_router(new)
-        policy = changed.policy(engine.model_config.max_model_len)
-        await load_everywhere(engine.collective_rpc, config.router.resolve(), new)
+        policy = changed.checked_policy(engine.model_config.max_model_len)
+        await load_everywhere(engine.collective_rpc, directory.resolve(), new)
         ask_tokens = changed.spans.ask_tokens
         engine.cooperation.shared.prices.calibrate(policy.calibration, ask_tokens)
         engine.cooperation = replace(
@@ -223,7 +227,7 @@ def _router_reload(pair: ServedPair, engine: CooperativeEngine) -> RouterReload:
         )
         _publish_price(config, policy)
 
-    return RouterReload(config.router, config.student, pair.router, use)
+    return RouterReload(directory, config.student, running, use)
 
 
 def _publish_price(config: ServeConfig, policy: Policy) -> None:
@@ -243,13 +247,13 @@ async def _app(
     app.include_router(routes(config.examples, tenants))
     metrics_key = config.metrics_api_key
     if tenants is not None or metrics_key is not None:
-        # vLLM has built its stack of middlewares already: keys are asked for before all of it.
-        app.middleware_stack = Access(
-            app.middleware_stack,
-            tenants,
-            engine.cooperation.shared.ledger,
+        access = partial(
+            Access,
+            tenants=tenants,
+            ledger=engine.cooperation.shared.ledger,
             metrics_key=None if metrics_key is None else metrics_key.get_secret_value(),
         )
+        wrap_app(app, access)
     document(app)
     await http.init_app_state(engine, app.state, arguments, tasks)
     return app

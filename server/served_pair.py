@@ -87,6 +87,13 @@ class ServedPair:
             "give a router checkpoint that has its calibration, or a fixed --price"
         )
 
+    def checked_policy(self, max_len: int) -> Policy:
+        """`policy`, of a router that is about to take another's place. Raises CheckpointError."""
+        try:
+            return self.policy(max_len)
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
+
     @property
     def _is_calibrated(self) -> bool:
         """Whether the router's calibration of the gate holds: it was measured with the router's spans."""

@@ -89,7 +89,7 @@ class HttpLayer:
         from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
         from vllm.logger import configure_logging_from_args
 
-        cli_env_setup()
+        cli_env_setup()  # type: ignore[no-untyped-call]
         try:
             configure_logging_from_args(arguments)
         except (OSError, RuntimeError, ValueError) as error:
@@ -142,7 +142,8 @@ def _parser() -> ArgumentParser:
             raise ConfigError(f"vllm: {one_line(message)}")
 
     # Without abbreviations: a setting that the gateway makes itself has no second name.
-    return make_arg_parser(Parser(prog="wheels serve --", allow_abbrev=False))
+    parser = Parser(prog="wheels serve --", allow_abbrev=False)  # type: ignore[no-untyped-call]
+    return make_arg_parser(parser)
 
 
 def max_bad_words_tokens() -> int:

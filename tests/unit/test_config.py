@@ -1,11 +1,13 @@
 import json
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from router.budget import Budget
+from router.gate import GATES
 from server.config import ConfigError, ServeConfig, load
 from server.vllm_flags import Repeated
 
@@ -229,6 +231,10 @@ def test_a_wrong_value_is_refused_by_its_name(needed, setting, value, said):
     message = refusal([*needed, f"--{setting.replace('_', '-')}", value])
     assert message.startswith((f"{setting}: ", f"{setting}.0: "))
     assert said in message
+
+
+def test_every_gate_can_be_chosen():
+    assert get_args(ServeConfig.model_fields["gate"].annotation) == tuple(GATES)
 
 
 def test_a_file_is_no_directory(needed, tmp_path):

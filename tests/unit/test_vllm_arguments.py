@@ -9,7 +9,7 @@ import json
 import shlex
 import ssl
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
@@ -224,28 +224,54 @@ def test_vllms_variable_for_kept_connections_holds(http: HttpLayer, monkeypatch:
     assert http.serve_options(vllm_alone([]), keep_alive_seconds=75)["timeout_keep_alive"] == 9
 
 
-def test_the_engine_is_configured_as_vllms_own_server_configures_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def engine_started(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Starts an engine of nothing; returns what vLLM was told on the way."""
+
+    def start(refusal: Exception | None = None, speculative: Any = None) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        config = SimpleNamespace(use_v2_model_runner=False, speculative_config=speculative)
+
+        class Arguments:
+            @classmethod
+            def from_cli_args(cls, arguments: Namespace) -> "Arguments":
+                return cls()
+
+            def create_engine_config(self, usage_context: UsageContext | None = None) -> Any:
+                seen["configuration"] = usage_context
+                if refusal is not None:
+                    raise refusal
+                return config
+
+        def from_vllm_config(config: Any, usage_context: UsageContext, **options: Any) -> None:
+            seen["engine"] = usage_context
+
+        monkeypatch.setattr(gateway, "AsyncEngineArgs", Arguments)
+        monkeypatch.setattr(gateway.CooperativeEngine, "from_vllm_config", from_vllm_config)
+        gateway._engine(vllm_alone([]))
+        return seen
+
+    return start
+
+
+def test_the_engine_is_configured_as_vllms_own_server_configures_it(
+    engine_started: Callable[..., dict[str, Any]],
+) -> None:
     """On an H100 four times the batch depends on it."""
-    seen: dict[str, Any] = {}
-    config = SimpleNamespace(use_v2_model_runner=False, speculative_config=None)
-
-    class Arguments:
-        @classmethod
-        def from_cli_args(cls, arguments: Namespace) -> "Arguments":
-            return cls()
-
-        def create_engine_config(self, usage_context: UsageContext | None = None) -> Any:
-            seen["configuration"] = usage_context
-            return config
-
-    def from_vllm_config(config: Any, usage_context: UsageContext, **options: Any) -> None:
-        seen["engine"] = usage_context
-
-    monkeypatch.setattr(gateway, "AsyncEngineArgs", Arguments)
-    monkeypatch.setattr(gateway.CooperativeEngine, "from_vllm_config", from_vllm_config)
-    gateway._engine(vllm_alone([]))
     server = UsageContext.OPENAI_API_SERVER
-    assert seen == {"configuration": server, "engine": server}
+    assert engine_started() == {"configuration": server, "engine": server}
+
+
+def test_a_configuration_that_vllm_refuses_is_one_line(engine_started: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(ConfigError, match=r"^vllm: too long: 9 is more than 8$"):
+        engine_started(refusal=ValueError("too long:\n  9 is more than 8\n"))
+
+
+def test_a_student_that_speculates_is_refused_before_it_is_loaded(
+    engine_started: Callable[..., dict[str, Any]],
+) -> None:
+    with pytest.raises(ConfigError, match="vllm's speculative-config is not supported"):
+        engine_started(speculative=SimpleNamespace(method="ngram"))
 
 
 # TLS
