@@ -15,8 +15,13 @@ from router.controller import PriceController
 from router.ledger import FractionOfTraffic, Scope, Status
 from router.policy import Calibration
 from router.reserved import ReservedRows
+from server import gateway as gateway_module
+from server.config import ServeConfig
+from server.engine import Cooperation
 from server.gate_processor import GateProcessor, RouterLoader, gate_settings, write_taps
+from server.gateway import _router_reload
 from server.reload import RouterReload, load_everywhere
+from server.served_pair import ServedPair, Spans
 from server.vllm_api import find_reports
 
 CPU = torch.device("cpu")
@@ -280,3 +285,68 @@ def test_the_price_controller_keeps_what_it_learned():
     assert prices.price([scope]) == pytest.approx(price / 2)
     prices.calibrate(Calibration(((0.15, 2.0), (0.3, 1.0))), 8)
     assert prices.rate([scope]) == 0.15
+
+
+# In the gateway
+
+
+class Gateway:
+    """An engine with its cooperation, as far as another router changes it."""
+
+    def __init__(self, directory: Path, router: RouterCheckpoint) -> None:
+        settings = {"student": directory, "teacher": "http://t", "router": directory}
+        config = ServeConfig.model_validate(settings)
+        self.pair = ServedPair(config, directory, router, router.reserved, 10, Spans(4, 4))
+        self.calls: list[str] = []
+        self.refuses = ""
+        self.model_config = SimpleNamespace(max_model_len=400)
+        self.cooperation = Cooperation(
+            teacher=None,
+            policy=self.pair.policy(400),
+            reserved=router.reserved,
+            span_tokens=4,
+            ask_tokens=4,
+            default_budget=config.default_budget,
+            shared=SimpleNamespace(prices=PriceController(router.calibration(), 4)),
+        )
+
+    async def collective_rpc(self, method: str, args: tuple[object, ...]) -> list[object]:
+        if method == self.refuses:
+            raise RuntimeError("the output matrix is quantised")
+        self.calls.append(method)
+        return [RouterCheckpoint.load(Path(args[0])).digest()] if method == "prepare_router" else [None]
+
+
+async def test_the_gateway_takes_spans_and_policy_of_another_router(router, other, tmp_path):
+    router.save(tmp_path)
+    gateway = Gateway(tmp_path, router)
+    reload = await _router_reload(gateway.pair, gateway)
+    longer = replace(other, config=other.config.model_copy(update={"span_tokens": 8, "ask_tokens": 2}))
+    longer.save(tmp_path)
+    await reload._use(longer)
+    assert gateway.calls == ["check_router", "prepare_router", "load_router"]
+    assert (gateway.cooperation.span_tokens, gateway.cooperation.ask_tokens) == (8, 2)
+    assert gateway.cooperation.policy.calibration == other.calibration()
+
+
+async def test_a_router_that_the_engine_refuses_changes_nothing_in_the_gateway(router, other, tmp_path):
+    router.save(tmp_path)
+    gateway = Gateway(tmp_path, router)
+    reload, before = await _router_reload(gateway.pair, gateway), gateway.cooperation
+    gateway.refuses = "prepare_router"
+    with pytest.raises(RuntimeError, match="quantised"):
+        await reload._use(other)
+    assert gateway.cooperation is before
+    assert gateway.calls == ["check_router"]
+
+
+async def test_a_student_that_takes_no_taps_is_served_without_following_its_router(
+    router, tmp_path, monkeypatch
+):
+    said: list[str] = []
+    monkeypatch.setattr(gateway_module.logger, "warning", lambda text, *values: said.append(text % values))
+    router.save(tmp_path)
+    gateway = Gateway(tmp_path, router)
+    gateway.refuses = "check_router"
+    assert await _router_reload(gateway.pair, gateway) is None
+    assert said == ["the router is not followed, a new one needs a restart: the output matrix is quantised"]
