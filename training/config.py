@@ -328,23 +328,47 @@ class Recipe(Frozen):
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """`overrides`: `teacher.schedule.steps=10`; values are read as YAML. Raises RecipeError."""
+    """`overrides`: `teacher.schedule.steps=10`; values are read as YAML. Raises RecipeError, in one line."""
     try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        data = _yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: want keys and values, as in the recipes that ship")
     for override in overrides or []:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise RecipeError(f"override {override!r}: want key=value")
-        *parents, last = key.split(".")
-        at = data
-        for parent in parents:
-            at = at.setdefault(parent, {})
-            if not isinstance(at, dict):
-                raise RecipeError(f"override {override!r}: {parent} holds a value, not keys")
-        at[last] = yaml.safe_load(value)
+        _override(data, override)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(f"{path}: {error}") from error
+        raise RecipeError(f"{path}: {'; '.join(map(_problem, error.errors()))}") from error
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    """Set one `key=value`, whose key may have dots."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise RecipeError(f"override {override!r}: want key=value")
+    *parents, last = key.split(".")
+    place = data
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise RecipeError(f"override {override!r}: {parent} holds a value, not keys")
+    try:
+        place[last] = _yaml(value)
+    except ValueError as error:
+        raise RecipeError(f"override {override!r}: {error}") from error
+
+
+def _yaml(text: str) -> Any:
+    """Raises ValueError, in one line."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _problem(entry: Any) -> str:
+    """One of pydantic's errors, with the key that it is about."""
+    key = ".".join(map(str, entry["loc"]))
+    return f"{key}: {entry['msg'].removeprefix('Value error, ')}" if key else entry["msg"]

@@ -34,3 +34,37 @@ def test_what_is_wrong_is_said_in_one_line(capsys, arguments, named, tmp_path):
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(named, line)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", "want keys and values"),
+        (b"- a", "want keys and values"),
+        (b"a: [", "while parsing"),
+        (b"\xff\xfe", "can't decode"),
+        (b"work: a", "output: Field required; .*task: Field required"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_named_in_one_line(capsys, tmp_path, content, named):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    assert main(["train", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"{path}: .*{named}", line)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("seed=[", "override 'seed=\\[': while parsing"),
+        ("router.gain=excess", "router: gain excess: write {type: regret}"),
+        ("router.window=4", "router: window is part of objective"),
+        ("seed.a=1", "seed holds a value"),
+        ("seed", "want key=value"),
+    ],
+)
+def test_an_override_that_cannot_be_read_is_named_in_one_line(capsys, tmp_path, override, named):
+    assert main(["train", "demo", override, f"output={tmp_path}/out", f"work={tmp_path}/work"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(named, line)
