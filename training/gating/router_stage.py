@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -142,8 +142,14 @@ class RouterStage:
         alone, taught = trees(0.0).run(ends(LEARNED))
         gap = Gap(scorer, scorer(alone).quality, scorer(taught).quality)
         print(f"on validation data: student {gap.student:.3f}, teacher {gap.teacher:.3f}", flush=True)
-        prices, spares = calibrate_gates(trees, gates, gap.share, gap.noise, config)
-        return Calibrated(prices, spares, sum(len(c.tokens) for c in alone) / len(alone))
+        expected_tokens = sum(len(rollout.tokens) for rollout in alone) / len(alone)
+        calibrated = Calibrated({}, {}, expected_tokens)
+        for name in gates:
+            points = calibrate_gate(trees, name, gap.share, gap.noise, config)
+            calibrated.prices[name], calibrated.spares[name] = points.prices, points.spares
+            shown = " ".join(f"{budget:g}:{price:.4g}" for budget, price in points.prices)
+            print(f"calibrated {name}: {shown}", flush=True)
+        return calibrated
 
     def checkpoint(self, head: Head, calibrated: Calibrated) -> RouterCheckpoint:
         """All of it, as it is exported."""
@@ -215,23 +221,24 @@ class Gap:
         return differences.std().item() / math.sqrt(len(one)) / self.size
 
 
-def calibrate_gates(
-    trees: Trees, gates: Iterable[str], quality: Quality, noise: Noise, config: GateConfig
-) -> tuple[Points, Points]:
-    """For each gate (fraction, price) and (fraction, spare price). quality, noise: in shares of the gap."""
-    prices, spares = {}, {}
+class GatePoints(NamedTuple):
+    """(fraction, price) of one gate."""
+
+    prices: list[tuple[float, float]]
+    spares: list[tuple[float, float]]
+
+
+def calibrate_gate(trees: Trees, name: str, quality: Quality, noise: Noise, config: GateConfig) -> GatePoints:
+    """Prices of all budgets. quality, noise: in shares of the gap."""
     spans = (config.span_tokens, config.ask_tokens)
     together = [config.budgets] if config.template is None else [(budget,) for budget in config.budgets]
-    for name in gates:
-        points, spare = [], []
-        for budgets in together:
-            tree = trees(budgets[0])
-            found = calibrate(tree, name, budgets, spans, quality, noise)
-            points += found
-            spare += spare_prices(tree, name, found, spans)
-        prices[name], spares[name] = falling(points), falling(spare)
-        print(f"calibrated {name}: " + " ".join(f"{b:g}:{p:.4g}" for b, p in prices[name]), flush=True)
-    return prices, spares
+    prices, spares = [], []
+    for budgets in together:
+        tree = trees(budgets[0])
+        found = calibrate(tree, name, budgets, spans, quality, noise)
+        prices += found
+        spares += spare_prices(tree, name, found, spans)
+    return GatePoints(falling(prices), falling(spares))
 
 
 def falling(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
