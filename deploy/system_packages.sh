@@ -4,6 +4,7 @@
 # PYTHON names a Python that can make environments, empty if there is none; BUILD is cpu or gpu.
 set -euo pipefail
 
+HAS_HEADERS='import os, sysconfig; raise SystemExit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
 packages=()
 services=()
 
@@ -29,7 +30,9 @@ may_sudo() {  # Without a password, or with one that somebody at a terminal can 
 
 need python3-venv - "${PYTHON-python3}"
 if [[ ${BUILD-cpu} == cpu ]]; then
-    need g++ - g++  # vLLM compiles what counts log-probabilities
+    # With these vLLM compiles, at the first request for log-probabilities, what counts them.
+    need g++ - g++
+    "${PYTHON:-python3}" -c "$HAS_HEADERS" 2>/dev/null || packages+=(python3-dev)
     if [[ $(ldconfig -p) != *'libnuma.so.1 '* ]]; then packages+=(libnuma1); fi
 fi
 if [[ $1 == tests ]]; then

@@ -134,9 +134,9 @@ def test_the_console_script_is_installed_beside_python() -> None:
     assert done.stdout == f"wheels {PROJECT['version']}\n"
 
 
-FOR_ENGINES = "python3-venv g++ libnuma1"
+FOR_ENGINES = "python3-venv g++ python3-dev libnuma1"
 MISSING = f"{FOR_ENGINES} redis-server nginx-light prometheus chromium"
-NEEDED = ("python3", "g++", "redis-server", "nginx", "promtool", "chromium")
+NEEDED = ("g++", "redis-server", "nginx", "promtool", "chromium")
 
 
 class Machine:
@@ -166,7 +166,8 @@ class Machine:
     def calls(self) -> list[str]:
         return self.calls_file.read_text().splitlines()
 
-    def add_libnuma(self) -> None:
+    def add_python_and_libnuma(self) -> None:
+        self.add("python3", noted=False)
         line = "libnuma.so.1 (libc6,x86-64) => /lib/x86_64-linux-gnu/libnuma.so.1"
         self.add("ldconfig", f"echo '{line}'", noted=False)
 
@@ -196,7 +197,7 @@ def test_nothing_is_done_where_all_programs_are_there(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     for name in (*NEEDED, "apt-get", "sudo"):
         machine.add(name)
-    machine.add_libnuma()
+    machine.add_python_and_libnuma()
     done = machine.install(python="python3")
     assert (done.returncode, done.stdout, done.stderr, machine.calls) == (0, "", "", [])
 
@@ -222,10 +223,10 @@ def test_root_installs_what_is_missing_and_keeps_the_services_down(tmp_path: Pat
 def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
     """Also its service, which somebody may use."""
     machine = Machine(tmp_path)
-    there = ("python3", "g++", "redis-server", "nginx", "google-chrome")
+    there = ("g++", "redis-server", "nginx", "google-chrome")
     for name in (*there, "apt-get", "service", "update-rc.d"):
         machine.add(name)
-    machine.add_libnuma()
+    machine.add_python_and_libnuma()
     assert machine.install(python="python3").returncode == 0
     assert machine.calls == [
         f"{APT_GET} update",
