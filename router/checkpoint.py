@@ -7,16 +7,12 @@ It is joined with its student by `merge`, which writes the taps into the student
 the result is a plain Hugging Face directory that stock vLLM serves.
 """
 
-import errno
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from pydantic import (
     BaseModel,
@@ -27,33 +23,21 @@ from pydantic import (
     ValidationError,
     field_validator,
 )
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from router.gate import GATES, Gate, LearnedGate
 from router.policy import Calibration
-from router.reserved import ReservedRows
+from router.reserved import RESERVED_ROWS, ReservedRows
+from router.rows import VOCABULARY_TENSORS, CheckpointError, VocabularyTensors, copied
 
 CONFIG_FILE = "router.json"
 TENSORS_FILE = "router.safetensors"
 MERGED_ROUTER = "router"  # folder inside a merged student: vLLM loads every *.safetensors beside config.json
-# The output matrix, or the input's that is tied to it. Longer names are those of models of text and images.
-OUTPUT_LAYERS = ("lm_head", "language_model.lm_head", "model.language_model.lm_head")
-INPUT_LAYERS = (
-    "model.embed_tokens",
-    "language_model.model.embed_tokens",
-    "model.language_model.embed_tokens",
-)
-OUTPUT_MATRICES = frozenset(f"{layer}.weight" for layer in OUTPUT_LAYERS + INPUT_LAYERS)
-PLAIN_TYPES = ("F32", "F16", "BF16")
 HEAD_BYTES = 4096
 UNUSED = "value"
 """Part of older checkpoints that nothing reads."""
-
-
-class CheckpointError(ValueError):
-    """A router checkpoint, or the pair it is used with, is not usable; the message names the file."""
 
 
 class Fingerprints(BaseModel):
@@ -220,44 +204,38 @@ class RouterCheckpoint:
             )
 
     def merge(self, student: Path, out: Path) -> None:
-        """Write ``student`` with the taps in its reserved rows to ``out``, all at once.
+        """Write ``student`` with the taps in its reserved rows to ``out``, all at once (see `copied`).
 
-        Only the file with the output matrix is rewritten, every other one is a symbolic link. What stands
-        at ``out`` already stays: of gateways that start at once, none takes the files from under another.
+        A student that has no rows to spare gets them.
+
+        Raises:
+            CheckpointError: the router is for another student, or its rows and taps do not fit.
         """
         self.check_student(student)
-        name, file = _output_matrix(student)
-        tensors = load_file(student / file)
-        matrix = tensors[name]
-        if matrix.shape != (self.reserved.end, self.taps.shape[1]):
-            raise CheckpointError(
-                f"the taps need an output matrix of {(self.reserved.end, self.taps.shape[1])}, "
-                f"but {name} of {student} is {tuple(matrix.shape)}"
-            )
-        matrix[self.reserved.taps] = self.taps.to(matrix.dtype)
-        with safe_open(student / file, "pt") as source:
-            metadata = source.metadata()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=out.name, dir=out.parent))
-        try:
-            for path in student.iterdir():
-                if path.name not in (file, MERGED_ROUTER):
-                    (scratch / path.name).symlink_to(path.resolve())
-            save_file(tensors, scratch / file, metadata=metadata)
+        vocabulary = VocabularyTensors.of(student)
+        if vocabulary.rows <= self.reserved.start:
+            vocab_size: int | None = self.reserved.end
+            tensors = vocabulary.grown(student, self.reserved.end)
+        else:
+            vocab_size = None
+            tensors = vocabulary.read(student, vocabulary.outputs)
+        for name in vocabulary.outputs:
+            matrix = tensors[name]
+            if matrix.shape != (self.reserved.end, self.taps.shape[1]):
+                raise CheckpointError(
+                    f"the taps need an output matrix of {(self.reserved.end, self.taps.shape[1])}, "
+                    f"but {name} of {student} is {tuple(matrix.shape)}"
+                )
+            matrix[self.reserved.taps] = self.taps.to(matrix.dtype)
+        with copied(student, out, tensors, vocab_size=vocab_size, without=[MERGED_ROUTER]) as scratch:
             self.save(scratch / MERGED_ROUTER)
-            try:
-                os.replace(scratch, out)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def fingerprint(model: Path, reserved_start: int) -> str:
     """Identity of a model's weights: hex SHA-256 over name, shape, type and first 4 KiB of every tensor.
 
-    Cheap for a model of any size, and blind to the reserved rows, which `merge` overwrites.
+    Cheap for a model of any size, and blind to the reserved rows, which `merge` overwrites. A model without
+    them has the identity of its copy with rows appended.
     """
     digest = hashlib.sha256()
     entries: list[tuple[str, str, list[int], bytes]] = []
@@ -269,11 +247,15 @@ def fingerprint(model: Path, reserved_start: int) -> str:
                 if name == "__metadata__":
                     continue
                 start, end = entry["data_offsets"]
-                if name in OUTPUT_MATRICES:
-                    end = start + (end - start) * reserved_start // entry["shape"][0]
+                shape = entry["shape"]
+                if name in VOCABULARY_TENSORS:
+                    rows = shape[0]
+                    end = start + (end - start) * min(rows, reserved_start) // rows
+                    if rows <= reserved_start:
+                        shape = [reserved_start + RESERVED_ROWS, *shape[1:]]
                 stream.seek(8 + header_size + start)
                 head = stream.read(min(end - start, HEAD_BYTES))
-                entries.append((name, entry["dtype"], entry["shape"], head))
+                entries.append((name, entry["dtype"], shape, head))
     if not entries:
         raise CheckpointError(f"no *.safetensors weights in {model}")
     for name, dtype, shape, head in sorted(entries):
@@ -302,71 +284,6 @@ def vocabulary(model: Path) -> set[tuple[str, int]]:
 def tokenizer_fingerprint(model: Path) -> str:
     """Identity of a vocabulary: hex SHA-256 over its sorted pairs."""
     return hashlib.sha256(json.dumps(sorted(vocabulary(model))).encode()).hexdigest()
-
-
-class _Matrix(NamedTuple):
-    """A tensor of a model, and its file."""
-
-    name: str
-    file: str
-
-
-def _output_matrix(model: Path) -> _Matrix:
-    """The tensor that maps the last hidden state to logits: one of its own, or the input's where it is tied.
-
-    Raises:
-        CheckpointError: it is quantised, or under a name that is not known here.
-    """
-    tensors = _tensors(model)
-    for layer in OUTPUT_LAYERS:
-        if any(name.startswith(f"{layer}.") and name != f"{layer}.bias" for name in tensors):
-            return _plain(model, tensors, layer)
-    for layer in INPUT_LAYERS:
-        if f"{layer}.weight" in tensors:
-            if _is_tied(model) is False:
-                raise CheckpointError(
-                    f"the output matrix of {model} is not tied to {layer}, and not in its files"
-                )
-            return _plain(model, tensors, layer)
-    raise CheckpointError(f"none of {OUTPUT_LAYERS[0]}.weight, {INPUT_LAYERS[0]}.weight in {model}")
-
-
-def _plain(model: Path, tensors: dict[str, str], layer: str) -> _Matrix:
-    """Its weight. Raises CheckpointError where other tensors, or its type, show that it is quantised."""
-    name = f"{layer}.weight"
-    others = sorted(t for t in tensors if t.startswith(f"{layer}.") and t not in (name, f"{layer}.bias"))
-    sign = others[0] if others else ""
-    if not others:
-        with safe_open(model / tensors[name], "pt") as file:
-            dtype = file.get_slice(name).get_dtype()
-        sign = "" if dtype in PLAIN_TYPES else f"{name}: {dtype}"
-    if sign:
-        raise CheckpointError(f"the output matrix of {model} is quantised ({sign}): it takes no taps")
-    return _Matrix(name, tensors[name])
-
-
-def _tensors(model: Path) -> dict[str, str]:
-    """The file of every tensor."""
-    index = model / "model.safetensors.index.json"
-    if index.is_file():
-        return dict(json.loads(index.read_text())["weight_map"])
-    files: dict[str, str] = {}
-    for file in model.glob("*.safetensors"):
-        with safe_open(file, "pt") as source:
-            files |= dict.fromkeys(source.keys(), file.name)
-    return files
-
-
-def _is_tied(model: Path) -> bool | None:
-    """Whether the configuration ties the output matrix to the input's; None where it does not tell."""
-    try:
-        config = json.loads((model / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    for part in (config.get("text_config") or {}, config):
-        if "tie_word_embeddings" in part:
-            return bool(part["tie_word_embeddings"])
-    return None
 
 
 __all__ = [

@@ -57,7 +57,17 @@ class ReservedRows:
         if spare < 1:
             raise ValueError(
                 f"the vocabulary has no spare row for the escalation token: {vocab_size} rows in the "
-                f"model, {tokenizer_size} in the tokenizer; pad the model's embedding first"
+                f"model, {tokenizer_size} in the tokenizer"
             )
         count = min(count, spare)
         return cls(start=vocab_size - count, count=count)
+
+    @classmethod
+    def for_model(cls, vocab_size: int, tokenizer_size: int) -> "ReservedRows":
+        """The last rows that the tokenizer leaves free; where there are none, rows after all others.
+
+        Such rows end after ``vocab_size``: the model has to get them (see `router.rows`).
+        """
+        if vocab_size > tokenizer_size:
+            return cls.at_end(vocab_size, tokenizer_size)
+        return cls(start=tokenizer_size)

@@ -1,14 +1,14 @@
 """What the gateway serves: which student, router, rows, spans and policy, decided once."""
 
 import hashlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from router.checkpoint import MERGED_ROUTER, CheckpointError, RouterCheckpoint, vocabulary
+from router.checkpoint import MERGED_ROUTER, CheckpointError, RouterCheckpoint, fingerprint, vocabulary
 from router.policy import Calibration, Policy
 from router.reserved import ReservedRows, visible_rows
+from router.rows import MODEL_CONFIG, append_rows, vocabulary_rows
 from server.config import ConfigError, ServeConfig
 from server.gate_processor import gate_settings
 
@@ -38,6 +38,7 @@ class ServedPair:
     @classmethod
     def of(cls, config: ServeConfig) -> "ServedPair":
         """Raises ConfigError or CheckpointError where student, router and settings do not go together."""
+        rows = vocabulary_rows(config.student)
         router, student = _merged(config)
         reserved = router.reserved if router is not None else _free_rows(student)
         return cls(
@@ -45,7 +46,7 @@ class ServedPair:
             student=student,
             router=router,
             reserved=reserved,
-            visible=min(_known_rows(student, reserved), reserved.start),
+            visible=min(_known_rows(student, reserved), rows, reserved.start),
             spans=_spans(config, router),
         )
 
@@ -123,26 +124,41 @@ def _merged(config: ServeConfig) -> tuple[RouterCheckpoint | None, Path]:
             raise ConfigError(
                 "the learned gate needs a router checkpoint (--router), or choose another --gate"
             )
-        return None, config.student
+        return None, _with_rows(config)
     router = RouterCheckpoint.load(config.router)
     router.check_student(config.student)
-    # The merged student links to files of the original: another place makes another one.
-    key = hashlib.sha256(f"{router.digest()} {config.student.resolve()}".encode()).hexdigest()
-    merged = config.cache / "merged" / key[:16]
+    merged = _copy_of_student(config, router.digest())
     if not merged.is_dir():
         router.merge(config.student, merged)
     return router, merged
 
 
+def _with_rows(config: ServeConfig) -> Path:
+    """The student; its copy with rows appended where the vocabulary has none to spare."""
+    reserved = _free_rows(config.student)
+    if reserved.end <= vocabulary_rows(config.student):
+        return config.student
+    copy = _copy_of_student(config, f"{reserved} {fingerprint(config.student, reserved.start)}")
+    if not copy.is_dir():
+        append_rows(config.student, copy, reserved)
+    return copy
+
+
+def _copy_of_student(config: ServeConfig, contents: str) -> Path:
+    """Where the copy is kept. It links to files of the original: another place makes another copy."""
+    student = config.student.resolve()
+    digest = hashlib.sha256(f"{contents} {student}".encode())
+    digest.update((student / MODEL_CONFIG).read_bytes())  # no link in a copy with more rows
+    return config.cache / "merged" / digest.hexdigest()[:16]
+
+
 def _free_rows(student: Path) -> ReservedRows:
     known = visible_rows(token_id for _, token_id in vocabulary(student))
+    rows = vocabulary_rows(student)
     try:
-        rows = json.loads((student / "config.json").read_text())["vocab_size"]
-        return ReservedRows.at_end(rows, known)
-    except KeyError as error:
-        raise ConfigError(f"{student}/config.json has no {error}") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{student}: {error}") from error
+        return ReservedRows.for_model(rows, known)
+    except ValueError as error:
+        raise CheckpointError(f"{student}: {error}") from error
 
 
 def _known_rows(student: Path, reserved: ReservedRows) -> int:

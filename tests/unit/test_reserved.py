@@ -49,6 +49,19 @@ def test_a_full_vocabulary_is_refused(tokenizer):
         ReservedRows.at_end(1024, tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "tokenizer", "expected"),
+    [
+        (1024, 900, ReservedRows(992, 32)),
+        (1024, 1023, ReservedRows(1023, 1)),
+        (1024, 1024, ReservedRows(1024, 32)),
+        (1024, 1030, ReservedRows(1030, 32)),  # six ids that the model has no row for
+    ],
+)
+def test_a_full_vocabulary_is_followed_by_rows_of_its_own(vocabulary, tokenizer, expected):
+    assert ReservedRows.for_model(vocabulary, tokenizer) == expected
+
+
 def test_rows_beyond_the_highest_id_are_not_visible():
     assert visible_rows([3, 0, 7]) == 8
     assert visible_rows([]) == 0

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from router.checkpoint import MERGED_ROUTER, CheckpointError, RouterCheckpoint
+from router.checkpoint import MERGED_ROUTER, CheckpointError, RouterCheckpoint, fingerprint
+from router.gate import LearnedGate
 from router.policy import Calibration
+from router.reserved import ReservedRows
 from server.config import ConfigError, ServeConfig
 from server.served_pair import ServedPair
 
@@ -140,8 +144,10 @@ def test_without_a_router_the_last_rows_that_the_tokenizer_leaves_free(tmp_path,
         ({"tokenizer.json": "{}"}, "tokenizer.json holds no vocabulary: KeyError 'model'"),
         ({"tokenizer.json": '{"model": {"vocab": [1, 2]}}'}, "tokenizer.json holds no vocabulary"),
         ({"config.json": None}, "config.json"),
-        ({"config.json": "{}"}, "config.json has no 'vocab_size'"),
-        ({"config.json": '{"vocab_size": 3}'}, "no spare row for the escalation token"),
+        ({"config.json": "[]"}, "config.json holds no settings by name"),
+        ({"config.json": "{}"}, "none of lm_head.weight, model.embed_tokens.weight in"),
+        ({"config.json": '{"vocab_size": "many"}'}, "config.json: vocab_size is 'many'"),
+        ({"config.json": '{"vocab_size": 3}'}, r"no \*.safetensors weights in"),
     ],
     ids=str,
 )
@@ -152,6 +158,83 @@ def test_a_student_that_is_not_usable_is_said_in_one_line(tmp_path, broken, prob
     with pytest.raises((ConfigError, CheckpointError), match=problem) as error:
         ServedPair.of(configured(directory, gate="random"))
     assert "\n" not in str(error.value)
+
+
+def full_student(directory: Path, known: int = 10, config: dict[str, Any] | None = None) -> Path:
+    """Ten rows, and so many tokens."""
+    directory.mkdir(exist_ok=True)
+    student(directory, 10, {"model": {"type": "BPE", "vocab": {f"t{i}": i for i in range(known)}}})
+    if config is not None:
+        (directory / "config.json").write_text(json.dumps(config))
+    matrix = torch.arange(40.0).view(10, 4)
+    save_file({"model.embed_tokens.weight": matrix}, directory / "model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize("known", [10, 12])
+def test_a_student_without_spare_rows_gets_some_in_the_gateways_own_copy(tmp_path, known):
+    original = full_student(tmp_path / "student", known)
+    pair = ServedPair.of(configured(original, gate="margin", price=0.0, cache=tmp_path / "cache"))
+    assert pair.reserved == ReservedRows(known, 32)
+    assert pair.visible == 10  # also where the tokenizer knows ids that the model has no row for
+    assert pair.student.parent == tmp_path / "cache" / "merged"
+    assert json.loads((pair.student / "config.json").read_text())["vocab_size"] == known + 32
+    matrix = load_file(pair.student / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(matrix[:10], torch.arange(40.0).view(10, 4))
+    assert torch.equal(matrix[10:], torch.zeros(known + 22, 4))
+    assert json.loads((original / "config.json").read_text())["vocab_size"] == 10
+
+
+def test_a_copy_is_made_once_and_again_for_another_configuration(tmp_path):
+    original = full_student(tmp_path / "student")
+    settings = configured(original, gate="random", cache=tmp_path / "cache")
+    first = ServedPair.of(settings).student
+    made = (first / "model.safetensors").stat().st_ino
+    assert ServedPair.of(settings).student == first
+    assert (first / "model.safetensors").stat().st_ino == made
+    (original / "config.json").write_text('{"vocab_size": 10, "rope_theta": 5}')
+    second = ServedPair.of(settings).student
+    assert second != first
+    assert json.loads((second / "config.json").read_text()) == {"vocab_size": 42, "rope_theta": 5}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"text_config": {"vocab_size": 10}},
+        {"text_config": {}, "tie_word_embeddings": True},
+        {"text_config": {"vocab_size": 10}, "vocab_size": 10},
+    ],
+    ids=str,
+)
+def test_a_nested_configuration_tells_the_new_size(tmp_path, config):
+    original = full_student(tmp_path / "student", config=config)
+    pair = ServedPair.of(configured(original, gate="random", cache=tmp_path / "cache"))
+    written = json.loads((pair.student / "config.json").read_text())
+    assert written["text_config"]["vocab_size"] == 42
+    assert written.get("vocab_size", 42) == 42
+    assert ("vocab_size" in written) == ("vocab_size" in config)
+
+
+def test_a_router_brings_the_rows_that_the_student_lacks(router, tmp_path):
+    original = full_student(tmp_path / "student")
+    config = router.config.model_copy(
+        update={
+            "reserved_count": 32,
+            "fingerprints": router.config.fingerprints.model_copy(
+                update={"student": fingerprint(original, 10)}
+            ),
+        }
+    )
+    taps = torch.ones(31, 4)
+    gate = LearnedGate(ReservedRows(10, 32), config.gate_width).state_dict()
+    replace(router, config=config, taps=taps, gate=gate).save(tmp_path / "router")
+    pair = ServedPair.of(configured(original, router=tmp_path / "router", cache=tmp_path / "cache"))
+    assert (pair.reserved, pair.visible) == (ReservedRows(10, 32), 10)
+    matrix = load_file(pair.student / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(matrix[11:], taps)
+    assert json.loads((pair.student / "config.json").read_text())["vocab_size"] == 42
+    assert ServedPair.of(configured(pair.student)).reserved == pair.reserved
 
 
 def test_rows_without_a_token_are_known(router, tmp_path):

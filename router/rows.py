@@ -1,0 +1,284 @@
+"""Tensors of a model that have a row for every token id, and copies of the model with more rows.
+
+Everything here works on the model's files. No model is built.
+"""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from router.reserved import ReservedRows
+
+OUTPUT_LAYERS = (
+    "lm_head",
+    "language_model.lm_head",
+    "model.language_model.lm_head",
+    "embed_out",  # GPT-NeoX
+    "output",  # InternLM 2
+)
+"""Known names of the layer that maps the last hidden state to logits."""
+INPUT_LAYERS = (
+    "model.embed_tokens",
+    "language_model.model.embed_tokens",
+    "model.language_model.embed_tokens",
+    "transformer.wte",  # GPT-2, GPT-J, MPT
+    "wte",  # GPT-2 as it was published
+    "gpt_neox.embed_in",
+    "model.decoder.embed_tokens",  # OPT
+    "decoder.embed_tokens",
+    "transformer.word_embeddings",  # Falcon, BLOOM
+    "word_embeddings",
+    "model.tok_embeddings",  # InternLM 2
+    "backbone.embeddings",  # Mamba
+)
+"""Known names of the layer that maps token ids to vectors; its matrix may also be the output's."""
+VOCABULARY_TENSORS = frozenset(
+    [f"{layer}.weight" for layer in OUTPUT_LAYERS + INPUT_LAYERS]
+    + [f"{layer}.bias" for layer in OUTPUT_LAYERS]
+)
+PLAIN_TYPES = ("F32", "F16", "BF16")
+MODEL_CONFIG = "config.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint, or the pair it is used with, is not usable; the message names the file."""
+
+
+class VocabularyTensors(NamedTuple):
+    """The tensors of a model that have a row for every token id."""
+
+    files: dict[str, str]
+    """The file of each of them, by the tensor's name."""
+    outputs: tuple[str, ...]
+    """Names of the output matrix: two where a tied matrix is in the files twice."""
+    rows: int
+
+    @classmethod
+    def of(cls, model: Path) -> "VocabularyTensors":
+        """Raises CheckpointError where the output matrix is quantised, or has a name that is not known."""
+        files = _tensors(model)
+        output = _first_layer(OUTPUT_LAYERS, files)
+        source = _first_layer(INPUT_LAYERS, files)
+        if output is None and source is None:
+            raise CheckpointError(f"none of {OUTPUT_LAYERS[0]}.weight, {INPUT_LAYERS[0]}.weight in {model}")
+        if output is None and _is_tied(model) is False:
+            raise CheckpointError(
+                f"the output matrix of {model} is not tied to {source}, and not in its files"
+            )
+        layers = [layer for layer in (output, source) if layer is not None]
+        names = [f"{layer}.weight" for layer in layers]
+        _check_plain(model, files, layers[0], "output")
+        outputs = names[:1]
+        if len(names) == 2 and _is_same(model, files, names):
+            outputs = names
+        if f"{output}.bias" in files:
+            names.append(f"{output}.bias")
+        rows = _shape(model, files, outputs[0])[0]
+        return cls({name: files[name] for name in names if name in files}, tuple(outputs), rows)
+
+    def read(self, model: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """These tensors, or all of them."""
+        tensors: dict[str, Tensor] = {}
+        for name in self.files if names is None else names:
+            with safe_open(model / self.files[name], "pt") as file:
+                tensors[name] = file.get_tensor(name)
+        return tensors
+
+    def grown(self, model: Path, rows: int) -> dict[str, Tensor]:
+        """All of them with this many rows; the new ones are zero.
+
+        Raises:
+            CheckpointError: the input matrix is quantised, or the tensors have different numbers of rows.
+        """
+        files = _tensors(model)
+        for name in self.files:
+            layer = name.removesuffix(".weight").removesuffix(".bias")
+            _check_plain(model, files, layer, "input" if layer in INPUT_LAYERS else "output")
+            found = _shape(model, files, name)[0]
+            if found != self.rows:
+                raise CheckpointError(f"{name} of {model} has {found} rows, {self.outputs[0]} {self.rows}")
+        tensors = self.read(model)
+        for name, tensor in tensors.items():
+            wider = tensor.new_zeros(rows, *tensor.shape[1:])
+            wider[: self.rows] = tensor
+            tensors[name] = wider
+        return tensors
+
+
+def vocabulary_rows(model: Path) -> int:
+    """Rows of the model's vocabulary: by its configuration, else by its output matrix.
+
+    Raises:
+        CheckpointError: neither tells.
+    """
+    config = _config(model)
+    rows = (config.get("text_config") or config).get("vocab_size")
+    if rows is None:
+        return VocabularyTensors.of(model).rows
+    if not isinstance(rows, int):
+        raise CheckpointError(f"{model / MODEL_CONFIG}: vocab_size is {rows!r}")
+    return rows
+
+
+def append_rows(model: Path, out: Path, reserved: ReservedRows) -> None:
+    """Write a copy of the model to ``out`` whose vocabulary ends with these rows, all of them zero.
+
+    Raises:
+        CheckpointError: its output or input matrix is quantised, or not known by name.
+    """
+    vocabulary = VocabularyTensors.of(model)
+    if vocabulary.rows > reserved.start:
+        raise CheckpointError(f"{model} has {vocabulary.rows} rows, more than {reserved.start}")
+    tensors = vocabulary.grown(model, reserved.end)
+    with copied(model, out, tensors, vocab_size=reserved.end):
+        pass
+
+
+@contextmanager
+def copied(
+    model: Path,
+    out: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    vocab_size: int | None = None,
+    without: Collection[str] = (),
+) -> Iterator[Path]:
+    """A copy of the model with other tensors; the caller may add files to it before it takes its place.
+
+    Only the files with these tensors are written, and config.json if there is a ``vocab_size``. Every other
+    file is a symbolic link. The copy appears at ``out`` all at once. A copy that is there already stays, so
+    that of several gateways that start at once none takes the files from another.
+
+    Args:
+        vocab_size: of the copy; None: the model's own.
+        without: names of files or folders that the copy does not have.
+    """
+    files = {name: file for name, file in _tensors(model).items() if name in tensors}
+    written = {*files.values(), *without}
+    if vocab_size is not None:
+        written.add(MODEL_CONFIG)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=out.name, dir=out.parent))
+    try:
+        for path in model.iterdir():
+            if path.name not in written:
+                (scratch / path.name).symlink_to(path.resolve())
+        for file in sorted(set(files.values())):
+            _write_tensors(model / file, scratch / file, tensors)
+        if vocab_size is not None:
+            config = _with_vocab_size(_config(model), vocab_size)
+            (scratch / MODEL_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        yield scratch
+        try:
+            os.replace(scratch, out)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write_tensors(source: Path, target: Path, changed: Mapping[str, Tensor]) -> None:
+    tensors = load_file(source)
+    for name in tensors.keys() & changed.keys():
+        tensors[name] = changed[name]
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, target, metadata=metadata)
+
+
+def _with_vocab_size(config: dict[str, Any], rows: int) -> dict[str, Any]:
+    """With models of text and images, the language model has a configuration of its own."""
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        config = config | {"text_config": text | {"vocab_size": rows}}
+    if not isinstance(text, dict) or "vocab_size" in config:
+        config = config | {"vocab_size": rows}
+    return config
+
+
+def _config(model: Path) -> dict[str, Any]:
+    file = model / MODEL_CONFIG
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} holds no settings by name")
+    return config
+
+
+def _is_tied(model: Path) -> bool | None:
+    """Whether the configuration ties the output matrix to the input's; None where it does not tell."""
+    try:
+        config = _config(model)
+    except CheckpointError:
+        return None
+    for part in (config.get("text_config") or {}, config):
+        if "tie_word_embeddings" in part:
+            return bool(part["tie_word_embeddings"])
+    return None
+
+
+def _is_same(model: Path, files: Mapping[str, str], names: Collection[str]) -> bool:
+    """Whether these two matrices are one that is tied.
+
+    By the configuration, or by their values where it does not tell.
+    """
+    tied = _is_tied(model)
+    if tied is not None:
+        return tied
+    matrices: list[Tensor] = []
+    for name in names:
+        with safe_open(model / files[name], "pt") as file:
+            matrices.append(file.get_tensor(name))
+    one, other = matrices
+    return one.shape == other.shape and bool((one == other).all())
+
+
+def _first_layer(layers: Collection[str], tensors: Collection[str]) -> str | None:
+    """The first layer that has tensors here, besides a bias."""
+    for layer in layers:
+        if any(name.startswith(f"{layer}.") and name != f"{layer}.bias" for name in tensors):
+            return layer
+    return None
+
+
+def _check_plain(model: Path, files: Mapping[str, str], layer: str, role: str) -> None:
+    """Raises CheckpointError where other tensors of the layer, or its type, show that it is quantised."""
+    name = f"{layer}.weight"
+    others = [t for t in files if t.startswith(f"{layer}.") and t not in (name, f"{layer}.bias")]
+    sign = min(others, default="")
+    if not others:
+        with safe_open(model / files[name], "pt") as file:
+            dtype = file.get_slice(name).get_dtype()
+        sign = "" if dtype in PLAIN_TYPES else f"{name}: {dtype}"
+    if sign:
+        raise CheckpointError(f"the {role} matrix of {model} is quantised ({sign}): it takes no further rows")
+
+
+def _shape(model: Path, files: Mapping[str, str], name: str) -> list[int]:
+    with safe_open(model / files[name], "pt") as file:
+        return list(file.get_slice(name).get_shape())
+
+
+def _tensors(model: Path) -> dict[str, str]:
+    """The file of every tensor."""
+    index = model / "model.safetensors.index.json"
+    if index.is_file():
+        return dict(json.loads(index.read_text())["weight_map"])
+    files: dict[str, str] = {}
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, "pt") as source:
+            files |= dict.fromkeys(source.keys(), file.name)
+    return files
