@@ -94,12 +94,8 @@ class VocabularyTensors(NamedTuple):
                 tensors[name] = file.get_tensor(name)
         return tensors
 
-    def grown(self, model: Path, rows: int) -> dict[str, Tensor]:
-        """All of them with this many rows; the new ones are zero.
-
-        Raises:
-            CheckpointError: the input matrix is quantised, or the tensors have different numbers of rows.
-        """
+    def check_growth(self, model: Path) -> None:
+        """Raises CheckpointError where the input matrix is quantised, or has another number of rows."""
         files = _tensors(model)
         for name in self.files:
             layer = name.removesuffix(".weight").removesuffix(".bias")
@@ -107,6 +103,10 @@ class VocabularyTensors(NamedTuple):
             found = _shape(model, files, name)[0]
             if found != self.rows:
                 raise CheckpointError(f"{name} of {model} has {found} rows, {self.outputs[0]} {self.rows}")
+
+    def grown(self, model: Path, rows: int) -> dict[str, Tensor]:
+        """All of them with this many rows; the new ones are zero. Raises what `check_growth` does."""
+        self.check_growth(model)
         tensors = self.read(model)
         for name, tensor in tensors.items():
             wider = tensor.new_zeros(rows, *tensor.shape[1:])

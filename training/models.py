@@ -3,6 +3,7 @@ matter.
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from router.reserved import RESERVED_ROWS, ReservedRows
+from router.rows import append_rows, vocabulary_rows
 from training.batches import Batch
 from training.config import ModelConfig, PretrainedConfig, RecipeError, ScratchConfig, Shape
 from training.lora import add_lora
@@ -94,6 +96,17 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTraine
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
 
 
+def load_with_rows(student: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Like `load_model`; a student that has no row for a router gets them, as it does when it is served."""
+    reserved = ReservedRows.for_model(vocabulary_rows(student), visible_ids(tokenizer))
+    if reserved.end <= vocabulary_rows(student):
+        return load_model(student)
+    with TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "student"
+        append_rows(student, copy, reserved)
+        return load_model(copy)
+
+
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """A directory that stock vLLM serves."""
     end = tokenizer.eos_token_id
@@ -103,8 +116,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
 
 
 def reserved_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ReservedRows:
-    """Raises ValueError where the vocabulary has no row to spare."""
-    return ReservedRows.at_end(model.config.get_text_config().vocab_size, visible_ids(tokenizer))
+    """Of a vocabulary that has no row to spare: those that its copies get, see `router.rows`."""
+    return ReservedRows.for_model(model.config.get_text_config().vocab_size, visible_ids(tokenizer))
 
 
 def parameters(model: PreTrainedModel, *, trained_only: bool = False) -> int:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from training.growing_cache import growing_cache
@@ -113,6 +114,14 @@ class Readout:
         if self.cap is not None:
             products = torch.tanh(products / self.cap) * self.cap
         return products
+
+
+def bias_of(model: PreTrainedModel, rows: int) -> Tensor | None:
+    """The bias (rows,) of the output matrix, if it has one; zero where the model has no such row yet."""
+    bias: Tensor | None = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is None:
+        return None
+    return functional.pad(bias, (0, max(0, rows - len(bias))))
 
 
 def attends_everywhere(config: PreTrainedConfig) -> bool:

@@ -7,9 +7,10 @@ import json
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from measuring.json_lines import DataError
-from router.reserved import ReservedRows
+from router.rows import CheckpointError, VocabularyTensors
 from router.vocabulary import difference
 from training.config import ChatConfig, PretrainedConfig, Recipe, RecipeError, ServedConfig
+from training.export import directory_of
 from training.served import ServedTeacher, VLLMServer
 from training.teacher_cache import TeacherCache
 from training.tokenizer import rendered, visible_ids
@@ -47,8 +48,12 @@ def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def check_pair(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises RecipeError, naming the model, where student or teacher has another vocabulary than `tokenizer`,
-    or the student no row to spare; ServerError where a served teacher cannot be used.
+    """What can be told about the pair before it is loaded.
+
+    Raises:
+        RecipeError: student or teacher has another vocabulary than `tokenizer`, or the student neither has
+            rows for a router nor can get them.
+        ServerError: a served teacher cannot be used.
     """
     for role in ("teacher", "student"):
         config = getattr(recipe, role)
@@ -56,12 +61,22 @@ def check_pair(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
             served_teacher(config).check_vocabulary(tokenizer)
         elif isinstance(config, PretrainedConfig):
             check_vocabulary(role, config.pretrained, tokenizer)
-            rows = AutoConfig.from_pretrained(config.pretrained).vocab_size
-            try:
-                if role == "student":
-                    ReservedRows.at_end(rows, visible_ids(tokenizer))
-            except ValueError as error:
-                raise RecipeError(f"student {config.pretrained}: {error}") from error
+            if role == "student":
+                check_rows(config.pretrained, visible_ids(tokenizer))
+
+
+def check_rows(student: str, known: int) -> None:
+    """Raises RecipeError where the router's rows are neither there nor can be appended when it is served."""
+    rows = AutoConfig.from_pretrained(student).get_text_config().vocab_size
+    if rows > known:
+        return
+    directory = directory_of(student)
+    if not any(directory.glob("*.safetensors")):
+        return  # the export will have such files
+    try:
+        VocabularyTensors.of(directory).check_growth(directory)
+    except CheckpointError as error:
+        raise RecipeError(f"student {student}: {error}") from error
 
 
 def check_vocabulary(role: str, name: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -134,13 +134,37 @@ def test_another_vocabulary_is_refused_by_name(recipe, ready, tmp_path, capsys):
     assert not (tmp_path / "work").exists()
 
 
-def test_a_student_without_a_row_to_spare_is_refused(recipe, ready, tmp_path, capsys):
-    full = tmp_path / "full"
+@pytest.fixture
+def full(ready, tmp_path):
+    """The student without a row to spare."""
     model = AutoModelForCausalLM.from_pretrained(ready / "student")
     model.resize_token_embeddings(model.config.vocab_size - RESERVED_ROWS)
-    save_model(model, load_tokenizer(ready / "student"), full)
+    save_model(model, load_tokenizer(ready / "student"), tmp_path / "full")
+    return tmp_path / "full"
+
+
+def test_a_student_without_a_row_to_spare_gets_its_router_and_its_rows_when_it_is_served(
+    recipe, full, tmp_path
+):
+    assert train([recipe, f"student.pretrained={full}"]) == 0
+    student = tmp_path / "out" / "student"
+    assert AutoModelForCausalLM.from_pretrained(student).config.vocab_size == 300  # stock servers take it
+    router = RouterCheckpoint.load(tmp_path / "out" / "router")
+    assert (router.reserved.start, router.reserved.count) == (300, RESERVED_ROWS)
+    router.merge(student, tmp_path / "merged")
+    matrix = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").get_output_embeddings().weight
+    assert torch.equal(matrix[301:], router.taps)
+
+
+def test_an_untrained_student_without_a_row_to_spare_keeps_its_router(recipe, full, tmp_path):
+    assert train([recipe, f"student={{pretrained: {full}}}"]) == 0
+    RouterCheckpoint.load(tmp_path / "out" / "router").check_student(full)
+
+
+def test_a_student_that_can_get_no_rows_is_refused(recipe, full, capsys):
+    save_file({"lm_head.weight_scale": torch.ones(1)}, full / "scales.safetensors")
     assert train([recipe, f"student.pretrained={full}"]) == 2
-    assert f"student {full}: the vocabulary has no spare row" in capsys.readouterr().err
+    assert f"student {full}: the output matrix of {full} is quantised" in capsys.readouterr().err
 
 
 def test_rows_without_a_token_are_written_by_nobody(ready, tmp_path):

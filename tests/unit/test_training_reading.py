@@ -132,6 +132,20 @@ def test_taps_are_read_as_the_model_will_read_them(model):
     torch.testing.assert_close(ours[:, kept], theirs[:, kept], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["phi", "llama"])
+def test_rows_that_are_still_to_be_appended_have_no_bias(name):
+    student = random_model(CONFIGS[name])
+    reserved = ReservedRows(ROWS, 5)
+    head = Head(student, reserved, 4)
+    with torch.no_grad():
+        head.taps.normal_()
+        states = torch.randn(3, 32)
+        logits = head.logits(states)
+    assert logits.shape == (3, ROWS + 5)
+    torch.testing.assert_close(logits[:, :ROWS], student.get_output_embeddings()(states))
+    torch.testing.assert_close(logits[:, reserved.taps], states @ head.taps.T)
+
+
 def test_every_token_of_a_greedy_completion_is_the_models_likeliest(model):
     rows = ids_of(9, 4)
     written = complete(model, rows, ROWS, 1, 12, temperature=0)

@@ -8,7 +8,7 @@ from router.checkpoint import RouterCheckpoint
 from router.features import confidence
 from router.gate import LearnedGate
 from router.reserved import ReservedRows
-from training.reading import Readout
+from training.reading import Readout, bias_of
 
 CHUNK = 4096  # positions at a time: their logits are as wide as the vocabulary
 
@@ -19,10 +19,10 @@ class Head(nn.Module):
     def __init__(self, student: PreTrainedModel, reserved: ReservedRows, width: int) -> None:
         super().__init__()
         self.gate = LearnedGate(reserved, width)
-        self.taps = nn.Parameter(torch.zeros(reserved.count - 1, student.config.hidden_size))
         output = student.get_output_embeddings()
+        self.taps = nn.Parameter(torch.zeros(reserved.count - 1, output.weight.shape[1]))
         self.register_buffer("visible", output.weight[: reserved.start].detach().clone())
-        bias = getattr(output, "bias", None)
+        bias = bias_of(student, reserved.end)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self._readout = Readout.of(student.config)
 

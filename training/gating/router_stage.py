@@ -28,7 +28,7 @@ from training.gating.room import Room
 from training.gating.rounds import Rounds, train_gate
 from training.gating.scorer import Scorer
 from training.gating.tree import ends
-from training.models import load_model, reserved_rows
+from training.models import load_model, load_with_rows, reserved_rows
 from training.parallel import device
 from training.reading import check_readout, check_steps
 from training.tasks import Task
@@ -61,9 +61,8 @@ class FrozenPair:
         for path in (self.student, self.teacher):
             if not (path / "config.json").exists():
                 raise RecipeError(f"no model in {path}")
-        student, teacher = (
-            load_model(path).requires_grad_(False).to(device()) for path in (self.student, self.teacher)
-        )
+        student = load_with_rows(self.student, self.tokenizer).requires_grad_(False).to(device())
+        teacher = load_model(self.teacher).requires_grad_(False).to(device())
         check_steps(student, "student")
         check_steps(teacher, "teacher")
         check_readout(student, "student")

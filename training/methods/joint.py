@@ -17,7 +17,7 @@ from training.batches import Batch
 from training.config import JointConfig
 from training.methods.base import Method
 from training.models import answer_logits, answer_read
-from training.reading import Readout
+from training.reading import Readout, bias_of
 from training.sampling import MAX_TOKENS
 from training.teacher import Teacher
 
@@ -64,9 +64,10 @@ class Joint(Method[JointConfig]):
 
     def _tapped(self, model: PreTrainedModel, states: Tensor) -> Tensor:
         """Logits (N, taps) of states (N, H), as they will be when the taps are rows of the model."""
-        bias = getattr(model.get_output_embeddings(), "bias", None)
+        reserved = self.gate.reserved
+        bias = bias_of(model, reserved.end)
         if bias is not None:
-            bias = bias[self.gate.reserved.taps]
+            bias = bias[reserved.taps]
         return Readout.of(model.config)(states, self.taps.to(states), bias)
 
     def asking(self, tapped: Tensor, logits: Tensor, price: Tensor) -> Tensor:
