@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,6 +29,7 @@ from router.ledger import LedgerConfig, Limit, MemoryLedgerConfig
 from server.vllm_flags import read_flags, setting_name
 
 ENVIRONMENT_PREFIX = "WHEELS_"
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", re.ASCII)
 
 
 class ConfigError(Exception):
@@ -38,6 +40,13 @@ def _directory(value: Any) -> Path:
     if not isinstance(value, str | Path) or not Path(value).is_dir():
         raise ValueError(f"no such directory: {value}")
     return Path(value)
+
+
+def _checkpoint(value: Any) -> Path:
+    """A directory, or a name on the hub, which `server.hub` replaces by a directory."""
+    if isinstance(value, str | Path) and HUB_NAME.fullmatch(str(value)) and not Path(value).exists():
+        return Path(value)
+    return _directory(value)
 
 
 def _file(value: Any) -> Path:
@@ -91,7 +100,7 @@ def _several(value: Any) -> Any:
     return values
 
 
-Directory = Annotated[Path, BeforeValidator(_directory)]
+Checkpoint = Annotated[Path, BeforeValidator(_checkpoint)]
 File = Annotated[Path, BeforeValidator(_file)]
 
 
@@ -100,12 +109,15 @@ class ServeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    student: Directory = Field(description="student checkpoint, a Hugging Face directory")
+    student: Checkpoint = Field(
+        description="student checkpoint, a Hugging Face directory or hub name: OWNER/NAME[@REVISION]"
+    )
     teacher: Annotated[tuple[AnyHttpUrl, ...], BeforeValidator(_several), Field(min_length=1)] = Field(
         description="base URL of the teacher's vLLM server, without /v1; of its replicas, with commas between"
     )
-    router: Directory | None = Field(
-        None, description="router checkpoint; default: the one merged into the student"
+    router: Checkpoint | None = Field(
+        None,
+        description="router checkpoint, a directory or hub name; default: the one merged into the student",
     )
     teacher_model: str | None = Field(None, description="model name at the teacher; default: its first one")
     teacher_api_key: SecretStr | None = Field(None, description="sent to the teacher as a bearer token")

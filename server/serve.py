@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from server.config import ConfigError, load
+from server.config import ConfigError, ServeConfig, load
 
 
 def main(argv: list[str]) -> int:
@@ -20,7 +20,13 @@ def main(argv: list[str]) -> int:
     # From now on, because the first process of a container ignores what it does not handle, until the HTTP
     # server has handlers of its own.
     signal.signal(signal.SIGTERM, _end_at_once)
-    # vLLM takes seconds to import: a wrong flag is said before.
+    # vLLM takes seconds to import: a wrong flag or name is reported before.
+    try:
+        config = _with_directories(config)
+    except ConfigError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        return 130
     from router.checkpoint import CheckpointError
     from server.gateway import run
     from server.http.lifecycle import EngineDied
@@ -32,6 +38,16 @@ def main(argv: list[str]) -> int:
         return _fail(error)
     except KeyboardInterrupt:
         return 130
+
+
+def _with_directories(config: ServeConfig) -> ServeConfig:
+    """The hub's client is imported only for a name that is no directory."""
+    paths = (config.student, config.router)
+    if all(path is None or path.is_dir() for path in paths):
+        return config
+    from server.hub import with_directories
+
+    return with_directories(config)
 
 
 def _end_at_once(number: int, _frame: Any) -> None:

@@ -242,6 +242,16 @@ def test_a_file_is_no_directory(needed, tmp_path):
     assert "no such directory" in refusal([*needed, "--router", str(tmp_path / "router")])
 
 
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "a_b/c.d@main", "a/b@refs/pr/1", "a/b@0123abc"])
+def test_a_checkpoint_may_be_a_name_on_the_hub(needed, name):
+    assert str(load(["--student", name, *needed[2:]]).student) == name
+
+
+@pytest.mark.parametrize("name", ["gpt2", "a/b/c", "./a/b", "../b", "a/", "/a", "a/b@", "a/.b", "a b/c"])
+def test_what_is_no_name_on_the_hub_is_a_directory(needed, name):
+    assert refusal(["--student", name, *needed[2:]]) == f"student: no such directory: {name}"
+
+
 @pytest.mark.parametrize("value", [None, 17, ["a", "b"]])
 def test_a_directory_is_a_path(needed, write, value):
     assert refusal([*needed[2:], *write({"student": value})]).startswith("student: no such directory")
