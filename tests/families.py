@@ -1,0 +1,103 @@
+"""Tiny models of many families, randomly initialised, whose vocabulary has no row to spare."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+ROWS = 96
+HIDDEN = 64
+USUAL: dict[str, Any] = {
+    "vocab_size": ROWS,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,  # vLLM has no kernels for smaller ones on a CPU
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+ALL_HEADS = USUAL | {"num_key_value_heads": 2}
+OLDER = {"vocab_size": ROWS, "bos_token_id": 1, "eos_token_id": 1}
+GPT2 = OLDER | {"n_embd": HIDDEN, "n_layer": 2, "n_head": 2, "n_positions": 128}
+GEMMA = USUAL | {"sliding_window": 4, "query_pre_attn_scalar": 32}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+BLOOM = OLDER | {"hidden_size": HIDDEN, "n_layer": 2, "n_head": 2}
+FALCON = OLDER | {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "image_size": 28,
+    "patch_size": 14,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("LlamaConfig", USUAL),
+    "Llama, tied": ("LlamaConfig", USUAL | {"tie_word_embeddings": True}),
+    "Mistral": ("MistralConfig", USUAL | {"sliding_window": 4}),
+    "Qwen2": ("Qwen2Config", USUAL),
+    "Qwen3": ("Qwen3Config", USUAL | {"tie_word_embeddings": True}),
+    "Qwen3-MoE": ("Qwen3MoeConfig", USUAL | EXPERTS),
+    "Gemma 2": ("Gemma2Config", GEMMA | {"final_logit_softcapping": 1.5}),
+    "Gemma 3": ("Gemma3TextConfig", GEMMA),
+    "Gemma 3, text and images": ("Gemma3Config", {"text_config": GEMMA, "vision_config": VISION}),
+    "Phi": ("PhiConfig", ALL_HEADS),
+    "Phi-3": ("Phi3Config", USUAL),
+    "GPT-2": ("GPT2Config", GPT2),
+    "GPT-J": ("GPTJConfig", GPT2 | {"rotary_dim": 16}),
+    "GPT-NeoX": ("GPTNeoXConfig", ALL_HEADS),
+    "OPT": ("OPTConfig", ALL_HEADS | {"ffn_dim": 96, "word_embed_proj_dim": HIDDEN}),
+    "Falcon": ("FalconConfig", FALCON),
+    "BLOOM": ("BloomConfig", BLOOM),
+    "OLMo 2": ("Olmo2Config", ALL_HEADS),
+    "Granite": ("GraniteConfig", USUAL | {"logits_scaling": 8.0, "embedding_multiplier": 12.0}),
+    "Cohere": ("CohereConfig", USUAL | {"logit_scale": 0.0625}),
+    "StarCoder 2": ("Starcoder2Config", USUAL),
+    "SmolLM 3": ("SmolLM3Config", USUAL),
+    "GLM-4": ("Glm4Config", USUAL),
+    "EXAONE 4": ("Exaone4Config", USUAL),
+}
+"""The name of a family, its class of transformers' configurations, and what it is given."""
+
+
+def config_of(family: str) -> "PreTrainedConfig":
+    import transformers
+
+    name, settings = FAMILIES[family]
+    return getattr(transformers, name)(**settings)
+
+
+def model_of(family: str) -> "PreTrainedModel":
+    """Weights are large enough that logits differ, and biases are not zero."""
+    import torch
+
+    torch.manual_seed(0)
+    model = _class_of(family).from_config(config_of(family)).eval().requires_grad_(False)
+    for name, weights in model.named_parameters():
+        if weights.ndim == 2:
+            weights.mul_(4)
+        elif name.endswith("bias"):
+            weights.normal_()
+    return model
+
+
+def load(family: str, directory: Path) -> "PreTrainedModel":
+    return _class_of(family).from_pretrained(directory).eval().requires_grad_(False)
+
+
+def write(family: str, directory: Path) -> Path:
+    """The model's files, without a tokenizer."""
+    model_of(family).save_pretrained(directory)
+    return directory
+
+
+def _class_of(family: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    nested = "text_config" in FAMILIES[family][1]
+    return AutoModelForImageTextToText if nested else AutoModelForCausalLM
