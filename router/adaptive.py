@@ -1,0 +1,235 @@
+"""A calibration that finds itself: prices from the scores of live traffic, corrected by the rates they gave.
+
+A gate without a measured calibration starts here. Two things are learned while requests are served:
+
+- The distribution of the gate's scores. A rate becomes a price by its quantile.
+- A correction for each rate. Asking changes what the student writes next, and a bucket holds calls back.
+  So the realised rate differs from the one that the quantile promises.
+"""
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+KNOTS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
+"""Rates whose corrections are learned; between them the correction is interpolated."""
+WINDOW_TOKENS = 400
+"""Completion tokens over which a rate of twice the aim moves its correction by one."""
+WINDOW_PER_STREAM = 20
+"""The window grows by this for every running request: their next tokens still answer to an older price."""
+MOST = 6.0
+"""Largest correction of the logit of a rate."""
+BORROWED_TOKENS = 400
+"""With this many completion tokens of its own a knot follows the others half as much."""
+MEMORY_TOKENS = 10_000
+"""Realised rates are reported over about this many completion tokens."""
+PRIOR_POSITIONS = 64
+"""Positions that the prior counts for: the scores that were seen soon outweigh it."""
+
+STEPS = [step / 100 for step in range(101)]
+PRIOR_SCORES: dict[str, tuple[float, ...]] = {
+    "random": tuple(STEPS),
+    # Language models are nearly certain at half of their positions; the rest spreads over several nats.
+    "entropy": tuple(4.0 * step**3 for step in STEPS),
+    "margin": tuple(-12.0 * (1 - step) ** 1.5 for step in STEPS),
+    "max_probability": tuple(-((1 - step) ** 0.25) for step in STEPS),
+    "learned": tuple(2.0 * step**3 for step in STEPS),
+}
+"""Where each gate starts before it has seen anything: scores at even quantiles, increasing."""
+
+
+class Scores(NamedTuple):
+    """Scores of the positions at which the student could have asked."""
+
+    quantiles: Sequence[float]
+    """At even quantiles from the least to the greatest, increasing."""
+    positions: int
+    """How many positions they stand for."""
+
+
+class Realised(NamedTuple):
+    """The rate that came of one aimed rate, over recent traffic."""
+
+    aim: float
+    rate: float
+    completion_tokens: float
+    """The tokens it was measured on; older ones fade."""
+
+
+@dataclass
+class Correction:
+    """What is learned at one knot."""
+
+    offset: float = 0.0
+    """Added to the logit of the rate before its quantile is taken."""
+    teacher_tokens: float = 0.0
+    completion_tokens: float = 0.0
+
+    def count(self, teacher_tokens: float, completion_tokens: float) -> None:
+        """Add to what was realised here."""
+        fade = math.exp(-completion_tokens / MEMORY_TOKENS)
+        self.teacher_tokens = self.teacher_tokens * fade + teacher_tokens
+        self.completion_tokens = self.completion_tokens * fade + completion_tokens
+
+    def move(self, step: float) -> None:
+        """Change the offset, within its bounds."""
+        self.offset = min(max(self.offset + step, -MOST), MOST)
+
+
+class SavedState(BaseModel):
+    """What survives a restart."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gate: str
+    quantiles: tuple[float, ...]
+    positions: int
+    offsets: tuple[float, ...]
+
+
+class AdaptiveCalibration:
+    """Rates to prices, learned while serving. It answers like a measured `Calibration`.
+
+    `price` answers at any time. `see` takes newer scores, `observe` what was realised.
+    """
+
+    def __init__(self, gate: str, ask_tokens: int) -> None:
+        """Start from the gate's prior.
+
+        Args:
+            gate: a name of `router.gate.GATES`.
+            ask_tokens: tokens of one teacher call.
+        """
+        self.gate = gate
+        self.ask_tokens = ask_tokens
+        self._corrections = [Correction() for _ in KNOTS]
+        self._seen = Scores((), 0)
+        self.see(self._seen)
+
+    def see(self, scores: Scores) -> None:
+        """Take the distribution of scores that the engine has seen; it replaces the one before."""
+        self._seen = scores
+        weighted = [(score, PRIOR_POSITIONS / len(STEPS)) for score in PRIOR_SCORES[self.gate]]
+        if scores.positions:
+            weight = scores.positions / len(scores.quantiles)
+            weighted += [(score, weight) for score in scores.quantiles]
+        weighted.sort()
+        self._scores = [score for score, _ in weighted]
+        self._below = list(accumulate(weight for _, weight in weighted))
+
+    def observe(self, aim: float, teacher_tokens: int, completion_tokens: int, *, running: int = 1) -> None:
+        """Learn from a stretch of a completion that was written under one fraction.
+
+        Corrections move against the error: dual ascent in the logit of the rate, as `RateController` does it.
+
+        Args:
+            aim: the fraction, in (0, 1).
+            teacher_tokens: tokens of the stretch that the teacher wrote.
+            completion_tokens: all tokens of the stretch.
+            running: requests that are being written at this moment.
+        """
+        if not completion_tokens or not 0.0 < aim < 1.0:
+            return
+        window = WINDOW_TOKENS + WINDOW_PER_STREAM * running
+        error = (aim * completion_tokens - teacher_tokens) / (aim * window)
+        place = _place(aim)
+        for knot, correction in enumerate(self._corrections):
+            weight = place.weight(knot)
+            if weight > 0.0:
+                correction.count(weight * teacher_tokens, weight * completion_tokens)
+                correction.move(weight * error)
+            else:  # a rate with little traffic of its own follows the others
+                correction.move(error * BORROWED_TOKENS / (BORROWED_TOKENS + correction.completion_tokens))
+
+    def price(self, rate: float) -> float:
+        """Price for a teacher rate; never (inf) at 0, always (-inf) at 1."""
+        if rate <= 0.0:
+            return math.inf
+        if rate >= 1.0:
+            return -math.inf
+        corrected = self._corrected(rate)
+        # Asking at a share p of the positions for K tokens gives the rate p K / (p K + 1 - p).
+        share = corrected / (self.ask_tokens * (1.0 - corrected) + corrected)
+        return self._quantile(1.0 - share)
+
+    @property
+    def points(self) -> tuple[tuple[float, float], ...]:
+        """(rate, price) at the knots, as a measured calibration has them."""
+        return tuple((knot, self.price(knot)) for knot in KNOTS)
+
+    @property
+    def realised(self) -> list[Realised]:
+        """What came of each knot that was aimed at."""
+        found = []
+        for knot, correction in zip(KNOTS, self._corrections, strict=True):
+            if correction.completion_tokens > 0.0:
+                rate = correction.teacher_tokens / correction.completion_tokens
+                found.append(Realised(knot, rate, correction.completion_tokens))
+        return found
+
+    @property
+    def state(self) -> SavedState:
+        """What `restore` takes."""
+        offsets = tuple(correction.offset for correction in self._corrections)
+        return SavedState(
+            gate=self.gate,
+            quantiles=tuple(self._seen.quantiles),
+            positions=self._seen.positions,
+            offsets=offsets,
+        )
+
+    def restore(self, state: SavedState) -> bool:
+        """Go on from a saved state; False, and nothing happens, if it belongs to another gate."""
+        if state.gate != self.gate or len(state.offsets) != len(KNOTS):
+            return False
+        self.see(Scores(state.quantiles, state.positions))
+        for correction, offset in zip(self._corrections, state.offsets, strict=True):
+            correction.offset = offset
+        return True
+
+    def _corrected(self, rate: float) -> float:
+        """The rate whose quantile gives this rate; it never falls while the rate rises."""
+        logits = []
+        highest = -math.inf
+        for knot, correction in zip(KNOTS, self._corrections, strict=True):
+            highest = max(highest, _logit(knot) + correction.offset)
+            logits.append(highest)
+        place = _place(rate)
+        left = logits[place.left]
+        logit = left + place.share * (logits[place.left + 1] - left)
+        return 1.0 / (1.0 + math.exp(-logit))
+
+    def _quantile(self, share: float) -> float:
+        """The score that this share of the positions does not exceed."""
+        wanted = share * self._below[-1]
+        return self._scores[min(bisect_right(self._below, wanted), len(self._scores) - 1)]
+
+
+class Place(NamedTuple):
+    """Where a rate lies between two knots, in logits; the ends of the range stand for what lies beyond."""
+
+    left: int
+    share: float
+
+    def weight(self, knot: int) -> float:
+        """How much the rate has to do with a knot: 1 at the knot itself, 0 from the next one on."""
+        if knot == self.left:
+            return 1.0 - self.share
+        return self.share if knot == self.left + 1 else 0.0
+
+
+def _place(rate: float) -> Place:
+    rate = min(max(rate, KNOTS[0]), KNOTS[-1])
+    right = max(bisect_left(KNOTS, rate), 1)
+    low = _logit(KNOTS[right - 1])
+    high = _logit(KNOTS[right])
+    return Place(right - 1, (_logit(rate) - low) / (high - low))
+
+
+def _logit(rate: float) -> float:
+    return math.log(rate / (1.0 - rate))
