@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from router.ledger import FractionOfTraffic, Scope, Status, TokensPerWindow
 from router.ledger.base import SUB_WINDOWS
-from router.policy import Calibration
+from router.policy import Prices
 
 GAIN = 100.0
 """An error of one hundredth of what a window allows moves the rate by a factor e."""
@@ -59,7 +59,7 @@ class RateController:
 
     The price is the limit's dual variable; its step is proportional to the limit's violation (adaptive
     pacing: Balseiro and Gur, Management Science 2019). Changed here: the step is taken in the logarithm of
-    the rate, from which `Calibration` makes the price, so it knows neither the gate's units nor the amount of
+    the rate, from which `Prices` makes the price, so it knows neither the gate's units nor the amount of
     traffic; and u stops at the ends of the calibrated range, so it does not wind up while the limit does not
     bind.
 
@@ -125,7 +125,7 @@ class RateController:
 class PriceController:
     """The controllers of all limits, and the price that they make together."""
 
-    calibration: Calibration
+    calibration: Prices
     span_tokens: int
     controllers: dict[str, RateController] = field(default_factory=dict)
     """By scope id."""
@@ -135,7 +135,7 @@ class PriceController:
         points = self.calibration.points
         return RateRange(points[0][0], points[-1][0])
 
-    def calibrate(self, calibration: Calibration, span_tokens: int) -> None:
+    def calibrate(self, calibration: Prices, span_tokens: int) -> None:
         """Go on with another router's: what was learned of the limits are rates, and stays."""
         self.calibration = calibration
         self.span_tokens = span_tokens

@@ -4,7 +4,9 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
+from router.adaptive import AdaptiveCalibration
 from router.budget import Bucket
 
 REFILL_TOKENS = 10
@@ -34,6 +36,17 @@ class Terms:
 
 
 NEVER = Terms(price=math.inf)
+
+
+class Prices(Protocol):
+    """From a teacher rate to the price that realises it: measured once, or learned while serving."""
+
+    @property
+    def points(self) -> Sequence[tuple[float, float]]:
+        """(rate, price), rate increasing in (0, 1), price not increasing."""
+
+    def price(self, rate: float) -> float:
+        """Price for a teacher rate; never (inf) at 0, always (-inf) at 1."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,7 @@ class Policy:
     is kept for what is worth the other.
     """
 
-    calibration: Calibration
+    calibration: Prices
     expected_tokens: float
     """Mean completion length on validation data."""
     spare: Calibration | None = None
@@ -124,6 +137,25 @@ class Policy:
             spare_price=min(terms.price, self.spare.price(rate)),
             spare_from=max(terms.not_before, spare_from - completion_tokens),
         )
+
+    def observe(
+        self, bucket: Bucket, teacher_tokens: int, completion_tokens: int, *, ceiling: float, running: int
+    ) -> None:
+        """Tell a calibration that learns what a stretch of a completion realised.
+
+        Only a plain fraction teaches: other budgets, and shared limits below it, aim at other rates.
+
+        Args:
+            bucket: of the request.
+            teacher_tokens: tokens of the stretch that the teacher wrote.
+            completion_tokens: all tokens of the stretch.
+            ceiling: the rate that shared limits leave to aim at.
+            running: requests that are being written at this moment.
+        """
+        budget = bucket.budget
+        plain = budget.tokens is None and budget.calls is None and budget.fraction is not None
+        if plain and ceiling >= budget.fraction and isinstance(self.calibration, AdaptiveCalibration):
+            self.calibration.observe(budget.fraction, teacher_tokens, completion_tokens, running=running)
 
     def _rate(self, bucket: Bucket, completion_tokens: int, max_tokens: int) -> float:
         return min(

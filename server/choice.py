@@ -30,6 +30,13 @@ class Step(NamedTuple):
     source: Source
 
 
+class Written(NamedTuple):
+    """Tokens of a completion, or of a stretch of it."""
+
+    teacher_tokens: int = 0
+    completion_tokens: int = 0
+
+
 @dataclass
 class Choice:
     """One completion of a request.
@@ -61,6 +68,8 @@ class Choice:
     """Length of the completion from which it may ask again."""
     losses: int = 0
     """How often the teacher was lost since it last wrote something."""
+    told: Written = field(default_factory=Written)
+    """What `news` has told so far."""
     cached_tokens: int | None = None
     """Of the first segment's prompt, those that vLLM had in its prefix cache."""
 
@@ -143,6 +152,15 @@ class Choice:
         for token_id, times in Counter(self.completion.token_ids).items():
             bias[token_id] = bias.get(token_id, 0.0) - self.params.frequency_penalty * times
         return bias
+
+    def news(self) -> Written:
+        """What was written since the last call."""
+        before = self.told
+        self.told = Written(self.report.tokens, len(self.completion))
+        return Written(
+            self.told.teacher_tokens - before.teacher_tokens,
+            self.told.completion_tokens - before.completion_tokens,
+        )
 
     def extend(self, piece: Piece, source: Source) -> int:
         """Append what ``source`` wrote and hand it to the reader; returns how many tokens are kept."""

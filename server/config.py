@@ -137,16 +137,18 @@ class ServeConfig(BaseModel):
     metrics_api_key: SecretStr | None = Field(
         None, description="key for /metrics; with tenants an admin's key opens it too, and no key does not"
     )
-    gate: Literal["learned", "random", "entropy", "margin", "max_probability"] = Field(
-        "learned", description=f"what decides: {', '.join(GATES)}"
+    gate: Literal["learned", "random", "entropy", "margin", "max_probability"] | None = Field(
+        None, description=f"what decides: {', '.join(GATES)}; default: learned with a router, else margin"
     )
-    price: FiniteFloat | None = Field(None, description="fixed price, for a gate without a calibration")
+    price: FiniteFloat | None = Field(
+        None, description="fixed price; default: the router's calibration, or learned while serving"
+    )
     aim: Literal["quality", "rate"] = Field(
         "quality", description="a fraction of a budget is a bound (quality), or a rate to be spent (rate)"
     )
-    span_tokens: PositiveInt | None = Field(None, description="longest span; default: the router's, or 1")
+    span_tokens: PositiveInt | None = Field(None, description="longest span; default: the router's, or 4")
     ask_tokens: PositiveInt | None = Field(
-        None, description="tokens of one teacher call; default: the router's, or a whole span"
+        None, description="tokens of one teacher call; default: the router's, or 1"
     )
     on_teacher_error: Literal["degrade", "error"] = Field(
         "degrade", description="teacher lost: the student goes on, or the request fails with 502"

@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from router.adaptive import Scores
 from router.checkpoint import CheckpointError, RouterCheckpoint
 from router.gate import GATES, Gate
 from router.policy import Terms
 from router.reserved import ReservedRows
+from router.sketch import ScoreSketch
 from server.vllm_api import (
     LogitsProcessor,
     LogitsProcessorV2,
@@ -49,17 +51,29 @@ MANY = 0.5
 
 
 def gate_settings(
-    reserved: ReservedRows, gate: str, router: Path | None, visible: int | None = None
+    reserved: ReservedRows,
+    gate: str,
+    router: Path | None,
+    visible: int | None = None,
+    *,
+    sketch: bool = False,
 ) -> dict[str, Any]:
     """The engine's ``additional_config`` from which its process builds the gate.
 
-    ``visible``: see `router.reserved.visible_rows`; default: all rows before the reserved ones.
+    Args:
+        reserved: the rows of escalation token and taps.
+        gate: a name of `router.gate.GATES`.
+        router: checkpoint of a learned gate.
+        visible: see `router.reserved.visible_rows`; default: all rows before the reserved ones.
+        sketch: keep the scores, for a price that is learned from them.
     """
     settings: dict[str, Any] = {
         "reserved": [reserved.start, reserved.count],
         "gate": gate,
         "router": None if router is None else str(router),
     }
+    if sketch:
+        settings["sketch"] = True
     if visible is not None:
         settings["visible"] = visible
     return {SETTINGS: settings}
@@ -83,23 +97,29 @@ def price_steps(args: dict[str, Any]) -> list[tuple[float, float]]:
 
 def decide(
     gate: Gate, logits: Tensor, price: Tensor, rows: Tensor | None = None, visible: int | None = None
-) -> None:
+) -> Tensor:
     """Force the escalation token where the gate's score exceeds the price, mask what no token has.
+
+    Returns the scores of ``rows``; nan where asking is forbidden.
 
     logits: (B, V) float32, changed in place; price: (B,) float32, inf where asking is forbidden;
     rows: those that may ask, where others are not worth a look; visible: as in `mask_reserved`.
     """
-    ask = scores(gate, logits, rows) > (price if rows is None else price[rows])
+    price_of_rows = price if rows is None else price[rows]
+    scored = scores(gate, logits, rows)
+    ask = scored > price_of_rows
+    seen = scored.masked_fill(price_of_rows == math.inf, math.nan)
     mask_reserved(logits, gate.reserved, visible)
     if logits.device.type == "cpu":  # where it costs nothing to know which
         asking = ask.nonzero().squeeze(-1) if rows is None else rows[ask]
         logits.index_fill_(0, asking, -math.inf)
         logits[asking, gate.reserved.escalation] = 0.0
-        return
+        return seen
     if rows is not None:
         ask = torch.zeros_like(price, dtype=torch.bool).index_copy_(0, rows, ask)
     logits.masked_fill_(ask[:, None], -math.inf)
     logits[:, gate.reserved.escalation].masked_fill_(ask, 0.0)
+    return seen
 
 
 def scores(gate: Gate, logits: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -126,6 +146,8 @@ class Decider:
 
     gate: Gate
     device: torch.device
+    sketch: ScoreSketch | None
+    """The scores that were seen, for a price that is learned from them."""
 
     def _build(self, vllm_config: Any, *, v2: bool) -> None:
         settings = vllm_config.additional_config[SETTINGS]
@@ -136,6 +158,7 @@ class Decider:
             gate = RouterCheckpoint.load(Path(settings["router"])).build_gate(settings["gate"])
         self.gate = gate.to(self.device)
         self.visible: int = settings.get("visible", reserved.start)
+        self.sketch = ScoreSketch(self.device) if settings.get("sketch") else None
         hide_from_reports(slice(self.visible, reserved.end), v2=v2)
         PROCESSORS.add(self)
 
@@ -144,7 +167,9 @@ class Decider:
         return logits
 
     def _decide(self, logits: Tensor, price: Tensor, rows: Tensor | None) -> Tensor:
-        decide(self.gate, logits, price, rows, self.visible)
+        seen = decide(self.gate, logits, price, rows, self.visible)
+        if self.sketch is not None:
+            self.sketch.add(seen)
         return logits
 
 
@@ -172,6 +197,13 @@ class RouterLoader:
         _check_output(_output(self, width), width)
         setattr(self, PENDING, router)
         return router.digest()
+
+    def gate_scores(self) -> Scores | None:
+        """The scores that this process has seen; None if it keeps none."""
+        for processor in PROCESSORS:
+            if processor.sketch is not None:
+                return processor.sketch.read()
+        return None
 
     def load_router(self, directory: str) -> None:
         """Take taps and gate from the prepared router, else from the directory, between two steps."""

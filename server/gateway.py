@@ -14,6 +14,7 @@ from typing import Any, cast
 import uvloop
 from fastapi import FastAPI
 
+from router.adaptive import AdaptiveCalibration
 from router.checkpoint import RouterCheckpoint
 from router.controller import PriceController
 from router.policy import Policy
@@ -27,6 +28,7 @@ from server.http.request_id import RequestIds, log_with_ids
 from server.http.routes import routes
 from server.http.tracing import Traces
 from server.metrics import PRICE
+from server.price_follower import PriceFollower
 from server.reload import RouterReload, load_everywhere
 from server.served_pair import ServedPair
 from server.shared import SharedBudgets
@@ -114,6 +116,8 @@ async def _serve(config: ServeConfig, pair: ServedPair) -> int:
             shared = engine.cooperation.shared
             works = [shared.steer(), teacher.watch(config.teacher_probe)]
             works += [] if tenants is None else [tenants.watch()]
+            if (follower := _price_follower(pair, engine)) is not None:
+                works.append(follower.follow())
             if (reload := await _router_reload(pair, engine)) is not None:
                 works.append(reload.watch())
             async with aclosing(shared), _background(works):  # at the end, every span is settled
@@ -230,9 +234,18 @@ async def _router_reload(pair: ServedPair, engine: CooperativeEngine) -> RouterR
     return RouterReload(directory, config.student, running, use)
 
 
+def _price_follower(pair: ServedPair, engine: CooperativeEngine) -> PriceFollower | None:
+    """What keeps a learned price up to date; None where the price is measured or fixed."""
+    calibration = engine.cooperation.policy.calibration
+    if not isinstance(calibration, AdaptiveCalibration):
+        return None
+    return PriceFollower(calibration, engine.collective_rpc, pair.price_file)
+
+
 def _publish_price(config: ServeConfig, policy: Policy) -> None:
     if config.default_budget.fraction is not None:
-        PRICE.set(policy.calibration.price(config.default_budget.fraction))
+        fraction = config.default_budget.fraction
+        PRICE.set_function(lambda: policy.calibration.price(fraction))
 
 
 async def _app(

@@ -37,6 +37,14 @@ TEACHER_RATE = Histogram(
     buckets=(0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0),
 )
 PRICE = Gauge("wheels_price", "Price of a teacher token under the default budget, in the gate's units")
+REALISED_RATE = Gauge(
+    "wheels_realised_rate",
+    "Teacher rate that came of an aimed rate, where the price is learned while serving",
+    ["aim"],
+)
+AIMED_COMPLETION_TOKENS = Gauge(
+    "wheels_aimed_completion_tokens", "Recent completion tokens that wheels_realised_rate is about", ["aim"]
+)
 SHARED_LIMIT = ["scope", "tenant", "limit"]
 BUDGET_LIMIT = Gauge(
     "wheels_budget_limit", "What a shared limit allows: tokens in its window, or a teacher rate", SHARED_LIMIT

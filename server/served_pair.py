@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from router.adaptive import AdaptiveCalibration
 from router.checkpoint import MERGED_ROUTER, CheckpointError, RouterCheckpoint, fingerprint, vocabulary
 from router.policy import Calibration, Policy
 from router.reserved import ReservedRows, visible_rows
@@ -20,6 +21,12 @@ class Spans(NamedTuple):
     """Longest span."""
     ask_tokens: int
     """One teacher call."""
+
+
+UNTRAINED_SPANS = Spans(span_tokens=4, ask_tokens=1)
+"""Without a router: a token a call, and a bucket that may run four tokens ahead of its fraction."""
+DEFAULT_GATE = "margin"
+"""Without a router; the best of the untrained gates on natural language, see docs/log.md."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +67,25 @@ class ServedPair:
     def gate_settings(self) -> dict[str, Any]:
         """The engine's ``additional_config``."""
         router = None if self.router is None else self.student / MERGED_ROUTER
-        return gate_settings(self.reserved, self.config.gate, router, self.visible)
+        return gate_settings(self.reserved, self.gate, router, self.visible, sketch=self.learns_its_price)
+
+    @property
+    def gate(self) -> str:
+        """The configured gate; by default the learned one where there is a router."""
+        if self.config.gate is not None:
+            return self.config.gate
+        return "learned" if self.router is not None else DEFAULT_GATE
+
+    @property
+    def learns_its_price(self) -> bool:
+        """Whether nobody has measured which price gives which rate, so that serving has to find out."""
+        return self.config.price is None and not self._is_calibrated and self.gate != "random"
 
     def policy(self, max_len: int) -> Policy:
         """``max_len``: of the student, prompt and completion.
 
         Raises:
-            ConfigError: the gate has no calibration for these spans, and no fixed price.
+            ConfigError: the router cannot be served, or has nothing to aim a rate at.
         """
         config, router = self.config, self.router
         if router is not None and router.config.budget_prompt is not None:
@@ -80,13 +99,16 @@ class ServedPair:
         if config.price is not None:
             return Policy(Calibration(((0.5, config.price),)), expected)
         if router is not None and self._is_calibrated:
-            return Policy(router.calibration(config.gate), expected, self._spare(router))
-        if config.gate == "random":
+            return Policy(router.calibration(self.gate), expected, self._spare(router))
+        if self.gate == "random":
             return Policy(Calibration.of_random_gate(self.spans.ask_tokens), expected)
-        raise ConfigError(
-            f"the gate {config.gate} is not calibrated for this pair and spans of {self.spans.span_tokens}: "
-            "give a router checkpoint that has its calibration, or a fixed --price"
-        )
+        return Policy(AdaptiveCalibration(self.gate, self.spans.ask_tokens), expected)
+
+    @property
+    def price_file(self) -> Path:
+        """Where a price that is learned while serving is kept."""
+        name = f"{fingerprint(self.student, self.reserved.start)} {self.gate} {self.spans}"
+        return self.config.cache / "prices" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
 
     def checked_policy(self, max_len: int) -> Policy:
         """`policy`, of a router that is about to take another's place. Raises CheckpointError."""
@@ -101,7 +123,7 @@ class ServedPair:
         router = self.router
         return (
             router is not None
-            and self.config.gate in router.config.calibration
+            and self.gate in router.config.calibration
             and self.spans == _spans(None, router)
         )
 
@@ -109,7 +131,7 @@ class ServedPair:
         if self.config.aim != "rate":
             return None
         try:
-            return router.spare(self.config.gate)
+            return router.spare(self.gate)
         except CheckpointError as error:
             raise ConfigError(f"aim rate: {error}") from error
 
@@ -122,7 +144,8 @@ def _merged(config: ServeConfig) -> tuple[RouterCheckpoint | None, Path]:
             return RouterCheckpoint.load(merged_router), config.student
         if config.gate == "learned":
             raise ConfigError(
-                "the learned gate needs a router checkpoint (--router), or choose another --gate"
+                "the learned gate needs a router checkpoint (--router); "
+                "without --gate one is taken that needs no training"
             )
         return None, _with_rows(config)
     router = RouterCheckpoint.load(config.router)
@@ -168,11 +191,12 @@ def _known_rows(student: Path, reserved: ReservedRows) -> int:
 
 
 def _spans(config: ServeConfig | None, router: RouterCheckpoint | None) -> Spans:
-    """The configuration's, else the router's, else single tokens."""
-    span_tokens = (config and config.span_tokens) or (router.config.span_tokens if router else 1)
-    ask_tokens = (
-        (config and config.ask_tokens) or (router.config.ask_tokens if router else None) or span_tokens
-    )
+    """The configuration's, else the router's, else `UNTRAINED_SPANS`."""
+    measured = UNTRAINED_SPANS
+    if router is not None:
+        measured = Spans(router.config.span_tokens, router.config.ask_tokens or router.config.span_tokens)
+    span_tokens = (config and config.span_tokens) or measured.span_tokens
+    ask_tokens = (config and config.ask_tokens) or measured.ask_tokens
     if ask_tokens > span_tokens:
         raise ConfigError(f"ask_tokens: {ask_tokens} is more than a span of {span_tokens}")
     return Spans(span_tokens, ask_tokens)

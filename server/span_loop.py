@@ -49,6 +49,8 @@ class SpanLoop:
     shared: SharedBudgets
     span_tokens: int
     on_teacher_error: Literal["degrade", "error"] = "degrade"
+    running: int = 0
+    """Completions that are being written."""
 
     async def write(self, choice: Choice) -> None:
         """Write one completion to its end.
@@ -57,6 +59,7 @@ class SpanLoop:
             GracefulHTTPError: the teacher failed, and the gateway is to fail with it.
         """
         choice.share = self.shared.share(choice.tenant)
+        self.running += 1
         try:
             while not choice.finished:
                 terms = self._terms(choice)
@@ -64,7 +67,9 @@ class SpanLoop:
                     span = await self._reserve(choice, terms)
                     if span is not None:
                         await self._teach(choice, span)
+                self._learn(choice)
         finally:
+            self.running -= 1
             choice.share.close(choice.student_tokens)
 
     def _terms(self, choice: Choice) -> Terms:
@@ -85,6 +90,18 @@ class SpanLoop:
             return terms
         self._lose_teacher(choice, TeacherError("breaker", "it counts as down"))
         return self._terms(choice)
+
+    def _learn(self, choice: Choice) -> None:
+        """Show the policy what came of its price since the last time."""
+        news = choice.news()
+        if choice.may_ask and not choice.losses and not choice.pause:
+            self.policy.observe(
+                choice.bucket,
+                news.teacher_tokens,
+                news.completion_tokens,
+                ceiling=choice.share.rate,
+                running=self.running,
+            )
 
     async def _ask(self, choice: Choice, terms: Terms) -> bool:
         """Let the student write a segment; whether it asks for the teacher at its end."""

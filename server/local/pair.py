@@ -40,7 +40,8 @@ class Pair:
 
     teacher: Path
     student: Path
-    router: Path
+    router: Path | None
+    """None: a gate without training decides, and learns its price."""
 
     @classmethod
     def in_directory(cls, directory: Path) -> "Pair":
@@ -49,7 +50,10 @@ class Pair:
 
     def missing(self) -> list[Path]:
         """The checkpoints that are not there."""
-        return list(itertools.filterfalse(Path.is_dir, (self.teacher, self.student, self.router)))
+        checkpoints = [self.teacher, self.student]
+        if self.router is not None:
+            checkpoints.append(self.router)
+        return list(itertools.filterfalse(Path.is_dir, checkpoints))
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,8 @@ def gateway_service(
 ) -> Service:
     """`wheels serve` for the pair; ``cores`` as in `teacher_service`."""
     cpu = is_cpu_build()
-    models = ("--student", str(pair.student), "--router", str(pair.router))
+    router = () if pair.router is None else ("--router", str(pair.router))
+    models = ("--student", str(pair.student), *router)
     # Both start at once, so the gateway waits for its teacher instead of refusing to start.
     partner = ("--teacher", teacher, "--teacher-wait", f"{START_SECONDS:.0f}")
     device = _executor(cores) if cpu else GPU_SHARE

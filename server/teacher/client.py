@@ -404,9 +404,7 @@ class Teacher:
                     return
         raise TeacherError("nonsense", f"the reply of {self.name} ended without a finish reason")
 
-    async def _json(
-        self, method: str, path: str, type_: type[T], body: dict[str, Any] | None = None
-    ) -> T:
+    async def _json(self, method: str, path: str, type_: type[T], body: dict[str, Any] | None = None) -> T:
         patience = Patience(self.timeout, self.span_timeout)
         async with self._request(method, path, patience, body) as response:
             payload = await self._read(response, patience, LONGEST)
@@ -495,9 +493,7 @@ class Teacher:
                 raise TeacherError("nonsense", f"a line of {self.name} has more than {longest} bytes")
         yield bytes(rest)
 
-    async def _read(
-        self, response: aiohttp.ClientResponse, patience: Patience, longest: int
-    ) -> bytes:
+    async def _read(self, response: aiohttp.ClientResponse, patience: Patience, longest: int) -> bytes:
         content = bytearray()
         while chunk := await self._wait(response.content.readany(), patience):
             content += chunk
@@ -520,9 +516,7 @@ class Teacher:
             raise TeacherError("unreachable", f"cannot read the teacher at {self.name}: {error}") from error
 
 
-def _credentials(
-    name: str, user: str | None, password: str | None, api_key: str | None
-) -> dict[str, str]:
+def _credentials(name: str, user: str | None, password: str | None, api_key: str | None) -> dict[str, str]:
     """The header that holds what is secret: it is nowhere else from here on."""
     if user is None and password is None:
         return {"Authorization": f"Bearer {api_key}"} if api_key else {}

@@ -117,9 +117,7 @@ def _entries(ids: Sequence[int], reply: _Logprobs | None, vocabulary: int) -> li
     ]
 
 
-def _entry(
-    token_id: int, chosen: float | None, top: dict[str, float], vocabulary: int
-) -> dict[int, Logprob]:
+def _entry(token_id: int, chosen: float | None, top: dict[str, float], vocabulary: int) -> dict[int, Logprob]:
     """Log-probabilities by token id; keys of ``top`` are ``token_id:17``.
 
     A teacher may have rows beyond the common ``vocabulary``: they are left out, as the student's are.

@@ -32,9 +32,7 @@ async def busy_pool() -> AsyncIterator[tuple[TeacherPool, Counter[str]]]:
 
     async with Server() as server:
         server.answers = [answer]
-        teacher = Teacher(
-            server.url, model="big", timeout=TIMEOUT, breaker=Breaker(1, 60.0), vocabulary=100
-        )
+        teacher = Teacher(server.url, model="big", timeout=TIMEOUT, breaker=Breaker(1, 60.0), vocabulary=100)
         async with TeacherPool([teacher], concurrency=1024, queue_seconds=0.05) as pool:
             for replica in pool.replicas:
                 replica.up = replica.checked = True

@@ -58,7 +58,7 @@ def test_the_needed_settings_are_enough(needed, tmp_path):
     assert config.router is None
     assert (config.host, config.port) == ("127.0.0.1", 8000)
     assert config.default_budget == Budget(fraction=0.1)
-    assert (config.gate, config.on_teacher_error) == ("learned", "degrade")
+    assert (config.gate, config.on_teacher_error) == (None, "degrade")
     assert config.vllm == {}
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from router.adaptive import AdaptiveCalibration
 from router.checkpoint import MERGED_ROUTER, CheckpointError, RouterCheckpoint, fingerprint
 from router.gate import LearnedGate
 from router.policy import Calibration
@@ -29,8 +30,6 @@ def pair_of(directory: Path, router: RouterCheckpoint | None = None, **settings:
     student(directory, 14, {"model": {"type": "BPE", "vocab": names}})
     if router is not None:
         router.save(directory / MERGED_ROUTER)
-    elif "gate" not in settings:
-        settings["gate"] = "random"
     return ServedPair.of(configured(directory, **settings))
 
 
@@ -53,8 +52,8 @@ def student(directory: Path, vocab_size: int | None = 40, tokenizer: Any = None)
 @pytest.mark.parametrize(
     ("of_router", "settings", "spans"),
     [
-        (None, {}, (1, 1)),
-        (None, {"span_tokens": 6}, (6, 6)),
+        (None, {}, (4, 1)),
+        (None, {"span_tokens": 6}, (6, 1)),
         (None, {"span_tokens": 6, "ask_tokens": 2}, (6, 2)),
         ((4, None), {}, (4, 4)),
         ((4, 1), {}, (4, 1)),
@@ -69,7 +68,7 @@ def test_spans_are_the_configurations_else_the_routers(router, tmp_path, of_rout
 
 @pytest.mark.parametrize(
     ("of_router", "settings"),
-    [(None, {"ask_tokens": 2}), ((4, 4), {"span_tokens": 2}), ((4, 1), {"ask_tokens": 5})],
+    [(None, {"ask_tokens": 5}), ((4, 4), {"span_tokens": 2}), ((4, 1), {"ask_tokens": 5})],
 )
 def test_nobody_asks_for_more_than_a_span(router, tmp_path, of_router, settings):
     trained = None if of_router is None else with_spans(router, *of_router)
@@ -98,10 +97,36 @@ def test_the_random_gate_needs_no_calibration(tmp_path):
     assert policy.calibration == Calibration.of_random_gate(2)
 
 
-def test_a_gate_without_a_calibration_is_refused(router, tmp_path):
-    for trained in (None, router):
-        with pytest.raises(ConfigError, match=r"the gate margin is not calibrated .* or a fixed --price"):
-            pair_of(tmp_path, trained, gate="margin").policy(400)
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_gate_without_a_calibration_learns_its_price(router, tmp_path, trained):
+    pair = pair_of(tmp_path, router if trained else None, gate="margin")
+    assert isinstance(pair.policy(400).calibration, AdaptiveCalibration)
+    assert pair.learns_its_price
+    assert pair.gate_settings()["wheels"]["sketch"]
+
+
+def test_a_measured_or_fixed_price_is_not_learned(router, tmp_path):
+    assert not pair_of(tmp_path, router).learns_its_price
+    assert not pair_of(tmp_path, None, gate="margin", price=-0.5).learns_its_price
+    assert not pair_of(tmp_path, None, gate="random").learns_its_price
+
+
+def test_without_a_router_the_gate_is_one_that_needs_no_training(router, tmp_path):
+    assert pair_of(tmp_path, None).gate == "margin"
+
+
+def test_with_a_router_the_gate_is_the_learned_one(router, tmp_path):
+    assert pair_of(tmp_path, router).gate == "learned"
+
+
+def test_learned_prices_are_kept_apart_by_gate_and_spans(tmp_path):
+    save_file({"lm_head.weight": torch.zeros(14, 2)}, tmp_path / "model.safetensors")
+    files = {
+        pair_of(tmp_path, None, gate=gate, span_tokens=span).price_file
+        for gate in ("margin", "entropy")
+        for span in (4, 8)
+    }
+    assert len(files) == 4
 
 
 def test_a_router_that_wants_budgets_in_words_is_refused(router, tmp_path):
@@ -111,8 +136,7 @@ def test_a_router_that_wants_budgets_in_words_is_refused(router, tmp_path):
 
 
 def test_a_calibration_is_for_its_own_spans(router, tmp_path):
-    with pytest.raises(ConfigError, match="not calibrated for this pair and spans of 8"):
-        pair_of(tmp_path, router, span_tokens=8).policy(400)
+    assert pair_of(tmp_path, router, span_tokens=8).learns_its_price
 
 
 # Reserved rows

@@ -1,0 +1,45 @@
+"""A sketch of a gate's scores: the latest ones, and their quantiles."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from router.adaptive import Scores
+
+POSITIONS = 8192
+"""Scores that are kept: the distribution follows the traffic."""
+QUANTILES = 257
+
+
+class ScoreSketch:
+    """Keeps the scores of the latest positions, on the device where they are computed."""
+
+    def __init__(self, device: torch.device, positions: int = POSITIONS) -> None:
+        self._ring = torch.full((positions,), math.nan, device=device)
+        self._next = 0
+        self.added = 0
+        """Positions that were ever added."""
+
+    def add(self, scores: Tensor) -> None:
+        """Add the scores of one step.
+
+        Args:
+            scores: (B,) float32; nan for a position at which the student could not have asked.
+        """
+        scores = scores[-len(self._ring) :]
+        head = scores[: len(self._ring) - self._next]
+        rest = scores[len(head) :]
+        self._ring[self._next : self._next + len(head)] = head
+        self._ring[: len(rest)] = rest
+        self._next = (self._next + len(scores)) % len(self._ring)
+        self.added += len(scores)
+
+    def read(self) -> Scores:
+        """Quantiles of the scores that are kept."""
+        scores = self._ring.cpu()
+        scores = scores[scores.isfinite()].sort().values
+        if not len(scores):
+            return Scores((), 0)
+        places = torch.linspace(0, len(scores) - 1, QUANTILES).long()
+        return Scores(scores[places].tolist(), len(scores))

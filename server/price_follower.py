@@ -1,0 +1,89 @@
+"""Keeps a calibration that learns up to date: the engine's scores go in; what it learned is kept on disk."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from router.adaptive import AdaptiveCalibration, SavedState
+from server.metrics import AIMED_COMPLETION_TOKENS, REALISED_RATE
+
+logger = logging.getLogger(__name__)
+
+SAVE_EVERY = 30
+"""Updates between two writes to the disk."""
+
+
+class PriceFollower:
+    """Follows the traffic of one gateway.
+
+    The state survives a restart: it is written next to the merged students, under a name that stands for
+    student, gate and spans.
+    """
+
+    def __init__(
+        self, calibration: AdaptiveCalibration, read: Callable[..., Awaitable[Sequence[Any]]], file: Path
+    ) -> None:
+        """Go on from what the file holds, if it holds something for this gate.
+
+        Args:
+            calibration: what the policy asks for prices.
+            read: vLLM's `collective_rpc`.
+            file: where the state is kept.
+        """
+        self._calibration = calibration
+        self._read = read
+        self._file = file
+        self._updates = 0
+        self._restore()
+
+    async def follow(self, seconds: float = 1.0) -> None:
+        """Update every so often, forever; saves at the end."""
+        try:
+            while True:
+                await asyncio.sleep(seconds)
+                try:
+                    await self.update()
+                except Exception:  # from the engine's process, say: the next update may succeed
+                    logger.exception("the price could not be updated")
+        finally:
+            self._save()
+
+    async def update(self) -> None:
+        """Take the engine's newest scores, and publish what was realised."""
+        for scores in await self._read("gate_scores"):
+            if scores is not None and scores[1]:
+                self._calibration.see(scores)
+                break
+        for realised in self._calibration.realised:
+            aim = f"{realised.aim:g}"
+            REALISED_RATE.labels(aim).set(realised.rate)
+            AIMED_COMPLETION_TOKENS.labels(aim).set(realised.completion_tokens)
+        self._updates += 1
+        if self._updates % SAVE_EVERY == 0:
+            await asyncio.to_thread(self._save)
+
+    def _restore(self) -> None:
+        try:
+            state = SavedState.model_validate_json(self._file.read_bytes())
+        except FileNotFoundError:
+            return
+        except (OSError, ValidationError) as error:
+            logger.warning("the prices learned before are lost: %s", error)
+            return
+        if self._calibration.restore(state):
+            logger.info("prices go on from %s", self._file)
+
+    def _save(self) -> None:
+        """Write the state, whole or not at all."""
+        scratch = self._file.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            scratch.write_text(self._calibration.state.model_dump_json())
+            scratch.replace(self._file)
+        except OSError as error:
+            logger.warning("the learned prices are not saved: %s", error)
