@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from router.adaptive import AdaptiveCalibration, SavedState
+from router.adaptive import AdaptiveCalibration, SavedState, Scores
 from server.metrics import AIMED_COMPLETION_TOKENS, REALISED_RATE
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,8 @@ class PriceFollower:
         self._read = read
         self._file = file
         self._updates = 0
+        self._failure = ""
+        """The last one that was logged: it may come again every second."""
         self._restore()
 
     async def follow(self, seconds: float = 1.0) -> None:
@@ -48,16 +50,20 @@ class PriceFollower:
                 await asyncio.sleep(seconds)
                 try:
                     await self.update()
-                except Exception:  # from the engine's process, say: the next update may succeed
-                    logger.exception("the price could not be updated")
+                except Exception as error:  # from the engine's process, say: the next update may succeed
+                    if repr(error) != self._failure:
+                        logger.exception("the price could not be updated")
+                    self._failure = repr(error)
         finally:
             self._save()
 
     async def update(self) -> None:
         """Take the engine's newest scores, and publish what was realised."""
-        for scores in await self._read("gate_scores"):
-            if scores is not None and scores[1]:
-                self._calibration.see(scores)
+        for answer in await self._read("gate_scores"):
+            if answer is not None:  # a `Scores`, which arrives as a list
+                scores = Scores(*answer)
+                if scores.positions:
+                    self._calibration.see(scores)
                 break
         for realised in self._calibration.realised:
             aim = f"{realised.aim:g}"

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class Engine:
-    """Answers as the processes of an engine do; of several, not each has a gate."""
+    """Answers as the processes of an engine do: tuples arrive as lists, and not each process has a gate."""
 
     def __init__(self, *answers: Scores | None, fails_first: bool = False) -> None:
         self.answers = answers
@@ -34,7 +34,7 @@ class Engine:
         if self._fails:
             self._fails = False
             raise RuntimeError("busy")
-        return list(self.answers)
+        return [None if answer is None else list(answer) for answer in self.answers]
 
 
 def follower(calibration: AdaptiveCalibration, engine: Engine, directory: Path) -> PriceFollower:
