@@ -15,7 +15,7 @@ WARM_UP = 100
 MEASURED = 200
 AT_ONCE = 8
 SPAN_TOKENS = 4
-FRACTIONS = (0.05, 0.1, 0.2, 0.3)
+FRACTIONS = (0.05, 0.3)
 
 
 async def replies(client: AsyncOpenAI, sources: list[str], fraction: float) -> list[Any]:
@@ -34,13 +34,12 @@ def realised(answers: list[Any]) -> float:
     return teacher / sum(answer.usage.completion_tokens for answer in answers)
 
 
-@pytest.mark.parametrize("gate", ["margin", "entropy"])
 async def test_after_a_hundred_prompts_the_rate_is_the_budget(
-    stack: Serving, pair: Pair, sources: list[str], tmp_path: Path, gate: str
+    stack: Serving, pair: Pair, sources: list[str], tmp_path: Path
 ) -> None:
-    """No other flag than the gate; and a second start goes on where the first one ended."""
+    """No flag but the place of the cache; and a second start goes on where the first one ended."""
     untrained = Pair(pair.teacher, pair.student, router=None)
-    flags = ("--cache", str(tmp_path / "cache"), "--gate", gate)
+    flags = ("--cache", str(tmp_path / "cache"))
     url = f"http://127.0.0.1:{free_port()}"
     service = gateway_service(untrained, stack.teacher, url, tmp_path, flags)
     many = sources * 2
@@ -58,5 +57,5 @@ async def test_after_a_hundred_prompts_the_rate_is_the_budget(
     again = gateway_service(untrained, stack.teacher, url, tmp_path, flags, "again")
     with running([again], timeout=300):
         async with openai_client(url) as client:
-            answers = await replies(client, sources[:WARM_UP], 0.2)
-    assert realised(answers) == pytest.approx(0.2, abs=0.02)
+            answers = await replies(client, sources[:WARM_UP], 0.3)
+    assert realised(answers) == pytest.approx(0.3, abs=0.02)
