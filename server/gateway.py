@@ -220,6 +220,8 @@ async def _router_reload(pair: ServedPair, engine: CooperativeEngine) -> RouterR
     async def use(new: RouterCheckpoint) -> None:
         changed = pair.with_router(new)
         policy = changed.checked_policy(engine.model_config.max_model_len)
+        if changed.learns_its_price:  # and goes on with what it has learned
+            policy = replace(policy, calibration=engine.cooperation.policy.calibration)
         await load_everywhere(engine.collective_rpc, directory.resolve(), new)
         ask_tokens = changed.spans.ask_tokens
         engine.cooperation.shared.prices.calibrate(policy.calibration, ask_tokens)

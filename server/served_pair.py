@@ -60,9 +60,15 @@ class ServedPair:
     def with_router(self, router: RouterCheckpoint) -> "ServedPair":
         """The pair with another router for the same student. Raises CheckpointError where it does not fit."""
         try:
-            return replace(self, router=router, spans=_spans(self.config, router))
+            changed = replace(self, router=router, spans=_spans(self.config, router))
         except ConfigError as error:
             raise CheckpointError(str(error)) from error
+        if changed.learns_its_price and not self.learns_its_price:
+            raise CheckpointError(
+                f"it has no calibration for the gate {self.gate} and spans of {changed.spans.span_tokens}; "
+                "a price can be learned from the start only"
+            )
+        return changed
 
     def gate_settings(self) -> dict[str, Any]:
         """The engine's ``additional_config``."""

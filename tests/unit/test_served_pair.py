@@ -301,9 +301,9 @@ def test_another_router_that_does_not_fit_is_refused(router, tmp_path):
 
 def test_another_router_without_a_calibration_is_refused(router, tmp_path):
     pair = pair_of(tmp_path, router)
-    changed = pair.with_router(replace(router, config=router.config.model_copy(update={"calibration": {}})))
-    with pytest.raises(CheckpointError, match="the gate learned is not calibrated"):
-        changed.checked_policy(400)
+    other = replace(router, config=router.config.model_copy(update={"calibration": {}}))
+    with pytest.raises(CheckpointError, match="it has no calibration for the gate learned"):
+        pair.with_router(other)
     assert pair.checked_policy(400) == pair.policy(400)
 
 
