@@ -51,6 +51,12 @@ def test_what_is_copied_exists_and_reaches_the_builder(path: Path) -> None:
             assert f"!{source}" in allowed
 
 
+def test_an_image_without_a_compiler_compiles_nothing() -> None:
+    """vLLM compiles what counts log-probabilities, also where engines are eager."""
+    image = (DOCKER / "Dockerfile.cpu").read_text()
+    assert re.search(r"^ENV (.*\\\n)*.*TORCHDYNAMO_DISABLE=1", image, re.MULTILINE)
+
+
 def test_versions_are_the_projects() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     versions = pinned((ROOT / "constraints.txt").read_text())
