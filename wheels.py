@@ -17,13 +17,17 @@ class Command(NamedTuple):
     target: str
     """Where it is defined: `module:function`, called with the remaining arguments."""
     summary: str
+    failure: int = 1
+    """Exit status after an error that names none."""
 
 
 COMMANDS = {
     "serve": Command("server.serve:main", "serve a student that asks its teacher, within a budget"),
     "demo": Command("server.demo:main", "start the demo pair, measure it at several budgets, keep serving"),
-    "train": Command("training.cli:train", "train a student and its router from a recipe"),
-    "evaluate": Command("training.cli:evaluate", "measure quality against the realised teacher rate"),
+    "train": Command("training.cli:train", "train a student and its router from a recipe", failure=2),
+    "evaluate": Command(
+        "training.cli:evaluate", "measure quality against the realised teacher rate", failure=2
+    ),
     "import": Command("training.gguf:main", "turn a model in GGUF format into a Hugging Face directory"),
     "bench": Command("server.bench.cli:main", "compare speed with vLLM, speculative decoding and LiteLLM"),
 }
@@ -43,7 +47,11 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 2 for a usage error, 130 after Ctrl-C."""
+    """Run one command and return its exit status.
+
+    It is 2 for a usage error and 130 after Ctrl-C. A `WheelsError` is printed in one line; it has a status of
+    its own or gets the command's.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
     if name in ("-h", "--help", "help"):
@@ -56,12 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = f"unknown command {name!r}" if name else "which command?"
         print(f"wheels: {problem} (one of: {', '.join(COMMANDS)}; see `wheels --help`)", file=sys.stderr)
         return 2
-    module, function = COMMANDS[name].target.split(":")
+    return _run(name, arguments[1:])
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    from router.errors import WheelsError  # a command loads it anyway
+
+    command = COMMANDS[name]
+    module, function = command.target.split(":")
     try:
         run: Callable[[list[str]], int] = getattr(importlib.import_module(module), function)
-        return run(arguments[1:])
+        return run(arguments)
     except KeyboardInterrupt:
         return 130
+    except WheelsError as error:
+        print("\n".join([f"wheels {name}: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+        return command.failure if error.exit_status is None else error.exit_status
 
 
 if __name__ == "__main__":

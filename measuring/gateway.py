@@ -8,12 +8,14 @@ from typing import Any, TypeVar
 import msgspec
 from openai import APIStatusError, AsyncOpenAI, OpenAIError
 
+from router.errors import PeerError
+
 SHOWN_PROBLEM = 300
 """Characters of an error reply that are passed on."""
 Wire = TypeVar("Wire", bound=msgspec.Struct)
 
 
-class GatewayError(RuntimeError):
+class GatewayError(PeerError):
     """The gateway is away, refuses, or does not answer as a gateway does; the message names its URL."""
 
 

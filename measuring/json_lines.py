@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from router.errors import UnusableInput
 
-class DataError(ValueError):
+
+class DataError(UnusableInput, ValueError):
     """Data cannot be used. The message is one line and names the file and the line, if there is one."""
 
 

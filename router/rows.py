@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from router.errors import UnusableInput
 from router.reserved import ReservedRows
 
 OUTPUT_LAYERS = (
@@ -50,7 +51,7 @@ PLAIN_TYPES = ("F32", "F16", "BF16")
 MODEL_CONFIG = "config.json"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UnusableInput):
     """A checkpoint, or the pair it is used with, is not usable; the message names the file."""
 
 

@@ -24,6 +24,7 @@ from pydantic import (
 
 from measuring.examples import load_sources
 from router.budget import Budget
+from router.errors import UnusableInput
 from router.gate import GATES
 from router.ledger import LedgerConfig, Limit, MemoryLedgerConfig
 from server.vllm_flags import read_flags, setting_name
@@ -32,7 +33,7 @@ ENVIRONMENT_PREFIX = "WHEELS_"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", re.ASCII)
 
 
-class ConfigError(Exception):
+class ConfigError(UnusableInput):
     """The configuration is not usable; the message is one line for the operator."""
 
 

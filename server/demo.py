@@ -31,11 +31,10 @@ from tokenizers import Tokenizer
 
 from measuring.examples import Example, load_examples
 from measuring.gateway import GatewayClient, GatewayError, GatewayReply
-from measuring.json_lines import DataError
-from server.local.arguments import EXAMPLES, PAIR_HELP, SHIPPED_PAIR, missing_files, positive
+from server.local.arguments import EXAMPLES, PAIR_HELP, SHIPPED_PAIR, complete_pair, positive
 from server.local.measure import Answered, BudgetResult, answer_all, gap_recovered
 from server.local.pair import START_SECONDS, Pair, Serving, free_port, serving
-from server.local.processes import Child, ServiceError, exit_at_sigterm
+from server.local.processes import Child, exit_at_sigterm
 
 BUDGETS = (0.0, 0.05, 0.1, 0.2, 1.0)
 SHOWN_BUDGETS = (0.1, 0.2)
@@ -45,35 +44,28 @@ TEACHER_STYLE = "bold black on yellow"
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0, or 1 when a server did not start, died or refused a request."""
+    """Start the pair, measure it, keep serving.
+
+    Raises:
+        WheelsError: a server did not start, died or refused a request.
+    """
     options = _parse(argv)
     console = Console(stderr=options.json)  # with --json, stdout is for the one object
-    if missing := missing_files(options.pair):
-        console.print(f"wheels demo: not there: {missing}", markup=False)
-        return 1
-    try:
-        examples = load_examples(options.pair / EXAMPLES)[: options.requests]
-    except DataError as error:
-        console.print(f"wheels demo: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 1
+    pair = complete_pair(options.pair)
+    examples = load_examples(options.pair / EXAMPLES)[: options.requests]
     logs = Path(tempfile.mkdtemp(prefix="wheels-demo-"))
     exit_at_sigterm()
-    pair = Pair.in_directory(options.pair)
-    try:
-        with _start(pair, logs, options, console) as servers:
-            results = asyncio.run(_measure(servers, pair, examples, options.concurrency, console))
-            _print_table(results.rows, console)
-            if results.lost:
-                console.print(f"The teacher was lost in {results.lost} requests, see {logs}", style="red")
-            _print_completions(results.answered, pair, console)
-            if options.json:
-                print(results.to_json(), flush=True)
-            if not options.once:
-                _print_how_to_call(servers, examples[0], logs, console)
-                _wait(servers)
-    except ServiceError as error:
-        console.print(f"wheels demo: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 1
+    with _start(pair, logs, options, console) as servers:
+        results = asyncio.run(_measure(servers, pair, examples, options.concurrency, console))
+        _print_table(results.rows, console)
+        if results.lost:
+            console.print(f"The teacher was lost in {results.lost} requests, see {logs}", style="red")
+        _print_completions(results.answered, pair, console)
+        if options.json:
+            print(results.to_json(), flush=True)
+        if not options.once:
+            _print_how_to_call(servers, examples[0], logs, console)
+            _wait(servers)
     shutil.rmtree(logs)
     return 0
 

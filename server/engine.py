@@ -24,7 +24,7 @@ from server.single_tokens import SingleTokens
 from server.span_loop import SpanLoop
 from server.student import StudentEngine
 from server.teacher.pool import TeacherPool
-from server.tenants import OverMaximum, Tenant
+from server.tenants import BudgetRefused, Tenant
 from server.vllm_api import (
     AsyncLLM,
     CompletionOutput,
@@ -220,8 +220,8 @@ class Cooperator:
         if exchange.tenant is not None:
             try:
                 budget, clamped = exchange.tenant.resolve(exchange.budget, default)
-            except OverMaximum as error:
-                raise VLLMValidationError(str(error), parameter="teacher_budget") from error
+            except BudgetRefused as error:
+                raise VLLMValidationError(str(error), parameter=error.param) from error
             for report in exchange.reports:
                 report.clamped = clamped
         if budget.is_zero:

@@ -2,42 +2,29 @@
 
 import os
 import signal
-import sys
 from contextlib import suppress
 from typing import Any
 
 import psutil
 
-from server.config import ConfigError, ServeConfig, load
+from server.config import ServeConfig, load
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 1 with one line on stderr when the gateway cannot start, or cannot go on."""
-    try:
-        config = load(argv)
-    except ConfigError as error:
-        return _fail(error)
+    """Serve until a signal.
+
+    Raises:
+        WheelsError: the gateway cannot start, or cannot go on.
+    """
+    config = load(argv)
     # From now on, because the first process of a container ignores what it does not handle, until the HTTP
     # server has handlers of its own.
     signal.signal(signal.SIGTERM, _end_at_once)
+    config = _with_directories(config)
     # vLLM takes seconds to import: a wrong flag or name is reported before.
-    try:
-        config = _with_directories(config)
-    except ConfigError as error:
-        return _fail(error)
-    except KeyboardInterrupt:
-        return 130
-    from router.checkpoint import CheckpointError
     from server.gateway import run
-    from server.http.lifecycle import EngineDied
-    from server.teacher.errors import TeacherError
 
-    try:
-        return run(config)
-    except (ConfigError, CheckpointError, EngineDied, TeacherError) as error:
-        return _fail(error)
-    except KeyboardInterrupt:
-        return 130
+    return run(config)
 
 
 def _with_directories(config: ServeConfig) -> ServeConfig:
@@ -56,8 +43,3 @@ def _end_at_once(number: int, _frame: Any) -> None:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     os._exit(128 + number)
-
-
-def _fail(error: Exception) -> int:
-    print(f"wheels serve: {error}", file=sys.stderr)
-    return 1

@@ -5,7 +5,6 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import Literal
 
 from router.budget import Grant
@@ -195,7 +194,7 @@ class SpanLoop:
         if error.reason == "saturated":  # busy, not lost
             choice.put_off(error.reason, degraded=False)
         elif self.on_teacher_error == "error":
-            raise GracefulHTTPError(error.explanation, HTTPStatus.BAD_GATEWAY) from error
+            raise GracefulHTTPError(error.explanation, error.http_status) from error
         elif error.refused:  # a longer prefix would fare no better
             choice.deny(error.reason, degraded=True)
         else:

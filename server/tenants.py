@@ -30,6 +30,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
 from router.budget import Budget
+from router.errors import BadRequest
 from router.ledger import Limit, Scope
 from server.config import ConfigError
 
@@ -39,7 +40,7 @@ KeyHash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 o
 PARTS = ("fraction", "tokens", "calls")
 
 
-class OverMaximum(ValueError):
+class BudgetRefused(BadRequest):
     """A request asks for more than its tenant may have; the message says what."""
 
 
@@ -89,7 +90,7 @@ class Tenant(BaseModel):
         more than the maximum is lowered without a word: nobody asked for it.
 
         Raises:
-            OverMaximum: a part is more than the maximum, and this tenant's requests are refused then.
+            BudgetRefused: a part is more than the maximum, and this tenant's requests are refused then.
         """
         budget = requested or self.default_budget or server_default
         if self.maximum_budget is None:
@@ -97,9 +98,10 @@ class Tenant(BaseModel):
         above = self._above(budget)
         if requested and above and self.over_maximum == "refuse":
             part = above[0]
-            raise OverMaximum(
+            raise BudgetRefused(
+                "teacher_budget",
                 f"{part} {getattr(budget, part):g} is more than this key's maximum of "
-                f"{getattr(self.maximum_budget, part):g}"
+                f"{getattr(self.maximum_budget, part):g}",
             )
         parts = {
             part: min(values)

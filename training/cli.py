@@ -2,43 +2,21 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import torch
 import transformers
 from huggingface_hub import HfApi
 
-from measuring.gateway import GatewayError
-from measuring.json_lines import DataError
-from router.checkpoint import CheckpointError, RouterCheckpoint
+from router.checkpoint import RouterCheckpoint
 from training.config import Recipe, RecipeError, load_recipe
 from training.dry_run import dry_run
 from training.evaluation.gateway import BUDGETS, RunningGateway, measure
 from training.evaluation.report import METHODS, evaluate_pair, gateway_report, joined, plot, table
-from training.export import ExportError
-from training.hub import HubError, check_hub, push
-from training.loop.stopping import Stopped
-from training.loop.trackers import TrackerError
+from training.hub import check_hub, push
 from training.pipeline import run, task_of
-from training.reading import UnreadableModel
-from training.served import ServerError
 from training.workspace import STAGES
 
-STOPPED = 130  # exit status of a run that was asked to stop
-UNUSABLE = (
-    CheckpointError,
-    DataError,
-    GatewayError,
-    HubError,
-    RecipeError,
-    ServerError,
-    TrackerError,
-    UnreadableModel,
-)
-"""What ends a command in one line, with status 2."""
-FAILED = (ExportError, FloatingPointError)
-"""What training came to: one line, with status 1."""
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -49,7 +27,11 @@ def find_recipe(name: str) -> Path:
 
 
 def train(argv: list[str]) -> int:
-    """Runs `wheels train` and returns its exit status."""
+    """Run `wheels train`.
+
+    Raises:
+        WheelsError: the recipe, or what it names, cannot be used, or the training failed or was stopped.
+    """
     parser = argparse.ArgumentParser(
         "wheels train", description="Train what a recipe says; resumes by itself."
     )
@@ -75,22 +57,12 @@ def train(argv: list[str]) -> int:
     if args.dry_run and (args.restart or args.push_to_hub):
         parser.error("--dry-run keeps nothing: it goes with neither --restart nor --push-to-hub")
     transformers.utils.logging.disable_progress_bar()
-    try:
-        recipe = load_recipe(find_recipe(args.recipe), args.overrides)
-        stages = tuple(args.stage or STAGES)
-        if args.dry_run:
-            dry_run(recipe, stages)
-        else:
-            train_and_push(recipe, stages, args.restart, args.push_to_hub)
-    except UNUSABLE as error:
-        print(error, file=sys.stderr)
-        return 2
-    except FAILED as error:
-        print(error, file=sys.stderr)
-        return 1
-    except Stopped as stopped:
-        print(f"{stopped}; the same command goes on from there", file=sys.stderr)
-        return STOPPED
+    recipe = load_recipe(find_recipe(args.recipe), args.overrides)
+    stages = tuple(args.stage or STAGES)
+    if args.dry_run:
+        dry_run(recipe, stages)
+    else:
+        train_and_push(recipe, stages, args.restart, args.push_to_hub)
     return 0
 
 
@@ -140,28 +112,30 @@ def evaluation_parser() -> argparse.ArgumentParser:
 
 
 def evaluate(argv: list[str]) -> int:
-    """Runs `wheels evaluate` and returns its exit status."""
+    """Run `wheels evaluate`.
+
+    Raises:
+        WheelsError: the arguments, or what they name, cannot be used.
+    """
     args = evaluation_parser().parse_intermixed_args(argv)
     overrides = [argument for argument in args.arguments if "=" in argument]
     pairs = [Path(argument) for argument in args.arguments if "=" not in argument]
-    try:
-        if len(pairs) > 1 or not (pairs or args.gateway):
-            raise RecipeError("evaluate: want one PAIR, or --gateway URL")
-        recipe = load_recipe(find_recipe(args.recipe), overrides)
-        others, task = routers(args.router), task_of(recipe)
-        torch.set_num_threads(recipe.threads)
-        examples, span_tokens = task.test()[: args.examples], args.span_tokens
-        reports = []
-        for pair in pairs:
-            reports.append(evaluate_pair(pair, task, examples, args.spans, recipe.max_tokens, others))
-            span_tokens = span_tokens or RouterCheckpoint.load(pair / "router").config.span_tokens
-        if args.gateway:
-            gateway = RunningGateway(args.gateway, recipe.max_tokens, args.concurrency)
-            reports.append(gateway_report(measure(gateway, task, examples, args.budgets, span_tokens)))
-        report = reports[0] if len(reports) == 1 else joined(*reports)
-    except UNUSABLE as error:
-        print(error, file=sys.stderr)
-        return 2
+    if len(pairs) > 1 or not (pairs or args.gateway):
+        raise RecipeError("want one PAIR, or --gateway URL")
+    recipe = load_recipe(find_recipe(args.recipe), overrides)
+    others = routers(args.router)
+    task = task_of(recipe)
+    torch.set_num_threads(recipe.threads)
+    examples = task.test()[: args.examples]
+    span_tokens = args.span_tokens
+    reports = []
+    for pair in pairs:
+        reports.append(evaluate_pair(pair, task, examples, args.spans, recipe.max_tokens, others))
+        span_tokens = span_tokens or RouterCheckpoint.load(pair / "router").config.span_tokens
+    if args.gateway:
+        gateway = RunningGateway(args.gateway, recipe.max_tokens, args.concurrency)
+        reports.append(gateway_report(measure(gateway, task, examples, args.budgets, span_tokens)))
+    report = reports[0] if len(reports) == 1 else joined(*reports)
     print(table(report))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -199,15 +173,3 @@ def routers(entries: list[str]) -> dict[str, Path]:
             raise RecipeError(f"--router {entry!r}: there is a method {name} already")
         named[name] = Path(path)
     return named
-
-
-COMMANDS = {"train": train, "evaluate": evaluate}
-
-
-def main(argv: list[str]) -> int:
-    command, *rest = argv
-    return COMMANDS[command](rest)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from router.errors import UnusableInput
 from training.gating.config import GateConfig
 from training.settings import BudgetPrompt, Frozen, Rate
 
@@ -22,7 +23,7 @@ Role = Literal["teacher", "student"]
 ROLES: tuple[Role, ...] = ("teacher", "student")
 
 
-class RecipeError(ValueError):
+class RecipeError(UnusableInput):
     """The recipe is missing, malformed, or sets something that does not exist; the message names it."""
 
 

@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from router.errors import RunEnded
 from training import parallel
 from training.config import ModelConfig, RecipeError
 from training.lora import merged
@@ -24,7 +25,7 @@ from training.tasks import Task
 EXPORTED_EXAMPLES = 200
 
 
-class ExportError(RuntimeError):
+class ExportError(RunEnded):
     """What would be exported is not the model that was trained."""
 
 

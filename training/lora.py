@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from router.errors import UnusableInput
 from training.config import LoraConfig
 
 
-class LoraError(ValueError):
+class LoraError(UnusableInput):
     """These adapters cannot be trained, or not exported exactly; the message names the module."""
 
 

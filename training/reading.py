@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from router.errors import UnusableInput
 from training.growing_cache import growing_cache
 
 PROBE_TOKENS = 6
@@ -24,7 +25,7 @@ TOLERANCE_OF_HALF = 0.05
 """The same for 16-bit weights."""
 
 
-class UnreadableModel(ValueError):
+class UnreadableModel(UnusableInput):
     """Training cannot read this model's states and logits as the model itself computes them."""
 
 

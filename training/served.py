@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from router.errors import PeerError
 from router.vocabulary import questions
 from training.batches import Batch
 from training.teacher_cache import TeacherCache, key_of
@@ -28,7 +29,7 @@ HOPELESS = (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.DecodingError, ht
 Wire = TypeVar("Wire")
 
 
-class ServerError(RuntimeError):
+class ServerError(PeerError):
     """A server cannot be used; the message names its URL and why."""
 
 

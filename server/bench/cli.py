@@ -7,18 +7,18 @@ import shutil
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from measuring.examples import load_examples
-from measuring.json_lines import DataError
-from server.bench.heavy import HeavyError
+from router.errors import WheelsError
 from server.bench.plan import Plan
 from server.bench.results import Section
-from server.local.arguments import EXAMPLES, PAIR_HELP, SHIPPED_PAIR, missing_files, positive
+from server.local.arguments import EXAMPLES, PAIR_HELP, SHIPPED_PAIR, complete_pair, positive
 from server.local.pair import Pair
 from server.local.processes import ServiceError, exit_at_sigterm
 
@@ -26,28 +26,39 @@ SECTIONS = ("overhead", "cooperation", "speculative", "quality", "capacity", "pe
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0, or 1 when a server did not start, died or refused a request."""
+    """Run the sections and print their tables.
+
+    Raises:
+        WheelsError: a server did not start, died or refused a request. A note says where its log is.
+    """
     options = _parse(argv)
-    if missing := missing_files(options.pair):
-        print(f"wheels bench: not there: {missing}", file=sys.stderr)
-        return 1
+    pair = complete_pair(options.pair)
     exit_at_sigterm()
     work = Path(tempfile.mkdtemp(prefix="wheels-bench-"))
-    try:
-        with ExitStack() as shared:
-            stored = _measure(_plan(options, work, shared), options)
-    except (DataError, ServiceError, HeavyError, aiohttp.ClientError) as error:
-        print(f"wheels bench: {error}\nLogs: {work}", file=sys.stderr)
-        return 1
+    with _naming_logs(work), ExitStack() as shared:
+        stored = _measure(_plan(pair, options, work, shared), options)
     shutil.rmtree(work)
     if options.json:
         print(json.dumps(stored))
     return 0
 
 
-def _plan(options: argparse.Namespace, work: Path, shared: ExitStack) -> Plan:
+@contextmanager
+def _naming_logs(directory: Path) -> Iterator[None]:
+    """Add to an error where the servers' logs are."""
+    try:
+        try:
+            yield
+        except aiohttp.ClientError as error:
+            raise ServiceError(str(error)) from error
+    except WheelsError as error:
+        error.add_note(f"Logs: {directory}")
+        raise
+
+
+def _plan(pair: Pair, options: argparse.Namespace, work: Path, shared: ExitStack) -> Plan:
     return Plan(
-        pair=Pair.in_directory(options.pair),
+        pair=pair,
         examples=load_examples(options.pair / EXAMPLES),
         rounds=options.rounds or (1 if options.quick else 5),
         quick=options.quick,

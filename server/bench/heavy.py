@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from router.errors import UnusableInput
+
 WEIGHTS = "model.safetensors"
 FIRST_LAYER = "model.layers.0."
 SILENT = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 """What a decoder layer adds to the residual stream goes through these."""
 
 
-class HeavyError(Exception):
+class HeavyError(UnusableInput):
     """This checkpoint cannot be deepened; the message says why."""
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from router.errors import BadRequest
 from server.http.asgi import REQUEST_ID, Message, Send, encoded, route_path
 
 ANTHROPIC = "/v1/messages"
@@ -32,14 +33,6 @@ ANTHROPIC_TYPES = {
 }
 
 
-class BadRequest(Exception):
-    """The gateway cannot do what ``param`` asks for; the message says why."""
-
-    def __init__(self, param: str | None, message: str) -> None:
-        super().__init__(message)
-        self.param = param
-
-
 @dataclass(frozen=True)
 class ApiError:
     """An error, as every API of the gateway can tell it."""
@@ -51,7 +44,9 @@ class ApiError:
 
     @classmethod
     def of(cls, error: Exception) -> "ApiError":
-        """What vLLM would answer after this exception."""
+        """What the client gets after this exception: vLLM decides for those that are not the gateway's."""
+        if isinstance(error, BadRequest):
+            return cls(error.http_status, str(error), error.param)
         from server.vllm_api import error_info  # loads vLLM, which raised it
 
         info = error_info(error)

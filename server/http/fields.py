@@ -6,10 +6,11 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from router.budget import Budget
+from router.errors import BadRequest
 from server.exchange import EXCHANGE, Exchange
 from server.http.access import owner_of
 from server.http.asgi import App, Message, Receive, Send, route_path
-from server.http.errors import RESPONSES, ApiError, BadRequest, refuse
+from server.http.errors import RESPONSES, ApiError, refuse
 from server.http.json_body import read_body
 from server.http.names import names_as_sent
 from server.http.response import AnnotatedResponse
@@ -44,7 +45,7 @@ class TeacherFields:
         try:
             exchange, body = _open_exchange(body)
         except BadRequest as error:
-            return await refuse(scope, send, ApiError(400, str(error), error.param))
+            return await refuse(scope, send, ApiError.of(error))
         if path in ALONE:
             exchange.unsupported = path
         owner = owner_of(scope)

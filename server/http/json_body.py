@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from server.http.errors import BadRequest
+from router.errors import BadRequest
 
 DEEPEST = 200
 """Levels of nesting that a body may have. Python's own readers and writers of JSON end at some 1,000."""

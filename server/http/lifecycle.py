@@ -7,6 +7,7 @@ from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any
 
+from router.errors import RunEnded
 from server.http.asgi import App, Message, Receive, Send, route_path
 from server.http.errors import ApiError, refuse
 
@@ -26,7 +27,7 @@ gateway would close one on which a request may be on its way.
 """
 
 
-class EngineDied(Exception):
+class EngineDied(RunEnded):
     """The student's engine is gone: the gateway has to be started again."""
 
 

@@ -3,11 +3,16 @@
 import argparse
 from pathlib import Path
 
+from router.errors import UnusableInput
 from server.local.pair import Pair
 
 SHIPPED_PAIR = Path(__file__).resolve().parents[2] / "deploy" / "demo"
 PAIR_HELP = "directory with teacher/, student/, router/ and examples.jsonl (default: the shipped pair)"
 EXAMPLES = "examples.jsonl"
+
+
+class IncompletePair(UnusableInput):
+    """A pair's directory lacks a file; the message names it."""
 
 
 def positive(text: str) -> int:
@@ -18,9 +23,16 @@ def positive(text: str) -> int:
     return value
 
 
-def missing_files(directory: Path) -> str:
-    """What a pair's directory lacks, separated by commas; empty if it is complete."""
-    missing = Pair.in_directory(directory).missing()
+def complete_pair(directory: Path) -> Pair:
+    """The pair in a directory.
+
+    Raises:
+        IncompletePair: a file is missing.
+    """
+    pair = Pair.in_directory(directory)
+    missing = pair.missing()
     if not (directory / EXAMPLES).exists():
         missing.append(directory / EXAMPLES)
-    return ", ".join(map(str, missing))
+    if missing:
+        raise IncompletePair(f"not there: {', '.join(map(str, missing))}")
+    return pair

@@ -11,13 +11,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from router.errors import PeerError
+
 POLL_SECONDS = 0.2
 PROBE_SECONDS = 2.0
 GRACE_SECONDS = 8.0
 TAIL_LINES = 30
 
 
-class ServiceError(Exception):
+class ServiceError(PeerError):
     """A service did not become ready, or died; the message ends with the tail of its log."""
 
 

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from router.errors import PeerError
+
 Reason = Literal["unreachable", "timeout", "status", "nonsense", "breaker", "saturated"]
 
 EXPLANATIONS: dict[Reason, str] = {
@@ -15,7 +17,7 @@ EXPLANATIONS: dict[Reason, str] = {
 REFUSED = "The teacher refused this request."
 
 
-class TeacherError(Exception):
+class TeacherError(PeerError):
     """A teacher call failed, or was not made.
 
     The message is for the log: it names the replica and quotes its reply. Clients get `explanation`.

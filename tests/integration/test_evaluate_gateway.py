@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from commands import evaluate
 from conftest import DEMO
 
 from server.local.pair import Serving
-from training.cli import evaluate
 
 BUDGETS = (0.1, 0.3)
 EXAMPLES = 200
@@ -42,4 +42,4 @@ def test_a_gateway_needs_no_checkpoints(stack: Serving, capsys: pytest.CaptureFi
 
 def test_a_server_that_is_no_gateway_is_named(stack: Serving, capsys: pytest.CaptureFixture[str]):
     assert evaluate(["--gateway", stack.teacher, "--examples", "1"]) == 2
-    assert capsys.readouterr().err.startswith(f"the gateway at {stack.teacher}: ")
+    assert capsys.readouterr().err.startswith(f"wheels evaluate: the gateway at {stack.teacher}: ")

@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+import wheels
 from server.bench import cli
 from server.bench.cooperation import Ideal, Split
 from server.bench.cost_model import Costs, Line, Traffic
@@ -285,7 +286,7 @@ def test_no_measurement_has_no_spread() -> None:
 
 
 def test_a_pair_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([str(tmp_path), "--quick"]) == 1
+    assert wheels.main(["bench", str(tmp_path), "--quick"]) == 1
     assert str(tmp_path / "teacher") in capsys.readouterr().err
 
 

@@ -77,7 +77,7 @@ def interrupted(argv: list[str]) -> int:
 
 def test_demo_says_which_checkpoint_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert wheels.main(["demo", "--once", "--pair", str(tmp_path)]) == 1
-    assert str(tmp_path / "teacher") in capsys.readouterr().out.replace("\n", "")
+    assert str(tmp_path / "teacher") in capsys.readouterr().err
 
 
 def test_serve_names_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:

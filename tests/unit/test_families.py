@@ -1,6 +1,5 @@
 """Any family of models can be a student, also without a row to spare."""
 
-
 import pytest
 import torch
 from families import FAMILIES, ROWS, load, write

@@ -18,7 +18,7 @@ from router.policy import Calibration
 from server.config import ConfigError
 from server.http.budgets import view
 from server.http.ratelimit import duration, headers, retry_after
-from server.tenants import OverMaximum, Resolved, Tenant, Tenants, hash_key
+from server.tenants import BudgetRefused, Resolved, Tenant, Tenants, hash_key
 
 LIMIT = {"type": "tokens", "tokens": 100, "window_seconds": 60}
 SERVER_DEFAULT = Budget(fraction=0.1)
@@ -238,7 +238,7 @@ def test_resolve(
 
 def test_over_the_maximum_may_be_refused() -> None:
     strict = tenant(maximum_budget={"fraction": 0.3, "tokens": 40}, over_maximum="refuse")
-    with pytest.raises(OverMaximum, match=r"fraction 0\.5 is more than this key's maximum of 0\.3"):
+    with pytest.raises(BudgetRefused, match=r"fraction 0\.5 is more than this key's maximum of 0\.3"):
         strict.resolve(Budget(fraction=0.5), SERVER_DEFAULT)
     assert strict.resolve(Budget(fraction=0.2), SERVER_DEFAULT).budget == Budget(fraction=0.2, tokens=40)
     lowered = strict.resolve(None, Budget(fraction=0.9))

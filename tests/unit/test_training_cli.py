@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from training.cli import main
+from wheels import main
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import json
 from itertools import islice
 
 import pytest
+from commands import evaluate, train
 
-from training.cli import evaluate, train
 from training.config import Shape
 from training.models import new_model, save_model
 from training.tasks import make_task

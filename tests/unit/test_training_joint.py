@@ -4,12 +4,12 @@ from itertools import islice
 
 import pytest
 import torch
+from commands import train
 
 from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, fingerprint
 from router.gate import LearnedGate
 from router.reserved import ReservedRows
 from training.batches import Batch, Demonstrations
-from training.cli import train
 from training.config import JointConfig, KDConfig, Shape
 from training.methods import KD, Joint
 from training.models import new_model, save_model

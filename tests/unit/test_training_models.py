@@ -7,13 +7,13 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from commands import train
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from router.checkpoint import RouterCheckpoint
 from router.reserved import RESERVED_ROWS
-from training.cli import train
 from training.config import Shape
 from training.gating.rollout import Request
 from training.gating.router_stage import FrozenPair

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import train
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PhiConfig
 
 from router.checkpoint import RouterCheckpoint
 from training import cli, export, pipeline
-from training.cli import train
 from training.config import LoraConfig, Shape
 from training.hub import HubError, check_hub, push
 from training.loop import trainer

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from training import parallel
+from training.loop.stopping import Diverged
 from training.loop.trackers import TRACKERS, JsonLines, Tracker
 
 console = Console(highlight=False, soft_wrap=True)
@@ -73,9 +74,9 @@ class Log:
             tracker.close()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Raises FloatingPointError where one is not finite."""
+        """Raises Diverged where one is not finite."""
         if not all(map(math.isfinite, metrics.values())):
-            raise FloatingPointError(f"step {step}: a metric is not finite: {metrics}")
+            raise Diverged(f"step {step}: a metric is not finite: {metrics}")
         if not parallel.is_first():
             return
         for tracker in self._trackers:

@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT end a run at the end of its step, with a checkpoint; the second one ends it at once."""
+"""What ends a run before its last step: numbers that are not finite, and signals.
+
+SIGTERM and SIGINT end it at the end of its step, with a checkpoint; the second one ends it at once.
+"""
 
 import signal
 import threading
@@ -6,11 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from router.errors import RunEnded
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(Exception):
+class Diverged(RunEnded, FloatingPointError):
+    """A loss, a gradient or a metric is not finite; the message names the step."""
+
+
+class Stopped(RunEnded):
     """The run was asked to stop and has written a checkpoint; the same command goes on from it."""
+
+    exit_status = 130
 
 
 class StopRequests:

@@ -9,8 +9,10 @@ from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
+from router.errors import UnusableInput
 
-class TrackerError(ValueError):
+
+class TrackerError(UnusableInput):
     """A tracker that is not there; the message says how to install it."""
 
 

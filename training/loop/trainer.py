@@ -25,7 +25,7 @@ from training.loop.best import Best
 from training.loop.checkpoints import restore, save
 from training.loop.muon import Muon
 from training.loop.progress import Log, Progress, console
-from training.loop.stopping import Stopped, stop_requests
+from training.loop.stopping import Diverged, Stopped, stop_requests
 from training.sampling import evaluating
 
 Loss = Callable[[PreTrainedModel, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -70,7 +70,7 @@ def train(
 
     Raises:
         Stopped: on SIGTERM or SIGINT, after writing a checkpoint.
-        FloatingPointError: a loss, a gradient or a metric is not finite; the last checkpoint stays as it is.
+        Diverged: a loss, a gradient or a metric is not finite; the last checkpoint stays as it is.
     """
     optimizers = make_optimizers(model, schedule)
     start, state = restore(directory, model, optimizers)
@@ -103,7 +103,10 @@ def train(
                 save(directory, done, model, optimizers, best.state(), record)
                 best.tidy()
             if stopping and not last and not best.exhausted:
-                raise Stopped(f"{directory.name}: stopped after step {done} of {schedule.steps}")
+                raise Stopped(
+                    f"{directory.name}: stopped after step {done} of {schedule.steps}; "
+                    "the same command goes on from there"
+                )
     finish(model, best, directory.name)
 
 
@@ -118,8 +121,8 @@ def named_failures(name: str) -> Iterator[None]:
     """Numbers that are not finite are reported with the run they belong to."""
     try:
         yield
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{name}: {error}") from None
+    except Diverged as error:
+        raise Diverged(f"{name}: {error}") from None
 
 
 def finish(model: PreTrainedModel, best: Best, name: str) -> None:
@@ -178,7 +181,7 @@ def update(
 ) -> Updated:
     """One optimizer step on this process's share of the batch, which is prepared once.
 
-    Raises FloatingPointError, before the weights change, where a loss or the gradient is not finite.
+    Raises Diverged, before the weights change, where a loss or the gradient is not finite.
     """
     torch.manual_seed(seed * 1_000_003 + step)  # a resumed run draws the same
     device = parallel.device()
@@ -214,11 +217,11 @@ def update(
 
 
 def check_finite(step: int, losses: list[Tensor], norm: Tensor) -> None:
-    """Raises FloatingPointError, in all processes, where one of them has a loss or gradient that is not."""
+    """Raises Diverged, in all processes, where one of them has a loss or gradient that is not."""
     values = torch.stack([*losses, whole_number(norm).to(losses[0].device)])
     if parallel.any_of(not bool(values.isfinite().all())):
         *seen, size = [f"{value:g}" for value in values.tolist()]
-        raise FloatingPointError(
+        raise Diverged(
             f"step {step + 1}: the loss is {', '.join(seen)}, the norm of the gradient {size}; "
             "the weights and the last checkpoint are those of before"
         )

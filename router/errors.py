@@ -1,0 +1,70 @@
+"""The tree of exceptions. Whatever ends a command or a request on purpose is in it.
+
+WheelsError
+├── UnusableInput                 what a command was given cannot be used
+│   ├── ConfigError               settings of the gateway
+│   │   └── UnsupportedVllm       this vLLM lacks what the gateway reaches into
+│   ├── RecipeError               settings of training
+│   ├── CheckpointError           a router, or the pair that it is used with
+│   ├── DataError                 a file of examples
+│   ├── LoraError                 adapters that this model does not take
+│   ├── UnreadableModel           a model that training cannot read
+│   ├── IncompletePair            a pair's directory that lacks a file
+│   ├── HeavyError                a student that the benchmarks cannot deepen
+│   ├── ImportFailed              a model in GGUF format
+│   └── TrackerError              a tracker that is not installed
+├── PeerError                     another server is away, or answers what nobody can use
+│   ├── TeacherError              the teacher of a gateway
+│   ├── GatewayError              a gateway that is measured
+│   ├── ServerError               a server that training asks
+│   ├── HubError                  the Hugging Face hub
+│   └── ServiceError              a process of the demo or of the benchmarks
+├── RunEnded                      a run came to an end that is not its aim
+│   ├── EngineDied                the student's engine is gone
+│   ├── ExportError               the export is not the trained model
+│   ├── Diverged                  a number of the training is not finite
+│   └── Stopped                   a signal stopped the training
+└── BadRequest                    a client asks for what the gateway does not do
+    └── BudgetRefused             a budget above the tenant's maximum
+
+Each class is defined in the package that raises it. Two places read the tree: `wheels.main` turns an error
+into one line and an exit status, and `server.http.errors` turns one into a reply.
+"""
+
+from http import HTTPStatus
+from typing import ClassVar
+
+
+class WheelsError(Exception):
+    """An error with a message for its reader: one line that names what is wrong."""
+
+    exit_status: ClassVar[int | None] = None
+    """Of the command that ends with it. None: the command's own, see `wheels.Command.failure`."""
+    http_status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
+    """Of the reply to a request that ends with it."""
+
+
+class UnusableInput(WheelsError):
+    """What a command was given cannot be used: a setting, a file or a model."""
+
+
+class PeerError(WheelsError):
+    """Another server or process is away, refuses, or answers what cannot be used."""
+
+    http_status = HTTPStatus.BAD_GATEWAY
+
+
+class RunEnded(WheelsError):
+    """A run ended, but not with what it was started for."""
+
+    exit_status = 1
+
+
+class BadRequest(WheelsError):
+    """The gateway cannot do what the client's ``param`` asks for; the message says why."""
+
+    http_status = HTTPStatus.BAD_REQUEST
+
+    def __init__(self, param: str | None, message: str) -> None:
+        super().__init__(message)
+        self.param = param

@@ -1,0 +1,13 @@
+"""Commands of `wheels`, called in this process: arguments in, exit status out."""
+
+from collections.abc import Sequence
+
+import wheels
+
+
+def train(argv: Sequence[str]) -> int:
+    return wheels.main(["train", *argv])
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    return wheels.main(["evaluate", *argv])
