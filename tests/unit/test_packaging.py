@@ -103,7 +103,7 @@ def test_no_companion_of_another_torch(name: str) -> None:
 @pytest.mark.parametrize(
     ("package", "foreign"),
     [
-        ("measuring", {"router", "server", "training", "torch", "vllm", "fastapi", "transformers"}),
+        ("measuring", {"server", "training", "torch", "vllm", "fastapi", "transformers"}),
         ("router", {"measuring", "server", "training", "vllm", "fastapi", "transformers"}),
         ("server", {"training"}),
         ("training", {"server"}),
