@@ -25,7 +25,7 @@ export PATH := $(PATH):/usr/sbin
 # Also with -j: tests at the same time would disturb each other.
 .NOTPARALLEL:
 
-.PHONY: help setup demo serve train test lint unit integration clean
+.PHONY: help setup demo serve train test lint unit coverage integration clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -83,14 +83,20 @@ packages:
 browser: setup
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || $(BIN)/playwright install --with-deps chromium
 
-lint: setup  ## Ruff
+lint: setup  ## Style, format and types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # As many processes as cores, but no more than four: each first imports torch and vLLM.
 WORKERS := -n logical --maxprocesses 4
 
 unit: packages setup  ## Unit tests: a minute, no engine
 	$(BIN)/pytest tests/unit tests/deploy $(WORKERS) --dist worksteal $(ARGS)
+
+coverage: packages setup  ## Which lines the unit tests run: build/coverage/index.html
+	$(BIN)/pytest tests/unit $(WORKERS) --dist worksteal -p pytest_cov.plugin $(ARGS) \
+		--cov=measuring --cov=router --cov=server --cov=training --cov=wheels --cov-report=term --cov-report=html
 
 # On a GPU one after the other: the engines of two processes may not fit into its memory.
 integration: packages setup browser  ## Integration tests: real vLLM engines
@@ -112,5 +118,5 @@ licences: setup  ## Write deploy/licences.md
 		--with-urls --packages $$(sed -n 's/==.*//p' constraints.txt) | grep -v '^| *| *|' > deploy/licences.md
 
 clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -131,7 +131,8 @@ class Policy:
         spare_from = bucket.spare_from()
         if self.spare is None or spare_from is None:
             return terms
-        rate = min(ceiling, bucket.budget.fraction, self._planned(bucket, completion_tokens, max_tokens))
+        fraction = 1.0 if bucket.budget.fraction is None else bucket.budget.fraction
+        rate = min(ceiling, fraction, self._planned(bucket, completion_tokens, max_tokens))
         return replace(
             terms,
             spare_price=min(terms.price, self.spare.price(rate)),
@@ -153,8 +154,9 @@ class Policy:
             running: requests that are being written at this moment.
         """
         budget = bucket.budget
-        plain = budget.tokens is None and budget.calls is None and budget.fraction is not None
-        if plain and ceiling >= budget.fraction and isinstance(self.calibration, AdaptiveCalibration):
+        if budget.tokens is not None or budget.calls is not None or budget.fraction is None:
+            return
+        if ceiling >= budget.fraction and isinstance(self.calibration, AdaptiveCalibration):
             self.calibration.observe(budget.fraction, teacher_tokens, completion_tokens, running=running)
 
     def _rate(self, bucket: Bucket, completion_tokens: int, max_tokens: int) -> float:
@@ -179,7 +181,7 @@ class Policy:
         The form and a = min(1, REFILL_TOKENS * f / ask_tokens) are from trial: see docs/budgets.md.
         """
         fraction = bucket.budget.fraction
-        if fraction in (None, 1.0):
+        if fraction is None or fraction == 1.0:
             return 1.0
         lacking = max(0.0, 1 - bucket.credit(completion_tokens) / bucket.ask_tokens)
         return fraction * math.exp(-min(1.0, REFILL_TOKENS * fraction / bucket.ask_tokens) * lacking)

@@ -167,6 +167,7 @@ async def _measure(
     """
     from router.checkpoint import RouterCheckpoint  # brings torch, which `wheels demo --help` can do without
 
+    assert pair.router is not None  # a pair in a directory has one
     span_tokens = RouterCheckpoint.load(pair.router).config.span_tokens
     try:
         async with GatewayClient(servers.gateway, concurrency=concurrency) as client:
