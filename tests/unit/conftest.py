@@ -1,9 +1,13 @@
 """Fixtures of the unit tests. They import when used: the process that hands tests out loads no torch."""
 
+import asyncio
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+from steady_time import SteadyClock, SteadyLoop
 
 from router.reserved import ReservedRows
 
@@ -15,6 +19,19 @@ if TYPE_CHECKING:
 # The same examples at every run, and no deadline: machines that run tests are busy.
 settings.register_profile("unit", derandomize=True, deadline=None, database=None)
 settings.load_profile("unit")
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Tests marked `steady_time` get its loop, others Python's."""
+    steady = item.get_closest_marker("steady_time") is not None
+    return {"loop": SteadyLoop if steady else asyncio.new_event_loop}
+
+
+@pytest.fixture(autouse=True)
+def _one_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In steady time, what asks the system for the time gets the loop's."""
+    if request.node.get_closest_marker("steady_time") is not None:
+        monkeypatch.setattr(time, "monotonic", lambda: SteadyClock.now)
 
 
 @pytest.fixture(scope="session", autouse=True)

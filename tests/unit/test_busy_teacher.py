@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
 from aiohttp import web
 from fake_teacher import Server, body, choice
 
@@ -13,6 +14,8 @@ from server.teacher.client import Ask, Teacher
 from server.teacher.errors import TeacherError
 from server.teacher.pool import TeacherPool
 from server.vllm_api import SamplingParams
+
+pytestmark = pytest.mark.steady_time
 
 AT_ONCE, SECONDS, TIMEOUT = 2, 0.02, 1.0
 CALLS = 200

@@ -8,6 +8,7 @@ teacher.
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from server.teacher.breaker import Breaker
 from server.teacher.client import STREAM_ABOVE, Teacher
 from server.teacher.pool import TeacherPool
 from server.vllm_api import SamplingParams
+
+pytestmark = pytest.mark.steady_time
 
 CALIBRATION = Calibration(((0.5, 1.0),))
 LENGTH = 30
@@ -94,7 +97,7 @@ class Fault:
 FAULTS = {
     "refuses": Fault(None, "unreachable"),
     "hangs": Fault(hangs, "timeout"),
-    "slow drip": Fault(drips, "timeout", lambda stream: range(1, 11) if stream else range(1)),
+    "slow drip": Fault(drips, "timeout", lambda stream: range(8, 10) if stream else range(1)),
     "500": Fault(body({"error": "oops"}, 500), "status"),
     "wrong JSON": Fault(body("<html>"), "nonsense"),
     "wrong tokens": Fault(body(choice([RESERVED.escalation])), "nonsense"),
@@ -118,14 +121,15 @@ class Gateway:
                 model="big",
                 timeout=PATIENCE,
                 span_timeout=SPAN_PATIENCE,
-                breaker=Breaker(2, BREAKER_SECONDS),
+                breaker=Breaker(2, BREAKER_SECONDS, time.monotonic),
                 vocabulary=RESERVED.start,
             )
             for url in urls
         ]
         self.pool = TeacherPool(replicas, concurrency=4, queue_seconds=0.1)
         limit = TokensPerWindow(tokens=1000, window_seconds=3600)
-        self.shared = SharedBudgets(MemoryLedger(), PriceController(CALIBRATION, span_tokens), [limit])
+        ledger, prices = MemoryLedger(clock=time.monotonic), PriceController(CALIBRATION, span_tokens)
+        self.shared = SharedBudgets(ledger, prices, [limit])
         cooperation = Cooperation(
             teacher=self.pool,
             policy=Policy(CALIBRATION, expected_tokens=20),
@@ -163,7 +167,10 @@ async def gateway(
 ) -> AsyncIterator[tuple[Gateway, list[Server]]]:
     async with AsyncExitStack() as stack:
         servers = [await stack.enter_async_context(Server()) for _ in answers]
-        urls = [server.url if answer else nobody() for server, answer in zip(servers, answers, strict=True)]
+        deaf = stack.enter_context(socket.socket())  # bound, so that nobody else gets the port
+        deaf.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        urls = [server.url if answer else nobody for server, answer in zip(servers, answers, strict=True)]
         for server, answer in zip(servers, answers, strict=True):
             server.answers = [answer or well]
         gateway = Gateway(tokenizer, urls, span_tokens)
@@ -171,13 +178,6 @@ async def gateway(
         for replica in gateway.pool.replicas:
             replica.up = replica.checked = True
         yield gateway, servers
-
-
-def nobody() -> str:
-    """An address where nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
 def text(by_teacher: range) -> str:

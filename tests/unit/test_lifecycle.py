@@ -18,12 +18,15 @@ from server.http import lifecycle as module
 from server.http.lifecycle import Lifecycle
 from server.vllm_api import HttpLayer
 
+pytestmark = pytest.mark.steady_time
+
 
 async def until(true: Callable[[], bool]) -> None:
-    for _ in range(10_000):
+    for _ in range(200):
         if true():
             return
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+    raise AssertionError("it never came true")
 
 
 @pytest.fixture(autouse=True)

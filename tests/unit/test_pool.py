@@ -15,6 +15,8 @@ from server.teacher.errors import TeacherError
 from server.teacher.pool import Slot, TeacherPool
 from server.vllm_api import SamplingParams
 
+pytestmark = pytest.mark.steady_time
+
 KEYS = [n.to_bytes(16) for n in range(300)]
 ASK = Ask([1], 3, SamplingParams())
 DOWN = TeacherError("unreachable", "the script says so")

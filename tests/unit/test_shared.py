@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -17,6 +18,8 @@ from router.ledger import Denial, FractionOfTraffic, Lease, MemoryLedger, Tokens
 from router.policy import Calibration
 from server.shared import Draw, SharedBudgets
 from server.tenants import Tenant, hash_key
+
+pytestmark = pytest.mark.steady_time
 
 MINUTE = TokensPerWindow(tokens=100, window_seconds=60)
 TENTH = FractionOfTraffic(fraction=0.1, window_seconds=60, slack_tokens=8)
@@ -148,7 +151,7 @@ async def books(budgets: SharedBudgets) -> tuple[int, int]:
 
 
 def counting(prices: PriceController, hold_seconds: float = 60.0, **options: Any) -> SharedBudgets:
-    return SharedBudgets(CountingLedger(**options), prices, [MINUTE], hold_seconds)
+    return SharedBudgets(CountingLedger(clock=time.monotonic, **options), prices, [MINUTE], hold_seconds)
 
 
 async def test_asks_that_follow_closely_share_a_lease(prices: PriceController) -> None:

@@ -17,6 +17,8 @@ from server.teacher.errors import EXPLANATIONS, Reason, TeacherError
 from server.teacher.patience import READING, SPAN
 from server.vllm_api import Logprob, SamplingParams
 
+pytestmark = pytest.mark.steady_time
+
 SHORT, LONG = STREAM_ABOVE, STREAM_ABOVE + 1  # spans that come as one body, as a stream
 EITHER = pytest.mark.parametrize("tokens", [SHORT, LONG], ids=["body", "stream"])
 VOCABULARY = 100
