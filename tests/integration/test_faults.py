@@ -25,8 +25,8 @@ def other(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
         "mlp.4.bias": 0.5 - router.gate["mlp.4.bias"],
     }
     directory = tmp_path_factory.mktemp("turned")
-    RouterCheckpoint(router.config, router.taps, turned, router.value).save(directory / "router")
-    flags = ("--breaker-seconds", "1", "--teacher-timeout", "3", "--cache", str(directory / "cache"))
+    RouterCheckpoint(router.config, router.taps, turned).save(directory / "router")
+    flags = ("--breaker-seconds", "1", "--cache", str(directory / "cache"))
     with serving(Pair(pair.teacher, pair.student, directory / "router"), directory, flags=flags) as stack:
         yield stack
 
@@ -54,7 +54,7 @@ async def test_teacher_killed_in_mid_load(
     await asyncio.wait(requests, return_when=asyncio.FIRST_COMPLETED)
     other.teacher_process.signal(signal.SIGKILL)
     other.teacher_process.process.wait()
-    replies = await asyncio.wait_for(asyncio.gather(*requests), 60)
+    replies = await asyncio.wait_for(asyncio.gather(*requests), 300)
     assert all(reply.choices[0].finish_reason in ("stop", "length") for reply in replies)
     assert sum(reply.teacher["degraded"] for reply in replies) > 100
     assert metric(other.gateway, "wheels_breaker_open") == 1
@@ -66,7 +66,7 @@ async def test_teacher_killed_in_mid_load(
 
     # The teacher comes back at its address: the gateway finds it again by itself.
     with running([teacher_service(pair.teacher, other.teacher, tmp_path)], timeout=120):
-        for _ in range(50):
+        for _ in range(300):
             if not (await chat(client, sources[0], 0.5)).teacher["degraded"]:
                 break
             await asyncio.sleep(0.2)
