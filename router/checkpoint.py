@@ -9,10 +9,11 @@ the result is a plain Hugging Face directory that stock vLLM serves.
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -30,7 +31,7 @@ from torch import Tensor
 from router.gate import GATES, Gate, LearnedGate
 from router.policy import Calibration
 from router.reserved import RESERVED_ROWS, ReservedRows
-from router.rows import VOCABULARY_TENSORS, CheckpointError, VocabularyTensors, copied
+from router.rows import VOCABULARY_TENSORS, CheckpointError, VocabularyTensors, copied, opened
 
 CONFIG_FILE = "router.json"
 TENSORS_FILE = "router.safetensors"
@@ -238,30 +239,42 @@ def fingerprint(model: Path, reserved_start: int) -> str:
     them has the identity of its copy with rows appended.
     """
     digest = hashlib.sha256()
-    entries: list[tuple[str, str, list[int], bytes]] = []
+    heads: list[_Head] = []
     for file in sorted(model.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            header_size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(header_size))
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                start, end = entry["data_offsets"]
-                shape = entry["shape"]
-                if name in VOCABULARY_TENSORS:
-                    rows = shape[0]
-                    end = start + (end - start) * min(rows, reserved_start) // rows
-                    if rows <= reserved_start:
-                        shape = [reserved_start + RESERVED_ROWS, *shape[1:]]
-                stream.seek(8 + header_size + start)
-                head = stream.read(min(end - start, HEAD_BYTES))
-                entries.append((name, entry["dtype"], shape, head))
-    if not entries:
+        with opened(file):
+            heads += _heads(file, reserved_start)
+    if not heads:
         raise CheckpointError(f"no *.safetensors weights in {model}")
-    for name, dtype, shape, head in sorted(entries):
-        digest.update(json.dumps([name, dtype, shape]).encode())
-        digest.update(head)
+    for head in sorted(heads):
+        digest.update(json.dumps([head.name, head.dtype, head.shape]).encode())
+        digest.update(head.content)
     return digest.hexdigest()
+
+
+class _Head(NamedTuple):
+    """The beginning of a tensor."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    content: bytes
+
+
+def _heads(file: Path, reserved_start: int) -> Iterator[_Head]:
+    """Of all tensors in a file, without their reserved rows."""
+    with file.open("rb") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(header_size))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            shape = entry["shape"]
+            if name in VOCABULARY_TENSORS:
+                rows = shape[0]
+                end = start + (end - start) * min(rows, reserved_start) // rows
+                shape = [reserved_start + RESERVED_ROWS if rows <= reserved_start else rows, *shape[1:]]
+            stream.seek(8 + header_size + start)
+            yield _Head(name, entry["dtype"], shape, stream.read(min(end - start, HEAD_BYTES)))
 
 
 def vocabulary(model: Path) -> set[tuple[str, int]]:

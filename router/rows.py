@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -91,7 +91,7 @@ class VocabularyTensors(NamedTuple):
         """These tensors, or all of them."""
         tensors: dict[str, Tensor] = {}
         for name in self.files if names is None else names:
-            with safe_open(model / self.files[name], "pt") as file:
+            with opened(model / self.files[name]) as file:
                 tensors[name] = file.get_tensor(name)
         return tensors
 
@@ -189,11 +189,22 @@ def copied(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A file of tensors. Raises CheckpointError where it is missing or holds something else."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        problem = " ".join(str(error).split())
+        raise CheckpointError(f"{file} cannot be read as safetensors: {problem}") from error
+
+
 def _write_tensors(source: Path, target: Path, changed: Mapping[str, Tensor]) -> None:
     tensors = load_file(source)
     for name in tensors.keys() & changed.keys():
         tensors[name] = changed[name]
-    with safe_open(source, "pt") as file:
+    with opened(source) as file:
         metadata = file.metadata()
     save_file(tensors, target, metadata=metadata)
 
@@ -241,7 +252,7 @@ def _is_same(model: Path, files: Mapping[str, str], names: Collection[str]) -> b
         return tied
     matrices: list[Tensor] = []
     for name in names:
-        with safe_open(model / files[name], "pt") as file:
+        with opened(model / files[name]) as file:
             matrices.append(file.get_tensor(name))
     one, other = matrices
     return one.shape == other.shape and bool((one == other).all())
@@ -261,7 +272,7 @@ def _check_plain(model: Path, files: Mapping[str, str], layer: str, role: str) -
     others = [t for t in files if t.startswith(f"{layer}.") and t not in (name, f"{layer}.bias")]
     sign = min(others, default="")
     if not others:
-        with safe_open(model / files[name], "pt") as file:
+        with opened(model / files[name]) as file:
             dtype = file.get_slice(name).get_dtype()
         sign = "" if dtype in PLAIN_TYPES else f"{name}: {dtype}"
     if sign:
@@ -269,7 +280,7 @@ def _check_plain(model: Path, files: Mapping[str, str], layer: str, role: str) -
 
 
 def _shape(model: Path, files: Mapping[str, str], name: str) -> list[int]:
-    with safe_open(model / files[name], "pt") as file:
+    with opened(model / files[name]) as file:
         return list(file.get_slice(name).get_shape())
 
 
@@ -277,9 +288,12 @@ def _tensors(model: Path) -> dict[str, str]:
     """The file of every tensor."""
     index = model / "model.safetensors.index.json"
     if index.is_file():
-        return dict(json.loads(index.read_text())["weight_map"])
+        try:
+            return dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index}: {type(error).__name__} {error}") from error
     files: dict[str, str] = {}
     for file in model.glob("*.safetensors"):
-        with safe_open(file, "pt") as source:
+        with opened(file) as source:
             files |= dict.fromkeys(source.keys(), file.name)
     return files

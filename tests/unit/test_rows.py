@@ -152,3 +152,32 @@ def test_an_unknown_output_matrix_is_refused(tmp_path):
     model = write(tmp_path / "model", {"strange.weight": torch.zeros(ROWS, HIDDEN)})
     with pytest.raises(CheckpointError, match=r"none of lm_head.weight, model.embed_tokens.weight in"):
         append_rows(model, tmp_path / "copy", APPENDED)
+
+
+def test_a_file_that_holds_no_tensors_is_named(tmp_path):
+    """As after a clone without Git LFS."""
+    model = write(tmp_path / "model", tensors_of(tied=True))
+    (model / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+    )
+    for action in (lambda: append_rows(model, tmp_path / "copy", APPENDED), lambda: fingerprint(model, ROWS)):
+        with pytest.raises(
+            CheckpointError, match=r"model\.safetensors cannot be read as safetensors"
+        ) as refusal:
+            action()
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("index", ["{", "{}", "[]"])
+def test_a_broken_index_is_named(tmp_path, index):
+    model = write(tmp_path / "model", tensors_of(tied=True), sharded=True)
+    (model / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=r"index\.json: "):
+        append_rows(model, tmp_path / "copy", APPENDED)
+
+
+def test_a_missing_part_is_named(tmp_path):
+    model = write(tmp_path / "model", tensors_of(tied=True), sharded=True)
+    (model / "0.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"0\.safetensors cannot be read as safetensors: No such file"):
+        append_rows(model, tmp_path / "copy", APPENDED)
