@@ -11,7 +11,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, repeat
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -114,10 +114,10 @@ class AdaptiveCalibration:
     def see(self, scores: Scores) -> None:
         """Take the distribution of scores that the engine has seen; it replaces the one before."""
         self._seen = scores
-        weighted = [(score, PRIOR_POSITIONS / len(STEPS)) for score in PRIOR_SCORES[self.gate]]
+        prior = PRIOR_SCORES[self.gate]
+        weighted = list(zip(prior, repeat(PRIOR_POSITIONS / len(prior))))
         if scores.positions:
-            weight = scores.positions / len(scores.quantiles)
-            weighted += [(score, weight) for score in scores.quantiles]
+            weighted += zip(scores.quantiles, repeat(scores.positions / len(scores.quantiles)))
         weighted.sort()
         self._scores = [score for score, _ in weighted]
         self._below = list(accumulate(weight for _, weight in weighted))
@@ -160,7 +160,7 @@ class AdaptiveCalibration:
     @property
     def points(self) -> tuple[tuple[float, float], ...]:
         """(rate, price) at the knots, as a measured calibration has them."""
-        return tuple((knot, self.price(knot)) for knot in KNOTS)
+        return tuple(zip(KNOTS, map(self.price, KNOTS), strict=True))
 
     @property
     def realised(self) -> list[Realised]:

@@ -155,7 +155,8 @@ class RouterCheckpoint:
     @classmethod
     def load(cls, directory: Path) -> "RouterCheckpoint":
         """Raises CheckpointError: missing or malformed file, unknown key, tensor of a wrong shape."""
-        config_file, tensors_file = directory / CONFIG_FILE, directory / TENSORS_FILE
+        config_file = directory / CONFIG_FILE
+        tensors_file = directory / TENSORS_FILE
         for file in (config_file, tensors_file):
             if not file.is_file():
                 raise CheckpointError(f"no router checkpoint in {directory}: {file.name} is missing")
@@ -197,7 +198,8 @@ class RouterCheckpoint:
 
     def check_student(self, student: Path) -> None:
         """Raises CheckpointError when this router was trained for another student."""
-        theirs, ours = fingerprint(student, self.config.reserved_start), self.config.fingerprints.student
+        theirs = fingerprint(student, self.config.reserved_start)
+        ours = self.config.fingerprints.student
         if theirs != ours:
             raise CheckpointError(
                 f"the router was trained for student {ours[:12]}, but {student} is {theirs[:12]}; "

@@ -73,8 +73,11 @@ class Calibration:
         Asking at a share p of the positions gives the rate r = p K / (p K + 1 - p) for calls of K
         tokens, and the random gate asks with probability 1 - price.
         """
-        rates = [step / 100 for step in range(1, 100)]
-        return cls(tuple((r, 1 - r / (ask_tokens * (1 - r) + r)) for r in rates))
+        points = []
+        for step in range(1, 100):
+            rate = step / 100
+            points.append((rate, 1 - rate / (ask_tokens * (1 - rate) + rate)))
+        return cls(tuple(points))
 
     def price(self, rate: float) -> float:
         """Price for a teacher rate; linear between points; never (inf) at 0, always (-inf) at 1."""
@@ -82,14 +85,15 @@ class Calibration:
             return math.inf
         if rate >= 1:
             return -math.inf
-        rates = [r for r, _ in self.points]
+        rates = [measured for measured, _ in self.points]
         right = bisect_left(rates, rate)
         if right == 0:
             return self.points[0][1]
         if right == len(rates):
             return self.points[-1][1]
-        (r0, p0), (r1, p1) = self.points[right - 1], self.points[right]
-        return p0 + (p1 - p0) * (rate - r0) / (r1 - r0)
+        low_rate, low_price = self.points[right - 1]
+        high_rate, high_price = self.points[right]
+        return low_price + (high_price - low_price) * (rate - low_rate) / (high_rate - low_rate)
 
 
 @dataclass(frozen=True)

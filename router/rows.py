@@ -76,7 +76,7 @@ class VocabularyTensors(NamedTuple):
             raise CheckpointError(
                 f"the output matrix of {model} is not tied to {source}, and not in its files"
             )
-        layers = [layer for layer in (output, source) if layer is not None]
+        layers = list(filter(None, (output, source)))
         names = [f"{layer}.weight" for layer in layers]
         _check_plain(model, files, layers[0], "output")
         outputs = names[:1]
@@ -254,22 +254,27 @@ def _is_same(model: Path, files: Mapping[str, str], names: Collection[str]) -> b
     for name in names:
         with opened(model / files[name]) as file:
             matrices.append(file.get_tensor(name))
-    one, other = matrices
-    return one.shape == other.shape and bool((one == other).all())
+    left, right = matrices
+    return left.shape == right.shape and bool((left == right).all())
 
 
 def _first_layer(layers: Collection[str], tensors: Collection[str]) -> str | None:
     """The first layer that has tensors here, besides a bias."""
     for layer in layers:
-        if any(name.startswith(f"{layer}.") and name != f"{layer}.bias" for name in tensors):
+        if _parts(layer, tensors):
             return layer
     return None
+
+
+def _parts(layer: str, tensors: Collection[str]) -> set[str]:
+    """The names of the layer's tensors, without its bias."""
+    return {name for name in tensors if name.startswith(f"{layer}.")} - {f"{layer}.bias"}
 
 
 def _check_plain(model: Path, files: Mapping[str, str], layer: str, role: str) -> None:
     """Raises CheckpointError where other tensors of the layer, or its type, show that it is quantised."""
     name = f"{layer}.weight"
-    others = [t for t in files if t.startswith(f"{layer}.") and t not in (name, f"{layer}.bias")]
+    others = _parts(layer, files) - {name}
     sign = min(others, default="")
     if not others:
         with opened(model / files[name]) as file:

@@ -148,7 +148,8 @@ class TextQuestion:
         else:
             what = f"a text of {len(self.text)} characters"
         special = " with special tokens" if self.add_special_tokens else ""
-        here, there = self.ids[same : same + 8], theirs[same : same + 8]
+        here = self.ids[same : same + 8]
+        there = theirs[same : same + 8]
         return f"{what} is{special}, after {same} tokens that agree, {there} there and {here} here"
 
 
@@ -170,7 +171,7 @@ def questions(tokenizer: Tokenizer, rows: int = 0) -> list[Question]:
     texts: dict[int, str] = {}
     for start in range(0, len(known), IDS):
         question = _ids_question(tokenizer, known[start : start + IDS], contexts, separators)
-        texts |= dict(zip(question.ids, question.texts, strict=True))
+        texts.update(zip(question.ids, question.texts, strict=True))
         asked.append(question)
     if nobodys := sorted(set(range(rows)) - set(known)):
         asked.append(_ids_question(tokenizer, nobodys, {}, separators, optional=True))
@@ -180,7 +181,8 @@ def questions(tokenizer: Tokenizer, rows: int = 0) -> list[Question]:
 
 def difference(ours: Tokenizer, theirs: Tokenizer) -> str | None:
     """What two tokenizers in this process do not agree on; None if they are the same."""
-    here, there = ours.get_vocab().keys(), theirs.get_vocab().keys()
+    here = ours.get_vocab().keys()
+    there = theirs.get_vocab().keys()
     if here != there:
         token = min(here ^ there)
         return f"{token!r} is a token {'here' if token in here else 'there'} only"
@@ -224,48 +226,58 @@ def _ids_question(
 def _separators(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> Iterator[int]:
     """Ids whose text is likely to be in no other token: special ones, then long ones."""
     longest = nlargest(20, vocabulary, key=len)
-    for token_id in [*tokenizer.all_special_ids, *(vocabulary[token] for token in longest)]:
+    for token_id in [*tokenizer.all_special_ids, *map(vocabulary.__getitem__, longest)]:
         if tokenizer.decode([token_id]).strip():
             yield token_id
 
 
 def _text_questions(tokenizer: Tokenizer, texts: Mapping[int, str]) -> list[TextQuestion]:
     """The probes, every special token amid text, and many tokens in a row, mixed: their merges meet there."""
-    special = set(tokenizer.all_special_ids)
-    marked = " a ".join(texts[token_id] for token_id in sorted(special) if token_id in texts)
-    plain = [text for i, text in texts.items() if i not in special and UNKNOWN not in text]
+    special_ids = set(tokenizer.all_special_ids)
+    special: list[str] = []
+    plain: list[str] = []
+    for token_id, text in sorted(texts.items()):
+        if token_id in special_ids:
+            special.append(text)
+        elif UNKNOWN not in text:
+            plain.append(text)
     random.Random(0).shuffle(plain)
     mixed = "".join(plain[:MIXED])
-    pieces = [mixed[i : i + CHARACTERS] for i in range(0, len(mixed), CHARACTERS)]
-    asked = [
-        TextQuestion(text, tokenizer.encode(text, add_special_tokens=False))
-        for text in [*PROBES, f"b{marked}c", *pieces]
-    ]
+    asked = [*PROBES, f"b{' a '.join(special)}c"]
+    for start in range(0, len(mixed), CHARACTERS):
+        asked.append(mixed[start : start + CHARACTERS])
+    questions = []
+    for text in asked:
+        questions.append(TextQuestion(text, tokenizer.encode(text, add_special_tokens=False)))
     with_special = tokenizer.encode(PROBES[0], add_special_tokens=True)
-    return [*asked, TextQuestion(PROBES[0], with_special, add_special_tokens=True)]
+    return [*questions, TextQuestion(PROBES[0], with_special, add_special_tokens=True)]
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
     """The length of what two sequences begin with alike."""
-    for position, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
+    shorter = min(len(left), len(right))
+    for position in range(shorter):
+        if left[position] != right[position]:
             return position
-    return min(len(one), len(other))
+    return shorter
 
 
 def _contexts(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> dict[int, Context]:
     """For every token that is a part of a character, what makes it whole: alone, all such look alike."""
     spelled = _byte_level(vocabulary) if _is_byte_level(tokenizer, vocabulary) else _byte_fallback(vocabulary)
-    single = {content: token_id for token_id, content in spelled.items() if len(content) == 1}
+    ids: dict[int, int] = {}  # by the byte that a token is
+    for token_id, content in spelled.items():
+        if len(content) == 1:
+            ids[content[0]] = token_id
     contexts: dict[int, Context] = {}
     for token_id, content in spelled.items():
         if _is_text(content):
             continue
-        before, after = _completion(content)
-        parts = [bytes([byte]) for byte in before + after]
-        if _is_text(before + content + after) and all(part in single for part in parts):
-            ids = [single[part] for part in parts]
-            contexts[token_id] = Context(ids[: len(before)], ids[len(before) :])
+        missing = _completion(content)
+        if missing is not None and ids.keys() >= {*missing.before, *missing.after}:
+            before = [ids[byte] for byte in missing.before]
+            after = [ids[byte] for byte in missing.after]
+            contexts[token_id] = Context(before, after)
     return contexts
 
 
@@ -277,14 +289,21 @@ def _is_text(content: bytes) -> bool:
     return True
 
 
-def _completion(content: bytes) -> tuple[bytes, bytes]:
-    """Bytes before and after a part of UTF-8, which make whole characters of it."""
+class _Missing(NamedTuple):
+    """Bytes that make whole characters of a part of UTF-8."""
+
+    before: bytes
+    after: bytes
+
+
+def _completion(content: bytes) -> _Missing | None:
+    """What is missing before and after a part of UTF-8; None if nothing makes characters of it."""
     following = len(content) - len(content.lstrip(bytes(range(0x80, 0xC0))))
     before = {0: b"", 1: b"\xc2", 2: b"\xe1", 3: b"\xf1"}.get(following, b"")
     for after in (b"", b"\x80", b"\xa0", b"\x90", b"\x80\x80", b"\xa0\x80", b"\x90\x80\x80", b"\x80\x80\x80"):
         if _is_text(before + content + after):
-            return before, after
-    return b"", b""
+            return _Missing(before, after)
+    return None
 
 
 def _is_byte_level(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> bool:
@@ -294,8 +313,8 @@ def _is_byte_level(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> bool:
 def _byte_level(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
     """Bytes of each token that is not ASCII, as GPT-2's tokenizer writes them: a character for every byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {256 + position: byte for position, byte in enumerate(others)}
+    others = sorted(set(range(256)) - set(printable))
+    byte_of = dict(enumerate(others, start=256))
     spelled: dict[int, bytes] = {}
     for token, token_id in vocabulary.items():
         if token.isascii():
@@ -309,5 +328,9 @@ def _byte_level(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
 
 def _byte_fallback(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
     """Bytes of the tokens that SentencePiece has for single bytes: ``<0xE4>``."""
-    matches = {token_id: re.fullmatch(r"<0x([0-9A-F]{2})>", token) for token, token_id in vocabulary.items()}
-    return {token_id: bytes.fromhex(match[1]) for token_id, match in matches.items() if match}
+    spelled: dict[int, bytes] = {}
+    for token, token_id in vocabulary.items():
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+        if byte:
+            spelled[token_id] = bytes.fromhex(byte[1])
+    return spelled

@@ -47,13 +47,15 @@ class MemoryLedger:
         at_least = check_reservation(tokens, at_least, student_tokens)
         now = self._clock()
         accounts = [self._account(scope, now) for scope in scopes]
-        granted, tightest = tokens, -1
+        granted = tokens
+        tightest = -1
         for i, (scope, account) in enumerate(zip(scopes, accounts, strict=True)):
             if student_tokens:
                 account.record(student_tokens)
             room = scope.limit.room(account.spent, account.reserved, account.student)
             if room < granted:
-                granted, tightest = room, i
+                granted = room
+                tightest = i
         if granted < at_least:
             return Denial.of(scopes[tightest], accounts[tightest].snapshot(), at_least)
         lease = Lease(next(self._ids), tuple(scopes), granted, now + SPENDABLE * self._lease)

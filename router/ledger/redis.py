@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
@@ -119,7 +119,7 @@ class RedisLedger:
             return lease
         arguments = [lease.id, tokens, at_least, student_tokens]
         for scope in scopes:
-            arguments += _limit_arguments(scope)
+            arguments += _LimitArguments.of(scope)
         try:
             reply = await self._call(scripts.reserve, scopes, arguments)
         except asyncio.CancelledError:
@@ -189,7 +189,9 @@ class RedisLedger:
             if time.monotonic() < self._retry_at:
                 raise _Unavailable(sent=False)
             self._retry_at = time.monotonic() + self._retry  # this call is the one that tries again
-        keys = [key for scope in scopes for key in _keys(self._tag, scope.id)]
+        keys: list[str] = []
+        for scope in scopes:
+            keys += _keys(self._tag, scope.id)
         now = "" if self._clock is None else int(self._clock() * 1000)
         arguments = [len(keys), *keys, now, self.on_expiry, round(self._lease * 1000), *arguments]
         task = asyncio.create_task(self._evaluate(script, arguments))
@@ -263,11 +265,21 @@ def _keys(tag: str, scope_id: str) -> tuple[str, ...]:
     return tuple(f"{tag}{scope_id}:{part}" for part in ("state", "held", "leases", "lapsed"))
 
 
-def _limit_arguments(scope: Scope) -> tuple[int, str, int, int]:
-    limit = scope.limit
-    if isinstance(limit, FractionOfTraffic):
-        return scope.window_ms, limit.type, limit.parts, limit.slack_tokens
-    return scope.window_ms, limit.type, limit.tokens, 0
+class _LimitArguments(NamedTuple):
+    """A scope's limit, as the scripts take it."""
+
+    window_ms: int
+    type: str
+    amount: int
+    """Tokens, or parts of a fraction."""
+    slack_tokens: int
+
+    @classmethod
+    def of(cls, scope: Scope) -> "_LimitArguments":
+        limit = scope.limit
+        if isinstance(limit, FractionOfTraffic):
+            return cls(scope.window_ms, limit.type, limit.parts, limit.slack_tokens)
+        return cls(scope.window_ms, limit.type, limit.tokens, 0)
 
 
 def _snapshot(scope: Scope, reply: list[Any]) -> Snapshot:
