@@ -203,7 +203,7 @@ def _executor(cores: Sequence[int]) -> tuple[str, ...]:
     """Flags of vLLM: a worker process, which it can bind to cores, or none, which starts in half the time.
 
     The second is given by its path: vLLM's CPU build refuses the short name `uni`, as it could not bind it.
-    It is for a tiny model, which needs a small cache: several engines have to fit into the memory of the tests.
+    It is for a tiny model, whose cache is small: several engines have to fit into the memory of the tests.
     """
     if cores:
         return ("--kv-cache-memory-bytes", "1G")
