@@ -51,6 +51,14 @@ def test_what_is_copied_exists_and_reaches_the_builder(path: Path) -> None:
             assert f"!{source}" in allowed
 
 
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_every_package_is_copied(path: Path) -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = {name.removesuffix("*") for name in settings["packages"]["find"]["include"]}
+    copied = re.findall(r"^COPY (\w+) \1$", path.read_text(), re.MULTILINE)
+    assert set(copied) == packages
+
+
 def test_an_image_without_a_compiler_compiles_nothing() -> None:
     """vLLM compiles what counts log-probabilities, also where engines are eager."""
     image = (DOCKER / "Dockerfile.cpu").read_text()

@@ -15,7 +15,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 PACKAGES = ("measuring", "router", "server", "training")
 
 
@@ -116,6 +117,18 @@ def test_packages_are_kept_apart(package: str, foreign: set[str]) -> None:
 def test_vllm_is_imported_in_one_module_of_the_server() -> None:
     files = {file.name for file, name in imports("server") if name == "vllm"}
     assert files == {"vllm_api.py"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_file_of_a_package_is_distributed(package: str) -> None:
+    settings = PYPROJECT["tool"]["setuptools"]
+    assert f"{package}*" in settings["packages"]["find"]["include"]
+    data: set[Path] = set()
+    for pattern in settings["package-data"].get(package, []):
+        data.update((ROOT / package).glob(pattern))
+    for file in (ROOT / package).rglob("*.*"):
+        if "__pycache__" not in file.parts:
+            assert file.suffix == ".py" or file in data, file
 
 
 @pytest.mark.parametrize("package", PACKAGES)
