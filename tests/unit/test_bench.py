@@ -187,6 +187,7 @@ def test_a_curve_is_anchored_at_both_models() -> None:
 # --- the client ---
 
 
+@pytest.mark.steady_time
 async def test_the_client_keeps_its_streams_busy_and_reads_every_answer(unused_tcp_port: int) -> None:
     running = most = 0
 
