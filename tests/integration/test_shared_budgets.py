@@ -51,12 +51,12 @@ class Stack:
 
     async def get(self, path: str, key: str | None = None) -> httpx.Response:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        async with httpx.AsyncClient() as http:
+        async with httpx.AsyncClient(timeout=60) as http:
             return await http.get(f"{self.serving.gateway}{path}", headers=headers)
 
     async def budgets(self, key: str) -> dict[str, Any]:
         """What the gateway says once Redis has answered it: behind a load it may be late for a while."""
-        for _ in range(50):
+        for _ in range(300):
             view = (await self.get("/budgets", key)).json()
             if view["available"]:
                 return view
@@ -130,9 +130,9 @@ async def test_a_limit_holds_whatever_comes_at_once(
     assert all(reply.choices[0].finish_reason in ("stop", "length") for reply in replies)
     written = sum(reply.teacher["tokens"] for reply in replies)
     assert written > 0
-    for _ in range(50):  # a settlement that Redis was too slow for comes later
+    for _ in range(300):  # a settlement that Redis was too slow for comes later
         budget = await spent()
-        if budget["spent"] - before == written:
+        if budget["spent"] - before == written and not budget["reserved"]:
             break
         await asyncio.sleep(0.2)
     assert budget["spent"] - before == written
@@ -154,7 +154,7 @@ async def test_a_limit_holds_whatever_comes_at_once(
 
 async def test_used_up_and_told(limited: Stack, sources: list[str]) -> None:
     async with limited.client("strict-key") as client:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         with pytest.raises(openai.RateLimitError) as error:  # noqa: PT012
             while time.monotonic() < deadline:
                 await asyncio.gather(*(chat(client, source, 0.2) for source in sources[:20]))
@@ -164,7 +164,7 @@ async def test_used_up_and_told(limited: Stack, sources: list[str]) -> None:
 async def test_a_new_key_without_a_restart(limited: Stack, sources: list[str]) -> None:
     limited.write(ACME | {"keys": [hash_key("new-key")], "limits": []}, STRICT)
     async with limited.client("new-key") as new, limited.client("acme-key") as old:
-        for _ in range(50):
+        for _ in range(300):
             if (await limited.get("/v1/models", "new-key")).status_code == 200:
                 break
             await asyncio.sleep(0.2)
@@ -180,14 +180,14 @@ async def test_redis_goes_away_and_comes_back(limited: Stack, sources: list[str]
         requests = [asyncio.create_task(chat(client, source, 0.5)) for source in sources[:100]]
         await asyncio.wait(requests, return_when=asyncio.FIRST_COMPLETED)
         limited.redis.stop()
-        replies = await asyncio.wait_for(asyncio.gather(*requests), 60)
+        replies = await asyncio.wait_for(asyncio.gather(*requests), 300)
         assert all(reply.choices[0].finish_reason in ("stop", "length") for reply in replies)
         later = await asyncio.gather(*(chat(client, source, 0.5) for source in sources[:20]))
         assert sum(reply.teacher["tokens"] for reply in later) == 0
         assert any("unavailable" in reply.teacher["denied"] for reply in later)
         assert (await limited.get("/budgets", "root")).json()["available"] is False
         limited.redis.start()
-        for _ in range(50):
+        for _ in range(300):
             replies = await asyncio.gather(*(chat(client, source, 0.5) for source in sources[:20]))
             if any(reply.teacher["tokens"] for reply in replies):
                 break
