@@ -176,8 +176,10 @@ class Bucket:
 
     @property
     def tokens_left(self) -> int | None:
+        """Teacher tokens that the budget still allows; None without such a limit."""
         return None if self.budget.tokens is None else self.budget.tokens - self.spent
 
     @property
     def calls_left(self) -> int | None:
+        """Teacher calls that the budget still allows; None without such a limit."""
         return None if self.budget.calls is None else self.budget.calls - self.calls

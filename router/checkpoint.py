@@ -110,6 +110,8 @@ def budget_text(template: str, fraction: float) -> str:
 
 @dataclass(frozen=True)
 class RouterCheckpoint:
+    """A router as its files hold it: settings, taps and the learned gate."""
+
     config: RouterConfig
     taps: Tensor
     """(reserved_count - 1, H), read-outs of the last hidden state (after the final norm)."""
@@ -118,6 +120,7 @@ class RouterCheckpoint:
 
     @property
     def reserved(self) -> ReservedRows:
+        """The student's rows that are kept for the taps."""
         return ReservedRows(self.config.reserved_start, self.config.reserved_count)
 
     def build_gate(self, name: str = "learned") -> Gate:
@@ -146,6 +149,7 @@ class RouterCheckpoint:
         return Calibration(tuple(points[name]))
 
     def save(self, directory: Path) -> None:
+        """Write both files into the directory."""
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {"taps": self.taps}
         tensors |= {f"gate.{name}": tensor for name, tensor in self.gate.items()}

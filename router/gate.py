@@ -42,6 +42,7 @@ class LearnedGate(Gate):
         )
 
     def forward(self, logits: Tensor) -> Tensor:
+        """Scores of the learned network."""
         return self.score(features(logits, self.reserved))
 
     def score(self, x: Tensor) -> Tensor:
@@ -54,6 +55,7 @@ class RandomGate(Gate):
     """Uniform in [0, 1): asks with probability 1 - price."""
 
     def forward(self, logits: Tensor) -> Tensor:
+        """Scores without a look at the logits."""
         return torch.rand(logits.shape[:-1], device=logits.device)
 
 
@@ -61,6 +63,7 @@ class EntropyGate(Gate):
     """Entropy of the next token, in nats."""
 
     def forward(self, logits: Tensor) -> Tensor:
+        """The entropy of the visible tokens, in nats."""
         visible = logits[..., : self.reserved.start].float()
         return Spread.of(visible, visible.amax(-1, keepdim=True)).entropy
 
@@ -69,6 +72,7 @@ class MarginGate(Gate):
     """Minus the logit gap between the best two tokens (= minus the gap of their log-probabilities)."""
 
     def forward(self, logits: Tensor) -> Tensor:
+        """Minus the distance of the two highest logits."""
         top = largest(logits[..., : self.reserved.start].float(), 2)
         return top[..., 1] - top[..., 0]
 
@@ -77,6 +81,7 @@ class MaxProbabilityGate(Gate):
     """Minus the probability of the best token."""
 
     def forward(self, logits: Tensor) -> Tensor:
+        """Minus the probability of the best token."""
         visible = logits[..., : self.reserved.start].float()
         return -1 / (visible - visible.amax(-1, keepdim=True)).exp_().sum(-1)
 

@@ -27,6 +27,7 @@ class Terms:
 
     @property
     def never(self) -> bool:
+        """True when the student never asks."""
         return self.price == math.inf
 
     @property

@@ -161,6 +161,9 @@ def copied(
     that of several gateways that start at once none takes the files from another.
 
     Args:
+        model: directory of the model.
+        out: directory of the copy.
+        tensors: new values, by their names.
         vocab_size: of the copy; None: the model's own.
         without: names of files or folders that the copy does not have.
     """

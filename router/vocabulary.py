@@ -41,13 +41,17 @@ class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
 
     @property
-    def all_special_ids(self) -> list[int]: ...
+    def all_special_ids(self) -> list[int]:
+        """Ids of tokens such as the end of a sequence."""
 
-    def get_vocab(self) -> dict[str, int]: ...
+    def get_vocab(self) -> dict[str, int]:
+        """The id of every token, those that were added too."""
 
-    def decode(self, token_ids: list[int]) -> str: ...
+    def decode(self, token_ids: list[int]) -> str:
+        """The ids as text."""
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The text as ids."""
 
 
 class Context(NamedTuple):
@@ -64,14 +68,16 @@ class Question(Protocol):
     """Something that a tokenizer of the same vocabulary answers as ours does."""
 
     @property
-    def path(self) -> str: ...
+    def path(self) -> str:
+        """Of the request that puts the question to a server."""
 
     @property
     def optional(self) -> bool:
         """Whether a server may refuse to answer."""
 
     @property
-    def body(self) -> dict[str, Any]: ...
+    def body(self) -> dict[str, Any]:
+        """Of that request."""
 
     def answered_by(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """The answer of a tokenizer in this process."""
@@ -96,12 +102,15 @@ class IdsQuestion:
 
     @property
     def body(self) -> dict[str, Any]:
+        """The text of all ids is asked for at once."""
         return {"tokens": self.sequence}
 
     def answered_by(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """The text by a tokenizer in this process."""
         return {"prompt": tokenizer.decode(self.sequence)}
 
     def difference(self, answer: Mapping[str, Any]) -> str | None:
+        """The first id whose text is another one."""
         text = answer.get("prompt")
         if not isinstance(text, str):
             return "the ids have no text there"
@@ -131,12 +140,15 @@ class TextQuestion:
 
     @property
     def body(self) -> dict[str, Any]:
+        """One text is asked for."""
         return {"prompt": self.text, "add_special_tokens": self.add_special_tokens}
 
     def answered_by(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """The ids by a tokenizer in this process."""
         return {"tokens": tokenizer.encode(self.text, add_special_tokens=self.add_special_tokens)}
 
     def difference(self, answer: Mapping[str, Any]) -> str | None:
+        """Where the two splits begin to differ."""
         theirs = answer.get("tokens")
         if theirs == self.ids:
             return None

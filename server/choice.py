@@ -80,14 +80,17 @@ class Choice:
 
     @property
     def report(self) -> Report:
+        """Who wrote this choice, and at what cost."""
         return self.completion.report
 
     @property
     def finished(self) -> bool:
+        """Whether the choice has its last token."""
         return self.completion.finished
 
     @property
     def bucket(self) -> Bucket:
+        """What is left of the request's budget."""
         return self.purse.bucket
 
     @property
@@ -97,10 +100,12 @@ class Choice:
 
     @property
     def student_tokens(self) -> int:
+        """Tokens that the student wrote."""
         return len(self.completion) - self.report.tokens
 
     @property
     def prompt_ids(self) -> list[int]:
+        """Token ids of the prompt."""
         ids: list[int] = self.prompt["prompt_token_ids"]
         return ids
 

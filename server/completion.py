@@ -46,7 +46,7 @@ class Piece:
 def new_detokenizer(
     tokenizer: Any, prompt_ids: list[int] | None, params: SamplingParams
 ) -> IncrementalDetokenizer:
-    """vLLM's own, with its matcher of stop strings, as its engine makes one for each request."""
+    """A detokenizer of vLLM, with its matcher of stop strings, as its engine makes one for each request."""
     request = EngineCoreRequest(
         request_id="",
         prompt_token_ids=prompt_ids,
@@ -89,6 +89,7 @@ class Completion:
 
     @property
     def token_ids(self) -> list[int]:
+        """Ids of all tokens so far."""
         return self._detokenizer.output_token_ids
 
     def __len__(self) -> int:
@@ -96,6 +97,7 @@ class Completion:
 
     @property
     def finished(self) -> bool:
+        """Whether there is a reason to finish."""
         return self.finish_reason is not None
 
     @property

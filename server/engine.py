@@ -68,6 +68,7 @@ class CooperativeEngine(AsyncLLM):
 
     @property
     def cooperation(self) -> Cooperation:
+        """How student and teacher write together; AttributeError before it is set."""
         if self._cooperator is None:
             raise AttributeError("cooperation is not set yet")
         return self._cooperator.cooperation
@@ -128,6 +129,7 @@ class Cooperator:
 
     @property
     def cooperation(self) -> Cooperation:
+        """How student and teacher write together."""
         return self._cooperation
 
     @cooperation.setter
@@ -199,7 +201,7 @@ class Cooperator:
         self._cooperation.shared.share(tenant).close(tokens)
 
     def _priority(self, wanted: int) -> int:
-        """vLLM's priority (a smaller one goes first) of a new request; one less is left to continuations.
+        """Priority of a new request in vLLM (a smaller one goes first); one less is left to continuations.
 
         So a completion that a call interrupts does not wait again for requests that have not begun.
         """

@@ -45,6 +45,7 @@ class Report:
     finished: bool = False
 
     def as_dict(self) -> ReportFields:
+        """The report, as a response has it."""
         return {
             "tokens": self.tokens,
             "calls": self.calls,
@@ -135,11 +136,13 @@ class Exchange:
         return purse
 
     def hand_out(self, report: Report, source: Source, *, finished: bool) -> None:
+        """Note whose tokens of a choice go out next, and whether they are the last."""
         report.source, report.finished = source, finished
         self.latest = report
 
     @property
     def finished(self) -> bool:
+        """Whether all choices have ended."""
         return bool(self.reports) and all(report.finished for report in self.reports)
 
     def total(self) -> Report:

@@ -265,9 +265,11 @@ class GateProcessor(Decider, LogitsProcessor):
         self.rows: Tensor | None = None
 
     def is_argmax_invariant(self) -> bool:
+        """False: the mask changes what greedy decoding picks."""
         return False
 
     def update_state(self, batch_update: Any) -> None:
+        """Take over which requests came, went and moved in the batch."""
         if batch_update is not None:
             for row in batch_update.removed:
                 self._set(row, math.inf)
@@ -314,6 +316,7 @@ class GateProcessor(Decider, LogitsProcessor):
             self.waiting[row] = waiting
 
     def apply(self, logits: Tensor) -> Tensor:
+        """Mask the rows of requests that may not ask, and score the others."""
         batch = len(logits)
         if self.changed or batch != self.batch:
             self.batch = batch
@@ -352,6 +355,7 @@ class GateProcessorV2(Decider, LogitsProcessorV2):
         """Tokens of its segment from which a slot's request may ask; on the host, so that nobody waits."""
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """Note the terms of a request in its slot; True, as the gate is for every request."""
         steps = price_steps(sampling_params.extra_args or {})
         first, second = [*steps, (math.inf, math.inf)][:2]
         self.terms[:, :, req_idx] = torch.tensor([first, second])
@@ -362,11 +366,13 @@ class GateProcessorV2(Decider, LogitsProcessorV2):
         return True
 
     def apply_staged_writes(self) -> None:
+        """Copy changed terms to the device."""
         if self.changed:
             self.device_terms.copy_(self.terms, non_blocking=True)
             self.changed = False
 
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
+        """Mask the rows of requests that may not ask, and score the others."""
         prompts = prompt_lengths(self.req_states)
         requests = ctx.idx_mapping_np
         at_most_written = ctx.seq_lens_upper_bound_np - prompts.host[requests]

@@ -65,7 +65,7 @@ def run(config: ServeConfig) -> int:
 
 
 def _vllm_arguments(config: ServeConfig, pair: ServedPair) -> Namespace:
-    """vLLM's own server arguments, parsed and checked by vLLM's own parser."""
+    """The server arguments of vLLM, parsed and checked by vLLM's own parser."""
     ours: dict[str, Any] = {
         "model": str(pair.student),
         "served-model-name": config.served_model_name,

@@ -92,6 +92,7 @@ class SharedBudgets:
         BUDGET_PRICE.labels(*labels).set(self.prices.price([scope]))
 
     def use(self, scopes: Sequence[Scope]) -> None:
+        """Show these limits among the metrics from now on."""
         self._used |= {scope.id: scope for scope in scopes}
 
     def beside(self, work: Coroutine[Any, Any, Any]) -> None:

@@ -161,6 +161,7 @@ class Tenants:
 
     @property
     def current(self) -> TenantList:
+        """The tenants as they were read last."""
         return self._current
 
     def authenticate(self, credential: str | None) -> "Tenant | ADMIN | None":

@@ -35,6 +35,7 @@ class MemoryLedgerConfig(BaseModel):
     """See `router.ledger.base.Ledger.on_expiry`."""
 
     def build(self) -> Ledger:
+        """The ledger of these settings."""
         return MemoryLedger(**self.model_dump(exclude={"type"}))
 
 
@@ -69,6 +70,7 @@ class RedisLedgerConfig(BaseModel):
     connections: PositiveInt = 16
 
     def build(self) -> Ledger:
+        """The ledger of these settings."""
         from router.ledger.redis import RedisLedger  # only who uses Redis needs its client
 
         return RedisLedger.connect(**self.model_dump(exclude={"type"}))

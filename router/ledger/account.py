@@ -49,10 +49,12 @@ class Account:
             self._roll(self._now // self._width)
 
     def hold(self, lease_id: str, tokens: int, lease_ms: int) -> None:
+        """Keep tokens back for a lease."""
         self._leases[lease_id] = _Held(tokens, self._now + lease_ms)
         self.reserved += tokens
 
     def settle(self, lease_id: str, used: int) -> Settlement:
+        """Charge what a lease has used and give back the rest."""
         if held := self._leases.pop(lease_id, None):
             self.reserved -= held.tokens
             self._charge(self._newest, used)
@@ -65,11 +67,13 @@ class Account:
         return "unknown"
 
     def record(self, student_tokens: int) -> None:
+        """Count tokens that the student wrote."""
         self._student_in[self._newest] = self._student_in.get(self._newest, 0) + student_tokens
         self.student += student_tokens
         self._total_student += student_tokens
 
     def snapshot(self) -> Snapshot:
+        """The account at this moment."""
         return Snapshot(
             now_ms=self._now,
             sub_window_ms=self._width,

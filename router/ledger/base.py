@@ -99,6 +99,7 @@ class Scope:
 
     @cached_property
     def window_ms(self) -> int:
+        """Length of the window, in milliseconds."""
         return round(self.limit.window_seconds * 1000)
 
 
@@ -209,6 +210,7 @@ class Status:
 
     @classmethod
     def of(cls, scope: Scope, snapshot: Snapshot) -> "Status":
+        """What a snapshot says of a scope's limit."""
         spent_in = [sub_window for sub_window, spent in snapshot.spent_in.items() if spent]
         return cls(
             scope=scope,
@@ -223,6 +225,7 @@ class Status:
 
     @property
     def remaining(self) -> int:
+        """Teacher tokens that may still be reserved."""
         return max(0, self.scope.limit.room(self.spent, self.reserved, self.student_tokens))
 
     @property
@@ -312,5 +315,6 @@ def check_reservation(tokens: int, at_least: int | None, student_tokens: int) ->
 
 
 def check_settlement(lease: Lease, used: int) -> None:
+    """Raise ValueError if more was used than the lease holds."""
     if not 0 <= used <= lease.tokens:
         raise ValueError(f"a lease of {lease.tokens} tokens cannot be settled with {used}")

@@ -44,6 +44,7 @@ class MemoryLedger:
         at_least: int | None = None,
         student_tokens: int = 0,
     ) -> Lease | Denial:
+        """See `Ledger.reserve`."""
         at_least = check_reservation(tokens, at_least, student_tokens)
         now = self._clock()
         accounts = [self._account(scope, now) for scope in scopes]
@@ -64,6 +65,7 @@ class MemoryLedger:
         return lease
 
     async def settle(self, lease: Lease, used: int) -> Settlement:
+        """See `Ledger.settle`."""
         check_settlement(lease, used)
         if not lease.scopes:
             return "settled"
@@ -73,15 +75,18 @@ class MemoryLedger:
         return next((outcome for outcome in outcomes if outcome != "unknown"), "unknown")
 
     async def record(self, scopes: Sequence[Scope], student_tokens: int) -> None:
+        """See `Ledger.record`."""
         now = self._clock()
         for scope in scopes:
             self._account(scope, now).record(student_tokens)
 
     async def status(self, scopes: Sequence[Scope]) -> list[Status]:
+        """See `Ledger.status`."""
         now = self._clock()
         return [Status.of(scope, self._account(scope, now).snapshot()) for scope in scopes]
 
     async def aclose(self) -> None:
+        """See `Ledger.aclose`."""
         pass
 
     def _account(self, scope: Scope, now: float) -> Account:

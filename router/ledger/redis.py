@@ -110,6 +110,7 @@ class RedisLedger:
         at_least: int | None = None,
         student_tokens: int = 0,
     ) -> Lease | Denial:
+        """See `Ledger.reserve`."""
         at_least = check_reservation(tokens, at_least, student_tokens)
         scopes = tuple(scopes)
         # Taken before the call: Redis's lease begins later, so it ends later than the holder thinks.
@@ -137,6 +138,7 @@ class RedisLedger:
         return Denial.of(tightest, _snapshot(tightest, reply[1]), at_least)
 
     async def settle(self, lease: Lease, used: int) -> Settlement:
+        """See `Ledger.settle`."""
         check_settlement(lease, used)
         if not lease.accounted or not lease.scopes:
             return "settled"
@@ -150,11 +152,13 @@ class RedisLedger:
             raise
 
     async def record(self, scopes: Sequence[Scope], student_tokens: int) -> None:
+        """See `Ledger.record`."""
         if scopes and student_tokens:
             with suppress(_Unavailable):
                 await self._call(scripts.record, scopes, [student_tokens, *(s.window_ms for s in scopes)])
 
     async def status(self, scopes: Sequence[Scope]) -> list[Status] | None:
+        """See `Ledger.status`."""
         if not scopes:
             return []
         try:
@@ -167,9 +171,11 @@ class RedisLedger:
 
     @property
     def available(self) -> bool:
+        """Whether Redis answered the last time."""
         return self._failures < FAILURES
 
     async def aclose(self) -> None:
+        """See `Ledger.aclose`."""
         if self._paying is not None:
             self._paying.cancel()
         for lease, used in list(self._owed.values()):
@@ -209,8 +215,13 @@ class RedisLedger:
         return reply
 
     async def _until_late(self, task: asyncio.Task[Any]) -> None:
-        """Raises TimeoutError. Time in which this process itself stood still does not count against Redis;
-        one that does so all the time waits `PATIENCE` timeouts at most.
+        """Wait for the task, at most for the timeout.
+
+        Time in which this process itself stood still does not count against Redis. A process that stands
+        still all the time waits `PATIENCE` timeouts at most.
+
+        Raises:
+            TimeoutError: it is not done.
         """
         for _ in range(PATIENCE):
             due = time.monotonic() + self._timeout

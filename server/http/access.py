@@ -41,6 +41,7 @@ class Access:
         self._metrics_hash = None if metrics_key is None else hash_key(metrics_key)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Admit the request, or answer 401 or 429."""
         if scope["type"] == "lifespan" or self._is_open(scope):
             return await self.app(scope, receive, send)
         owner = self._owner(scope)
@@ -122,7 +123,10 @@ class _UsedUp(NamedTuple):
 
 
 def _used_up(statuses: Sequence[Status]) -> _UsedUp | None:
-    """A limit in tokens with nothing left. (A fraction has room again with the next completion.)"""
+    """A limit in tokens with nothing left.
+
+    A fraction has room again with the next completion.
+    """
     for status in statuses:
         limit = status.scope.limit
         if limit.type == "tokens" and status.remaining == 0:

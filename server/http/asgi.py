@@ -21,4 +21,5 @@ def route_path(scope: Message) -> str:
 
 
 def encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """Headers as ASGI wants them."""
     return [(name.encode(), value.encode()) for name, value in headers.items()]

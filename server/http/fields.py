@@ -36,6 +36,7 @@ class TeacherFields:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Take our field out of the request, and hand the rest on."""
         path = route_path(scope) if scope["type"] == "http" else None
         if path not in PATHS or scope["method"] != "POST":
             return await self.app(scope, receive, send)

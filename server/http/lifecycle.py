@@ -55,6 +55,7 @@ class Lifecycle:
         self._drain: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Note the request while it runs, or refuse it."""
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         if self._drain is not None:

@@ -58,7 +58,7 @@ _BUDGET = Budget.model_json_schema() | {
 
 
 def _answer(content: dict[str, Any], *, streams: bool) -> dict[str, Any]:
-    """vLLM's media types of a response, with our fields; vLLM itself says nothing of what is in them."""
+    """Media types of a response, with our fields. vLLM itself does not describe what is in them."""
     report = {"$ref": "#/components/schemas/Teacher"}
     body = {"type": "object", "properties": {"teacher": report}, "required": ["teacher"]}
     content = {**content, "application/json": {"schema": body}}

@@ -21,6 +21,7 @@ class RequestIds:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Give the request an id, which the response repeats."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         sent = dict(scope["headers"]).get(HEADER.encode())

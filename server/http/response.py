@@ -39,6 +39,7 @@ class AnnotatedResponse:
         """The sequence number of the next event, as /v1/responses counts them."""
 
     async def __call__(self, message: Message) -> None:
+        """Pass a part of the response on, with our fields."""
         if self.ended:
             return
         if message["type"] == "http.response.start":

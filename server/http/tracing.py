@@ -21,6 +21,7 @@ class Traces:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Trace the request."""
         path = route_path(scope) if scope["type"] == "http" else None
         if path not in PATHS or scope["method"] != "POST":
             return await self.app(scope, receive, send)

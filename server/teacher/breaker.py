@@ -35,9 +35,11 @@ class Breaker:
         return True
 
     def succeeded(self) -> None:
+        """Note a good call."""
         self._failures = 0
 
     def failed(self) -> None:
+        """Note a failed call; enough of them open the breaker."""
         self._failures += 1
         if self.tripped:
             self._retry_at = self._clock() + self._seconds

@@ -115,6 +115,7 @@ class Ask:
 
     @property
     def streamed(self) -> bool:
+        """Whether the span is long enough to be streamed."""
         return self.tokens > STREAM_ABOVE
 
 

@@ -29,6 +29,7 @@ class TeacherError(PeerError):
         Args:
             reason: one of a few words, fit for a metric's label. "breaker" and "saturated" are calls that
                 were not made, or that waited in the teacher's queue for too long.
+            message: for the log.
             refused: the teacher would refuse the same call again.
             well: this does not speak against the teacher.
         """

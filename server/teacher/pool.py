@@ -49,6 +49,7 @@ class Replica:
 
     @property
     def down(self) -> bool:
+        """Whether it is not to be asked now."""
         return not self.up or self.teacher.breaker.open
 
 
@@ -61,10 +62,12 @@ class Slot:
         replica.running += 1
 
     def release(self) -> None:
+        """Give the right back."""
         self.replica.running -= 1
         self._pool.wake()
 
     def move(self, replica: Replica) -> None:
+        """Exchange the right for one at another replica."""
         replica.running += 1
         self.release()
         self.replica = replica

@@ -105,7 +105,7 @@ def _visible(ids: Sequence[int], vocabulary: int) -> Sequence[int]:
 
 
 def _entries(ids: Sequence[int], reply: _Logprobs | None, vocabulary: int) -> list[dict[int, Logprob]]:
-    """vLLM's dictionary for each token from the reply's lists."""
+    """The dictionary that vLLM has for each token, from the reply's lists."""
     if reply is None:
         raise TeacherError("nonsense", "the teacher's reply has no log-probabilities")
     tops = reply.top_logprobs or [None] * len(ids)
