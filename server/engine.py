@@ -349,18 +349,15 @@ class Cooperator:
         """What the span loop writes, for a reader that may be slow, or leave."""
         writing = asyncio.create_task(self._loop.write(choice))
         writing.add_done_callback(lambda _: choice.steps.put_nowait(None))
-        try:
-            with (
-                exchange.noting_failure(),
-                counted([choice.report], budgeted=True, refusal=VLLMValidationError),
-            ):
+        with exchange.noting_failure(), counted([choice.report], budgeted=True, refusal=VLLMValidationError):
+            try:
                 while (step := await choice.steps.get()) is not None:
                     yield step
                 await writing
-        finally:
-            writing.cancel()
-            await asyncio.wait([writing])
-            choice.purse.close(len(choice.completion))
+            finally:  # and counted only after the last token is written
+                writing.cancel()
+                await asyncio.wait([writing])
+                choice.purse.close(len(choice.completion))
 
 
 def _request_output(choices: list[Choice], outputs: list[CompletionOutput], request_id: str) -> RequestOutput:

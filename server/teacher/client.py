@@ -505,7 +505,9 @@ class Teacher:
     async def _wait(self, awaitable: Awaitable[T], patience: Patience) -> T:
         seconds = patience.seconds
         try:
-            return await asyncio.wait_for(awaitable, seconds)
+            # Not `wait_for`: on Python 3.11 it loses a cancellation that comes together with the result.
+            async with asyncio.timeout(seconds):
+                return await awaitable
         except TimeoutError as error:
             message = f"nothing more from {self.name} for {max(0.0, seconds):.1f} s"
             raise TeacherError("timeout", message) from error

@@ -73,6 +73,8 @@ class ScriptedTeacher:
     ends_at: int | None = None
     fails_at: int | None = None
     hangs_at: int | None = None
+    writes_on: bool = False
+    """Whether it writes a token, and more, although the call is cancelled while it hangs."""
     refuses: str | None = None
     calls: list[Call] = field(default_factory=list)
     asks: list[Ask] = field(default_factory=list)
@@ -126,7 +128,8 @@ class ScriptedTeacher:
             raise TeacherError("timeout", "the script says so")
         if place == self.hangs_at:
             self.hanging.release()
-            await asyncio.Event().wait()
+            with contextlib.suppress(asyncio.CancelledError if self.writes_on else ()):
+                await asyncio.Event().wait()
         ends = place == self.ends_at
         token = EOS if ends else letter(place, "A")
         logprobs = None if params.logprobs is None else [{token: Logprob(-0.5)}]
@@ -882,6 +885,19 @@ async def test_a_client_that_does_not_read_holds_nothing(pair):
     read = b"".join(bytes(output.outputs[0].token_ids) for output in (first, *rest))
     assert read == b"abCDEFgh"
     assert exchange.finished
+
+
+async def test_what_is_written_while_a_client_leaves_is_counted_as_it_is_charged(pair):
+    shared = shared_by_all(tokens(100))
+    engine, teacher = pair(ask_at={2}, span_tokens=4, shared=shared, hangs_at=3, writes_on=True)
+    before = count("wheels_completion_tokens_total", source="teacher")
+    outputs, _ = start(engine, 0.9, max_tokens=8)
+    await anext(outputs)
+    await teacher.hanging.acquire()
+    await outputs.aclose()
+    spent, reserved, _ = await on_the_books(shared)
+    assert (spent, reserved) == (4, 0)
+    assert count("wheels_completion_tokens_total", source="teacher") - before == spent
 
 
 async def test_who_wrote_what_reaches_a_slow_reader_too(pair):

@@ -14,7 +14,7 @@ from server.completion import Piece
 from server.teacher.breaker import Breaker
 from server.teacher.client import KEEP_ALIVE, STREAM_ABOVE, Ask, Teacher
 from server.teacher.errors import EXPLANATIONS, Reason, TeacherError
-from server.teacher.patience import READING, SPAN
+from server.teacher.patience import READING, SPAN, Patience
 from server.vllm_api import Logprob, SamplingParams
 
 pytestmark = pytest.mark.steady_time
@@ -127,6 +127,17 @@ async def test_the_teacher_may_end_the_completion_without_a_token(server, teache
     server.answers = [either(tokens, choice([], "stop"))]
     (piece,) = await collect(write(teacher, tokens))
     assert (piece.token_ids, piece.finish_reason) == ([], "stop")
+
+
+async def test_a_cancellation_that_comes_together_with_the_reply_is_not_lost(teacher):
+    """Or the span loop would go on for a client that has left."""
+    reply = asyncio.get_running_loop().create_future()
+    waiting = asyncio.create_task(teacher._wait(reply, Patience(10.0, 20.0, prompt_tokens=1)))
+    await asyncio.sleep(0)
+    reply.set_result(b"too late")
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
 
 
 async def test_a_slow_teacher_is_waited_for_token_by_token(server):
