@@ -43,7 +43,7 @@ PRIOR_SCORES: dict[str, tuple[float, ...]] = {
 """Where each gate starts before it has seen anything: scores at even quantiles, increasing."""
 
 
-class Scores(NamedTuple):
+class SeenScores(NamedTuple):
     """Scores of the positions at which the student could have asked."""
 
     quantiles: Sequence[float]
@@ -108,10 +108,10 @@ class AdaptiveCalibration:
         self.gate = gate
         self.ask_tokens = ask_tokens
         self._corrections = [Correction() for _ in KNOTS]
-        self._seen = Scores((), 0)
+        self._seen = SeenScores((), 0)
         self.see(self._seen)
 
-    def see(self, scores: Scores) -> None:
+    def see(self, scores: SeenScores) -> None:
         """Take the distribution of scores that the engine has seen; it replaces the one before."""
         self._seen = scores
         prior = PRIOR_SCORES[self.gate]
@@ -187,7 +187,7 @@ class AdaptiveCalibration:
         """Go on from a saved state; False, and nothing happens, if it belongs to another gate."""
         if state.gate != self.gate or len(state.offsets) != len(KNOTS):
             return False
-        self.see(Scores(state.quantiles, state.positions))
+        self.see(SeenScores(state.quantiles, state.positions))
         for correction, offset in zip(self._corrections, state.offsets, strict=True):
             correction.offset = offset
         return True

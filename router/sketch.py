@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from router.adaptive import Scores
+from router.adaptive import SeenScores
 
 POSITIONS = 8192
 """Scores that are kept: the distribution follows the traffic."""
@@ -35,11 +35,11 @@ class ScoreSketch:
         self._next = (self._next + len(scores)) % len(self._ring)
         self.added += len(scores)
 
-    def read(self) -> Scores:
+    def read(self) -> SeenScores:
         """Quantiles of the scores that are kept."""
         scores = self._ring.cpu()
         scores = scores[scores.isfinite()].sort().values
         if not len(scores):
-            return Scores((), 0)
+            return SeenScores((), 0)
         places = torch.linspace(0, len(scores) - 1, QUANTILES).long()
-        return Scores(scores[places].tolist(), len(scores))
+        return SeenScores(scores[places].tolist(), len(scores))

@@ -10,7 +10,7 @@ from router.budget import Bucket
 from server.completion import Completion, Piece
 from server.exchange import Purse, Report, Source
 from server.metrics import ESCALATIONS
-from server.shared import Share
+from server.shared_budgets import Share
 from server.tenants import Tenant
 from server.vllm_api import (
     MAX_NUM_LOGIT_BIAS_TOKENS,

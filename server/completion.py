@@ -124,9 +124,11 @@ class Completion:
                 self._logprobs.append(logprobs)
                 self._cumulative_logprob += logprobs[token_id].logprob
         if stop_string is not None:
-            self.finish_reason, self.stop_reason = "stop", stop_string
+            self.finish_reason = "stop"
+            self.stop_reason = stop_string
         elif piece.finish_reason not in (None, "length"):
-            self.finish_reason, self.stop_reason = piece.finish_reason, piece.stop_reason
+            self.finish_reason = piece.finish_reason
+            self.stop_reason = piece.stop_reason
         elif self.tokens_left <= 0:
             self.finish_reason = "length"
         self.report.completion_tokens = len(self)

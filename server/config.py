@@ -223,7 +223,8 @@ def _merged(settings: Any, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _problem(entry: Any) -> str:
-    name, path = entry["loc"][0], ".".join(map(str, entry["loc"]))
+    name = entry["loc"][0]
+    path = ".".join(map(str, entry["loc"]))
     if entry["type"] == "missing":
         return f"{name} is required (--{name.replace('_', '-')})"
     if entry["type"] == "extra_forbidden":

@@ -19,7 +19,7 @@ from server.exchange import EXCHANGE, Exchange, Report
 from server.gate_processor import TERMS
 from server.metrics import counted
 from server.parameters import check_reserved_rows, unsupported
-from server.shared import SharedBudgets
+from server.shared_budgets import SharedBudgets
 from server.single_tokens import SingleTokens
 from server.span_loop import SpanLoop
 from server.student import StudentEngine
@@ -136,7 +136,8 @@ class Cooperator:
     def cooperation(self, cooperation: Cooperation) -> None:
         """Another policy counts for running completions too, from their next segment on."""
         self._cooperation = cooperation
-        self._loop.policy, self._loop.span_tokens = cooperation.policy, cooperation.span_tokens
+        self._loop.policy = cooperation.policy
+        self._loop.span_tokens = cooperation.span_tokens
 
     def generate(
         self, prompt: Any, params: SamplingParams, request_id: str, **options: Any
@@ -282,7 +283,9 @@ class Cooperator:
     def _segment_params(self, params: SamplingParams) -> SamplingParams:
         reserved = self._cooperation.reserved
         segment = params.clone()
-        segment.stop, segment.detokenize, segment.skip_clone = [], False, True
+        segment.stop = []
+        segment.detokenize = False
+        segment.skip_clone = True
         segment.stop_token_ids = [*(params.stop_token_ids or ()), reserved.escalation]
         if params.allowed_token_ids is not None:
             # The gate reads the reserved rows, and masks them afterwards.

@@ -75,7 +75,8 @@ def _check_bad_words(params: SamplingParams, tokenizer: Any) -> None:
         return
     tokenized = params.clone()
     tokenized.update_from_tokenizer(tokenizer)
-    tokens, most = sum(map(len, tokenized.bad_words_token_ids or ())), max_bad_words_tokens()
+    tokens = sum(map(len, tokenized.bad_words_token_ids or ()))
+    most = max_bad_words_tokens()
     if tokens > most:
         message = f"bad_words are {tokens} tokens, and {most} is the most that the engine takes"
         raise VLLMValidationError(message, parameter="bad_words", value=tokens)

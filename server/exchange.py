@@ -137,7 +137,8 @@ class Exchange:
 
     def hand_out(self, report: Report, source: Source, *, finished: bool) -> None:
         """Note whose tokens of a choice go out next, and whether they are the last."""
-        report.source, report.finished = source, finished
+        report.source = source
+        report.finished = finished
         self.latest = report
 
     @property

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from router.adaptive import Scores
+from router.adaptive import SeenScores
 from router.checkpoint import CheckpointError, RouterCheckpoint
 from router.gate import GATES, Gate
 from router.policy import Terms
@@ -44,8 +44,10 @@ SPARE_FROM = "wheels_spare_from"
 TERMS = frozenset({PRICE, NOT_BEFORE, SPARE_PRICE, SPARE_FROM})
 """What a client must not say: it would steer the router."""
 
-PIECE_ON_CPU, PIECE_ON_GPU = 2**19, 2**26
-"""Logits that a gate reads at a time: 2 MiB, 256 MiB."""
+PIECE_ON_CPU = 2**19
+"""Logits that a gate reads at a time: 2 MiB."""
+PIECE_ON_GPU = 2**26
+"""The same on a GPU: 256 MiB."""
 MANY = 0.5
 """From this share of a batch on, all its rows are read where they are, and none is copied."""
 
@@ -198,7 +200,7 @@ class RouterLoader:
         setattr(self, PENDING, router)
         return router.digest()
 
-    def gate_scores(self) -> Scores | None:
+    def gate_scores(self) -> SeenScores | None:
         """The scores that this process has seen; None if it keeps none."""
         for processor in PROCESSORS:
             if processor.sketch is not None:
@@ -236,7 +238,8 @@ def _check_output(output: Any, hidden_size: int) -> None:
 
 def write_taps(output: Any, router: RouterCheckpoint) -> None:
     """``output``: vLLM's output matrix, of which this process may have only some rows (tensor parallel)."""
-    rows, taps = rows_of(output), router.reserved.taps
+    rows = rows_of(output)
+    taps = router.reserved.taps
     mine = range(max(taps.start, rows.start), min(taps.stop, rows.stop))
     if mine:
         values = router.taps[mine.start - taps.start : mine.stop - taps.start]
@@ -303,10 +306,15 @@ class GateProcessor(Decider, LogitsProcessor):
 
     def _move(self, first: int, second: int, swap: bool) -> None:
         """State of row ``first`` goes to ``second``, and back where they swap."""
-        first_price, first_waiting = self.prices[first].item(), self.waiting.get(first)
-        second_price, second_waiting = self.prices[second].item(), self.waiting.get(second)
+        first_price = self.prices[first].item()
+        first_waiting = self.waiting.get(first)
+        second_price = self.prices[second].item()
+        second_waiting = self.waiting.get(second)
         self._restore(second, first_price, first_waiting)
-        self._restore(first, second_price if swap else math.inf, second_waiting if swap else None)
+        if swap:
+            self._restore(first, second_price, second_waiting)
+        else:
+            self._restore(first, math.inf, None)
 
     def _restore(
         self, row: int, price: float, waiting: tuple[list[tuple[float, float]], list[int]] | None

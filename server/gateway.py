@@ -29,9 +29,9 @@ from server.http.routes import routes
 from server.http.tracing import Traces
 from server.metrics import PRICE
 from server.price_follower import PriceFollower
-from server.reload import RouterReload, load_everywhere
+from server.router_reload import RouterReload, load_everywhere
 from server.served_pair import ServedPair
-from server.shared import SharedBudgets
+from server.shared_budgets import SharedBudgets
 from server.teacher.breaker import Breaker
 from server.teacher.client import Teacher
 from server.teacher.errors import TeacherError
@@ -208,7 +208,9 @@ def _cooperation(
 
 async def _router_reload(pair: ServedPair, engine: CooperativeEngine) -> RouterReload | None:
     """Follows the configured router; None where there is none, or the running student cannot take another."""
-    config, running, directory = pair.config, pair.router, pair.config.router
+    config = pair.config
+    running = pair.router
+    directory = config.router
     if directory is None or running is None:
         return None
     try:

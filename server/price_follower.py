@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from router.adaptive import AdaptiveCalibration, SavedState, Scores
+from router.adaptive import AdaptiveCalibration, SavedState, SeenScores
 from server.metrics import AIMED_COMPLETION_TOKENS, REALISED_RATE
 
 logger = logging.getLogger(__name__)
@@ -60,8 +60,8 @@ class PriceFollower:
     async def update(self) -> None:
         """Take the engine's newest scores, and publish what was realised."""
         for answer in await self._read("gate_scores"):
-            if answer is not None:  # a `Scores`, which arrives as a list
-                scores = Scores(*answer)
+            if answer is not None:  # a `SeenScores`, which arrives as a list
+                scores = SeenScores(*answer)
                 if scores.positions:
                     self._calibration.see(scores)
                 break

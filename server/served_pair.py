@@ -93,7 +93,8 @@ class ServedPair:
         Raises:
             ConfigError: the router cannot be served, or has nothing to aim a rate at.
         """
-        config, router = self.config, self.router
+        config = self.config
+        router = self.router
         if router is not None and router.config.budget_prompt is not None:
             raise ConfigError(
                 "the router wants budgets in words in the prompt, which the gateway does not write: "
@@ -142,24 +143,32 @@ class ServedPair:
             raise ConfigError(f"aim rate: {error}") from error
 
 
-def _merged(config: ServeConfig) -> tuple[RouterCheckpoint | None, Path]:
-    """The router, where there is one, and the directory that the engine loads: both in one."""
+class _Merged(NamedTuple):
+    """A student and its router in one directory."""
+
+    router: RouterCheckpoint | None
+    student: Path
+    """What the engine loads."""
+
+
+def _merged(config: ServeConfig) -> _Merged:
+    """The router, if there is one, in a student that the engine loads."""
     merged_router = config.student / MERGED_ROUTER
     if config.router is None:
         if merged_router.is_dir():
-            return RouterCheckpoint.load(merged_router), config.student
+            return _Merged(RouterCheckpoint.load(merged_router), config.student)
         if config.gate == "learned":
             raise ConfigError(
                 "the learned gate needs a router checkpoint (--router); "
                 "without --gate one is taken that needs no training"
             )
-        return None, _with_rows(config)
+        return _Merged(None, _with_rows(config))
     router = RouterCheckpoint.load(config.router)
     router.check_student(config.student)
     merged = _copy_of_student(config, router.digest())
     if not merged.is_dir():
         router.merge(config.student, merged)
-    return router, merged
+    return _Merged(router, merged)
 
 
 def _with_rows(config: ServeConfig) -> Path:

@@ -12,7 +12,7 @@ from router.ledger import Denial
 from router.policy import NEVER, Policy, Terms
 from server.choice import Choice
 from server.completion import Piece
-from server.shared import Draw, SharedBudgets
+from server.shared_budgets import Draw, SharedBudgets
 from server.teacher.client import Ask
 from server.teacher.errors import TeacherError
 from server.teacher.pool import Slot, TeacherPool

@@ -22,6 +22,7 @@ import hashlib
 import hmac
 import logging
 import os
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -33,6 +34,7 @@ from router.budget import Budget
 from router.errors import BadRequest
 from router.ledger import Limit, Scope
 from server.config import ConfigError
+from server.file_state import FileState
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ class Tenant(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Tenant":
-        if self.default_budget and self.maximum_budget and self._above(self.default_budget):
+        if self.default_budget and self.maximum_budget and self._exceeded(self.default_budget):
             raise ValueError("default_budget is more than maximum_budget")
         if len({scope.id for scope in self.scopes}) < len(self.limits):
             raise ValueError("two limits of one type and window: the smaller one is enough")
@@ -95,30 +97,28 @@ class Tenant(BaseModel):
         budget = requested or self.default_budget or server_default
         if self.maximum_budget is None:
             return Resolved(budget, clamped=False)
-        above = self._above(budget)
-        if requested and above and self.over_maximum == "refuse":
-            part = above[0]
+        exceeded = self._exceeded(budget)
+        if requested and exceeded and self.over_maximum == "refuse":
+            part = exceeded[0]
             raise BudgetRefused(
                 "teacher_budget",
                 f"{part} {getattr(budget, part):g} is more than this key's maximum of "
                 f"{getattr(self.maximum_budget, part):g}",
             )
-        parts = {
-            part: min(values)
-            for part in PARTS
-            if (values := [v for b in (budget, self.maximum_budget) if (v := getattr(b, part)) is not None])
-        }
-        return Resolved(Budget(**parts), clamped=bool(requested and above))
+        parts = self.maximum_budget.model_dump(exclude_none=True)
+        for part, wanted in budget.model_dump(exclude_none=True).items():
+            parts[part] = min(wanted, parts.get(part, wanted))
+        return Resolved(Budget(**parts), clamped=bool(requested and exceeded))
 
-    def _above(self, budget: Budget) -> list[str]:
+    def _exceeded(self, budget: Budget) -> list[str]:
         """The parts of a budget that are more than the maximum's."""
-        return [
-            part
-            for part in PARTS
-            if (most := getattr(self.maximum_budget, part)) is not None
-            and (value := getattr(budget, part)) is not None
-            and value > most
-        ]
+        exceeded = []
+        for part in PARTS:
+            most = getattr(self.maximum_budget, part)
+            wanted = getattr(budget, part)
+            if most is not None and wanted is not None and wanted > most:
+                exceeded.append(part)
+        return exceeded
 
 
 class TenantList(BaseModel):
@@ -131,11 +131,14 @@ class TenantList(BaseModel):
 
     @model_validator(mode="after")
     def _unique(self) -> "TenantList":
-        names = [tenant.name for tenant in self.tenants]
-        keys = [*self.admin_keys, *(key for tenant in self.tenants for key in tenant.keys)]
-        for what, values in (("tenants named", names), ("uses of the key", keys)):
-            if twice := sorted({value for value in values if values.count(value) > 1}):
-                raise ValueError(f"two {what} {twice[0]}")
+        names = Counter(tenant.name for tenant in self.tenants)
+        keys = Counter(self.admin_keys)
+        for tenant in self.tenants:
+            keys.update(tenant.keys)
+        for what, counts in (("tenants named", names), ("uses of the key", keys)):
+            twice = min(counts - Counter(counts.keys()), default=None)
+            if twice is not None:
+                raise ValueError(f"two {what} {twice}")
         return self
 
 
@@ -156,8 +159,8 @@ class Tenants:
         self._path = None if inline else Path(source)
         # Keys are looked up by a hash that no client can compute, so that the time it takes tells nothing.
         self._secret = os.urandom(32)
-        self._seen: tuple[int, ...] | None = None
-        self.reload()
+        self._seen = self._stat()
+        self._use(self._read())
 
     @property
     def current(self) -> TenantList:
@@ -182,16 +185,21 @@ class Tenants:
             ConfigError: it is not usable; the tenants of before stay.
         """
         seen = self._stat()
-        if seen == self._seen and self._seen is not None:
+        if seen == self._seen:
             return False
-        tenants = self._read()
+        self._use(self._read())
+        self._seen = seen
+        return True
+
+    def _use(self, tenants: TenantList) -> None:
         owners: dict[bytes, tuple[str, Tenant | ADMIN]] = {}
         for key in tenants.admin_keys:
             owners[self._index(key)] = (key, "admin")
         for tenant in tenants.tenants:
-            owners |= {self._index(key): (key, tenant) for key in tenant.keys}
-        self._current, self._owners, self._seen = tenants, owners, seen
-        return True
+            for key in tenant.keys:
+                owners[self._index(key)] = (key, tenant)
+        self._current = tenants
+        self._owners = owners
 
     async def watch(self, seconds: float = 2.0) -> None:
         """Reload whenever the file changes, for ever; an unusable file is logged once and changes nothing."""
@@ -211,15 +219,14 @@ class Tenants:
     def _index(self, digest: str) -> bytes:
         return hmac.digest(self._secret, digest.encode(), "sha256")
 
-    def _stat(self) -> tuple[int, ...]:
-        """Changes with the file, also where another one has taken its place."""
+    def _stat(self) -> FileState | None:
+        """None if the contents do not come from a file."""
         if self._path is None:
-            return (0,)
+            return None
         try:
-            stat = self._path.stat()
+            return FileState.of(self._path)
         except OSError as error:
             raise ConfigError(f"cannot read the tenants: {error}") from error
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
     def _read(self) -> TenantList:
         where = "the tenants" if self._path is None else str(self._path)

@@ -47,6 +47,14 @@ from server.vllm_flags import write_flags
 KEEP_ALIVE_VARIABLE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 
 
+class Listening(NamedTuple):
+    """Where a server is to be found."""
+
+    address: str
+    """For the operator."""
+    socket: socket.socket
+
+
 class HttpLayer:
     """vLLM's OpenAI server around any engine; imported late, as the engine's process needs none of it."""
 
@@ -95,7 +103,7 @@ class HttpLayer:
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(f"vllm's logging-config: {one_line(error)}") from error
 
-    def listen(self, arguments: Namespace) -> tuple[str, socket.socket]:
+    def listen(self, arguments: Namespace) -> Listening:
         """The address for the operator, and its socket.
 
         Raises:
@@ -107,7 +115,7 @@ class HttpLayer:
             raise ConfigError(f"vllm: {one_line(error)}") from error
         if arguments.ssl_certfile is not None:  # a key of its own is no condition
             address = address.replace("http://", "https://", 1)
-        return address, listening
+        return Listening(address, listening)
 
     def serve_options(self, arguments: Namespace, *, keep_alive_seconds: int) -> dict[str, Any]:
         """What vLLM's own entry passes to `serve_http` besides app and socket."""
@@ -178,7 +186,7 @@ REPORTS_V2 = (
 )
 
 
-class Report(NamedTuple):
+class ReportFunction(NamedTuple):
     """A function that computes reported scores; its first argument is the logits (..., V)."""
 
     owner: Any
@@ -186,14 +194,14 @@ class Report(NamedTuple):
     function: Callable[..., Any]
 
 
-def find_reports(*, v2: bool) -> list[Report]:
+def find_reports(*, v2: bool) -> list[ReportFunction]:
     """The functions of one model runner. Raises UnsupportedVllm where one is gone."""
     reports = []
     for module, path in REPORTS_V2 if v2 else REPORTS_V1:
         try:
             *owners, name = path.split(".")
             owner = reduce(getattr, owners, import_module(module))
-            reports.append(Report(owner, name, getattr(owner, name)))
+            reports.append(ReportFunction(owner, name, getattr(owner, name)))
         except (ImportError, AttributeError) as error:
             raise UnsupportedVllm(f"this vLLM has no {module}.{path}: it is not supported") from error
     return reports

@@ -28,7 +28,8 @@ def read_flags(words: Sequence[str]) -> dict[str, Any]:
         ValueError: the first word is no flag.
     """
     settings: dict[str, Any] = {}
-    name, values = "", list[str]()
+    name = ""
+    values: list[str] = []
     for word in words:
         if not (word.startswith("--") and len(word) > 2) and not SHORT_FLAG.match(word):
             if not name:
@@ -38,7 +39,8 @@ def read_flags(words: Sequence[str]) -> dict[str, Any]:
         if name:
             _add(settings, name, values)
         flag, equals, value = word.partition("=")
-        name, values = setting_name(flag), [value] if equals else []
+        name = setting_name(flag)
+        values = [value] if equals else []
     if name:
         _add(settings, name, values)
     return settings

@@ -105,8 +105,8 @@ def students(plan: Plan) -> StudentServers:
     teacher = stock(plan.pair.teacher, plan.work, "light-teacher", LAST)
     theirs = stock(plan.pair.student, plan.work, "stock", FIRST)
     ours = gateway(plan.pair, teacher, plan.work, name="light-gateway")
-    _, direct, behind = plan.shared.enter_context(started([teacher, theirs], [ours]))
-    return StudentServers(direct, behind)
+    _, direct, cooperating = plan.shared.enter_context(started([teacher, theirs], [ours]))
+    return StudentServers(direct, cooperating)
 
 
 def heavies(plan: Plan) -> PairServers:

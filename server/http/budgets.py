@@ -8,7 +8,7 @@ from typing_extensions import TypedDict
 
 from router.controller import PriceController
 from router.ledger import Limit, Status
-from server.shared import SharedBudgets
+from server.shared_budgets import SharedBudgets
 from server.tenants import ADMIN, Tenant, Tenants
 
 

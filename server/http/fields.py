@@ -1,7 +1,7 @@
 """Our field in vLLM's requests: takes out `teacher_budget`, and opens the exchange that carries it."""
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -60,7 +60,13 @@ class TeacherFields:
                 raise
 
 
-def _open_exchange(body: bytes) -> tuple[Exchange, bytes]:
+class _Opened(NamedTuple):
+    exchange: Exchange
+    body: bytes
+    """Without our field."""
+
+
+def _open_exchange(body: bytes) -> _Opened:
     """The exchange that a request body opens, and the body without our field.
 
     Raises:
@@ -69,7 +75,7 @@ def _open_exchange(body: bytes) -> tuple[Exchange, bytes]:
     """
     request = read_body(body)
     if not isinstance(request, dict):
-        return Exchange(), body  # vLLM says what is wrong with it
+        return _Opened(Exchange(), body)  # vLLM says what is wrong with it
     if _is_set(request, "background"):
         # vLLM would keep it in this process: another gateway, or the next one, knows nothing of it.
         raise BadRequest("background", "a gateway keeps no responses: wait for it, or stream it")
@@ -81,9 +87,9 @@ def _open_exchange(body: bytes) -> tuple[Exchange, bytes]:
         names=names_as_sent(request),
     )
     if FIELD not in request:
-        return exchange, body
+        return _Opened(exchange, body)
     exchange.budget = _budget(request.pop(FIELD))
-    return exchange, json.dumps(request).encode()
+    return _Opened(exchange, json.dumps(request).encode())
 
 
 def _is_set(request: dict[str, Any], name: str) -> bool:
@@ -113,7 +119,8 @@ def _explain(value: Any, error: ValidationError) -> str:
 
 
 async def _read(receive: Receive) -> bytes | None:
-    chunks, more = [], True
+    chunks: list[bytes] = []
+    more = True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":

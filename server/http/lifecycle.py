@@ -80,7 +80,8 @@ class Lifecycle:
 
         ``state``: the app's, where `serve_http` puts uvicorn's server.
         """
-        task, loop = asyncio.ensure_future(serving), asyncio.get_running_loop()
+        task = asyncio.ensure_future(serving)
+        loop = asyncio.get_running_loop()
         await asyncio.sleep(0)  # it installs its signal handlers before it first waits: ours take their place
         self._server = state.server
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -128,7 +128,8 @@ class AnnotatedResponse:
             return
         if self.exchange.failure is not None:
             return await self._refuse(self._failure)
-        held, self.held = self.held, []
+        held = self.held
+        self.held = []
         for message in held:
             await self._pass_on(message)
 

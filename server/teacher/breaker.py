@@ -12,7 +12,9 @@ class Breaker:
     """
 
     def __init__(self, failures: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit, self._seconds, self._clock = failures, seconds, clock
+        self._limit = failures
+        self._seconds = seconds
+        self._clock = clock
         self._failures = 0
         self._retry_at = 0.0
 

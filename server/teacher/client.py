@@ -131,7 +131,8 @@ class _Progress:
 
 def _body(ask: Ask, progress: _Progress, model: str | None) -> dict[str, Any]:
     """The request for what is left of an ask."""
-    params, written = ask.params, progress.written
+    params = ask.params
+    written = progress.written
     body: dict[str, Any] = {name: getattr(params, name) for name in FORWARDED}
     stops = list(params.stop_token_ids or ())
     if not params.ignore_eos:
@@ -291,8 +292,8 @@ class Teacher:
 
         The last piece has a finish reason: "length" where the span is full, else the teacher ended the
         completion. A span of up to 8 tokens comes as a whole. Closing the iterator closes the connection,
-        at which vLLM aborts the call. Ids that the student does not have
-        are dropped, and the teacher is asked again from there.
+        at which vLLM aborts the call. Ids that the student does not have are dropped, and the teacher is
+        asked again from there.
 
         Args:
             ask: what the teacher is asked for.
@@ -303,14 +304,13 @@ class Teacher:
         Raises:
             TeacherError: whatever went wrong; pieces handed out before it stay valid.
         """
+        read = len(ask.prompt_ids)
         patience = Patience(
-            self.timeout,
-            self.span_timeout,
-            prompt_tokens=len(ask.prompt_ids),
-            started=started,
-            deadline=deadline,
+            self.timeout, self.span_timeout, prompt_tokens=read, started=started, deadline=deadline
         )
-        called, outcome, blamed = time.monotonic(), "aborted", False
+        called = time.monotonic()
+        outcome = "aborted"
+        blamed = False
         span = CallSpan(self.name, ask.tokens)
         headers = {"X-Request-Id": request_id, **span.headers}
         try:
@@ -321,16 +321,20 @@ class Teacher:
                     yield piece
         except Exception as error:
             problem = await self._judged(error, patience)
-            outcome, blamed = problem.reason, not problem.well
+            outcome = problem.reason
+            blamed = not problem.well
             raise problem from error.__cause__
         finally:
-            TEACHER_CALLS.labels(self.name, outcome).inc()
-            TEACHER_CALL_SECONDS.labels(self.name).observe(time.monotonic() - called)
+            self._count(outcome, time.monotonic() - called)
             span.end(outcome, patience.written)
             if blamed:
                 self.breaker.failed()
-            elif outcome == "ok":
-                self.breaker.succeeded()
+
+    def _count(self, outcome: str, seconds: float) -> None:
+        TEACHER_CALLS.labels(self.name, outcome).inc()
+        TEACHER_CALL_SECONDS.labels(self.name).observe(seconds)
+        if outcome == "ok":
+            self.breaker.succeeded()
 
     async def _judged(self, error: Exception, patience: Patience) -> TeacherError:
         """What a failure is called, and whether it speaks against the teacher.

@@ -35,10 +35,12 @@ class Patience:
             deadline: nothing may come later than this, of `time.monotonic`.
         """
         now = time.monotonic()
-        self._timeout, self._span_timeout, self._deadline = timeout, span_timeout, deadline
+        self._timeout = timeout
+        self._span_timeout = span_timeout
+        self._deadline = deadline
         longer = 1 + prompt_tokens / READING
-        first, span = now + longer * timeout, (now if started is None else started) + longer * span_timeout
-        self._due = min(first, span)
+        begun = now if started is None else started
+        self._due = min(now + longer * timeout, begun + longer * span_timeout)
         self._first_token = math.inf
         self.last_token = now
         """When the last token came; before there is one, when the call began."""

@@ -183,7 +183,8 @@ class TeacherPool:
         was_up = replica.up
         if replica.checked:
             answer = await replica.teacher.healthy()
-            late_before, replica.late = replica.late, answer is None
+            late_before = replica.late
+            replica.late = answer is None
             if answer is None and not late_before:
                 return
             # Who comes back may be another: it is checked again.
@@ -199,7 +200,8 @@ class TeacherPool:
         try:
             await self._check(replica)
         except TeacherError as error:
-            before, replica.out_for = replica.out_for, "" if error.reason in ABSENT else str(error)
+            before = replica.out_for
+            replica.out_for = "" if error.reason in ABSENT else str(error)
             if replica.out_for not in ("", before):
                 logger.error("a replica of the teacher stays out: %s", error)
 
@@ -256,7 +258,9 @@ class TeacherPool:
         Raises:
             TeacherError: as `Teacher.write`.
         """
-        started, moved = time.monotonic() if started is None else started, False
+        if started is None:
+            started = time.monotonic()
+        moved = False
         while True:
             written = False
             try:
@@ -275,7 +279,9 @@ class TeacherPool:
 
     async def _observed(self, slot: Slot, ask: Ask, **options: Any) -> AsyncGenerator[Piece]:
         """A call at the slot's replica, from whose first token its crowding learns."""
-        replica, sent, first = slot.replica, time.monotonic(), True
+        replica = slot.replica
+        sent = time.monotonic()
+        first = True
         try:
             async with aclosing(replica.teacher.write(ask, **options)) as pieces:
                 async for piece in pieces:

@@ -11,7 +11,7 @@ from router.ledger import FractionOfTraffic, MemoryLedger
 from router.policy import Calibration
 from server.http.access import OPEN, Access, owner_of
 from server.http.budgets import answer
-from server.shared import SharedBudgets
+from server.shared_budgets import SharedBudgets
 from server.tenants import Tenants, hash_key
 
 LIMITED = {

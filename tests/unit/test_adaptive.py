@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from router.adaptive import KNOTS, PRIOR_SCORES, AdaptiveCalibration, SavedState, Scores
+from router.adaptive import KNOTS, PRIOR_SCORES, AdaptiveCalibration, SavedState, SeenScores
 from router.budget import Bucket, Budget
 from router.policy import Policy
 
@@ -74,7 +74,7 @@ class Traffic:
         recent = sorted(self.scores[-8192:])
         if recent:
             steps = [recent[len(recent) * step // 256] for step in range(256)]
-            self.calibration.see(Scores(steps, len(recent)))
+            self.calibration.see(SeenScores(steps, len(recent)))
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.2, 0.3, 0.5])

@@ -34,7 +34,7 @@ from server.engine import Cooperation
 from server.exchange import EXCHANGE, Exchange, Report
 from server.gate_processor import TERMS
 from server.metrics import counted
-from server.shared import SharedBudgets
+from server.shared_budgets import SharedBudgets
 from server.teacher.breaker import Breaker
 from server.teacher.client import Ask
 from server.teacher.errors import TeacherError

@@ -24,7 +24,7 @@ from router.ledger import MemoryLedger, TokensPerWindow
 from router.policy import Calibration, Policy
 from server.engine import Cooperation
 from server.exchange import EXCHANGE, Exchange, Report
-from server.shared import SharedBudgets
+from server.shared_budgets import SharedBudgets
 from server.teacher.breaker import Breaker
 from server.teacher.client import STREAM_ABOVE, Teacher
 from server.teacher.pool import TeacherPool

@@ -8,7 +8,7 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
-from router.adaptive import KNOTS, AdaptiveCalibration, Scores
+from router.adaptive import KNOTS, AdaptiveCalibration, SeenScores
 from router.budget import Bucket, Budget
 from router.policy import Policy
 from router.sketch import ScoreSketch
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 class Engine:
     """Answers as the processes of an engine do: tuples arrive as lists, and not each process has a gate."""
 
-    def __init__(self, *answers: Scores | None, fails_first: bool = False) -> None:
+    def __init__(self, *answers: SeenScores | None, fails_first: bool = False) -> None:
         self.answers = answers
         self.asked: list[str] = []
         self.asked_again = asyncio.Event()
@@ -43,7 +43,7 @@ def follower(calibration: AdaptiveCalibration, engine: Engine, directory: Path) 
 
 async def test_the_engines_scores_become_the_price(tmp_path):
     calibration = AdaptiveCalibration("entropy", 1)
-    engine = Engine(None, Scores([step / 100 for step in range(101)], 100_000))
+    engine = Engine(None, SeenScores([step / 100 for step in range(101)], 100_000))
     await follower(calibration, engine, tmp_path).update()
     assert engine.asked == ["gate_scores"]
     assert calibration.price(0.1) == pytest.approx(0.9, abs=0.02)
@@ -52,7 +52,7 @@ async def test_the_engines_scores_become_the_price(tmp_path):
 async def test_an_engine_that_has_seen_nothing_changes_nothing(tmp_path):
     calibration = AdaptiveCalibration("entropy", 1)
     before = calibration.points
-    await follower(calibration, Engine(Scores((), 0)), tmp_path).update()
+    await follower(calibration, Engine(SeenScores((), 0)), tmp_path).update()
     assert calibration.points == before
 
 
@@ -66,7 +66,7 @@ async def test_what_was_realised_is_published(tmp_path):
 
 async def test_it_goes_on_after_a_restart(tmp_path):
     first = AdaptiveCalibration("margin", 1)
-    engine = Engine(Scores((-9.0, -1.0, -0.5), 500))
+    engine = Engine(SeenScores((-9.0, -1.0, -0.5), 500))
     task = asyncio.create_task(follower(first, engine, tmp_path).follow(0))
     await engine.asked_again.wait()
     first.observe(0.2, 90, 420)
@@ -91,7 +91,7 @@ async def test_a_broken_file_is_no_obstacle(tmp_path, content, caplog):
 
 async def test_an_engine_that_fails_is_asked_again(tmp_path):
     calibration = AdaptiveCalibration("entropy", 1)
-    engine = Engine(Scores((1.0, 2.0), 9), fails_first=True)
+    engine = Engine(SeenScores((1.0, 2.0), 9), fails_first=True)
     task = asyncio.create_task(follower(calibration, engine, tmp_path).follow(0))
     await engine.asked_again.wait()
     task.cancel()
@@ -115,7 +115,7 @@ def test_a_step_larger_than_the_sketch_leaves_its_end():
 
 
 def test_an_empty_sketch_has_nothing_to_say():
-    assert ScoreSketch(CPU).read() == Scores((), 0)
+    assert ScoreSketch(CPU).read() == SeenScores((), 0)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from server.config import ServeConfig
 from server.engine import Cooperation
 from server.gate_processor import GateProcessor, RouterLoader, gate_settings, write_taps
 from server.gateway import _router_reload
-from server.reload import RouterReload, load_everywhere
+from server.router_reload import RouterReload, load_everywhere
 from server.served_pair import ServedPair, Spans
 from server.vllm_api import find_reports
 

@@ -16,7 +16,7 @@ from prometheus_client import REGISTRY
 from router.controller import AIM, PriceController
 from router.ledger import Denial, FractionOfTraffic, Lease, MemoryLedger, TokensPerWindow
 from router.policy import Calibration
-from server.shared import Draw, SharedBudgets
+from server.shared_budgets import Draw, SharedBudgets
 from server.tenants import Tenant, hash_key
 
 pytestmark = pytest.mark.steady_time
@@ -95,7 +95,7 @@ async def test_what_was_spent_is_followed_until_it_has_left_its_window(
     prices: PriceController, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the metrics would call a budget used up, and its price be high, until the next request."""
-    monkeypatch.setattr("server.shared.IDLE_SECONDS", 0.0)
+    monkeypatch.setattr("server.shared_budgets.IDLE_SECONDS", 0.0)
     now = 0.0
     ledger = MemoryLedger(clock=lambda: now)
     budgets = SharedBudgets(ledger, prices)

@@ -25,7 +25,7 @@ from server.completion import Piece, new_detokenizer
 from server.engine import Cooperation
 from server.exchange import EXCHANGE, Exchange
 from server.gate_processor import NOT_BEFORE, PRICE
-from server.shared import SharedBudgets
+from server.shared_budgets import SharedBudgets
 from server.single_tokens import SingleTokens
 from server.teacher.client import Ask
 from server.vllm_api import CompletionOutput, Logprob, RequestOutput, SamplingParams

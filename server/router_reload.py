@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from router.checkpoint import CONFIG_FILE, CheckpointError, RouterCheckpoint
+from server.file_state import FileState
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,9 @@ class RouterReload:
     ) -> None:
         """``use`` puts a checkpoint for this student into the engine and the policy."""
         self._file = directory / CONFIG_FILE
-        self._student, self._running, self._use = student, running, use
+        self._student = student
+        self._running = running
+        self._use = use
         self._seen = self._stat()
 
     async def watch(self, seconds: float = 2.0) -> None:
@@ -82,10 +85,8 @@ class RouterReload:
             raise CheckpointError("its reserved rows are others than those of the router that runs")
         return router
 
-    def _stat(self) -> tuple[int, ...] | None:
-        """Changes with the file; None while there is none."""
+    def _stat(self) -> FileState | None:
         try:
-            stat = self._file.stat()
+            return FileState.of(self._file)
         except OSError:
             return None
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino

@@ -84,7 +84,8 @@ class SharedBudgets:
         return statuses
 
     def _publish(self, status: Status) -> None:
-        scope, limit = status.scope, status.scope.limit
+        scope = status.scope
+        limit = scope.limit
         labels = (scope.kind, scope.key, f"{limit.type}/{limit.window_seconds:g}s")
         BUDGET_LIMIT.labels(*labels).set(limit.tokens if limit.type == "tokens" else limit.fraction)
         BUDGET_REMAINING.labels(*labels).set(status.remaining)
@@ -95,7 +96,7 @@ class SharedBudgets:
         """Show these limits among the metrics from now on."""
         self._used |= {scope.id: scope for scope in scopes}
 
-    def beside(self, work: Coroutine[Any, Any, Any]) -> None:
+    def in_background(self, work: Coroutine[Any, Any, Any]) -> None:
         """Run to its end what no request has to wait for, whatever becomes of the request."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -153,13 +154,14 @@ class Share:
         if self.lease is None or self.lease.tokens - self.used < tokens or time.monotonic() >= self.renew_at:
             self.release()
             self.budgets.use(self.scopes)
-            new, self.recorded = student_tokens - self.recorded, student_tokens
+            new = self._unrecorded(student_tokens)
             lease = await self.budgets.ledger.reserve(
                 self.scopes, max(tokens, ahead), at_least=1, student_tokens=new
             )
             if isinstance(lease, Denial):
                 return lease
-            self.lease, self.used = lease, 0
+            self.lease = lease
+            self.used = 0
             self.renew_at = (time.monotonic() + lease.deadline) / 2
         return Draw(min(tokens, self.lease.tokens - self.used), self.lease.deadline)
 
@@ -178,16 +180,22 @@ class Share:
         """Settle the lease: what is left of it is for others."""
         self._keep()
         if self.lease is not None:
-            lease, self.lease = self.lease, None
-            self.budgets.beside(self.budgets.ledger.settle(lease, self.used))
+            self.budgets.in_background(self.budgets.ledger.settle(self.lease, self.used))
+            self.lease = None
 
     def close(self, student_tokens: int) -> None:
         """The choice has ended; record what the student has written since the last reservation."""
         self.release()
         if self.scopes and student_tokens > self.recorded:
             self.budgets.use(self.scopes)
-            new, self.recorded = student_tokens - self.recorded, student_tokens
-            self.budgets.beside(self.budgets.ledger.record(self.scopes, new))
+            new = self._unrecorded(student_tokens)
+            self.budgets.in_background(self.budgets.ledger.record(self.scopes, new))
+
+    def _unrecorded(self, student_tokens: int) -> int:
+        """How many of them the ledger is not told yet; it is told now."""
+        new = student_tokens - self.recorded
+        self.recorded = student_tokens
+        return new
 
     def _keep(self) -> None:
         if self.release_later is not None:
