@@ -131,9 +131,16 @@ def test_a_price_leaves_its_aim_only_for_what_is_more_than_noise(pair, prompts):
 def positions(rows: list[int], steps: list[int]) -> Positions:
     none = torch.zeros(len(rows))
     return Positions(
-        row=torch.tensor(rows), step=torch.tensor(steps), states=none[:, None],
-        own=none, theirs=none, surprisal=none, best=none, kl=none, entropy=none,
-    )  # fmt: skip
+        row=torch.tensor(rows),
+        step=torch.tensor(steps),
+        states=none[:, None],
+        own=none,
+        theirs=none,
+        surprisal=none,
+        best=none,
+        kl=none,
+        entropy=none,
+    )
 
 
 def test_span_gain_by_hand():

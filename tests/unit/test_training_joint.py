@@ -46,14 +46,19 @@ def router(student, directory, price: float):
     torch.manual_seed(0)
     RouterCheckpoint(
         config=RouterConfig(
-            reserved_start=RESERVED.start, reserved_count=RESERVED.count, gate_width=8, span_tokens=1,
-            expected_tokens=20, calibration={"learned": [(0.1, price)]},
+            reserved_start=RESERVED.start,
+            reserved_count=RESERVED.count,
+            gate_width=8,
+            span_tokens=1,
+            expected_tokens=20,
+            calibration={"learned": [(0.1, price)]},
             fingerprints=Fingerprints(
                 student=fingerprint(student, RESERVED.start), tokenizer="1" * 64, teacher="t"
             ),
         ),
-        taps=torch.randn(RESERVED.count - 1, SHAPE.hidden), gate=LearnedGate(RESERVED, 8).state_dict(),
-    ).save(directory)  # fmt: skip
+        taps=torch.randn(RESERVED.count - 1, SHAPE.hidden),
+        gate=LearnedGate(RESERVED, 8).state_dict(),
+    ).save(directory)
     return directory
 
 

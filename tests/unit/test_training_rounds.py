@@ -70,9 +70,13 @@ def sources():
 def rounds(config: GateConfig, prompts: Prompts) -> Rounds:
     student = model(0)
     pair = ClosedLoop(
-        student=student, teacher=model(1, layers=2), score=RandomGate(RESERVED), visible=VISIBLE, end=END,
+        student=student,
+        teacher=model(1, layers=2),
+        score=RandomGate(RESERVED),
+        visible=VISIBLE,
+        end=END,
         max_tokens=MAX_TOKENS,
-    )  # fmt: skip
+    )
     prices = {rate: 1 - rate for rate in sorted(set(prompts.rates))}
     return Rounds(pair, Head(student, RESERVED, config.width), config, 0, prices, fewer_repeats)
 
