@@ -39,7 +39,6 @@ class Row:
         return value
 
     def error(self, problem: str) -> DataError:
-        """What is wrong with this line, for the caller to raise."""
         return DataError(f"{self.file}:{self.number}: {problem}")
 
 

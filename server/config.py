@@ -20,6 +20,8 @@ from pydantic import (
     PositiveInt,
     SecretStr,
     ValidationError,
+    ValidationInfo,
+    field_validator,
 )
 
 from measuring.examples import load_sources
@@ -63,22 +65,35 @@ def _with_sources(file: Path) -> Path:
 
 def _budget(value: Any) -> Any:
     """Flags and variables come as text: a fraction, or JSON."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"neither a fraction nor JSON: {value!r}") from error
+    return _from_json(value, "neither a fraction nor JSON") if isinstance(value, str) else value
 
 
 def _structure(value: Any) -> Any:
     """Flags and variables come as text: JSON."""
-    if not isinstance(value, str):
-        return value
+    return _from_json(value, "not JSON") if isinstance(value, str) else value
+
+
+class _NamedTwice(ValueError):
+    """An object of JSON has two entries of one name."""
+
+
+def _from_json(text: str, problem: str) -> Any:
+    """The value of JSON. Raises ValueError: it is none, which is the ``problem``, or has a name twice."""
     try:
-        return json.loads(value)
+        return json.loads(text, object_pairs_hook=_entries)
+    except _NamedTwice:
+        raise
     except ValueError as error:
-        raise ValueError(f"not JSON: {value!r}") from error
+        raise ValueError(f"{problem}: {text!r}") from error
+
+
+def _entries(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in entries:
+            raise _NamedTwice(f"two entries named {name!r}")
+        entries[name] = value
+    return entries
 
 
 def _vllm_settings(value: Any) -> Any:
@@ -103,6 +118,7 @@ def _several(value: Any) -> Any:
 
 Checkpoint = Annotated[Path, BeforeValidator(_checkpoint)]
 File = Annotated[Path, BeforeValidator(_file)]
+BudgetSetting = Annotated[Budget, BeforeValidator(_budget)]
 
 
 class ServeConfig(BaseModel):
@@ -123,9 +139,12 @@ class ServeConfig(BaseModel):
     teacher_model: str | None = Field(None, description="model name at the teacher; default: its first one")
     teacher_api_key: SecretStr | None = Field(None, description="sent to the teacher as a bearer token")
     served_model_name: str = Field("wheels", description="model name that clients use")
+    models: Annotated[dict[str, BudgetSetting], BeforeValidator(_structure)] = Field(
+        {}, description="further model names and the teacher_budget that each stands for, as JSON"
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="port to listen on")
-    default_budget: Annotated[Budget, BeforeValidator(_budget)] = Field(
+    default_budget: BudgetSetting = Field(
         Budget(fraction=0.1), description="teacher_budget of requests that name none: a fraction or JSON"
     )
     limits: Annotated[tuple[Limit, ...], BeforeValidator(_structure)] = Field(
@@ -174,6 +193,16 @@ class ServeConfig(BaseModel):
     vllm: Annotated[dict[str, Any], BeforeValidator(_vllm_settings)] = Field(
         default_factory=dict, description="further settings of the student's vLLM server, by flag name"
     )
+
+    @field_validator("models")
+    @classmethod
+    def _are_new_names(cls, models: dict[str, Budget], info: ValidationInfo) -> dict[str, Budget]:
+        for name in models:
+            if not name or name != name.strip() or name.startswith("-"):
+                raise ValueError(f"a model's name is not empty and starts with no space or dash: {name!r}")
+            if name == info.data.get("served_model_name"):
+                raise ValueError(f"{name!r} is the served_model_name, whose budget is default_budget")
+        return models
 
     @property
     def vllm_settings(self) -> dict[str, Any]:
@@ -232,11 +261,31 @@ def _problem(entry: Any) -> str:
     return f"{path}: {entry['msg'].removeprefix('Value error, ')}"
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """YAML's own loader takes the last of several entries of one name; this one refuses them."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in names:
+                problem = f"two entries named {key.value!r}"
+                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+            names.add(name)
+        return node
+
+
+def read_yaml(text: str | bytes) -> Any:
+    """The value of a YAML document. Raises YAMLError, also if a mapping has two entries of one name."""
+    return yaml.load(text, _YamlLoader)
+
+
 def _from_file(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        content = yaml.safe_load(path.read_bytes()) or {}
+        content = read_yaml(path.read_bytes()) or {}
     except (OSError, yaml.YAMLError) as error:
         problem = " ".join(str(error).split())  # YAML's errors are drawn over several lines
         raise ConfigError(f"cannot read the configuration file {path}: {problem}") from error

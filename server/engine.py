@@ -2,9 +2,9 @@
 
 import asyncio
 from array import array
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
 from typing import Any, Literal
@@ -52,6 +52,8 @@ class Cooperation:
     shared: SharedBudgets
     on_teacher_error: Literal["degrade", "error"] = "degrade"
     ask_tokens: int | None = None
+    models: Mapping[str, Budget] = field(default_factory=dict)
+    """Budgets of requests that name one of these models, and no budget."""
     client_priority: bool = False
     """Whether a request may bring a priority of its own."""
     parsers: bool = False
@@ -217,16 +219,8 @@ class Cooperator:
     def _budget(
         self, exchange: Exchange, prompt: Any, params: SamplingParams, options: dict[str, Any]
     ) -> Budget:
-        """The request's budget, or the default one where it names none and can be honoured."""
-        default = self._cooperation.default_budget
-        budget = exchange.budget or default
-        if exchange.tenant is not None:
-            try:
-                budget, clamped = exchange.tenant.resolve(exchange.budget, default)
-            except BudgetRefused as error:
-                raise VLLMValidationError(str(error), parameter=error.param) from error
-            for report in exchange.reports:
-                report.clamped = clamped
+        """The request's budget, or that of its model or the default one where these can be honoured."""
+        budget = self._allowed(exchange)
         if budget.is_zero:
             return budget
         if exchange.writes_nothing:
@@ -242,6 +236,21 @@ class Cooperator:
         raise VLLMValidationError(
             f"{parameter} cannot be honoured with a teacher_budget above 0", parameter=parameter
         )
+
+    def _allowed(self, exchange: Exchange) -> Budget:
+        """What the request asks for, by a budget or by the name of its model, within its tenant's maximum."""
+        default = self._cooperation.default_budget
+        asked = exchange.budget or self._cooperation.models.get(exchange.model)
+        if exchange.tenant is None:
+            return asked or default
+        try:
+            budget, clamped = exchange.tenant.resolve(asked, default)
+        except BudgetRefused as error:
+            parameter = "model" if exchange.budget is None else exchange.budget_name
+            raise VLLMValidationError(str(error), parameter=parameter) from error
+        for report in exchange.reports:
+            report.clamped = clamped
+        return budget
 
     def _completion(
         self, prompt: dict[str, Any], params: SamplingParams, index: int, report: Report

@@ -88,6 +88,10 @@ class Exchange:
     """Only the prompt is asked for, with its log-probabilities: whatever the budget, nobody spends it."""
     searches: bool = False
     """The choices come of a beam search."""
+    budget_name: str = "teacher_budget"
+    """The field or header that the budget came in."""
+    model: str = ""
+    """The name that the client calls the model by."""
     names: Mapping[str, str] = field(default_factory=dict)
     """What the client calls a parameter that vLLM knows by another name."""
     tenant: Tenant | None = None

@@ -20,6 +20,7 @@ from router.controller import PriceController
 from router.policy import Policy
 from server.config import ConfigError, ServeConfig
 from server.engine import Cooperation, CooperativeEngine
+from server.exchange import EXCHANGE
 from server.http.access import Access
 from server.http.fields import TeacherFields
 from server.http.lifecycle import CUT_OFF_SECONDS, KEEP_ALIVE_SECONDS, EngineDied, Lifecycle
@@ -42,6 +43,7 @@ from server.vllm_api import (
     AsyncEngineArgs,
     HttpLayer,
     UsageContext,
+    answer_by_name,
     check_speculation,
     current_platform,
     find_reports,
@@ -68,7 +70,7 @@ def _vllm_arguments(config: ServeConfig, pair: ServedPair) -> Namespace:
     """The server arguments of vLLM, parsed and checked by vLLM's own parser."""
     ours: dict[str, Any] = {
         "model": str(pair.student),
-        "served-model-name": config.served_model_name,
+        "served-model-name": [config.served_model_name, *config.models],
         "host": config.host,
         "port": config.port,
         "middleware": f"{TeacherFields.__module__}.{TeacherFields.__name__}",
@@ -199,6 +201,7 @@ def _cooperation(
         ask_tokens=pair.spans.ask_tokens,
         client_priority=config.vllm_settings.get("scheduling-policy") == "priority",
         default_budget=config.default_budget,
+        models=config.models,
         shared=SharedBudgets(
             config.ledger.build(), PriceController(policy.calibration, pair.spans.ask_tokens), config.limits
         ),
@@ -273,7 +276,13 @@ async def _app(
         wrap_app(app, access)
     document(app)
     await http.init_app_state(engine, app.state, arguments, tasks)
+    answer_by_name(app.state, _model_of_request)
     return app
+
+
+def _model_of_request() -> str:
+    exchange = EXCHANGE.get(None)
+    return "" if exchange is None else exchange.model
 
 
 @asynccontextmanager

@@ -33,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 from router.budget import Budget
 from router.errors import BadRequest
 from router.ledger import Limit, Scope
-from server.config import ConfigError
+from server.config import ConfigError, read_yaml
 from server.file_state import FileState
 
 logger = logging.getLogger(__name__)
@@ -232,7 +232,7 @@ class Tenants:
         where = "the tenants" if self._path is None else str(self._path)
         try:
             text = self._inline or "" if self._path is None else self._path.read_bytes()
-            content = yaml.safe_load(text)
+            content = read_yaml(text)
             return TenantList.model_validate({} if content is None else content)
         except ValidationError as error:
             problems = (

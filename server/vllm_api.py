@@ -333,6 +333,23 @@ def check_speculation(config: Any) -> None:
         )
 
 
+def answer_by_name(state: Any, model_of_request: Callable[[], str]) -> None:
+    """Have every reply name its model as the request did; vLLM would give the first of the served names.
+
+    Args:
+        state: of vLLM's app, initialised.
+        model_of_request: the name in the request at hand.
+    """
+    models = state.openai_serving_models
+    first = models.model_name
+
+    def model_name(lora_request: Any = None) -> str:
+        sent = model_of_request()
+        return sent if lora_request is None and models.is_base_model(sent) else str(first(lora_request))
+
+    models.model_name = model_name
+
+
 def parses_streams(arguments: Namespace) -> bool:
     """Whether vLLM's HTTP layer reads reasoning or tool calls out of what is streamed."""
     structured = arguments.structured_outputs_config.reasoning_parser
@@ -369,6 +386,7 @@ __all__ = [
     "UnsupportedVllm",
     "UsageContext",
     "VLLMValidationError",
+    "answer_by_name",
     "check_speculation",
     "convert_ids_list_to_tokens",
     "current_platform",

@@ -11,6 +11,7 @@ from server.vllm_flags import setting_name
 def check_arguments(arguments: Namespace) -> None:
     """Raises ConfigError where the gateway cannot do what vLLM's own entry would do."""
     _refuse_what_one_gateway_cannot_do(arguments)
+    _check_adapters(arguments)
     _check_tls(arguments)
 
 
@@ -58,6 +59,15 @@ def _refuse_what_one_gateway_cannot_do(arguments: Namespace) -> None:
         raise ConfigError(
             "vllm's api-server-count is not supported: a gateway is one process; start several gateways"
         )
+
+
+def _check_adapters(arguments: Namespace) -> None:
+    """Every model has a name of its own."""
+    names = set(arguments.served_model_name or ())
+    for adapter in arguments.lora_modules or ():
+        if adapter.name in names:
+            raise ConfigError(f"vllm's lora-modules: two models named {adapter.name}")
+        names.add(adapter.name)
 
 
 def _check_tls(arguments: Namespace) -> None:

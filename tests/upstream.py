@@ -1,7 +1,7 @@
 """Stands in for vLLM's app behind our fields, and for its client."""
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,7 @@ async def post(
     method: str = "POST",
     kind: str = "http",
     root_path: str = "",
+    headers: Iterable[tuple[str, str]] = (),
 ) -> Answer | None:
     """Sends a request through the middleware; the client leaves behind its body. None: no answer."""
     last = len(chunks) - 1
@@ -99,7 +100,8 @@ async def post(
     async def send(message: dict) -> None:
         sent.append(dict(message))
 
-    scope = {"type": kind, "method": method, "path": path, "root_path": root_path, "headers": []}
+    sent_headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers]
+    scope = {"type": kind, "method": method, "path": path, "root_path": root_path, "headers": sent_headers}
     await TeacherFields(app)(scope, receive, send)
     if not sent:
         return None

@@ -15,7 +15,7 @@ from training.evaluation.gateway import BUDGETS, RunningGateway, measure
 from training.evaluation.report import METHODS, evaluate_pair, gateway_report, joined, plot, table
 from training.hub import check_hub, push
 from training.pipeline import run, task_of
-from training.workspace import STAGES, Stage
+from training.workspace import STAGES
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -26,13 +26,18 @@ def find_recipe(name: str) -> Path:
     return shipped if shipped.exists() else Path(name)
 
 
-def training_parser() -> argparse.ArgumentParser:
-    """Arguments of `wheels train`."""
+def train(argv: list[str]) -> int:
+    """Run `wheels train`.
+
+    Raises:
+        WheelsError: the recipe, or what it names, cannot be used, or the training failed or was stopped.
+    """
     parser = argparse.ArgumentParser(
         "wheels train", description="Train what a recipe says; resumes by itself."
     )
-    shipped = ", ".join(recipe.stem for recipe in RECIPES.glob("*.yaml"))
-    parser.add_argument("recipe", help=f"a YAML file, or one of: {shipped}")
+    parser.add_argument(
+        "recipe", help="a YAML file, or one of: " + ", ".join(p.stem for p in RECIPES.glob("*.yaml"))
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. teacher.schedule.steps=100")
     parser.add_argument("--stage", choices=STAGES, action="append", help="only this stage (repeatable)")
     parser.add_argument(
@@ -48,16 +53,6 @@ def training_parser() -> argparse.ArgumentParser:
         metavar="OWNER/NAME",
         help="at the end, upload to OWNER/NAME-student and OWNER/NAME-router (private if they are new)",
     )
-    return parser
-
-
-def train(argv: list[str]) -> int:
-    """Run `wheels train`.
-
-    Raises:
-        WheelsError: the recipe, or what it names, cannot be used, or the training failed or was stopped.
-    """
-    parser = training_parser()
     args = parser.parse_intermixed_args(argv)
     if args.dry_run and (args.restart or args.push_to_hub):
         parser.error("--dry-run keeps nothing: it goes with neither --restart nor --push-to-hub")
@@ -71,7 +66,7 @@ def train(argv: list[str]) -> int:
     return 0
 
 
-def train_and_push(recipe: Recipe, stages: tuple[Stage, ...], restart: bool, repository: str | None) -> None:
+def train_and_push(recipe: Recipe, stages: tuple[str, ...], restart: bool, repository: str | None) -> None:
     """What cannot be pushed is refused before anything is trained."""
     if repository is not None:
         check_hub(repository, HfApi())
@@ -123,13 +118,8 @@ def evaluate(argv: list[str]) -> int:
         WheelsError: the arguments, or what they name, cannot be used.
     """
     args = evaluation_parser().parse_intermixed_args(argv)
-    overrides = []
-    pairs = []
-    for argument in args.arguments:
-        if "=" in argument:
-            overrides.append(argument)
-        else:
-            pairs.append(Path(argument))
+    overrides = [argument for argument in args.arguments if "=" in argument]
+    pairs = [Path(argument) for argument in args.arguments if "=" not in argument]
     if len(pairs) > 1 or not (pairs or args.gateway):
         raise RecipeError("want one PAIR, or --gateway URL")
     recipe = load_recipe(find_recipe(args.recipe), overrides)
@@ -174,7 +164,7 @@ def positive(text: str) -> int:
 
 def routers(entries: list[str]) -> dict[str, Path]:
     """Directories by name. Raises RecipeError for an entry without one, or with a name that is taken."""
-    named: dict[str, Path] = {}
+    named = {}
     for entry in entries:
         name, equals, path = entry.partition("=")
         if not (name and equals and path):

@@ -6,7 +6,7 @@ Without `torchrun` everything here is the identity, so that training has one cod
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -47,12 +47,10 @@ def fast_bf16(where: torch.device) -> bool:
 
 
 def size() -> int:
-    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -62,7 +60,6 @@ def is_first() -> bool:
 
 
 def barrier() -> None:
-    """Wait for all processes."""
     if size() > 1:
         largest(0)
 
@@ -87,7 +84,7 @@ def any_of(flag: bool) -> bool:
     return bool(largest(float(flag)))
 
 
-def _reduced(value: float, operation: dist.ReduceOp.RedOpType) -> float:
+def _reduced(value: float, operation: dist.ReduceOp) -> float:
     if size() == 1:
         return value
     tensor = torch.tensor(value, dtype=torch.float64)  # on the CPU: gloo, beside the GPUs' own traffic
@@ -112,21 +109,14 @@ def gathered(share: Sequence[T]) -> list[T]:
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder's layers, whatever their architecture calls them."""
     lists = [part for part in model.get_decoder().children() if isinstance(part, nn.ModuleList)]
-    return max(lists, key=lambda part: sum(map(torch.numel, part.parameters())))
-
-
-def onto_device(model: nn.Module) -> None:
-    """Move the model to this process's device."""
-    model.to(device())
+    return max(lists, key=lambda part: sum(p.numel() for p in part.parameters()))
 
 
 def shard(model: PreTrainedModel) -> None:
-    """Move the model to this process's device, and split it if there are several processes.
-
-    They share its parameters, gradients and optimizer states, layer by layer (FSDP2: Zhao et al. 2023, arXiv
-    2304.11277, by parameter).
+    """Move the model to this process's device; with several processes, split its parameters, gradients and
+    optimizer states among them (FSDP2: Zhao et al. 2023, arXiv 2304.11277, by parameter), layer by layer.
     """
-    onto_device(model)
+    model.to(device())
     if size() == 1:
         return
     for layer in blocks_of(model):
@@ -135,14 +125,12 @@ def shard(model: PreTrainedModel) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether several processes hold the model together."""
     return isinstance(model, FSDPModule)
 
 
 def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
     """All parameters and buffers, whole and on the CPU; empty in all processes but the first."""
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return cast(dict[str, Tensor], weights)  # models have no other state
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def synchronise_gradients(model: nn.Module, now: bool) -> None:

@@ -1,6 +1,6 @@
-"""Rollouts by vLLM: a server of the student writes the on-policy completions.
+"""Rollouts by vLLM: a server of the student writes the on-policy completions; the trainer sends it its
+weights.
 
-The trainer sends it the weights.
 The server is a stock vLLM server in its development mode (`VLLM_SERVER_DEV_MODE=1`), whose
 `/collective_rpc` reloads weights from a directory that both can read; keep it in memory (`/dev/shm`) where
 models are large.
@@ -41,9 +41,7 @@ class RolloutServer:
         client: httpx.Client | None = None,
     ) -> None:
         self._server = VLLMServer("rollout server", url, model, client)
-        self._directory = directory.resolve()
-        self._every = every
-        self._drawn = 0
+        self._directory, self._every, self._drawn = directory.resolve(), every, 0
 
     def sampled(
         self, model: PreTrainedModel, batch: Batch, visible: int, end: int, longest: int = MAX_TOKENS
@@ -54,8 +52,7 @@ class RolloutServer:
         self._drawn += 1
         prompts = batch.prompts()
         banned = range(visible, model.config.get_text_config().vocab_size)
-        longest = room(model, prompts, longest)
-        answers = self.complete(prompts, banned, end, longest, temperature=1)
+        answers = self.complete(prompts, banned, end, room(model, prompts, longest), temperature=1)
         return Batch.of(prompts, answers, end).to(batch.ids.device)
 
     def synchronise(self, model: PreTrainedModel) -> None:
@@ -67,8 +64,7 @@ class RolloutServer:
                 weights.pop("lm_head.weight", None)
             self._directory.mkdir(parents=True, exist_ok=True)
             scratch = self._directory / (WEIGHTS + ".tmp")
-            whole = {name: tensor.contiguous() for name, tensor in weights.items()}
-            save_file(whole, scratch)
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, scratch)
             os.replace(scratch, self._directory / WEIGHTS)
             self._server.post(
                 "/collective_rpc",
@@ -93,7 +89,7 @@ class RolloutServer:
                 "temperature": temperature,
                 "top_p": 1,
                 "top_k": 0,
-                "logit_bias": dict.fromkeys(map(str, banned), BANNED),
+                "logit_bias": {str(i): BANNED for i in banned},
                 "return_token_ids": True,
             },
         )
@@ -115,4 +111,4 @@ class RolloutServer:
             answers[choice.get("index")] = ids
         if answers.keys() != set(range(count)):
             raise ServerError(f"{where} gave completions that are not numbered 0 to {count - 1}")
-        return [answers[number] for number in range(count)]
+        return [answers[i] for i in range(count)]

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from router.checkpoint import CheckpointError, RouterCheckpoint
-from training.config import PretrainedConfig, Recipe, RecipeError, Role
+from training.config import ROLES, PretrainedConfig, Recipe, RecipeError
 from training.export import is_link_to, remove
 from training.loop.checkpoints import saved
 from training.record import (
@@ -19,8 +18,7 @@ from training.record import (
     without_length,
 )
 
-Stage = Role | Literal["router"]
-STAGES: tuple[Stage, ...] = ("teacher", "student", "router")
+STAGES = ("teacher", "student", "router")
 
 
 @dataclass(frozen=True)
@@ -34,24 +32,24 @@ class Workspace:
         """Of a tokenizer that is trained on the task."""
         return self.recipe.work / "tokenizer"
 
-    def work(self, stage: Stage) -> Path:
+    def work(self, stage: str) -> Path:
         """Checkpoints and logs."""
         return self.recipe.work / stage
 
-    def exported(self, stage: Stage) -> Path:
+    def exported(self, stage: str) -> Path:
         """What the stage leaves."""
         return self.recipe.output / stage
 
-    def is_exported(self, stage: Stage) -> bool:
+    def is_exported(self, stage: str) -> bool:
         """Whether the stage is done."""
         file = "router.json" if stage == "router" else "config.json"
         return (self.exported(stage) / file).exists()
 
-    def record(self, stage: Stage) -> Record:
+    def record(self, stage: str) -> Record:
         """What the recipe says of the stage."""
         return router_record(self.recipe) if stage == "router" else model_record(self.recipe, stage)
 
-    def restart(self, stages: tuple[Stage, ...]) -> None:
+    def restart(self, stages: tuple[str, ...]) -> None:
         """Forget what these stages have done; with the first one the tokenizer, too."""
         for stage in stages:
             remove(self.work(stage))
@@ -59,26 +57,22 @@ class Workspace:
         if STAGES[0] in stages:
             remove(self.tokenizer)
 
-    def check(self, stages: tuple[Stage, ...]) -> None:
+    def check(self, stages: tuple[str, ...]) -> None:
         """Raises RecipeError if one of these stages, or one before them, was done by another recipe."""
         self._compare("tokenizer", self.tokenizer, read_record(self.tokenizer), tokenizer_record(self.recipe))
-        last = max(map(STAGES.index, stages))
+        last = max(STAGES.index(stage) for stage in stages)
         for stage in STAGES[: last + 1]:
             if self.is_exported(stage):
                 self._check_export(stage)
             else:
                 self._check_checkpoint(stage)
 
-    def _check_export(self, stage: Stage) -> None:
+    def _check_export(self, stage: str) -> None:
         directory = self.exported(stage)
-        if directory.is_symlink() and stage != "router":
+        if directory.is_symlink() and stage in ROLES:
             config = self.recipe.model(stage)
-            linked = (
-                isinstance(config, PretrainedConfig)
-                and config.is_ready
-                and is_link_to(config.pretrained, directory)
-            )
-            if not linked:
+            ready = isinstance(config, PretrainedConfig) and config.is_ready
+            if not ready or not is_link_to(config.pretrained, directory):
                 raise RecipeError(
                     f"{stage}: the recipe has changed: {directory} is {directory.resolve()}; {_WAY_OUT}"
                 )
@@ -94,15 +88,13 @@ class Workspace:
         except CheckpointError as error:
             raise RecipeError(f"router: {error}; --restart --stage router fits one to it") from error
 
-    def _check_checkpoint(self, stage: Stage) -> None:
+    def _check_checkpoint(self, stage: str) -> None:
         checkpoint = saved(self.work(stage))
         if checkpoint is None or checkpoint.record is None:
             return
-        before = checkpoint.record
-        now = self.record(stage)
+        before, now = checkpoint.record, self.record(stage)
         if "schedule" in now and may_be_prolonged(before, now, checkpoint.step):
-            before = without_length(before)
-            now = without_length(now)
+            before, now = without_length(before), without_length(now)
         self._compare(stage, self.work(stage), before, now)
 
     def _compare(self, stage: str, directory: Path, before: Record | None, now: Record) -> None:

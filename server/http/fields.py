@@ -1,4 +1,4 @@
-"""Our field in vLLM's requests: takes out `teacher_budget`, and opens the exchange that carries it."""
+"""The budget of a request, in a field or a header: takes it out, and opens the exchange that carries it."""
 
 import json
 from typing import Any, NamedTuple
@@ -22,6 +22,8 @@ ALONE = ("/generative_scoring", "/v1/systemone", "/inference/v1/generate", "/coh
 # /invocations is SageMaker's name for any of them.
 PATHS = (*STREAMED, "/v1/chat/completions/batch", "/invocations", *ALONE)
 FIELD = "teacher_budget"
+HEADER = "X-Teacher-Budget"
+EXPECTED = 'expected a fraction in [0, 1], or an object of "fraction", "tokens", "calls"'
 _FLAG = TypeAdapter(bool)
 
 
@@ -45,6 +47,7 @@ class TeacherFields:
             return None
         try:
             exchange, body = _open_exchange(body)
+            _read_header(scope, exchange)
         except BadRequest as error:
             return await refuse(scope, send, ApiError.of(error))
         if path in ALONE:
@@ -80,16 +83,34 @@ def _open_exchange(body: bytes) -> _Opened:
         # vLLM would keep it in this process: another gateway, or the next one, knows nothing of it.
         raise BadRequest("background", "a gateway keeps no responses: wait for it, or stream it")
     searches = _is_set(request, "use_beam_search")
+    model = request.get("model")
     exchange = Exchange(
         unsupported="use_beam_search" if searches else None,
         searches=searches,
         writes_nothing=_is_set(request, "echo") and request.get("max_tokens") == 0,
+        model=model if isinstance(model, str) else "",
         names=names_as_sent(request),
     )
     if FIELD not in request:
         return _Opened(exchange, body)
-    exchange.budget = _budget(request.pop(FIELD))
+    exchange.budget = _budget(FIELD, request.pop(FIELD))
     return _Opened(exchange, json.dumps(request).encode())
+
+
+def _read_header(scope: Message, exchange: Exchange) -> None:
+    """Take the budget from the header, if the body has none. A header that is no budget is always refused."""
+    values = [value for name, value in scope["headers"] if name == HEADER.lower().encode()]
+    if not values:
+        return
+    text = b", ".join(values)  # of several, as HTTP reads them
+    try:
+        value = read_body(text)
+    except BadRequest as error:
+        shown = json.dumps(text.decode("latin-1")[:80])
+        raise BadRequest(HEADER, f"{HEADER}: neither a number nor JSON: {shown}; {EXPECTED}") from error
+    budget = _budget(HEADER, value)
+    if exchange.budget is None and budget is not None:
+        exchange.budget, exchange.budget_name = budget, HEADER
 
 
 def _is_set(request: dict[str, Any], name: str) -> bool:
@@ -100,22 +121,22 @@ def _is_set(request: dict[str, Any], name: str) -> bool:
         return False  # vLLM says what is wrong with it
 
 
-def _budget(value: Any) -> Budget | None:
+def _budget(name: str, value: Any) -> Budget | None:
+    """The budget that a field or a header of this name has. Raises BadRequest if it has something else."""
     try:
         return None if value is None else Budget.model_validate(value)
     except ValidationError as error:
-        raise BadRequest(FIELD, _explain(value, error)) from error
+        raise BadRequest(name, _explain(name, value, error)) from error
 
 
-def _explain(value: Any, error: ValidationError) -> str:
+def _explain(name: str, value: Any, error: ValidationError) -> str:
     problems = []
     for entry in error.errors():
-        path = ".".join([FIELD, *map(str, entry["loc"])])
+        path = ".".join([name, *map(str, entry["loc"])])
         problems.append(f"{path}: {entry['msg'].removeprefix('Value error, ')}")
     if not isinstance(value, int | float | dict) or isinstance(value, bool):
-        problems = [f"{FIELD}: not {json.dumps(value)[:80]}"]
-    expected = 'a fraction in [0, 1], or an object of "fraction", "tokens", "calls"'
-    return f"{'; '.join(problems)}; expected {expected}"
+        problems = [f"{name}: not {json.dumps(value)[:80]}"]
+    return f"{'; '.join(problems)}; {EXPECTED}"
 
 
 async def _read(receive: Receive) -> bytes | None:

@@ -7,7 +7,7 @@ from pydantic import TypeAdapter
 from router.budget import Budget
 from server.exchange import ReportFields
 from server.http.errors import speaks_anthropic
-from server.http.fields import FIELD, PATHS, STREAMED
+from server.http.fields import FIELD, HEADER, PATHS, STREAMED
 
 # Statuses of the gateway's own, next to vLLM's.
 REFUSALS = {
@@ -19,7 +19,7 @@ REFUSALS = {
 
 
 def document(app: Any) -> None:
-    """Put our fields into the app's OpenAPI document: `teacher_budget`, `teacher` and `source`."""
+    """Put ours into the app's OpenAPI document: `teacher_budget`, its header, `teacher` and `source`."""
     vllms = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -35,6 +35,8 @@ def document(app: Any) -> None:
             if path not in document["paths"]:  # vLLM has it where it is switched on
                 continue
             operation = document["paths"][path]["post"]
+            others = [each for each in operation.get("parameters", ()) if each.get("name") != HEADER]
+            operation["parameters"] = [*others, _HEADER]  # vLLM hands out one document, again and again
             if "requestBody" in operation:
                 body = operation["requestBody"]["content"]["application/json"]["schema"]
                 properties = schemas[body["$ref"].rsplit("/", 1)[1]]["properties"]
@@ -54,6 +56,15 @@ def document(app: Any) -> None:
 # A budget of no part is refused, which its own schema does not say.
 _BUDGET = Budget.model_json_schema() | {
     "anyOf": [{"required": [part], "properties": {part: {"type": "number"}}} for part in Budget.model_fields]
+}
+
+
+_HEADER = {
+    "name": HEADER,
+    "in": "header",
+    "required": False,
+    "description": f"The budget of a request whose body has no {FIELD}.",
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/TeacherBudget"}}},
 }
 
 

@@ -74,10 +74,9 @@ def configuration_schema() -> dict[str, Any]:
     schema = ServeConfig.model_json_schema(ref_template="#/$defs/{model}")
     definitions = schema.pop("$defs")
     settings = schema["properties"]
-    settings["default_budget"] = {
-        "description": settings["default_budget"]["description"],
-        "anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"$ref": "#/$defs/Budget"}],
-    }
+    budget = {"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"$ref": "#/$defs/Budget"}]}
+    settings["default_budget"] = {"description": settings["default_budget"]["description"], **budget}
+    settings["models"]["additionalProperties"] = budget
     for name in NOT_IN_VALUES:
         del settings[name]
     del schema["required"]

@@ -1,5 +1,6 @@
 """The gateway against its own OpenAPI document, by schemathesis: what it promises, and what it refuses."""
 
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import load_all_checks
 from schemathesis.specs.openapi.checks import positive_data_acceptance, status_code_conformance
 
-from server.http.fields import STREAMED
+from server.http.fields import HEADER, STREAMED
 from server.local.pair import Serving
 
 EXAMPLES = 5
@@ -86,14 +87,28 @@ def around_the_budget(document: dict[str, Any], path: str) -> dict[str, Any]:
     }
     content = {"application/json": {"schema": schema}}
     operation = operation | {"requestBody": {"required": True, "content": content}}
+    del operation["parameters"]
     return document | {"paths": {path: {"post": operation}}}
 
 
+def around_the_header(document: dict[str, Any], path: str) -> dict[str, Any]:
+    """The document of one path, whose body is valid, and has no budget."""
+    around = around_the_budget(document, path)
+    operation = around["paths"][path]["post"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    del schema["properties"]["teacher_budget"]
+    schema["required"].remove("teacher_budget")
+    parameters = document["paths"][path]["post"]["parameters"]
+    operation["parameters"] = [each for each in parameters if each["name"] == HEADER]
+    return around
+
+
 @pytest.mark.parametrize("path", STREAMED)
+@pytest.mark.parametrize("around", [around_the_budget, around_the_header])
 def test_every_budget_of_the_document_is_honoured(
-    document: dict[str, Any], stack: Serving, path: str
+    document: dict[str, Any], stack: Serving, path: str, around: Callable[..., dict[str, Any]]
 ) -> None:
-    schema = schemathesis.openapi.from_dict(around_the_budget(document, path))
+    schema = schemathesis.openapi.from_dict(around(document, path))
 
     @settings(ENDLESS, max_examples=20)
     @given(schema[path]["POST"].as_strategy())

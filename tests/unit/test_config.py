@@ -60,6 +60,7 @@ def test_the_needed_settings_are_enough(needed, tmp_path):
     assert config.default_budget == Budget(fraction=0.1)
     assert (config.gate, config.on_teacher_error) == (None, "degrade")
     assert config.vllm == {}
+    assert config.models == {}
 
 
 def test_every_setting_can_stand_in_a_file(needed, write, tmp_path):
@@ -162,6 +163,59 @@ def test_a_budget_can_be_text(needed, environment, text, budget):
 )
 def test_a_wrong_budget_is_refused(needed, text, said):
     assert said in refusal([*needed, "--default-budget", text])
+
+
+# Names of models
+
+
+@pytest.mark.parametrize("how", ["flag", "variable", "file"])
+def test_names_of_models_have_budgets(needed, environment, write, how):
+    models = {"wheels-fast": 0, "org/wheels: best": 0.5, "wheels-careful": {"fraction": 0.2, "calls": 5}}
+    argv = list(needed)
+    if how == "flag":
+        argv += ["--models", json.dumps(models)]
+    elif how == "variable":
+        environment.setenv("WHEELS_MODELS", json.dumps(models))
+    else:
+        argv += write({"models": models})
+    assert load(argv).models == {
+        "wheels-fast": Budget(fraction=0),
+        "org/wheels: best": Budget(fraction=0.5),
+        "wheels-careful": Budget(fraction=0.2, calls=5),
+    }
+
+
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        ('{"": 0}', "models: a model's name is not empty and starts with no space or dash: ''"),
+        ('{" x": 0}', "starts with no space or dash: ' x'"),
+        ('{"--port": 0}', "starts with no space or dash: '--port'"),
+        ('{"mine": 0}', "models: 'mine' is the served_model_name, whose budget is default_budget"),
+        ('{"a": 0, "b": 0, "a": 0.5}', "models: two entries named 'a'"),
+        ('{"a": 2}', "models.a.fraction: Input should be less than or equal to 1"),
+        ('{"a": null}', "models.a: Input should be a valid dictionary"),
+        ('{"a": {"dollars": 1}}', "unknown setting models.a.dollars"),
+        ('["a"]', "models: Input should be a valid dictionary"),
+        ("a", "models: not JSON: 'a'"),
+    ],
+)
+def test_wrong_names_of_models_stop_the_start(needed, models, said):
+    assert said in refusal([*needed, "--served-model-name", "mine", "--models", models])
+
+
+@pytest.mark.parametrize("text", ["models: {a: 0, b: 1, a: 0.5}", "models: {a: 0}\nport: 1\nmodels: {b: 0}"])
+def test_a_name_that_is_in_the_file_twice_stops_the_start(needed, write, text):
+    said = refusal([*needed, *write(text)])
+    assert "two entries named 'a'" in said or "two entries named 'models'" in said
+    assert "line" in said
+
+
+def test_a_mapping_that_another_one_extends_is_no_duplicate(needed, write):
+    """As the inner of two mappings is read, the outer one has its entries already."""
+    text = "vllm: {hf-overrides: {x: {y: {z: &b {<<: &a {k: 1}, k: 2}}}, c: {<<: *b}}}"
+    overrides = load([*needed, *write(text)]).vllm["hf-overrides"]
+    assert overrides == {"x": {"y": {"z": {"k": 2}}}, "c": {"k": 2}}
 
 
 # What stops the start

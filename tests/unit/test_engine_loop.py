@@ -171,6 +171,7 @@ def pair(tokenizer):
         span_tokens: int = 2,
         ask_tokens: int | None = None,
         default: float = 0.5,
+        models: dict[str, Any] | None = None,
         on_teacher_error: str = "degrade",
         shared: SharedBudgets | None = None,
         student: dict[str, Any] | None = None,
@@ -183,6 +184,7 @@ def pair(tokenizer):
             span_tokens=span_tokens,
             ask_tokens=ask_tokens,
             default_budget=Budget(fraction=default),
+            models={name: Budget.model_validate(value) for name, value in (models or {}).items()},
             shared=shared or SharedBudgets(MemoryLedger(), PriceController(CALIBRATION, span_tokens)),
             on_teacher_error=on_teacher_error,
         )
@@ -221,7 +223,7 @@ def start(
     engine: Engine, budget: object = None, *, unsupported: str | None = None, **params: Any
 ) -> tuple[AsyncGenerator[RequestOutput, None], Exchange]:
     exchange = Exchange(None if budget is None else Budget.model_validate(budget), unsupported)
-    for name in ("searches", "writes_nothing", "names", "tenant"):
+    for name in ("searches", "writes_nothing", "names", "tenant", "model", "budget_name"):
         setattr(exchange, name, params.pop(name, getattr(exchange, name)))
     options = params.pop("options", {})
     sampling = SamplingParams(**{"max_tokens": 8, "output_kind": DELTA} | params)
@@ -1407,6 +1409,63 @@ async def test_a_tenants_maximum(pair):
     refusing = clamping.model_copy(update={"over_maximum": "refuse"})
     with pytest.raises(VLLMValidationError, match="calls 3 is more than this key's maximum of 1"):
         generate(engine, Exchange(Budget(calls=3), tenant=refusing))
+
+
+MODELS = {"wheels-fast": 0, "wheels-best": 1, "wheels-careful": {"calls": 2}}
+
+
+@pytest.mark.parametrize(
+    ("model", "budget", "calls"),
+    [
+        ("wheels", None, 1),  # the default
+        ("", None, 1),
+        ("an-adapter", None, 1),
+        ("wheels-fast", None, 0),
+        ("wheels-best", None, 1),
+        ("wheels-careful", None, 2),
+        ("wheels-fast", {"calls": 3}, 3),  # what is sent wins
+        ("wheels-best", 0, 0),
+    ],
+)
+async def test_the_name_of_a_model_is_a_budget(pair, model, budget, calls):
+    engine, teacher = pair(ask_at={0, 2, 4}, default=0.1, models=MODELS)
+    result = await write(engine, budget, model=model)
+    assert len(teacher.calls) == result.report.calls == calls
+    assert (result.text() == "ABCDEFGH") == (model == "wheels-best" and budget is None)
+    assert result.report.clamped is False
+
+
+async def test_a_name_refuses_no_parameter(pair):
+    """A program that can only choose a model cannot leave the parameter out: the student answers alone."""
+    engine, teacher = pair(ask_at={0}, default=0, models=MODELS)
+    result = await write(engine, model="wheels-best", unsupported="use_beam_search")
+    assert result.text() == "abcdefgh"
+    assert teacher.calls == []
+
+
+async def test_a_budget_in_a_header_refuses_like_one_in_the_body(pair):
+    engine, _ = pair(models=MODELS)
+    header = {"model": "wheels-fast", "budget_name": "X-Teacher-Budget"}
+    with pytest.raises(VLLMValidationError, match="cannot be honoured") as error:
+        start(engine, 0.5, unsupported="use_beam_search", **header)
+    assert error.value.parameter == "use_beam_search"
+
+
+async def test_a_name_is_held_to_a_tenants_maximum(pair):
+    engine, teacher = pair(ask_at={0, 2, 4}, default=0, models=MODELS)
+    keys = (hash_key("secret"),)
+    clamping = Tenant(name="acme", keys=keys, default_budget=0, maximum_budget={"calls": 1})
+    result = await write(engine, model="wheels-careful", tenant=clamping)
+    assert (len(teacher.calls), result.report.clamped) == (1, True)
+    refusing = clamping.model_copy(update={"over_maximum": "refuse"})
+    for budget, name, parameter in (
+        (None, "teacher_budget", "model"),
+        ({"calls": 2}, "teacher_budget", "teacher_budget"),
+        ({"calls": 2}, "X-Teacher-Budget", "X-Teacher-Budget"),
+    ):
+        with pytest.raises(VLLMValidationError, match="calls 2 is more than this key's") as error:
+            start(engine, budget, model="wheels-careful", tenant=refusing, budget_name=name)
+        assert error.value.parameter == parameter
 
 
 def generate(engine: Engine, exchange: Exchange) -> AsyncGenerator[RequestOutput, None]:

@@ -7,7 +7,7 @@ from upstream import COMPLETIONS, DISCONNECT, Receive, Send, Upstream, post, req
 
 from router.budget import Budget
 from server.http.asgi import REQUEST_ID
-from server.http.fields import ALONE, PATHS, TeacherFields
+from server.http.fields import ALONE, HEADER, PATHS, TeacherFields
 
 # Requests
 
@@ -169,6 +169,95 @@ async def test_a_bad_budget_is_refused_in_anthropics_shape(path):
     assert error.keys() == {"type", "message"}
     assert error["type"] == "invalid_request_error"
     assert "teacher_budget.fraction" in error["message"]
+
+
+# A budget without a field
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("0", Budget(fraction=0)),
+        (" 0.25 ", Budget(fraction=0.25)),
+        ('{"tokens": 3, "calls": 1}', Budget(tokens=3, calls=1)),
+    ],
+)
+async def test_a_budget_may_come_in_a_header(path, text, budget):
+    upstream, body = Upstream(), request(seed=2**70)
+    await post(upstream, body, path=path, headers=[("x-teacher-BUDGET", text)])
+    assert (upstream.exchange.budget, upstream.exchange.budget_name) == (budget, HEADER)
+    assert upstream.body == body
+
+
+@pytest.mark.parametrize(
+    ("fields", "header", "budget", "name"),
+    [
+        ({"teacher_budget": 0}, "0.5", Budget(fraction=0), "teacher_budget"),
+        ({"teacher_budget": None}, "0.5", Budget(fraction=0.5), HEADER),
+        ({"teacher_budget": 0.1}, "null", Budget(fraction=0.1), "teacher_budget"),
+        ({}, "null", None, "teacher_budget"),
+    ],
+)
+async def test_the_field_wins_over_the_header(fields, header, budget, name):
+    upstream = Upstream()
+    await post(upstream, request(**fields), headers=[(HEADER, header)])
+    assert (upstream.exchange.budget, upstream.exchange.budget_name) == (budget, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("1.5", "X-Teacher-Budget.fraction: Input should be less than or equal to 1"),
+        ("NaN", "neither a number nor JSON"),
+        ("1e999", "neither a number nor JSON"),
+        ("", 'X-Teacher-Budget: neither a number nor JSON: ""'),
+        ("a lot", 'X-Teacher-Budget: neither a number nor JSON: "a lot"'),
+        ("für", "X-Teacher-Budget: neither a number nor JSON"),
+        ("[" * 50_000, "X-Teacher-Budget: neither a number nor JSON"),
+        ("9" * 5_000, "X-Teacher-Budget: neither a number nor JSON"),
+        ('"0.1"', 'X-Teacher-Budget: not "0.1"'),
+        ("true", "X-Teacher-Budget: not true"),
+        ("{}", "X-Teacher-Budget: set at least one of fraction, tokens, calls"),
+        ('{"tokens": -1}', "X-Teacher-Budget.tokens: Input should be greater than or equal to 0"),
+        ('{"dollars": 3}', "X-Teacher-Budget.dollars: Extra inputs are not permitted"),
+    ],
+    ids=lambda value: value[:40],
+)
+@pytest.mark.parametrize("fields", [{}, {"teacher_budget": 0.5}])
+async def test_a_bad_header_is_refused_whatever_the_body_has(fields, text, said):
+    upstream = Upstream()
+    answer = await post(upstream, request(**fields), headers=[(HEADER, text)])
+    error = answer.json["error"]
+    assert (answer.status, error["type"], error["param"]) == (400, "BadRequestError", HEADER)
+    assert said in error["message"]
+    assert 'expected a fraction in [0, 1], or an object of "fraction", "tokens", "calls"' in error["message"]
+    assert len(error["message"]) < 300
+    assert upstream.calls == 0
+
+
+async def test_two_headers_are_no_budget():
+    answer = await post(Upstream(), request(), headers=[(HEADER, "0.1"), (HEADER, "0.2")])
+    assert (answer.status, answer.json["error"]["param"]) == (400, HEADER)
+    assert '"0.1, 0.2"' in answer.json["error"]["message"]
+
+
+async def test_a_bad_header_is_refused_in_anthropics_shape():
+    answer = await post(Upstream(), request(), path="/v1/messages", headers=[(HEADER, "2")])
+    assert (answer.status, answer.json["type"]) == (400, "error")
+    assert answer.json["error"]["type"] == "invalid_request_error"
+    assert "X-Teacher-Budget.fraction" in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("name", "model"), [("wheels-best", "wheels-best"), ("", ""), (None, ""), (7, ""), ([], "")]
+)
+async def test_the_name_of_the_model_is_noted(path, name, model):
+    upstream, body = Upstream(), request(model=name)
+    await post(upstream, body, path=path)
+    assert (upstream.exchange.model, upstream.exchange.budget) == (model, None)
+    assert upstream.body == body
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Our fields in the OpenAPI document."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -42,6 +43,30 @@ def test_the_budget_is_documented_where_there_is_a_body(documented):
     bodies = [schema for name, schema in schemas.items() if name.startswith("Request")]
     assert len(bodies) == len(PATHS) - 1
     assert sum("teacher_budget" in schema["properties"] for schema in bodies) == len(bodies) - 1
+
+
+def test_the_header_is_documented_once(documented):
+    for operations in documented["paths"].values():
+        (header,) = operations["post"]["parameters"]
+        assert (header["name"], header["in"], header["required"]) == ("X-Teacher-Budget", "header", False)
+        schema = header["content"]["application/json"]["schema"]
+        assert schema == {"$ref": "#/components/schemas/TeacherBudget"}
+
+
+def test_a_document_that_is_asked_for_again_is_the_same():
+    operation = {"parameters": [{"name": "x", "in": "query"}], "responses": {"200": {}}}
+    cached = {"paths": {STREAMED[0]: {"post": operation}}, "components": {"schemas": {}}}
+
+    class App:
+        def openapi(self) -> dict[str, Any]:
+            return cached
+
+    app = App()
+    document(app)
+    first = deepcopy(app.openapi())
+    assert app.openapi() == first
+    names = [each["name"] for each in first["paths"][STREAMED[0]]["post"]["parameters"]]
+    assert names == ["x", "X-Teacher-Budget"]
 
 
 def test_the_report_is_documented_on_every_path(documented):

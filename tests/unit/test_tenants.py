@@ -199,6 +199,8 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
         Tenants(str(tmp_path / "absent.yaml"))
     with pytest.raises(ConfigError, match="cannot read the tenants"):
         Tenants("{tenants: [")
+    with pytest.raises(ConfigError, match="two entries named 'tenants'"):
+        Tenants("{tenants: [], tenants: []}")
 
 
 def test_tenants_are_frozen() -> None:

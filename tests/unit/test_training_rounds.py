@@ -9,7 +9,7 @@ from killing import Killed
 from tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 
 from router.gate import EntropyGate, RandomGate
-from training.gate_config import (
+from training.gating.config import (
     ConstrainedObjective,
     DifferenceObjective,
     GateConfig,

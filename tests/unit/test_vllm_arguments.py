@@ -169,6 +169,14 @@ def test_what_a_gateway_cannot_honour_is_refused_in_one_line(
     assert refusal(http, settings).startswith(said)
 
 
+def test_every_model_has_a_name_of_its_own(http: HttpLayer) -> None:
+    served = {"served-model-name": ["wheels", "wheels-best"]}
+    assert http.parse({}, fixed=served).served_model_name == ["wheels", "wheels-best"]
+    for adapters, name in ((["wheels-best=/a"], "wheels-best"), (["a=/a", "a=/b"], "a")):
+        message = refusal(http, {"lora-modules": adapters}, **served)
+        assert message == f"vllm's lora-modules: two models named {name}"
+
+
 @pytest.mark.parametrize("name", ["model", "served_model_name", "middleware", "no-model"])
 def test_what_the_gateway_sets_itself_is_refused_in_any_spelling(http: HttpLayer, name: str) -> None:
     fixed = {"model": "m", "served-model-name": "s", "middleware": "a.b"}

@@ -7,12 +7,16 @@ import inspect
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 import vllm
 from fastapi import FastAPI
 from vllm.config.speculative import SpeculativeConfig
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.utils import PPMissingLayer
@@ -22,6 +26,7 @@ from server import vllm_api
 from server.config import ConfigError
 from server.vllm_api import (
     UnsupportedVllm,
+    answer_by_name,
     check_speculation,
     find_reports,
     output_matrix,
@@ -206,6 +211,23 @@ def _then(seen, name, app):
         await app(scope, receive, send)
 
     return middleware
+
+
+# answer_by_name
+
+NAMES = ("wheels", "wheels-best")
+
+
+@pytest.mark.parametrize(
+    ("sent", "answered"),
+    [("wheels", "wheels"), ("wheels-best", "wheels-best"), ("", "wheels"), ("no-model", "wheels")],
+)
+def test_a_reply_has_the_name_that_was_sent(sent, answered):
+    paths = [BaseModelPath(name=name, model_path="/student") for name in NAMES]
+    models = OpenAIServingModels(MagicMock(), paths)
+    answer_by_name(SimpleNamespace(openai_serving_models=models), lambda: sent)
+    assert models.model_name() == models.model_name(None) == answered
+    assert models.model_name(LoRARequest("an-adapter", 1, "/adapter")) == "an-adapter"
 
 
 # check_speculation

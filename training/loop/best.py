@@ -20,8 +20,7 @@ class Best:
 
     def __init__(self, directory: Path, schedule: Schedule, state: dict[str, Any]) -> None:
         self._directory = directory
-        self._keep = schedule.keep == "best"
-        self._patience = schedule.patience
+        self._keep, self._patience = schedule.keep == "best", schedule.patience
         self.step: int = state.get("step", 0)
         self._score: list[float] = state.get("score", [])
         self._misses: int = state.get("misses", 0)
@@ -41,9 +40,7 @@ class Best:
         if self._score and score <= self._score:
             self._misses += 1
             return
-        self.step = step
-        self._score = score
-        self._misses = 0
+        self.step, self._score, self._misses = step, score, 0
         if self._keep:
             save_weights(self._file(step), model)
 

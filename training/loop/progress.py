@@ -4,7 +4,6 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -40,10 +39,8 @@ class Progress:
         self._bar.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self._bar.__exit__(*error)
 
     def advance(self, tokens: int) -> None:
         """One step further."""
@@ -67,8 +64,7 @@ class Log:
         if parallel.is_first():
             directory.mkdir(parents=True, exist_ok=True)
             self._trackers.append(JsonLines(directory, start))
-            for name in trackers:
-                self._trackers.append(TRACKERS[name](directory, start))
+            self._trackers += [TRACKERS[name](directory, start) for name in trackers]
 
     def __enter__(self) -> Self:
         return self
@@ -85,6 +81,5 @@ class Log:
             return
         for tracker in self._trackers:
             tracker.write(step, metrics)
-        shown = " ".join(f"{name}={value:.4g}" for name, value in metrics.items())
-        console.print(f"{self._name} {step} {shown}")
+        console.print(f"{self._name} {step} " + " ".join(f"{k}={v:.4g}" for k, v in metrics.items()))
         sys.stdout.flush()

@@ -25,10 +25,7 @@ class Stopped(RunEnded):
 
 
 class StopRequests:
-    """What the signals have set so far."""
-
     requested = False
-    """Whether the run is to end after this step."""
 
 
 @contextmanager
@@ -40,17 +37,15 @@ def stop_requests() -> Iterator[StopRequests]:
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(_number: int, _frame: FrameType | None) -> None:
+    def note(number: int, frame: FrameType | None) -> None:
         requests.requested = True
-        restore()
+        for each in SIGNALS:
+            signal.signal(each, before[each])
 
     for number in SIGNALS:
         signal.signal(number, note)
     try:
         yield requests
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
