@@ -5,7 +5,7 @@ orders there, and a sentence easily has thousands of right answers.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -19,6 +19,8 @@ from measuring.json_lines import is_text, read_json_lines, read_some_json_lines
 
 Slot = tuple[str, ...]
 Form = tuple[Slot, ...]
+Forms = list[list[list[str]]]
+"""As JSON holds them: `[form][slot][alternative]`."""
 
 LISTED = 500
 """A form with at most this many answers is compared answer by answer, which is then faster."""
@@ -33,60 +35,80 @@ class Nearest:
     length: int
     """Of that answer, in characters."""
 
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Smaller is nearer."""
-        return self.edits, -self.length
+
+def _rank(nearest: Nearest) -> tuple[int, int]:
+    """Smaller is nearer."""
+    return (nearest.edits, -nearest.length)
 
 
 @dataclass(frozen=True)
 class References:
-    """All right answers to one source: one form, and in it one alternative per slot, joined without
-    separators.
+    """All right answers to one source.
+
+    An answer is one form, and in it one alternative per slot, joined without separators.
     """
 
     forms: tuple[Form, ...]
 
     @classmethod
     def one(cls, text: str) -> "References":
+        """This answer alone is right."""
         return cls((((text,),),))
 
     @classmethod
-    def from_json(cls, forms: list[list[list[str]]]) -> "References":
-        return cls(tuple(tuple(tuple(slot) for slot in form) for form in forms))
+    def from_json(cls, forms: Forms) -> "References":
+        """What `to_json` gave."""
+        read: list[Form] = []
+        for form in forms:
+            read.append(tuple(map(tuple, form)))
+        return cls(tuple(read))
 
-    def to_json(self) -> list[list[list[str]]]:
+    def to_json(self) -> Forms:
         """`[form][slot][alternative]`, the format of `examples.jsonl`."""
-        return [[list(slot) for slot in form] for form in self.forms]
+        written: Forms = []
+        for form in self.forms:
+            written.append(list(map(list, form)))
+        return written
 
     def __len__(self) -> int:
-        return sum(_count(form) for form in self.forms)
+        return sum(map(_count, self.forms))
 
     def first(self) -> str:
+        """The answer of the first form and each slot's first alternative."""
         return "".join(slot[0] for slot in self.forms[0])
 
     def sample(self, rng: random.Random) -> str:
         """One right answer; form and alternatives uniform."""
-        return "".join(rng.choice(slot) for slot in rng.choice(self.forms))
+        form = rng.choice(self.forms)
+        return "".join(map(rng.choice, form))
 
     def accepts(self, text: str) -> bool:
+        """Whether the text is one of the right answers."""
         return any(_accepts(form, text) for form in self.forms)
 
     def similarity(self, text: str) -> float:
-        """1 - d / max(len(text), len(nearest)), d the Levenshtein distance to the nearest right answer; in
-        [0, 1].
+        """How near the text is to the nearest right answer, in [0, 1].
+
+        It is 1 - d / max(len(text), len(nearest)), with d the Levenshtein distance.
         """
         if self.accepts(text):
             return 1.0
-        nearest = min((_nearest(form, text) for form in self.forms), key=lambda found: found.rank)
+        nearest = min([_nearest(form, text) for form in self.forms], key=_rank)
         longest = max(len(text), nearest.length)
         return 1.0 - nearest.edits / longest if longest else 1.0
 
 
 @dataclass(frozen=True)
 class Example:
+    """What a pair is asked, and all right answers to it."""
+
     source: str
     references: References
+
+
+def sources_of(examples: Iterable[Example]) -> list[str]:
+    """The source of each example, in order."""
+    return [example.source for example in examples]
 
 
 def load_examples(file: Path) -> list[Example]:
@@ -98,7 +120,7 @@ def load_examples(file: Path) -> list[Example]:
     examples = []
     for row in read_some_json_lines(file):
         forms = row.fields.get("references")
-        if not _is_grammar(forms):
+        if forms is None or not _is_grammar(forms):
             raise row.error("'references' is not a list of forms of slots of alternatives")
         examples.append(Example(row.text("source"), References.from_json(forms)))
     return examples
@@ -115,18 +137,23 @@ def load_sources(file: Path) -> list[str]:
 
 def _is_grammar(forms: Any) -> bool:
     """Whether it is `[form][slot][alternative]`, with an answer in it."""
+    return isinstance(forms, list) and bool(forms) and all(map(_is_form, forms))
 
-    def is_slot(slot: Any) -> bool:
-        return isinstance(slot, list) and bool(slot) and all(isinstance(a, str) and is_text(a) for a in slot)
 
-    def is_form(form: Any) -> bool:
-        return isinstance(form, list) and all(map(is_slot, form))
+def _is_form(form: Any) -> bool:
+    return isinstance(form, list) and all(map(_is_slot, form))
 
-    return isinstance(forms, list) and bool(forms) and all(map(is_form, forms))
+
+def _is_slot(slot: Any) -> bool:
+    return isinstance(slot, list) and bool(slot) and all(map(_is_alternative, slot))
+
+
+def _is_alternative(value: Any) -> bool:
+    return isinstance(value, str) and is_text(value)
 
 
 def _count(form: Form) -> int:
-    return prod(len(slot) for slot in form)
+    return prod(map(len, form))
 
 
 def _answers(form: Form) -> Iterator[str]:
@@ -137,8 +164,9 @@ def _accepts(form: Form, text: str) -> bool:
     ends = {0}
     for slot in form:
         reached = set()
-        for choice in slot:
-            reached |= {end + len(choice) for end in ends if text.startswith(choice, end)}
+        for end, choice in product(ends, slot):
+            if text.startswith(choice, end):
+                reached.add(end + len(choice))
         ends = reached
     return len(text) in ends
 
@@ -146,8 +174,10 @@ def _accepts(form: Form, text: str) -> bool:
 def _nearest(form: Form, text: str) -> Nearest:
     if _count(form) > LISTED:
         return _least(form, text)
-    found = (Nearest(Levenshtein.distance(text, answer), len(answer)) for answer in _answers(form))
-    return min(found, key=lambda nearest: nearest.rank)
+    found = []
+    for answer in _answers(form):
+        found.append(Nearest(Levenshtein.distance(text, answer), len(answer)))
+    return min(found, key=_rank)
 
 
 def _least(form: Form, text: str) -> Nearest:
@@ -156,7 +186,7 @@ def _least(form: Form, text: str) -> Nearest:
     Cells hold `_EDIT` x edits - characters of the answer, so that the nearest answer's length is read off the
     result.
     """
-    characters = np.array([ord(c) for c in text], dtype=np.int64)
+    characters = np.array(list(map(ord, text)), dtype=np.int64)
     insertions = np.arange(len(text) + 1, dtype=np.int64) * _EDIT
     row = insertions.copy()
     for slot in form:

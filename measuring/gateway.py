@@ -64,7 +64,8 @@ class GatewayClient:
         timeout: float = 600.0,
         retries: int = 0,
     ) -> None:
-        self._url, self._max_tokens = url.rstrip("/"), max_tokens
+        self._url = url.rstrip("/")
+        self._max_tokens = max_tokens
         self._openai = AsyncOpenAI(
             base_url=f"{self._url}/v1", api_key=api_key, timeout=timeout, max_retries=retries
         )
@@ -121,8 +122,10 @@ class GatewayClient:
             return reply
 
         try:
+            tasks = []
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(ask(source)) for source in sources]
+                for source in sources:
+                    tasks.append(group.create_task(ask(source)))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures  # they all fail for one reason
         return [task.result() for task in tasks]

@@ -39,6 +39,7 @@ class Row:
         return value
 
     def error(self, problem: str) -> DataError:
+        """What is wrong with this line, for the caller to raise."""
         return DataError(f"{self.file}:{self.number}: {problem}")
 
 

@@ -129,6 +129,10 @@ class RouterCheckpoint:
             raise CheckpointError(f"unknown gate {name!r}; known: {', '.join(GATES)}")
         if name != "learned":
             return GATES[name](self.reserved)
+        return self.learned_gate()
+
+    def learned_gate(self) -> LearnedGate:
+        """The gate that was trained with the taps, ready for inference."""
         gate = LearnedGate(self.reserved, self.config.gate_width)
         gate.load_state_dict(self.gate)
         return gate.eval().requires_grad_(False)

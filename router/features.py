@@ -39,10 +39,10 @@ def confidence(logits: Tensor, reserved: ReservedRows) -> Tensor:
     """
     visible = logits[..., : reserved.start].float()
     top = largest(visible, TOP_LOG_PROBS)
-    spread = Spread.of(visible, top[..., :1])
-    log_probs = (top - top[..., :1] - spread.log_total[..., None]).clamp(min=LOG_PROB_FLOOR)
+    uncertainty = Uncertainty.of(visible, top[..., :1])
+    log_probs = (top - top[..., :1] - uncertainty.log_total[..., None]).clamp(min=LOG_PROB_FLOOR)
     margin = log_probs[..., :1] - log_probs[..., 1:2]
-    return torch.cat((log_probs, spread.entropy[..., None], margin), dim=-1)
+    return torch.cat((log_probs, uncertainty.entropy[..., None], margin), dim=-1)
 
 
 def largest(x: Tensor, k: int) -> Tensor:
@@ -60,7 +60,7 @@ def largest(x: Tensor, k: int) -> Tensor:
     return torch.cat((candidates, rest), dim=-1).topk(k, dim=-1).values
 
 
-class Spread(NamedTuple):
+class Uncertainty(NamedTuple):
     """How far a distribution is spread out; both fields are (...) float32, in nats."""
 
     log_total: Tensor
@@ -68,7 +68,7 @@ class Spread(NamedTuple):
     entropy: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, largest: Tensor) -> "Spread":
+    def of(cls, x: Tensor, largest: Tensor) -> "Uncertainty":
         """x: (..., V) float32 logits; largest: (..., 1), their maximum.
 
         Entropy is log sum exp(x) - sum p x, with x taken relative to its maximum. It makes two tensors of the

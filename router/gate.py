@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from router.features import Spread, features, largest, n_features
+from router.features import Uncertainty, features, largest, n_features
 from router.reserved import ReservedRows
 
 
@@ -65,7 +65,7 @@ class EntropyGate(Gate):
     def forward(self, logits: Tensor) -> Tensor:
         """The entropy of the visible tokens, in nats."""
         visible = logits[..., : self.reserved.start].float()
-        return Spread.of(visible, visible.amax(-1, keepdim=True)).entropy
+        return Uncertainty.of(visible, visible.amax(-1, keepdim=True)).entropy
 
 
 class MarginGate(Gate):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from measuring.examples import Example, sources_of
 from measuring.json_lines import DataError
-from training.tasks import Example, Task
+from training.tasks import Task
 from training.tokenizer import encode_answers, encode_prompts
 
 SHARD_BATCHES = 64
@@ -37,6 +38,7 @@ class Batch:
 
     @property
     def positions(self) -> int:
+        """How many tokens the answers have together."""
         return int(self.answer.sum())
 
     def narrow(self) -> "Narrow":
@@ -65,10 +67,13 @@ class Batch:
 
     def prefixed(self, prefixes: list[list[int]], pad: int) -> "Batch":
         """Rows with these ids in front; their answer positions keep their order."""
-        prompts, counts = self.prompts(), self.answer.sum(1).tolist()
-        rows = zip(self.ids.tolist(), prompts, counts, strict=True)
-        answers = [row[len(prompt) : len(prompt) + count] for row, prompt, count in rows]
-        longer = [before + prompt for before, prompt in zip(prefixes, prompts, strict=True)]
+        prompts = self.prompts()
+        counts = self.answer.sum(1).tolist()
+        longer = []
+        answers = []
+        for row, prefix, prompt, count in zip(self.ids.tolist(), prefixes, prompts, counts, strict=True):
+            longer.append(prefix + prompt)
+            answers.append(row[len(prompt) : len(prompt) + count])
         return Batch.of(longer, answers, pad).to(self.ids.device)
 
     def to(self, device: torch.device) -> "Batch":
@@ -79,13 +84,17 @@ class Batch:
         """`count` batches of equally many rows. Raises ValueError where that does not come out even."""
         if len(self.ids) % count:
             raise ValueError(f"a batch of {len(self.ids)} does not split into {count} equal parts")
-        pairs = zip(self.ids.chunk(count), self.answer.chunk(count), strict=True)
-        return [replace(self, ids=ids, answer=answer) for ids, answer in pairs]
+        parts = []
+        for ids, answer in zip(self.ids.chunk(count), self.answer.chunk(count), strict=True):
+            parts.append(replace(self, ids=ids, answer=answer))
+        return parts
 
     @classmethod
     def of(cls, prompts: list[list[int]], answers: list[list[int]], pad: int) -> Self:
         """Rows of prompt and answer, filled up with `pad`."""
-        rows = [p + a for p, a in zip(prompts, answers, strict=True)]
+        rows = []
+        for prompt, tokens in zip(prompts, answers, strict=True):
+            rows.append(prompt + tokens)
         width = rounded_up(max(map(len, rows)))
         ids = torch.full((len(rows), width), pad)
         answer = torch.zeros_like(ids, dtype=torch.bool)
@@ -93,6 +102,15 @@ class Batch:
             ids[i, : len(row)] = torch.tensor(row)
             answer[i, len(prompts[i]) - 1 : len(row) - 1] = True
         return cls(ids, answer)
+
+
+class BatchLoss(NamedTuple):
+    """What a method makes of a batch."""
+
+    loss: Tensor
+    """A scalar, the mean over the positions of the answers."""
+    scalars: dict[str, Tensor]
+    """To log."""
 
 
 class Narrow(NamedTuple):
@@ -108,19 +126,48 @@ def rounded_up(width: int) -> int:
     return -(-width // 8) * 8
 
 
-def left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """ids (B, T) and mask (B, T), int64; 0 in the mask is padding."""
+class LeftPadded(NamedTuple):
+    """Rows that all end in the last column."""
+
+    ids: Tensor
+    """(B, T) int64."""
+    mask: Tensor
+    """(B, T) int64, 0 is padding."""
+
+
+def left_padded(rows: list[list[int]], pad: int, device: torch.device | None = None) -> LeftPadded:
+    """The rows, filled up on the left with `pad`; on the CPU unless a device is given."""
     width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
+    ids = []
+    mask = []
+    for row in rows:
+        free = width - len(row)
+        ids.append([pad] * free + row)
+        mask.append([0] * free + [1] * len(row))
+    return LeftPadded(torch.tensor(ids, device=device), torch.tensor(mask, device=device))
+
+
+class Demonstration(NamedTuple):
+    """Token ids of one example."""
+
+    prompt: list[int]
+    answer: list[int]
+
+    @property
+    def tokens(self) -> int:
+        """Of both together."""
+        return len(self.prompt) + len(self.answer)
 
 
 class Demonstrations:
     """Batch number `step` of a seeded stream of references; rows of similar length share a batch.
 
-    longest: tokens of prompt and answer together; what is longer is left out. Raises ValueError where that
-    is nearly everything.
+    Args:
+        task: draws the examples.
+        tokenizer: of the pair.
+        batch: rows of a batch.
+        seed: of the stream.
+        longest: tokens of prompt and answer together; what is longer is left out. None: any number.
     """
 
     def __init__(
@@ -131,20 +178,25 @@ class Demonstrations:
         seed: int,
         longest: int | None = None,
     ) -> None:
-        self._task, self._tokenizer, self._batch, self._seed = task, tokenizer, batch, seed
+        self._task = task
+        self._tokenizer = tokenizer
+        self._batch = batch
+        self._seed = seed
         self._longest = longest
-        self._shard: tuple[int, list[Batch]] = (-1, [])
+        self._shard = -1
+        self._batches: list[Batch] = []
 
     def __getitem__(self, step: int) -> Batch:
-        shard, at = divmod(step, SHARD_BATCHES)
-        if self._shard[0] != shard:
-            self._shard = (shard, self._load(shard))
-        return self._shard[1][at]
+        shard, place = divmod(step, SHARD_BATCHES)
+        if self._shard != shard:
+            self._batches = self._load(shard)
+            self._shard = shard
+        return self._batches[place]
 
     def _load(self, shard: int) -> list[Batch]:
         seed = self._seed * 1_000_003 + shard
         rng = random.Random(seed)
-        rows = sorted(self._rows(self._task.train(seed), rng), key=lambda row: len(row[0]) + len(row[1]))
+        rows = sorted(self._rows(self._task.train(seed), rng), key=lambda row: row.tokens)
         batches = []
         for first in range(0, len(rows), self._batch):
             prompts, answers = zip(*rows[first : first + self._batch], strict=True)
@@ -153,15 +205,22 @@ class Demonstrations:
         rng.shuffle(batches)
         return batches
 
-    def _rows(self, stream: Iterator[Example], rng: random.Random) -> list[tuple[list[int], list[int]]]:
-        """Prompt and answer of the next examples that are short enough, as many as a shard takes."""
-        wanted, rows = self._batch * SHARD_BATCHES, []
+    def _rows(self, stream: Iterator[Example], rng: random.Random) -> list[Demonstration]:
+        """The next examples that are short enough, as many as a shard takes.
+
+        Raises:
+            DataError: nearly everything is too long.
+        """
+        wanted = self._batch * SHARD_BATCHES
+        rows: list[Demonstration] = []
         for _ in range(DRAWS):
             examples = list(islice(stream, wanted))
-            prompts = encode_prompts(self._tokenizer, [example.source for example in examples])
+            prompts = encode_prompts(self._tokenizer, sources_of(examples))
             answers = encode_answers(self._tokenizer, [e.references.sample(rng) for e in examples])
-            pairs = zip(prompts, answers, strict=True)
-            rows += [(p, a) for p, a in pairs if self._longest is None or len(p) + len(a) <= self._longest]
+            rows += filter(self._fits, map(Demonstration, prompts, answers))
             if len(rows) >= wanted:
                 return rows[:wanted]
         raise DataError(f"hardly an example has at most {self._longest} tokens, the context of the model")
+
+    def _fits(self, row: Demonstration) -> bool:
+        return self._longest is None or row.tokens <= self._longest

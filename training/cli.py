@@ -15,7 +15,7 @@ from training.evaluation.gateway import BUDGETS, RunningGateway, measure
 from training.evaluation.report import METHODS, evaluate_pair, gateway_report, joined, plot, table
 from training.hub import check_hub, push
 from training.pipeline import run, task_of
-from training.workspace import STAGES
+from training.workspace import STAGES, Stage
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -26,18 +26,13 @@ def find_recipe(name: str) -> Path:
     return shipped if shipped.exists() else Path(name)
 
 
-def train(argv: list[str]) -> int:
-    """Run `wheels train`.
-
-    Raises:
-        WheelsError: the recipe, or what it names, cannot be used, or the training failed or was stopped.
-    """
+def training_parser() -> argparse.ArgumentParser:
+    """Arguments of `wheels train`."""
     parser = argparse.ArgumentParser(
         "wheels train", description="Train what a recipe says; resumes by itself."
     )
-    parser.add_argument(
-        "recipe", help="a YAML file, or one of: " + ", ".join(p.stem for p in RECIPES.glob("*.yaml"))
-    )
+    shipped = ", ".join(recipe.stem for recipe in RECIPES.glob("*.yaml"))
+    parser.add_argument("recipe", help=f"a YAML file, or one of: {shipped}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. teacher.schedule.steps=100")
     parser.add_argument("--stage", choices=STAGES, action="append", help="only this stage (repeatable)")
     parser.add_argument(
@@ -53,6 +48,16 @@ def train(argv: list[str]) -> int:
         metavar="OWNER/NAME",
         help="at the end, upload to OWNER/NAME-student and OWNER/NAME-router (private if they are new)",
     )
+    return parser
+
+
+def train(argv: list[str]) -> int:
+    """Run `wheels train`.
+
+    Raises:
+        WheelsError: the recipe, or what it names, cannot be used, or the training failed or was stopped.
+    """
+    parser = training_parser()
     args = parser.parse_intermixed_args(argv)
     if args.dry_run and (args.restart or args.push_to_hub):
         parser.error("--dry-run keeps nothing: it goes with neither --restart nor --push-to-hub")
@@ -66,7 +71,7 @@ def train(argv: list[str]) -> int:
     return 0
 
 
-def train_and_push(recipe: Recipe, stages: tuple[str, ...], restart: bool, repository: str | None) -> None:
+def train_and_push(recipe: Recipe, stages: tuple[Stage, ...], restart: bool, repository: str | None) -> None:
     """What cannot be pushed is refused before anything is trained."""
     if repository is not None:
         check_hub(repository, HfApi())
@@ -118,8 +123,13 @@ def evaluate(argv: list[str]) -> int:
         WheelsError: the arguments, or what they name, cannot be used.
     """
     args = evaluation_parser().parse_intermixed_args(argv)
-    overrides = [argument for argument in args.arguments if "=" in argument]
-    pairs = [Path(argument) for argument in args.arguments if "=" not in argument]
+    overrides = []
+    pairs = []
+    for argument in args.arguments:
+        if "=" in argument:
+            overrides.append(argument)
+        else:
+            pairs.append(Path(argument))
     if len(pairs) > 1 or not (pairs or args.gateway):
         raise RecipeError("want one PAIR, or --gateway URL")
     recipe = load_recipe(find_recipe(args.recipe), overrides)
@@ -164,7 +174,7 @@ def positive(text: str) -> int:
 
 def routers(entries: list[str]) -> dict[str, Path]:
     """Directories by name. Raises RecipeError for an entry without one, or with a name that is taken."""
-    named = {}
+    named: dict[str, Path] = {}
     for entry in entries:
         name, equals, path = entry.partition("=")
         if not (name and equals and path):

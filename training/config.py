@@ -1,7 +1,7 @@
 """The recipe: one YAML file and `key=value` overrides; frozen, checked when built, unknown keys refused."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import yaml
 from pydantic import (
@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from router.errors import UnusableInput
-from training.gating.config import GateConfig
+from training.gate_config import GateConfig
 from training.settings import BudgetPrompt, Frozen, Rate
 
 Role = Literal["teacher", "student"]
@@ -28,6 +28,8 @@ class RecipeError(UnusableInput):
 
 
 class TaskConfig(Frozen):
+    """What the pair is trained for, see `training.tasks`."""
+
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
 
@@ -43,7 +45,7 @@ class TokenizerConfig(Frozen):
     """Directory or hub name."""
 
     @model_validator(mode="after")
-    def _one(self) -> Self:
+    def _exclusive(self) -> Self:
         if (self.size is None) == (self.pretrained is None):
             raise ValueError("tokenizer: give size or pretrained")
         return self
@@ -118,20 +120,23 @@ class MethodBase(Frozen):
     """Whether a teacher behind a URL is not enough."""
 
 
-class SFTConfig(MethodBase):
-    """Supervised fine-tuning on the references."""
+class SupervisedConfig(MethodBase):
+    """Fine-tuning on whole answers, whoever wrote them."""
 
-    needs_teacher: ClassVar[bool] = False
-
-    type: Literal["sft"]
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the mass that goes to all tokens alike: a teacher on little data stays less sure of itself."""
 
 
-class SeqKDConfig(SFTConfig):
+class SFTConfig(SupervisedConfig):
+    """Supervised fine-tuning on the references."""
+
+    needs_teacher: ClassVar[bool] = False
+    type: Literal["sft"]
+
+
+class SeqKDConfig(SupervisedConfig):
     """Sequence-level distillation: fine-tuning on the teacher's own completions."""
 
-    needs_teacher: ClassVar[bool] = True
     teacher_in_process: ClassVar[bool] = True
     type: Literal["seqkd"]
     temperature: float = Field(default=0.0, ge=0)
@@ -172,8 +177,9 @@ class PCLConfig(MethodBase):
 
 
 class JointConfig(MethodBase):
-    """A student goes on with its router: distillation where the gate does not ask; see
-    `training.methods.joint`. The router's stage then fits the gate to the new student.
+    """A student goes on with its router: distillation where the gate does not ask.
+
+    See `training.methods.joint`. The router's stage then fits the gate to the new student.
     """
 
     teacher_in_process: ClassVar[bool] = True
@@ -195,6 +201,13 @@ MethodConfig = Annotated[
 ]
 
 
+class TrainingPlan(NamedTuple):
+    """How a model is trained."""
+
+    method: MethodConfig
+    schedule: Schedule
+
+
 class RolloutConfig(Frozen):
     """The model's own completions are written by a vLLM server of it; see `training.rollout_server`."""
 
@@ -214,6 +227,11 @@ class ScratchConfig(Frozen):
     method: MethodConfig
     schedule: Schedule
     rollouts: RolloutConfig | None = None
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """How it is trained."""
+        return TrainingPlan(self.method, self.schedule)
 
 
 class LoraConfig(Frozen):
@@ -241,7 +259,14 @@ class PretrainedConfig(Frozen):
     @property
     def is_ready(self) -> bool:
         """Whether the model is taken as it is."""
-        return self.schedule is None
+        return self.plan is None
+
+    @property
+    def plan(self) -> TrainingPlan | None:
+        """How it is trained; None: not at all."""
+        if self.method is None or self.schedule is None:
+            return None
+        return TrainingPlan(self.method, self.schedule)
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -257,7 +282,7 @@ class ServedConfig(Frozen):
 
     is_ready: ClassVar[bool] = False
     method: ClassVar[None] = None
-    schedule: ClassVar[None] = None
+    plan: ClassVar[None] = None
     url: str
     model: str | None = None
     """The name it is served by; None: the only one there."""
@@ -268,7 +293,10 @@ class ServedConfig(Frozen):
 
 def _kind(value: Any) -> str | None:
     keys = value.keys() if isinstance(value, dict) else value.__dict__.keys()
-    return next((kind for kind in ("shape", "pretrained", "url") if kind in keys), None)
+    for kind in ("shape", "pretrained", "url"):
+        if kind in keys:
+            return kind
+    return None
 
 
 Scratch = Annotated[ScratchConfig, Tag("shape")]
@@ -323,7 +351,8 @@ class Recipe(Frozen):
         if self.tokenizer is None and self.ready_tokenizer is None:
             raise ValueError("tokenizer: say size, or pretrained")
         trained = self.tokenizer is not None and self.tokenizer.size is not None
-        if trained and not all(isinstance(one, ScratchConfig) for one in (self.teacher, self.student)):
+        both_new = isinstance(self.teacher, ScratchConfig) and isinstance(self.student, ScratchConfig)
+        if trained and not both_new:
             raise ValueError("tokenizer.size: a ready model brings its own tokenizer")
         return self
 

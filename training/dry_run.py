@@ -7,10 +7,13 @@ from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 from rich.table import Table
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from training import parallel
@@ -18,16 +21,16 @@ from training.batches import Batch
 from training.config import ROLES, Recipe, ServedConfig
 from training.loop.progress import console
 from training.loop.trainer import make_optimizers, update
-from training.models import build, parameters, reserved_rows, save_model
-from training.pipeline import Job, check, ensure_tokenizer, job, make_model, task_of
+from training.models import build, parameters, reserved_rows, save_model, trained
+from training.pipeline import Job, check, ensure_tokenizer, make_job, make_model, task_of
 from training.tokenizer import visible_ids
-from training.workspace import Workspace
+from training.workspace import Stage, Workspace
 
 STEPS = 9
 """Measured; the first ones compile and warm up, so that the median counts."""
 
 
-def dry_run(recipe: Recipe, stages: tuple[str, ...]) -> None:
+def dry_run(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
     """A few steps of each model to train; an untrained teacher stands in for a missing one.
 
     Raises what `training.pipeline.run` would at its start.
@@ -39,45 +42,74 @@ def dry_run(recipe: Recipe, stages: tuple[str, ...]) -> None:
         check(recipe, stages)
         Workspace(recipe).check(stages)
         tokenizer = ensure_tokenizer(space, task)
-        local = not isinstance(recipe.teacher, ServedConfig)
-        if local and "student" in stages and not space.is_exported("teacher"):
+        missing = "student" in stages and not space.is_exported("teacher")
+        if missing and not isinstance(recipe.teacher, ServedConfig):
             space = Workspace(space.recipe.model_copy(update={"output": Path(scratch) / "output"}))
-            if recipe.teacher.schedule is None:
+            if recipe.teacher.plan is None:
                 make_model(space, "teacher", task, tokenizer)
             else:
                 untrained = build(recipe.teacher, tokenizer, recipe.seed)
                 save_model(untrained, tokenizer, space.exported("teacher"))
         for role in ROLES:
-            if role in stages and recipe.model(role).schedule is not None:
-                report(role, job(space, role, task, tokenizer), tokenizer, recipe.seed)
+            plan = recipe.model(role).plan
+            if role in stages and plan is not None:
+                title = f"{role}: {plan.method.type} on {parallel.size()} × {parallel.device().type}"
+                report(title, make_job(space, role, task, tokenizer), tokenizer, recipe.seed)
 
 
-def report(role: str, this: Job, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
-    model, schedule = this.model, this.config.schedule
-    optimizers = make_optimizers(model, schedule)
-    seconds, tokens = [], []
+class Trial(NamedTuple):
+    """The steps that were run."""
+
+    seconds: list[float]
+    """Of each step."""
+    tokens: list[int]
+    """Trained tokens of each step."""
+    batch: Batch
+    """The last one."""
+    optimizers: list[Optimizer]
+    """After the last step."""
+
+
+def tried(job: Job, seed: int) -> Trial:
+    """Run the first steps."""
+    optimizers = make_optimizers(job.model, job.schedule)
+    seconds = []
+    tokens = []
     for step in range(STEPS):
-        batch, began = this.batches[step], time.monotonic()
-        done = update(model, this.method.loss, this.method.prepare, optimizers, batch, step, schedule, seed)
+        batch = job.batches[step]
+        began = time.monotonic()
+        done = update(
+            job.model, job.method.loss, job.method.prepare, optimizers, batch, step, job.schedule, seed
+        )
         seconds.append(time.monotonic() - began)
         tokens.append(done.positions)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    states = [x for o in optimizers for state in o.state.values() for x in state.values()]
-    usual = median(seconds)
-    total = timedelta(seconds=round(sum(seconds) + usual * (schedule.steps - STEPS)))
-    reserved, ids = reserved_rows(model, tokenizer), visible_ids(tokenizer)
+    return Trial(seconds, tokens, batch, optimizers)
+
+
+def report(title: str, job: Job, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    """Run the first steps of a job, and print a table of what they took."""
+    run = tried(job, seed)
+    model = job.model
+    schedule = job.schedule
+    states: list[object] = []
+    for optimizer in run.optimizers:
+        for state in optimizer.state.values():
+            states += state.values()
+    usual = median(run.seconds)
+    total = timedelta(seconds=round(sum(run.seconds) + usual * (schedule.steps - STEPS)))
+    reserved = reserved_rows(model, tokenizer)
+    ids = visible_ids(tokenizer)
     rows = {
         "parameters": f"{parameters(model):,}, trained {parameters(model, trained_only=True):,}",
         "vocabulary": f"{ids:,} ids, reserved rows {reserved.start:,} to {reserved.end - 1:,}",
-        "batch": shape_of(batch, schedule.accumulate),
-        "memory of a process": f"weights {size(model.parameters())}, gradients {size(trained)}, "
+        "batch": shape_of(run.batch, schedule.accumulate),
+        "memory of a process": f"weights {size(model.parameters())}, gradients {size(trained(model))}, "
         f"optimizer {size(states)}, peak {peak()}",
-        "a step": f"{usual:.3g} s (the first {seconds[0]:.1f} s), "
-        f"{median(tokens) / usual:,.0f} trained tokens/s",
+        "a step": f"{usual:.3g} s (the first {run.seconds[0]:.1f} s), "
+        f"{median(run.tokens) / usual:,.0f} trained tokens/s",
         "in all": f"{total} for {schedule.steps:,} steps; validation not counted",
     }
     if parallel.is_first():
-        title = f"{role}: {this.config.method.type} on {parallel.size()} × {parallel.device().type}"
         table = Table(title=title, show_header=False)
         for name, value in rows.items():
             table.add_row(name, value)
@@ -85,6 +117,7 @@ def report(role: str, this: Job, tokenizer: PreTrainedTokenizerBase, seed: int) 
 
 
 def shape_of(batch: Batch, accumulate: int) -> str:
+    """Rows and width of a batch, and how it is split."""
     rows, width = batch.ids.shape
     parts = f", as {parallel.size()} × {accumulate} parts" if parallel.size() * accumulate > 1 else ""
     return f"{rows} × {width} ids, {batch.positions:,} of them trained (the last one measured){parts}"
@@ -92,8 +125,13 @@ def shape_of(batch: Batch, accumulate: int) -> str:
 
 def size(tensors: Iterable[object]) -> str:
     """Of what lies in this process."""
-    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors if isinstance(t, Tensor)]
-    return megabytes(sum(t.numel() * t.element_size() for t in local))
+    total = 0
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            tensor = tensor.to_local()
+        if isinstance(tensor, Tensor):
+            total += tensor.numel() * tensor.element_size()
+    return megabytes(total)
 
 
 def peak() -> str:
@@ -104,4 +142,5 @@ def peak() -> str:
 
 
 def megabytes(count: float) -> str:
+    """Bytes, to read."""
     return f"{count / 1e6:,.1f} MB"

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -85,15 +86,21 @@ def find_gguf(source: str, scratch: Path) -> Path:
     return file
 
 
-def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+class Imported(NamedTuple):
+    """What a GGUF file holds."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def read_gguf(file: Path) -> Imported:
     """Model and tokenizer; the weights are dequantised into float32."""
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise ImportFailed(f"{file.name} is not a GGUF file")
-    place = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**place)
-        read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     except Exception as error:  # transformers raises whatever its parser meets
         raise ImportFailed(f"transformers cannot read {file.name}: {error}") from error
     # A model that was read from GGUF refuses to be saved: a fresh one of the same shape takes its weights.
@@ -106,7 +113,7 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
     )
-    return model, tokenizer
+    return Imported(model, tokenizer)
 
 
 def _download(name: str, scratch: Path) -> Path:

@@ -43,7 +43,10 @@ class KeptCompletions:
             asked = [prompts[row] for row in missing] + prompts[:1] * (count - len(missing))
             written = complete(model, asked, visible, end, longest, temperature=0)
             new = dict(zip(missing, written, strict=False))
-            self.cache.put({keys[row]: np.array(new[row], dtype=np.int32).tobytes() for row in new})
+            kept = {}
+            for row, tokens in new.items():
+                kept[keys[row]] = np.array(tokens, dtype=np.int32).tobytes()
+            self.cache.put(kept)
             answers |= new
         ordered = [answers[row] for row in range(len(prompts))]
         return Batch.of(prompts, ordered, end).to(batch.ids.device)

@@ -28,7 +28,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
     _check_targets(model, config)
     settings = peft.LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft computes with fractions too
         lora_dropout=config.dropout,
         target_modules=config.targets if config.targets == "all-linear" else list(config.targets),
     )
@@ -52,7 +52,10 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
 
 def merged(weights: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
     """`weights`, all of the model's, with its adapters added to what they belong to, and gone."""
-    plain = {n.replace(".base_layer.", "."): t for n, t in weights.items() if ".lora_" not in n}
+    plain = {}
+    for name, tensor in weights.items():
+        if ".lora_" not in name:
+            plain[name.replace(".base_layer.", ".")] = tensor
     for name, layer in adapted(model):
         change = _change(weights, name, layer)
         weight = plain[f"{name}.weight"]
@@ -64,11 +67,15 @@ def _change(weights: dict[str, Tensor], name: str, layer: BaseTunerLayer) -> Ten
     """What a layer's adapter adds to its weight."""
     (adapter,) = layer.active_adapters
     if isinstance(layer, lora.Embedding):
-        down, up = (weights[f"{name}.lora_embedding_{part}.{adapter}"] for part in "AB")
+        down = weights[f"{name}.lora_embedding_A.{adapter}"]
+        up = weights[f"{name}.lora_embedding_B.{adapter}"]
         turned = True
-    else:
-        down, up = (weights[f"{name}.lora_{part}.{adapter}.weight"] for part in "AB")
+    elif isinstance(layer, lora.Linear):
+        down = weights[f"{name}.lora_A.{adapter}.weight"]
+        up = weights[f"{name}.lora_B.{adapter}.weight"]
         turned = layer.fan_in_fan_out  # GPT-2 stores its matrices the other way round
+    else:
+        raise LoraError(f"the adapter of {name} cannot be merged into plain weights")
     return layer.scaling[adapter] * transpose(up @ down, turned)
 
 
@@ -76,17 +83,24 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
     """Each target is there, and no other module has its weight: that one would change with it."""
     shared = _shared_weights(model)
     for target in () if config.targets == "all-linear" else config.targets:
-        found = [(n, m) for n, m in model.named_modules() if n == target or n.endswith("." + target)]
+        found = {}
+        for name, module in model.named_modules():
+            if name == target or name.endswith("." + target):
+                found[name] = module
         if not found:
             raise LoraError(f"lora.targets: {type(model).__name__} has no module named {target}")
-        for name, module in found:
-            if not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
-                raise LoraError(f"lora.targets: {name} is a {type(module).__name__}: it takes no adapter")
-            if any(id(parameter) in shared for parameter in module.parameters(recurse=False)):
-                raise LoraError(
-                    f"lora.targets: {name} shares its weight with another module of this model "
-                    "(tie_word_embeddings), so its adapter cannot be merged; name other modules"
-                )
+        for name, module in found.items():
+            _check_target(name, module, shared)
+
+
+def _check_target(name: str, module: nn.Module, shared: set[int]) -> None:
+    if not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+        raise LoraError(f"lora.targets: {name} is a {type(module).__name__}: it takes no adapter")
+    if not shared.isdisjoint(map(id, module.parameters(recurse=False))):
+        raise LoraError(
+            f"lora.targets: {name} shares its weight with another module of this model "
+            "(tie_word_embeddings), so its adapter cannot be merged; name other modules"
+        )
 
 
 def _shared_weights(model: PreTrainedModel) -> set[int]:
@@ -94,6 +108,7 @@ def _shared_weights(model: PreTrainedModel) -> set[int]:
     found: set[int] = set()
     shared: set[int] = set()
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            (shared if id(parameter) in found else found).add(id(parameter))
+        own = set(map(id, module.parameters(recurse=False)))
+        shared |= own & found
+        found |= own
     return shared

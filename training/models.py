@@ -1,6 +1,4 @@
-"""Models: a small Llama from scratch, any Hugging Face causal LM from a directory, and logits where they
-matter.
-"""
+"""Models: a small Llama from scratch, any Hugging Face causal LM from a directory, and their logits."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -78,17 +76,19 @@ def new_model(shape: Shape, tokenizer: PreTrainedTokenizerBase, seed: int) -> Pr
 
 
 def add_dropout(model: PreTrainedModel, rate: float) -> None:
-    """Residual dropout (Vaswani et al. 2017), which Llama has not: in passes with a gradient only, so that a
-    model writes its own completions without. Nothing of it is saved.
+    """Residual dropout (Vaswani et al. 2017), which Llama has not.
+
+    It works in passes with a gradient only, so that a model writes its own completions without it. Nothing of
+    it is saved.
     """
 
-    def drop(module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+    def drop(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return dropout(output, rate, training=module.training and torch.is_grad_enabled())
 
     model.get_decoder().embed_tokens.register_forward_hook(drop)
     for layer in blocks_of(model):
-        layer.self_attn.o_proj.register_forward_hook(drop)
-        layer.mlp.down_proj.register_forward_hook(drop)
+        layer.get_submodule("self_attn.o_proj").register_forward_hook(drop)
+        layer.get_submodule("mlp.down_proj").register_forward_hook(drop)
 
 
 def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -120,8 +120,15 @@ def reserved_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return ReservedRows.for_model(model.config.get_text_config().vocab_size, visible_ids(tokenizer))
 
 
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are not frozen."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def parameters(model: PreTrainedModel, *, trained_only: bool = False) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)
+    """How many numbers the model has, or how many of them are trained."""
+    counted = trained(model) if trained_only else model.parameters()
+    return sum(map(torch.numel, counted))
 
 
 def answer_read(model: PreTrainedModel, batch: Batch, visible: int) -> Reading:
@@ -133,7 +140,7 @@ def answer_read(model: PreTrainedModel, batch: Batch, visible: int) -> Reading:
         states, logits = read(model, batch.answer, input_ids=batch.ids, use_cache=False)
     else:
         narrow = batch.narrow()
-        states, logits = read_parts(model, [(p.ids, p.answer) for p in narrow.parts], narrow.order)
+        states, logits = read_parts(model, narrow.parts, narrow.order)
     return Reading(states, logits[:, :visible])
 
 

@@ -6,7 +6,7 @@ Without `torchrun` everything here is the identity, so that training has one cod
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -47,10 +47,12 @@ def fast_bf16(where: torch.device) -> bool:
 
 
 def size() -> int:
+    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """This process's number, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -60,6 +62,7 @@ def is_first() -> bool:
 
 
 def barrier() -> None:
+    """Wait for all processes."""
     if size() > 1:
         largest(0)
 
@@ -84,7 +87,7 @@ def any_of(flag: bool) -> bool:
     return bool(largest(float(flag)))
 
 
-def _reduced(value: float, operation: dist.ReduceOp) -> float:
+def _reduced(value: float, operation: dist.ReduceOp.RedOpType) -> float:
     if size() == 1:
         return value
     tensor = torch.tensor(value, dtype=torch.float64)  # on the CPU: gloo, beside the GPUs' own traffic
@@ -109,14 +112,21 @@ def gathered(share: Sequence[T]) -> list[T]:
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder's layers, whatever their architecture calls them."""
     lists = [part for part in model.get_decoder().children() if isinstance(part, nn.ModuleList)]
-    return max(lists, key=lambda part: sum(p.numel() for p in part.parameters()))
+    return max(lists, key=lambda part: sum(map(torch.numel, part.parameters())))
+
+
+def onto_device(model: nn.Module) -> None:
+    """Move the model to this process's device."""
+    model.to(device())
 
 
 def shard(model: PreTrainedModel) -> None:
-    """Move the model to this process's device; with several processes, split its parameters, gradients and
-    optimizer states among them (FSDP2: Zhao et al. 2023, arXiv 2304.11277, by parameter), layer by layer.
+    """Move the model to this process's device, and split it if there are several processes.
+
+    They share its parameters, gradients and optimizer states, layer by layer (FSDP2: Zhao et al. 2023, arXiv
+    2304.11277, by parameter).
     """
-    model.to(device())
+    onto_device(model)
     if size() == 1:
         return
     for layer in blocks_of(model):
@@ -125,12 +135,14 @@ def shard(model: PreTrainedModel) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Whether several processes hold the model together."""
     return isinstance(model, FSDPModule)
 
 
 def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
     """All parameters and buffers, whole and on the CPU; empty in all processes but the first."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return cast(dict[str, Tensor], weights)  # models have no other state
 
 
 def synchronise_gradients(model: nn.Module, now: bool) -> None:

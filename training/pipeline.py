@@ -16,11 +16,15 @@ from training.batches import Demonstrations
 from training.config import (
     ROLES,
     JointConfig,
+    MethodConfig,
     ModelConfig,
     PretrainedConfig,
     Recipe,
     RecipeError,
     Role,
+    RolloutConfig,
+    Schedule,
+    ScratchConfig,
     ServedConfig,
 )
 from training.export import directory_of, export, export_examples, link_model, replacing, save
@@ -40,15 +44,17 @@ from training.teacher import Teacher
 from training.teacher_cache import TeacherCache
 from training.tokenizer import load_tokenizer, train_tokenizer, visible_ids
 from training.vocabulary import check_pair, ready_tokenizer, served_teacher
-from training.workspace import STAGES, Workspace
+from training.workspace import STAGES, Stage, Workspace
 
 TOKENIZER_SEED = -1  # a stream of training examples that no model is trained on
 
 
-def run(recipe: Recipe, stages: tuple[str, ...] = STAGES, restart: bool = False) -> None:
+def run(recipe: Recipe, stages: tuple[Stage, ...] = STAGES, restart: bool = False) -> None:
     """Under `torchrun` the models are trained by all processes, the router by the first one alone.
 
     Args:
+        recipe: of the pair.
+        stages: what to train; the others are only used.
         restart: forget first what these stages have done.
 
     Raises:
@@ -70,7 +76,7 @@ def run(recipe: Recipe, stages: tuple[str, ...] = STAGES, restart: bool = False)
             make_router(space, task, tokenizer)
 
 
-def begin(space: Workspace, stages: tuple[str, ...], restart: bool) -> None:
+def begin(space: Workspace, stages: tuple[Stage, ...], restart: bool) -> None:
     """Raises RecipeError if another recipe has begun this work; `restart` makes room first."""
     if restart and parallel.is_first():
         space.restart(stages)
@@ -104,19 +110,20 @@ def task_of(recipe: Recipe) -> Task:
         raise RecipeError(f"task {recipe.task.name}: {problem}") from error
 
 
-def check(recipe: Recipe, stages: tuple[str, ...]) -> None:
+def check(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
     """What can be refused before any compute is spent."""
     if isinstance(recipe.teacher, ServedConfig):
         check_served(recipe, stages)
     for role in ROLES:
         check_training(recipe, role)
     check_trackers(recipe.trackers)
-    if recipe.ready_tokenizer is not None:  # one that is trained on the task has new models alone
-        check_pair(recipe, ready_tokenizer(recipe))
+    name = recipe.ready_tokenizer
+    if name is not None:  # a tokenizer that is trained on the task has new models alone
+        check_pair(recipe, ready_tokenizer(name, recipe.chat))
     check_joint(recipe)
 
 
-def check_served(recipe: Recipe, stages: tuple[str, ...]) -> None:
+def check_served(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
     """What a teacher behind a URL cannot do."""
     if "router" in stages:
         raise RecipeError(
@@ -138,12 +145,8 @@ def check_served(recipe: Recipe, stages: tuple[str, ...]) -> None:
 def check_training(recipe: Recipe, role: Role) -> None:
     """How one model is to be trained: batches that split, adapters that can be merged."""
     config = recipe.model(role)
-    schedule = config.schedule
-    if schedule is not None and schedule.batch % (schedule.accumulate * parallel.size()):
-        raise RecipeError(
-            f"{role}.schedule.batch {schedule.batch} does not split evenly over {parallel.size()} "
-            f"processes with accumulate {schedule.accumulate}"
-        )
+    if config.plan is not None:
+        check_parts(config.plan.schedule, role)
     if isinstance(config, PretrainedConfig) and config.lora is not None:
         try:
             check_adapters(config)
@@ -151,30 +154,36 @@ def check_training(recipe: Recipe, role: Role) -> None:
             raise RecipeError(f"{role}.{error}") from error
 
 
+def check_parts(schedule: Schedule, role: Role) -> None:
+    """The processes and their passes get equally many rows of a batch."""
+    if schedule.batch % (schedule.accumulate * parallel.size()):
+        raise RecipeError(
+            f"{role}.schedule.batch {schedule.batch} does not split evenly over {parallel.size()} "
+            f"processes with accumulate {schedule.accumulate}"
+        )
+
+
 def check_joint(recipe: Recipe) -> None:
     """Method joint goes on from a student and the router that was trained with it."""
     for role in ROLES:
         config = recipe.model(role)
-        if isinstance(config.method, JointConfig):
-            if role == "teacher" or not isinstance(config, PretrainedConfig):
-                raise RecipeError(f"{role}.method joint is for a pretrained student with a router of its own")
-            try:
-                RouterCheckpoint.load(config.method.router).check_student(directory_of(config.pretrained))
-            except CheckpointError as error:
-                raise RecipeError(f"student.method.router: {error}") from error
+        if not isinstance(config.method, JointConfig):
+            continue
+        if role == "teacher" or not isinstance(config, PretrainedConfig):
+            raise RecipeError(f"{role}.method joint is for a pretrained student with a router of its own")
+        try:
+            RouterCheckpoint.load(config.method.router).check_student(directory_of(config.pretrained))
+        except CheckpointError as error:
+            raise RecipeError(f"student.method.router: {error}") from error
 
 
 def ensure_tokenizer(space: Workspace, task: Task) -> PreTrainedTokenizerBase:
     """The pretrained one of the recipe, or one trained on the task."""
     recipe = space.recipe
     if recipe.ready_tokenizer is not None:
-        return ready_tokenizer(recipe)
+        return ready_tokenizer(recipe.ready_tokenizer, recipe.chat)
     if parallel.is_first() and not (space.tokenizer / "tokenizer.json").exists():
-        config, rng = recipe.tokenizer, Random(recipe.seed)
-        texts = []
-        for example in islice(task.train(TOKENIZER_SEED), config.examples):
-            texts += [example.source, example.references.sample(rng)]
-        tokenizer = train_tokenizer(texts, config.size, recipe.teacher.shape.context)
+        tokenizer = new_tokenizer(recipe, task)
         with replacing(space.tokenizer) as scratch:
             tokenizer.save_pretrained(scratch)
             write_record(tokenizer_record(recipe), scratch)
@@ -182,15 +191,31 @@ def ensure_tokenizer(space: Workspace, task: Task) -> PreTrainedTokenizerBase:
     return load_tokenizer(space.tokenizer)
 
 
+def new_tokenizer(recipe: Recipe, task: Task) -> PreTrainedTokenizerBase:
+    """Trained on the task, as the recipe says.
+
+    Raises:
+        RecipeError: the recipe does not train one.
+    """
+    config = recipe.tokenizer
+    if config is None or config.size is None or not isinstance(recipe.teacher, ScratchConfig):
+        raise RecipeError("tokenizer: its size and a teacher from scratch are needed to train one")
+    rng = Random(recipe.seed)
+    texts = []
+    for example in islice(task.train(TOKENIZER_SEED), config.examples):
+        texts += [example.source, example.references.sample(rng)]
+    return train_tokenizer(texts, config.size, recipe.teacher.shape.context)
+
+
 def make_model(space: Workspace, role: Role, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
     """Train and export it; a ready model that is not trained is exported as it is (the teacher as a link)."""
     config = space.recipe.model(role)
     if isinstance(config, ServedConfig):
         return
-    if config.schedule is not None:
+    if config.plan is not None:
         train_model(space, role, task, tokenizer)
     elif parallel.is_first():
-        if role == "teacher":
+        if role == "teacher" and isinstance(config, PretrainedConfig):
             link_model(config.pretrained, space.exported(role))
         else:
             model = build(config, tokenizer, space.recipe.seed)
@@ -203,56 +228,76 @@ class Job:
     """All that the training of one model needs; model and local teacher are where they compute."""
 
     config: ModelConfig
+    schedule: Schedule
     model: PreTrainedModel
     method: Method
     batches: Demonstrations
 
 
-def job(space: Workspace, role: Role, task: Task, tokenizer: PreTrainedTokenizerBase) -> Job:
-    """Raises UnreadableModel for a model whose states and logits cannot be read as it computes them."""
-    recipe, config = space.recipe, space.recipe.model(role)
-    kind = METHODS[config.method.type]
-    teacher = load_teacher(space) if kind.needs_teacher else None
-    method = kind(config.method, visible_ids(tokenizer), teacher, tokenizer.eos_token_id, recipe.max_tokens)
+def make_job(space: Workspace, role: Role, task: Task, tokenizer: PreTrainedTokenizerBase) -> Job:
+    """The models are built and loaded, and checked.
+
+    Raises:
+        RecipeError: the recipe does not train this model.
+        UnreadableModel: a model's states and logits cannot be read as it computes them.
+    """
+    recipe = space.recipe
+    config = recipe.model(role)
+    plan = config.plan
+    if isinstance(config, ServedConfig) or plan is None:
+        raise RecipeError(f"{role}: the recipe does not train it")
+    teacher = load_teacher(space) if plan.method.needs_teacher else None
+    method = make_method(space, plan.method, teacher, tokenizer)
+    model = build(config, tokenizer, recipe.seed)
+    for name, loaded in ((role, model), ("teacher", teacher)):
+        if isinstance(loaded, PreTrainedModel):
+            place(loaded, plan.schedule.compile)
+            check_steps(loaded, name)
+    if role == "student":
+        check_readout(model, role)
+    batches = Demonstrations(task, tokenizer, plan.schedule.batch, recipe.seed, context_of(model))
+    return Job(config, plan.schedule, model, method, batches)
+
+
+def make_method(
+    space: Workspace, config: MethodConfig, teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase
+) -> Method:
+    """The loss of the recipe's method, and what it is taken of."""
+    recipe = space.recipe
+    visible = visible_ids(tokenizer)
+    method = METHODS[config.type](config, visible, teacher, tokenizer.eos_token_id, recipe.max_tokens)
     if isinstance(method, Joint):
         method.tokenizer = tokenizer
     cache = teacher_cache(space)
-    if isinstance(method, SeqKD) and cache is not None:
-        weights = fingerprint(space.exported("teacher"), visible_ids(tokenizer))
+    if isinstance(method, SeqKD) and cache is not None and not isinstance(recipe.teacher, ServedConfig):
+        weights = fingerprint(space.exported("teacher"), visible)
         method.kept = KeptCompletions(cache, f"{weights} {recipe.teacher.dtype}")
-    model = build(config, tokenizer, recipe.seed)
-    for name, each in ((role, model), ("teacher", teacher)):
-        if isinstance(each, PreTrainedModel):
-            place(each, config.schedule.compile)
-            check_steps(each, name)
-    if role == "student":
-        check_readout(model, role)
-    batches = Demonstrations(task, tokenizer, config.schedule.batch, recipe.seed, context_of(model))
-    return Job(config, model, method, batches)
+    return method
 
 
 def train_model(space: Workspace, role: Role, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
     """Train it from its last checkpoint on, and export it."""
-    recipe, this = space.recipe, job(space, role, task, tokenizer)
-    schedule = this.config.schedule
+    recipe = space.recipe
+    job = make_job(space, role, task, tokenizer)
     if parallel.is_first():
-        trained, whole = parameters(this.model, trained_only=True), parameters(this.model)
+        trained = parameters(job.model, trained_only=True)
+        whole = parameters(job.model)
         print(f"{role}: {trained:,} of {whole:,} parameters trained")
-    if this.config.rollouts is not None:
-        this.method.sampler = rollout_server(space, role, this.model, tokenizer).sampled
+    if job.config.rollouts is not None:
+        job.method.sampler = rollout_server(space, role, job, tokenizer, job.config.rollouts).sampled
     trainer.train(
-        this.model,
-        this.method.loss,
-        this.batches,
-        schedule,
+        job.model,
+        job.method.loss,
+        job.batches,
+        job.schedule,
         space.work(role),
-        prepare=this.method.prepare,
-        validate=Validation(task, tokenizer, schedule.validate_examples, recipe.max_tokens),
+        prepare=job.method.prepare,
+        validate=Validation(task, tokenizer, job.schedule.validate_examples, recipe.max_tokens),
         seed=recipe.seed,
         record=space.record(role),
         trackers=recipe.trackers,
     )
-    export(this.model, this.config, tokenizer, recipe.seed, space.exported(role), space.record(role))
+    export(job.model, job.config, tokenizer, recipe.seed, space.exported(role), space.record(role))
 
 
 def load_teacher(space: Workspace) -> Teacher:
@@ -272,17 +317,16 @@ def teacher_cache(space: Workspace) -> TeacherCache | None:
 
 
 def rollout_server(
-    space: Workspace, role: Role, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    space: Workspace, role: Role, job: Job, tokenizer: PreTrainedTokenizerBase, config: RolloutConfig
 ) -> RolloutServer:
     """Its directory holds a whole model from the start, so that the server can be started on it."""
-    config = space.recipe.model(role)
-    directory = config.rollouts.directory or space.work(role) / "rollouts"
+    directory = config.directory or space.work(role) / "rollouts"
     if not (directory / "config.json").exists():
-        export(model, config, tokenizer, space.recipe.seed, directory, space.record(role))
+        export(job.model, job.config, tokenizer, space.recipe.seed, directory, space.record(role))
     if parallel.is_first():
-        print(f"{role}: rollouts by {config.rollouts.url}, to be started as")
+        print(f"{role}: rollouts by {config.url}, to be started as")
         print(f"  VLLM_SERVER_DEV_MODE=1 vllm serve {directory}")
-    return RolloutServer(config.rollouts.url, directory, config.rollouts.every)
+    return RolloutServer(config.url, directory, config.every)
 
 
 def place(model: PreTrainedModel, compiled: bool) -> None:

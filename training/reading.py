@@ -5,10 +5,10 @@ Logits always come from the model's own forward pass. Some models scale or cap w
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,10 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Largest mean difference of two ways to the same logits, as a share of their mean size."""
 TOLERANCE_OF_HALF = 0.05
 """The same for 16-bit weights."""
+
+
+Select = Tensor | int | tuple[slice, int]
+"""Positions of (B, T)."""
 
 
 class UnreadableModel(UnusableInput):
@@ -52,7 +56,19 @@ def head_given(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> It
         handle.remove()
 
 
-def read(model: PreTrainedModel, select: object, **inputs: object) -> Reading:
+class Part(Protocol):
+    """What one pass reads; a `training.batches.Batch`."""
+
+    @property
+    def ids(self) -> Tensor:
+        """(B, T)."""
+
+    @property
+    def answer(self) -> Tensor:
+        """(B, T) the positions to read."""
+
+
+def read(model: PreTrainedModel, select: Select, **inputs: object) -> Reading:
     """The positions `select` of (B, T), in one forward pass that computes no other logits."""
     given: list[Tensor] = []
 
@@ -65,24 +81,25 @@ def read(model: PreTrainedModel, select: object, **inputs: object) -> Reading:
     return Reading(given[0], logits)
 
 
-def read_parts(model: PreTrainedModel, parts: list[tuple[Tensor, Tensor]], order: Tensor | slice) -> Reading:
+def read_parts(model: PreTrainedModel, parts: Sequence[Part], order: Tensor | slice) -> Reading:
     """Several passes as one reading, with one product of the output matrix.
 
     Args:
-        parts: ids (B, T) and the positions to read (B, T) of each pass.
+        model: reads.
+        parts: what it reads in each pass.
         order: of the parts' positions, one after the other.
     """
     given: list[Tensor] = []
 
     def gathered(states: Tensor) -> Tensor:
-        given.append(states[parts[len(given)][1]])
+        given.append(states[parts[len(given)].answer])
         if len(given) < len(parts):
             return states[:0, 0]  # no logits yet
         return torch.cat(given)[order]
 
     with head_given(model, gathered):
-        for ids, _ in parts:
-            output = model(input_ids=ids, use_cache=False)
+        for part in parts:
+            output = model(input_ids=part.ids, use_cache=False)
     return Reading(torch.cat(given)[order], output.logits)
 
 
@@ -142,7 +159,8 @@ class Stepper:
     """One model with its key-value cache over the rows that are still being written."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model, self._cache = model, growing_cache()
+        self._model = model
+        self._cache = growing_cache()
         config = model.config.get_text_config()
         # Attention takes this mask as it is: nothing is built from it at every step.
         self._plain = config._attn_implementation == "sdpa" and attends_everywhere(config)
@@ -186,8 +204,8 @@ def check_steps(model: PreTrainedModel, name: str) -> None:
             padded = torch.cat((ids.new_zeros(1, 2), ids), dim=1)  # two of padding, as beside longer prompts
             mask = (torch.arange(padded.shape[1], device=ids.device) >= 2).long()[None]
             stepped = [stepper.step(padded[:, :4], mask[:, :4]).logits[0]]
-            for at in range(4, padded.shape[1]):
-                stepped.append(stepper.step(padded[:, at : at + 1], mask[:, : at + 1]).logits[0])
+            for end in range(5, padded.shape[1] + 1):
+                stepped.append(stepper.step(padded[:, end - 1 : end], mask[:, :end]).logits[0])
     except (TypeError, AttributeError, RuntimeError, IndexError, ValueError) as error:
         raise UnreadableModel(f"{name}: {type(model).__name__} cannot be asked by tokens: {error}") from error
     if differ(torch.stack(stepped), whole[1:], model.dtype):
@@ -217,6 +235,7 @@ def probe_ids(model: PreTrainedModel) -> Tensor:
 
 def differ(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
     """Whether two ways to the same logits differ by more than rounding, for weights of this type."""
-    ours, theirs = ours.float(), theirs.float()
+    ours = ours.float()
+    theirs = theirs.float()
     allowed = TOLERANCE.get(dtype, TOLERANCE_OF_HALF)
     return not bool((ours - theirs).abs().mean() <= allowed * theirs.abs().mean().clamp(min=1e-6))

@@ -8,7 +8,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from training.config import Recipe, ScratchConfig, SeqKDConfig, ServedConfig
+from training.config import (
+    GKDConfig,
+    MethodConfig,
+    PCLConfig,
+    Recipe,
+    Role,
+    ScratchConfig,
+    SeqKDConfig,
+    ServedConfig,
+)
 
 RECORD = "recipe.json"
 HOW = ("accumulate", "compile", "checkpoint_every", "log_every", "validate_every", "validate_examples")
@@ -18,7 +27,7 @@ WHOLE = ("options",)
 Record = dict[str, Any]
 
 
-def model_record(recipe: Recipe, role: str) -> Record:
+def model_record(recipe: Recipe, role: Role) -> Record:
     """Of teacher or student."""
     config = recipe.model(role)
     if isinstance(config, ServedConfig):
@@ -26,13 +35,14 @@ def model_record(recipe: Recipe, role: str) -> Record:
     kind = "scratch" if isinstance(config, ScratchConfig) else "pretrained"
     record = {"kind": kind} | config.model_dump(mode="json", exclude={"schedule", "rollouts"})
     record |= {"tokenizer": _tokenizer(recipe), "chat": recipe.chat.model_dump(mode="json")}
-    if config.schedule is None or config.method is None:
+    plan = config.plan
+    if plan is None:
         return _plain(record)
-    record["schedule"] = config.schedule.model_dump(mode="json", exclude=set(HOW))
+    record["schedule"] = plan.schedule.model_dump(mode="json", exclude=set(HOW))
     record |= {"seed": recipe.seed, "task": recipe.task.model_dump(mode="json")}
-    if isinstance(config.method, SeqKDConfig) or getattr(config.method, "on_policy", 0):
+    if _writes(plan.method):
         record["max_tokens"] = recipe.max_tokens
-    if role == "student" and config.method.needs_teacher:
+    if role == "student" and plan.method.needs_teacher:
         record["teacher"] = model_record(recipe, "teacher")
     return _plain(record)
 
@@ -63,7 +73,8 @@ def changes(before: Record, now: Record, path: str = "") -> list[str]:
     found: list[str] = []
     for key in before.keys() & now.keys():
         name = f"{path}{key}"
-        old, new = before[key], now[key]
+        old = before[key]
+        new = now[key]
         if isinstance(old, dict) and isinstance(new, dict) and key not in WHOLE:
             found += changes(old, new, name + ".")
         elif old != new:
@@ -73,13 +84,19 @@ def changes(before: Record, now: Record, path: str = "") -> list[str]:
 
 def may_be_prolonged(before: Record, now: Record, step: int) -> bool:
     """Whether a run at this step has not begun to decay, by its old schedule and by the new one."""
-    schedules = [record["schedule"] for record in (before, now)]
-    return all(step <= schedule["steps"] * (1 - schedule["decay"]) for schedule in schedules)
+    return step <= min(_decay_starts(before), _decay_starts(now))
+
+
+def _decay_starts(record: Record) -> float:
+    schedule = record["schedule"]
+    return schedule["steps"] * (1 - schedule["decay"])
 
 
 def without_length(record: Record) -> Record:
     """For runs that may be prolonged."""
-    schedule = {k: v for k, v in record["schedule"].items() if k not in ("steps", "decay")}
+    schedule = dict(record["schedule"])
+    for field in ("steps", "decay"):
+        schedule.pop(field, None)
     return record | {"schedule": schedule}
 
 
@@ -98,6 +115,13 @@ def _tokenizer(recipe: Recipe) -> Record:
     if recipe.ready_tokenizer is not None:
         return {"size": None, "pretrained": recipe.ready_tokenizer}
     return recipe.tokenizer.model_dump(mode="json") if recipe.tokenizer else {}
+
+
+def _writes(method: MethodConfig) -> bool:
+    """Whether a model's completions are trained on, so that their longest length matters."""
+    if isinstance(method, GKDConfig | PCLConfig):
+        return method.on_policy > 0
+    return isinstance(method, SeqKDConfig)
 
 
 def _plain(record: Record) -> Record:

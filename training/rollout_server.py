@@ -1,6 +1,6 @@
-"""Rollouts by vLLM: a server of the student writes the on-policy completions; the trainer sends it its
-weights.
+"""Rollouts by vLLM: a server of the student writes the on-policy completions.
 
+The trainer sends it the weights.
 The server is a stock vLLM server in its development mode (`VLLM_SERVER_DEV_MODE=1`), whose
 `/collective_rpc` reloads weights from a directory that both can read; keep it in memory (`/dev/shm`) where
 models are large.
@@ -41,7 +41,9 @@ class RolloutServer:
         client: httpx.Client | None = None,
     ) -> None:
         self._server = VLLMServer("rollout server", url, model, client)
-        self._directory, self._every, self._drawn = directory.resolve(), every, 0
+        self._directory = directory.resolve()
+        self._every = every
+        self._drawn = 0
 
     def sampled(
         self, model: PreTrainedModel, batch: Batch, visible: int, end: int, longest: int = MAX_TOKENS
@@ -52,7 +54,8 @@ class RolloutServer:
         self._drawn += 1
         prompts = batch.prompts()
         banned = range(visible, model.config.get_text_config().vocab_size)
-        answers = self.complete(prompts, banned, end, room(model, prompts, longest), temperature=1)
+        longest = room(model, prompts, longest)
+        answers = self.complete(prompts, banned, end, longest, temperature=1)
         return Batch.of(prompts, answers, end).to(batch.ids.device)
 
     def synchronise(self, model: PreTrainedModel) -> None:
@@ -64,7 +67,8 @@ class RolloutServer:
                 weights.pop("lm_head.weight", None)
             self._directory.mkdir(parents=True, exist_ok=True)
             scratch = self._directory / (WEIGHTS + ".tmp")
-            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, scratch)
+            whole = {name: tensor.contiguous() for name, tensor in weights.items()}
+            save_file(whole, scratch)
             os.replace(scratch, self._directory / WEIGHTS)
             self._server.post(
                 "/collective_rpc",
@@ -89,7 +93,7 @@ class RolloutServer:
                 "temperature": temperature,
                 "top_p": 1,
                 "top_k": 0,
-                "logit_bias": {str(i): BANNED for i in banned},
+                "logit_bias": dict.fromkeys(map(str, banned), BANNED),
                 "return_token_ids": True,
             },
         )
@@ -111,4 +115,4 @@ class RolloutServer:
             answers[choice.get("index")] = ids
         if answers.keys() != set(range(count)):
             raise ServerError(f"{where} gave completions that are not numbered 0 to {count - 1}")
-        return [answers[i] for i in range(count)]
+        return [answers[number] for number in range(count)]

@@ -24,6 +24,8 @@ def sampled(
     """The batch's prompts with completions drawn from `model`, at top_p = 1.
 
     Args:
+        model: writes the completions.
+        batch: its answers are not looked at.
         visible: only ids below it are drawn.
         end: the end-of-sequence id, also used to pad.
         temperature: 0 is greedy.
@@ -59,8 +61,9 @@ def complete(
 
     Where the model is sharded, all processes call this together, each with as many prompts.
     """
-    ids, mask = (x.to(model.device) for x in left_padded(prompts, end))
-    stepper, written = Stepper(model), []
+    ids, mask = left_padded(prompts, end, model.device)
+    stepper = Stepper(model)
+    written: list[torch.Tensor] = []
     alive = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
     # A tenth faster than no_grad in small steps; but gathered parameters are trained later.
     lean = torch.inference_mode(parallel.size() == 1)

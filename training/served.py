@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,6 +17,7 @@ from router.errors import PeerError
 from router.vocabulary import questions
 from training.batches import Batch
 from training.teacher_cache import TeacherCache, key_of
+from training.tokenizer import for_router
 
 TRIES = 6
 FIRST_PAUSE = 0.5
@@ -33,27 +34,30 @@ class ServerError(PeerError):
     """A server cannot be used; the message names its URL and why."""
 
 
-class ServedModel(msgspec.Struct):
+class _ServedModel(msgspec.Struct):
     id: str
 
 
-class ServedModels(msgspec.Struct):
-    data: list[ServedModel]
+class _ServedModels(msgspec.Struct):
+    data: list[_ServedModel]
 
 
-class LogProb(msgspec.Struct):
+class _LogProb(msgspec.Struct):
     logprob: float
 
 
-class ScoredPrompt(msgspec.Struct):
-    """One row of `prompt_logprobs`: for each token of the prompt, the likeliest ids and the token itself."""
+_Entries = dict[str, _LogProb]
+"""The likeliest ids at a position, as strings, and the prompt's own token."""
 
+
+class _ScoredPrompt(msgspec.Struct):
     index: int
-    prompt_logprobs: list[dict[str, LogProb] | None]
+    prompt_logprobs: list[_Entries | None]
+    """For each token of the prompt."""
 
 
-class ScoredPrompts(msgspec.Struct):
-    choices: list[ScoredPrompt]
+class _ScoredPrompts(msgspec.Struct):
+    choices: list[_ScoredPrompt]
 
 
 class VLLMServer:
@@ -70,7 +74,8 @@ class VLLMServer:
     def __init__(
         self, role: str, url: str, model: str | None, client: httpx.Client | None = None, timeout: float = 300
     ) -> None:
-        self._role, self.url = role, url.rstrip("/")
+        self._role = role
+        self.url = url.rstrip("/")
         self._client = client or httpx.Client(timeout=timeout)
         self.model = model or self._only_model()
 
@@ -87,10 +92,11 @@ class VLLMServer:
         return self._decoded(path, self._request("POST", path, body), kind)
 
     def error(self, path: str, problem: str) -> ServerError:
+        """What is wrong with a reply, for the caller to raise."""
         return ServerError(f"the {self._role} at {self.url}{path}: {problem}")
 
     def _only_model(self) -> str:
-        reply = self._decoded("/v1/models", self._request("GET", "/v1/models"), ServedModels)
+        reply = self._decoded("/v1/models", self._request("GET", "/v1/models"), _ServedModels)
         served = [model.id for model in reply.data]
         if len(served) != 1:
             raise ServerError(
@@ -153,6 +159,15 @@ class View:
         return cls(ids, np.frombuffer(content[half:], dtype=np.float32).reshape(-1, top))
 
 
+class Likeliest(NamedTuple):
+    """What a teacher says of the N positions that predict a batch's answers."""
+
+    ids: Tensor
+    """(N, top): the batch's own token, then the likeliest others in falling order."""
+    log_probs: Tensor
+    """(N, top), nats."""
+
+
 class ServedTeacher:
     """A teacher behind a vLLM server.
 
@@ -166,13 +181,13 @@ class ServedTeacher:
     PATH = "/v1/completions"
 
     def __init__(self, server: VLLMServer, top: int, cache: TeacherCache | None = None) -> None:
-        self._server, self.top, self._cache = server, top, cache
+        self._server = server
+        self.top = top
+        self._cache = cache
         self._is_the_kept_one = False
 
-    def likeliest(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """ids (N, top) and their log-probabilities (N, top) at the positions that predict the answers.
-
-        Column 0 is the batch's own token, the others are the likeliest in falling order.
+    def likeliest(self, batch: Batch) -> Likeliest:
+        """Tokens and their log-probabilities at the positions that predict the answers.
 
         Raises:
             ServerError: the server cannot be used.
@@ -182,10 +197,9 @@ class ServedTeacher:
             views = self._asked(rows)
         else:
             views = self._kept_or_asked(self._cache, rows)
-        return (
-            torch.from_numpy(np.concatenate([view.ids for view in views])),
-            torch.from_numpy(np.concatenate([view.log_probs for view in views])),
-        )
+        ids = np.concatenate([view.ids for view in views])
+        log_probs = np.concatenate([view.log_probs for view in views])
+        return Likeliest(torch.from_numpy(ids), torch.from_numpy(log_probs))
 
     def check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Check that the teacher's tokens are those of `tokenizer`, and that it splits texts alike.
@@ -193,9 +207,10 @@ class ServedTeacher:
         Raises:
             ServerError: it does not, or cannot be used.
         """
-        for question in questions(tokenizer):
+        for question in questions(for_router(tokenizer)):
             body = {"model": self._server.model, **question.body}
-            if problem := question.difference(self._server.ask(question.path, body, dict[str, object])):
+            problem = question.difference(self._server.ask(question.path, body, dict[str, object]))
+            if problem:
                 raise ServerError(
                     f"the teacher {self._server.model} at {self._server.url} has another vocabulary than "
                     f"the student's tokenizer {tokenizer.name_or_path}: {problem}"
@@ -205,42 +220,61 @@ class ServedTeacher:
     def _rows(batch: Batch) -> list[ScoredRow]:
         lengths = batch.ids.shape[1] - batch.answer.flip(1).int().argmax(1) + 1
         counts = batch.answer.sum(1).tolist()
-        columns = zip(batch.ids.tolist(), lengths.tolist(), counts, strict=True)
-        return [ScoredRow(row[:length], length - count) for row, length, count in columns]
+        rows = []
+        for row, length, count in zip(batch.ids.tolist(), lengths.tolist(), counts, strict=True):
+            rows.append(ScoredRow(row[:length], length - count))
+        return rows
 
     def _kept_or_asked(self, cache: TeacherCache, rows: Sequence[ScoredRow]) -> list[View]:
         keys = [key_of(self._server.url, self._server.model, self.top, *row) for row in rows]
-        kept = [None if value is None else View.from_bytes(value, self.top) for value in cache.get(keys)]
-        if not self._is_the_kept_one and not self._still_says(rows, kept):
+        views = self._kept(cache, keys)
+        if not self._is_the_kept_one and not self._still_says(rows, views):
             print(f"the teacher at {self._server.url} is another one than before: asked for everything again")
             cache.clear()
-            kept = [None] * len(rows)
-        missing = [number for number, view in enumerate(kept) if view is None]
-        new = dict(zip(missing, self._asked([rows[number] for number in missing]), strict=True))
-        if new:
-            cache.put({keys[number]: view.to_bytes() for number, view in new.items()})
-        return [new.get(number) or view for number, view in enumerate(kept)]
+            views = {}
+        missing = [number for number in range(len(rows)) if number not in views]
+        new = self._asked([rows[number] for number in missing])
+        kept = {}
+        for number, view in zip(missing, new, strict=True):
+            views[number] = view
+            kept[keys[number]] = view.to_bytes()
+        if kept:
+            cache.put(kept)
+        return [views[number] for number in range(len(rows))]
 
-    def _still_says(self, rows: Sequence[ScoredRow], kept: Sequence[View | None]) -> bool:
+    def _kept(self, cache: TeacherCache, keys: Sequence[bytes]) -> dict[int, View]:
+        """What is kept, by the numbers of the keys."""
+        views = {}
+        for number, value in enumerate(cache.get(keys)):
+            if value is not None:
+                views[number] = View.from_bytes(value, self.top)
+        return views
+
+    def _still_says(self, rows: Sequence[ScoredRow], kept: Mapping[int, View]) -> bool:
         """Whether the server still says of one row what is kept of it: another model may have its URL now."""
-        for row, view in zip(rows, kept, strict=True):
-            if view is not None:
-                self._is_the_kept_one = True
-                (now,) = self._asked([row])
-                return bool(np.abs(now.log_probs[:, 0] - view.log_probs[:, 0]).mean() < SAME_TEACHER)
-        return True
+        if not kept:
+            return True
+        self._is_the_kept_one = True
+        number = min(kept)
+        (now,) = self._asked([rows[number]])
+        difference = np.abs(now.log_probs[:, 0] - kept[number].log_probs[:, 0]).mean()
+        return bool(difference < SAME_TEACHER)
 
     def _asked(self, rows: Sequence[ScoredRow]) -> list[View]:
         if not rows:
             return []
         views = []
         for row, scored in zip(rows, self._scored([row.ids for row in rows]), strict=True):
-            known = [self._columns(scored[at], row.ids[at]) for at in range(row.first, len(row.ids))]
-            ids = np.array([list(columns) for columns in known], dtype=np.int64)
-            views.append(View(ids, np.array([list(columns.values()) for columns in known], dtype=np.float32)))
+            ids = []
+            log_probs = []
+            for place in range(row.first, len(row.ids)):
+                known = self._columns(scored[place], row.ids[place])
+                ids.append(list(known))
+                log_probs.append(list(known.values()))
+            views.append(View(np.array(ids, dtype=np.int64), np.array(log_probs, dtype=np.float32)))
         return views
 
-    def _scored(self, rows: Sequence[list[int]]) -> list[list[dict[str, LogProb] | None]]:
+    def _scored(self, rows: Sequence[list[int]]) -> list[list[_Entries | None]]:
         """`prompt_logprobs` of each row, in order."""
         body = {
             "model": self._server.model,
@@ -249,23 +283,23 @@ class ServedTeacher:
             "temperature": 0,
             "prompt_logprobs": self.top,
         }
-        choices = self._server.ask(self.PATH, body, ScoredPrompts).choices
-        choices = sorted(choices, key=lambda choice: choice.index)
-        if [choice.index for choice in choices] != list(range(len(rows))):
+        choices = self._server.ask(self.PATH, body, _ScoredPrompts).choices
+        by_index = {choice.index: choice.prompt_logprobs for choice in choices}
+        if len(choices) != len(rows) or by_index.keys() != set(range(len(rows))):
             raise self._server.error(self.PATH, f"{len(choices)} choices for {len(rows)} prompts")
-        for row, choice in zip(rows, choices, strict=True):
-            if len(choice.prompt_logprobs) != len(row):
+        ordered = []
+        for number, row in enumerate(rows):
+            entries = by_index[number]
+            if len(entries) != len(row):
                 raise self._server.error(
-                    self.PATH, f"prompt_logprobs of {len(choice.prompt_logprobs)} tokens for {len(row)}"
+                    self.PATH, f"prompt_logprobs of {len(entries)} tokens for {len(row)}"
                 )
-        return [choice.prompt_logprobs for choice in choices]
+            ordered.append(entries)
+        return ordered
 
-    def _columns(self, entries: dict[str, LogProb] | None, own: int) -> dict[int, float]:
+    def _columns(self, entries: _Entries | None, own: int) -> dict[int, float]:
         """Log-probabilities of the `top` ids of a position, its own token first."""
-        try:
-            known = {int(token): entry.logprob for token, entry in (entries or {}).items()}
-        except ValueError as error:
-            raise self._server.error(self.PATH, f"prompt_logprobs name no token ids: {error}") from error
+        known = self._by_id(entries or {})
         if own not in known or len(known) < self.top:
             raise self._server.error(
                 self.PATH,
@@ -276,3 +310,12 @@ class ServedTeacher:
             raise self._server.error(self.PATH, "prompt_logprobs hold a value that is not finite")
         others = sorted(known.keys() - {own}, key=lambda token: (-known[token], token))
         return {token: known[token] for token in [own, *others][: self.top]}
+
+    def _by_id(self, entries: _Entries) -> dict[int, float]:
+        known = {}
+        try:
+            for token, entry in entries.items():
+                known[int(token)] = entry.logprob
+        except ValueError as error:
+            raise self._server.error(self.PATH, f"prompt_logprobs name no token ids: {error}") from error
+        return known

@@ -21,14 +21,16 @@ Teacher: TypeAlias = PreTrainedModel | ServedTeacher
 class LogProbs:
     """Of the next token at the N positions that predict a batch's answers, nats.
 
-    student, teacher: (N, K), each row normalised. The K events are all visible ids where the teacher is in
-    process, else its likeliest ids and, last, all others in one. taken: (N,) the batch's own token among
-    them.
+    The K events are all visible ids if the teacher is in process. Otherwise they are its likeliest ids and,
+    last, all others in one.
     """
 
     student: Tensor
+    """(N, K), each row normalised."""
     teacher: Tensor
+    """(N, K), each row normalised."""
     taken: Tensor
+    """(N,) the batch's own token among the events."""
 
     @property
     def log_ratio(self) -> Tensor:
@@ -41,7 +43,9 @@ def both(model: PreTrainedModel, teacher: Teacher, batch: Batch, visible: int) -
     """Gradients flow to `model` only."""
     log_pi = answer_logits(model, batch, visible).float().log_softmax(-1)
     if isinstance(teacher, ServedTeacher):
-        ids, log_p = (x.to(log_pi.device) for x in teacher.likeliest(batch))
+        answer = teacher.likeliest(batch)
+        ids = answer.ids.to(log_pi.device)
+        log_p = answer.log_probs.to(log_pi.device)
         check_masses(log_p)
         return LogProbs(lump(log_pi, ids), remainder(log_p), (ids == batch.targets[:, None]).int().argmax(1))
     with torch.no_grad():

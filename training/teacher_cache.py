@@ -35,7 +35,8 @@ class TeacherCache:
     """
 
     def __init__(self, file: Path, max_bytes: int) -> None:
-        self._file, self._max_bytes = file, max_bytes
+        self._file = file
+        self._max_bytes = max_bytes
         self._connection: sqlite3.Connection | None = None
 
     def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
@@ -47,7 +48,10 @@ class TeacherCache:
             found.append(None if row is None else row[0])
         with database:
             now = self._next_use(database)
-            used = [(now, key) for key, value in zip(keys, found, strict=True) if value is not None]
+            used = []
+            for key, value in zip(keys, found, strict=True):
+                if value is not None:
+                    used.append((now, key))
             database.executemany("UPDATE kept SET used = ? WHERE key = ?", used)
         return found
 

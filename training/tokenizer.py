@@ -7,14 +7,20 @@ printable ASCII do not use have no id (they become `<|unk|>`): with 480 ids in a
 import string
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from measuring.json_lines import DataError
 from router.reserved import visible_rows
+from router.vocabulary import Tokenizer as TextTokenizer
 
-UNK, END, SYSTEM, USER, ASSISTANT = "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
+UNK = "<|unk|>"
+END = "<|end|>"
+SYSTEM = "<|system|>"
+USER = "<|user|>"
+ASSISTANT = "<|assistant|>"
 SHOWN_SOURCE = 40
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
@@ -33,12 +39,13 @@ def train_tokenizer(texts: Iterable[str], size: int, context: int) -> PreTrained
     ascii_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(
         string.digits + string.ascii_letters + string.punctuation + " \n"
     )
+    pieces = [piece for piece, _ in ascii_bytes]
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
             vocab_size=size,
             special_tokens=[UNK, END, SYSTEM, USER, ASSISTANT],
-            initial_alphabet=sorted(set("".join(piece for piece, _ in ascii_bytes))),
+            initial_alphabet=sorted(set("".join(pieces))),
             show_progress=False,
         ),
     )
@@ -57,7 +64,13 @@ def train_tokenizer(texts: Iterable[str], size: int, context: int) -> PreTrained
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's directory."""
     return AutoTokenizer.from_pretrained(directory)
+
+
+def for_router(tokenizer: PreTrainedTokenizerBase) -> TextTokenizer:
+    """The same, as `router.vocabulary` uses it: a list of ids alone decodes to one text."""
+    return cast(TextTokenizer, tokenizer)
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, sources: list[str]) -> list[list[int]]:
@@ -79,21 +92,32 @@ def rendered(tokenizer: PreTrainedTokenizerBase, sources: list[str]) -> list[str
     Raises:
         DataError: the chat template cannot render them.
     """
-    chats = [[{"role": "user", "content": source}] for source in sources]
+    chats = []
+    for source in sources:
+        chats.append([{"role": "user", "content": source}])
     try:
-        return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+        texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template is a program, and may fail in any way
         problem = " ".join(str(error).split())
         raise DataError(f"the chat template fails: {type(error).__name__}: {problem}") from error
+    return cast(list[str], texts)  # of several chats, untokenised
 
 
 def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: list[str]) -> list[list[int]]:
     """Token ids of each answer, ended by the end-of-sequence token."""
-    ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
-    return [[*answer, tokenizer.eos_token_id] for answer in ids]
+    ended = []
+    for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]:
+        ended.append([*ids, tokenizer.eos_token_id])
+    return ended
+
+
+def decode_answer(tokenizer: PreTrainedTokenizerBase, answer: list[int]) -> str:
+    """The text of one answer, without special tokens."""
+    return cast(str, tokenizer.decode(answer, skip_special_tokens=True))
 
 
 def decode_answers(tokenizer: PreTrainedTokenizerBase, answers: list[list[int]]) -> list[str]:
+    """The text of each answer, without special tokens."""
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 

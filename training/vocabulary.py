@@ -1,5 +1,6 @@
-"""One vocabulary for the whole pair: the ready tokenizer of a recipe, and what is checked before any compute
-is spent.
+"""One vocabulary for the whole pair: the ready tokenizer of a recipe, and its checks.
+
+They come before any compute is spent.
 """
 
 import json
@@ -9,20 +10,19 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from measuring.json_lines import DataError
 from router.rows import CheckpointError, VocabularyTensors
 from router.vocabulary import difference
-from training.config import ChatConfig, PretrainedConfig, Recipe, RecipeError, ServedConfig
+from training.config import ROLES, ChatConfig, PretrainedConfig, Recipe, RecipeError, ServedConfig
 from training.export import directory_of
 from training.served import ServedTeacher, VLLMServer
 from training.teacher_cache import TeacherCache
-from training.tokenizer import rendered, visible_ids
+from training.tokenizer import for_router, rendered, visible_ids
 
 PROBE = "Which way?"
 
 
-def ready_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The pretrained tokenizer that a recipe names, with the recipe's chat template."""
-    name = recipe.ready_tokenizer
+def ready_tokenizer(name: str, chat: ChatConfig) -> PreTrainedTokenizerBase:
+    """The pretrained tokenizer of a directory or hub name, with the recipe's chat template."""
     tokenizer = _load(name)
-    tokenizer.chat_template = chat_template(tokenizer, recipe.chat)
+    tokenizer.chat_template = chat_template(tokenizer, chat)
     check_template(tokenizer, name)
     if tokenizer.eos_token_id is None:
         raise RecipeError(f"the tokenizer of {name} has no end-of-sequence token")
@@ -30,11 +30,18 @@ def ready_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, chat: ChatConfig) -> str:
+    """The tokenizer's own or the recipe's, with the recipe's options fixed in it.
+
+    Raises:
+        RecipeError: there is none.
+    """
     template = chat.template or tokenizer.chat_template
     if not isinstance(template, str):
         raise RecipeError(f"{tokenizer.name_or_path} has no chat template: give one as chat.template")
-    fixed = "".join(f"{{%- set {name} = {json.dumps(value)} %}}" for name, value in chat.options.items())
-    return fixed + template
+    fixed = []
+    for name, value in chat.options.items():
+        fixed.append(f"{{%- set {name} = {json.dumps(value)} %}}")
+    return "".join(fixed) + template
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -55,8 +62,8 @@ def check_pair(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
             rows for a router nor can get them.
         ServerError: a served teacher cannot be used.
     """
-    for role in ("teacher", "student"):
-        config = getattr(recipe, role)
+    for role in ROLES:
+        config = recipe.model(role)
         if isinstance(config, ServedConfig):
             served_teacher(config).check_vocabulary(tokenizer)
         elif isinstance(config, PretrainedConfig):
@@ -81,7 +88,8 @@ def check_rows(student: str, known: int) -> None:
 
 def check_vocabulary(role: str, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises RecipeError, with the first difference, if a model's tokenizer is not like `tokenizer`."""
-    if problem := difference(tokenizer, _load(name)):
+    problem = difference(for_router(tokenizer), for_router(_load(name)))
+    if problem:
         raise RecipeError(
             f"the {role} {name} has another vocabulary than {tokenizer.name_or_path}: {problem}; a pair "
             "needs one vocabulary"

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from router.checkpoint import CheckpointError, RouterCheckpoint
-from training.config import ROLES, PretrainedConfig, Recipe, RecipeError
+from training.config import PretrainedConfig, Recipe, RecipeError, Role
 from training.export import is_link_to, remove
 from training.loop.checkpoints import saved
 from training.record import (
@@ -18,7 +19,8 @@ from training.record import (
     without_length,
 )
 
-STAGES = ("teacher", "student", "router")
+Stage = Role | Literal["router"]
+STAGES: tuple[Stage, ...] = ("teacher", "student", "router")
 
 
 @dataclass(frozen=True)
@@ -32,24 +34,24 @@ class Workspace:
         """Of a tokenizer that is trained on the task."""
         return self.recipe.work / "tokenizer"
 
-    def work(self, stage: str) -> Path:
+    def work(self, stage: Stage) -> Path:
         """Checkpoints and logs."""
         return self.recipe.work / stage
 
-    def exported(self, stage: str) -> Path:
+    def exported(self, stage: Stage) -> Path:
         """What the stage leaves."""
         return self.recipe.output / stage
 
-    def is_exported(self, stage: str) -> bool:
+    def is_exported(self, stage: Stage) -> bool:
         """Whether the stage is done."""
         file = "router.json" if stage == "router" else "config.json"
         return (self.exported(stage) / file).exists()
 
-    def record(self, stage: str) -> Record:
+    def record(self, stage: Stage) -> Record:
         """What the recipe says of the stage."""
         return router_record(self.recipe) if stage == "router" else model_record(self.recipe, stage)
 
-    def restart(self, stages: tuple[str, ...]) -> None:
+    def restart(self, stages: tuple[Stage, ...]) -> None:
         """Forget what these stages have done; with the first one the tokenizer, too."""
         for stage in stages:
             remove(self.work(stage))
@@ -57,22 +59,26 @@ class Workspace:
         if STAGES[0] in stages:
             remove(self.tokenizer)
 
-    def check(self, stages: tuple[str, ...]) -> None:
+    def check(self, stages: tuple[Stage, ...]) -> None:
         """Raises RecipeError if one of these stages, or one before them, was done by another recipe."""
         self._compare("tokenizer", self.tokenizer, read_record(self.tokenizer), tokenizer_record(self.recipe))
-        last = max(STAGES.index(stage) for stage in stages)
+        last = max(map(STAGES.index, stages))
         for stage in STAGES[: last + 1]:
             if self.is_exported(stage):
                 self._check_export(stage)
             else:
                 self._check_checkpoint(stage)
 
-    def _check_export(self, stage: str) -> None:
+    def _check_export(self, stage: Stage) -> None:
         directory = self.exported(stage)
-        if directory.is_symlink() and stage in ROLES:
+        if directory.is_symlink() and stage != "router":
             config = self.recipe.model(stage)
-            ready = isinstance(config, PretrainedConfig) and config.is_ready
-            if not ready or not is_link_to(config.pretrained, directory):
+            linked = (
+                isinstance(config, PretrainedConfig)
+                and config.is_ready
+                and is_link_to(config.pretrained, directory)
+            )
+            if not linked:
                 raise RecipeError(
                     f"{stage}: the recipe has changed: {directory} is {directory.resolve()}; {_WAY_OUT}"
                 )
@@ -88,13 +94,15 @@ class Workspace:
         except CheckpointError as error:
             raise RecipeError(f"router: {error}; --restart --stage router fits one to it") from error
 
-    def _check_checkpoint(self, stage: str) -> None:
+    def _check_checkpoint(self, stage: Stage) -> None:
         checkpoint = saved(self.work(stage))
         if checkpoint is None or checkpoint.record is None:
             return
-        before, now = checkpoint.record, self.record(stage)
+        before = checkpoint.record
+        now = self.record(stage)
         if "schedule" in now and may_be_prolonged(before, now, checkpoint.step):
-            before, now = without_length(before), without_length(now)
+            before = without_length(before)
+            now = without_length(now)
         self._compare(stage, self.work(stage), before, now)
 
     def _compare(self, stage: str, directory: Path, before: Record | None, now: Record) -> None:

@@ -10,8 +10,8 @@ from tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 
 from router.checkpoint import RouterCheckpoint
 from router.gate import EntropyGate, RandomGate
+from training.gate_config import ConstrainedObjective, GateConfig, RegretGain
 from training.gating.calibration import Noise, calibrate, price_at_rate, teacher_rate
-from training.gating.config import ConstrainedObjective, GateConfig, RegretGain
 from training.gating.constrained import ascended, fit_constrained, residuals
 from training.gating.fitting import fit
 from training.gating.forks import worth_of_asking

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from training.cli import RECIPES
 from training.config import Recipe
-from training.gating.config import GateConfig
+from training.gate_config import GateConfig
 
 LEAST = {"span_tokens": 4, "ask_tokens": 1, "gain": {"type": "regret"}}
 

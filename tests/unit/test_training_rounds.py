@@ -9,7 +9,7 @@ from killing import Killed
 from tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 
 from router.gate import EntropyGate, RandomGate
-from training.gating.config import (
+from training.gate_config import (
     ConstrainedObjective,
     DifferenceObjective,
     GateConfig,

@@ -12,21 +12,31 @@ from training.gating.tree import Tree
 def query_level(
     alone: Sequence[Rollout], taught: Sequence[Rollout], worth: Tensor, shares: Iterable[float]
 ) -> list[list[Rollout]]:
-    """For each share of the requests the completions where those of most worth go to the teacher.
+    """For each share of the requests the completions if those of most worth go to the teacher.
 
-    alone, taught: by the student alone and by the teacher alone. worth: (requests,)
+    Args:
+        alone: by the student alone.
+        taught: by the teacher alone.
+        worth: (requests,) of asking.
+        shares: of the requests.
     """
     order = worth.argsort(descending=True).tolist()
     mixed = []
     for share in shares:
-        chosen = set(order[: round(share * len(order))])
-        mixed.append([(taught if i in chosen else alone)[i] for i in range(len(order))])
+        completions = list(alone)
+        for number in order[: round(share * len(order))]:
+            completions[number] = taught[number]
+        mixed.append(completions)
     return mixed
 
 
 def hesitation(tree: Tree, alone: Sequence[Rollout]) -> Tensor:
-    """Mean entropy of the student's own completions, nats: (requests,). A router of whole requests that looks
-    at prompts only knows less.
+    """Mean entropy of the student's own completions, nats: (requests,).
+
+    A router of whole requests that looks at prompts only knows less.
     """
     scores = tree.scores("entropy")
-    return torch.stack([scores[tree.path(i, c.tokens)].mean() for i, c in enumerate(alone)])
+    means = []
+    for number, completion in enumerate(alone):
+        means.append(scores[tree.path(number, completion.tokens)].mean())
+    return torch.stack(means)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from measuring.examples import Example
+from measuring.examples import Example, sources_of
 from measuring.gateway import GatewayClient, GatewayReply
 from measuring.scores import recovered
 from training.evaluation.scoring import point
@@ -92,12 +92,14 @@ def measure(
     Raises:
         GatewayError: the gateway cannot be measured.
     """
-    points, lost, completions = [], [], []
+    points = []
+    lost = []
+    completions = []
     for budget in sorted({0.0, *budgets, 1.0}):
-        replies = gateway.replies([example.source for example in examples], budget)
+        replies = gateway.replies(sources_of(examples), budget)
         answers = [reply.text for reply in replies]
         scores = task.score(examples, answers)
-        completions.append([completion_of(reply) for reply in replies])
+        completions.append(list(map(completion_of, replies)))
         measured = point(
             completions[-1],
             [reply.prompt_tokens for reply in replies],
@@ -106,8 +108,9 @@ def measure(
             sum(scores.similarity) / len(examples),
         )
         points.append(measured)
-        lost.append(sum(reply.degraded for reply in replies))
-    student, teacher = points[0].quality, points[-1].quality
+        lost.append([reply.degraded for reply in replies].count(True))
+    student = points[0].quality
+    teacher = points[-1].quality
     rows = []
     for measured, degraded in zip(points, lost, strict=True):
         share = recovered(measured.quality, student, teacher)
@@ -116,5 +119,6 @@ def measure(
 
 
 def completion_of(reply: GatewayReply) -> Rollout:
+    """The reply, as completions in process are counted."""
     starts = [start for start, _ in reply.spans]
     return Rollout(reply.token_ids, reply.by_teacher, starts)

@@ -1,7 +1,7 @@
 """`wheels evaluate`: quality against realised teacher rate for every gate, as a table, JSON and plots."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.progress import track
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from measuring.examples import sources_of
 from measuring.scores import recovered
 from router.checkpoint import CheckpointError, RouterCheckpoint
 from router.gate import CONFIDENCE_GATES
@@ -19,7 +22,7 @@ from training.evaluation.scoring import point
 from training.gating.head import Head
 from training.gating.lessons import regret
 from training.gating.prompts import Trees
-from training.gating.rollout import FREE, Rollout
+from training.gating.rollout import FREE, Positions, Rollout
 from training.gating.room import Room
 from training.gating.rounds import install_taps
 from training.gating.router_stage import FrozenPair
@@ -54,7 +57,9 @@ SHARES = (
 QUERY_SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)
 BINS = 10
-LEARNED, SPENT, GATEWAY = "learned", "learned, aim: rate", "gateway"
+LEARNED = "learned"
+SPENT = "learned, aim: rate"
+GATEWAY = "gateway"
 METHODS = (LEARNED, *CONFIDENCE_GATES, "oracle", "oracle_kl", PERIODIC, "query", "query_oracle", GATEWAY)
 """Names that no further router can have."""
 
@@ -65,30 +70,44 @@ Row = dict[str, float]
 
 @dataclass(frozen=True)
 class QualityReport:
-    """curves: per method, PGR at realised rates without a bucket, spans of the router's ask_tokens; a method
-    with `@K` has spans of K. budgets: gates under the bucket, at their calibrated prices. calibration_mae:
-    mean |realised - requested| rate of the learned gate where it aims at the rate. asked: share of the
-    learned gate's calls (budget 0.1) in each tenth of the completion.
+    """How well the methods of asking use the teacher.
 
-    A gateway that was measured is a method of its own, `gateway`, under the bucket in `curves` too, its share
-    of the gap between its own budgets 0 and 1; alone, it is what all the rest is of.
+    A gateway that was measured is a method of its own, `gateway`, under the bucket in `curves` too. Its PGR
+    is of the gap between its own budgets 0 and 1. Alone, it is what all the rest is of.
     """
 
     student: float
+    """Its quality alone."""
     teacher: float
+    """Its quality alone."""
     curves: dict[str, list[Row]]
+    """Per method, PGR at realised rates without a bucket.
+
+    Calls have the router's ask_tokens; those of a method with `@K` have K.
+    """
     area: dict[str, float]
+    """Below each curve."""
     calibration_mae: float
+    """Mean |realised - requested| rate of the learned gate if it aims at the rate."""
     budgets: dict[str, list[Row]]
+    """Gates under the bucket, at their calibrated prices."""
     asked: list[float]
+    """Share of the learned gate's calls (budget 0.1) in each tenth of the completion."""
 
     def to_json(self) -> str:
+        """All fields, as one object."""
         return json.dumps(asdict(self))
 
 
 class Evaluation:
-    """A pair of a directory with teacher, student and router, over `examples`; `others`: further routers for
-    the same student, by name.
+    """A pair over some examples.
+
+    Args:
+        pair: directory of teacher, student and router.
+        task: scores the completions.
+        examples: of the task; those that are too long are left out.
+        max_tokens: longest completion.
+        others: directories of further routers for the same student, by name.
     """
 
     def __init__(
@@ -106,37 +125,38 @@ class Evaluation:
         gates = {name: self.router.build_gate(name) for name in self.gates}
         room = Room.of(tokenizer, [loop.student.config, loop.teacher.config], max_tokens)
         examples = room.kept(examples, "test")
-        sources = [example.source for example in examples]
-        self.trees = Trees(loop, tokenizer, sources, gates, config.budget_prompt)
+        self.trees = Trees(loop, tokenizer, sources_of(examples), gates, config.budget_prompt)
         self.tree = self.trees(0.0)
         self.tree.add("oracle", regret)
-        self.tree.add("oracle_kl", lambda positions: positions.kl)
+        self.tree.add("oracle_kl", kl)
         self.others = list(others)
         for name, directory in others.items():
-            checkpoint = RouterCheckpoint.load(directory)
-            checkpoint.check_student(pair / "student")
-            if checkpoint.config.budget_prompt is not None:
-                raise CheckpointError(f"{directory}: its budgets are prompted; evaluate a pair that holds it")
-            head = Head.of(loop.student, checkpoint)
-            self.tree.add(name, lambda positions, head=head: head.scores(positions.states))
+            self.tree.add(name, further_gate(directory, pair / "student", loop.student))
         self.scorer = Scorer(task, tokenizer, examples)
         self.alone, self.taught = self.tree.run(ends(LEARNED))
-        self.student, self.teacher = (self.scorer(run).quality for run in (self.alone, self.taught))
+        self.student = self.scorer(self.alone).quality
+        self.teacher = self.scorer(self.taught).quality
 
     def row(self, completions: Sequence[Rollout], setting: Setting) -> Row:
+        """What a setting's completions come to."""
         measured = point(completions, self.tree.prompt_tokens, setting, *self.scorer(completions))
         return asdict(measured) | {"pgr": recovered(measured.quality, self.student, self.teacher)}
 
     def rows(self, settings: Sequence[Setting]) -> list[Row]:
-        return [
-            self.row(run, setting) for run, setting in zip(self.tree.run(settings), settings, strict=True)
-        ]
+        """A row for each setting, of prompts without a budget in words."""
+        return list(map(self.row, self.tree.run(settings), settings))
 
     def prompted(self, budget: float, setting: Setting) -> Row:
-        """Where budgets are prompted, the trained gate's row at this one."""
+        """The trained gate's row at this budget, in words if budgets are prompted."""
         return self.row(self.trees(budget).run([setting])[0], setting)
 
     def curve(self, name: str, span: int) -> list[Row]:
+        """PGR at rising rates, without a bucket.
+
+        Args:
+            name: of a gate, an oracle or PERIODIC.
+            span: tokens of a call.
+        """
         if name == LEARNED and self.router.config.budget_prompt is not None:
             return self.prompted_curve(span)
         shares = torch.tensor(SHARES, dtype=torch.float64)
@@ -146,55 +166,83 @@ class Evaluation:
 
     def prompted_curve(self, span: int) -> list[Row]:
         """A point for each calibrated budget, in words, at the price that its share of positions exceeds."""
-        budgets = [budget for budget, _ in self.router.config.calibration[LEARNED]]
-        prices = [torch.quantile(self.trees(b).scores(LEARNED).double(), 1 - b).item() for b in budgets]
-        rows = [
-            self.prompted(b, Setting(LEARNED, p, FREE, span)) for b, p in zip(budgets, prices, strict=True)
-        ]
+        rows = []
+        for budget, _ in self.router.config.calibration[LEARNED]:
+            price = torch.quantile(self.trees(budget).scores(LEARNED).double(), 1 - budget).item()
+            rows.append(self.prompted(budget, Setting(LEARNED, price, FREE, span)))
         return sorted(rows, key=lambda row: row["rate"])
 
     def query_level(self, worth: torch.Tensor) -> list[Row]:
+        """Whole requests to the teacher, those of most worth (requests,) first."""
         mixed = query_level(self.alone, self.taught, worth, QUERY_SHARES)
         # Whole completions: a fraction of 1 for the requests that have it, no price.
         return [self.row(run, Setting("query", 0.0, 1.0, 1)) for run in mixed]
 
     def curves(self, spans: Sequence[int]) -> dict[str, list[Row]]:
-        names = [*self.gates, *self.others, "oracle", "oracle_kl", PERIODIC]
+        """A curve for every method, those with other calls than the router's last."""
         ask = self.spans[1]
-        jobs = {name: (name, ask) for name in names}
-        jobs |= {f"{name}@{k}": (name, k) for k in spans if k != ask for name in names}
-        curves = {
-            title: self.curve(*job)
-            for title, job in track(
-                jobs.items(), "curves", console=console, transient=True, disable=not console.is_terminal
-            )
-        }
+        curves = self._gate_curves(ask, "")
         curves["query"] = self.query_level(hesitation(self.tree, self.alone))
-        curves["query_oracle"] = self.query_level(
-            self.scorer.each(self.taught) - self.scorer.each(self.alone)
-        )
-        return dict(sorted(curves.items(), key=lambda curve: "@" in curve[0]))  # other spans last
+        gained = self.scorer.qualities(self.taught) - self.scorer.qualities(self.alone)
+        curves["query_oracle"] = self.query_level(gained)
+        for span in spans:
+            if span != ask:
+                curves |= self._gate_curves(span, f"@{span}")
+        return curves
+
+    def _gate_curves(self, span: int, suffix: str) -> dict[str, list[Row]]:
+        names = [*self.gates, *self.others, "oracle", "oracle_kl", PERIODIC]
+        silent = not console.is_terminal
+        curves = {}
+        for name in track(names, f"curves{suffix}", console=console, transient=True, disable=silent):
+            curves[name + suffix] = self.curve(name, span)
+        return curves
 
     def budgets(self) -> dict[str, list[Row]]:
+        """Rows of each calibrated gate, under the buckets of `BUDGETS`."""
         rows = {}
         for name in self.router.config.calibration:
             prices = self.router.calibration(name)
             rows[name] = self.at_budgets([Setting(name, prices.price(b), b, *self.spans) for b in BUDGETS])
         if LEARNED in self.router.config.spare:
-            prices, spares = self.router.calibration(), self.router.spare()
-            rows[SPENT] = self.at_budgets(
-                [Setting(LEARNED, prices.price(b), b, *self.spans, spare=spares.price(b)) for b in BUDGETS]
-            )
+            prices = self.router.calibration()
+            spares = self.router.spare()
+            settings = []
+            for budget in BUDGETS:
+                spare = spares.price(budget)
+                settings.append(Setting(LEARNED, prices.price(budget), budget, *self.spans, spare=spare))
+            rows[SPENT] = self.at_budgets(settings)
         return rows
 
     def at_budgets(self, settings: Sequence[Setting]) -> list[Row]:
+        """A row for each setting, its budget in words if budgets are prompted."""
         if self.router.config.budget_prompt is None:
             return self.rows(settings)
         return [self.prompted(setting.fraction, setting) for setting in settings]
 
     def asked(self, budget: float = 0.1) -> list[float]:
+        """Share of the learned gate's calls in each tenth of the completion."""
         setting = Setting(LEARNED, self.router.calibration().price(budget), budget, *self.spans)
         return where_asked(self.trees(budget).run([setting])[0])
+
+
+def kl(positions: Positions) -> Tensor:
+    """The score of an oracle: (N,) KL(student, teacher)."""
+    return positions.kl
+
+
+def further_gate(directory: Path, student: Path, model: PreTrainedModel) -> Callable[[Positions], Tensor]:
+    """The scores of another router's gate over the same student.
+
+    Raises:
+        CheckpointError: it is for another student, or its budgets are prompted.
+    """
+    checkpoint = RouterCheckpoint.load(directory)
+    checkpoint.check_student(student)
+    if checkpoint.config.budget_prompt is not None:
+        raise CheckpointError(f"{directory}: its budgets are prompted; evaluate a pair that holds it")
+    head = Head.of(model, checkpoint)
+    return lambda positions: head.scores(positions.states)
 
 
 def evaluate_pair(
@@ -205,16 +253,26 @@ def evaluate_pair(
     max_tokens: int,
     others: dict[str, Path] | None = None,
 ) -> QualityReport:
-    """The protocol; `spans`: lengths of the curves, beside the router's own."""
+    """Curves and budgets of all methods.
+
+    Args:
+        pair: directory of teacher, student and router.
+        task: scores the completions.
+        examples: of the task.
+        spans: tokens of the curves' calls, besides the router's own.
+        max_tokens: longest completion.
+        others: directories of further routers, by name.
+    """
     evaluation = Evaluation(pair, task, examples, max_tokens, others or {})
-    curves, budgets = evaluation.curves(spans), evaluation.budgets()
+    curves = evaluation.curves(spans)
+    budgets = evaluation.budgets()
     aimed = budgets.get(SPENT, budgets[LEARNED])
     return QualityReport(
         student=evaluation.student,
         teacher=evaluation.teacher,
         curves=curves,
-        area={name: area([(row["rate"], row["pgr"]) for row in rows]) for name, rows in curves.items()},
-        calibration_mae=sum(abs(row["rate"] - row["budget"]) for row in aimed) / len(BUDGETS),
+        area={name: area(rate_and_pgr(rows)) for name, rows in curves.items()},
+        calibration_mae=sum(map(missed, aimed)) / len(BUDGETS),
         budgets=budgets,
         asked=evaluation.asked(),
     )
@@ -228,8 +286,8 @@ def gateway_report(measured: Measured) -> QualityReport:
         student=measured.student,
         teacher=measured.teacher,
         curves={GATEWAY: measured.rows},
-        area={GATEWAY: area([(row["rate"], row["pgr"]) for row in measured.rows])},
-        calibration_mae=sum(abs(row["rate"] - row["budget"]) for row in between) / max(1, len(between)),
+        area={GATEWAY: area(rate_and_pgr(measured.rows))},
+        calibration_mae=sum(map(missed, between)) / max(1, len(between)),
         budgets={GATEWAY: measured.rows},
         asked=where_asked(measured.completions[example]),
     )
@@ -237,14 +295,41 @@ def gateway_report(measured: Measured) -> QualityReport:
 
 def joined(report: QualityReport, gateway: QualityReport) -> QualityReport:
     """What was computed in process, and beside it the gateway's rows."""
-    both = {name: getattr(report, name) | getattr(gateway, name) for name in ("curves", "area", "budgets")}
-    return replace(report, **both)
+    return replace(
+        report,
+        curves=report.curves | gateway.curves,
+        area=report.area | gateway.area,
+        budgets=report.budgets | gateway.budgets,
+    )
+
+
+def column(rows: Sequence[Row], name: str) -> list[float]:
+    """One number of every row."""
+    return [row[name] for row in rows]
+
+
+def rate_and_pgr(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """The points of a curve."""
+    return list(zip(column(rows, "rate"), column(rows, "pgr"), strict=True))
+
+
+def missed(row: Row) -> float:
+    """How far the realised rate is from the budget."""
+    return abs(row["rate"] - row["budget"])
+
+
+def anchored(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points at rising rates between (0, 0) and (1, 1)."""
+    inner = [point for point in points if 0 < point[0] < 1]
+    return [(0.0, 0.0), *sorted(inner), (1.0, 1.0)]
 
 
 def area(points: Sequence[tuple[float, float]]) -> float:
     """Area below PGR over the rate in [0, 1], trapezoids, ends anchored at (0, 0) and (1, 1)."""
-    anchored = [(0.0, 0.0), *sorted(p for p in points if 0 < p[0] < 1), (1.0, 1.0)]
-    return sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in pairwise(anchored))
+    total = 0.0
+    for (rate, pgr), (next_rate, next_pgr) in pairwise(anchored(points)):
+        total += (next_rate - rate) * (pgr + next_pgr) / 2
+    return total
 
 
 def where_asked(completions: Sequence[Rollout]) -> list[float]:
@@ -258,12 +343,12 @@ def where_asked(completions: Sequence[Rollout]) -> list[float]:
 
 def at_rate(rows: Sequence[Row], rate: float) -> float:
     """PGR at a realised rate: linear between the points of a curve, ends anchored at (0, 0) and (1, 1)."""
-    points = sorted((row["rate"], row["pgr"]) for row in rows if 0 < row["rate"] < 1)
-    rates, values = zip((0.0, 0.0), *points, (1.0, 1.0), strict=True)
+    rates, values = zip(*anchored(rate_and_pgr(rows)), strict=True)
     return float(np.interp(rate, rates, values))
 
 
 def table(report: QualityReport) -> str:
+    """The report, to read."""
     lines = [f"student {report.student:.4f}, teacher {report.teacher:.4f}"]
     if LEARNED in report.budgets:
         lines += ["", *_in_process(report)]
@@ -272,60 +357,85 @@ def table(report: QualityReport) -> str:
     return "\n".join(lines)
 
 
+def _cells(values: Iterable[object], spec: str) -> str:
+    return "".join(format(value, spec) for value in values)
+
+
 def _in_process(report: QualityReport) -> list[str]:
-    heads = "".join(f"{b:>15g}" for b in BUDGETS)
+    heads = _cells(BUDGETS, ">15g")
     lines = [
         "PGR at a realised rate of (no bucket), and the area below it",
         f"{'method':<22}{heads}{'area':>9}",
     ]
     for name, rows in report.curves.items():
-        cells = "".join(f"{at_rate(rows, b):>15.2f}" for b in BUDGETS)
+        cells = _cells([at_rate(rows, budget) for budget in BUDGETS], ">15.2f")
         lines.append(f"{name:<22}{cells}{report.area[name]:>9.3f}")
     lines += ["", "under the bucket of a budget of, at the calibrated price: PGR (realised rate)"]
     lines.append(f"{'gate':<22}{heads}")
     for name, rows in report.budgets.items():
-        at = {row["budget"]: f"{row['pgr']:.2f} ({row['rate']:.3f})" for row in rows}
-        lines.append(f"{name:<22}" + "".join(f"{at.get(b, ''):>15}" for b in BUDGETS))
+        shown = dict.fromkeys(BUDGETS, "")
+        for row in rows:
+            if row["budget"] in shown:
+                shown[row["budget"]] = f"{row['pgr']:.2f} ({row['rate']:.3f})"
+        lines.append(f"{name:<22}" + _cells(shown.values(), ">15"))
     lines += ["", "what the learned gate's budgets cost per request"]
     for key, label in COSTS.items():
-        lines.append(f"{label:<22}" + "".join(f"{row[key]:>15.2f}" for row in report.budgets[LEARNED]))
+        lines.append(f"{label:<22}" + _cells(column(report.budgets[LEARNED], key), ">15.2f"))
     return [*lines, "", f"aiming at the rate: mean |realised - requested| {report.calibration_mae:.4f}"]
 
 
 def _of_gateway(rows: Sequence[Row]) -> list[str]:
     columns = ("budget", "quality", "similarity", "pgr", "rate", *COSTS, "excess", "degraded")
-    lines = ["the gateway; calls, runs and positions per request", "".join(f"{c:>11}" for c in columns)]
-    return lines + ["".join(f"{row[c]:>11.4g}" for c in columns) for row in rows]
+    lines = ["the gateway; calls, runs and positions per request", _cells(columns, ">11")]
+    for row in rows:
+        lines.append(_cells(map(row.__getitem__, columns), ">11.4g"))
+    return lines
 
 
 def plot(report: QualityReport, directory: Path) -> None:
-    """quality.png, calibration.png, where.png"""
+    """Draw `quality.png`, `calibration.png` and `where.png`."""
     import matplotlib
 
     matplotlib.use("Agg")
+    _plot_quality(report, directory / "quality.png")
+    _plot_calibration(report, directory / "calibration.png")
+    _plot_where(report, directory / "where.png")
+
+
+def _plot_quality(report: QualityReport, file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 5))
-    axes.set_prop_cycle(color=pyplot.colormaps["tab20"].colors)
-    for name, points in report.curves.items():
+    axes.set_prop_cycle(color=pyplot.colormaps["tab20"](range(20)))
+    for name, rows in report.curves.items():
         if "@" not in name:  # the router's own span length
-            axes.plot([p["rate"] for p in points], [p["quality"] for p in points], marker=".", label=name)
+            axes.plot(column(rows, "rate"), column(rows, "quality"), marker=".", label=name)
     for value in (report.student, report.teacher):
         axes.axhline(value, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel="realised teacher rate", ylabel="quality")
     axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
-    figure.savefig(directory / "quality.png", dpi=120, bbox_inches="tight")
+    figure.savefig(file, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def _plot_calibration(report: QualityReport, file: Path) -> None:
+    from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5, 5))
-    for name, points in report.budgets.items():
-        axes.plot([p["budget"] for p in points], [p["rate"] for p in points], marker="o", label=name)
+    for name, rows in report.budgets.items():
+        axes.plot(column(rows, "budget"), column(rows, "rate"), marker="o", label=name)
     axes.plot(BUDGETS, BUDGETS, color="grey", linestyle=":")
     axes.set(xlabel="budget", ylabel="realised teacher rate")
     axes.legend()
-    figure.savefig(directory / "calibration.png", dpi=120)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def _plot_where(report: QualityReport, file: Path) -> None:
+    from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5, 3))
-    axes.bar([(i + 0.5) / BINS for i in range(BINS)], report.asked, width=0.9 / BINS)
+    axes.bar((np.arange(BINS) + 0.5) / BINS, report.asked, width=0.9 / BINS)
     axes.set(xlabel="place in the completion", ylabel="share of teacher calls")
-    figure.savefig(directory / "where.png", dpi=120, bbox_inches="tight")
-    pyplot.close("all")
+    figure.savefig(file, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby
 
 from measuring.scores import excess
 from training.gating.calibration import teacher_rate
@@ -12,25 +12,30 @@ from training.gating.tree import Setting
 
 @dataclass(frozen=True)
 class Point:
-    """One setting over a set of examples.
-
-    budget: fraction asked for; rate: realised; quality, similarity: in [0, 1]; calls, runs: per request, a
-    run is of calls that follow each other without a token between; positions: that the teacher processes per
-    request, catching up included, its cache kept between calls; tokens: mean completion length; excess:
-    tokens by which the worst prefix of a completion lies above its bound fraction * length + span (never
-    above 0).
-    """
+    """One setting over a set of examples."""
 
     budget: float
+    """The fraction that the requests have."""
     price: float
     rate: float
+    """Realised."""
     quality: float
+    """In [0, 1]."""
     similarity: float
+    """In [0, 1]."""
     calls: float
+    """Of the teacher, per request."""
     runs: float
+    """Of calls that follow each other without a token between, per request."""
     positions: float
+    """That the teacher processes per request, catching up included, its cache kept between calls."""
     tokens: float
+    """Mean completion length."""
     excess: float
+    """Tokens by which the worst prefix of a completion lies above its bound fraction * length + span.
+
+    Never above 0.
+    """
 
 
 def point(
@@ -40,27 +45,38 @@ def point(
     quality: float,
     similarity: float,
 ) -> Point:
-    count, span = len(completions), setting.span_tokens if 0 < setting.fraction < 1 else 0
+    """Counts and scores of a setting's completions."""
+    count = len(completions)
+    calls = 0
+    tokens = 0
+    excesses = []
+    for completion in completions:
+        calls += len(completion.starts)
+        tokens += len(completion.tokens)
+        excesses.append(excess(completion.by_teacher, setting.fraction))
+    span = setting.span_tokens if 0 < setting.fraction < 1 else 0
     return Point(
         budget=setting.fraction,
         price=setting.price,
         rate=teacher_rate(completions),
         quality=quality,
         similarity=similarity,
-        calls=sum(len(c.starts) for c in completions) / count,
-        runs=sum(runs(c) for c in completions) / count,
+        calls=calls / count,
+        runs=sum(map(runs, completions)) / count,
         positions=sum(map(teacher_positions, completions, prompt_tokens)) / count,
-        tokens=sum(len(c.tokens) for c in completions) / count,
-        excess=max(excess(c.by_teacher, setting.fraction) for c in completions) - span,
+        tokens=tokens / count,
+        excess=max(excesses) - span,
     )
 
 
 def runs(completion: Rollout) -> int:
     """Stretches of teacher tokens."""
-    return sum(now and not before for before, now in pairwise([False, *completion.by_teacher]))
+    return [by_teacher for by_teacher, _ in groupby(completion.by_teacher)].count(True)
 
 
 def teacher_positions(completion: Rollout, prompt_tokens: int) -> int:
     """Prompt and all that was written up to the last teacher token; 0 for one that never asked."""
-    last = max((at for at, flag in enumerate(completion.by_teacher) if flag), default=None)
-    return 0 if last is None else prompt_tokens + last
+    if True not in completion.by_teacher:
+        return 0
+    after_last = completion.by_teacher[::-1].index(True)
+    return prompt_tokens + len(completion.by_teacher) - 1 - after_last

@@ -48,7 +48,17 @@ ROUNDS = 12
 
 def teacher_rate(completions: Sequence[Rollout]) -> float:
     """Teacher tokens / completion tokens, over all of them together."""
-    return sum(c.teacher_tokens for c in completions) / sum(len(c.tokens) for c in completions)
+    by_teacher = 0
+    tokens = 0
+    for completion in completions:
+        by_teacher += completion.teacher_tokens
+        tokens += len(completion.tokens)
+    return by_teacher / tokens
+
+
+def no_noise(_first: Run, _second: Run) -> float:
+    """Every difference counts."""
+    return 0.0
 
 
 def calibrate(
@@ -57,19 +67,26 @@ def calibrate(
     budgets: Sequence[float],
     spans: tuple[int, int],
     quality: Quality,
-    noise: Noise = lambda one, other: 0.0,
+    noise: Noise = no_noise,
 ) -> list[tuple[float, float]]:
     """(fraction, price) for each of the increasing budgets; prices do not increase.
 
-    spans: (span_tokens, ask_tokens) of the bucket. quality, noise: in units of the gap between
-    student and teacher.
+    Args:
+        tree: of the validation prompts.
+        gate: a name that the tree scores.
+        budgets: fractions.
+        spans: (span_tokens, ask_tokens) of the bucket.
+        quality: in units of the gap between student and teacher.
+        noise: in the same unit.
     """
     scores = tree.scores(gate).double()
     points: list[tuple[float, float]] = []
     for budget, aim in zip(budgets, price_at_rate(tree, gate, budgets, spans), strict=True):
         prices = [aim, *torch.quantile(scores, torch.tensor(SHARES, dtype=torch.float64)).tolist()]
         runs = tree.run([Setting(gate, price, budget, *spans) for price in prices])
-        qualities = [quality(run) if teacher_rate(run) <= budget else -1.0 for run in runs]
+        qualities = []
+        for run in runs:
+            qualities.append(quality(run) if teacher_rate(run) <= budget else -1.0)
         best = qualities.index(max(qualities))
         needed = max(TOLERANCE, ERRORS * noise(runs[0], runs[best]))
         price = aim if qualities[0] >= qualities[best] - needed else prices[best]
@@ -80,24 +97,27 @@ def calibrate(
 def spare_prices(
     tree: Tree, gate: str, points: Sequence[tuple[float, float]], spans: tuple[int, int]
 ) -> list[tuple[float, float]]:
-    """(fraction, spare price that makes it the realised rate) for each of `points`, see
-    `router.policy.Policy`; where the plain price realises the fraction already, it is that one.
+    """(fraction, spare price) for each of `points`, see `router.policy.Policy`.
+
+    The spare price makes the fraction the realised rate. If the plain price does so already, it is that one.
     """
-    fractions = [fraction for fraction, _ in points]
-    found = _bisect(
-        tree,
-        gate,
-        fractions,
-        lambda at, spare: Setting(gate, points[at][1], fractions[at], *spans, spare=spare),
-    )
-    spares = [min(price, spare) for (_, price), spare in zip(points, found, strict=True)]
-    falling = list(accumulate(reversed(spares), max))[::-1]
+    fractions, prices = zip(*points, strict=True)
+
+    def setting(number: int, spare: float) -> Setting:
+        return Setting(gate, prices[number], fractions[number], *spans, spare=spare)
+
+    spares = map(min, prices, _bisect(tree, gate, fractions, setting))
+    falling = list(accumulate(reversed(list(spares)), max))[::-1]
     return list(zip(fractions, falling, strict=True))
 
 
 def price_at_rate(tree: Tree, gate: str, rates: Sequence[float], spans: tuple[int, int]) -> list[float]:
     """The lowest price, to 1 / 2^ROUNDS of all scores, that realises no more than each rate."""
-    return _bisect(tree, gate, rates, lambda at, price: Setting(gate, price, rates[at], *spans))
+
+    def setting(number: int, price: float) -> Setting:
+        return Setting(gate, price, rates[number], *spans)
+
+    return _bisect(tree, gate, rates, setting)
 
 
 def _bisect(
@@ -108,13 +128,21 @@ def _bisect(
     Over the quantiles of the scores in the tree: more asking raises the realised rate on average.
     """
     scores = tree.scores(gate).double()  # as they are now: the tree grows meanwhile
-    low, high = [0.0] * len(rates), [1.0] * len(rates)  # shares of positions that lie under the price
+    # Shares of positions that lie under the price.
+    low = [0.0] * len(rates)
+    high = [1.0] * len(rates)
     for _ in range(ROUNDS):
-        middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
-        settings = [setting(i, torch.quantile(scores, share).item()) for i, share in enumerate(middle)]
+        middle = list(map(_mean, low, high))
+        settings = []
+        for i, share in enumerate(middle):
+            settings.append(setting(i, torch.quantile(scores, share).item()))
         for i, completions in enumerate(tree.run(settings)):
             if teacher_rate(completions) > rates[i]:
                 low[i] = middle[i]
             else:
                 high[i] = middle[i]
     return [torch.quantile(scores, share).item() for share in high]
+
+
+def _mean(low: float, high: float) -> float:
+    return (low + high) / 2

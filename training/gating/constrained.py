@@ -14,13 +14,13 @@ price. The price of the next rollouts follows the realised rate by dual ascent.
 
 import math
 from collections.abc import Iterator
-from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from training.gating.config import ConstrainedObjective, GateConfig
+from training.gate_config import ConstrainedObjective, GateConfig
 from training.gating.fitting import descend
 from training.gating.head import Head
 from training.gating.lessons import Lessons
@@ -36,6 +36,7 @@ class PathValues(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(len(head.gate.mean), width), nn.SiLU(), nn.Linear(width, 2))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """V and V_C of features (N, F)."""
         return self.mlp((x - self.gate.mean) * self.gate.scale).unbind(-1)
 
 
@@ -64,54 +65,68 @@ def residuals(
     return path_residuals(earned, row, window) + after - utility
 
 
+class Terms(NamedTuple):
+    """Of some positions."""
+
+    residual: Tensor
+    """(N,) C."""
+    value: Tensor
+    """(N,) V, nats."""
+    cost: Tensor
+    """(N,) V_C, teacher tokens."""
+
+
+def whole_paths(row: Tensor, batch: int) -> list[slice]:
+    """Slices of row (N,) between its changes, about `batch` positions each."""
+    starts = torch.cat((torch.tensor([True]), row[1:] != row[:-1])).nonzero().squeeze(1)
+    cuts = [*starts[:: max(1, batch * len(starts) // len(row))].tolist(), len(row)]
+    return list(map(slice, cuts[:-1], cuts[1:]))
+
+
 def fit_constrained(
     head: Head, lessons: Lessons, config: GateConfig, objective: ConstrainedObjective, seed: int
 ) -> dict[str, float]:
-    """Train head and critic on whole paths, whose target is the gain. Returns means over all positions: the
-    last epoch's `loss`, then `residual`, the absolute one at the prices' geometric mean, `value` (nats) and
-    `value_cost` (teacher tokens).
+    """Train head and critic on whole paths, whose target is the gain.
+
+    Returns:
+        Means over all positions: the last epoch's `loss`, then `residual`, the absolute one at the prices'
+        geometric mean, `value` (nats) and `value_cost` (teacher tokens).
     """
     torch.manual_seed(seed)
-    device, row = head.taps.device, lessons.row
+    device = head.taps.device
     confidence = head.confidence(lessons.states)
     values = PathValues(head, config.width).to(device)
-    starts = torch.cat((torch.tensor([True]), row[1:] != row[:-1])).nonzero().squeeze(1)
-    cuts = [*starts[:: max(1, config.batch * len(starts) // len(row))].tolist(), len(row)]
-    slices = [slice(a, b) for a, b in pairwise(cuts)]  # whole paths, about a batch each
+    slices = whole_paths(lessons.row, config.batch)
     low, high = map(math.log, objective.prices)
 
-    def heads(part: slice, price: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Residual, V and V_C of a part's positions."""
-        states, gain, asked = (
-            column[part].to(device) for column in (lessons.states, lessons.target, lessons.asked)
-        )
-        x = head.features(states, confidence[part])
+    def terms(part: slice, price: float) -> Terms:
+        x = head.features(lessons.states[part].to(device), confidence[part])
         value, cost = values(x)
         residual = residuals(
             head.gate.score(x),
             value,
             cost,
-            asked,
-            gain,
-            row[part].to(device),
+            lessons.asked[part].to(device),
+            lessons.target[part].to(device),
+            lessons.row[part].to(device),
             price,
             objective.temperature,
             objective.window,
         )
-        return residual, value, cost
+        return Terms(residual, value, cost)
 
     def loss(part: slice) -> Tensor:
         price = math.exp(low + (high - low) * torch.rand(()).item())
-        return half_square(heads(part, price)[0], objective.clip).mean()
+        return half_square(terms(part, price).residual, objective.clip).mean()
 
     def epoch() -> Iterator[slice]:
-        return (slices[at] for at in torch.randperm(len(slices)).tolist())
+        return map(slices.__getitem__, torch.randperm(len(slices)).tolist())
 
     trained = [*head.parameters(), *values.mlp.parameters()]
     last = descend(trained, len(slices), epoch, loss, config)
     with torch.no_grad():
-        columns = zip(*(heads(part, math.exp((low + high) / 2)) for part in slices), strict=True)
-        residual, value, cost = (torch.cat(column) for column in columns)
+        parts = [terms(part, math.exp((low + high) / 2)) for part in slices]
+    residual, value, cost = map(torch.cat, zip(*parts, strict=True))
     return {
         "loss": last,
         "residual": residual.abs().mean().item(),

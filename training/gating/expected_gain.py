@@ -1,5 +1,4 @@
-"""What the gate is taught with `gain: quality`: not what a teacher token changed in the metric, but what
-it changes on average where things stand as they do.
+"""What the gate is taught with `gain: quality`: what a teacher token changes in the metric on average.
 
 One completion's metric is nearly all noise: state and confidence of the student explain less than one percent
 of what a token changes in it. The critic sees the teacher's distribution beside them, which the gate never
@@ -13,15 +12,20 @@ from torch.nn.functional import mse_loss
 from training.gating.head import Head
 from training.gating.lessons import Lessons
 
-FOLDS, EPOCHS, BATCH, WIDTH = 5, 12, 2048, 32
+FOLDS = 5
+EPOCHS = 12
+BATCH = 2048
+WIDTH = 32
 
 
 def expected_gain(head: Head, lessons: Lessons, seed: int) -> Tensor:
-    """(N,) the expectation of the lessons' target where student and teacher differ, and 0 elsewhere; for each
-    source by a critic that was fitted on others.
+    """(N,) the expectation of the lessons' target if student and teacher differ, and 0 elsewhere.
+
+    Each source has it from a critic that was fitted on others.
     """
     differ = lessons.view[:, 0] > 0
-    states, fold = lessons.states[differ], lessons.source[differ] % FOLDS
+    states = lessons.states[differ]
+    fold = lessons.source[differ] % FOLDS
     with torch.no_grad():
         own = head.features(states.to(head.taps.device), head.confidence(states)).cpu()
     x = torch.cat((own, lessons.view[differ]), dim=1)
@@ -46,7 +50,8 @@ def _fit(x: Tensor, target: Tensor, asked: Tensor, seed: int) -> Tensor:
             nn.Linear(x.shape[1], WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, 1)
         )
     optimizer = torch.optim.AdamW(critic.parameters(), lr=2e-3, weight_decay=1e-2)
-    mean, scale = target.mean(), target.std().clamp(min=1e-3)
+    mean = target.mean()
+    scale = target.std().clamp(min=1e-3)
     for _ in range(EPOCHS):
         for part in torch.randperm(len(x), generator=generator).split(BATCH):
             loss = mse_loss(critic(x[part]).squeeze(1), (target[part] - mean) / scale)

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from training.gating.config import GateConfig
+from training.gate_config import GateConfig
 from training.gating.head import Head
 from training.gating.lessons import Lessons
 
 
 def fit(head: Head, lessons: Lessons, config: GateConfig, seed: int) -> dict[str, float]:
     """Least squares of the score on the target; `loss` is the last epoch's mean."""
-    device, states, target = head.taps.device, lessons.states, lessons.target
+    device = head.taps.device
+    states = lessons.states
+    target = lessons.target
     confidence = head.confidence(states)
     generator = torch.Generator().manual_seed(seed)
 
@@ -45,7 +47,12 @@ def descend(
 ) -> float:
     """`config.epochs` epochs of AdamW, one cycle of the learning rate; returns the last epoch's mean loss.
 
-    epoch: the parts of one, of which there are `steps`, in an order of its own.
+    Args:
+        parameters: to change.
+        steps: parts of an epoch.
+        epoch: gives the parts of the next epoch, in an order of its own.
+        loss: of a part.
+        config: epochs, learning rate and weight decay.
     """
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -1,5 +1,6 @@
-"""The long-range term of the gate's advantage, measured: what a teacher token at a position changes until the
-end of the completion.
+"""The long-range term of the gate's advantage, measured.
+
+It is what a teacher token at a position changes until the end of the completion:
 
     A(s) = worth of the completion after s and the teacher's token
          - worth of the completion after s and the student's own token
@@ -37,11 +38,11 @@ class Forks:
     @classmethod
     def of(cls, trajectories: Trajectories, completions: Sequence[Rollout]) -> "Forks":
         """Of the completions of the trajectories' rows."""
-        at = trajectories.positions
-        differ = (at.own != at.theirs).nonzero().squeeze(1)
-        forks = cls(differ, at.row[differ].tolist(), [], [])
-        columns = (column[differ].tolist() for column in (at.row, at.step, at.own, at.theirs))
-        for row, step, own, theirs in zip(*columns, strict=True):
+        every = trajectories.positions
+        differ = (every.own != every.theirs).nonzero().squeeze(1)
+        forks = cls(differ, every.row[differ].tolist(), [], [])
+        columns = torch.stack((every.row, every.step, every.own, every.theirs), dim=1)
+        for row, step, own, theirs in columns[differ].tolist():
             begun = completions[row].tokens[:step]
             forks.own.append([*begun, own])
             forks.theirs.append([*begun, theirs])
@@ -77,9 +78,13 @@ def finished(
 ) -> list[list[int]]:
     """Every begun completion of a row, finished by the student alone."""
     alone = replace(loop, teacher=loop.student)  # nobody looks at what the teacher thinks of it
-    whole, most = [list(tokens) for tokens in begun], loop.max_tokens
-    going = [i for i, tokens in enumerate(begun) if tokens[-1] != loop.end and len(tokens) < most]
-    rest = alone.write([Request(prompts[rows[i]] + begun[i]) for i in going])
-    for i, completion in zip(going, rest, strict=True):
-        whole[i] = (whole[i] + completion.tokens)[:most]
+    whole = list(map(list, begun))
+    going = []
+    requests = []
+    for number, (row, tokens) in enumerate(zip(rows, begun, strict=True)):
+        if tokens[-1] != loop.end and len(tokens) < loop.max_tokens:
+            going.append(number)
+            requests.append(Request(prompts[row] + tokens))
+    for number, completion in zip(going, alone.write(requests), strict=True):
+        whole[number] = (whole[number] + completion.tokens)[: loop.max_tokens]
     return whole

@@ -16,6 +16,11 @@ CHUNK = 4096  # positions at a time: their logits are as wide as the vocabulary
 class Head(nn.Module):
     """Taps and learned gate over a frozen student, as they will be merged into it."""
 
+    visible: Tensor
+    """(V, H) the student's output matrix without the reserved rows."""
+    bias: Tensor | None
+    """Of the output matrix."""
+
     def __init__(self, student: PreTrainedModel, reserved: ReservedRows, width: int) -> None:
         super().__init__()
         self.gate = LearnedGate(reserved, width)
@@ -37,6 +42,7 @@ class Head(nn.Module):
 
     @classmethod
     def of(cls, student: PreTrainedModel, checkpoint: RouterCheckpoint) -> "Head":
+        """What a checkpoint holds, over its student."""
         head = cls(student, checkpoint.reserved, checkpoint.config.gate_width)
         head.taps.data.copy_(checkpoint.taps)
         head.gate.load_state_dict(checkpoint.gate)
@@ -57,8 +63,9 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def confidence(self, states: Tensor) -> Tensor:
-        """(N, H) -> (N, 10): the features that training does not change. As wide as the vocabulary while they
-        are computed, so in pieces and once.
+        """(N, H) -> (N, 10): the features that training does not change.
+
+        They are as wide as the vocabulary while they are computed, so in pieces and once.
         """
         features = []
         for chunk in states.split(CHUNK):

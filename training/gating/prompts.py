@@ -1,17 +1,15 @@
-"""Prompts of the rollouts: as they are, or with a budget in words in front of them, which only the student
-reads.
-"""
+"""Prompts of the rollouts: as they are, or with a budget in words in front, which only the student reads."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
 from router.checkpoint import budget_text
-from training.gating.config import GateConfig, PriceConditioning
+from training.gate_config import GateConfig, PriceConditioning
 from training.gating.rollout import ClosedLoop
 from training.gating.tree import ScoreGate, Tree
 from training.tokenizer import encode_prompts
@@ -33,12 +31,13 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def part(self, at: int, size: int) -> "Prompts":
-        """The `at`-th of the parts of `size`."""
-        cut = slice(at * size, (at + 1) * size)
+    def part(self, number: int, size: int) -> "Prompts":
+        """One of the parts of `size`, by its number from 0."""
+        cut = slice(number * size, (number + 1) * size)
         return Prompts(self.ids[cut], self.rates[cut], self.hidden[cut], self.sources[cut])
 
     def digest(self) -> str:
+        """Of prompts, rates and sources."""
         return hashlib.sha256(json.dumps([self.ids, self.rates, self.sources]).encode()).hexdigest()
 
 
@@ -54,19 +53,22 @@ def rollout_prompts(
 ) -> Prompts:
     """Conditioned on a price they all aim at one rate, by words each at a budget of its own."""
     prompts = encode_prompts(tokenizer, list(sources))
-    numbers = {source: number for number, source in enumerate(dict.fromkeys(sources))}
-    numbered = [numbers[source] for source in sources]
+    known: dict[str, int] = {}
+    numbers = []
+    for source in sources:
+        known.setdefault(source, len(known))
+        numbers.append(known[source])
     if isinstance(config.conditioning, PriceConditioning):
         rates = [config.conditioning.rate] * len(prompts)
-        return Prompts(prompts, rates, [0] * len(prompts), numbered)
+        return Prompts(prompts, rates, [0] * len(prompts), numbers)
     rates = Random(seed).choices(config.budgets, k=len(prompts))
     prefixes = {rate: prefix_ids(tokenizer, config.template, rate) for rate in config.budgets}
-    return Prompts(
-        [prefixes[rate] + prompt for rate, prompt in zip(rates, prompts, strict=True)],
-        rates,
-        [len(prefixes[rate]) for rate in rates],
-        numbered,
-    )
+    prefixed = Prompts([], rates, [], numbers)
+    for rate, prompt in zip(rates, prompts, strict=True):
+        prefix = prefixes[rate]
+        prefixed.ids.append(prefix + prompt)
+        prefixed.hidden.append(len(prefix))
+    return prefixed
 
 
 class Trees:
@@ -77,11 +79,13 @@ class Trees:
         loop: ClosedLoop,
         tokenizer: PreTrainedTokenizerBase,
         sources: Sequence[str],
-        gates: dict[str, ScoreGate],
+        gates: Mapping[str, ScoreGate],
         template: str | None,
     ) -> None:
-        self._loop, self._gates = loop, gates
-        self._tokenizer, self._template = tokenizer, template
+        self._loop = loop
+        self._gates = gates
+        self._tokenizer = tokenizer
+        self._template = template
         self._prompts = encode_prompts(tokenizer, list(sources))
         self._trees: dict[float, Tree] = {}
 

@@ -1,5 +1,4 @@
-"""The closed loop in process: student and teacher step together over a batch, and the gate decides who
-writes.
+"""The closed loop in process: student and teacher step together, and the gate decides who writes.
 
 It follows the served path decision for decision, by the same `router.budget.Bucket`: no decision inside a
 span, and spans end with the completion. So what is calibrated and measured here holds there.
@@ -29,26 +28,31 @@ FREE = 1 - 1e-6
 
 @dataclass(frozen=True)
 class Request:
-    """price: ask where score > price. fraction: of the bucket that holds the request to its budget. hidden:
-    first tokens of the prompt that the teacher does not see, its budget in words.
-    """
+    """A prompt, and on which terms the teacher is asked."""
 
     prompt: list[int]
     price: float = math.inf
+    """Ask if score > price."""
     fraction: float = 0.0
+    """Of the bucket that holds the request to its budget."""
     hidden: int = 0
+    """First tokens of the prompt that the teacher does not see, its budget in words."""
 
 
 @dataclass
 class Rollout:
-    """tokens: with the end-of-sequence token. by_teacher: who wrote each. starts: where the spans start."""
+    """A completion, and who wrote it."""
 
     tokens: list[int] = field(default_factory=list)
+    """With the end-of-sequence token."""
     by_teacher: list[bool] = field(default_factory=list)
+    """Who wrote each token."""
     starts: list[int] = field(default_factory=list)
+    """Places of the spans' first tokens."""
 
     @property
     def teacher_tokens(self) -> int:
+        """How many tokens the teacher wrote."""
         return sum(self.by_teacher)
 
 
@@ -87,50 +91,63 @@ class Draft:
 
 @dataclass(frozen=True)
 class Positions:
-    """What one step saw, for the rows that were alive (R of them).
-
-    row: (R,) index of the request; step: (R,) tokens written so far; states: (R, H) the student's last hidden
-    states; own, theirs: (R,) the next token of student and teacher;
-    surprisal: (R,) -log p_T of the student's own next token; best: (R,) -max log p_T; kl: (R,) KL(pi || p_T);
-    entropy: (R,) of p_T. All in nats.
-    """
+    """What one step saw, for the rows that were alive (R of them)."""
 
     row: Tensor
+    """(R,) index of the request."""
     step: Tensor
+    """(R,) tokens written so far."""
     states: Tensor
+    """(R, H) the student's last hidden states."""
     own: Tensor
+    """(R,) the student's next token."""
     theirs: Tensor
+    """(R,) the teacher's next token."""
     surprisal: Tensor
+    """(R,) -log p_T of the student's own next token, nats."""
     best: Tensor
+    """(R,) -max log p_T, nats."""
     kl: Tensor
+    """(R,) KL(pi || p_T), nats."""
     entropy: Tensor
+    """(R,) of p_T, nats."""
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Positions":
+        """With every column changed alike."""
+        columns = {}
+        for name, column in vars(self).items():
+            columns[name] = change(column)
+        return Positions(**columns)
 
 
 def concatenate(parts: Sequence[Positions]) -> Positions:
-    return Positions(
-        **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Positions)}
-    )
+    """All parts as one, in order."""
+    columns = {}
+    for column in fields(Positions):
+        columns[column.name] = torch.cat([getattr(part, column.name) for part in parts])
+    return Positions(**columns)
 
 
 @dataclass(frozen=True)
 class ClosedLoop:
-    """A pair and how it works together.
-
-    visible: token ids below this may be written. temperature: of the student's own tokens, 0 = greedy; the
-    teacher writes greedily. explore: probability of asking where the gate would not, or not asking where it
-    would.
-    """
+    """A pair and how it works together."""
 
     student: PreTrainedModel
     teacher: PreTrainedModel
     score: ScoreFn
     visible: int
+    """Token ids below this may be written."""
     end: int
+    """Id of the end of a sequence."""
     span_tokens: int = 1
     ask_tokens: int | None = None
+    """Tokens of one call; None: a whole span."""
     max_tokens: int = 64
+    """Longest completion."""
     temperature: float = 0.0
+    """Of the student's own tokens, 0 is greedy; the teacher writes greedily."""
     explore: float = 0.0
+    """Probability of asking if the gate would not, or of not asking if it would."""
 
     @torch.inference_mode()
     def write(
@@ -139,8 +156,8 @@ class ClosedLoop:
         """Completions in the order of the requests. `watch` is shown every step's positions."""
         done = [Rollout() for _ in requests]
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
-        for at in range(0, len(order), batch):
-            self._write(requests, done, order[at : at + batch], watch)
+        for first in range(0, len(order), batch):
+            self._write(requests, done, order[first : first + batch], watch)
         return done
 
     def _write(
@@ -151,14 +168,16 @@ class ClosedLoop:
         watch: Callable[[Positions], None] | None,
     ) -> None:
         device = self.student.device
-        ids, mask = (x.to(device) for x in left_padded([requests[row].prompt for row in rows], self.end))
-        hidden = torch.tensor([[requests[row].hidden] for row in rows], device=device)
-        seen = mask * (mask.cumsum(-1) > hidden)  # by the teacher
+        asked = [requests[number] for number in rows]
+        ids, mask = left_padded([request.prompt for request in asked], self.end, device)
+        hidden = torch.tensor([request.hidden for request in asked], device=device)
+        seen = mask * (mask.cumsum(-1) > hidden[:, None])  # by the teacher
         row = torch.tensor(rows, device=device)
-        price = torch.tensor([requests[i].price for i in rows], device=device)
-        drafts = {i: self._draft(requests[i].fraction, done[i]) for i in rows}
+        price = torch.tensor([request.price for request in asked], device=device)
+        drafts = {number: self._draft(requests[number].fraction, done[number]) for number in rows}
         alive = torch.ones_like(row, dtype=torch.bool)
-        student, teacher = Stepper(self.student), Stepper(self.teacher)
+        student = Stepper(self.student)
+        teacher = Stepper(self.teacher)
         for length in range(self.max_tokens):
             states, logits = student.step(ids, mask)
             _, teacher_logits = teacher.step(ids, seen)
@@ -169,9 +188,7 @@ class ClosedLoop:
             wants = self.score(logits) > price
             if self.explore:
                 wants ^= torch.rand(wants.shape, device=device) < self.explore
-            token = own.clone()
-            living = (x[alive] for x in (row, wants, own, theirs.argmax(-1)))
-            token[alive] = self._written(drafts, *living)
+            token = self._written(drafts, row, wants, own, theirs.argmax(-1), alive)
             alive &= token != self.end
             left = int(alive.sum())
             if left == 0:
@@ -180,9 +197,12 @@ class ClosedLoop:
                 kept = alive.nonzero().squeeze(1)
                 student.keep(kept)
                 teacher.keep(kept)
-                row, price, token, mask, seen, alive = (
-                    x[kept] for x in (row, price, token, mask, seen, alive)
-                )
+                row = row[kept]
+                price = price[kept]
+                token = token[kept]
+                mask = mask[kept]
+                seen = seen[kept]
+                alive = alive[kept]
             ids = token[:, None]
             mask = torch.cat((mask, torch.ones_like(ids)), dim=1)
             seen = torch.cat((seen, torch.ones_like(ids)), dim=1)
@@ -192,13 +212,17 @@ class ClosedLoop:
         return Draft(bucket, self.max_tokens, completion)
 
     @staticmethod
-    def _written(drafts: dict[int, Draft], row: Tensor, wants: Tensor, own: Tensor, theirs: Tensor) -> Tensor:
-        """The next token (R,) of each draft."""
+    def _written(
+        drafts: dict[int, Draft], row: Tensor, wants: Tensor, own: Tensor, theirs: Tensor, alive: Tensor
+    ) -> Tensor:
+        """The next token (B,) of each draft that is alive; those that are not keep the student's."""
         tokens = []
-        columns = zip(row.tolist(), wants.tolist(), own.tolist(), theirs.tolist(), strict=True)
-        for number, asks, mine, foreign in columns:
-            tokens.append(drafts[number].write(mine, foreign, asks))
-        return torch.tensor(tokens, device=own.device)
+        columns = torch.stack((row, wants.to(row.dtype), own, theirs), dim=1)
+        for number, asks, mine, foreign in columns[alive].tolist():
+            tokens.append(drafts[number].write(mine, foreign, bool(asks)))
+        written = own.clone()
+        written[alive] = torch.tensor(tokens, device=own.device)
+        return written
 
     def _choose(self, logits: Tensor) -> Tensor:
         if self.temperature == 0:
@@ -207,26 +231,35 @@ class ClosedLoop:
 
 
 def with_gate(loop: ClosedLoop, score: ScoreFn, explore: float = 0.0) -> ClosedLoop:
+    """The same pair with another gate."""
     return replace(loop, score=score, explore=explore)
 
 
 def observe(
     row: Tensor, length: int, states: Tensor, student: Tensor, own: Tensor, teacher: Tensor, alive: Tensor
 ) -> Positions:
-    """student, teacher: (B, visible) logits; alive: (B,) the rows to report, which go to the CPU: all
-    positions of a run together outgrow a GPU.
+    """What a step saw, on the CPU: all positions of a run together outgrow a GPU.
+
+    Args:
+        row: (B,) index of the request.
+        length: tokens written so far.
+        states: (B, H) the student's.
+        student: (B, visible) logits.
+        own: (B,) the student's next token.
+        teacher: (B, visible) logits.
+        alive: (B,) the rows to report.
     """
-    row, states, student, own, teacher = (x[alive] for x in (row, states, student, own, teacher))
-    log_pi, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    log_pi = student[alive].log_softmax(-1)
+    log_p = teacher[alive].log_softmax(-1)
     seen = Positions(
-        row=row,
-        step=torch.full_like(row, length),
-        states=states,
-        own=own,
-        theirs=teacher.argmax(-1),
-        surprisal=-log_p.gather(1, own[:, None]).squeeze(1),
+        row=row[alive],
+        step=torch.full_like(row[alive], length),
+        states=states[alive],
+        own=own[alive],
+        theirs=teacher[alive].argmax(-1),
+        surprisal=-log_p.gather(1, own[alive][:, None]).squeeze(1),
         best=-log_p.amax(-1),
         kl=(log_pi.exp() * (log_pi - log_p)).sum(-1),
         entropy=torch.special.entr(log_p.exp()).sum(-1),
     )
-    return Positions(**{name: column.cpu() for name, column in vars(seen).items()})
+    return seen.mapped(Tensor.cpu)

@@ -6,7 +6,7 @@ from itertools import islice
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from measuring.examples import Example
+from measuring.examples import Example, sources_of
 from measuring.json_lines import DataError
 from training.tokenizer import encode_prompts
 
@@ -27,18 +27,23 @@ class Room:
         cls, tokenizer: PreTrainedTokenizerBase, models: Sequence[PretrainedConfig], max_tokens: int
     ) -> "Room":
         """Of models that read a prompt and `max_tokens` of a completion."""
-        configs = [model.get_text_config() for model in models]
-        contexts = [getattr(config, "max_position_embeddings", None) for config in configs]
-        known = [context for context in contexts if context is not None]
+        known = []
+        for model in models:
+            context = getattr(model.get_text_config(), "max_position_embeddings", None)
+            if context is not None:
+                known.append(context)
         return cls(tokenizer, min(known) - max_tokens if known else None)
 
     def fitting(self, examples: Sequence[Example]) -> list[Example]:
         """Those that are short enough."""
         if self.longest is None or not examples:
             return list(examples)
-        prompts = encode_prompts(self.tokenizer, [example.source for example in examples])
-        pairs = zip(examples, prompts, strict=True)
-        return [example for example, prompt in pairs if len(prompt) <= self.longest]
+        short = []
+        prompts = encode_prompts(self.tokenizer, sources_of(examples))
+        for example, prompt in zip(examples, prompts, strict=True):
+            if len(prompt) <= self.longest:
+                short.append(example)
+        return short
 
     def drawn(self, stream: Iterator[Example], count: int) -> list[Example]:
         """The next `count` of a stream that are short enough.

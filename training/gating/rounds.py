@@ -6,9 +6,12 @@ happened.
 
 import math
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.text import Text
@@ -16,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from router.gate import Gate, RandomGate
+from training.gate_config import ConstrainedObjective, GateConfig, QualityGain
 from training.gating.calibration import teacher_rate
-from training.gating.config import ConstrainedObjective, GateConfig, QualityGain
 from training.gating.constrained import ascended, fit_constrained
 from training.gating.expected_gain import expected_gain
 from training.gating.fitting import fit
@@ -27,38 +30,48 @@ from training.gating.lessons import Lessons, Trajectories, collect, span_gain, t
 from training.gating.prompts import Prompts
 from training.gating.rollout import FREE, ClosedLoop, Request, Rollout, with_gate
 from training.loop.progress import Log, console
+from training.tokenizer import decode_answer
 
 SHOWN = 2
 RECENT = 100_000
 """Positions whose scores the prices of the next rollouts are quantiles of."""
 
 
+class Played(NamedTuple):
+    """What one round gave."""
+
+    metrics: dict[str, float]
+    """Scalars to log."""
+    asked: list[Rollout]
+    """The completions of the half that asked."""
+
+
 @dataclass
 class Rounds:
-    """Of one pair. prices: of the next rollouts, by the rate that they aim at. worth: of completions of any
-    prompts, by number over all rounds, in points of 100; for `gain: quality`. seen: of past rounds.
-    """
+    """Of one pair."""
 
     loop: ClosedLoop
     head: Head
     config: GateConfig
     seed: int
     prices: dict[float, float]
+    """Of the next rollouts, by the rate that they aim at."""
     worth: Worth
+    """Of completions of any prompts, by number over all rounds, in points of 100; for `gain: quality`."""
     seen: list[Lessons] = field(default_factory=list)
+    """Of past rounds."""
 
-    def play(self, prompts: Prompts) -> tuple[dict[str, float], list[Rollout]]:
-        """One round; scalars to log, and the completions of the half that asked."""
-        config, loop, first = self.config, self.loop, not self.seen
+    def play(self, prompts: Prompts) -> Played:
+        """One round of rollouts, and a fit of the gate on this one and all before."""
+        config = self.config
+        loop = self.loop
+        first = not self.seen
         torch.manual_seed(self.seed * 1_000_003 + len(self.seen))  # a resumed run draws the same
         gate: Gate = RandomGate(self.head.gate.reserved) if first else self.head.gate
         asking = with_gate(loop, gate, 0.0 if first else config.explore)
         # Half of the rollouts never ask: most of a served completion is the student's own path.
         half = len(prompts) // 2
-        terms = [(math.inf, 0.0)] * half + [(self.prices[rate], FREE) for rate in prompts.rates[half:]]
-        rows = zip(prompts.ids, terms, prompts.hidden, strict=True)
-        requests = [Request(ids, *term, hidden) for ids, term, hidden in rows]
-        trajectories, completions = collect(asking, requests)
+        trajectories, completions = collect(asking, self._requests(prompts, half))
         taught = self._lessons(prompts, trajectories, completions)
         self.seen.append(taught)
         data = Lessons.join(self.seen)
@@ -68,21 +81,34 @@ class Rounds:
             data = replace(data, target=expected_gain(self.head, data, self.seed))
         metrics = self._fit(data)
         install_taps(loop, self.head)
-        asked, aims = completions[half:], prompts.rates[half:]
-        at, realised = trajectories.positions, teacher_rate(asked)
+        asked = completions[half:]
+        aims = prompts.rates[half:]
+        seen = trajectories.positions
+        realised = teacher_rate(asked)
         metrics |= {
             "positions": len(data),
             "variance": data.target.var().item(),
             "price": sum(self.prices.values()) / len(self.prices),
             "rate": realised,
             "violation": realised - sum(aims) / len(aims),
-            "kl": at.kl.mean().item(),
-            "entropy": at.entropy.mean().item(),
-            "gate_kl": correlation(self.head.scores(at.states), at.kl),
+            "kl": seen.kl.mean().item(),
+            "entropy": seen.entropy.mean().item(),
+            "gate_kl": correlation(self.head.scores(seen.states), seen.kl),
             "gate_gain": correlation(self.head.scores(taught.states), taught.target),
         }
         self.prices = self._next_prices(data, asked, aims, first)
-        return metrics, asked
+        return Played(metrics, asked)
+
+    def _requests(self, prompts: Prompts, alone: int) -> list[Request]:
+        """The first `alone` never ask, the others at the prices of the rates that they aim at."""
+        requests = []
+        for number, (ids, hidden) in enumerate(zip(prompts.ids, prompts.hidden, strict=True)):
+            if number < alone:
+                requests.append(Request(ids, hidden=hidden))
+            else:
+                price = self.prices[prompts.rates[number]]
+                requests.append(Request(ids, price, FREE, hidden))
+        return requests
 
     def _fit(self, data: Lessons) -> dict[str, float]:
         """Scalars to log."""
@@ -95,18 +121,20 @@ class Rounds:
         self, prompts: Prompts, trajectories: Trajectories, completions: Sequence[Rollout]
     ) -> Lessons:
         """What asking gains at every position of the rollouts, as the recipe counts it."""
-        config, at = self.config, trajectories.positions
-        view, source = teacher_view(at), torch.tensor(prompts.sources)[at.row]
+        config = self.config
+        seen = trajectories.positions
+        view = teacher_view(seen)
+        source = torch.tensor(prompts.sources)[seen.row]
         known = torch.ones_like(trajectories.by_teacher)
         if isinstance(config.gain, QualityGain):
             target = worth_of_asking(
                 self.loop, prompts.ids, trajectories, completions, self._worth_in_this_round
             )
         else:
-            target = token_gain(config.gain, at)
+            target = token_gain(config.gain, seen)
             if not isinstance(config.objective, ConstrainedObjective):  # its critic looks ahead
                 target, known = span_gain(target, trajectories, config.ask_tokens)
-        return Lessons(at.states, target, trajectories.by_teacher, at.row, source, view).where(known)
+        return Lessons(seen.states, target, trajectories.by_teacher, seen.row, source, view).where(known)
 
     def _worth_in_this_round(self, rows: Sequence[int], whole: Sequence[list[int]]) -> Tensor:
         first = len(self.seen) * self.config.prompts
@@ -121,16 +149,21 @@ class Rounds:
             return {rate: torch.quantile(scores, 1 - rate).item() for rate in self.prices}
         if first:
             return dict.fromkeys(self.prices, math.sqrt(math.prod(objective.prices)))
-        by_aim = {
-            rate: [c for c, aim in zip(asked, aims, strict=True) if aim == rate] for rate in self.prices
-        }
-        return {
-            rate: ascended(price, teacher_rate(by_aim[rate]), rate) if by_aim[rate] else price
-            for rate, price in self.prices.items()
-        }
+        by_aim: dict[float, list[Rollout]] = defaultdict(list)
+        for completion, aim in zip(asked, aims, strict=True):
+            by_aim[aim].append(completion)
+        prices = dict(self.prices)
+        for aim, completions in by_aim.items():
+            prices[aim] = ascended(self.prices[aim], teacher_rate(completions), aim)
+        return prices
 
     def save(self, file: Path, run: dict[str, object]) -> None:
-        """Atomic. run: what must be the same in a run that goes on from it."""
+        """Atomic.
+
+        Args:
+            file: is replaced.
+            run: what must be the same in a run that goes on from it.
+        """
         scratch = file.with_suffix(".tmp")
         seen = [vars(taught) for taught in self.seen]
         torch.save({"run": run, "head": self.head.state_dict(), "prices": self.prices, "seen": seen}, scratch)
@@ -138,11 +171,15 @@ class Rounds:
 
     def restore(self, file: Path, run: dict[str, object]) -> None:
         """Changes nothing where there is no file, or one of another run."""
-        saved = torch.load(file) if file.exists() else {"run": None}
-        if saved["run"] == run:
-            self.head.load_state_dict(saved["head"])
-            self.prices, self.seen = saved["prices"], [Lessons(**taught) for taught in saved["seen"]]
-            install_taps(self.loop, self.head)
+        if not file.exists():
+            return
+        saved = torch.load(file)
+        if saved["run"] != run:
+            return
+        self.head.load_state_dict(saved["head"])
+        self.prices = saved["prices"]
+        self.seen = [Lessons(**taught) for taught in saved["seen"]]
+        install_taps(self.loop, self.head)
 
 
 def train_gate(
@@ -150,8 +187,12 @@ def train_gate(
 ) -> Head:
     """Play what is left of `config.rounds`. The taps end in the student's reserved rows.
 
-    prompts: `config.prompts` for each round. directory: of the log and of what a killed run goes on from.
-    origin: what identifies models and task.
+    Args:
+        rounds: what was played so far.
+        prompts: `config.prompts` for each round.
+        tokenizer: of the pair.
+        directory: of the log and of what a killed run goes on from.
+        origin: what identifies models and task.
     """
     config = rounds.config
     run = {
@@ -163,9 +204,9 @@ def train_gate(
     file = directory / "rounds.pt"
     rounds.restore(file, run)
     with Log(directory, len(rounds.seen)) as log:
-        for at in range(len(rounds.seen), config.rounds):
-            metrics, asked = rounds.play(prompts.part(at, config.prompts))
-            log.write(at + 1, metrics)
+        for number in range(len(rounds.seen), config.rounds):
+            metrics, asked = rounds.play(prompts.part(number, config.prompts))
+            log.write(number + 1, metrics)
             for completion in asked[:SHOWN]:
                 console.print(
                     Text("  → ").append_text(marked(tokenizer, completion, colour=console.is_terminal))
@@ -189,14 +230,25 @@ def marked(tokenizer: PreTrainedTokenizerBase, completion: Rollout, colour: bool
     """The completion's text, the teacher's part of it coloured, or in brackets."""
 
     def offset(tokens: int) -> int:  # a prefix may end inside a character, which then reads U+FFFD
-        return len(tokenizer.decode(completion.tokens[:tokens], skip_special_tokens=True).rstrip("\ufffd"))
+        return len(decode_answer(tokenizer, completion.tokens[:tokens]).rstrip("\ufffd"))
 
-    whole, text, start = tokenizer.decode(completion.tokens, skip_special_tokens=True), Text(), 0
-    for at, by_teacher in enumerate(completion.by_teacher, start=1):
-        if at == len(completion.tokens) or completion.by_teacher[at] != by_teacher:
-            piece, start = whole[start : offset(at)], offset(at)
-            if not by_teacher:
-                text.append(piece)
-            elif piece:
-                text.append(piece if colour else f"⟦{piece}⟧", style="bold black on yellow" if colour else "")
+    whole = decode_answer(tokenizer, completion.tokens)
+    text = Text()
+    start = 0
+    written = 0
+    for by_teacher, stretch in groupby(completion.by_teacher):
+        written += len(list(stretch))
+        end = offset(written)
+        append_piece(text, whole[start:end], by_teacher, colour)
+        start = end
     return text
+
+
+def append_piece(text: Text, piece: str, by_teacher: bool, colour: bool) -> None:
+    """Add what one of the models wrote in one stretch."""
+    if not by_teacher or not piece:
+        text.append(piece)
+    elif colour:
+        text.append(piece, style="bold black on yellow")
+    else:
+        text.append(f"⟦{piece}⟧")

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from measuring.examples import Example
+from measuring.examples import Example, sources_of
 from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, fingerprint, tokenizer_fingerprint
 from router.gate import CONFIDENCE_GATES, Gate, RandomGate
 from router.reserved import ReservedRows
 from training.config import RecipeError
+from training.gate_config import GateConfig, QualityGain
 from training.gating.calibration import Noise, Quality, Run, calibrate, spare_prices
-from training.gating.config import GateConfig, QualityGain
 from training.gating.head import Head
 from training.gating.judge import Judge
 from training.gating.prompts import Trees, rollout_prompts
@@ -29,7 +29,7 @@ from training.gating.rounds import Rounds, train_gate
 from training.gating.scorer import Scorer
 from training.gating.tree import ends
 from training.models import load_model, load_with_rows, reserved_rows
-from training.parallel import device
+from training.parallel import device, onto_device
 from training.reading import check_readout, check_steps
 from training.tasks import Task
 from training.tokenizer import visible_ids
@@ -61,8 +61,10 @@ class FrozenPair:
         for path in (self.student, self.teacher):
             if not (path / "config.json").exists():
                 raise RecipeError(f"no model in {path}")
-        student = load_with_rows(self.student, self.tokenizer).requires_grad_(False).to(device())
-        teacher = load_model(self.teacher).requires_grad_(False).to(device())
+        student = load_with_rows(self.student, self.tokenizer).requires_grad_(False)
+        teacher = load_model(self.teacher).requires_grad_(False)
+        onto_device(student)
+        onto_device(teacher)
         check_steps(student, "student")
         check_steps(teacher, "teacher")
         check_readout(student, "student")
@@ -114,9 +116,10 @@ class RouterStage:
 
     def fitted(self, work: Path) -> Head:
         """Taps and gate after all rounds; the taps are in the student's reserved rows."""
-        config, tokenizer = self.config, self.pair.tokenizer
+        config = self.config
+        tokenizer = self.pair.tokenizer
         examples = self._room.drawn(self.task.router(self.seed), config.prompts * config.rounds)
-        prompts = rollout_prompts(tokenizer, [example.source for example in examples], config, self.seed)
+        prompts = rollout_prompts(tokenizer, sources_of(examples), config, self.seed)
         torch.manual_seed(self.seed)  # of the first weights
         head = Head(self.loop.student, self._reserved, config.width).to(device())
         drawn = config.gain.teacher_references if isinstance(config.gain, QualityGain) else 0
@@ -130,29 +133,33 @@ class RouterStage:
 
     def calibrated(self, gate: Gate) -> Calibrated:
         """Prices of this gate and of the confidence gates."""
-        config, tokenizer = self.config, self.pair.tokenizer
+        config = self.config
+        tokenizer = self.pair.tokenizer
         gates: dict[str, Gate] = {LEARNED: gate}
         if config.template is None:  # the others are calibrated for prompts as they are
-            gates |= {name: make(self._reserved) for name, make in CONFIDENCE_GATES.items()}
+            for name, make in CONFIDENCE_GATES.items():
+                gates[name] = make(self._reserved)
         examples = self._room.kept(self.task.valid()[: config.calibration_examples], "validation")
-        sources = [example.source for example in examples]
-        trees = Trees(self.loop, tokenizer, sources, gates, config.template)
+        trees = Trees(self.loop, tokenizer, sources_of(examples), gates, config.template)
         scorer = Scorer(self.task, tokenizer, examples)
         alone, taught = trees(0.0).run(ends(LEARNED))
         gap = Gap(scorer, scorer(alone).quality, scorer(taught).quality)
         print(f"on validation data: student {gap.student:.3f}, teacher {gap.teacher:.3f}", flush=True)
-        expected_tokens = sum(len(rollout.tokens) for rollout in alone) / len(alone)
+        lengths = [len(rollout.tokens) for rollout in alone]
+        expected_tokens = sum(lengths) / len(lengths)
         calibrated = Calibrated({}, {}, expected_tokens)
         for name in gates:
             points = calibrate_gate(trees, name, gap.share, gap.noise, config)
-            calibrated.prices[name], calibrated.spares[name] = points.prices, points.spares
+            calibrated.prices[name] = points.prices
+            calibrated.spares[name] = points.spares
             shown = " ".join(f"{budget:g}:{price:.4g}" for budget, price in points.prices)
             print(f"calibrated {name}: {shown}", flush=True)
         return calibrated
 
     def checkpoint(self, head: Head, calibrated: Calibrated) -> RouterCheckpoint:
         """All of it, as it is exported."""
-        config, reserved = self.config, self._reserved
+        config = self.config
+        reserved = self._reserved
         return RouterCheckpoint(
             config=RouterConfig(
                 reserved_start=reserved.start,
@@ -212,12 +219,12 @@ class Gap:
         """Quality of a run."""
         return self.scorer(run).quality / self.size
 
-    def noise(self, one: Run, other: Run) -> float:
+    def noise(self, first: Run, second: Run) -> float:
         """By the examples' own qualities, also if the task's is not their mean."""
-        if len(one) < 2:
+        if len(first) < 2:
             return math.inf  # one example tells nothing about others
-        differences = self.scorer.each(one) - self.scorer.each(other)
-        return differences.std().item() / math.sqrt(len(one)) / self.size
+        differences = self.scorer.qualities(first) - self.scorer.qualities(second)
+        return differences.std().item() / math.sqrt(len(first)) / self.size
 
 
 class GatePoints(NamedTuple):
@@ -228,10 +235,21 @@ class GatePoints(NamedTuple):
 
 
 def calibrate_gate(trees: Trees, name: str, quality: Quality, noise: Noise, config: GateConfig) -> GatePoints:
-    """Prices of all budgets. quality, noise: in shares of the gap."""
+    """Prices of all budgets.
+
+    Args:
+        trees: of the validation prompts.
+        name: of the gate.
+        quality: in shares of the gap.
+        noise: in shares of the gap.
+        config: budgets and spans.
+    """
     spans = (config.span_tokens, config.ask_tokens)
-    together = [config.budgets] if config.template is None else [(budget,) for budget in config.budgets]
-    prices, spares = [], []
+    together: list[tuple[float, ...]] = [config.budgets]
+    if config.template is not None:
+        together = [(budget,) for budget in config.budgets]
+    prices = []
+    spares = []
     for budgets in together:
         tree = trees(budgets[0])
         found = calibrate(tree, name, budgets, spans, quality, noise)

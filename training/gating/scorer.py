@@ -29,25 +29,33 @@ class Scored(NamedTuple):
     similarity: float
 
 
+class _Key(NamedTuple):
+    """A completion of an example."""
+
+    number: int
+    """Of the example."""
+    tokens: tuple[int, ...]
+
+
 class Scorer:
     """Scores completions of `examples`; remembers answers, of which a tree gives few different ones."""
 
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> None:
-        self._task, self._tokenizer, self._examples = task, tokenizer, examples
-        self._known: dict[tuple[int, tuple[int, ...]], Scored] = {}
+        self._task = task
+        self._tokenizer = tokenizer
+        self._examples = examples
+        self._known: dict[_Key, Scored] = {}
 
     def __call__(self, completions: Sequence[Rollout]) -> SetScore:
         """Of one completion of each example."""
-        scored = self._look_up(enumerate(c.tokens for c in completions))
-        answers = [each.answer for each in scored]
-        qualities = [each.quality for each in scored]
+        scored = self._scored(completions)
+        answers, qualities, similarities = map(list, zip(*scored, strict=True))
         quality = self._task.quality(self._examples, answers, qualities)
-        return SetScore(quality, sum(each.similarity for each in scored) / len(scored))
+        return SetScore(quality, sum(similarities) / len(scored))
 
-    def each(self, completions: Sequence[Rollout]) -> Tensor:
-        """Quality of every completion: (examples,)"""
-        scored = self._look_up(enumerate(c.tokens for c in completions))
-        return torch.tensor([each.quality for each in scored])
+    def qualities(self, completions: Sequence[Rollout]) -> Tensor:
+        """Quality of every completion: (examples,)."""
+        return torch.tensor([scored.quality for scored in self._scored(completions)])
 
     def worth(self, numbers: Sequence[int], completions: Sequence[list[int]]) -> Tensor:
         """Mean of quality and similarity, in points of 100: (N,).
@@ -56,17 +64,29 @@ class Scorer:
             numbers: of N examples.
             completions: token ids, one for each number.
         """
-        scored = self._look_up(zip(numbers, completions, strict=True))
-        return torch.tensor([50 * (each.quality + each.similarity) for each in scored])
+        scored = self._look_up(map(_Key, numbers, map(tuple, completions)))
+        return torch.tensor([50 * (found.quality + found.similarity) for found in scored])
 
-    def _look_up(self, completions: Iterable[tuple[int, list[int]]]) -> list[Scored]:
-        """Every completion of an example, by its number."""
-        keys = [(number, tuple(tokens)) for number, tokens in completions]
+    def _scored(self, completions: Sequence[Rollout]) -> list[Scored]:
+        """One completion of each example."""
+        keys = []
+        for number, completion in enumerate(completions):
+            keys.append(_Key(number, tuple(completion.tokens)))
+        return self._look_up(keys)
+
+    def _look_up(self, completions: Iterable[_Key]) -> list[Scored]:
+        keys = list(completions)
         new = [key for key in dict.fromkeys(keys) if key not in self._known]
         if new:
-            answers = decode_answers(self._tokenizer, [list(tokens) for _, tokens in new])
-            scores = self._task.score([self._examples[number] for number, _ in new], answers)
-            columns = zip(new, answers, scores.quality, scores.similarity, strict=True)
-            for key, answer, quality, similarity in columns:
-                self._known[key] = Scored(answer, quality, similarity)
+            self._score(new)
         return [self._known[key] for key in keys]
+
+    def _score(self, new: list[_Key]) -> None:
+        examples = []
+        completions = []
+        for key in new:
+            examples.append(self._examples[key.number])
+            completions.append(list(key.tokens))
+        answers = decode_answers(self._tokenizer, completions)
+        scores = self._task.score(examples, answers)
+        self._known.update(zip(new, map(Scored, answers, scores.quality, scores.similarity), strict=True))

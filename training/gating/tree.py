@@ -7,8 +7,9 @@ less than decoding it.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +26,24 @@ ScoreGate = Gate | Callable[[Positions], Tensor]
 
 @dataclass(slots=True)
 class Node:
-    """A prefix. own, theirs: next token of student and teacher; index: of its row in the tree's tensors."""
+    """A prefix, and what the models write after it."""
 
     index: int
+    """Of its row in the tree's tensors."""
     own: int
+    """The student's next token."""
     theirs: int
+    """The teacher's next token."""
     next: dict[int, "Node"] = field(default_factory=dict)
+
+
+class Prefix(NamedTuple):
+    """Where the tree grows."""
+
+    prompt: int
+    """Its number."""
+    tokens: tuple[int, ...]
+    """Of the completion so far."""
 
 
 PERIODIC = "periodic"
@@ -39,9 +52,10 @@ PERIODIC = "periodic"
 
 @dataclass(frozen=True)
 class Setting:
-    """gate: a name that the tree scores, or PERIODIC."""
+    """Terms on which the completions of all prompts are written."""
 
     gate: str
+    """A name that the tree scores, or PERIODIC."""
     price: float
     fraction: float
     span_tokens: int
@@ -55,27 +69,57 @@ def ends(gate: str) -> list[Setting]:
     return [Setting(gate, math.inf, 0.0, 1), Setting(gate, -math.inf, 1.0, 1)]
 
 
+@dataclass(frozen=True)
+class Walk:
+    """One completion on its way through the tree."""
+
+    prompt: int
+    """Its number."""
+    done: Rollout
+    """What is written so far."""
+    steps: Iterator[None]
+    """Yields when the tree has to grow before the walk can go on."""
+
+    def goes_on(self) -> bool:
+        """Walk until the tree has to grow; False if the completion ends first."""
+        for _ in self.steps:
+            return True
+        return False
+
+    @property
+    def prefix(self) -> Prefix:
+        """Where the tree has to grow."""
+        return Prefix(self.prompt, tuple(self.done.tokens))
+
+
 class Tree:
-    """Grows on demand below each of `prompts`; `loop` must decode greedily. hidden: first tokens of
-    every prompt that the teacher does not see.
+    """Grows on demand below each prompt.
+
+    Args:
+        loop: must decode greedily.
+        prompts: as the student reads them.
+        gates: that score the nodes, by name.
+        hidden: first tokens of every prompt that the teacher does not see.
     """
 
     def __init__(
         self,
         loop: ClosedLoop,
         prompts: Sequence[list[int]],
-        gates: dict[str, ScoreGate],
+        gates: Mapping[str, ScoreGate],
         hidden: int = 0,
     ) -> None:
         if loop.temperature or loop.explore:
             raise ValueError("the tree holds greedy decoding only")
-        self._loop, self._prompts, self._hidden = loop, prompts, hidden
+        self._loop = loop
+        self._prompts = prompts
+        self._hidden = hidden
         self._seen: list[Positions] = []
         self._scores: dict[str, list[float]] = {}
         self._gates: dict[str, ScoreGate] = {}
-        self._roots: list[Node | None] = [None] * len(prompts)
+        self._roots: dict[int, Node] = {}
         self._size = 0
-        self._grow([(i, []) for i in range(len(prompts))])
+        self._grow([Prefix(number, ()) for number in range(len(prompts))])
         for name, gate in gates.items():
             self.add(name, gate)
 
@@ -99,27 +143,31 @@ class Tree:
         self._scores[name] = self._score(gate, self.positions)
 
     def scores(self, name: str) -> Tensor:
-        """(nodes,)"""
+        """The gate's scores of all nodes: (nodes,)."""
         return torch.tensor(self._scores[name])
 
     def run(self, settings: Sequence[Setting]) -> list[list[Rollout]]:
         """For each setting the completions of all prompts."""
-        runs = [[Rollout() for _ in self._prompts] for _ in settings]
-        walks = [
-            (p, done, self._walk(self._roots[p], setting, done))
-            for run, setting in zip(runs, settings, strict=True)
-            for p, done in enumerate(run)
-        ]
+        runs = []
+        walks = []
+        for setting in settings:
+            run = []
+            for prompt in range(len(self._prompts)):
+                done = Rollout()
+                run.append(done)
+                walks.append(Walk(prompt, done, self._walk(self._roots[prompt], setting, done)))
+            runs.append(run)
         while walks:
-            walks = [walk for walk in walks if next(walk[2], False)]
-            missing = dict.fromkeys((p, tuple(done.tokens)) for p, done, _ in walks)
-            self._grow([(p, list(prefix)) for p, prefix in missing])
+            walks = [walk for walk in walks if walk.goes_on()]
+            missing = dict.fromkeys(walk.prefix for walk in walks)
+            self._grow(list(missing))
         return runs
 
-    def _walk(self, node: Node, setting: Setting, done: Rollout) -> Iterator[bool]:
-        """Writes `done`; yields True where the tree has to grow before the walk can go on."""
+    def _walk(self, node: Node, setting: Setting, done: Rollout) -> Iterator[None]:
+        """Writes `done`; yields when the tree has to grow before the walk can go on."""
         bucket = Bucket(Budget(fraction=setting.fraction), setting.span_tokens, setting.ask_tokens)
-        end, max_tokens = self._loop.end, self._loop.max_tokens
+        end = self._loop.end
+        max_tokens = self._loop.max_tokens
         draft = Draft(bucket, max_tokens, done)
         for length in range(max_tokens):
             asks = draft.span_left == 0 and self._wants(node, length, setting, bucket)
@@ -127,7 +175,7 @@ class Tree:
             if token == end or length + 1 == max_tokens:
                 return
             if token not in node.next:
-                yield True
+                yield
             node = node.next[token]
 
     def _wants(self, node: Node, length: int, setting: Setting, bucket: Bucket) -> bool:
@@ -141,49 +189,53 @@ class Tree:
 
     def path(self, prompt: int, tokens: Sequence[int]) -> list[int]:
         """Indices of the nodes at which these tokens, which the tree holds, were written."""
-        node, indices = self._roots[prompt], []
+        node = self._roots[prompt]
+        indices = []
         for token in tokens[:-1]:
             indices.append(node.index)
             node = node.next[token]
         return [*indices, node.index]
 
-    def _grow(self, prefixes: list[tuple[int, list[int]]]) -> None:
-        """Add the nodes of the student's own way on from each (prompt, prefix)."""
+    def _grow(self, prefixes: Sequence[Prefix]) -> None:
+        """Add the nodes of the student's own way on from each prefix."""
         if not prefixes:
             return
-        requests = [Request(self._prompts[p] + prefix, hidden=self._hidden) for p, prefix in prefixes]
+        requests = []
+        for prefix in prefixes:
+            ids = [*self._prompts[prefix.prompt], *prefix.tokens]
+            requests.append(Request(ids, hidden=self._hidden))
         seen: list[Positions] = []
         self._loop.write(requests, watch=seen.append)
         new = concatenate(seen)
         self._seen.append(new)
-        at: list[Node | None] = [None] * len(prefixes)  # last node of each row; `seen` is in order of time
+        last: dict[int, Node] = {}  # of each row; `seen` is in order of time
         for row, own, theirs in zip(new.row.tolist(), new.own.tolist(), new.theirs.tolist(), strict=True):
             node = Node(self._size, own, theirs)
             self._size += 1
-            last = at[row]
-            if last is None:
-                self._attach(*prefixes[row], node)
+            if row in last:
+                last[row].next[last[row].own] = node
             else:
-                last.next[last.own] = node
-            at[row] = node
+                self._attach(prefixes[row], node)
+            last[row] = node
         for name, gate in self._gates.items():
             self._scores[name] += self._score(gate, new)
 
-    def _attach(self, prompt: int, prefix: list[int], node: Node) -> None:
-        parent = self._roots[prompt]
-        if parent is None:
-            self._roots[prompt] = node
+    def _attach(self, prefix: Prefix, node: Node) -> None:
+        if not prefix.tokens:
+            self._roots[prefix.prompt] = node
             return
-        for token in prefix[:-1]:
+        parent = self._roots[prefix.prompt]
+        for token in prefix.tokens[:-1]:
             parent = parent.next[token]
-        parent.next[prefix[-1]] = node
+        parent.next[prefix.tokens[-1]] = node
 
     @torch.no_grad()
     def _score(self, gate: ScoreGate, positions: Positions) -> list[float]:
         if not isinstance(gate, Gate):
             return gate(positions).tolist()
         student = self._loop.student
-        output, readout = student.get_output_embeddings(), Readout.of(student.config)
+        output = student.get_output_embeddings()
+        readout = Readout.of(student.config)
         gate.to(student.device)
         scores = []
         for chunk in positions.states.split(CHUNK):

@@ -20,7 +20,8 @@ class Best:
 
     def __init__(self, directory: Path, schedule: Schedule, state: dict[str, Any]) -> None:
         self._directory = directory
-        self._keep, self._patience = schedule.keep == "best", schedule.patience
+        self._keep = schedule.keep == "best"
+        self._patience = schedule.patience
         self.step: int = state.get("step", 0)
         self._score: list[float] = state.get("score", [])
         self._misses: int = state.get("misses", 0)
@@ -40,7 +41,9 @@ class Best:
         if self._score and score <= self._score:
             self._misses += 1
             return
-        self.step, self._score, self._misses = step, score, 0
+        self.step = step
+        self._score = score
+        self._misses = 0
         if self._keep:
             save_weights(self._file(step), model)
 

@@ -1,6 +1,7 @@
 """Checkpoints of a run: one file, the same whatever the number of processes."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,10 @@ def save(
     """Atomic: a kill leaves the old one or the new one. Frozen parameters are not in it.
 
     Args:
+        directory: of the run.
+        step: the last one that was done.
+        model: its trained parameters are kept.
+        optimizers: their states are kept.
         best: state of the best validation.
         record: what the recipe says of this stage, see `training.record`.
     """
@@ -97,10 +102,13 @@ def load_weights(file: Path, model: PreTrainedModel) -> None:
     set_model_state_dict(model, weights, options=RESTORED)
 
 
-def _trained(weights: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def _trained(weights: Mapping[str, object], model: PreTrainedModel) -> dict[str, object]:
     """Without a frozen output matrix that is the embedding too and comes under its second name."""
-    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    return {name: tensor for name, tensor in weights.items() if name not in frozen}
+    kept = dict(weights)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            kept.pop(name, None)
+    return kept
 
 
 def _write(state: dict[str, Any], file: Path) -> None:

@@ -1,5 +1,7 @@
 """Muon, also for CPUs without bfloat16, on which torch's own takes half a second for every matrix."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -7,22 +9,28 @@ from torch.optim import Optimizer
 from training.parallel import fast_bf16
 
 STEPS = 5
-A, B, C = 3.4445, -4.7750, 2.0315
-"""Of the quintic that pushes all singular values towards 1 (Jordan et al. 2024)."""
+# Coefficients of the quintic that pushes all singular values towards 1 (Jordan et al. 2024).
+A = 3.4445
+B = -4.7750
+C = 2.0315
 
 
 class Muon(Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024, with Nesterov's step), for matrices (rows, columns); the
-    update has the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that both share a learning rate.
+    """Momentum, orthogonalised (Jordan et al. 2024, with Nesterov's step), for matrices (rows, columns).
+
+    The update has the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that both share a learning
+    rate.
     """
 
-    def __init__(self, params: list[Tensor], weight_decay: float, momentum: float = 0.95) -> None:
+    def __init__(self, params: Iterable[Tensor], weight_decay: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": 1e-3, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody gives it a closure
+        """Change the parameters by their gradients."""
         for group in self.param_groups:
-            rate, momentum = group["lr"], group["momentum"]
+            rate = group["lr"]
+            momentum = group["momentum"]
             for p in group["params"]:
                 if p.grad is None:
                     continue

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -39,8 +40,10 @@ class Progress:
         self._bar.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._bar.__exit__(*error)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.__exit__(kind, error, trace)
 
     def advance(self, tokens: int) -> None:
         """One step further."""
@@ -64,7 +67,8 @@ class Log:
         if parallel.is_first():
             directory.mkdir(parents=True, exist_ok=True)
             self._trackers.append(JsonLines(directory, start))
-            self._trackers += [TRACKERS[name](directory, start) for name in trackers]
+            for name in trackers:
+                self._trackers.append(TRACKERS[name](directory, start))
 
     def __enter__(self) -> Self:
         return self
@@ -81,5 +85,6 @@ class Log:
             return
         for tracker in self._trackers:
             tracker.write(step, metrics)
-        console.print(f"{self._name} {step} " + " ".join(f"{k}={v:.4g}" for k, v in metrics.items()))
+        shown = " ".join(f"{name}={value:.4g}" for name, value in metrics.items())
+        console.print(f"{self._name} {step} {shown}")
         sys.stdout.flush()

@@ -25,7 +25,10 @@ class Stopped(RunEnded):
 
 
 class StopRequests:
+    """What the signals have set so far."""
+
     requested = False
+    """Whether the run is to end after this step."""
 
 
 @contextmanager
@@ -37,15 +40,17 @@ def stop_requests() -> Iterator[StopRequests]:
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(_number: int, _frame: FrameType | None) -> None:
         requests.requested = True
-        for each in SIGNALS:
-            signal.signal(each, before[each])
+        restore()
 
     for number in SIGNALS:
         signal.signal(number, note)
     try:
         yield requests
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()

@@ -32,8 +32,11 @@ class JsonLines:
     def __init__(self, directory: Path, start: int) -> None:
         self._file = directory / "log.jsonl"
         lines = self._file.read_text().split("\n") if self._file.exists() else []
-        kept = [line for line in lines if line and json.loads(line)["step"] <= start]
-        self._file.write_text("".join(line + "\n" for line in kept))
+        kept = []
+        for line in lines:
+            if line and json.loads(line)["step"] <= start:
+                kept.append(line + "\n")
+        self._file.write_text("".join(kept))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One line."""

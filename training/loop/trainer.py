@@ -6,9 +6,9 @@ split, the gradient is the whole batch's.
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,17 +19,17 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from training import parallel
-from training.batches import Batch
+from training.batches import Batch, BatchLoss
 from training.config import Schedule
 from training.loop.best import Best
 from training.loop.checkpoints import restore, save
 from training.loop.muon import Muon
 from training.loop.progress import Log, Progress, console
-from training.loop.stopping import Diverged, Stopped, stop_requests
+from training.loop.stopping import Diverged, Stopped, StopRequests, stop_requests
+from training.models import trained
 from training.sampling import evaluating
 
-Loss = Callable[[PreTrainedModel, Batch], tuple[Tensor, dict[str, Tensor]]]
-"""A scalar, the mean over the positions of the batch's answers, and scalars to log."""
+Loss = Callable[[PreTrainedModel, Batch], BatchLoss]
 Prepare = Callable[[PreTrainedModel, Batch], Batch]
 """What the loss is taken of, e.g. the model's own completions; called without gradient."""
 Validate = Callable[[PreTrainedModel], dict[str, float]]
@@ -65,6 +65,14 @@ def train(
     """Train `model` in place for `schedule.steps`, from `directory`'s checkpoint where there is one.
 
     Args:
+        model: is changed in place.
+        loss: what is minimised.
+        batches: by step.
+        schedule: steps, optimizer and rates.
+        directory: of checkpoints and log.
+        prepare: makes of a batch what the loss is taken of.
+        validate: gives the scalars of a validation; None: there is none.
+        seed: of everything that a step draws.
         record: what the recipe says of this stage, kept in the checkpoint.
         trackers: names in `training.loop.trackers.TRACKERS`.
 
@@ -77,37 +85,79 @@ def train(
     best = Best(directory, schedule, state)
     announce(schedule, directory.name)
     model.train()
+    run = Run(model, loss, prepare, validate, schedule, directory, seed, record, optimizers, best)
     with (
         named_failures(directory.name),
         stop_requests() as stop,
         Log(directory, start, trackers) as log,
         Progress(directory.name, start, schedule.steps) as progress,
     ):
+        run.go_on(batches, start, log, progress, stop)
+    finish(model, best, directory.name)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The steps of one model from its checkpoint on."""
+
+    model: PreTrainedModel
+    loss: Loss
+    prepare: Prepare
+    validate: Validate | None
+    schedule: Schedule
+    directory: Path
+    seed: int
+    record: Record | None
+    optimizers: list[Optimizer]
+    best: Best
+
+    def go_on(self, batches: Batches, start: int, log: Log, progress: Progress, stop: StopRequests) -> None:
+        """Step by step to the end; see `train`."""
+        schedule = self.schedule
         speed = Speed(start)
         for step in range(start, schedule.steps):
-            if best.exhausted:
-                break
-            metrics, count = update(model, loss, prepare, optimizers, batches[step], step, schedule, seed)
-            done, last = step + 1, step + 1 == schedule.steps
+            if self.best.exhausted:
+                return
+            metrics, count = self.update(batches[step], step)
+            done = step + 1
             speed.count(count)
             progress.advance(count)
-            if done % schedule.log_every == 0 or last:
+            if self._is_due(done, schedule.log_every):
                 log.write(done, averaged(metrics) | speed.since_last(done))
-            if validate and schedule.validate_every and (done % schedule.validate_every == 0 or last):
-                with evaluating(model):
-                    scores = validate(model)
-                log.write(done, scores)
-                best.note(done, scores, model)
+            if self.validate is not None and self._is_due(done, schedule.validate_every):
+                self._note(self.validate, done, log)
             stopping = parallel.any_of(stop.requested)
-            if done % schedule.checkpoint_every == 0 or last or stopping or best.exhausted:
-                save(directory, done, model, optimizers, best.state(), record)
-                best.tidy()
-            if stopping and not last and not best.exhausted:
+            if self._is_due(done, schedule.checkpoint_every) or stopping or self.best.exhausted:
+                save(self.directory, done, self.model, self.optimizers, self.best.state(), self.record)
+                self.best.tidy()
+            if stopping and done < schedule.steps and not self.best.exhausted:
                 raise Stopped(
-                    f"{directory.name}: stopped after step {done} of {schedule.steps}; "
+                    f"{self.directory.name}: stopped after step {done} of {schedule.steps}; "
                     "the same command goes on from there"
                 )
-    finish(model, best, directory.name)
+
+    def update(self, batch: Batch, step: int) -> "Updated":
+        """One optimizer step, see `update`."""
+        return update(
+            self.model,
+            self.loss,
+            self.prepare,
+            self.optimizers,
+            batch,
+            step,
+            self.schedule,
+            self.seed,
+        )
+
+    def _is_due(self, done: int, every: int) -> bool:
+        """What is done at every so many steps is done after the last one too; 0: never."""
+        return every > 0 and (done % every == 0 or done == self.schedule.steps)
+
+    def _note(self, validate: Validate, done: int, log: Log) -> None:
+        with evaluating(self.model):
+            scores = validate(self.model)
+        log.write(done, scores)
+        self.best.note(done, scores, self.model)
 
 
 def announce(schedule: Schedule, name: str) -> None:
@@ -140,7 +190,9 @@ class Speed:
     """Steps and trained positions per second between two lines of the log."""
 
     def __init__(self, step: int) -> None:
-        self._tokens, self._step, self._began = 0, step, time.monotonic()
+        self._tokens = 0
+        self._step = step
+        self._began = time.monotonic()
 
     def count(self, tokens: int) -> None:
         """Of one step."""
@@ -154,7 +206,9 @@ class Speed:
             "steps_per_second": (step - self._step) / seconds,
             "tokens_per_second": self._tokens / seconds,
         }
-        self._tokens, self._step, self._began = 0, step, now
+        self._tokens = 0
+        self._step = step
+        self._began = now
         return speeds
 
 
@@ -187,13 +241,14 @@ def update(
     device = parallel.device()
     bf16 = schedule.precision == "bf16" and parallel.fast_bf16(device)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    accumulate, size = schedule.accumulate, parallel.size()
+    accumulate = schedule.accumulate
+    size = parallel.size()
     batch.parts(accumulate * size)  # refuses what does not come out even
     mine = batch.parts(size)[parallel.rank()]
     with torch.no_grad(), amp:
         parts = prepare(model, mine.to(device)).parts(accumulate)
     positions = int(parallel.total(sum(part.positions for part in parts)))
-    metrics: dict[str, Tensor] = defaultdict(float)
+    metrics: dict[str, Tensor] = {}
     losses = []
     for i, part in enumerate(parts):
         parallel.synchronise_gradients(model, i + 1 == accumulate)
@@ -203,10 +258,8 @@ def update(
         (value * share * size).backward()  # the processes' gradients are averaged, not summed
         losses.append(value.detach())
         for name, metric in logged.items():
-            metrics[name] += metric * share
-    metrics["grad_norm"] = clip_grad_norm_(
-        [p for p in model.parameters() if p.requires_grad], schedule.clip, foreach=True
-    )
+            metrics[name] = metrics.get(name, 0.0) + metric * share
+    metrics["grad_norm"] = clip_grad_norm_(trained(model), schedule.clip, foreach=True)
     check_finite(step, losses, metrics["grad_norm"])
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -234,8 +287,13 @@ def whole_number(norm: Tensor) -> Tensor:
 
 def averaged(metrics: dict[str, Tensor]) -> dict[str, float]:
     """The whole batch's metrics as numbers."""
-    others = {k: parallel.total(float(v)) for k, v in metrics.items() if k != "grad_norm"}
-    return others | {"grad_norm": float(whole_number(metrics["grad_norm"]))}
+    numbers = {}
+    for name, metric in metrics.items():
+        if name == "grad_norm":
+            numbers[name] = float(whole_number(metric))
+        else:
+            numbers[name] = parallel.total(float(metric))
+    return numbers
 
 
 def learning_rate_factor(step: int, schedule: Schedule) -> float:
@@ -248,9 +306,9 @@ def make_optimizers(model: PreTrainedModel, schedule: Schedule) -> list[Optimize
     """Muon for the matrices inside the blocks, AdamW for all else."""
     inner = []
     if schedule.optimizer == "muon":
-        inner = [p for p in parallel.blocks_of(model).parameters() if p.requires_grad and p.ndim == 2]
-    chosen = {id(p) for p in inner}
-    outer = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+        inner = [matrix for matrix in trained(parallel.blocks_of(model)) if matrix.ndim == 2]
+    chosen = set(map(id, inner))
+    outer = [parameter for parameter in trained(model) if id(parameter) not in chosen]
     optimizers: list[Optimizer] = []
     if outer:
         optimizers += [AdamW(outer, betas=(0.9, 0.98), weight_decay=schedule.weight_decay, fused=True)]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from measuring.examples import sources_of
 from training import parallel
 from training.loop.progress import console
 from training.sampling import complete
@@ -26,12 +27,13 @@ class Validation:
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
         """Every process completes its share; scalars to log: `valid_quality`, `valid_similarity`."""
         examples = self.task.valid()[: self.examples]
-        prompts = encode_prompts(self.tokenizer, [example.source for example in examples])
+        prompts = encode_prompts(self.tokenizer, sources_of(examples))
         # Sharded models run in step: a process whose share is shorter completes its last prompt again.
         share = list(parallel.mine(prompts)) or prompts[:1]
         padding = int(parallel.largest(len(share))) - len(share)
         share += share[-1:] * padding
-        visible, end = visible_ids(self.tokenizer), self.tokenizer.eos_token_id
+        visible = visible_ids(self.tokenizer)
+        end = self.tokenizer.eos_token_id
         tokens = complete(model, share, visible, end, self.longest, temperature=0)
         answers = parallel.gathered(decode_answers(self.tokenizer, tokens)[: len(parallel.mine(prompts))])
         scores = self.task.score(examples, answers)

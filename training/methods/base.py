@@ -4,10 +4,9 @@ from abc import ABC, abstractmethod
 from typing import Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from training.batches import Batch
+from training.batches import Batch, BatchLoss
 from training.sampling import MAX_TOKENS, sampled
 from training.teacher import LogProbs, Teacher, both
 
@@ -19,7 +18,8 @@ class Sampler(Protocol):
 
     def __call__(
         self, model: PreTrainedModel, batch: Batch, visible: int, end: int, *, longest: int
-    ) -> Batch: ...
+    ) -> Batch:
+        """The batch's prompts with the model's own completions."""
 
 
 class Method(ABC, Generic[ConfigT]):
@@ -43,9 +43,19 @@ class Method(ABC, Generic[ConfigT]):
     ) -> None:
         if self.needs_teacher and teacher is None:
             raise ValueError(f"{type(self).__name__} needs a teacher")
-        self.config, self.visible, self.teacher, self.end = config, visible, teacher, end
+        self.config = config
+        self.visible = visible
+        self._teacher = teacher
+        self.end = end
         self.longest = longest
         self.sampler: Sampler = sampled
+
+    @property
+    def teacher(self) -> Teacher:
+        """Raises ValueError for a method that has none."""
+        if self._teacher is None:
+            raise ValueError(f"{type(self).__name__} has no teacher")
+        return self._teacher
 
     @property
     def on_policy(self) -> float:
@@ -63,7 +73,7 @@ class Method(ABC, Generic[ConfigT]):
         return self.sampler(model, batch, self.visible, self.end, longest=self.longest)
 
     @abstractmethod
-    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: PreTrainedModel, batch: Batch) -> BatchLoss:
         """Scalar to minimise, the mean over the positions of a prepared batch's answers; scalars to log."""
 
     def log_probs(self, model: PreTrainedModel, batch: Batch) -> LogProbs:

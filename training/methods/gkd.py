@@ -1,6 +1,6 @@
-"""Generalised knowledge distillation (Agarwal et al. 2023, arXiv 2306.13649): a divergence on the student's
-own text.
+"""A divergence on the student's own text (generalised knowledge distillation, Agarwal et al. 2023).
 
+Their paper is arXiv 2306.13649.
 `beta` interpolates the generalised Jensen-Shannon divergence: 0 is the forward KL, 1 the reverse KL, as in
 TRL.
 """
@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from training.batches import Batch
+from training.batches import Batch, BatchLoss
 from training.config import GKDConfig
 from training.methods.base import Method
 
 
 def generalised_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """beta KL(p_T || m) + (1 - beta) KL(pi || m), m = beta p_T + (1 - beta) pi, mean over positions, nats.
+    """The generalised Jensen-Shannon divergence, mean over positions, nats.
 
-    Both (N, V) logits. At the ends 0 and 1 it is the limit: KL(p_T || pi) and KL(pi || p_T).
+    It is beta KL(p_T || m) + (1 - beta) KL(pi || m), with m = beta p_T + (1 - beta) pi. Both arguments are
+    logits (N, V). At the ends 0 and 1 it is the limit: KL(p_T || pi) and KL(pi || p_T).
     """
-    log_pi, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    log_pi = student.log_softmax(-1)
+    log_p = teacher.log_softmax(-1)
     if beta == 0:
         return kl(log_p, log_pi)
     if beta == 1:
@@ -42,8 +44,9 @@ class GKD(Method[GKDConfig]):
         """As the recipe says."""
         return self.config.on_policy
 
-    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: PreTrainedModel, batch: Batch) -> BatchLoss:
         """Mean divergence, nats."""
-        pair, t = self.log_probs(model, batch), self.config.temperature
+        pair = self.log_probs(model, batch)
+        t = self.config.temperature
         loss = t**2 * generalised_jsd(pair.student / t, pair.teacher / t, self.config.beta)
-        return loss, {"loss": loss.detach()}
+        return BatchLoss(loss, {"loss": loss.detach()})

@@ -1,5 +1,6 @@
-"""Joint training of a student with its gate: distillation where the gate does not ask, so that capacity goes
-where the teacher will not help.
+"""Joint training of a student with its gate: distillation where the gate does not ask.
+
+So the student's capacity goes where the teacher will not help.
 
 The cooperating pair pays, at a position, KL(p_T || pi) where the student writes and the price where it asks.
 With the gate's ask probability q = sigmoid((score - price) / T) the student's part of that is (1 - q) KL; the
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from router.checkpoint import RouterCheckpoint, budget_text
 from router.features import confidence
-from training.batches import Batch
+from training.batches import Batch, BatchLoss
 from training.config import JointConfig
 from training.methods.base import Method
 from training.models import answer_logits, answer_read
@@ -43,24 +44,27 @@ class Joint(Method[JointConfig]):
         super().__init__(config, visible, teacher, end, longest)
         if not isinstance(teacher, PreTrainedModel):
             raise ValueError("method joint needs the teacher in process, not behind a URL")
+        self._local_teacher = teacher
         checkpoint = RouterCheckpoint.load(config.router)
-        self.gate, self.taps = checkpoint.build_gate(), checkpoint.taps
+        self.gate = checkpoint.learned_gate()
+        self.taps = checkpoint.taps
         # In words, the student must also know what to do without any.
         self.rates = (0.0, *config.rates) if config.budget_prompt else config.rates
         self.prices = torch.tensor([checkpoint.calibration().price(rate) for rate in self.rates])
 
-    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: PreTrainedModel, batch: Batch) -> BatchLoss:
+        """Mean of the student's part of what the pair pays, with the anchor; nats."""
         device = batch.ids.device
         drawn = torch.randint(len(self.rates), (len(batch.ids),))
         states, logits = answer_read(model, self._prompted(batch, drawn), self.visible)
         with torch.no_grad():
-            log_p = answer_logits(self.teacher, batch, self.visible).float().log_softmax(-1)
+            log_p = answer_logits(self._local_teacher, batch, self.visible).float().log_softmax(-1)
             price = self.prices[drawn].to(device).repeat_interleave(batch.answer.sum(1))
             asks = self.asking(self._tapped(model, states), logits, price)
         log_pi = logits.float().log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_pi)).sum(-1)
         loss = ((1 - asks + self.config.anchor) * kl).mean()
-        return loss, {"loss": loss.detach(), "kl": kl.detach().mean(), "asks": asks.mean()}
+        return BatchLoss(loss, {"loss": loss.detach(), "kl": kl.detach().mean(), "asks": asks.mean()})
 
     def _tapped(self, model: PreTrainedModel, states: Tensor) -> Tensor:
         """Logits (N, taps) of states (N, H), as they will be when the taps are rows of the model."""
@@ -79,6 +83,8 @@ class Joint(Method[JointConfig]):
     def _prompted(self, batch: Batch, drawn: Tensor) -> Batch:
         if self.config.budget_prompt is None:
             return batch
-        texts = [budget_text(self.config.budget_prompt, rate) if rate else "" for rate in self.rates]
+        texts = []
+        for rate in self.rates:
+            texts.append(budget_text(self.config.budget_prompt, rate) if rate else "")
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return batch.prefixed([ids[i] for i in drawn.tolist()], self.end)
+        return batch.prefixed([ids[number] for number in drawn.tolist()], self.end)

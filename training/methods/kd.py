@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
-from training.batches import Batch
+from training.batches import Batch, BatchLoss
 from training.config import KDConfig
 from training.methods.base import Method
 
@@ -17,8 +17,9 @@ def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
 class KD(Method[KDConfig]):
     """T^2 KL of both distributions at temperature T, so that gradients keep their size (Hinton et al.)."""
 
-    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: PreTrainedModel, batch: Batch) -> BatchLoss:
         """Mean divergence, nats."""
-        pair, t = self.log_probs(model, batch), self.config.temperature
+        pair = self.log_probs(model, batch)
+        t = self.config.temperature
         loss = t**2 * forward_kl(pair.student / t, pair.teacher / t)
-        return loss, {"loss": loss.detach()}
+        return BatchLoss(loss, {"loss": loss.detach()})

@@ -1,7 +1,6 @@
-"""PCL-KD: path consistency learning (Nachum et al. 2017, arXiv 1702.08892) for distillation, r = log
-p_T(a|s).
+"""PCL-KD: path consistency learning (Nachum et al. 2017, arXiv 1702.08892) for distillation.
 
-The residual over a sub-path of d decisions, with gamma = T = 1:
+The reward of a token is r = log p_T(a|s). The residual over a sub-path of d decisions, with gamma = T = 1:
 
     C = -V(s_i) + V(s_{i+d}) + sum_j log p_T(a_j|s_j) - log pi(a_j|s_j),    loss C^2 / 2
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from training.batches import Batch
+from training.batches import Batch, BatchLoss
 from training.config import PCLConfig
 from training.methods.base import Method
 
@@ -53,7 +52,7 @@ class PCL(Method[PCLConfig]):
         """As the recipe says."""
         return self.config.on_policy
 
-    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: PreTrainedModel, batch: Batch) -> BatchLoss:
         """Half the mean squared residual."""
         pair = self.log_probs(model, batch)
         if self.config.window == 0:
@@ -62,4 +61,4 @@ class PCL(Method[PCLConfig]):
             row = batch.answer.nonzero()[:, 0]
             residuals = path_residuals(pair.log_ratio, row, self.config.window)
             loss = half_square(residuals, self.config.clip).mean()
-        return loss, {"loss": loss.detach()}
+        return BatchLoss(loss, {"loss": loss.detach()})

@@ -1,5 +1,6 @@
-"""Sequence-level distillation: supervised fine-tuning on the teacher's own completions (Kim and Rush 2016,
-arXiv 1606.07947); greedy ones in place of their beam.
+"""Sequence-level distillation: supervised fine-tuning on the teacher's own completions.
+
+See Kim and Rush 2016, arXiv 1606.07947. Completions are greedy, in place of their beam.
 """
 
 from transformers import PreTrainedModel
@@ -21,9 +22,10 @@ class SeqKD(SFT):
 
     def prepare(self, model: PreTrainedModel, batch: Batch) -> Batch:
         """The teacher's completions of the batch's prompts. Raises ValueError for a teacher behind a URL."""
-        if not isinstance(self.teacher, PreTrainedModel):
+        teacher = self.teacher
+        if not isinstance(teacher, PreTrainedModel):
             raise ValueError("method seqkd needs the teacher in process, not behind a URL")
         longest = room(model, batch.prompts(), self.longest)  # the student must be able to read them, too
         if self.kept is not None and batch.comes_again and self.config.temperature == 0:
-            return self.kept.written(self.teacher, batch, self.visible, self.end, longest)
-        return sampled(self.teacher, batch, self.visible, self.end, self.config.temperature, longest)
+            return self.kept.written(teacher, batch, self.visible, self.end, longest)
+        return sampled(teacher, batch, self.visible, self.end, self.config.temperature, longest)

@@ -1,22 +1,21 @@
 """Supervised fine-tuning on the references."""
 
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from training.batches import Batch
-from training.config import SFTConfig
+from training.batches import Batch, BatchLoss
+from training.config import SupervisedConfig
 from training.methods.base import Method
 from training.models import answer_logits
 
 
-class SFT(Method[SFTConfig]):
+class SFT(Method[SupervisedConfig]):
     """Cross-entropy of the answers' tokens."""
 
     needs_teacher = False
 
-    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: PreTrainedModel, batch: Batch) -> BatchLoss:
         """Mean cross-entropy, nats."""
         logits = answer_logits(model, batch, self.visible)
         loss = cross_entropy(logits, batch.targets, label_smoothing=self.config.label_smoothing)
-        return loss, {"loss": loss.detach()}
+        return BatchLoss(loss, {"loss": loss.detach()})

@@ -21,8 +21,9 @@ ROUTER_SEED = 7_000_000
 
 
 class Task(ABC):
-    """Three disjoint splits and a metric. `train` may be endless; `valid` and `test` are the same on every
-    machine.
+    """Three disjoint splits and a metric.
+
+    `train` may be endless; `valid` and `test` are the same on every machine.
     """
 
     name: str
@@ -40,22 +41,30 @@ class Task(ABC):
         return self.train(ROUTER_SEED + seed)
 
     @abstractmethod
-    def valid(self) -> list[Example]: ...
+    def valid(self) -> list[Example]:
+        """Examples for validation and calibration."""
 
     @abstractmethod
-    def test(self) -> list[Example]: ...
+    def test(self) -> list[Example]:
+        """Examples for evaluation."""
 
     def score(self, examples: list[Example], answers: list[str]) -> Scores:
         """Exact match against all right answers, and edit similarity to the nearest."""
-        pairs = list(zip(examples, answers, strict=True))
-        return Scores(
-            quality=[float(example.references.accepts(answer)) for example, answer in pairs],
-            similarity=[example.references.similarity(answer) for example, answer in pairs],
-        )
+        scores = Scores([], [])
+        for example, answer in zip(examples, answers, strict=True):
+            scores.quality.append(float(example.references.accepts(answer)))
+            scores.similarity.append(example.references.similarity(answer))
+        return scores
 
-    def quality(self, examples: list[Example], answers: list[str], each: list[float]) -> float:
-        """Of a whole set, in [0, 1]: the mean of `each` (what `score` gave), or the corpus's own metric."""
-        return sum(each) / len(each)
+    def quality(self, examples: list[Example], answers: list[str], qualities: list[float]) -> float:
+        """Quality of a whole set, in [0, 1].
+
+        Args:
+            examples: the set.
+            answers: to its examples.
+            qualities: what `score` gave; their mean is the result unless the metric is defined on sets.
+        """
+        return sum(qualities) / len(qualities)
 
 
 TASKS: dict[str, Callable[..., Task]] = {}
@@ -63,6 +72,7 @@ TaskClass = TypeVar("TaskClass", bound=type[Task])
 
 
 def register(cls: TaskClass) -> TaskClass:
+    """Make a task known by its name to `make_task`."""
     TASKS[cls.name] = cls
     return cls
 

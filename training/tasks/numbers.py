@@ -1,5 +1,4 @@
-"""`numbers`: English sentences with numbers, dates, clock times and amounts -> German with all of them
-spelled out.
+"""`numbers`: English sentences with numbers, dates and amounts -> German with all of them spelled out.
 
 Parts are easy (fixed words, small numbers), parts are hard (inverted tens, long numbers, "halb drei" for
 2:30), and most sentences leave free choices (word order, synonyms, "vierzehn Uhr dreißig"), which are all
@@ -12,7 +11,8 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
+from typing import NamedTuple
 
 from measuring.examples import Example, Form, References, Slot
 from training.tasks import spelling
@@ -22,12 +22,15 @@ from training.tasks.spelling import Value
 
 def among(*pairs: tuple[str, str]) -> Callable[[random.Random], Value]:
     """Words with a fixed translation; alternatives after a bar."""
-    values = [(english, tuple(german.split("|"))) for english, german in pairs]
+    values = []
+    for english, german in pairs:
+        values.append(Value(english, tuple(german.split("|"))))
     return lambda rng: rng.choice(values)
 
 
 def names(*words: str) -> Callable[[random.Random], Value]:
-    return among(*((word, word) for word in words))
+    """Words that are the same in both languages."""
+    return among(*zip(words, words, strict=True))
 
 
 KINDS: dict[str, Callable[[random.Random], Value]] = {
@@ -179,31 +182,54 @@ _VALUE = re.compile(r"<([a-z]+)(?::\d)?>")
 _PIECE = re.compile(r"(<[^>]+>|\{[^}]*\})")
 
 
+class Sentence(NamedTuple):
+    """English text, and the forms of its translation before neighbouring slots are joined."""
+
+    source: str
+    forms: list[list[Slot]]
+
+
 @dataclass(frozen=True)
 class Template:
+    """English variants and German forms of one sentence, with places for values."""
+
     english: list[str]
-    german: list[list[str]]  # forms, each cut into pieces
+    german: list[list[str]]
+    """Forms, each cut into pieces."""
 
     @classmethod
     def parse(cls, text: str) -> list["Template"]:
+        """Templates of a text: English on lines of their own, German forms indented below."""
         templates: list[Template] = []
         for line in text.strip().splitlines():
             if line.startswith("  "):
-                templates[-1].german.append([piece for piece in _PIECE.split(line.strip()) if piece])
+                pieces = _PIECE.split(line.strip())
+                templates[-1].german.append(list(filter(None, pieces)))
             else:
                 templates.append(cls(line.split("|"), []))
         return templates
 
-    def fill(self, english: str, values: dict[str, Value]) -> tuple[str, list[list[Slot]]]:
-        for key, (word, _) in values.items():
-            english = english.replace(key, word)
-        return english, [_upper_first([self._slot(piece, values) for piece in form]) for form in self.german]
+    def fill(self, english: str, values: dict[str, Value]) -> Sentence:
+        """The sentence with these values.
 
-    @staticmethod
-    def _slot(piece: str, values: dict[str, Value]) -> Slot:
-        if piece in values:
-            return values[piece][1]
-        return tuple(piece[1:-1].split("|")) if piece.startswith("{") else (piece,)
+        Args:
+            english: one of the variants.
+            values: by their places in the template.
+        """
+        for place, value in values.items():
+            english = english.replace(place, value.english)
+        forms = []
+        for pieces in self.german:
+            form = [_slot(piece, values) for piece in pieces]
+            form[0] = tuple(map(_upper_first, form[0]))
+            forms.append(form)
+        return Sentence(english, forms)
+
+
+def _slot(piece: str, values: dict[str, Value]) -> Slot:
+    if piece in values:
+        return values[piece].german
+    return tuple(piece[1:-1].split("|")) if piece.startswith("{") else (piece,)
 
 
 def _merge(slots: list[Slot]) -> Form:
@@ -217,14 +243,17 @@ def _merge(slots: list[Slot]) -> Form:
     return tuple(merged)
 
 
-def _upper_first(form: list[Slot]) -> list[Slot]:
-    return [tuple(choice[:1].upper() + choice[1:] for choice in form[0]), *form[1:]]
+def _upper_first(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
-SENTENCES, BEFORE, AFTER = (Template.parse(text) for text in (TEMPLATES, OPENINGS, CLOSINGS))
+SENTENCES = Template.parse(TEMPLATES)
+BEFORE = Template.parse(OPENINGS)
+AFTER = Template.parse(CLOSINGS)
 
 
 def draw(rng: random.Random) -> Example:
+    """A sentence with its values, often with an opening or a closing."""
     template = rng.choice(SENTENCES)
     english = rng.choice(template.english)
     values: dict[str, Value] = {}
@@ -233,29 +262,39 @@ def draw(rng: random.Random) -> Example:
         while value in values.values():
             value = KINDS[found[1]](rng)
         values[found[0]] = value
-    source, forms = template.fill(english, values)
+    sentence = template.fill(english, values)
     if rng.random() < FRAMED:
-        text, (opening,) = _fixed(BEFORE, rng)
-        source, forms = f"{text} {source}", [[*opening, (" ",), *form] for form in forms]
+        sentence = _joined(_fixed(BEFORE, rng), sentence)
     if rng.random() < FRAMED:
-        text, (closing,) = _fixed(AFTER, rng)
-        source, forms = f"{source} {text}", [[*form, (" ",), *closing] for form in forms]
-    return Example(source, References(tuple(map(_merge, forms))))
+        sentence = _joined(sentence, _fixed(AFTER, rng))
+    return Example(sentence.source, References(tuple(map(_merge, sentence.forms))))
 
 
-def _fixed(templates: list[Template], rng: random.Random) -> tuple[str, list[list[Slot]]]:
+def _fixed(templates: list[Template], rng: random.Random) -> Sentence:
     template = rng.choice(templates)
     return template.fill(rng.choice(template.english), {})
+
+
+def _joined(first: Sentence, second: Sentence) -> Sentence:
+    """Both, with a space between."""
+    forms = []
+    for start, end in product(first.forms, second.forms):
+        forms.append([*start, (" ",), *end])
+    return Sentence(f"{first.source} {second.source}", forms)
 
 
 def split_of(source: str) -> str:
     """A source belongs to one split for good, by its hash: no seed brings a test sentence into training."""
     bucket = hashlib.sha256(source.encode()).digest()[0]
-    return "test" if bucket < 13 else "valid" if bucket < 26 else "train"
+    if bucket < 13:
+        return "test"
+    return "valid" if bucket < 26 else "train"
 
 
 @register
 class Numbers(Task):
+    """Endless sentences for training, drawn from templates."""
+
     name = "numbers"
 
     def _stream(self, split: str, seed: int | str) -> Iterator[Example]:
@@ -266,14 +305,19 @@ class Numbers(Task):
                 yield example
 
     def _fixed(self, split: str, count: int) -> list[Example]:
-        distinct = {example.source: example for example in islice(self._stream(split, "fixed"), count * 2)}
+        distinct = {}
+        for example in islice(self._stream(split, "fixed"), count * 2):
+            distinct[example.source] = example
         return list(distinct.values())[:count]
 
     def train(self, seed: int) -> Iterator[Example]:
+        """Without end; another seed, other sentences."""
         return self._stream("train", seed)
 
     def valid(self) -> list[Example]:
+        """500 sentences."""
         return self._fixed("valid", 500)
 
     def test(self) -> list[Example]:
+        """1000 sentences."""
         return self._fixed("test", 1000)

@@ -7,11 +7,19 @@ Babel's; what stands here is only the grammar around them (Uhr, halb, Viertel vo
 import random
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 from babel.dates import get_day_names, get_month_names
 from num2words import num2words
 
-Value = tuple[str, tuple[str, ...]]
+
+class Value(NamedTuple):
+    """What a place in a sentence is filled with."""
+
+    english: str
+    german: tuple[str, ...]
+    """All right ways to say it."""
+
 
 MONTHS = list(zip(get_month_names(locale="en").values(), get_month_names(locale="de").values(), strict=True))
 DAYS = list(zip(get_day_names(locale="en").values(), get_day_names(locale="de").values(), strict=True))
@@ -20,20 +28,22 @@ SMALL = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
 
 @lru_cache(maxsize=1 << 16)
 def cardinal(n: int) -> str:
+    """14: vierzehn."""
     return num2words(n, lang="de")
 
 
 @lru_cache(maxsize=1 << 16)
 def cardinals(n: int) -> tuple[str, ...]:
-    """ "einhundertzwei" and "hundertzwei", "eintausend..." and "tausend...": both are right."""
+    """Both "einhundertzwei" and "hundertzwei", "eintausend..." and "tausend..." are right."""
     word = cardinal(n)
     if 100 <= n < 200 or 1000 <= n < 2000:
-        return word, word.removeprefix("ein")
+        return (word, word.removeprefix("ein"))
     return (word,)
 
 
 @lru_cache(maxsize=1 << 12)
 def year_word(n: int) -> str:
+    """1848: achtzehnhundertachtundvierzig."""
     return num2words(n, lang="de", to="year")
 
 
@@ -44,21 +54,25 @@ def ordinal(n: int) -> str:
 
 
 def digits(text: str) -> str:
-    return " ".join(cardinal(int(digit)) for digit in text)
+    """Figure by figure."""
+    return " ".join(map(cardinal, map(int, text)))
 
 
 def before_noun(n: int) -> str:
+    """As it is said before a masculine or neuter noun."""
     return "ein" if n == 1 else cardinal(n)
 
 
 def small(rng: random.Random) -> Value:
+    """A number of two to twelve, in words on both sides."""
     n = rng.randrange(2, 13)
-    return SMALL[n - 2], (cardinal(n),)
+    return Value(SMALL[n - 2], (cardinal(n),))
 
 
 def whole(low: int, high: int) -> Callable[[random.Random], Value]:
-    """Numbers of low to high digits, every length equally often; never ...01, whose gender depends on the
-    noun.
+    """Numbers of low to high digits, every length equally often.
+
+    Never ...01, whose gender depends on the noun.
     """
 
     def draw(rng: random.Random) -> Value:
@@ -67,53 +81,64 @@ def whole(low: int, high: int) -> Callable[[random.Random], Value]:
         if size > 2 and rng.random() < 0.4:
             n -= n % 100 if rng.random() < 0.5 else n % 10
         n += n % 100 == 1
-        return f"{n:,}", cardinals(n)
+        return Value(f"{n:,}", cardinals(n))
 
     return draw
 
 
 def decimal(rng: random.Random) -> Value:
-    n, places = rng.randrange(1, 100), rng.choice((1, 1, 2))
+    """A number with one or two digits after the point."""
+    n = rng.randrange(1, 100)
+    places = rng.choice((1, 1, 2))
     fraction = f"{rng.randrange(1, 10**places):0{places}d}"
-    return f"{n}.{fraction}", (f"{cardinal(n)} Komma {digits(fraction)}",)
+    return Value(f"{n}.{fraction}", (f"{cardinal(n)} Komma {digits(fraction)}",))
 
 
 def percent(rng: random.Random) -> Value:
+    """A whole number or a decimal."""
     if rng.random() < 0.5:
         return decimal(rng)
     n = rng.randrange(2, 100)
-    return str(n), (cardinal(n),)
+    return Value(str(n), (cardinal(n),))
 
 
 def degrees(rng: random.Random) -> Value:
-    n = rng.choice([n for n in range(-20, 40) if abs(n) > 1])
-    return str(n), (f"minus {cardinal(-n)}" if n < 0 else cardinal(n),)
+    """A temperature, also below zero."""
+    n = rng.choice((*range(-20, -1), *range(2, 40)))
+    return Value(str(n), (f"minus {cardinal(-n)}" if n < 0 else cardinal(n),))
 
 
 def digit_string(rng: random.Random) -> Value:
+    """Three to five digits that are read one by one."""
     text = "".join(rng.choice("0123456789") for _ in range(rng.randint(3, 5)))
-    return text, (digits(text),)
+    return Value(text, (digits(text),))
 
 
 def years(low: int, high: int) -> Callable[[random.Random], Value]:
+    """Years from low to below high."""
+
     def draw(rng: random.Random) -> Value:
         n = rng.randrange(low, high)
-        return str(n), (year_word(n),)
+        return Value(str(n), (year_word(n),))
 
     return draw
 
 
-early_year, late_year, recent_year = years(1100, 1600), years(1600, 2000), years(2001, 2030)
+early_year = years(1100, 1600)
+late_year = years(1600, 2000)
+recent_year = years(2001, 2030)
 
 
 def year(rng: random.Random) -> Value:
+    """A year of any time, most of them after 1600."""
     return rng.choice((early_year, late_year, late_year, recent_year))(rng)
 
 
 def floor(rng: random.Random) -> Value:
+    """An ordinal, as of floors in a building."""
     n = rng.randrange(2, 60)
     suffix = "th" if 10 < n % 100 < 14 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
-    return f"{n}{suffix}", (ordinal(n),)
+    return Value(f"{n}{suffix}", (ordinal(n),))
 
 
 def date(rng: random.Random) -> Value:
@@ -121,29 +146,32 @@ def date(rng: random.Random) -> Value:
     number = rng.randrange(12)
     english, german = MONTHS[number]
     day = rng.randint(1, (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)[number])
-    source, target = rng.choice((f"{english} {day}", f"{day} {english}")), f"{ordinal(day)} {german}"
+    source = rng.choice((f"{english} {day}", f"{day} {english}"))
+    target = f"{ordinal(day)} {german}"
     if rng.random() < 0.35:
-        in_year, (spelled, *_) = year(rng)
-        return f"{source}, {in_year}", (f"{target} {spelled}", f"{target} des Jahres {spelled}")
-    return source, (target,)
+        the_year = year(rng)
+        spelled = the_year.german[0]
+        return Value(
+            f"{source}, {the_year.english}", (f"{target} {spelled}", f"{target} des Jahres {spelled}")
+        )
+    return Value(source, (target,))
 
 
 def clock(rng: random.Random) -> Value:
     """Official ("vierzehn Uhr dreißig") or, where there is one, colloquial ("halb drei")."""
-    hour, minute = (
-        rng.randint(1, 23),
-        rng.choice((0, 15, 30, 45, rng.randrange(5, 60, 5), rng.randrange(1, 60))),
-    )
+    hour = rng.randint(1, 23)
+    minute = rng.choice((0, 15, 30, 45, rng.randrange(5, 60, 5), rng.randrange(1, 60)))
     english = f"{hour}:{minute:02d}"
     if rng.random() < 0.5:
         english = f"{(hour - 1) % 12 + 1}:{minute:02d} {'am' if hour < 12 else 'pm'}"
     official = f"{before_noun(hour)} Uhr" + (f" {cardinal(minute)}" if minute else "")
-    this, following = cardinal((hour - 1) % 12 + 1), cardinal(hour % 12 + 1)
+    present = cardinal((hour - 1) % 12 + 1)
+    following = cardinal(hour % 12 + 1)
     spoken = {
-        5: f"fünf nach {this}",
-        10: f"zehn nach {this}",
-        15: f"Viertel nach {this}",
-        20: f"zwanzig nach {this}",
+        5: f"fünf nach {present}",
+        10: f"zehn nach {present}",
+        15: f"Viertel nach {present}",
+        20: f"zwanzig nach {present}",
         25: f"fünf vor halb {following}",
         30: f"halb {following}",
         35: f"fünf nach halb {following}",
@@ -152,32 +180,39 @@ def clock(rng: random.Random) -> Value:
         50: f"zehn vor {following}",
         55: f"fünf vor {following}",
     }
-    return english, (official, spoken[minute]) if minute in spoken else (official,)
+    return Value(english, (official, spoken[minute]) if minute in spoken else (official,))
 
 
 CURRENCIES = (("€", "Euro", "Cent"), ("$", "Dollar", "Cent"), ("£", "Pfund", "Pence"))
 
 
 def price(rng: random.Random) -> Value:
+    """An amount of money, most with hundredths."""
     sign, unit, hundredth = rng.choice(CURRENCIES)
-    whole_units, hundredths = rng.randrange(1, 1000 if rng.random() < 0.25 else 100), rng.randrange(2, 100)
+    whole_units = rng.randrange(1, 1000 if rng.random() < 0.25 else 100)
+    hundredths = rng.randrange(2, 100)
     if rng.random() < 0.2:
-        return f"{sign}{whole_units}", (f"{before_noun(whole_units)} {unit}",)
-    amount, rest = f"{before_noun(whole_units)} {unit}", cardinal(hundredths)
-    return f"{sign}{whole_units}.{hundredths:02d}", (f"{amount} {rest}", f"{amount} und {rest} {hundredth}")
+        return Value(f"{sign}{whole_units}", (f"{before_noun(whole_units)} {unit}",))
+    amount = f"{before_noun(whole_units)} {unit}"
+    rest = cardinal(hundredths)
+    source = f"{sign}{whole_units}.{hundredths:02d}"
+    return Value(source, (f"{amount} {rest}", f"{amount} und {rest} {hundredth}"))
 
 
 def fortune(rng: random.Random) -> Value:
+    """A large amount of money, in whole units."""
     sign, unit, _ = rng.choice(CURRENCIES)
-    english, german = whole(4, 5)(rng)
-    return f"{sign}{english}", tuple(f"{spelled} {unit}" for spelled in german)
+    number = whole(4, 5)(rng)
+    return Value(f"{sign}{number.english}", tuple(f"{spelled} {unit}" for spelled in number.german))
 
 
 def day(rng: random.Random) -> Value:
+    """A day of the week."""
     english, german = rng.choice(DAYS)
-    return english, ("Samstag", "Sonnabend") if german == "Samstag" else (german,)
+    return Value(english, ("Samstag", "Sonnabend") if german == "Samstag" else (german,))
 
 
 def month(rng: random.Random) -> Value:
+    """A month by its name."""
     english, german = rng.choice(MONTHS)
-    return english, (german,)
+    return Value(english, (german,))
