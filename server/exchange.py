@@ -154,14 +154,15 @@ class Exchange:
         """All choices as one; spans are offsets within a choice, so several have none in common."""
         if len(self.reports) == 1:
             return self.reports[0]
-        return Report(
-            completion_tokens=sum(r.completion_tokens for r in self.reports),
-            tokens=sum(r.tokens for r in self.reports),
-            calls=sum(r.calls for r in self.reports),
-            denied=sum((r.denied for r in self.reports), Counter()),
-            degraded=any(r.degraded for r in self.reports),
-            clamped=any(r.clamped for r in self.reports),
-        )
+        whole = Report()
+        for report in self.reports:
+            whole.completion_tokens += report.completion_tokens
+            whole.tokens += report.tokens
+            whole.calls += report.calls
+            whole.denied += report.denied
+            whole.degraded |= report.degraded
+            whole.clamped |= report.clamped
+        return whole
 
 
 EXCHANGE: ContextVar[Exchange] = ContextVar("exchange")

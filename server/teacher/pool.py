@@ -106,13 +106,19 @@ class TeacherPool:
         await self._stack.aclose()
 
     def __str__(self) -> str:
-        models = {str(replica.teacher.model) for replica in self.replicas if replica.checked}
-        return f"{', '.join(sorted(models))} at {', '.join(r.teacher.name for r in self.replicas)}"
+        models: set[str] = set()
+        names: list[str] = []
+        for replica in self.replicas:
+            names.append(replica.teacher.name)
+            if replica.checked:
+                models.add(str(replica.teacher.model))
+        return f"{', '.join(sorted(models))} at {', '.join(names)}"
 
     @property
     def max_model_len(self) -> int | None:
         """The shortest context of all replicas, in tokens; None where none tells."""
-        return min((n for r in self.replicas if (n := r.teacher.max_model_len) is not None), default=None)
+        lengths = [replica.teacher.max_model_len for replica in self.replicas]
+        return min((length for length in lengths if length is not None), default=None)
 
     @property
     def down(self) -> bool:
@@ -270,8 +276,10 @@ class TeacherPool:
                         yield piece
                 return
             except TeacherError as error:
-                others = [replica for replica in self.replicas if replica is not slot.replica]
-                if written or moved or error.refused or (other := self._free(others)) is None:
+                if written or moved or error.refused:
+                    raise
+                other = self._free([replica for replica in self.replicas if replica is not slot.replica])
+                if other is None:
                     raise
                 logger.warning("asking another replica of the teacher: %s", error)
                 slot.move(other)
