@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 import wheels
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
+
 
 def train(argv: Sequence[str]) -> int:
     return wheels.main(["train", *argv])
