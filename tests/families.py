@@ -3,10 +3,15 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from router.reserved import ReservedRows
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from router.checkpoint import RouterCheckpoint
+
 ROWS = 96
+APPENDED = ReservedRows(ROWS)
 HIDDEN = 64
 USUAL: dict[str, Any] = {
     "vocab_size": ROWS,
@@ -94,6 +99,27 @@ def write(family: str, directory: Path) -> Path:
     """The model's files, without a tokenizer."""
     model_of(family).save_pretrained(directory)
     return directory
+
+
+def router_for(student: Path) -> "RouterCheckpoint":
+    """Its taps are random."""
+    import torch
+
+    from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, fingerprint
+    from router.gate import LearnedGate
+
+    torch.manual_seed(1)
+    config = RouterConfig(
+        reserved_start=APPENDED.start,
+        reserved_count=APPENDED.count,
+        gate_width=8,
+        span_tokens=4,
+        expected_tokens=20.0,
+        calibration={"learned": [(0.1, 4.0), (0.3, 2.0)]},
+        fingerprints=Fingerprints(student=fingerprint(student, ROWS), tokenizer="0", teacher="0"),
+    )
+    taps = torch.randn(APPENDED.count - 1, HIDDEN)
+    return RouterCheckpoint(config, taps, LearnedGate(APPENDED, 8).state_dict())
 
 
 def _class_of(family: str) -> Any:
