@@ -68,6 +68,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "EXAONE 4": ("Exaone4Config", USUAL),
 }
 """The name of a family, its class of transformers' configurations, and what it is given."""
+NOT_IN_VLLM = {
+    "Gemma 3, text and images": "vLLM's class needs torchvision, which its CPU build does not bring"
+}
+"""Families that no engine is started with, and why."""
+IN_VLLM = [family for family in FAMILIES if family not in NOT_IN_VLLM]
 
 
 def config_of(family: str) -> "PreTrainedConfig":
@@ -87,12 +92,14 @@ def model_of(family: str) -> "PreTrainedModel":
         if weights.ndim == 2:
             weights.mul_(4)
         elif name.endswith("bias"):
-            weights.normal_()
+            weights.normal_(std=0.3)
     return model
 
 
 def load(family: str, directory: Path) -> "PreTrainedModel":
-    return _class_of(family).from_pretrained(directory).eval().requires_grad_(False)
+    # Only eager attention caps its scores, as Gemma 2 wants it.
+    model = _class_of(family).from_pretrained(directory, attn_implementation="eager")
+    return model.eval().requires_grad_(False)
 
 
 def write(family: str, directory: Path) -> Path:

@@ -96,7 +96,9 @@ def logits_of(family: str, model: Path, completions: list[list[int]]) -> Tensor:
 def register(model: Path) -> None:
     """Its class, which vLLM otherwise looks at in a process of its own, for seconds."""
     (name,) = json.loads((model / "config.json").read_text())["architectures"]
-    ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+    known = ModelRegistry.models[name]
+    if not known.module_name.endswith(".transformers"):  # that module needs an engine to be imported
+        ModelRegistry.register_model(name, known.load_model_cls())
 
 
 def compared(family: str, directory: Path) -> dict[str, Any]:

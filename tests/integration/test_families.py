@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import FAMILIES
+from families import IN_VLLM
 
 HERE = Path(__file__).parent
 
@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 def results() -> dict[str, dict[str, Any]]:
     """By family; all of them in one process, as vLLM's import takes longer than an engine of this size."""
     done = subprocess.run(
-        [sys.executable, str(HERE / "family_worker.py"), *FAMILIES],
+        [sys.executable, str(HERE / "family_worker.py"), *IN_VLLM],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)])},
         stdout=subprocess.PIPE,
         text=True,
@@ -27,7 +27,7 @@ def results() -> dict[str, dict[str, Any]]:
     return {result["family"]: result for result in lines}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", IN_VLLM)
 def test_a_student_with_appended_rows_writes_what_stock_vllm_writes_with_the_original(results, family):
     result = results[family]
     assert "failed" not in result, result["failed"]
@@ -35,7 +35,7 @@ def test_a_student_with_appended_rows_writes_what_stock_vllm_writes_with_the_ori
     assert len({tuple(ids) for ids in result["stock"]}) > 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", IN_VLLM)
 def test_the_gate_reads_the_logits_and_taps_that_training_reads(results, family):
     """Scaled, capped and with a bias, as transformers computes them from the same files."""
     assert results[family]["error"] < 1e-4

@@ -1,12 +1,15 @@
 """Any family of models can be a student, also without a row to spare."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from families import APPENDED, FAMILIES, ROWS, load, router_for, write
+from families import APPENDED, FAMILIES, NOT_IN_VLLM, ROWS, load, router_for, write
 
 from router.checkpoint import fingerprint
 from router.rows import append_rows, vocabulary_rows
 
+ROOT = Path(__file__).parents[2]
 IDS = torch.tensor([[3, 14, 15, 92, 65, 35]])
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -40,3 +43,13 @@ def test_a_router_is_merged_into_rows_that_the_student_did_not_have(family, orig
     ours = merged(IDS).logits
     torch.testing.assert_close(ours[..., :ROWS], model(IDS).logits, atol=1e-5, rtol=1e-5)
     assert ours[..., APPENDED.taps].abs().min() > 0
+
+
+def test_the_documented_families_are_those_that_are_tested():
+    section = (ROOT / "docs" / "api.md").read_text().split("\n## Model families\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| ")][2:]
+    documented = {name.strip(): (config.strip(" `"), note.strip()) for name, config, note in rows}
+    assert {name: config for name, (config, _) in documented.items()} == {
+        name: config for name, (config, _) in FAMILIES.items()
+    }
+    assert {name for name, (_, note) in documented.items() if note} == set(NOT_IN_VLLM)
