@@ -92,7 +92,7 @@ def model_of(family: str) -> "PreTrainedModel":
         if weights.ndim == 2:
             weights.mul_(4)
         elif name.endswith("bias"):
-            weights.normal_(std=0.3)
+            weights.normal_(std=0.1)
     return model
 
 
