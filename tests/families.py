@@ -68,10 +68,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "EXAONE 4": ("Exaone4Config", USUAL),
 }
 """The name of a family, its class of transformers' configurations, and what it is given."""
-NOT_IN_VLLM = {
-    "Gemma 3, text and images": "vLLM's class needs torchvision, which its CPU build does not bring"
-}
-"""Families that no engine is started with, and why."""
+NOT_IN_VLLM = (
+    "Gemma 3, text and images",  # vLLM's class needs torchvision, which its CPU build does not bring
+    *("Phi", "GPT-NeoX", "OLMo 2", "StarCoder 2", "SmolLM 3"),  # run by vLLM through transformers
+    *("GLM-4", "EXAONE 4"),
+)
+"""Families that no engine is started with in the tests."""
 IN_VLLM = [family for family in FAMILIES if family not in NOT_IN_VLLM]
 
 
