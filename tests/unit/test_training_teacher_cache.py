@@ -12,7 +12,7 @@ from training.config import SeqKDConfig, Shape
 from training.kept_completions import KeptCompletions
 from training.methods import SeqKD
 from training.models import new_model
-from training.served import ServedTeacher, VLLMServer
+from training.served import ServedTeacher, ServerError, VLLMServer
 from training.teacher_cache import TeacherCache, key_of
 
 DEMONSTRATION = replace(BATCH, comes_again=True)
@@ -130,7 +130,7 @@ def test_half_an_answer_keeps_nothing(vllm, file):
             return httpx.Response(200, json={"choices": reply.json()["choices"][:1]})
         return reply
 
-    with pytest.raises(RuntimeError, match="1 choices for 2 prompts"):
+    with pytest.raises(ServerError, match="1 choices for 2 prompts"):
         teacher(answer, file).likeliest(DEMONSTRATION)
     assert len(TeacherCache(file, MEGABYTE)) == 0
 
