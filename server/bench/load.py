@@ -68,7 +68,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Run:
+class LoadRun:
     """All answers of one load, in the order of its requests."""
 
     answers: tuple[Answer, ...]
@@ -141,7 +141,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 async def drive(
     url: str, model: str, requests: Sequence[BenchRequest], streams: int, *, stream: bool = True
-) -> Run:
+) -> LoadRun:
     """Make all requests, ``streams`` at a time; every stream takes the next one as soon as it is free.
 
     Raises:
@@ -156,7 +156,7 @@ async def drive(
         start = time.perf_counter()
         answers = await _answers(session, requests, streams, fixed)
         seconds = time.perf_counter() - start
-    return Run(answers, seconds)
+    return LoadRun(answers, seconds)
 
 
 async def _answers(

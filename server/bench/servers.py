@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from server.bench.cpu import Usage, usage
 from server.bench.engine_metrics import EngineWork, Scrape
-from server.bench.load import BenchRequest, Run, drive
+from server.bench.load import BenchRequest, LoadRun, drive
 from server.bench.plan import Plan
 from server.http.lifecycle import KEEP_ALIVE_SECONDS
 from server.local.pair import HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
@@ -57,7 +57,7 @@ class MeasuredServer:
 class Sample:
     """What one load on one server did."""
 
-    run: Run
+    run: LoadRun
     """As the client saw it."""
     usage: Usage
     """By /proc."""

@@ -110,7 +110,8 @@ def _read_header(scope: Message, exchange: Exchange) -> None:
         raise BadRequest(HEADER, f"{HEADER}: neither a number nor JSON: {shown}; {EXPECTED}") from error
     budget = _budget(HEADER, value)
     if exchange.budget is None and budget is not None:
-        exchange.budget, exchange.budget_name = budget, HEADER
+        exchange.budget = budget
+        exchange.budget_name = HEADER
 
 
 def _is_set(request: dict[str, Any], name: str) -> bool:

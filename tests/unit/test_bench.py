@@ -16,7 +16,7 @@ from server.bench.cooperation import Ideal, Split
 from server.bench.cost_model import Costs, Line, Traffic
 from server.bench.cpu import TICK, Usage, usage
 from server.bench.engine_metrics import EngineWork, Scrape
-from server.bench.load import Answer, BenchRequest, Run, drive, quantile
+from server.bench.load import Answer, BenchRequest, LoadRun, drive, quantile
 from server.bench.plan import synthetic
 from server.bench.quality import interpolate
 from server.bench.results import Section, Spread, Table, number
@@ -51,7 +51,7 @@ def answer(seconds: float, tokens: int = 10, teacher_tokens: int = 0, prompt: in
 
 
 def sample(*answers: Answer, seconds: float, series: dict[str, float] | None = None) -> Sample:
-    return Sample(Run(answers, seconds), Usage(0.0, 0.0, 0), Scrape(series or {}))
+    return Sample(LoadRun(answers, seconds), Usage(0.0, 0.0, 0), Scrape(series or {}))
 
 
 # --- what engines report ---
@@ -132,7 +132,7 @@ def test_the_split_adds_up_to_the_latencies() -> None:
     assert sum(vars(split).values()) == pytest.approx(4.0)
     assert (split.network, split.gateway) == (pytest.approx(0.3), pytest.approx(0.75))
     busy = Split.from_sample(
-        Sample(Run((answer(4.0, teacher_tokens=2),), 4.0), whole.usage, whole.growth, teacher), 0.1
+        Sample(LoadRun((answer(4.0, teacher_tokens=2),), 4.0), whole.usage, whole.growth, teacher), 0.1
     )
     assert (busy.network, busy.teacher_busy) == (pytest.approx(0.2), pytest.approx(0.1))
     assert sum(split.shares.values()) == pytest.approx(1.0)

@@ -65,7 +65,7 @@ def residuals(
     return path_residuals(earned, row, window) + after - utility
 
 
-class Terms(NamedTuple):
+class LossTerms(NamedTuple):
     """Of some positions."""
 
     residual: Tensor
@@ -99,7 +99,7 @@ def fit_constrained(
     slices = whole_paths(lessons.row, config.batch)
     low, high = map(math.log, objective.prices)
 
-    def terms(part: slice, price: float) -> Terms:
+    def terms(part: slice, price: float) -> LossTerms:
         x = head.features(lessons.states[part].to(device), confidence[part])
         value, cost = values(x)
         residual = residuals(
@@ -113,7 +113,7 @@ def fit_constrained(
             objective.temperature,
             objective.window,
         )
-        return Terms(residual, value, cost)
+        return LossTerms(residual, value, cost)
 
     def loss(part: slice) -> Tensor:
         price = math.exp(low + (high - low) * torch.rand(()).item())
