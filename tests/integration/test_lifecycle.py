@@ -53,7 +53,7 @@ async def test_at_sigterm_streams_end_whole(
             )
             begins = await asyncio.gather(*map(begun, streams))
             child.signal(signal.SIGTERM)
-            for _ in range(1000):
+            for _ in range(6000):
                 if (ready := await http.get("/ready")).status_code != 200:
                     break
                 await asyncio.sleep(0.01)
@@ -67,7 +67,7 @@ async def test_at_sigterm_streams_end_whole(
                 assert last.choices[0].finish_reason == "length"
                 assert last.teacher["calls"] > 1
                 assert not last.teacher["degraded"]
-        assert child.process.wait(20) == 0
+        assert child.process.wait(60) == 0
     assert "[server.http.lifecycle] ending: requests under way: 12" in child.service.log.read_text()
 
 
@@ -77,7 +77,7 @@ async def test_clients_have_time_to_go_elsewhere(
     """On a kept connection every request is answered, until the gateway has told it to go."""
     with gateway(pair, stack.teacher, tmp_path) as (url, child):
         prompt = {"prompt": sources[0], "max_tokens": 8, "teacher_budget": 0}
-        async with httpx.AsyncClient(base_url=url, timeout=30) as http:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as http:
             assert (await http.post("/v1/completions", json=prompt)).status_code == 200
             child.signal(signal.SIGTERM)
             begin, answered = time.monotonic(), 0
@@ -90,7 +90,7 @@ async def test_clients_have_time_to_go_elsewhere(
                 assert reply.status_code == 503
         assert answered >= 2
         assert waited > 0.8 * HAND_OVER_SECONDS
-        assert child.process.wait(20) == 0
+        assert child.process.wait(60) == 0
 
 
 async def test_at_its_deadline_it_ends_all_the_same(
@@ -105,7 +105,7 @@ async def test_at_its_deadline_it_ends_all_the_same(
             child.signal(signal.SIGTERM)
             with pytest.raises(APIConnectionError):
                 [chunk async for chunk in stream]
-        assert child.process.wait(20) == 1
+        assert child.process.wait(60) == 1
         assert "requests that were cut off: 1" in child.service.log.read_text()
 
 
@@ -125,8 +125,8 @@ def test_a_gateway_that_starts_can_be_ended(pair: Pair, tmp_path: Path) -> None:
         assert engine
         time.sleep(2)  # it has begun to wait
         child.signal(signal.SIGTERM)
-        assert child.process.wait(10) == 128 + signal.SIGTERM
-        assert psutil.wait_procs(engine, 5)[1] == []
+        assert child.process.wait(60) == 128 + signal.SIGTERM
+        assert psutil.wait_procs(engine, 60)[1] == []
     finally:
         child.signal(signal.SIGKILL)
 
@@ -154,6 +154,6 @@ async def test_the_gateway_ends_with_its_engine(
             if "EngineCore" in process.name()
         ]
         os.kill(engine.pid, signal.SIGKILL)
-        assert child.process.wait(20) == 1
+        assert child.process.wait(60) == 1
         log = child.service.log.read_text()
         assert log.count("wheels serve: the student's engine died") == 1
