@@ -97,7 +97,10 @@ def register(model: Path) -> None:
     """Its class, which vLLM otherwise looks at in a process of its own, for seconds."""
     (name,) = json.loads((model / "config.json").read_text())["architectures"]
     known = ModelRegistry.models[name]
-    if not known.module_name.endswith(".transformers"):  # that module needs an engine to be imported
+    module = getattr(known, "module_name", None)
+    if module is None:  # registered for an earlier family
+        return
+    if not module.endswith(".transformers"):  # that module needs an engine to be imported
         ModelRegistry.register_model(name, known.load_model_cls())
 
 
