@@ -46,9 +46,11 @@ def excess(reply: Any, fraction: float, span_tokens: int) -> float:
     return worst
 
 
-def metric(url: str, name: str, **labels: str) -> float:
-    """Sum of a metric's series that have these labels."""
-    text = urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode()
+def metric(url: str, name: str, key: str | None = None, **labels: str) -> float:
+    """Sum of a metric's series that have these labels; with tenants, an admin's ``key`` is needed."""
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(f"{url}/metrics", headers=headers)
+    text = urllib.request.urlopen(request, timeout=60).read().decode()
     total = 0.0
     for line in text.splitlines():
         match = re.fullmatch(rf"{re.escape(name)}(?:{{(.*)}})? (\S+)", line)
@@ -65,10 +67,12 @@ async def eventually(true: Callable[[], bool], seconds: float = 60) -> None:
         await asyncio.sleep(0.2)
 
 
-async def settled(url: str, name: str, value: float, seconds: float = 60, **labels: str) -> float:
+async def settled(
+    url: str, name: str, value: float, seconds: float = 60, key: str | None = None, **labels: str
+) -> float:
     """Wait until a metric has reached a value; returns what it is in the end."""
     for _ in range(int(seconds * 10)):
-        if metric(url, name, **labels) == value:
+        if metric(url, name, key, **labels) == value:
             break
         await asyncio.sleep(0.1)
-    return metric(url, name, **labels)
+    return metric(url, name, key, **labels)

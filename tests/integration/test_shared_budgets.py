@@ -149,7 +149,7 @@ async def test_a_limit_holds_whatever_comes_at_once(
     everybody = everything["budgets"][0]
     assert everybody["spent"] >= budget["spent"]
     assert everybody["student_tokens"] > 0
-    assert await settled(limited.serving.gateway, "wheels_ledger_available", 1) == 1
+    assert await settled(limited.serving.gateway, "wheels_ledger_available", 1, key="root") == 1
 
 
 async def test_used_up_and_told(limited: Stack, sources: list[str]) -> None:
