@@ -1,7 +1,7 @@
 """Every name of vLLM that the gateway uses, so that an upgrade of vLLM touches this file.
 
 Public names first, then vLLM's HTTP server, then what vLLM does not offer: each of its private names is
-reached through one function here, which `tests/unit/test_vllm_contract.py` checks against vLLM itself.
+reached through one function here, which `tests/unit/server/test_vllm_contract.py` checks against vLLM itself.
 """
 
 import math

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from redis_server import RedisServer
+
+from tests.helpers.redis_server import RedisServer
 
 
 @pytest.fixture

@@ -23,8 +23,9 @@ from openai import AsyncOpenAI
 from measuring.examples import Example, load_examples
 from server.local.pair import GATEWAY, HOST, Pair, free_port, gateway_service, teacher_service
 from server.local.processes import Service, running
+from tests.helpers.paths import ROOT
 
-DEMO = Path(__file__).parents[2] / "deploy" / "demo"
+DEMO = ROOT / "deploy" / "demo"
 IN_TURN = (
     sys.executable,
     "-c",

@@ -1,8 +1,8 @@
 """What a budget buys.
 
-The same synthetic traffic (see tests/traffic.py) and the same global limit, enforced by the real ledger; only
-the way in which it is spent differs. Half of the mixture that the prices were calibrated on is hard; the
-traffic shifts from 50 % to 10, 90, 30, 70 and 5 % hard requests.
+The same synthetic traffic (see tests/helpers/traffic.py) and the same global limit, enforced by the real
+ledger; only the way in which it is spent differs. Half of the mixture that the prices were calibrated on
+is hard; the traffic shifts from 50 % to 10, 90, 30, 70 and 5 % hard requests.
 
 Then the same traffic without a global limit, every request with a budget of its own: one price throughout,
 against one that follows what is left of the request's bucket.
@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Sequence
 
 from router.ledger import FractionOfTraffic, TokensPerWindow
-from tests.traffic import (
+from tests.helpers.traffic import (
     SPAN,
     STEP_SECONDS,
     Outcome,

@@ -21,7 +21,7 @@ import uvloop
 
 from router.ledger import FractionOfTraffic, Lease, Ledger, MemoryLedger, Scope, TokensPerWindow
 from router.ledger.redis import RedisLedger
-from tests.redis_server import RedisServer
+from tests.helpers.redis_server import RedisServer
 
 Times = dict[str, list[float]]
 """Seconds by operation."""

@@ -25,8 +25,9 @@ from measuring.gateway import GatewayClient
 from server.local.measure import BudgetResult, answer_all
 from server.local.pair import GATEWAY, HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
 from server.local.processes import Service, running
+from tests.helpers.paths import ROOT
 
-DEMO = Path(__file__).parents[2] / "deploy" / "demo"
+DEMO = ROOT / "deploy" / "demo"
 FIRST_COME = (
     sys.executable,
     "-c",

@@ -16,7 +16,6 @@ import json
 import tempfile
 import time
 from itertools import islice
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
+from tests.helpers.paths import ROOT
 from training.batches import Batch
 from training.config import PCLConfig, Schedule
 from training.loop.trainer import make_optimizers, update
@@ -34,7 +34,7 @@ from training.models import load_model
 from training.tasks import make_task
 from training.tokenizer import encode_prompts, load_tokenizer
 
-PAIR = Path(__file__).parents[2] / "deploy" / "demo"
+PAIR = ROOT / "deploy" / "demo"
 WARM_UP = 3
 clock = time.perf_counter if torch.cuda.is_available() else time.process_time
 LEARNING_RATE = 1e-9

@@ -5,7 +5,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import helm
 import kubernetes_validate
 import pytest
 import yaml
@@ -13,6 +12,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from router.ledger import LedgerConfig
 from server.config import ENVIRONMENT_PREFIX, ServeConfig, load
+from tests.helpers import helm
 
 # The oldest Kubernetes that the chart admits, and the newest that there are schemas of.
 KUBERNETES = ("1.30", "1.37")
@@ -75,7 +75,7 @@ def test_lint() -> None:
 
 @pytest.mark.parametrize("case", helm.CASES)
 def test_manifests_are_as_before(case: str) -> None:
-    """A change that is meant: `python -m tests.deploy.helm`, then read the difference."""
+    """A change that is meant: `python -m tests.helpers.helm`, then read the difference."""
     assert helm.rendered(case) == helm.golden(case).read_text()
 
 
@@ -144,7 +144,7 @@ def test_the_guides_values_are_right(tmp_path: Path) -> None:
 
 
 def test_the_schema_is_the_gateways() -> None:
-    """After a new setting of the gateway: `python -m tests.deploy.helm`."""
+    """After a new setting of the gateway: `python -m tests.helpers.helm`."""
     assert helm.schema_with(helm.configuration_schema()) == helm.SCHEMA.read_text()
 
 

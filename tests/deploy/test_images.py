@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from server.config import load
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "deploy" / "compose"
 DOCKER = ROOT / "deploy" / "docker"
 DOCKERFILES = sorted(DOCKER.glob("Dockerfile.?pu"))

@@ -7,7 +7,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import promql
 import pytest
 import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
@@ -17,9 +16,11 @@ from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import server.metrics  # noqa: F401  (registers the gateway's series)
+from tests.helpers import promql
+from tests.helpers.paths import ROOT
 
 RULE_TESTS = Path(__file__).with_name("rules_test.yml")
-OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
+OPERATIONS = ROOT / "docs" / "operations.md"
 FAMILIES = tuple(text_string_to_metric_families(generate_latest(REGISTRY).decode()))
 SUFFIX = re.compile("_(bucket|sum|count|total)$")
 

@@ -3,15 +3,14 @@
 import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from server.local.pair import is_cpu_build
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 # Not the same in the two builds, or removed again by the Makefile.
 PER_BUILD = re.compile(r"torchvision|torchaudio|torchcodec|triton|apache-tvm-ffi")
 

@@ -1,17 +1,15 @@
 """Real engines: the shipped pair, a stock vLLM server for the teacher, the gateway for the student."""
 
 import json
-import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from client import openai_client
 from openai import AsyncOpenAI
 
 from server.local.pair import Pair, Serving, serving
-
-DEMO = Path(os.environ.get("TRAINING_WHEELS_PAIR", Path(__file__).parents[2] / "deploy" / "demo"))
+from tests.helpers.client import openai_client
+from tests.helpers.paths import DEMO
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

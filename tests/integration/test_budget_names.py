@@ -8,10 +8,10 @@ import httpx
 import openai
 import pytest
 import yaml
-from client import openai_client
 from openai import AsyncOpenAI
 
 from server.local.pair import Pair, Serving, serving
+from tests.helpers.client import openai_client
 
 ORIGIN = "https://app.example"
 HEADER = "X-Teacher-Budget"

@@ -6,9 +6,9 @@ from typing import Any
 import anthropic
 import pytest
 from anthropic import AsyncAnthropic
-from client import MODEL
 
 from server.local.pair import Serving
+from tests.helpers.client import MODEL
 
 
 @pytest.fixture

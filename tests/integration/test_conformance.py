@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-from client import MODEL
 
 from server.local.pair import Serving
+from tests.helpers.client import MODEL
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = (
     "/v1/chat/completions",

@@ -5,11 +5,11 @@ from typing import Any
 
 import httpx
 import pytest
-from client import chat, excess, metric, settled, source_of_tokens
 from openai import AsyncOpenAI, BadRequestError
 from transformers import AutoTokenizer
 
 from server.local.pair import Pair, Serving
+from tests.helpers.client import chat, excess, metric, settled, source_of_tokens
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.5)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEMO
 
 from measuring.examples import load_examples
 from measuring.gateway import GatewayClient
 from server.local.measure import answer_all
 from server.local.pair import Pair, Serving, free_port, gateway_service
 from server.local.processes import running
+from tests.helpers.paths import DEMO
 
 
 def demo() -> dict[float, dict[str, Any]]:

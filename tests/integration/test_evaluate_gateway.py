@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from commands import evaluate
-from conftest import DEMO
 
 from server.local.pair import Serving
+from tests.helpers.commands import evaluate
+from tests.helpers.paths import DEMO
 
 BUDGETS = (0.1, 0.3)
 EXAMPLES = 200

@@ -1,24 +1,22 @@
 """A student of any family, without a row to spare, under the gateway's gate."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-from families import IN_VLLM
 
-HERE = Path(__file__).parent
+from tests.helpers.families import IN_VLLM
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, Any]]:
     """By family; all of them in one process, as vLLM's import takes longer than an engine of this size."""
     done = subprocess.run(
-        [sys.executable, str(HERE / "family_worker.py"), *IN_VLLM],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)])},
+        [sys.executable, "-m", "tests.helpers.family_worker", *IN_VLLM],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
         timeout=550,

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from client import chat, metric, openai_client, settled
 from openai import AsyncOpenAI
 
 from router.checkpoint import RouterCheckpoint
 from server.local.pair import Pair, Serving, serving, teacher_service
 from server.local.processes import running
+from tests.helpers.client import chat, metric, openai_client, settled
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,17 @@ from signal import SIGKILL
 from typing import Any, NamedTuple
 
 import openai
-import promql
 import pytest
 import yaml
-from client import chat, eventually, openai_client
-from redis_server import RedisServer
 
 from server.local.pair import HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
 from server.local.processes import Child, Service, running
+from tests.helpers import promql
+from tests.helpers.client import chat, eventually, openai_client
+from tests.helpers.paths import ROOT
+from tests.helpers.redis_server import RedisServer
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+DEPLOY = ROOT / "deploy"
 REQUESTS = 400
 AT_ONCE = 24
 LIMIT = 400

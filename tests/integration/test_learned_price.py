@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client import chat, excess, metric, openai_client
 from openai import AsyncOpenAI
 
 from server.local.pair import Pair, Serving, free_port, gateway_service
 from server.local.processes import running
+from tests.helpers.client import chat, excess, metric, openai_client
 
 WARM_UP = 100
 MEASURED = 200

@@ -12,12 +12,12 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from client import chat, openai_client
 from openai import APIConnectionError
 
 from server.http.lifecycle import HAND_OVER_SECONDS
 from server.local.pair import Pair, Serving, free_port, gateway_service
 from server.local.processes import Child, running
+from tests.helpers.client import chat, openai_client
 
 TOKENS = 250
 

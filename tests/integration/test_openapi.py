@@ -6,13 +6,13 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-from client import MODEL
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import load_all_checks
 from schemathesis.specs.openapi.checks import positive_data_acceptance, status_code_conformance
 
 from server.http.fields import HEADER, STREAMED
 from server.local.pair import Serving
+from tests.helpers.client import MODEL
 
 EXAMPLES = 5
 ENDLESS = settings(

@@ -5,11 +5,11 @@ from typing import Any
 
 import httpx
 import pytest
-from client import chat, metric
 from openai import AsyncOpenAI, BadRequestError
 from transformers import AutoTokenizer
 
 from server.local.pair import Pair, Serving
+from tests.helpers.client import chat, metric
 
 COUNTED = ("wheels_requests_total", "wheels_completion_tokens_total")
 STUDENT_ALONE = {

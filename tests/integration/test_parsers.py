@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from client import MODEL, openai_client
 from openai import AsyncOpenAI, BadRequestError
-from reciter import save_reciter
 
 from server.local.pair import HOST, Pair, free_port, gateway_service, teacher_service
 from server.local.processes import running
+from tests.helpers.client import MODEL, openai_client
+from tests.helpers.reciter import save_reciter
 
 REASONING, CONTENT = "Two cities, so two calls.", "Let me look."
 CITIES = ["Zürich", "Genf"]

@@ -9,10 +9,10 @@ import httpx
 import openai
 import pytest
 from anthropic import AsyncAnthropic
-from client import MODEL, openai_client
 from openai import AsyncOpenAI
 
 from server.local.pair import Pair, Serving, serving
+from tests.helpers.client import MODEL, openai_client
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = (
     "/v1/chat/completions",

@@ -5,11 +5,10 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from client import chat, openai_client
-
 from router.checkpoint import RouterCheckpoint
 from server.local.pair import Pair, Serving, free_port, gateway_service
 from server.local.processes import running
+from tests.helpers.client import chat, openai_client
 
 BUDGET = 0.2
 

@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from client import chat, openai_client
 from openai import AsyncOpenAI
 
 from server.local.pair import Serving
+from tests.helpers.client import chat, openai_client
 
 
 @pytest.fixture

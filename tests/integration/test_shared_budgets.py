@@ -12,12 +12,12 @@ import httpx
 import openai
 import pytest
 import yaml
-from client import chat, settled
 from openai import AsyncOpenAI
-from redis_server import RedisServer
 
 from server.local.pair import Pair, Serving, serving
 from server.tenants import hash_key
+from tests.helpers.client import chat, settled
+from tests.helpers.redis_server import RedisServer
 
 LIMIT = 60
 ACME = {

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import aiohttp
 import psutil
 import pytest
-from client import MODEL, metric, settled
 
 from server.local.pair import HOST, Pair, Serving, free_port, gateway_service
 from server.local.processes import Child, running
+from tests.helpers.client import MODEL, metric, settled
 
 STREAMS = 500
 LIMIT = {"type": "tokens", "tokens": 10**6, "window_seconds": 3600}

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client import chat, openai_client
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from server.local.pair import Pair, Serving, free_port, gateway_service
 from server.local.processes import running
+from tests.helpers.client import chat, openai_client
 
 
 @pytest.fixture

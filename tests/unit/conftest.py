@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
-from steady_time import SteadyClock, SteadyLoop
 
 from router.reserved import ReservedRows
+from tests.helpers.steady_time import SteadyClock, SteadyLoop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -43,7 +43,7 @@ def _a_worker_has_one_core() -> None:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> "PreTrainedTokenizerFast":
-    from tiny_router import byte_tokenizer
+    from tests.helpers.tiny_router import byte_tokenizer
 
     return byte_tokenizer()
 
@@ -56,6 +56,6 @@ def reserved() -> ReservedRows:
 
 @pytest.fixture
 def router(reserved: ReservedRows) -> "RouterCheckpoint":
-    from tiny_router import tiny_router
+    from tests.helpers.tiny_router import tiny_router
 
     return tiny_router(reserved)

@@ -1,0 +1,47 @@
+"""One gateway's worth of reservations, as a process of its own.
+
+    python -m tests.helpers.ledger_worker URL SEED
+
+Prints a line after every settlement: how many tokens it was settled with, or "-" for a refusal.
+"""
+
+import asyncio
+import random
+import sys
+
+from router.ledger import Denial, Scope, TokensPerWindow
+from router.ledger.redis import RedisLedger
+
+LEASE_SECONDS = 3.0
+WINDOW_SECONDS = 3600.0
+STREAMS = 50
+TENANT = Scope("tenant", "acme", TokensPerWindow(tokens=20_000, window_seconds=WINDOW_SECONDS))
+EVERYBODY = Scope("global", "", TokensPerWindow(tokens=12_000, window_seconds=WINDOW_SECONDS))
+
+
+async def stream(ledger: RedisLedger, rng: random.Random) -> None:
+    """Reserve, write for a while, settle; until nothing is left."""
+    while True:
+        reply = await ledger.reserve([TENANT, EVERYBODY], rng.randint(1, 8), at_least=1)
+        if isinstance(reply, Denial):
+            if reply.reason == "unavailable":
+                continue
+            print("-", flush=True)
+            await asyncio.sleep(0.2)  # the dead may have held what is left
+            continue
+        await asyncio.sleep(rng.uniform(0.0, 0.02))
+        used = rng.randint(0, reply.tokens)
+        if await ledger.settle(reply, used) == "settled":
+            print(used, flush=True)
+
+
+async def main(url: str, seed: int) -> None:
+    ledger = RedisLedger.connect(url, lease_seconds=LEASE_SECONDS, timeout=20.0)
+    rng = random.Random(seed)
+    async with asyncio.TaskGroup() as group:
+        for _ in range(STREAMS):
+            group.create_task(stream(ledger, rng))
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], int(sys.argv[2])))

@@ -1,0 +1,181 @@
+"""What documents and docstrings cite exists: files, headings, modules, classes and their members."""
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.paths import ROOT
+
+PACKAGES = ("server", "router", "training")
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "deploy/**/*.md")
+    for path in ROOT.glob(pattern)
+    if path.name not in ("licences.md", "log.md")  # the log speaks of what was, under the names of its day
+)
+SOURCES = [path for package in (*PACKAGES, "tests") for path in sorted((ROOT / package).rglob("*.py"))]
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+PATH = re.compile(r"(?:server|router|training|tests|deploy|docs)/[\w./*-]*")
+DOTTED = re.compile(r"(?:server|router|training|tests)(?:\.\w+)*\.(?!json|safetensors|py|yaml)\w+")
+MEMBER = re.compile(r"(?!Dockerfile)([A-Z]\w*[a-z]\w*)\.(\w+)(?:\(\))?")
+
+
+@dataclass
+class Names:
+    """Every name that the project's code defines or imports."""
+
+    members: dict[str, set[str]] = field(default_factory=dict)
+    """Class name to its methods, fields and attributes; of classes that share a name, all of them."""
+    bases: dict[str, set[str]] = field(default_factory=dict)
+    imported: set[str] = field(default_factory=set)
+    modules: dict[str, set[str]] = field(default_factory=dict)
+    """Dotted module name to what it defines at its top."""
+
+    def has_member(self, owner: str, member: str) -> bool:
+        """Whether a class has it, itself or from a base; classes from elsewhere are taken at their word."""
+        if owner not in self.members:
+            return owner in self.imported
+        if member in self.members[owner]:
+            return True
+        return any(base in self.members and self.has_member(base, member) for base in self.bases[owner])
+
+    def has_dotted(self, dotted: str) -> bool:
+        """Whether `package.module.Class.member`, or a beginning of it that is a module, exists."""
+        if dotted in self.modules:
+            return True
+        module, _, name = dotted.rpartition(".")
+        if module in self.modules:
+            return name in self.modules[module]
+        module, _, owner = module.rpartition(".")
+        return module in self.modules and owner in self.modules[module] and self.has_member(owner, name)
+
+
+@cache
+def project_names() -> Names:
+    names = Names()
+    for path in [*SOURCES, ROOT / "wheels.py"]:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        tree = ast.parse(path.read_text())
+        names.modules[module] = set()
+        for statement in tree.body:
+            names.modules[module].update(_bound(statement))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names.imported.update(alias.asname or alias.name for alias in node.names)
+            if isinstance(node, ast.ClassDef):
+                members = names.members.setdefault(node.name, set())
+                for inner in ast.walk(node):
+                    members.update(_bound(inner))
+                    if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store):
+                        members.add(inner.attr)
+                bases = names.bases.setdefault(node.name, set())
+                bases.update(base.id for base in node.bases if isinstance(base, ast.Name))
+    return names
+
+
+def _bound(node: ast.AST) -> set[str]:
+    """Names that one statement binds."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {node.name}
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return {node.target.id}
+    if isinstance(node, ast.Assign):
+        return {target.id for target in node.targets if isinstance(target, ast.Name)}
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return {alias.asname or alias.name for alias in node.names}
+    return set()
+
+
+def headings(document: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    anchors = set()
+    for line in re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE):
+        plain = re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", line).lower())
+        anchors.add(plain.strip().replace(" ", "-"))
+    return anchors
+
+
+def wrong_links(document: Path) -> Iterator[str]:
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    for link in LINK.findall(text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (document.parent / file) if file else document
+        if not target.exists():
+            yield f"{link}: no such file"
+        elif anchor and anchor not in headings(target):
+            yield f"{link}: no such heading"
+
+
+def wrong_names(text: str) -> Iterator[str]:
+    """Citations in backticks that name nothing."""
+    names = project_names()
+    for cited in CODE.findall(text):
+        if PATH.fullmatch(cited) and "." in cited.rpartition("/")[2] and not list(ROOT.glob(cited)):
+            yield f"{cited}: no such file"
+        if DOTTED.fullmatch(cited) and not names.has_dotted(cited):
+            yield f"{cited}: no such name"
+        member = MEMBER.fullmatch(cited)
+        if member is not None and not names.has_member(member[1], member[2]):
+            yield f"{cited}: no such member"
+
+
+def docstrings(source: Path) -> str:
+    tree = ast.parse(source.read_text())
+    texts = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            value = node.value.value  # a docstring, or the text below a field
+            if isinstance(value, str):
+                texts.append(value)
+    return "\n".join(texts)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_document_cites_what_exists(document: Path):
+    assert [*wrong_links(document), *wrong_names(document.read_text())] == []
+
+
+def test_docstrings_cite_what_exists():
+    wrong = {}
+    for source in SOURCES:
+        found = list(wrong_names(docstrings(source)))
+        if found:
+            wrong[str(source.relative_to(ROOT))] = found
+    assert wrong == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "see `server/no_such_file.py`",
+        "see `router.budget.NoSuchClass`",
+        "see `router.nothing`",
+        "see `Budget.is_unbounded`",
+        "see `NoSuchClass.member`",
+    ],
+)
+def test_a_citation_of_nothing_is_found(text: str):
+    assert len(list(wrong_names(text))) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "see `server/gateway.py`",
+        "see `router/`",
+        "see `router.budget.Bucket`",
+        "see `router.budget.Bucket.reserve`",
+        "see `Bucket.reserve()`",
+        "see `SamplingParams.extra_args` of vLLM",
+    ],
+)
+def test_a_citation_of_something_is_not(text: str):
+    assert list(wrong_names(text)) == []

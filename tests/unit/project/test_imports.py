@@ -1,0 +1,42 @@
+"""Who may load whom, at run time; test_packaging reads the import statements."""
+
+import subprocess
+import sys
+
+from tests.helpers.paths import ROOT
+
+SERVING = ("vllm", "fastapi", "starlette", "uvicorn", "server", "training", "transformers")
+
+
+def loaded(program: str, *modules: str) -> set[str]:
+    """Which of the modules a fresh interpreter has loaded at the program's end."""
+    report = f"\nimport sys; print(*({set(modules)!r} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program + report], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_the_router_loads_neither_engine_nor_http():
+    program = (
+        "import importlib, pkgutil, router\n"
+        "names = [m.name for m in pkgutil.walk_packages(router.__path__, 'router.')]\n"
+        "assert {'router.budget', 'router.checkpoint', 'router.gate'} <= set(names), names\n"
+        "for name in names: importlib.import_module(name)"
+    )
+    assert loaded(program, *SERVING) == set()
+
+
+def test_budgets_and_prices_need_no_torch():
+    assert loaded("import router.budget, router.policy", "torch", *SERVING) == set()
+
+
+def test_help_loads_neither_torch_nor_vllm():
+    program = "import wheels; wheels.main(['--help'])"
+    assert loaded(program, "torch", "server", "router", "training", *SERVING) == set()
+
+
+def test_what_stands_before_the_engine_does_not_load_it():
+    """The middleware and the configuration are checked, and tested, without an engine."""
+    assert loaded("import server.http.fields, server.config, server.metrics", "vllm") == set()

@@ -1,0 +1,47 @@
+"""What `wheels bench` prints, and what it refuses."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import wheels
+from server.bench import cli
+from server.bench.results import Section, Spread, Table, number
+
+
+def test_a_section_as_json_and_as_markdown() -> None:
+    rows = [{"server": "a", "tokens/s": Spread.from_values([3.0, 1.0, 2.0]), "added ms": None}]
+    section = Section({"main": Table("Title", rows, "About.")}, ["a note"], {"cpu": "c"})
+    stored = json.loads(json.dumps(section.as_dict()))
+    assert stored["tables"]["main"]["rows"][0]["tokens/s"] == {"median": 2.0, "low": 1.0, "high": 3.0}
+    assert stored["machine"] == {"cpu": "c"}
+    assert "| a | 2.00 (1.00–3.00) | – |" in section.markdown("x")
+
+
+def test_three_digits() -> None:
+    assert [number(x) for x in (0.01234, 1.234, 12.34, 1234.5, 0.0)] == [
+        "0.012",
+        "1.23",
+        "12.3",
+        "1,234",
+        "0",
+    ]
+
+
+def test_no_measurement_has_no_spread() -> None:
+    with pytest.raises(ValueError, match="no measurement"):
+        Spread.from_values([])
+    assert not math.isnan(Spread.from_values([1.0]).median)
+
+
+def test_a_pair_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert wheels.main(["bench", str(tmp_path), "--quick"]) == 1
+    assert str(tmp_path / "teacher") in capsys.readouterr().err
+
+
+def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--section", "speed"])
+    assert "invalid choice: 'speed'" in capsys.readouterr().err

@@ -1,0 +1,49 @@
+"""The cost model, in numbers that can be computed by hand."""
+
+import pytest
+
+from server.bench.cost_model import Costs, Line, Traffic
+from server.bench.quality import interpolate
+
+
+def test_a_line_is_found_again() -> None:
+    line = Line.fit([(1, 5.0), (4, 11.0), (16, 35.0)])
+    assert (line.fixed, line.each) == (pytest.approx(3.0), pytest.approx(2.0))
+
+
+def test_a_line_costs_nothing_negative() -> None:
+    assert Line.fit([(1, 5.0), (4, 4.0)]).each == 0.0
+    assert Line.fit([(1, 1.0), (2, 3.0)]).fixed == 0.0
+
+
+def test_one_x_makes_no_line() -> None:
+    with pytest.raises(ValueError, match="two different x"):
+        Line.fit([(1, 5.0), (1, 4.0)])
+
+
+COSTS = Costs(
+    student_step=Line(4.0, 1.0),
+    student_read=0.5,
+    teacher_step=Line(40.0, 4.0),
+    teacher_read=2.0,
+    front=0.01,
+    block=32,
+)
+
+
+def test_costs_of_a_request() -> None:
+    """100 tokens, 20 of them the teacher's in 5 calls, prompt 50, batches of 4."""
+    traffic = Traffic(50, 100, 0.2, 4)
+    assert traffic.calls == 5
+    assert COSTS.student(traffic, 4) == pytest.approx(80 * 2.0 + (50 + 20 + 5 * 16) * 0.5)
+    assert COSTS.teacher(traffic, 4) == pytest.approx(20 * 14.0 + (50 + 80 + 5 * 16) * 2.0)
+    assert COSTS.requests_per_second(traffic, 4) == pytest.approx(1 / 700)
+
+
+def test_a_teacher_that_is_never_asked_costs_nothing() -> None:
+    assert COSTS.teacher(Traffic(50, 100, 0.0), 4) == 0.0
+
+
+def test_a_curve_is_anchored_at_both_models() -> None:
+    assert interpolate([(0.2, 0.8)], 0.05) == pytest.approx(0.2)
+    assert interpolate([(0.2, 0.8)], 0.6) == pytest.approx(0.9)

@@ -1,0 +1,24 @@
+"""A gate in vLLM's V1 batch, and vLLM's kernels in plain torch."""
+
+import pytest
+
+from server.gate_processor import GateProcessor, gate_settings
+from server.vllm_api import find_reports
+from tests.helpers import v2_runner
+from tests.helpers.gate_steps import CPU, engine_config
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate changes vLLM's reports for the whole process: a test gives them back."""
+    v2_runner.use_torch_kernels(monkeypatch)
+    for v2 in (False, True):
+        for report in find_reports(v2=v2):
+            monkeypatch.setattr(report.owner, report.name, vars(report.owner)[report.name])
+
+
+@pytest.fixture
+def processor(reserved) -> GateProcessor:
+    processor = GateProcessor(engine_config(gate_settings(reserved, "margin", None)), CPU, False)
+    processor.device_prices = processor.prices.clone()  # two tensors, as on a GPU
+    return processor

@@ -1,0 +1,150 @@
+"""The span loop: what ends a completion, and what holds its end back."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from server.completion import Piece
+from server.teacher.client import Ask
+from server.vllm_api import Logprob
+from tests.helpers.scripted_pair import (
+    ScriptedTeacher,
+    count,
+    on_the_books,
+    shared_by_all,
+    spent,
+    tokens,
+    write,
+)
+from tests.helpers.scripted_student import DELTA, EOS, FINAL_ONLY
+
+# Stop strings, minimum lengths, seeds
+
+
+@pytest.mark.parametrize(
+    ("stop", "shown", "kept"), [("bC", "a", "abC"), ("CD", "ab", "abCD"), ("De", "abC", "abCDe")]
+)
+@pytest.mark.parametrize("kind", [DELTA, FINAL_ONLY])
+async def test_a_stop_string_ends_the_completion_wherever_it_is(pair, stop, shown, kept, kind):
+    engine, teacher = pair(ask_at={2}, span_tokens=4 if stop == "CD" else 2)
+    result = await write(engine, 0.5, stop=[stop], output_kind=kind)
+    assert "".join(new.text for new in result.choice()) == shown
+    assert result.text() == kept
+    assert (result.last.finish_reason, result.last.stop_reason) == ("stop", stop)
+    assert [output.finished for output in result.outputs].count(True) == 1
+    assert all(call.closed for call in teacher.calls)
+    assert all(segment.closed for segment in engine.segments)
+    assert result.report.completion_tokens == len(kept)
+    assert result.report.tokens == sum(character.isupper() for character in kept)
+
+
+async def test_min_tokens_hold_the_ending_back_but_not_the_question(pair):
+    engine, teacher = pair(ask_at={1}, ends_at=4, span_tokens=1)
+    result = await write(engine, 0.5, min_tokens=6, max_tokens=9)
+    assert result.text() == "aBcdefghi"
+    assert [call.min_tokens for call in teacher.calls] == [5]  # one was written
+    assert [segment.params.min_tokens for segment in engine.segments] == [6, 4]
+    assert [segment.params.max_tokens for segment in engine.segments] == [9, 7]
+
+
+async def test_a_frequency_penalty_counts_the_whole_completion(pair):
+    """What vLLM does not see any more comes as a bias, beside the caller's own."""
+    engine, teacher = pair(ask_at={2})
+    bias = {ord("a"): 2.0}
+    result = await write(engine, {"tokens": 2}, max_tokens=6, frequency_penalty=0.5, logit_bias=bias)
+    assert result.text() == "abCDef"
+    assert [segment.params.frequency_penalty for segment in engine.segments] == [0.5] * 2
+    a, b, c, d = b"abCD"
+    first, second = (segment.params.logit_bias for segment in engine.segments)
+    assert (first, second) == ({a: 2.0}, {a: 1.5, b: -0.5, c: -0.5, d: -0.5})
+    assert teacher.biases == [{a: 1.5, b: -0.5}]
+    assert bias == {a: 2.0}
+
+
+async def test_min_tokens_are_no_length_of_their_own(pair):
+    engine, _ = pair(ends_at=4)
+    result = await write(engine, 0.5, min_tokens=2, max_tokens=9)
+    assert (result.text(), result.last.finish_reason) == ("abcd", "stop")
+
+
+async def test_every_segment_has_a_seed_of_its_own(pair):
+    engine, teacher = pair(ask_at={2, 6})
+    await write(engine, 0.5, max_tokens=10, seed=7)
+    seeds = [s.params.seed for s in engine.segments] + [call.seed for call in teacher.calls]
+    assert seeds[0] == 7
+    assert len(set(seeds)) == 5
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+async def test_the_same_seed_gives_the_same_seeds(pair):
+    async def seeds() -> list[int]:
+        engine, _ = pair(ask_at={2})
+        await write(engine, 0.5, seed=2**63 - 1)
+        return [segment.params.seed for segment in engine.segments]
+
+    assert await seeds() == await seeds()
+
+
+async def test_without_a_seed_there_is_none(pair):
+    engine, teacher = pair(ask_at={2})
+    await write(engine, 0.5)
+    assert [s.params.seed for s in engine.segments] == [None, None]
+    assert [call.seed for call in teacher.calls] == [None]
+
+
+# A teacher that writes over the end
+
+
+def whole_spans(teacher: ScriptedTeacher, text: bytes, ends: int | None = None) -> None:
+    """Let it write each span in one piece, of this text; some servers know nothing of our end tokens."""
+
+    async def write(slot: Any, ask: Ask, **_: Any) -> AsyncIterator[Piece]:
+        ids = [EOS if place == ends else token for place, token in enumerate(text[: ask.tokens])]
+        yield Piece(ids, [{token: Logprob(-0.5)} for token in ids], "length")
+
+    teacher.write = write
+
+
+@pytest.mark.parametrize("kind", [DELTA, FINAL_ONLY])
+async def test_the_students_end_token_ends_a_span(pair, kind):
+    shared = shared_by_all(tokens(100))
+    engine, teacher = pair(ask_at={2}, span_tokens=8, shared=shared)
+    whole_spans(teacher, b"CDEFGHIJ", ends=3)
+    result = await write(engine, 0.9, max_tokens=20, output_kind=kind, logprobs=0)
+    assert (result.text(), result.ids()[-1]) == ("abCDE", EOS)
+    assert (result.last.finish_reason, result.last.stop_reason) == ("stop", None)
+    assert result.report.spans == [[2, 6]]
+    assert len(engine.segments) == 1
+    assert spent(engine) == (4, 1)
+    assert await on_the_books(shared) == (4, 0, 2)
+
+
+async def test_a_callers_stop_token_ends_a_span(pair):
+    engine, teacher = pair(ask_at={2}, span_tokens=8)
+    whole_spans(teacher, b"CDEFGHIJ")
+    result = await write(engine, 0.9, max_tokens=20, stop_token_ids=[ord("E")])
+    assert (result.text(), result.last.stop_reason) == ("abCDE", ord("E"))
+
+
+async def test_who_ignores_ends_gets_more(pair):
+    engine, teacher = pair(ask_at={2}, span_tokens=8)
+    whole_spans(teacher, b"CDEFGHIJ", ends=3)
+    result = await write(engine, {"calls": 1}, max_tokens=12, ignore_eos=True)
+    assert len(result.ids()) == 12
+    assert result.last.finish_reason == "length"
+
+
+@pytest.mark.parametrize("kind", [DELTA, FINAL_ONLY])
+async def test_what_comes_after_a_stop_string_is_not_paid(pair, kind):
+    """The books, the report, the usage and the metrics say the same."""
+    shared = shared_by_all(tokens(100))
+    engine, teacher = pair(ask_at={2}, span_tokens=8, shared=shared)
+    whole_spans(teacher, b"CDEFGHIJ")
+    before = count("wheels_completion_tokens_total", source="teacher")
+    result = await write(engine, 0.9, max_tokens=20, stop=["DE"], output_kind=kind)
+    assert result.text() == "abCDE"
+    assert (result.report.tokens, result.report.completion_tokens) == (3, 5)
+    assert spent(engine) == (3, 1)
+    assert await on_the_books(shared) == (3, 0, 2)
+    assert count("wheels_completion_tokens_total", source="teacher") - before == 3

@@ -1,0 +1,143 @@
+"""The span loop: what the engine cannot take, and what is refused."""
+
+import pytest
+
+from server.gate_processor import TERMS
+from server.vllm_api import VLLMValidationError
+from tests.helpers.scripted_pair import start, write
+from tests.helpers.scripted_student import PROMPT_IDS, RESERVED, VOCABULARY
+
+# What the engine cannot take
+
+MANY = 1025 - RESERVED.count
+
+
+@pytest.mark.parametrize("budget", [0, 0.5, 1])
+@pytest.mark.parametrize(
+    ("parameter", "value"),
+    [
+        ("logit_bias", dict.fromkeys(range(300, 300 + MANY), 1.0)),
+        ("allowed_token_ids", list(range(300, 300 + MANY))),
+        ("bad_words", ["x" * 600, "y" * 600]),
+        ("stop", ["a\ud800"]),
+        ("bad_words", ["\udfff"]),
+    ],
+)
+async def test_what_would_end_the_engine_is_refused_at_every_budget(pair, budget, parameter, value):
+    engine, teacher = pair(ask_at={2})
+    with pytest.raises(VLLMValidationError) as error:
+        start(engine, budget, **{parameter: value})
+    assert error.value.parameter == parameter
+    assert (engine.segments, teacher.calls) == ([], [])
+
+
+@pytest.mark.parametrize("budget", [0, 0.5])
+async def test_as_many_as_the_engine_takes_are_taken(pair, budget):
+    engine, _ = pair(ask_at={2})
+    ids = range(300, 299 + MANY)
+    await write(engine, budget, logit_bias=dict.fromkeys(ids, 1.0))
+    await write(engine, budget, allowed_token_ids=list(ids))
+    await write(engine, budget, stop_token_ids=list(range(300, 500)))
+    assert max(len(segment.params.allowed_token_ids or ()) for segment in engine.segments) <= 1024
+
+
+@pytest.mark.parametrize("budget", [0, 0.5])
+async def test_stop_tokens_are_counted_where_they_are_masked(pair, budget):
+    engine, _ = pair(ask_at={2})
+    stop_token_ids = list(range(300, 300 + 113))
+    with pytest.raises(VLLMValidationError) as error:
+        start(engine, budget, stop_token_ids=stop_token_ids, min_tokens=1)
+    assert error.value.parameter == "stop_token_ids"
+    await write(engine, budget, stop_token_ids=stop_token_ids[:-1], min_tokens=1)
+
+
+@pytest.mark.parametrize("budget", [0.9, 1, {"calls": 3}])
+@pytest.mark.parametrize("others", [1000, 1015, 1020])
+async def test_a_frequency_penalty_never_has_more_biases_than_the_engine_takes(pair, budget, others):
+    """Tokens that are written become biases; with no room for more, the student ends the completion alone."""
+    engine, teacher = pair(ask_at=range(0, 1000, 5), span_tokens=3)
+    bias = dict.fromkeys(range(300, 300 + others), 0.5)
+    result = await write(engine, budget, max_tokens=150, frequency_penalty=0.5, logit_bias=bias)
+    assert len(result.ids()) == 150
+    sent = [segment.params.logit_bias for segment in engine.segments] + teacher.biases
+    assert max(map(len, sent)) <= 1024
+    ids = result.ids()
+    for segment in engine.segments:
+        written = segment.prefix[len(PROMPT_IDS) :]
+        assert written == ids[: len(written)]
+        assert all(segment.params.logit_bias[i] == -0.5 * written.count(i) for i in written)
+    if others == 1020:
+        assert result.report.denied == {"penalty": 1}
+        assert not result.report.degraded
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+async def test_a_frequency_penalty_with_drafts_is_the_students_alone(pair, drafts):
+    engine, teacher = pair(ask_at={2}, student={"speculative": drafts})
+    if drafts:
+        with pytest.raises(VLLMValidationError) as error:
+            start(engine, 0.5, frequency_penalty=0.5)
+        assert error.value.parameter == "frequency_penalty"
+    await write(engine, frequency_penalty=0.5)
+    assert len(teacher.calls) == (not drafts)
+    assert [segment.params.logit_bias for segment in engine.segments][:1] == [None if drafts else {}]
+
+
+# What is refused
+
+
+async def test_a_parameter_that_two_models_cannot_honour_is_refused(pair):
+    engine, _ = pair()
+    with pytest.raises(VLLMValidationError, match="teacher_budget above 0") as error:
+        start(engine, 0.5, presence_penalty=1.0)
+    assert error.value.parameter == "presence_penalty"
+    with pytest.raises(VLLMValidationError) as error:
+        start(engine, 0.5, unsupported="use_beam_search")
+    assert error.value.parameter == "use_beam_search"
+    assert engine.segments == []
+
+
+async def test_a_refusal_names_the_parameter_as_it_was_sent(pair):
+    engine, _ = pair()
+    with pytest.raises(VLLMValidationError, match="echo cannot be honoured") as error:
+        start(engine, 0.5, prompt_logprobs=1, names={"prompt_logprobs": "echo"})
+    assert error.value.parameter == "echo"
+
+
+@pytest.mark.parametrize("budget", [None, 0, 0.5, 1])
+async def test_a_request_that_writes_nothing_spends_nothing(pair, budget):
+    """The prompt's log-probabilities alone: vLLM writes a token for them, and throws it away."""
+    engine, teacher = pair(ask_at={0}, default=0.5)
+    result = await write(engine, budget, prompt_logprobs=1, max_tokens=1, writes_nothing=True)
+    assert result.report.tokens == 0
+    assert teacher.calls == []
+
+
+@pytest.mark.parametrize("budget", [0.5, 1])
+async def test_what_vllm_refuses_of_one_model_is_refused_of_two(pair, budget):
+    """Segments have other parameters: to an empty choice of tokens they add the reserved rows."""
+    engine, teacher = pair()
+    for parameters in ({"allowed_token_ids": []}, {"logprobs": 21}, {"logit_bias": {VOCABULARY: 1.0}}):
+        with pytest.raises(VLLMValidationError) as error:
+            start(engine, budget, **parameters)
+        assert error.value.parameter in parameters
+    assert (engine.segments, teacher.calls) == ([], [])
+
+
+@pytest.mark.parametrize("budget", [None, 0])
+async def test_without_a_budget_of_its_own_such_a_request_is_the_students_alone(pair, budget):
+    engine, teacher = pair(ask_at={2})
+    result = await write(engine, budget, presence_penalty=1.0)
+    assert result.text() == "abcdefgh"
+    assert engine.segments[0].params.presence_penalty == 1.0
+    assert teacher.calls == []
+
+
+@pytest.mark.parametrize("budget", [0, 0.5, 1])
+async def test_reserved_rows_and_the_price_are_not_the_clients(pair, budget):
+    engine, _ = pair()
+    with pytest.raises(VLLMValidationError, match="reserved"):
+        start(engine, budget, stop_token_ids=[RESERVED.escalation])
+    for term in TERMS:
+        with pytest.raises(VLLMValidationError, match="the terms of asking are the router's"):
+            start(engine, budget, extra_args={term: 0})

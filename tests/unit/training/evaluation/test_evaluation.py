@@ -1,0 +1,166 @@
+"""What `wheels evaluate` counts, by hand; and the spare price, in the closed loop."""
+
+import math
+from itertools import islice
+
+import pytest
+import torch
+
+from measuring.gateway import GatewayReply
+from measuring.scores import excess
+from router.budget import Bucket, Budget
+from router.gate import EntropyGate
+from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
+from training.evaluation.baselines import hesitation, query_level
+from training.evaluation.gateway import measure
+from training.evaluation.report import QualityReport, area, at_rate, gateway_report, joined, table
+from training.evaluation.scoring import runs, teacher_positions
+from training.gating.calibration import spare_prices, teacher_rate
+from training.gating.rollout import ClosedLoop, Rollout
+from training.gating.tree import PERIODIC, Setting, Tree
+from training.tasks import make_task
+
+
+@pytest.fixture(scope="module")
+def tree() -> Tree:
+    pair = ClosedLoop(
+        student=model(0),
+        teacher=model(1, layers=2),
+        score=EntropyGate(RESERVED),
+        visible=VISIBLE,
+        end=END,
+        max_tokens=MAX_TOKENS,
+    )
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(2, VISIBLE, (3 + i % 5,), generator=generator).tolist() for i in range(60)]
+    return Tree(pair, prompts, {"entropy": EntropyGate(RESERVED)})
+
+
+def written(*by_teacher: int) -> Rollout:
+    return Rollout(tokens=[7] * len(by_teacher), by_teacher=[bool(flag) for flag in by_teacher])
+
+
+def test_runs_and_positions_by_hand():
+    assert [runs(written(*flags)) for flags in ((0, 0), (1, 1, 0), (0, 1, 0, 1, 1), (1,))] == [0, 1, 2, 1]
+    # The teacher reads the prompt and all that stands before its last token.
+    assert [teacher_positions(written(*flags), 10) for flags in ((0, 0), (1, 0, 0), (0, 1, 0, 1))] == [
+        0,
+        10,
+        13,
+    ]
+
+
+def test_the_excess_is_the_worst_prefixs():
+    assert excess([False, True, True, False, False], 0.5) == pytest.approx(2 - 1.5)
+    assert excess([False, False], 0.5) < 0
+
+
+EXAMPLES = list(islice(make_task("numbers").train(0), 3))
+
+
+class ScriptedGateway:
+    """Right where the teacher wrote: half of an answer from budget 0.2 on, all of it at 1. It is lost to the
+    last request below 1.
+    """
+
+    def replies(self, sources: list[str], budget: float) -> list[GatewayReply]:
+        rows = []
+        for at, example in enumerate(EXAMPLES):
+            lost = at == 2 and 0.2 <= budget < 1
+            if budget >= 0.2 and not lost:
+                text, length = example.references.first(), 4
+                spans = [(0, 4 if budget == 1 else 2)]
+            else:
+                text, length, spans = "?", 2, []
+            taught = sum(end - start for start, end in spans)
+            rows.append(GatewayReply(text, [7] * length, spans, 5, taught, len(spans), lost))
+        return rows
+
+
+def test_a_gateways_rows_by_hand():
+    of = gateway_report(measure(ScriptedGateway(), make_task("numbers"), EXAMPLES, (0.1, 0.2), 1))
+    assert (of.student, of.teacher) == (0.0, 1.0)
+    nothing, little, some, everything = of.budgets["gateway"]
+    assert (nothing["rate"], nothing["excess"]) == (0.0, 0.0)
+    assert (little["quality"], little["pgr"], little["degraded"]) == (0.0, 0.0, 0)
+    assert (some["quality"], some["rate"], some["degraded"]) == pytest.approx((2 / 3, 4 / 10, 1))
+    assert (some["calls"], some["runs"], some["positions"]) == pytest.approx((2 / 3, 2 / 3, 2 / 3 * 6))
+    assert some["excess"] == pytest.approx(2 - 0.4 - 1)
+    assert (everything["pgr"], everything["excess"]) == (1.0, 0.0)
+    assert of.area["gateway"] == pytest.approx(0.4 * (2 / 3) / 2 + 0.6 * (2 / 3 + 1) / 2)
+    assert of.calibration_mae == pytest.approx((0.1 + 0.2) / 2)
+    assert "0.6667" in table(of)
+
+
+def test_a_gateway_stands_beside_what_was_computed_in_process():
+    rows = [
+        {"budget": b, "rate": b, "pgr": 2 * b, "calls": 1, "runs": 1, "positions": 1} for b in (0.05, 0.5)
+    ]
+    pair = QualityReport(0.1, 0.9, {"learned": rows}, {"learned": 0.7}, 0.0, {"learned": rows}, [0.1] * 10)
+    gateway = gateway_report(measure(ScriptedGateway(), make_task("numbers"), EXAMPLES, (0.2,), 1))
+    both = joined(pair, gateway)
+    assert (both.student, both.curves.keys()) == (0.1, {"learned", "gateway"})
+    (row,) = (line for line in table(both).splitlines() if line.startswith("gateway") and "(" in line)
+    assert row.split() == ["gateway", "0.67", "(0.400)"]  # of the budgets in the table's head it has one
+
+
+def test_the_area_and_the_curve_between_its_points():
+    rows = [{"rate": 0.2, "pgr": 0.8}, {"rate": 0.6, "pgr": 1.0}]
+    assert area([(row["rate"], row["pgr"]) for row in rows]) == pytest.approx(0.08 + 0.36 + 0.4)
+    assert [at_rate(rows, rate) for rate in (0.1, 0.2, 0.4)] == pytest.approx([0.4, 0.8, 0.9])
+
+
+def test_the_periodic_baseline_asks_at_even_distances(tree):
+    (completions,) = tree.run([Setting(PERIODIC, 0.75, 1 - 1e-9, 1)])
+    for completion in completions:
+        assert completion.starts == list(range(3, len(completion.tokens), 4))
+
+
+def test_whole_requests_go_to_the_teacher_by_their_worth():
+    alone, taught = [written(0)] * 3, [written(1)] * 3
+    (third, all_) = query_level(alone, taught, torch.tensor([0.0, 2.0, 1.0]), [1 / 3, 1.0])
+    assert [c.teacher_tokens for c in third] == [0, 1, 0]
+    assert [c.teacher_tokens for c in all_] == [1, 1, 1]
+
+
+def test_hesitation_is_the_mean_entropy_of_the_students_own_path(tree):
+    (alone,) = tree.run([Setting("entropy", math.inf, 0.0, 1)])
+    path = tree.path(3, alone[3].tokens)
+    assert len(path) == len(alone[3].tokens)
+    assert hesitation(tree, alone)[3] == pytest.approx(tree.scores("entropy")[path].mean().item())
+
+
+def test_a_call_is_spare_while_it_fits_into_the_fraction_itself():
+    """spent + ask <= fraction * (length + ask)"""
+    bucket = Bucket(Budget(fraction=0.25), span_tokens=4, ask_tokens=1)
+    assert bucket.spare_from() == 3
+    bucket.reserve(3, at_most=10)
+    assert bucket.spare_from() == 7
+    bucket.reserve(7, at_most=10)
+    bucket.reserve(8, at_most=10)  # in the span on top
+    assert bucket.spare_from() == 15
+    assert bucket.earliest() == 0
+    for budget in (Budget(fraction=1), Budget(fraction=0), Budget(tokens=3)):
+        assert Bucket(budget, span_tokens=4).spare_from() is None
+
+
+def test_the_spare_price_makes_the_fraction_the_rate(tree):
+    fractions, spans = (0.1, 0.3), (4, 1)
+    dear = torch.quantile(tree.scores("entropy"), 0.98).item()
+    points = [(fraction, dear) for fraction in fractions]
+    plain = tree.run([Setting("entropy", price, fraction, *spans) for fraction, price in points])
+    spares = spare_prices(tree, "entropy", points, spans)
+    spent = tree.run(
+        [
+            Setting("entropy", price, fraction, *spans, spare=spare)
+            for (fraction, price), (_, spare) in zip(points, spares, strict=True)
+        ]
+    )
+    for fraction, before, after in zip(fractions, plain, spent, strict=True):
+        assert teacher_rate(before) < 0.6 * fraction
+        assert fraction - 0.04 < teacher_rate(after) <= fraction
+        for completion in after:  # the hard bound is what it was
+            so_far = 0
+            for length, foreign in enumerate(completion.by_teacher, 1):
+                so_far += foreign
+                assert so_far <= fraction * length + spans[0] + 1e-9

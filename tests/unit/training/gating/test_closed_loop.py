@@ -1,0 +1,261 @@
+"""The closed loop in process: the bound, the caches, the tree of greedy decoding, gates, calibration."""
+
+import math
+from functools import partial
+from itertools import accumulate
+
+import pytest
+import torch
+
+from router.checkpoint import RouterCheckpoint
+from router.gate import EntropyGate, RandomGate
+from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
+from training.gate_config import ConstrainedObjective, GateConfig, RegretGain
+from training.gating.calibration import Noise, calibrate, price_at_rate, teacher_rate
+from training.gating.constrained import ascended, fit_constrained, residuals
+from training.gating.fitting import fit
+from training.gating.forks import worth_of_asking
+from training.gating.head import Head
+from training.gating.lessons import Lessons, Trajectories, collect, span_gain, teacher_view
+from training.gating.rollout import FREE, ClosedLoop, Positions, Request, Rollout, with_gate
+from training.gating.tree import Setting, Tree
+
+GAIN = RegretGain(type="regret")
+torch.set_num_threads(1)  # tiny models: threads only wait for each other
+
+
+@pytest.fixture(scope="module")
+def pair() -> ClosedLoop:
+    return ClosedLoop(
+        student=model(0),
+        teacher=model(1, layers=2),
+        score=EntropyGate(RESERVED),
+        visible=VISIBLE,
+        end=END,
+        span_tokens=2,
+        max_tokens=MAX_TOKENS,
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(2, VISIBLE, (3 + i % 5,), generator=generator).tolist() for i in range(40)]
+
+
+def test_greedy_completions_are_the_models_own(pair, prompts):
+    """Against plain forward passes without cache, padding or batch."""
+    for price, fraction, writer in ((math.inf, 0.0, pair.student), (-math.inf, 1.0, pair.teacher)):
+        completions = pair.write([Request(p, price, fraction) for p in prompts], batch=16)
+        assert len({tuple(c.tokens) for c in completions}) > 10
+        for prompt, completion in zip(prompts, completions, strict=True):
+            ids = torch.tensor([prompt + completion.tokens])
+            expected = writer(ids).logits[0, len(prompt) - 1 : -1, :VISIBLE].argmax(-1).tolist()
+            assert completion.tokens == expected
+            assert END not in completion.tokens[:-1]
+            assert set(completion.by_teacher) == {writer is pair.teacher}
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.7])
+@pytest.mark.parametrize(("span", "ask"), [(1, 1), (4, 1), (4, 4)])
+def test_the_bound_holds_at_every_moment_even_when_the_gate_always_asks(pair, prompts, fraction, span, ask):
+    tree = Tree(pair, prompts, {"entropy": EntropyGate(RESERVED)})
+    (completions,) = tree.run([Setting("entropy", -math.inf, fraction, span, ask)])
+    assert max(c.teacher_tokens for c in completions) >= span
+    for completion in completions:
+        spent = 0
+        for length, foreign in enumerate(completion.by_teacher, 1):
+            spent += foreign
+            assert spent <= fraction * length + span + 1e-9
+
+
+def test_no_budget_no_teacher(pair, prompts):
+    tree = Tree(pair, prompts, {"entropy": EntropyGate(RESERVED)})
+    (completions,) = tree.run([Setting("entropy", -math.inf, 0.0, 2)])
+    assert sum(c.teacher_tokens for c in completions) == 0
+    assert all(not c.starts for c in completions)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_the_tree_decodes_as_the_batch_does(pair, prompts, share):
+    tree = Tree(pair, prompts, {"entropy": EntropyGate(RESERVED)})
+    price = torch.quantile(tree.scores("entropy"), share).item()
+    (walked,) = tree.run([Setting("entropy", price, 0.3, pair.span_tokens)])
+    written = pair.write([Request(p, price, 0.3) for p in prompts], batch=7)
+    assert 0 < teacher_rate(written) < 0.4
+    assert walked == written
+
+
+def test_the_tree_refuses_sampling(pair, prompts):
+    with pytest.raises(ValueError, match="greedy"):
+        Tree(with_gate(pair, pair.score, explore=0.1), prompts, {})
+
+
+def test_calibration_keeps_the_budget_and_its_prices_fall(pair, prompts):
+    tree = Tree(pair, prompts, {"entropy": EntropyGate(RESERVED), "random": RandomGate(RESERVED)})
+    budgets = (0.05, 0.2, 0.5)
+    for gate in ("entropy", "random"):
+        # Here more teacher tokens are better, without end: the calibration must use what the budget allows.
+        points = calibrate(tree, gate, budgets, (1, 1), quality=teacher_rate)
+        assert [budget for budget, _ in points] == list(budgets)
+        prices = [price for _, price in points]
+        assert prices == sorted(prices, reverse=True)
+        runs = tree.run([Setting(gate, price, budget, 1) for budget, price in points])
+        rates = [teacher_rate(run) for run in runs]
+        assert rates == sorted(rates)
+        # A price that is lowered to keep the order may overshoot a little.
+        assert all(rate <= budget + 0.02 for rate, budget in zip(rates, budgets, strict=True))
+        assert rates[-1] > 0.3
+
+
+def test_a_price_leaves_its_aim_only_for_what_is_more_than_noise(pair, prompts):
+    tree = Tree(pair, prompts, {"entropy": EntropyGate(RESERVED)})
+    budgets = (0.2, 0.5)
+
+    def frugal(run: list[Rollout]) -> float:
+        """Asking costs quality: never asking is the best by as much as the aim asks."""
+        return -teacher_rate(run)
+
+    def prices(*noise: Noise) -> list[float]:
+        return [price for _, price in calibrate(tree, "entropy", budgets, (1, 1), frugal, *noise)]
+
+    prices()  # the tree grows, and its quantiles with it
+    aims = list(accumulate(price_at_rate(tree, "entropy", budgets, (1, 1)), min))
+    left, near = prices(), partial(pytest.approx, abs=0.02)
+    assert all(price > aim + 0.1 for price, aim in zip(left, aims, strict=True))
+    assert prices(lambda one, other: 0.3) == near(aims)
+    # Two standard errors of 0.01 are less than what is to be won.
+    assert prices(lambda one, other: 0.01) == near(left)
+
+
+def positions(rows: list[int], steps: list[int]) -> Positions:
+    none = torch.zeros(len(rows))
+    return Positions(
+        row=torch.tensor(rows),
+        step=torch.tensor(steps),
+        states=none[:, None],
+        own=none,
+        theirs=none,
+        surprisal=none,
+        best=none,
+        kl=none,
+        entropy=none,
+    )
+
+
+def test_span_gain_by_hand():
+    seen = positions([0, 0, 0, 1, 1], [0, 1, 2, 0, 1])
+    by_teacher = torch.tensor([False, True, False, False, False])
+    gain = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+    target, known = span_gain(gain, Trajectories(seen, by_teacher), 2)
+    assert target.tolist() == [1.5, 3.0, 2.0, 12.0, 8.0]  # rows do not leak into each other
+    assert known.tolist() == [True, False, True, True, True]  # the teacher wrote the span's first token there
+    target, known = span_gain(gain, Trajectories(seen, by_teacher), 1)
+    assert target.tolist() == gain.tolist()
+    assert known.all()
+
+
+def test_a_fitted_gate_finds_what_it_is_taught_and_survives_the_checkpoint(pair, prompts):
+    seen, _ = collect(pair, [Request(p) for p in prompts])
+    states = seen.positions.states
+    target = (states[:, 0] > 0).float()
+    head = Head(pair.student, RESERVED, 16)
+    head.start_from(states)
+    config = GateConfig(span_tokens=1, ask_tokens=1, gain=GAIN, epochs=40, batch=64)
+    row = seen.positions.row
+    lessons = Lessons(states, target, seen.by_teacher, row, row, teacher_view(seen.positions))
+    loss = fit(head, lessons, config, seed=0)["loss"]
+    assert loss < 0.3 * target.var().item()
+    with torch.no_grad():
+        logits = head.logits(states)
+        assert torch.allclose(
+            logits[:, :VISIBLE], states @ pair.student.lm_head.weight[:VISIBLE].T, atol=1e-5
+        )
+        assert torch.allclose(head.gate(logits), head(states))
+    assert RouterCheckpoint.__dataclass_fields__.keys() >= {"taps", "gate"}
+
+
+def test_the_worth_until_the_end_by_hand(pair, prompts):
+    """What is asked about are whole completions, written by the student alone from the fork on."""
+    some, asked = prompts[:6], []
+    asking = with_gate(pair, RandomGate(RESERVED))
+    seen, completions = collect(asking, [Request(p, 0.7, FREE) for p in some])
+
+    def worth(rows: list[int], whole: list[list[int]]) -> torch.Tensor:
+        asked.append((list(rows), whole))
+        return torch.tensor([float(len(tokens) + 10 * row) for row, tokens in zip(rows, whole, strict=True)])
+
+    changed = worth_of_asking(pair, some, seen, completions, worth)
+    at = seen.positions
+    differ = (at.own != at.theirs).nonzero().squeeze(1).tolist()
+    assert len(differ) > 3
+    (rows, own), (_, theirs) = asked
+    for i, row, without, taught in zip(differ, rows, own, theirs, strict=True):
+        for token, whole in ((at.own[i], without), (at.theirs[i], taught)):
+            begun = [*completions[row].tokens[: at.step[i]], token.item()]
+            if token.item() != END and len(begun) < pair.max_tokens:
+                (rest,) = pair.write([Request(some[row] + begun)])
+                begun = (begun + rest.tokens)[: pair.max_tokens]
+            assert whole == begun
+        assert changed[i].item() == len(taught) - len(without)
+    assert changed.count_nonzero() <= len(differ)
+    assert any(sum(completion.by_teacher) for completion in completions)
+
+
+def test_residuals_by_hand():
+    """Two paths; C = -U(s_i) + U(s_{i+d}) + sum of r - price c - T log pi, log pi = log 1/2."""
+    price, temperature = 0.5, 0.1
+    score = torch.full((5,), price)  # asks and does not with even odds
+    value, cost = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), torch.tensor([2.0, 0.0, 2.0, 0.0, 2.0])
+    utility = [0.0, 2.0, 2.0, 4.0, 4.0]
+    asked = torch.tensor([True, False, False, False, True])
+    gain = torch.tensor([7.0, 0.3, 0.2, 0.4, 9.0])  # what the teacher wrote is regretted by nobody
+    row = torch.tensor([0, 0, 0, 1, 1])
+    entropy = temperature * math.log(2)
+    earned = [-price + entropy, -0.3 + entropy, -0.2 + entropy, -0.4 + entropy, -price + entropy]
+    expected = [
+        earned[0] + earned[1] + utility[2] - utility[0],
+        earned[1] + earned[2] - utility[1],
+        earned[2] - utility[2],
+        earned[3] + earned[4] - utility[3],
+        earned[4] - utility[4],
+    ]
+    of = residuals(score, value, cost, asked, gain, row, price, temperature, window=2)
+    assert of.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_price_climbs_where_too_much_is_asked():
+    assert ascended(0.4, realised=0.1, target=0.1) == pytest.approx(0.4)
+    assert ascended(0.4, realised=0.2, target=0.1) == pytest.approx(0.4 * math.e)
+    assert ascended(0.4, realised=0.05, target=0.1) < 0.4
+
+
+def test_the_constrained_gate_asks_where_the_student_regrets(pair, prompts):
+    """One decision a path: asking is worth its price exactly where the gain is above it."""
+    seen, _ = collect(pair, [Request(p) for p in prompts] * 2)
+    states = seen.positions.states
+    gain = 2 * (states[:, 0] > 0).float()
+    asked = torch.rand(len(gain), generator=torch.Generator().manual_seed(0)) < 0.5
+    objective = ConstrainedObjective(type="constrained", window=1, prices=(0.5, 1.5), temperature=0.5)
+    config = GateConfig(span_tokens=1, ask_tokens=1, gain=GAIN, epochs=60, batch=64, objective=objective)
+    head = Head(pair.student, RESERVED, 16)
+    head.start_from(states)
+    row = torch.arange(len(gain))
+    lessons = Lessons(states, gain, asked, row, row, teacher_view(seen.positions))
+    fit_constrained(head, lessons, config, objective, seed=0)
+    with torch.no_grad():
+        scores = head(states)
+    assert scores[gain > 1].mean() > 1.4
+    assert scores[gain < 1].mean() < 0.6
+
+
+def test_the_teacher_does_not_see_what_is_hidden_from_it(pair, prompts):
+    """Its completions are those of the rest of the prompt, the student's are not."""
+    shown = [[7, 9, 11][: 1 + i % 3] + p for i, p in enumerate(prompts)]
+    hidden = [1 + i % 3 for i in range(len(prompts))]
+    for price, fraction, same in ((-math.inf, 1.0, True), (math.inf, 0.0, False)):
+        plain = pair.write([Request(p, price, fraction) for p in prompts], batch=16)
+        prompted = pair.write(
+            [Request(p, price, fraction, n) for p, n in zip(shown, hidden, strict=True)], batch=16
+        )
+        assert (plain == prompted) is same

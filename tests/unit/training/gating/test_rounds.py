@@ -1,0 +1,215 @@
+"""Rounds of gate training: what they log, how they go on after a kill, budgets in words."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from router.gate import EntropyGate, RandomGate
+from tests.helpers.killing import Killed
+from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
+from training.gate_config import (
+    ConstrainedObjective,
+    DifferenceObjective,
+    GateConfig,
+    PriceConditioning,
+    PromptConditioning,
+    QualityGain,
+    RatioGain,
+    RegretGain,
+)
+from training.gating.head import Head
+from training.gating.prompts import Prompts, Trees, rollout_prompts
+from training.gating.rollout import ClosedLoop, Rollout
+from training.gating.rounds import Rounds, correlation, marked, train_gate
+from training.gating.router_stage import origin
+from training.tasks import make_task
+
+torch.set_num_threads(1)
+RATE = 0.2
+CONFIG = GateConfig(
+    span_tokens=1,
+    ask_tokens=1,
+    gain=RegretGain(type="regret"),
+    conditioning=PriceConditioning(rate=RATE),
+    rounds=3,
+    prompts=60,
+    epochs=6,
+    batch=128,
+    budgets=(0.1, 0.3),
+)
+QUALITY = QualityGain(type="quality")
+WORDS = PromptConditioning(type="prompt", words="{percent}!")
+OBJECTIVES = [DifferenceObjective(), ConstrainedObjective(type="constrained")]
+
+
+class Letters:
+    """A tokenizer of single characters, of which the prompt format adds one in front."""
+
+    chat_template = None
+    eos_token_id = END
+
+    def apply_chat_template(self, chats, **_):
+        return ["@" + chat[0]["content"] for chat in chats]
+
+    def __call__(self, texts, add_special_tokens):
+        if isinstance(texts, str):
+            return {"input_ids": [ord(c) % VISIBLE for c in texts]}
+        return {"input_ids": [[ord(c) % VISIBLE for c in text] for text in texts]}
+
+    def decode(self, tokens, skip_special_tokens):
+        return "".join(chr(97 + token) for token in tokens if token != END)
+
+
+@pytest.fixture
+def sources():
+    return [chr(97 + i % 26) * (1 + i % 4) + chr(97 + i % 7) for i in range(CONFIG.prompts * CONFIG.rounds)]
+
+
+def rounds(config: GateConfig, prompts: Prompts) -> Rounds:
+    student = model(0)
+    pair = ClosedLoop(
+        student=student,
+        teacher=model(1, layers=2),
+        score=RandomGate(RESERVED),
+        visible=VISIBLE,
+        end=END,
+        max_tokens=MAX_TOKENS,
+    )
+    prices = {rate: 1 - rate for rate in sorted(set(prompts.rates))}
+    return Rounds(pair, Head(student, RESERVED, config.width), config, 0, prices, fewer_repeats)
+
+
+def fewer_repeats(of: list[int], completions: list[list[int]]) -> torch.Tensor:
+    """What a completion is worth, whichever prompt's it is."""
+    return torch.tensor([float(len(set(tokens))) for _, tokens in zip(of, completions, strict=True)])
+
+
+def log_of(directory):
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.type)
+def test_a_killed_run_goes_on_behind_its_last_round(objective, sources, tmp_path, monkeypatch):
+    config = CONFIG.model_copy(update={"objective": objective})
+    prompts = rollout_prompts(Letters(), sources, config, 0)
+    straight = train_gate(rounds(config, prompts), prompts, Letters(), tmp_path / "a", "pair")
+    with monkeypatch.context() as patch:
+        save = Rounds.save
+
+        def dies(self, file, run):
+            save(self, file, run)
+            if len(self.seen) == 2:
+                raise Killed
+
+        patch.setattr(Rounds, "save", dies)
+        with pytest.raises(Killed):
+            train_gate(rounds(config, prompts), prompts, Letters(), tmp_path / "b", "pair")
+    again = train_gate(rounds(config, prompts), prompts, Letters(), tmp_path / "b", "pair")
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+    first, *_, last = log_of(tmp_path / "a")
+    assert first["rate"] == pytest.approx(RATE, abs=0.05)
+    assert last["violation"] == pytest.approx(last["rate"] - RATE)
+    assert last["gate_gain"] > 0.6  # the gate finds where the student regrets
+    assert ({"value", "value_cost", "residual"} <= last.keys()) is (objective.type == "constrained")
+
+
+def test_what_another_run_left_is_not_taken(sources, tmp_path):
+    one = CONFIG.model_copy(update={"rounds": 1})
+    prompts = rollout_prompts(Letters(), sources, one, 0)
+    train_gate(rounds(one, prompts), prompts, Letters(), tmp_path, "pair")
+    for config, pair in (
+        (one.model_copy(update={"gain": RatioGain(type="ratio")}), "pair"),
+        (one, "another pair"),
+    ):
+        fresh = rounds(config, prompts)
+        train_gate(fresh, prompts, Letters(), tmp_path, pair)
+        assert len(fresh.seen) == 1
+        assert len(log_of(tmp_path)) == 1
+
+
+def test_a_gate_may_learn_what_asking_changes_in_the_tasks_own_quality(sources, tmp_path):
+    config = CONFIG.model_copy(update={"gain": QUALITY, "rounds": 2})
+    prompts = rollout_prompts(Letters(), sources, config, 0)
+    played, numbers = rounds(config, prompts), []
+
+    def worth(of: list[int], completions: list[list[int]]) -> torch.Tensor:
+        numbers.append(set(of))
+        return fewer_repeats(of, completions)
+
+    played.worth = worth
+    train_gate(played, prompts, Letters(), tmp_path, "pair")
+    taught, _ = played.seen
+    assert len(set(taught.target.tolist())) > 3
+    assert (taught.target < 0).any()  # a better token may lead to a worse completion
+    assert log_of(tmp_path)[0]["gate_gain"] > 0.1
+    # Both ways of each round, of that round's prompts.
+    assert [max(of) // config.prompts for of in numbers] == [0, 0, 1, 1]
+    assert [min(of) // config.prompts for of in numbers] == [0, 0, 1, 1]
+
+
+def test_rounds_of_other_data_or_another_metric_are_others(tmp_path):
+    for name, target in (("train", "ein Haus"), ("valid", "zwei"), ("test", "drei")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"source": name, "target": target}) + "\n")
+
+    def of(metric: str = "bleu", pair: str = "pair", max_tokens: int = 8) -> str:
+        task = make_task("jsonl", directory=str(tmp_path), metric=metric)
+        return origin([pair], task, [next(task.router(0))], max_tokens)
+
+    same = [of(), of()]
+    others = [of(metric="chrf"), of(pair="another"), of(max_tokens=9)]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"source": "train", "target": "ein Heim"}) + "\n")
+    assert len({*same, *others, of()}) == 5
+
+
+def test_a_source_that_comes_again_has_its_number(sources):
+    again = [*sources[:3], *sources[:3], "new"]
+    prompts = rollout_prompts(Letters(), again, CONFIG, 0)
+    assert prompts.sources == [0, 1, 2, 0, 1, 2, 3]
+    assert prompts.part(1, 3).sources == [0, 1, 2]
+    played = rounds(CONFIG.model_copy(update={"prompts": 6, "epochs": 1}), prompts)
+    for at in range(2):
+        played.play(prompts.part(at, 3))
+    first, second = played.seen
+    assert set(first.source.tolist()) == set(second.source.tolist()) == {0, 1, 2}
+
+
+def test_correlation():
+    a = torch.tensor([1.0, 2.0, 4.0])
+    assert correlation(a, 3 - 2 * a) == pytest.approx(-1)
+    assert correlation(a, torch.ones(3)) == 0
+
+
+def test_the_teachers_part_is_marked():
+    of = Rollout([3, 4, 5, 6, END], [True, False, True, True, False])
+    assert marked(Letters(), of, colour=False).plain == "⟦d⟧e⟦fg⟧"
+    assert marked(Letters(), replace(of, by_teacher=[False] * 5), colour=True).plain == "defg"
+    (styled,) = (s for s in marked(Letters(), of, colour=True).spans if s.start == 2)
+    assert (styled.end, "yellow" in styled.style) == (4, True)
+
+
+def test_a_budget_in_words_stands_in_front_of_the_prompt_and_the_teacher_does_not_see_it(sources):
+    config = CONFIG.model_copy(update={"conditioning": WORDS})
+    prompts = rollout_prompts(Letters(), sources, config, 0)
+    assert set(prompts.rates) == {0.1, 0.3}
+    words = {0.1: "10!", 0.3: "30!"}
+    for ids, rate, hidden, source in zip(prompts.ids, prompts.rates, prompts.hidden, sources, strict=True):
+        assert ids == Letters()(words[rate] + "@" + source, False)["input_ids"]
+        assert hidden == 3
+
+    trees = Trees(
+        rounds(config, prompts).loop,
+        Letters(),
+        sources[:20],
+        {"entropy": EntropyGate(RESERVED)},
+        "{percent}!",
+    )
+    plain, ten, thirty = map(trees, (0.0, 0.1, 0.3))
+    assert trees(0.1) is ten
+    assert plain.prompt_tokens == ten.prompt_tokens  # as the teacher reads them
+    assert not plain.scores("entropy")[:20].equal(ten.scores("entropy")[:20])
+    assert not thirty.scores("entropy")[:20].equal(ten.scores("entropy")[:20])

@@ -1,0 +1,100 @@
+"""Two processes with sharded models do what one does, also when they are killed in between."""
+
+import json
+import multiprocessing
+import os
+import sys
+from itertools import islice
+
+import pytest
+import torch
+
+from server.local.pair import free_port
+from tests.helpers import parallel_worker
+from training.batches import Batch, Demonstrations
+from training.config import Schedule, SFTConfig
+from training.loop.trainer import make_optimizers, unchanged, update
+from training.methods import SFT
+from training.models import answer_read, new_model
+from training.sampling import drawn
+from training.tasks import make_task
+from training.tokenizer import train_tokenizer
+
+torch.set_num_threads(1)
+
+
+def curve(directory):
+    lines = map(json.loads, (directory / "log.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of_numbers():
+    texts = [t for e in islice(make_task("numbers").train(5), 500) for t in (e.source, e.references.first())]
+    return train_tokenizer(texts, 300, 512)
+
+
+def test_two_processes_follow_the_curve_of_one_through_a_kill(tokenizer_of_numbers, tmp_path, monkeypatch):
+    tokenizer = tokenizer_of_numbers
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    one = parallel_worker.run(tokenizer, tmp_path / "one")
+    # One process imports, and the two are forks of it.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([parallel_worker.__name__])
+    port, directories = free_port(), (tmp_path / "tokenizer", tmp_path / "two")
+    two = [forks.Process(target=parallel_worker.as_torchrun, args=(i, port, *directories)) for i in range(2)]
+    for process in two:
+        process.start()
+    for process in two:
+        process.join(100)
+    assert [process.exitcode for process in two] == [0, 0]
+    expected, got = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert [step for step, *_ in got] == [1, 2, 3, 4, 5, 6]
+    for a, b in zip(got, expected, strict=True):
+        assert a == pytest.approx(b, rel=1e-2)  # Muon orthogonalises in bfloat16
+    weights = torch.load(tmp_path / "two" / "weights.pt")
+    start = new_model(parallel_worker.SHAPE, tokenizer, 0).state_dict()
+    for name, tensor in one.state_dict().items():  # AdamW blows rounding errors of tiny gradients up
+        assert (weights[name] - tensor).norm() <= 0.2 * (tensor - start[name]).norm(), name
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulating_gives_the_gradient_of_the_whole_batch(tokenizer_of_numbers, accumulate):
+    def updated(parts):
+        model = new_model(parallel_worker.SHAPE, tokenizer, 0)
+        schedule = Schedule(steps=9, batch=8, accumulate=parts, learning_rate=1e-2, optimizer="adamw")
+        optimizers = make_optimizers(model, schedule)
+        metrics, positions = update(model, sft.loss, unchanged, optimizers, batch, 0, schedule, 0)
+        return float(metrics["loss"]), float(metrics["grad_norm"]), positions
+
+    tokenizer = tokenizer_of_numbers
+    sft = SFT(SFTConfig(type="sft"), len(tokenizer), None)
+    batch = Demonstrations(make_task("numbers"), tokenizer, 8, seed=0)[0]
+    assert updated(accumulate) == pytest.approx(updated(1), rel=1e-5)
+
+
+def test_parts_are_the_batch_again():
+    batch = Batch.of([[5, 6], [7], [8], [9]], [[1, 2], [3, 4], [1], [2]], pad=0)
+    assert torch.cat([part.ids for part in batch.parts(2)]).equal(batch.ids)
+    assert sum(part.positions for part in batch.parts(4)) == batch.positions == 6
+    with pytest.raises(ValueError, match="4 does not split into 3"):
+        batch.parts(3)
+
+
+def test_narrow_parts_give_the_states_of_the_whole_batch(tokenizer_of_numbers):
+    prompts = [[5 + i % 7] * (1 + i % 9) for i in range(64)]
+    batch = Batch.of(prompts, [[20 + i] * (1 + 5 * i % 40) for i in range(64)], pad=0)
+    model = new_model(parallel_worker.SHAPE, tokenizer_of_numbers, 0)
+    parts, _ = batch.narrow()
+    assert sum(part.ids.numel() for part in parts) < 0.7 * batch.ids.numel()
+    expected = model.get_decoder()(input_ids=batch.ids).last_hidden_state[batch.answer]
+    assert torch.allclose(answer_read(model, batch, 300)[0], expected, atol=1e-5)
+
+
+def test_draws_follow_the_probabilities():
+    torch.manual_seed(0)
+    ids = drawn(torch.tensor([[0.0, 0.2, 0.0, 0.8, 0.0]]).expand(4000, -1))
+    assert set(ids.tolist()) == {1, 3}
+    assert (ids == 3).float().mean().item() == pytest.approx(0.8, abs=0.02)

@@ -1,0 +1,342 @@
+"""Stages: done once, by one recipe; exports are whole, and are what was trained; the hub at the end."""
+
+import json
+from itertools import islice
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PhiConfig
+
+from router.checkpoint import RouterCheckpoint
+from tests.helpers.commands import INTERRUPTED, train
+from training import cli, export, pipeline
+from training.config import LoraConfig, Shape
+from training.hub import HubError, check_hub, push
+from training.loop import trainer
+from training.lora import LoraError, add_lora, merged
+from training.models import new_model, save_model
+from training.tasks import make_task
+from training.tokenizer import train_tokenizer
+
+torch.set_num_threads(1)
+ROWS = 96
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = []
+    for example in islice(make_task("numbers").train(5), 500):
+        texts += [example.source, example.references.first()]
+    return train_tokenizer(texts, 300, 512)
+
+
+@pytest.fixture(scope="module")
+def ready(tokenizer, tmp_path_factory):
+    """A directory with `teacher`, `student` and `gpt2`, untrained."""
+    directory = tmp_path_factory.mktemp("ready")
+    for role, hidden in (("teacher", 64), ("student", 32)):
+        shape = Shape(hidden=hidden, layers=2, heads=1, feed_forward=32)
+        save_model(new_model(shape, tokenizer, hidden), tokenizer, directory / role)
+    torch.manual_seed(3)
+    config = GPT2Config(vocab_size=332, n_embd=32, n_layer=2, n_head=2, n_positions=512, bos_token_id=1)
+    config.eos_token_id = tokenizer.eos_token_id
+    save_model(AutoModelForCausalLM.from_config(config), tokenizer, directory / "gpt2")
+    return directory
+
+
+@pytest.fixture
+def recipe(ready, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"""
+output: {tmp_path}/out
+work: {tmp_path}/work
+task: {{name: numbers}}
+teacher: {{pretrained: {ready}/teacher}}
+student:
+  pretrained: {ready}/student
+  method: {{type: kd}}
+  schedule: {{steps: 6, batch: 4, learning_rate: 1e-2, checkpoint_every: 2, log_every: 1, compile: false}}
+router: {{span_tokens: 2, ask_tokens: 1, gain: {{type: regret}}, prompts: 8, calibration_examples: 4}}
+""")
+    return str(path)
+
+
+STUDENT = ["--stage", "student"]
+
+
+def student_of(tmp_path):
+    return load_file(tmp_path / "out" / "student" / "model.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_exported_stage_of_another_recipe_is_named_and_kept(recipe, tmp_path, capsys):
+    assert train([recipe, *STUDENT]) == 0
+    before = student_of(tmp_path)
+    capsys.readouterr()
+    assert train([recipe, *STUDENT, "student.schedule.steps=3", "student.method.temperature=2.0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "student: the recipe has changed since" in line
+    assert "method.temperature 1.0, now 2.0; schedule.steps 6, now 3; --restart" in line
+    assert equal(student_of(tmp_path), before)
+
+
+def test_how_a_run_is_done_is_not_what_it_is(recipe, tmp_path):
+    assert train([recipe, *STUDENT]) == 0
+    same = ["student.schedule.log_every=3", "student.schedule.accumulate=2", "max_tokens=32", "threads=1"]
+    assert train([recipe, *STUDENT, *same]) == 0
+
+
+def test_restart_begins_anew(recipe, tmp_path):
+    assert train([recipe, *STUDENT]) == 0
+    before = student_of(tmp_path)
+    assert train([recipe, *STUDENT, "--restart", "seed=7"]) == 0
+    assert not equal(student_of(tmp_path), before)
+    assert json.loads((tmp_path / "out" / "student" / "recipe.json").read_text())["seed"] == 7
+    assert train([recipe, *STUDENT, "seed=7"]) == 0
+
+
+def test_restart_deletes_nothing_for_a_recipe_that_cannot_work(recipe, tmp_path):
+    assert train([recipe, *STUDENT]) == 0
+    before = student_of(tmp_path)
+    assert train([recipe, *STUDENT, "--restart", "student.schedule.accumulate=3"]) == 2
+    assert equal(student_of(tmp_path), before)
+
+
+@pytest.fixture
+def interrupted(recipe, monkeypatch):
+    """Ended after the checkpoint of step 2."""
+    save = trainer.save
+
+    def dies(directory, step, *state):
+        save(directory, step, *state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save", dies)
+        assert train([recipe, *STUDENT]) == INTERRUPTED
+    return recipe
+
+
+def test_a_checkpoint_of_another_recipe_is_not_gone_on_from(interrupted, capsys):
+    capsys.readouterr()
+    assert train([interrupted, *STUDENT, "student.schedule.learning_rate=0.5"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "schedule.learning_rate 0.01, now 0.5" in line
+    assert train([interrupted, *STUDENT]) == 0
+
+
+def test_a_run_may_be_prolonged_before_its_decay(interrupted, tmp_path, capsys):
+    assert train([interrupted, *STUDENT, "student.schedule.steps=8"]) == 0
+    assert torch.load(tmp_path / "work" / "student" / "checkpoint.pt")["step"] == 8
+
+
+def test_but_not_when_it_decays(interrupted, capsys):
+    assert train([interrupted, *STUDENT, "student.schedule.steps=3"]) == 2
+    assert "schedule.steps 6, now 3" in capsys.readouterr().err
+
+
+def test_another_ready_teacher_is_noticed(recipe, ready, capsys):
+    assert train([recipe, *STUDENT]) == 0
+    assert train([recipe, *STUDENT, f"teacher.pretrained={ready}/gpt2"]) == 2
+    assert f"teacher: the recipe has changed: {recipe[:-12]}/out/teacher is" in capsys.readouterr().err
+
+
+def test_a_router_of_another_recipe_or_student_is_noticed(recipe, ready, tmp_path, tokenizer, capsys):
+    pair = [recipe, f"student={{pretrained: {ready}/student}}"]
+    assert train(pair) == 0
+    assert train(pair) == 0
+    assert train([*pair, "router.prompts=9"]) == 2
+    assert "router: the recipe has changed" in capsys.readouterr().err
+    other = new_model(Shape(hidden=32, layers=2, heads=1, feed_forward=32), tokenizer, 9)
+    other.save_pretrained(tmp_path / "out" / "student")
+    assert train(pair) == 2
+    assert "--restart --stage router" in capsys.readouterr().err
+    assert train([*pair, "--restart", "--stage", "router"]) == 0
+    RouterCheckpoint.load(tmp_path / "out" / "router").check_student(tmp_path / "out" / "student")
+
+
+def test_a_kill_while_exporting_leaves_no_half_export(recipe, tmp_path, monkeypatch):
+    def dies(model, tokenizer, directory):
+        (directory / "config.json").write_text("{")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "save_model", dies)
+        assert train([recipe, *STUDENT]) == INTERRUPTED
+    assert not (tmp_path / "out" / "student").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["teacher"]
+    assert train([recipe, *STUDENT]) == 0
+    assert {"config.json", "model.safetensors", "recipe.json"} <= {
+        path.name for path in (tmp_path / "out" / "student").iterdir()
+    }
+
+
+def test_an_export_that_is_another_model_is_refused(recipe, tmp_path, monkeypatch, capsys):
+    def wrong(weights, model):
+        return {name: tensor * 1.5 for name, tensor in merged(weights, model).items()}
+
+    monkeypatch.setattr(export, "merged", wrong)
+    assert train([recipe, *STUDENT]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "would give other logits than the trained one" in line
+    assert not (tmp_path / "out" / "student").exists()
+
+
+USUAL = {
+    "vocab_size": ROWS,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+GPT2 = GPT2Config(vocab_size=ROWS, n_embd=32, n_layer=2, n_head=2, n_positions=128, eos_token_id=1)
+
+
+def fresh(config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("config", "targets"),
+    [
+        (LlamaConfig(**USUAL, tie_word_embeddings=True), "all-linear"),
+        (LlamaConfig(**USUAL), ("lm_head", "q_proj")),
+        (LlamaConfig(**USUAL), ("embed_tokens",)),
+        (GPT2, "all-linear"),
+        (GPT2, ("attn.c_proj",)),
+        (GPT2, ("wpe", "mlp.c_fc")),
+        (PhiConfig(**USUAL), ("lm_head", "dense")),
+    ],
+)
+def test_merged_adapters_are_those_that_were_trained(config, targets):
+    model = fresh(config)
+    add_lora(model, LoraConfig(rank=4, targets=targets, dropout=0.5))
+    model.eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    plain = fresh(config)
+    ids = torch.arange(2, 22)[None]
+    trained, before = model(ids).logits, plain(ids).logits
+    plain.load_state_dict(merged(model.state_dict(), model))
+    assert (trained - before).abs().max() > 0.3
+    torch.testing.assert_close(plain(ids).logits, trained, atol=1e-4, rtol=1e-4)
+    for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        layer.merge()  # peft's own
+    torch.testing.assert_close(plain(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "targets", "named"),
+    [
+        (LlamaConfig(**USUAL, tie_word_embeddings=True), ("lm_head",), "lm_head shares its weight"),
+        (LlamaConfig(**USUAL, tie_word_embeddings=True), ("embed_tokens",), "embed_tokens shares its weight"),
+        (GPT2, ("wte",), "transformer.wte shares its weight"),
+        (LlamaConfig(**USUAL), ("nosuch",), "LlamaForCausalLM has no module named nosuch"),
+        (LlamaConfig(**USUAL), ("q_proj", "nosuch"), "no module named nosuch"),
+        (LlamaConfig(**USUAL), ("norm",), "model.norm is a LlamaRMSNorm"),
+        (LlamaConfig(**USUAL), ("self_attn",), "self_attn is a LlamaAttention"),
+        (
+            MixtralConfig(**USUAL, num_local_experts=2, num_experts_per_tok=1),
+            "all-linear",
+            "cannot be merged",
+        ),
+    ],
+)
+def test_adapters_that_cannot_be_merged_are_refused(config, targets, named):
+    with pytest.raises(LoraError, match=f"lora.targets: .*({named})"):
+        add_lora(fresh(config), LoraConfig(rank=4, targets=targets))
+
+
+@pytest.mark.parametrize("targets", ["[lm_head]", "[nosuch]", "[norm]"])
+def test_they_are_refused_before_anything_is_trained(recipe, tmp_path, capsys, targets):
+    lora = f"student.lora={{rank: 4, targets: {targets}}}"
+    assert train([recipe, *STUDENT, lora]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("wheels train: student.lora.targets: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "[attn.c_proj]"])
+def test_adapters_of_gpt2_are_trained_and_exported(recipe, ready, tmp_path, targets):
+    """Its matrices are stored the other way round."""
+    lora = f"student.lora={{rank: 4, targets: {targets}}}"
+    assert train([recipe, *STUDENT, f"student.pretrained={ready}/gpt2", lora]) == 0
+    before, after = load_file(ready / "gpt2" / "model.safetensors"), student_of(tmp_path)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.endswith(".weight") and ".c_" in name for name in changed)
+
+
+def test_a_model_that_cannot_be_asked_by_tokens_is_refused(recipe, monkeypatch, capsys):
+    build = pipeline.build
+
+    def strange(config, tokenizer, seed):
+        model = build(config, tokenizer, seed)
+        model.get_output_embeddings().register_forward_hook(lambda head, inputs, logits: logits.sin())
+        return model
+
+    monkeypatch.setattr(pipeline, "build", strange)
+    assert train([recipe, *STUDENT]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    problem = "LlamaForCausalLM computes its logits in a way that a router cannot follow"
+    assert line == f"wheels train: student: {problem}"
+
+
+def test_a_temperature_is_not_for_a_served_teacher(recipe, capsys):
+    served = ["teacher={url: 'http://127.0.0.1:9'}", "student.method.temperature=2", *STUDENT]
+    assert train([recipe, *served]) == 2
+    assert "student.method.temperature other than 1" in capsys.readouterr().err
+
+
+class Hub:
+    """As much of HfApi as is used."""
+
+    def __init__(self, problem=None):
+        self.problem, self.repositories, self.folders = problem, [], []
+
+    def whoami(self):
+        if self.problem:
+            raise self.problem
+
+    def create_repo(self, name, private, exist_ok):
+        self.repositories.append((name, private, exist_ok))
+
+    def upload_folder(self, repo_id, folder_path):
+        self.folders.append((repo_id, folder_path.name))
+
+
+def test_a_pair_is_pushed_at_the_end(recipe, monkeypatch, capsys):
+    hub = Hub()
+    monkeypatch.setattr(cli, "HfApi", lambda: hub)
+    assert train([recipe, *STUDENT, "--push-to-hub", "me/mine"]) == 0
+    assert hub.repositories == [("me/mine-student", True, True)]
+    assert hub.folders == [("me/mine-student", "student")]
+    assert "pushed to me/mine-student" in capsys.readouterr().out
+
+
+def test_a_hub_that_cannot_be_reached_is_noticed_before_training(recipe, tmp_path, monkeypatch, capsys):
+    hub = Hub(problem=ConnectionError("offline mode is enabled"))
+    monkeypatch.setattr(cli, "HfApi", lambda: hub)
+    assert train([recipe, *STUDENT, "--push-to-hub", "me/mine"]) == 2
+    assert capsys.readouterr().err == "wheels train: --push-to-hub me/mine: offline mode is enabled\n"
+    assert not (tmp_path / "work").exists()
+
+
+def test_names_that_the_hub_cannot_have():
+    for name in ("mine", "a/b/c", "me/mi ne"):
+        with pytest.raises(HubError, match=f"--push-to-hub {name}: "):
+            check_hub(name, SimpleNamespace())
+
+
+def test_nothing_to_push_is_an_error(tmp_path):
+    with pytest.raises(HubError, match="neither a student nor a router"):
+        push(tmp_path, "me/mine", Hub())
