@@ -115,17 +115,23 @@ def fleet(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flee
     ]
     # At a fixed price nothing spares the budget: whether it holds is up to the ledger alone.
     flags = ("--price", str(PRICE), "--ledger", json.dumps(ledger), "--limits", json.dumps(limits))
-    services = {
+    engines = {
         "gateway-1": gateway_service(pair, ",".join(teachers), gateways[0], logs["gateway-1"], flags),
         "gateway-2": gateway_service(pair, ",".join(teachers), gateways[1], logs["gateway-2"], flags),
         "teacher-1": teacher_service(pair.teacher, teachers[0], logs["teacher-1"]),
         "teacher-2": teacher_service(pair.teacher, teachers[1], logs["teacher-2"]),
-        "nginx": nginx(front, gateways, directory),
-        "prometheus": prometheus_service(prometheus, gateways, teachers, directory),
     }
+    # nginx leaves a gateway alone for five seconds after a refused connection: it starts when both are there.
+    around = [
+        nginx(front, gateways, directory),
+        prometheus_service(prometheus, gateways, teachers, directory),
+    ]
     try:
-        with running(list(services.values()), timeout=2 * START_SECONDS) as children:
-            yield Fleet(front, gateways, prometheus, redis, dict(zip(services, children, strict=True)))
+        with (
+            running(list(engines.values()), timeout=2 * START_SECONDS) as children,
+            running(around, timeout=START_SECONDS),
+        ):
+            yield Fleet(front, gateways, prometheus, redis, dict(zip(engines, children, strict=True)))
     finally:
         redis.stop()
 
