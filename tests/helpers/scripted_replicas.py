@@ -11,8 +11,6 @@ from server.teacher.client import Ask
 from server.teacher.errors import TeacherError
 from server.teacher.pool import TeacherPool
 
-pytestmark = pytest.mark.steady_time
-
 KEYS = [n.to_bytes(16) for n in range(300)]
 DOWN = TeacherError("unreachable", "the script says so")
 

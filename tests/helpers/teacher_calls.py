@@ -14,8 +14,6 @@ from server.teacher.errors import TeacherError
 from server.vllm_api import SamplingParams
 from tests.helpers.fake_teacher import Answer, body, stream
 
-pytestmark = pytest.mark.steady_time
-
 SHORT, LONG = STREAM_ABOVE, STREAM_ABOVE + 1  # spans that come as one body, as a stream
 EITHER = pytest.mark.parametrize("tokens", [SHORT, LONG], ids=["body", "stream"])
 VOCABULARY = 100

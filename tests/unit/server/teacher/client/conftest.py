@@ -8,8 +8,6 @@ from server.teacher.client import Teacher
 from tests.helpers.fake_teacher import Server
 from tests.helpers.teacher_calls import client
 
-pytestmark = pytest.mark.steady_time
-
 
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
