@@ -107,6 +107,8 @@ class AdaptiveCalibration:
         """
         self.gate = gate
         self.ask_tokens = ask_tokens
+        self.observations = 0
+        """How often `observe` has learned something."""
         self._corrections = [Correction() for _ in KNOTS]
         self._seen = SeenScores((), 0)
         self.see(self._seen)
@@ -135,6 +137,7 @@ class AdaptiveCalibration:
         """
         if not completion_tokens or not 0.0 < aim < 1.0:
             return
+        self.observations += 1
         window = WINDOW_TOKENS + WINDOW_PER_STREAM * running
         error = (aim * completion_tokens - teacher_tokens) / (aim * window)
         place = _place(aim)

@@ -18,8 +18,6 @@ class ScoreSketch:
     def __init__(self, device: torch.device, positions: int = POSITIONS) -> None:
         self._ring = torch.full((positions,), math.nan, device=device)
         self._next = 0
-        self.added = 0
-        """Positions that were ever added."""
 
     def add(self, scores: Tensor) -> None:
         """Add the scores of one step.
@@ -33,7 +31,6 @@ class ScoreSketch:
         self._ring[self._next : self._next + len(head)] = head
         self._ring[: len(rest)] = rest
         self._next = (self._next + len(scores)) % len(self._ring)
-        self.added += len(scores)
 
     def read(self) -> SeenScores:
         """Quantiles of the scores that are kept."""

@@ -102,26 +102,24 @@ def decide(
 ) -> Tensor:
     """Force the escalation token where the gate's score exceeds the price, mask what no token has.
 
-    Returns the scores of ``rows``; nan where asking is forbidden.
+    Returns the scores of ``rows``.
 
     logits: (B, V) float32, changed in place; price: (B,) float32, inf where asking is forbidden;
     rows: those that may ask, where others are not worth a look; visible: as in `mask_reserved`.
     """
-    price_of_rows = price if rows is None else price[rows]
     scored = scores(gate, logits, rows)
-    ask = scored > price_of_rows
-    seen = scored.masked_fill(price_of_rows == math.inf, math.nan)
+    ask = scored > (price if rows is None else price[rows])
     mask_reserved(logits, gate.reserved, visible)
     if logits.device.type == "cpu":  # where it costs nothing to know which
         asking = ask.nonzero().squeeze(-1) if rows is None else rows[ask]
         logits.index_fill_(0, asking, -math.inf)
         logits[asking, gate.reserved.escalation] = 0.0
-        return seen
+        return scored
     if rows is not None:
         ask = torch.zeros_like(price, dtype=torch.bool).index_copy_(0, rows, ask)
     logits.masked_fill_(ask[:, None], -math.inf)
     logits[:, gate.reserved.escalation].masked_fill_(ask, 0.0)
-    return seen
+    return scored
 
 
 def scores(gate: Gate, logits: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -169,9 +167,10 @@ class Decider:
         return logits
 
     def _decide(self, logits: Tensor, price: Tensor, rows: Tensor | None) -> Tensor:
-        seen = decide(self.gate, logits, price, rows, self.visible)
+        scored = decide(self.gate, logits, price, rows, self.visible)
         if self.sketch is not None:
-            self.sketch.add(seen)
+            forbidden = (price if rows is None else price[rows]) == math.inf
+            self.sketch.add(scored.masked_fill(forbidden, math.nan))
         return logits
 
 

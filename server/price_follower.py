@@ -38,27 +38,38 @@ class PriceFollower:
         self._calibration = calibration
         self._read = read
         self._file = file
-        self._updates = 0
+        self._unsaved = 0
+        """Updates since the state was last written."""
+        self._taken = 0
+        """Observations of the calibration at the last update."""
         self._failure = ""
         """The last one that was logged: it may come again every second."""
         self._restore()
 
     async def follow(self, seconds: float = 1.0) -> None:
-        """Update every so often, forever; saves at the end."""
+        """Update every so often, forever; saves at the end. An engine without traffic is left alone."""
         try:
             while True:
                 await asyncio.sleep(seconds)
-                try:
-                    await self.update()
-                except Exception as error:  # from the engine's process, say: the next update may succeed
-                    if repr(error) != self._failure:
-                        logger.exception("the price could not be updated")
-                    self._failure = repr(error)
+                idle = self._calibration.observations == self._taken
+                if not idle:
+                    await self._try_update()
+                if self._unsaved >= (1 if idle else SAVE_EVERY):
+                    await asyncio.to_thread(self._save)
         finally:
             self._save()
 
+    async def _try_update(self) -> None:
+        try:
+            await self.update()
+        except Exception as error:  # from the engine's process, say: the next update may succeed
+            if repr(error) != self._failure:
+                logger.exception("the price could not be updated")
+            self._failure = repr(error)
+
     async def update(self) -> None:
         """Take the engine's newest scores, and publish what was realised."""
+        observations = self._calibration.observations
         for answer in await self._read("gate_scores"):
             if answer is not None:  # a `SeenScores`, which arrives as a list
                 scores = SeenScores(*answer)
@@ -69,9 +80,8 @@ class PriceFollower:
             aim = f"{realised.aim:g}"
             REALISED_RATE.labels(aim).set(realised.rate)
             AIMED_COMPLETION_TOKENS.labels(aim).set(realised.completion_tokens)
-        self._updates += 1
-        if self._updates % SAVE_EVERY == 0:
-            await asyncio.to_thread(self._save)
+        self._taken = observations
+        self._unsaved += 1
 
     def _restore(self) -> None:
         try:
@@ -86,6 +96,7 @@ class PriceFollower:
 
     def _save(self) -> None:
         """Write the state, whole or not at all."""
+        self._unsaved = 0
         scratch = self._file.with_suffix(f".{os.getpid()}.tmp")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)

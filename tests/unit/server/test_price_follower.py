@@ -1,6 +1,8 @@
 """What keeps a learned price up to date: scores from the engine, rates to the metrics, state to the disk."""
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,13 @@ class Engine:
         self.asked: list[str] = []
         self.asked_again = asyncio.Event()
         """Set at the third question: what the second one brought is in use."""
+        self.traffic: Callable[[], None] = lambda: None
+        """Goes on while the engine is asked."""
         self._fails = fails_first
 
     async def call(self, method: str) -> list[Any]:
         self.asked.append(method)
+        self.traffic()
         if len(self.asked) == 3:
             self.asked_again.set()
         if self._fails:
@@ -67,6 +72,8 @@ async def test_what_was_realised_is_published(tmp_path):
 async def test_it_goes_on_after_a_restart(tmp_path):
     first = AdaptiveCalibration("margin", 1)
     engine = Engine(SeenScores((-9.0, -1.0, -0.5), 500))
+    engine.traffic = partial(first.observe, 0.1, 10, 100)
+    engine.traffic()
     task = asyncio.create_task(follower(first, engine, tmp_path).follow(0))
     await engine.asked_again.wait()
     first.observe(0.2, 90, 420)
@@ -92,10 +99,28 @@ async def test_a_broken_file_is_no_obstacle(tmp_path, content, caplog):
 async def test_an_engine_that_fails_is_asked_again(tmp_path):
     calibration = AdaptiveCalibration("entropy", 1)
     engine = Engine(SeenScores((1.0, 2.0), 9), fails_first=True)
+    engine.traffic = partial(calibration.observe, 0.1, 10, 100)
+    engine.traffic()
     task = asyncio.create_task(follower(calibration, engine, tmp_path).follow(0))
     await engine.asked_again.wait()
     task.cancel()
     assert calibration.state.positions == 9
+
+
+async def test_an_engine_without_traffic_is_left_alone_once_all_is_saved(tmp_path):
+    calibration = AdaptiveCalibration("entropy", 1)
+    engine = Engine(SeenScores((1.0, 2.0), 9))
+    task = asyncio.create_task(follower(calibration, engine, tmp_path).follow(0))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert engine.asked == []
+    calibration.observe(0.1, 10, 100)
+    file = tmp_path / "prices" / "one.json"
+    async with asyncio.timeout(60):
+        while not file.exists():  # noqa: ASYNC110 - a thread writes it
+            await asyncio.sleep(0.01)
+    assert engine.asked == ["gate_scores"]
+    task.cancel()
 
 
 def test_the_sketch_keeps_the_latest_scores():
