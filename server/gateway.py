@@ -84,7 +84,7 @@ def _vllm_arguments(config: ServeConfig, pair: ServedPair) -> Namespace:
     if current_platform.is_cpu():
         # The CPU default of 128 would recompute whole short prompts after every span.
         theirs.setdefault("block-size", 32)
-    # What is in mid-answer goes before what has not begun: see `CooperativeEngine._priority`.
+    # What is in mid-answer goes before what has not begun: see `Cooperator._priority`.
     theirs.setdefault("scheduling-policy", "priority")
     arguments = HttpLayer().parse(theirs, fixed=ours)
     if arguments.scheduling_policy != "priority":

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -127,9 +128,12 @@ def wrong_names(text: str) -> Iterator[str]:
             yield f"{cited}: no such member"
 
 
-def docstrings(source: Path) -> str:
+def docstrings_and_comments(source: Path) -> str:
     tree = ast.parse(source.read_text())
-    texts = []
+    with source.open("rb") as stream:
+        texts = [
+            token.string for token in tokenize.tokenize(stream.readline) if token.type == tokenize.COMMENT
+        ]
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             value = node.value.value  # a docstring, or the text below a field
@@ -143,10 +147,10 @@ def test_a_document_cites_what_exists(document: Path):
     assert [*wrong_links(document), *wrong_names(document.read_text())] == []
 
 
-def test_docstrings_cite_what_exists():
+def test_docstrings_and_comments_cite_what_exists():
     wrong = {}
     for source in SOURCES:
-        found = list(wrong_names(docstrings(source)))
+        found = list(wrong_names(docstrings_and_comments(source)))
         if found:
             wrong[str(source.relative_to(ROOT))] = found
     assert wrong == {}
