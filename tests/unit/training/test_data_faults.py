@@ -1,15 +1,13 @@
 """What is wrong with data, templates and servers ends `wheels train` in one line, with status 2."""
 
 import json
-from itertools import islice
 
 import pytest
 
 from tests.helpers.commands import evaluate, train
+from tests.helpers.numbers import tokenizer_of_numbers
 from training.config import Shape
 from training.models import new_model, save_model
-from training.tasks import make_task
-from training.tokenizer import train_tokenizer
 
 GOOD = '{"source": "At 2:30 pm.", "target": "Um halb drei."}\n'
 STUDENT = "method: {type: sft}, schedule: {steps: 2, batch: 2, learning_rate: 1e-2, compile: false}"
@@ -19,8 +17,7 @@ STUDENT = "method: {type: sft}, schedule: {steps: 2, batch: 2, learning_rate: 1e
 def ready(tmp_path_factory):
     """A directory with `teacher` and `student`, untrained, of a context of 64 tokens."""
     directory = tmp_path_factory.mktemp("ready")
-    texts = [t for e in islice(make_task("numbers").train(5), 500) for t in (e.source, e.references.first())]
-    tokenizer = train_tokenizer(texts, 300, 64)
+    tokenizer = tokenizer_of_numbers(context=64)
     for role in ("teacher", "student"):
         shape = Shape(hidden=32, layers=1, heads=1, feed_forward=32, context=64)
         save_model(new_model(shape, tokenizer, 0), tokenizer, directory / role)

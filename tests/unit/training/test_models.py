@@ -1,7 +1,6 @@
 """Ready pairs: checked before any compute is spent, trained in whole or by adapters, exported plainly."""
 
 import json
-from itertools import islice
 from pathlib import Path
 
 import httpx
@@ -14,13 +13,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from router.checkpoint import RouterCheckpoint
 from router.reserved import RESERVED_ROWS
 from tests.helpers.commands import INTERRUPTED, train
+from tests.helpers.numbers import save_untrained_pair, tokenizer_of_numbers
 from training.config import Shape
 from training.gating.rollout import Request
 from training.gating.router_stage import FrozenPair
 from training.models import new_model, reserved_rows, save_model
 from training.sampling import complete
-from training.tasks import make_task
-from training.tokenizer import load_tokenizer, train_tokenizer
+from training.tokenizer import load_tokenizer
 
 torch.set_num_threads(1)
 
@@ -29,11 +28,7 @@ torch.set_num_threads(1)
 def ready(tmp_path_factory):
     """A directory with `teacher` and `student`, untrained."""
     directory = tmp_path_factory.mktemp("ready")
-    texts = [t for e in islice(make_task("numbers").train(5), 500) for t in (e.source, e.references.first())]
-    tokenizer = train_tokenizer(texts, 300, 512)
-    for role, hidden in (("teacher", 64), ("student", 32)):
-        shape = Shape(hidden=hidden, layers=2, heads=1, feed_forward=32)
-        save_model(new_model(shape, tokenizer, hidden), tokenizer, directory / role)
+    save_untrained_pair(tokenizer_of_numbers(), directory)
     return directory
 
 

@@ -4,13 +4,12 @@ import json
 import multiprocessing
 import os
 import sys
-from itertools import islice
 
 import pytest
 import torch
 
 from server.local.pair import free_port
-from tests.helpers import parallel_worker
+from tests.helpers import numbers, parallel_worker
 from training.batches import Batch, Demonstrations
 from training.config import Schedule, SFTConfig
 from training.loop.trainer import make_optimizers, unchanged, update
@@ -18,7 +17,6 @@ from training.methods import SFT
 from training.models import answer_read, new_model
 from training.sampling import drawn
 from training.tasks import make_task
-from training.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)
 
@@ -30,8 +28,7 @@ def curve(directory):
 
 @pytest.fixture(scope="module")
 def tokenizer_of_numbers():
-    texts = [t for e in islice(make_task("numbers").train(5), 500) for t in (e.source, e.references.first())]
-    return train_tokenizer(texts, 300, 512)
+    return numbers.tokenizer_of_numbers()
 
 
 def test_two_processes_follow_the_curve_of_one_through_a_kill(tokenizer_of_numbers, tmp_path, monkeypatch):

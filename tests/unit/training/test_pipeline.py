@@ -1,7 +1,6 @@
 """Stages: done once, by one recipe; exports are whole, and are what was trained; the hub at the end."""
 
 import json
-from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -12,14 +11,13 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 
 from router.checkpoint import RouterCheckpoint
 from tests.helpers.commands import INTERRUPTED, train
+from tests.helpers.numbers import save_untrained_pair, tokenizer_of_numbers
 from training import cli, export, pipeline
 from training.config import LoraConfig, Shape
 from training.hub import HubError, check_hub, push
 from training.loop import trainer
 from training.lora import LoraError, add_lora, merged
 from training.models import new_model, save_model
-from training.tasks import make_task
-from training.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)
 ROWS = 96
@@ -27,19 +25,14 @@ ROWS = 96
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    texts = []
-    for example in islice(make_task("numbers").train(5), 500):
-        texts += [example.source, example.references.first()]
-    return train_tokenizer(texts, 300, 512)
+    return tokenizer_of_numbers()
 
 
 @pytest.fixture(scope="module")
 def ready(tokenizer, tmp_path_factory):
     """A directory with `teacher`, `student` and `gpt2`, untrained."""
     directory = tmp_path_factory.mktemp("ready")
-    for role, hidden in (("teacher", 64), ("student", 32)):
-        shape = Shape(hidden=hidden, layers=2, heads=1, feed_forward=32)
-        save_model(new_model(shape, tokenizer, hidden), tokenizer, directory / role)
+    save_untrained_pair(tokenizer, directory)
     torch.manual_seed(3)
     config = GPT2Config(vocab_size=332, n_embd=32, n_layer=2, n_head=2, n_positions=512, bos_token_id=1)
     config.eos_token_id = tokenizer.eos_token_id

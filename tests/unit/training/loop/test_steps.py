@@ -3,12 +3,12 @@
 import json
 import math
 import sys
-from itertools import islice
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.helpers.numbers import tokenizer_of_numbers
 from training.batches import Batch, Demonstrations
 from training.config import GKDConfig, KDConfig, LoraConfig, Schedule, SFTConfig, Shape
 from training.loop import trackers
@@ -19,7 +19,6 @@ from training.methods import GKD, KD, SFT, SeqKD
 from training.models import new_model
 from training.sampling import complete, sampled
 from training.tasks import make_task
-from training.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)
 SHAPE = Shape(hidden=32, layers=1, heads=1, feed_forward=32)
@@ -32,9 +31,8 @@ def task():
 
 
 @pytest.fixture(scope="module")
-def tokenizer(task):
-    texts = [text for e in islice(task.train(5), 500) for text in (e.source, e.references.first())]
-    return train_tokenizer(texts, 300, 512)
+def tokenizer():
+    return tokenizer_of_numbers()
 
 
 def schedule(**settings):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from transformers import PretrainedConfig
 
 from tests.helpers.killing import Killed, killing
+from tests.helpers.numbers import tokenizer_of_numbers
 from training.batches import Batch, Demonstrations
 from training.config import GKDConfig, KDConfig, PCLConfig, Schedule, SFTConfig, Shape
 from training.loop.stopping import Stopped
@@ -20,7 +20,7 @@ from training.methods import GKD, KD, PCL, SFT
 from training.models import load_model, new_model, reserved_rows, save_model
 from training.sampling import sampled, until_end
 from training.tasks import make_task
-from training.tokenizer import decode_answers, encode_answers, encode_prompts, load_tokenizer, train_tokenizer
+from training.tokenizer import decode_answers, encode_answers, encode_prompts, load_tokenizer
 
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
 
@@ -33,9 +33,8 @@ def task():
 
 
 @pytest.fixture(scope="module")
-def tokenizer(task):
-    texts = [text for e in islice(task.train(5), 500) for text in (e.source, e.references.first())]
-    return train_tokenizer(texts, 300, 512)
+def tokenizer():
+    return tokenizer_of_numbers()
 
 
 def test_tokenizer_round_trip(task, tokenizer):

@@ -1,7 +1,5 @@
 """Joint training of student and gate: its two limits, budgets in words, what is refused."""
 
-from itertools import islice
-
 import pytest
 import torch
 
@@ -9,12 +7,12 @@ from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, fing
 from router.gate import LearnedGate
 from router.reserved import ReservedRows
 from tests.helpers.commands import train
+from tests.helpers.numbers import tokenizer_of_numbers
 from training.batches import Batch, Demonstrations
 from training.config import JointConfig, KDConfig, Shape
 from training.methods import KD, Joint
 from training.models import new_model, save_model
 from training.tasks import make_task
-from training.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)
 SHAPE = Shape(hidden=32, layers=1, heads=1, feed_forward=32)
@@ -29,9 +27,8 @@ def task():
 
 
 @pytest.fixture(scope="module")
-def tokenizer(task):
-    texts = [t for e in islice(task.train(5), 500) for t in (e.source, e.references.first())]
-    return train_tokenizer(texts, 300, 512)
+def tokenizer():
+    return tokenizer_of_numbers()
 
 
 @pytest.fixture(scope="module")

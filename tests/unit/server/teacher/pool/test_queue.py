@@ -5,9 +5,17 @@ import asyncio
 import pytest
 
 from server.teacher.errors import TeacherError
+from server.teacher.pool import TeacherPool
 from tests.helpers.scripted_replicas import KEYS, pool_of, refusal, running
 
 pytestmark = pytest.mark.steady_time
+
+
+async def call(pool: TeacherPool, number: int, order: list[int]) -> None:
+    """Wait for a slot, note the turn, and give the slot back."""
+    slot = await pool.admit(KEYS[number])
+    order.append(number)
+    slot.release()
 
 
 # How many at once
@@ -17,12 +25,7 @@ async def test_a_call_waits_for_its_turn_in_the_order_of_coming():
     pool = await pool_of(1, concurrency=1)
     first, order = await pool.admit(KEYS[0]), []
 
-    async def call(number: int) -> None:
-        slot = await pool.admit(KEYS[number])
-        order.append(number)
-        slot.release()
-
-    tasks = [asyncio.create_task(call(number)) for number in range(5)]
+    tasks = [asyncio.create_task(call(pool, number, order)) for number in range(5)]
     await asyncio.sleep(0.01)
     assert order == []
     first.release()
@@ -85,15 +88,10 @@ async def test_a_newcomer_does_not_overtake_who_waits():
     pool = await pool_of(1, concurrency=1)
     first, order = await pool.admit(KEYS[0]), []
 
-    async def call(number: int) -> None:
-        slot = await pool.admit(KEYS[number])
-        order.append(number)
-        slot.release()
-
-    waiting = [asyncio.create_task(call(number)) for number in range(3)]
+    waiting = [asyncio.create_task(call(pool, number, order)) for number in range(3)]
     await asyncio.sleep(0)
     first.release()
-    newcomer = asyncio.create_task(call(99))
+    newcomer = asyncio.create_task(call(pool, 99, order))
     await asyncio.gather(*waiting, newcomer)
     assert order == [0, 1, 2, 99]
 

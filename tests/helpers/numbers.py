@@ -1,0 +1,26 @@
+"""The demo's task in small: its tokenizer, and an untrained pair."""
+
+from itertools import islice
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from training.config import Shape
+from training.models import new_model, save_model
+from training.tasks import make_task
+from training.tokenizer import train_tokenizer
+
+
+def tokenizer_of_numbers(context: int = 512) -> PreTrainedTokenizerBase:
+    """With 300 ids, from 500 training examples."""
+    texts: list[str] = []
+    for example in islice(make_task("numbers").train(5), 500):
+        texts += [example.source, example.references.first()]
+    return train_tokenizer(texts, 300, context)
+
+
+def save_untrained_pair(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """`teacher` and `student` in this directory."""
+    for role, hidden in (("teacher", 64), ("student", 32)):
+        shape = Shape(hidden=hidden, layers=2, heads=1, feed_forward=32)
+        save_model(new_model(shape, tokenizer, hidden), tokenizer, directory / role)
