@@ -277,6 +277,30 @@ class PretrainedConfig(Frozen):
         return self
 
 
+class PruneConfig(Frozen):
+    """Which part of the teacher a student begins with."""
+
+    layers: PositiveInt
+    """How many of its layers: the first, the last, and others evenly spaced between them."""
+
+
+class PrunedConfig(Frozen):
+    """A student that begins as the trained teacher with a few of its layers, see `training.pruning`."""
+
+    is_ready: ClassVar[bool] = False
+    prune: PruneConfig
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights."""
+    method: MethodConfig
+    schedule: Schedule
+    rollouts: RolloutConfig | None = None
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """How it is trained."""
+        return TrainingPlan(self.method, self.schedule)
+
+
 class ServedConfig(Frozen):
     """A teacher behind a vLLM server's URL."""
 
@@ -293,7 +317,7 @@ class ServedConfig(Frozen):
 
 def _kind(value: Any) -> str | None:
     keys = value.keys() if isinstance(value, dict) else value.__dict__.keys()
-    for kind in ("shape", "pretrained", "url"):
+    for kind in ("shape", "pretrained", "prune", "url"):
         if kind in keys:
             return kind
     return None
@@ -301,11 +325,14 @@ def _kind(value: Any) -> str | None:
 
 Scratch = Annotated[ScratchConfig, Tag("shape")]
 Pretrained = Annotated[PretrainedConfig, Tag("pretrained")]
+Pruned = Annotated[PrunedConfig, Tag("prune")]
 WHICH = Discriminator(
-    _kind, custom_error_type="model", custom_error_message="a model has shape, pretrained or (teacher) url"
+    _kind,
+    custom_error_type="model",
+    custom_error_message="a model has shape, pretrained, (student) prune or (teacher) url",
 )
-ModelConfig = ScratchConfig | PretrainedConfig
-StudentConfig = Annotated[Scratch | Pretrained, WHICH]
+ModelConfig = ScratchConfig | PretrainedConfig | PrunedConfig
+StudentConfig = Annotated[Scratch | Pretrained | Pruned, WHICH]
 TeacherConfig = Annotated[Scratch | Pretrained | Annotated[ServedConfig, Tag("url")], WHICH]
 
 
@@ -347,11 +374,20 @@ class Recipe(Frozen):
         return None
 
     @model_validator(mode="after")
+    def _prunable(self) -> Self:
+        if isinstance(self.student, PrunedConfig) and isinstance(self.teacher, ServedConfig):
+            raise ValueError(
+                "student.prune: the layers of a teacher behind a URL are not known here; give the teacher's "
+                "directory or hub name as teacher.pretrained, or a ready student as student.pretrained"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _vocabulary(self) -> Self:
         if self.tokenizer is None and self.ready_tokenizer is None:
             raise ValueError("tokenizer: say size, or pretrained")
         trained = self.tokenizer is not None and self.tokenizer.size is not None
-        both_new = isinstance(self.teacher, ScratchConfig) and isinstance(self.student, ScratchConfig)
+        both_new = isinstance(self.teacher, ScratchConfig) and not isinstance(self.student, PretrainedConfig)
         if trained and not both_new:
             raise ValueError("tokenizer.size: a ready model brings its own tokenizer")
         return self
@@ -401,4 +437,5 @@ def _yaml(text: str) -> Any:
 def _problem(entry: Any) -> str:
     """One of pydantic's errors, with the key that it is about."""
     key = ".".join(map(str, entry["loc"]))
-    return f"{key}: {entry['msg'].removeprefix('Value error, ')}" if key else entry["msg"]
+    problem = entry["msg"].removeprefix("Value error, ")
+    return f"{key}: {problem}" if key else problem

@@ -48,7 +48,7 @@ def dry_run(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
             if recipe.teacher.plan is None:
                 make_model(space, "teacher", task, tokenizer)
             else:
-                untrained = build(recipe.teacher, tokenizer, recipe.seed)
+                untrained = build(recipe.teacher, tokenizer, recipe.seed, space.exported("teacher"))
                 save_model(untrained, tokenizer, space.exported("teacher"))
         for role in ROLES:
             plan = recipe.model(role).plan

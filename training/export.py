@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from router.errors import RunEnded
 from training import parallel
-from training.config import ModelConfig, RecipeError
+from training.config import RecipeError
 from training.lora import merged
-from training.models import build, save_model
+from training.models import save_model
 from training.reading import differ, probe_ids
 from training.record import Record, write_record
 from training.sampling import evaluating
@@ -53,13 +53,19 @@ def remove(directory: Path) -> None:
 
 def export(
     model: PreTrainedModel,
-    config: ModelConfig,
+    plain: Callable[[], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
-    seed: int,
     directory: Path,
     record: Record,
 ) -> None:
     """A plain Hugging Face directory, adapters merged; written by the first process.
+
+    Args:
+        model: the trained one.
+        plain: builds another like it, without adapters.
+        tokenizer: exported with it.
+        directory: of the export.
+        record: what the recipe says of it.
 
     Raises:
         ExportError: its logits would not be those of the trained model; nothing is written.
@@ -67,11 +73,11 @@ def export(
     trained = probed(model)
     weights = parallel.weights_of(model)
     if parallel.is_first():
-        plain = build(config.model_copy(update={"lora": None}), tokenizer, seed)
-        plain.load_state_dict(merged(weights, model))
-        if differ(probed(plain), trained, model.dtype):
+        exported = plain()
+        exported.load_state_dict(merged(weights, model))
+        if differ(probed(exported), trained, model.dtype):
             raise ExportError(f"{directory}: the exported model would give other logits than the trained one")
-        save(plain, tokenizer, directory, record)
+        save(exported, tokenizer, directory, record)
     parallel.barrier()
 
 

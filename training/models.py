@@ -19,9 +19,10 @@ from transformers import (
 from router.reserved import RESERVED_ROWS, ReservedRows
 from router.rows import append_rows, vocabulary_rows
 from training.batches import Batch
-from training.config import ModelConfig, PretrainedConfig, RecipeError, ScratchConfig, Shape
+from training.config import ModelConfig, PretrainedConfig, PrunedConfig, RecipeError, ScratchConfig, Shape
 from training.lora import add_lora
 from training.parallel import blocks_of, is_sharded
+from training.pruning import pruned
 from training.reading import Reading, read, read_parts
 from training.tokenizer import visible_ids
 
@@ -34,17 +35,33 @@ def check_adapters(config: PretrainedConfig) -> None:
         add_lora(model, config.lora)
 
 
-def build(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """The model to train, on the CPU. Raises RecipeError if it has too few rows for the tokenizer."""
+def build(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int, teacher: Path
+) -> PreTrainedModel:
+    """The model to train, on the CPU.
+
+    Args:
+        config: of the model.
+        tokenizer: of the pair.
+        seed: of new weights.
+        teacher: the exported one, for a student that begins with its layers.
+
+    Raises:
+        RecipeError: it has too few rows for the tokenizer, or the teacher cannot be pruned.
+    """
     if isinstance(config, ScratchConfig):
         return new_model(config.shape, tokenizer, seed)
-    model = AutoModelForCausalLM.from_pretrained(config.pretrained, dtype=getattr(torch, config.dtype))
+    dtype = getattr(torch, config.dtype)
+    if isinstance(config, PrunedConfig):
+        name = str(teacher)
+        model = pruned(teacher, config.prune.layers, dtype)
+    else:
+        name = config.pretrained
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     rows = model.config.get_text_config().vocab_size
     if rows < visible_ids(tokenizer):
-        raise RecipeError(
-            f"{config.pretrained} has {rows} rows for the tokenizer's {visible_ids(tokenizer)} ids"
-        )
-    if config.lora is not None:
+        raise RecipeError(f"{name} has {rows} rows for the tokenizer's {visible_ids(tokenizer)} ids")
+    if isinstance(config, PretrainedConfig) and config.lora is not None:
         torch.manual_seed(seed)
         add_lora(model, config.lora)
     return model

@@ -3,7 +3,9 @@
 Each stage runs once, and goes on where it stopped.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from random import Random
 
@@ -19,6 +21,7 @@ from training.config import (
     MethodConfig,
     ModelConfig,
     PretrainedConfig,
+    PrunedConfig,
     Recipe,
     RecipeError,
     Role,
@@ -36,6 +39,7 @@ from training.loop.validation import Validation
 from training.lora import LoraError
 from training.methods import METHODS, Joint, Method, SeqKD
 from training.models import build, check_adapters, load_model, parameters
+from training.pruning import check_layers, layers_of
 from training.reading import check_readout, check_steps, context_of
 from training.record import tokenizer_record, write_record
 from training.rollout_server import RolloutServer
@@ -121,6 +125,18 @@ def check(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
     if name is not None:  # a tokenizer that is trained on the task has new models alone
         check_pair(recipe, ready_tokenizer(name, recipe.chat))
     check_joint(recipe)
+    check_pruned(recipe)
+
+
+def check_pruned(recipe: Recipe) -> None:
+    """A student cannot keep more layers than its teacher has."""
+    if not isinstance(recipe.student, PrunedConfig):
+        return
+    kept = recipe.student.prune.layers
+    if isinstance(recipe.teacher, ScratchConfig):
+        check_layers(recipe.teacher.shape.layers, kept)
+    elif isinstance(recipe.teacher, PretrainedConfig):
+        check_layers(layers_of(recipe.teacher.pretrained), kept)
 
 
 def check_served(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
@@ -218,7 +234,7 @@ def make_model(space: Workspace, role: Role, task: Task, tokenizer: PreTrainedTo
         if role == "teacher" and isinstance(config, PretrainedConfig):
             link_model(config.pretrained, space.exported(role))
         else:
-            model = build(config, tokenizer, space.recipe.seed)
+            model = build(config, tokenizer, space.recipe.seed, space.exported("teacher"))
             save(model, tokenizer, space.exported(role), space.record(role))
     parallel.barrier()
 
@@ -248,7 +264,7 @@ def make_job(space: Workspace, role: Role, task: Task, tokenizer: PreTrainedToke
         raise RecipeError(f"{role}: the recipe does not train it")
     teacher = load_teacher(space) if plan.method.needs_teacher else None
     method = make_method(space, plan.method, teacher, tokenizer)
-    model = build(config, tokenizer, recipe.seed)
+    model = build(config, tokenizer, recipe.seed, space.exported("teacher"))
     for name, loaded in ((role, model), ("teacher", teacher)):
         if isinstance(loaded, PreTrainedModel):
             place(loaded, plan.schedule.compile)
@@ -297,7 +313,16 @@ def train_model(space: Workspace, role: Role, task: Task, tokenizer: PreTrainedT
         record=space.record(role),
         trackers=recipe.trackers,
     )
-    export(job.model, job.config, tokenizer, recipe.seed, space.exported(role), space.record(role))
+    plain = plain_builder(space, job.config, tokenizer)
+    export(job.model, plain, tokenizer, space.exported(role), space.record(role))
+
+
+def plain_builder(
+    space: Workspace, config: ModelConfig, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[], PreTrainedModel]:
+    """Builds a model of this configuration without adapters."""
+    without = config.model_copy(update={"lora": None})
+    return partial(build, without, tokenizer, space.recipe.seed, space.exported("teacher"))
 
 
 def load_teacher(space: Workspace) -> Teacher:
@@ -322,7 +347,8 @@ def rollout_server(
     """Its directory holds a whole model from the start, so that the server can be started on it."""
     directory = config.directory or space.work(role) / "rollouts"
     if not (directory / "config.json").exists():
-        export(job.model, job.config, tokenizer, space.recipe.seed, directory, space.record(role))
+        plain = plain_builder(space, job.config, tokenizer)
+        export(job.model, plain, tokenizer, directory, space.record(role))
     if parallel.is_first():
         print(f"{role}: rollouts by {config.url}, to be started as")
         print(f"  VLLM_SERVER_DEV_MODE=1 vllm serve {directory}")

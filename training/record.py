@@ -11,7 +11,9 @@ from typing import Any
 from training.config import (
     GKDConfig,
     MethodConfig,
+    ModelConfig,
     PCLConfig,
+    PrunedConfig,
     Recipe,
     Role,
     ScratchConfig,
@@ -32,8 +34,7 @@ def model_record(recipe: Recipe, role: Role) -> Record:
     config = recipe.model(role)
     if isinstance(config, ServedConfig):
         return {"kind": "served", "model": config.model, "top_logprobs": config.top_logprobs}
-    kind = "scratch" if isinstance(config, ScratchConfig) else "pretrained"
-    record = {"kind": kind} | config.model_dump(mode="json", exclude={"schedule", "rollouts"})
+    record = {"kind": _kind(config)} | config.model_dump(mode="json", exclude={"schedule", "rollouts"})
     record |= {"tokenizer": _tokenizer(recipe), "chat": recipe.chat.model_dump(mode="json")}
     plan = config.plan
     if plan is None:
@@ -42,7 +43,7 @@ def model_record(recipe: Recipe, role: Role) -> Record:
     record |= {"seed": recipe.seed, "task": recipe.task.model_dump(mode="json")}
     if _writes(plan.method):
         record["max_tokens"] = recipe.max_tokens
-    if role == "student" and plan.method.needs_teacher:
+    if role == "student" and (plan.method.needs_teacher or isinstance(config, PrunedConfig)):
         record["teacher"] = model_record(recipe, "teacher")
     return _plain(record)
 
@@ -109,6 +110,12 @@ def read_record(directory: Path) -> Record | None:
     """None where there is none: what was trained before there were records."""
     file = directory / RECORD
     return json.loads(file.read_text()) if file.exists() else None
+
+
+def _kind(config: ModelConfig) -> str:
+    if isinstance(config, ScratchConfig):
+        return "scratch"
+    return "pruned" if isinstance(config, PrunedConfig) else "pretrained"
 
 
 def _tokenizer(recipe: Recipe) -> Record:

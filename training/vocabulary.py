@@ -10,7 +10,15 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from measuring.json_lines import DataError
 from router.rows import CheckpointError, VocabularyTensors
 from router.vocabulary import difference
-from training.config import ROLES, ChatConfig, PretrainedConfig, Recipe, RecipeError, ServedConfig
+from training.config import (
+    ROLES,
+    ChatConfig,
+    PretrainedConfig,
+    PrunedConfig,
+    Recipe,
+    RecipeError,
+    ServedConfig,
+)
 from training.export import directory_of
 from training.served import ServedTeacher, VLLMServer
 from training.teacher_cache import TeacherCache
@@ -68,7 +76,7 @@ def check_pair(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
             served_teacher(config).check_vocabulary(tokenizer)
         elif isinstance(config, PretrainedConfig):
             check_vocabulary(role, config.pretrained, tokenizer)
-            if role == "student":
+            if role == "student" or isinstance(recipe.student, PrunedConfig):
                 check_rows(config.pretrained, visible_ids(tokenizer))
 
 
