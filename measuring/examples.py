@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
+from measuring.chats import Source, source_of
 from measuring.json_lines import is_text, read_json_lines, read_some_json_lines
 
 Slot = tuple[str, ...]
@@ -73,6 +74,9 @@ class References:
     def __len__(self) -> int:
         return sum(map(_count, self.forms))
 
+    def __bool__(self) -> bool:
+        return bool(self.forms)
+
     def first(self) -> str:
         """The answer of the first form and each slot's first alternative."""
         return "".join(slot[0] for slot in self.forms[0])
@@ -87,32 +91,37 @@ class References:
         return any(_accepts(form, text) for form in self.forms)
 
     def similarity(self, text: str) -> float:
-        """How near the text is to the nearest right answer, in [0, 1].
+        """How near the text is to the nearest right answer, in [0, 1]; 0 where none is known.
 
         It is 1 - d / max(len(text), len(nearest)), with d the Levenshtein distance.
         """
         if self.accepts(text):
             return 1.0
+        if not self.forms:
+            return 0.0
         nearest = min([_nearest(form, text) for form in self.forms], key=_rank)
         longest = max(len(text), nearest.length)
         return 1.0 - nearest.edits / longest if longest else 1.0
+
+
+NO_REFERENCES = References(())
 
 
 @dataclass(frozen=True)
 class Example:
     """What a pair is asked, and all right answers to it."""
 
-    source: str
-    references: References
+    source: Source
+    references: References = NO_REFERENCES
 
 
-def sources_of(examples: Iterable[Example]) -> list[str]:
+def sources_of(examples: Iterable[Example]) -> list[Source]:
     """The source of each example, in order."""
     return [example.source for example in examples]
 
 
 def load_examples(file: Path) -> list[Example]:
-    """Examples of a pair, one object a line: `source` and `references` (see `References.to_json`).
+    """Examples of a pair, one object a line: what `source_of` reads, and `references` as `to_json` gives them.
 
     Raises:
         DataError: the file or a line of it cannot be used.
@@ -122,7 +131,7 @@ def load_examples(file: Path) -> list[Example]:
         forms = row.fields.get("references")
         if forms is None or not _is_grammar(forms):
             raise row.error("'references' is not a list of forms of slots of alternatives")
-        examples.append(Example(row.text("source"), References.from_json(forms)))
+        examples.append(Example(source_of(row), References.from_json(forms)))
     return examples
 
 

@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 from openai import APIStatusError, AsyncOpenAI, OpenAIError
 
+from measuring.chats import Source, messages_of
 from router.errors import PeerError
 
 SHOWN_PROBLEM = 300
@@ -87,8 +88,8 @@ class GatewayClient:
     async def __aexit__(self, *_: object) -> None:
         await self._openai.close()
 
-    async def ask(self, source: str, budget: float) -> GatewayReply:
-        """A greedy completion of one user message.
+    async def ask(self, source: Source, budget: float) -> GatewayReply:
+        """A greedy completion of one chat.
 
         Raises:
             GatewayError: there is none.
@@ -98,7 +99,7 @@ class GatewayClient:
             async with self._slots:
                 raw = await self._openai.chat.completions.with_raw_response.create(
                     model=self._model,
-                    messages=[{"role": "user", "content": source}],
+                    messages=cast(Any, messages_of(source)),
                     temperature=0,
                     extra_body={"teacher_budget": budget, "return_token_ids": True},
                     **optional,
@@ -108,7 +109,7 @@ class GatewayClient:
         return self._reply(self._decoded(raw.content, _Chat))
 
     async def ask_all(
-        self, sources: Sequence[str], budget: float, advance: Callable[[], None] = lambda: None
+        self, sources: Sequence[Source], budget: float, advance: Callable[[], None] = lambda: None
     ) -> list[GatewayReply]:
         """Replies in the order of the sources; ``advance`` is called after each.
 

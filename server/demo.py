@@ -29,6 +29,7 @@ from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
+from measuring.chats import messages_of, shown
 from measuring.examples import Example, load_examples
 from measuring.gateway import GatewayClient, GatewayError, GatewayReply
 from server.local.arguments import EXAMPLES, PAIR_HELP, SHIPPED_PAIR, complete_pair, positive
@@ -261,7 +262,7 @@ def _print_completions(answered: dict[float, list[Answered]], pair: Pair, consol
     console.print(legend, highlight=False)
     for comparison in wrong:
         console.print()
-        console.print(Text(f"    {comparison.alone.example.source}", style="dim"))
+        console.print(Text(f"    {shown(comparison.alone.example.source)}", style="dim"))
         lines = Table.grid(padding=(0, 1))
         for answer in comparison:
             verdict = Text("  ✓", style="green") if answer.right else Text("  ✗", style="red")
@@ -295,10 +296,10 @@ def _mark(text: str, console: Console) -> Text:
 
 
 def _print_how_to_call(servers: Serving, example: Example, logs: Path, console: Console) -> None:
-    source = example.source
+    messages = messages_of(example.source)
     url = servers.gateway
     body = json.dumps(
-        {"model": "wheels", "messages": [{"role": "user", "content": source}], "teacher_budget": 0.1},
+        {"model": "wheels", "messages": messages, "teacher_budget": 0.1},
         ensure_ascii=False,
     )
     console.print(f"[bold]Serving at {url}[/] (Ctrl-C stops; logs in {logs}). Call it like this:\n")
@@ -309,7 +310,7 @@ def _print_how_to_call(servers: Serving, example: Example, logs: Path, console: 
             f'client = OpenAI(base_url="{url}/v1", api_key="none")\n'
             "reply = client.chat.completions.create(\n"
             '    model="wheels",\n'
-            f'    messages=[{{"role": "user", "content": {json.dumps(source, ensure_ascii=False)}}}],\n'
+            f"    messages={json.dumps(messages, ensure_ascii=False)},\n"
             '    extra_body={"teacher_budget": 0.1},\n'
             ")\n"
             "print(reply.choices[0].message.content, reply.teacher)"

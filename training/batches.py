@@ -216,11 +216,16 @@ class Demonstrations:
         for _ in range(DRAWS):
             examples = list(islice(stream, wanted))
             prompts = encode_prompts(self._tokenizer, sources_of(examples))
-            answers = encode_answers(self._tokenizer, [e.references.sample(rng) for e in examples])
+            answers = encode_answers(self._tokenizer, [_answer(example, rng) for example in examples])
             rows += filter(self._fits, map(Demonstration, prompts, answers))
             if len(rows) >= wanted:
                 return rows[:wanted]
-        raise DataError(f"hardly an example has at most {self._longest} tokens, the context of the model")
+        raise DataError(f"hardly an example has at most {self._longest} tokens, prompt and answer together")
 
     def _fits(self, row: Demonstration) -> bool:
         return self._longest is None or row.tokens <= self._longest
+
+
+def _answer(example: Example, rng: random.Random) -> str:
+    """One of its right answers; nothing if none is known, as a model then writes its own."""
+    return example.references.sample(rng) if example.references else ""

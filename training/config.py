@@ -91,6 +91,8 @@ class Schedule(Frozen):
     optimizer: Literal["adamw", "muon"] = "muon"
     compile: bool = True
     """Compile the decoder: nearly twice as fast for small models on a CPU, after half a minute."""
+    gradient_checkpointing: bool = False
+    """Compute the activations inside a layer again in the backward pass: less memory, a third more time."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: matrix products under autocast, where there are instructions for it (not on a CPU of AVX2 alone);
     weights and optimizer stay float32.
@@ -347,6 +349,8 @@ class Recipe(Frozen):
     threads: PositiveInt = 1
     max_tokens: PositiveInt = 64
     """Longest completion in rollouts, calibration and evaluation."""
+    max_length: PositiveInt | None = None
+    """Tokens of prompt and answer together; longer examples are not trained on. None: the model's context."""
     teacher_cache: NonNegativeInt = 1024
     """Megabytes of the teacher's answers that are kept in `work`, for later epochs; 0: none."""
     task: TaskConfig

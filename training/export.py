@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from measuring.chats import messages_of, shown
 from router.errors import RunEnded
 from training import parallel
 from training.config import RecipeError
@@ -125,7 +126,9 @@ def export_examples(task: Task, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     for example in task.test()[:EXPORTED_EXAMPLES]:
-        row = {"source": example.source, "references": example.references.to_json()}
+        row: dict[str, object] = {"source": shown(example.source), "references": example.references.to_json()}
+        if not isinstance(example.source, str):
+            row["messages"] = messages_of(example.source)
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text("".join(lines))

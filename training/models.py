@@ -1,5 +1,7 @@
 """Models: a small Llama from scratch, any Hugging Face causal LM from a directory, and their logits."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,7 +25,7 @@ from training.config import ModelConfig, PretrainedConfig, PrunedConfig, RecipeE
 from training.lora import add_lora
 from training.parallel import blocks_of, is_sharded
 from training.pruning import pruned
-from training.reading import Reading, read, read_parts
+from training.reading import Reading, Readout, is_followed, read, read_parts, read_states
 from training.tokenizer import visible_ids
 
 
@@ -108,6 +110,18 @@ def add_dropout(model: PreTrainedModel, rate: float) -> None:
         layer.get_submodule("mlp.down_proj").register_forward_hook(drop)
 
 
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Activations of a layer are computed again in the backward pass (Chen et al. 2016, arXiv 1604.06174).
+
+    Raises:
+        RecipeError: the architecture cannot do that.
+    """
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise RecipeError(f"schedule.gradient_checkpointing: {error}") from error
+
+
 def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """On the CPU."""
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
@@ -148,19 +162,47 @@ def parameters(model: PreTrainedModel, *, trained_only: bool = False) -> int:
     return sum(map(torch.numel, counted))
 
 
-def answer_read(model: PreTrainedModel, batch: Batch, visible: int) -> Reading:
-    """At the positions that predict the answers: states (N, H) and logits (N, visible).
+@dataclass(frozen=True)
+class Outputs:
+    """What a model makes of N positions. Its logits are computed when they are read, a piece at a time."""
+
+    states: Tensor
+    """(N, H)."""
+    logits: Callable[[slice], Tensor]
+    """A slice of the positions -> their logits (n, visible)."""
+
+    def whole(self) -> Reading:
+        """All logits at once."""
+        return Reading(self.states, self.logits(slice(None)))
+
+
+def answer_outputs(model: PreTrainedModel, batch: Batch, visible: int) -> Outputs:
+    """At the positions that predict the answers.
 
     Only over the tokenizer's ids: the reserved rows belong to the router.
     """
     if is_sharded(model):  # every pass gathers the parameters again
-        states, logits = read(model, batch.answer, input_ids=batch.ids, use_cache=False)
-    else:
-        narrow = batch.narrow()
-        states, logits = read_parts(model, narrow.parts, narrow.order)
-    return Reading(states, logits[:, :visible])
+        reading = read(model, batch.answer, input_ids=batch.ids, use_cache=False)
+        return _computed(reading, visible)
+    narrow = batch.narrow()
+    if not is_followed(model):
+        return _computed(read_parts(model, narrow.parts, narrow.order), visible)
+    states = read_states(model, narrow.parts, narrow.order)
+    head = model.get_output_embeddings()
+    readout = Readout.of(model.config)
+    return Outputs(states, lambda piece: readout.shaped(head(states[piece]))[:, :visible])
+
+
+def _computed(reading: Reading, visible: int) -> Outputs:
+    """Of a model whose logits exist already."""
+    return Outputs(reading.states, lambda piece: reading.logits[piece, :visible])
+
+
+def answer_read(model: PreTrainedModel, batch: Batch, visible: int) -> Reading:
+    """States (N, H) and logits (N, visible), see `answer_outputs`."""
+    return answer_outputs(model, batch, visible).whole()
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch, visible: int) -> Tensor:
-    """(N, visible), see `answer_read`."""
+    """(N, visible), see `answer_outputs`."""
     return answer_read(model, batch, visible).logits

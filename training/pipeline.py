@@ -3,6 +3,7 @@
 Each stage runs once, and goes on where it stopped.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from random import Random
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from measuring.chats import messages_of
 from router.checkpoint import CheckpointError, RouterCheckpoint, fingerprint
 from training import parallel
 from training.batches import Demonstrations
@@ -38,7 +40,7 @@ from training.loop.trackers import check_trackers
 from training.loop.validation import Validation
 from training.lora import LoraError
 from training.methods import METHODS, Joint, Method, SeqKD
-from training.models import build, check_adapters, load_model, parameters
+from training.models import build, check_adapters, load_model, parameters, recompute_layers
 from training.pruning import check_layers, layers_of
 from training.reading import check_readout, check_steps, context_of
 from training.record import tokenizer_record, write_record
@@ -219,7 +221,9 @@ def new_tokenizer(recipe: Recipe, task: Task) -> PreTrainedTokenizerBase:
     rng = Random(recipe.seed)
     texts = []
     for example in islice(task.train(TOKENIZER_SEED), config.examples):
-        texts += [example.source, example.references.sample(rng)]
+        texts += [turn["content"] for turn in messages_of(example.source)]
+        if example.references:
+            texts.append(example.references.sample(rng))
     return train_tokenizer(texts, config.size, recipe.teacher.shape.context)
 
 
@@ -269,9 +273,12 @@ def make_job(space: Workspace, role: Role, task: Task, tokenizer: PreTrainedToke
         if isinstance(loaded, PreTrainedModel):
             place(loaded, plan.schedule.compile)
             check_steps(loaded, name)
+    if plan.schedule.gradient_checkpointing:
+        recompute_layers(model)
     if role == "student":
         check_readout(model, role)
-    batches = Demonstrations(task, tokenizer, plan.schedule.batch, recipe.seed, context_of(model))
+    longest = min(context_of(model), recipe.max_length or sys.maxsize)
+    batches = Demonstrations(task, tokenizer, plan.schedule.batch, recipe.seed, longest)
     return Job(config, plan.schedule, model, method, batches)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,20 @@ def read_parts(model: PreTrainedModel, parts: Sequence[Part], order: Tensor | sl
     return Reading(torch.cat(given)[order], output.logits)
 
 
+def read_states(model: PreTrainedModel, parts: Sequence[Part], order: Tensor | slice) -> Tensor:
+    """The states (N, H) that `read_parts` gives; no logits are computed."""
+    given: list[Tensor] = []
+
+    def gathered(states: Tensor) -> Tensor:
+        given.append(states[parts[len(given)].answer])
+        return states[:0, 0]
+
+    with head_given(model, gathered):
+        for part in parts:
+            model(input_ids=part.ids, use_cache=False)
+    return torch.cat(given)[order]
+
+
 @dataclass(frozen=True)
 class Readout:
     """From last hidden states to logits: cap * tanh(scale * (states @ weight.T + bias) / cap).
@@ -125,8 +140,10 @@ class Readout:
     def __call__(self, states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """(N, rows) of states (N, H), weight (rows, H) and bias (rows,)."""
         products = states @ weight.T
-        if bias is not None:
-            products = products + bias
+        return self.shaped(products if bias is None else products + bias)
+
+    def shaped(self, products: Tensor) -> Tensor:
+        """Logits of what the output matrix gives, its bias included."""
         if self.scale != 1.0:
             products = products * self.scale
         if self.cap is not None:
@@ -214,17 +231,31 @@ def check_steps(model: PreTrainedModel, name: str) -> None:
         )
 
 
-@torch.no_grad()
 def check_readout(model: PreTrainedModel, name: str) -> None:
     """Raises UnreadableModel if `Readout` does not give the model's logits: taps would be misread."""
-    head = model.get_output_embeddings()
-    with torch.compiler.set_stance("force_eager"):
-        states, logits = read(model, 0, input_ids=probe_ids(model), use_cache=False)
-    again = Readout.of(model.config)(states, head.weight, getattr(head, "bias", None))
-    if again.shape != logits.shape or differ(again, logits, model.dtype):
+    if not is_followed(model):
         raise UnreadableModel(
             f"{name}: {type(model).__name__} computes its logits in a way that a router cannot follow"
         )
+
+
+_followed: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def is_followed(model: PreTrainedModel) -> bool:
+    """Whether `Readout` gives the model's logits; found out once for each model."""
+    if model not in _followed:
+        _followed[model] = _follows(model)
+    return _followed[model]
+
+
+@torch.no_grad()
+def _follows(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    with torch.compiler.set_stance("force_eager"), torch.autocast(model.device.type, enabled=False):
+        states, logits = read(model, 0, input_ids=probe_ids(model), use_cache=False)
+        again = Readout.of(model.config)(states, head.weight, getattr(head, "bias", None))
+    return again.shape == logits.shape and not differ(again, logits, model.dtype)
 
 
 def probe_ids(model: PreTrainedModel) -> Tensor:

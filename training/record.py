@@ -22,7 +22,15 @@ from training.config import (
 )
 
 RECORD = "recipe.json"
-HOW = ("accumulate", "compile", "checkpoint_every", "log_every", "validate_every", "validate_examples")
+HOW = (
+    "accumulate",
+    "compile",
+    "gradient_checkpointing",
+    "checkpoint_every",
+    "log_every",
+    "validate_every",
+    "validate_examples",
+)
 """Fields of a schedule that do not change what is learned."""
 WHOLE = ("options",)
 """Fields that are compared as one: keys that are missing count."""
@@ -40,7 +48,11 @@ def model_record(recipe: Recipe, role: Role) -> Record:
     if plan is None:
         return _plain(record)
     record["schedule"] = plan.schedule.model_dump(mode="json", exclude=set(HOW))
-    record |= {"seed": recipe.seed, "task": recipe.task.model_dump(mode="json")}
+    record |= {
+        "seed": recipe.seed,
+        "task": recipe.task.model_dump(mode="json"),
+        "max_length": recipe.max_length,
+    }
     if _writes(plan.method):
         record["max_tokens"] = recipe.max_tokens
     if role == "student" and (plan.method.needs_teacher or isinstance(config, PrunedConfig)):

@@ -1,6 +1,7 @@
 """The teacher's view of a batch beside the student's: log-probabilities over the same events."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -9,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from training.batches import Batch
-from training.models import answer_logits
+from training.models import answer_outputs
+from training.pieces import PIECE, in_pieces
 from training.served import ServedTeacher, ServerError
 
 LEAST = 1e-7  # a remainder below float32's resolution is noise
@@ -39,18 +41,51 @@ class LogProbs:
         return (self.teacher.gather(1, own) - self.student.gather(1, own)).squeeze(1)
 
 
-def both(model: PreTrainedModel, teacher: Teacher, batch: Batch, visible: int) -> LogProbs:
-    """Gradients flow to `model` only."""
-    log_pi = answer_logits(model, batch, visible).float().log_softmax(-1)
+@dataclass(frozen=True)
+class Views:
+    """Both models at the N positions that predict a batch's answers, a piece of them at a time."""
+
+    positions: int
+    width: int
+    """Logits of a position."""
+    piece: int
+    """Logits that may exist at a time, see `training.pieces`."""
+    log_probs: Callable[[slice], LogProbs]
+    """Of a slice of the positions; gradients flow to the student only."""
+
+    def values(self, of: Callable[[LogProbs], Tensor]) -> Tensor:
+        """(N, …) what `of` makes of the log-probabilities."""
+        return in_pieces(lambda piece: of(self.log_probs(piece)), self.positions, self.width, self.piece)
+
+
+def both(model: PreTrainedModel, teacher: Teacher, batch: Batch, visible: int, piece: int = PIECE) -> Views:
+    """The student `model` and its teacher."""
+    student = answer_outputs(model, batch, visible)
+    targets = batch.targets
+
+    def log_pi(part: slice) -> Tensor:
+        return student.logits(part).float().log_softmax(-1)
+
     if isinstance(teacher, ServedTeacher):
         answer = teacher.likeliest(batch)
-        ids = answer.ids.to(log_pi.device)
-        log_p = answer.log_probs.to(log_pi.device)
-        check_masses(log_p)
-        return LogProbs(lump(log_pi, ids), remainder(log_p), (ids == batch.targets[:, None]).int().argmax(1))
+        ids = answer.ids.to(targets.device)
+        check_masses(answer.log_probs)
+        log_p = remainder(answer.log_probs.to(targets.device))
+        taken = (ids == targets[:, None]).int().argmax(1)
+
+        def of_served(part: slice) -> LogProbs:
+            return LogProbs(lump(log_pi(part), ids[part]), log_p[part], taken[part])
+
+        return Views(len(targets), visible, piece, of_served)
     with torch.no_grad():
-        log_p = answer_logits(teacher, batch, visible).float().log_softmax(-1)
-    return LogProbs(log_pi, log_p, batch.targets)
+        theirs = answer_outputs(teacher, batch, visible)
+
+    def of_both(part: slice) -> LogProbs:
+        with torch.no_grad():
+            log_p = theirs.logits(part).float().log_softmax(-1)
+        return LogProbs(log_pi(part), log_p, targets[part])
+
+    return Views(len(targets), visible, piece, of_both)
 
 
 def check_masses(log_probs: Tensor) -> None:

@@ -5,13 +5,14 @@ printable ASCII do not use have no id (they become `<|unk|>`): with 480 ids in a
 """
 
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from measuring.chats import Source, messages_of, shown
 from measuring.json_lines import DataError
 from router.reserved import visible_rows
 from router.vocabulary import Tokenizer as TextTokenizer
@@ -73,8 +74,8 @@ def for_router(tokenizer: PreTrainedTokenizerBase) -> TextTokenizer:
     return cast(TextTokenizer, tokenizer)
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, sources: list[str]) -> list[list[int]]:
-    """Token ids of each source as the single user message of a chat, ready for the answer.
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]) -> list[list[int]]:
+    """Token ids of each source as a chat, ready for the answer.
 
     Raises:
         DataError: the chat template cannot render a source, or makes nothing of it.
@@ -82,19 +83,17 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, sources: list[str]) -> li
     ids = tokenizer(rendered(tokenizer, sources), add_special_tokens=False)["input_ids"]
     for source, prompt in zip(sources, ids, strict=True):
         if not prompt:
-            raise DataError(f"the source {source[:SHOWN_SOURCE]!r} makes a prompt without a token")
+            raise DataError(f"the source {shown(source)[:SHOWN_SOURCE]!r} makes a prompt without a token")
     return ids
 
 
-def rendered(tokenizer: PreTrainedTokenizerBase, sources: list[str]) -> list[str]:
+def rendered(tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]) -> list[str]:
     """The text of each source's prompt.
 
     Raises:
         DataError: the chat template cannot render them.
     """
-    chats = []
-    for source in sources:
-        chats.append([{"role": "user", "content": source}])
+    chats = list(map(messages_of, sources))
     try:
         texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template is a program, and may fail in any way

@@ -24,9 +24,9 @@ class BenchRequest:
     body: Mapping[str, Any]
 
     @classmethod
-    def chat(cls, source: str, **fields: Any) -> "BenchRequest":
-        """One user message, answered greedily to its end."""
-        messages = [{"role": "user", "content": source}]
+    def chat(cls, source: Source, **fields: Any) -> "BenchRequest":
+        """A chat, answered greedily to its end."""
+        messages = messages_of(source)
         return cls("/v1/chat/completions", {"messages": messages, "temperature": 0} | fields)
 
     @classmethod

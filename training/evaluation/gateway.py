@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+from measuring.chats import Source
 from measuring.examples import Example, sources_of
 from measuring.gateway import GatewayClient, GatewayReply
 from measuring.scores import recovered
@@ -25,7 +26,7 @@ Row = dict[str, float]
 class Replies(Protocol):
     """What is measured: replies at a budget."""
 
-    def replies(self, sources: Sequence[str], budget: float) -> list[GatewayReply]:
+    def replies(self, sources: Sequence[Source], budget: float) -> list[GatewayReply]:
         """Greedy, in the order of the sources."""
 
 
@@ -40,7 +41,7 @@ class RunningGateway:
     concurrency: int = 16
     """Requests at once."""
 
-    def replies(self, sources: Sequence[str], budget: float) -> list[GatewayReply]:
+    def replies(self, sources: Sequence[Source], budget: float) -> list[GatewayReply]:
         """Greedy, in the order of the sources.
 
         Raises:
@@ -48,7 +49,7 @@ class RunningGateway:
         """
         return asyncio.run(self._replies(sources, budget))
 
-    async def _replies(self, sources: Sequence[str], budget: float) -> list[GatewayReply]:
+    async def _replies(self, sources: Sequence[Source], budget: float) -> list[GatewayReply]:
         client = GatewayClient(
             self.url,
             concurrency=self.concurrency,

@@ -8,6 +8,7 @@ from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
+from measuring.chats import Source
 from router.checkpoint import budget_text
 from training.gate_config import GateConfig, PriceConditioning
 from training.gating.rollout import ClosedLoop
@@ -49,11 +50,11 @@ def prefix_ids(tokenizer: PreTrainedTokenizerBase, template: str | None, fractio
 
 
 def rollout_prompts(
-    tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], config: GateConfig, seed: int
+    tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source], config: GateConfig, seed: int
 ) -> Prompts:
     """Conditioned on a price they all aim at one rate, by words each at a budget of its own."""
     prompts = encode_prompts(tokenizer, list(sources))
-    known: dict[str, int] = {}
+    known: dict[Source, int] = {}
     numbers = []
     for source in sources:
         known.setdefault(source, len(known))
@@ -78,7 +79,7 @@ class Trees:
         self,
         loop: ClosedLoop,
         tokenizer: PreTrainedTokenizerBase,
-        sources: Sequence[str],
+        sources: Sequence[Source],
         gates: Mapping[str, ScoreGate],
         template: str | None,
     ) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from measuring.chats import shown
 from measuring.examples import sources_of
 from training import parallel
 from training.loop.progress import console
@@ -39,7 +40,7 @@ class Validation:
         scores = self.task.score(examples, answers)
         if parallel.is_first():
             for example, answer, quality in list(zip(examples, answers, scores.quality, strict=True))[:SHOWN]:
-                console.print(Text(f"  {example.source}\n  → {answer}  [{quality:.2f}]"))
+                console.print(Text(f"  {shown(example.source)}\n  → {answer}  [{quality:.2f}]"))
         return {
             "valid_quality": self.task.quality(examples, answers, scores.quality),
             "valid_similarity": sum(scores.similarity) / len(examples),

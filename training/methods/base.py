@@ -7,8 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 from training.batches import Batch, BatchLoss
+from training.pieces import PIECE
 from training.sampling import MAX_TOKENS, sampled
-from training.teacher import LogProbs, Teacher, both
+from training.teacher import Teacher, Views, both
 
 ConfigT = TypeVar("ConfigT")
 
@@ -32,6 +33,8 @@ class Method(ABC, Generic[ConfigT]):
     """
 
     needs_teacher = True
+    piece = PIECE
+    """Logits that may exist at a time, see `training.pieces`."""
 
     def __init__(
         self,
@@ -76,6 +79,6 @@ class Method(ABC, Generic[ConfigT]):
     def loss(self, model: PreTrainedModel, batch: Batch) -> BatchLoss:
         """Scalar to minimise, the mean over the positions of a prepared batch's answers; scalars to log."""
 
-    def log_probs(self, model: PreTrainedModel, batch: Batch) -> LogProbs:
+    def views(self, model: PreTrainedModel, batch: Batch) -> Views:
         """Of student and teacher, at the positions of the answers."""
-        return both(model, self.teacher, batch, self.visible)
+        return both(model, self.teacher, batch, self.visible, self.piece)

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from training.batches import Batch, BatchLoss
 from training.config import GKDConfig
 from training.methods.base import Method
+from training.teacher import LogProbs
 
 
 def generalised_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """The generalised Jensen-Shannon divergence, mean over positions, nats.
+    """(N,) the generalised Jensen-Shannon divergence, nats.
 
     It is beta KL(p_T || m) + (1 - beta) KL(pi || m), with m = beta p_T + (1 - beta) pi. Both arguments are
     logits (N, V). At the ends 0 and 1 it is the limit: KL(p_T || pi) and KL(pi || p_T).
@@ -32,8 +33,8 @@ def generalised_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b), mean over positions; both (N, V) log-probabilities."""
-    return (log_a.exp() * (log_a - log_b)).sum(-1).mean()
+    """(N,) KL(a || b); both (N, V) log-probabilities."""
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 
 class GKD(Method[GKDConfig]):
@@ -46,7 +47,10 @@ class GKD(Method[GKDConfig]):
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> BatchLoss:
         """Mean divergence, nats."""
-        pair = self.log_probs(model, batch)
         t = self.config.temperature
-        loss = t**2 * generalised_jsd(pair.student / t, pair.teacher / t, self.config.beta)
+
+        def divergence(pair: LogProbs) -> Tensor:
+            return generalised_jsd(pair.student / t, pair.teacher / t, self.config.beta)
+
+        loss = t**2 * self.views(model, batch).values(divergence).mean()
         return BatchLoss(loss, {"loss": loss.detach()})

@@ -17,7 +17,8 @@ from router.features import confidence
 from training.batches import Batch, BatchLoss
 from training.config import JointConfig
 from training.methods.base import Method
-from training.models import answer_logits, answer_read
+from training.models import answer_outputs
+from training.pieces import in_pieces
 from training.reading import Readout, bias_of
 from training.sampling import MAX_TOKENS
 from training.teacher import Teacher
@@ -56,15 +57,22 @@ class Joint(Method[JointConfig]):
         """Mean of the student's part of what the pair pays, with the anchor; nats."""
         device = batch.ids.device
         drawn = torch.randint(len(self.rates), (len(batch.ids),))
-        states, logits = answer_read(model, self._prompted(batch, drawn), self.visible)
+        student = answer_outputs(model, self._prompted(batch, drawn), self.visible)
         with torch.no_grad():
-            log_p = answer_logits(self._local_teacher, batch, self.visible).float().log_softmax(-1)
+            teacher = answer_outputs(self._local_teacher, batch, self.visible)
             price = self.prices[drawn].to(device).repeat_interleave(batch.answer.sum(1))
-            asks = self.asking(self._tapped(model, states), logits, price)
-        log_pi = logits.float().log_softmax(-1)
-        kl = (log_p.exp() * (log_p - log_pi)).sum(-1)
-        loss = ((1 - asks + self.config.anchor) * kl).mean()
-        return BatchLoss(loss, {"loss": loss.detach(), "kl": kl.detach().mean(), "asks": asks.mean()})
+
+        def parts(piece: slice) -> Tensor:
+            logits = student.logits(piece)
+            with torch.no_grad():
+                log_p = teacher.logits(piece).float().log_softmax(-1)
+                asks = self.asking(self._tapped(model, student.states[piece]), logits, price[piece])
+            log_pi = logits.float().log_softmax(-1)
+            kl = (log_p.exp() * (log_p - log_pi)).sum(-1)
+            return torch.stack(((1 - asks + self.config.anchor) * kl, kl.detach(), asks), dim=1)
+
+        loss, kl, asks = in_pieces(parts, len(price), self.visible, self.piece).mean(0)
+        return BatchLoss(loss, {"loss": loss.detach(), "kl": kl.detach(), "asks": asks.detach()})
 
     def _tapped(self, model: PreTrainedModel, states: Tensor) -> Tensor:
         """Logits (N, taps) of states (N, H), as they will be when the taps are rows of the model."""

@@ -7,11 +7,13 @@ from transformers import PreTrainedModel
 from training.batches import Batch, BatchLoss
 from training.config import KDConfig
 from training.methods.base import Method
+from training.teacher import LogProbs
 
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(p_T || pi), mean over positions, in nats. Both (N, V) logits."""
-    return kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean")
+    """(N,) KL(p_T || pi) in nats. Both (N, V) logits."""
+    divergence = kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none")
+    return divergence.sum(-1)
 
 
 class KD(Method[KDConfig]):
@@ -19,7 +21,10 @@ class KD(Method[KDConfig]):
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> BatchLoss:
         """Mean divergence, nats."""
-        pair = self.log_probs(model, batch)
         t = self.config.temperature
-        loss = t**2 * forward_kl(pair.student / t, pair.teacher / t)
+
+        def divergence(pair: LogProbs) -> Tensor:
+            return forward_kl(pair.student / t, pair.teacher / t)
+
+        loss = t**2 * self.views(model, batch).values(divergence).mean()
         return BatchLoss(loss, {"loss": loss.detach()})

@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 from training.batches import Batch, BatchLoss
 from training.config import PCLConfig
 from training.methods.base import Method
+from training.teacher import LogProbs
 
 
 def all_actions_loss(log_pi: Tensor, log_p: Tensor, clip: float) -> Tensor:
-    """Half the expected squared one-step residual under (pi + p_T) / 2, mean over positions. Both (N, V)."""
+    """(N,) half the expected squared one-step residual under (pi + p_T) / 2. Both (N, V)."""
     weights = (log_pi.detach().exp() + log_p.exp()) / 2
-    return (weights * half_square(log_p - log_pi, clip)).sum(-1).mean()
+    return (weights * half_square(log_p - log_pi, clip)).sum(-1)
 
 
 def path_residuals(log_ratio: Tensor, row: Tensor, window: int) -> Tensor:
@@ -54,11 +55,16 @@ class PCL(Method[PCLConfig]):
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> BatchLoss:
         """Half the mean squared residual."""
-        pair = self.log_probs(model, batch)
+        views = self.views(model, batch)
+        clip = self.config.clip
+
+        def of_all_actions(pair: LogProbs) -> Tensor:
+            return all_actions_loss(pair.student, pair.teacher, clip)
+
         if self.config.window == 0:
-            loss = all_actions_loss(pair.student, pair.teacher, self.config.clip)
+            loss = views.values(of_all_actions).mean()
         else:
             row = batch.answer.nonzero()[:, 0]
-            residuals = path_residuals(pair.log_ratio, row, self.config.window)
-            loss = half_square(residuals, self.config.clip).mean()
+            log_ratio = views.values(lambda pair: pair.log_ratio)
+            loss = half_square(path_residuals(log_ratio, row, self.config.window), clip).mean()
         return BatchLoss(loss, {"loss": loss.detach()})

@@ -1,12 +1,14 @@
 """Supervised fine-tuning on the references."""
 
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from training.batches import Batch, BatchLoss
 from training.config import SupervisedConfig
 from training.methods.base import Method
-from training.models import answer_logits
+from training.models import answer_outputs
+from training.pieces import in_pieces
 
 
 class SFT(Method[SupervisedConfig]):
@@ -16,6 +18,13 @@ class SFT(Method[SupervisedConfig]):
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> BatchLoss:
         """Mean cross-entropy, nats."""
-        logits = answer_logits(model, batch, self.visible)
-        loss = cross_entropy(logits, batch.targets, label_smoothing=self.config.label_smoothing)
+        outputs = answer_outputs(model, batch, self.visible)
+        targets = batch.targets
+        smoothing = self.config.label_smoothing
+
+        def losses(piece: slice) -> Tensor:
+            logits = outputs.logits(piece)
+            return cross_entropy(logits, targets[piece], label_smoothing=smoothing, reduction="none")
+
+        loss = in_pieces(losses, len(targets), self.visible, self.piece).mean()
         return BatchLoss(loss, {"loss": loss.detach()})

@@ -1,6 +1,7 @@
 """Stages: done once, by one recipe; exports are whole, and are what was trained; the hub at the end."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from router.checkpoint import RouterCheckpoint
 from tests.helpers.commands import INTERRUPTED, train
 from tests.helpers.numbers import save_untrained_pair, tokenizer_of_numbers
 from training import cli, export, pipeline
-from training.config import LoraConfig, Shape
+from training.config import LoraConfig, Shape, load_recipe
 from training.hub import HubError, check_hub, push
 from training.loop import trainer
 from training.lora import LoraError, add_lora, merged
@@ -66,6 +67,30 @@ def student_of(tmp_path):
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_layers_that_are_computed_twice_learn_the_same(recipe, tmp_path):
+    assert train([recipe, *STUDENT]) == 0
+    before = student_of(tmp_path)
+    assert train([recipe, *STUDENT, "--restart", "student.schedule.gradient_checkpointing=true"]) == 0
+    after = student_of(tmp_path)
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_longer_than_the_recipe_allows_is_not_trained_on(recipe, tmp_path, capsys):
+    longest = 120
+    loaded = load_recipe(Path(recipe), [f"max_length={longest}", "student.method.type=sft"])
+    space = pipeline.Workspace(loaded)
+    task = pipeline.task_of(loaded)
+    pipeline.make_model(space, "teacher", task, tokenizer_of_numbers())
+    batch = pipeline.make_job(space, "student", task, tokenizer_of_numbers()).batches[0]
+    assert len(batch.ids) == 4
+    assert all(
+        len(row) + answer <= longest for row, answer in zip(batch.prompts(), batch.answer.sum(1), strict=True)
+    )
+    assert train([recipe, *STUDENT, "max_length=3"]) == 2
+    assert "hardly an example has at most 3 tokens" in capsys.readouterr().err
 
 
 def test_an_exported_stage_of_another_recipe_is_named_and_kept(recipe, tmp_path, capsys):

@@ -1,0 +1,67 @@
+"""What a model is asked: a text, or a conversation of several turns."""
+
+from typing import Any, NamedTuple, TypeAlias
+
+from measuring.json_lines import DataError, Row, is_text
+
+ROLES = ("system", "user", "assistant")
+
+
+class Turn(NamedTuple):
+    """What one side of a conversation said."""
+
+    role: str
+    """One of `ROLES`."""
+    content: str
+
+
+Source: TypeAlias = str | tuple[Turn, ...]
+"""The only message of a user, or a conversation that the model is to go on with."""
+
+
+def messages_of(source: Source) -> list[dict[str, str]]:
+    """As OpenAI's API and chat templates take them."""
+    if isinstance(source, str):
+        return [{"role": "user", "content": source}]
+    return [turn._asdict() for turn in source]
+
+
+def shown(source: Source) -> str:
+    """For people: the text, or what was said last."""
+    return source if isinstance(source, str) else source[-1].content
+
+
+def turns(value: Any) -> tuple[Turn, ...]:
+    """A conversation, from a list of `{"role": …, "content": …}`.
+
+    Raises:
+        DataError: it is none; the message names the turn.
+    """
+    if not isinstance(value, list) or not value:
+        raise DataError("'messages' is not a list of turns")
+    found = []
+    for number, message in enumerate(value, start=1):
+        if not isinstance(message, dict):
+            raise DataError(f"turn {number} of 'messages' is not an object with role and content")
+        role = message.get("role")
+        content = message.get("content")
+        if role not in ROLES:
+            raise DataError(f"turn {number} of 'messages': the role is {role!r}, want {', '.join(ROLES)}")
+        if not isinstance(content, str) or not is_text(content):
+            raise DataError(f"turn {number} of 'messages': the content is no text")
+        found.append(Turn(role, content))
+    return tuple(found)
+
+
+def source_of(row: Row) -> Source:
+    """What a line of a file asks: its `messages`, else its `source`.
+
+    Raises:
+        DataError: the line has neither, or they cannot be used.
+    """
+    if "messages" not in row.fields:
+        return row.text("source")
+    try:
+        return turns(row.fields["messages"])
+    except DataError as error:
+        raise row.error(str(error)) from error
