@@ -121,7 +121,7 @@ def sources_of(examples: Iterable[Example]) -> list[Source]:
 
 
 def load_examples(file: Path) -> list[Example]:
-    """Examples of a pair, one object a line: what `source_of` reads, and `references` as `to_json` gives them.
+    """Examples of a pair, one object a line: what `source_of` reads, and `references` (see `to_json`).
 
     Raises:
         DataError: the file or a line of it cannot be used.

@@ -117,7 +117,7 @@ class GatewayClient:
             GatewayError: one of them failed; the others are given up.
         """
 
-        async def ask(source: str) -> GatewayReply:
+        async def ask(source: Source) -> GatewayReply:
             reply = await self.ask(source, budget)
             advance()
             return reply

@@ -121,6 +121,11 @@ class MethodBase(Frozen):
     teacher_in_process: ClassVar[bool] = False
     """Whether a teacher behind a URL is not enough."""
 
+    @property
+    def needs_references(self) -> bool:
+        """Whether it trains on right answers of the task."""
+        return True
+
 
 class SupervisedConfig(MethodBase):
     """Fine-tuning on whole answers, whoever wrote them."""
@@ -144,6 +149,11 @@ class SeqKDConfig(SupervisedConfig):
     temperature: float = Field(default=0.0, ge=0)
     """0: greedy, the likeliest completion; 1: drawn from the teacher."""
 
+    @property
+    def needs_references(self) -> bool:
+        """It trains on what the teacher writes."""
+        return False
+
 
 class KDConfig(MethodBase):
     """Word-level distillation: forward KL to the teacher on the references' prefixes."""
@@ -166,6 +176,11 @@ class GKDConfig(MethodBase):
     on_policy: float = Field(default=0.5, ge=0, le=1)
     """Share of the steps on the student's own completions; the others are on the references."""
 
+    @property
+    def needs_references(self) -> bool:
+        """Only for the steps on references."""
+        return self.on_policy < 1
+
 
 class PCLConfig(MethodBase):
     """Path consistency with V = 0: squared log-ratios, on own completions and references."""
@@ -176,6 +191,11 @@ class PCLConfig(MethodBase):
     clip: PositiveFloat = 4.0
     """Residuals count linearly beyond this, nats."""
     on_policy: float = Field(default=0.5, ge=0, le=1)
+
+    @property
+    def needs_references(self) -> bool:
+        """Only for the steps on references."""
+        return self.on_policy < 1
 
 
 class JointConfig(MethodBase):

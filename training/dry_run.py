@@ -22,7 +22,7 @@ from training.config import ROLES, Recipe, ServedConfig
 from training.loop.progress import console
 from training.loop.trainer import make_optimizers, update
 from training.models import build, parameters, reserved_rows, save_model, trained
-from training.pipeline import Job, check, ensure_tokenizer, make_job, make_model, task_of
+from training.pipeline import Job, check, check_references, ensure_tokenizer, make_job, make_model, task_of
 from training.tokenizer import visible_ids
 from training.workspace import Stage, Workspace
 
@@ -40,6 +40,7 @@ def dry_run(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
     with parallel.processes(), TemporaryDirectory() as scratch:
         space = Workspace(recipe.model_copy(update={"work": Path(scratch) / "work"}))
         check(recipe, stages)
+        check_references(recipe, task, stages)
         Workspace(recipe).check(stages)
         tokenizer = ensure_tokenizer(space, task)
         missing = "student" in stages and not space.is_exported("teacher")

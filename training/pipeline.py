@@ -72,6 +72,7 @@ def run(recipe: Recipe, stages: tuple[Stage, ...] = STAGES, restart: bool = Fals
     task = task_of(recipe)
     with parallel.processes():
         check(recipe, stages)
+        check_references(recipe, task, stages)
         begin(space, stages, restart)
         tokenizer = ensure_tokenizer(space, task)
         for role in ROLES:
@@ -170,6 +171,19 @@ def check_training(recipe: Recipe, role: Role) -> None:
             check_adapters(config)
         except LoraError as error:
             raise RecipeError(f"{role}.{error}") from error
+
+
+def check_references(recipe: Recipe, task: Task, stages: tuple[Stage, ...]) -> None:
+    """A method that trains on right answers needs them. Raises RecipeError where examples have none."""
+    if task.has_references:
+        return
+    for role in ROLES:
+        plan = recipe.model(role).plan
+        if role in stages and plan is not None and plan.method.needs_references:
+            raise RecipeError(
+                f"{role}.method {plan.method.type}: there are examples without an answer to train on; "
+                "seqkd, and gkd or pcl with on_policy: 1, need none"
+            )
 
 
 def check_parts(schedule: Schedule, role: Role) -> None:

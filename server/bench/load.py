@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
+from measuring.chats import Source, messages_of
+
 EVENT = b"data: "
 """Begins every line of a stream that carries an event."""
 

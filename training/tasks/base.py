@@ -29,6 +29,8 @@ class Task(ABC):
     name: str
     is_finite: bool = False
     """Whether training examples come again, epoch by epoch."""
+    has_references: bool = True
+    """Whether every example has a right answer."""
     options: Mapping[str, Any] = MappingProxyType({})
     """What `make_task` made it with."""
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import islice, product
 from typing import NamedTuple
 
+from measuring.chats import shown
 from measuring.examples import Example, Form, References, Slot
 from training.tasks import spelling
 from training.tasks.base import Task, register
@@ -301,7 +302,7 @@ class Numbers(Task):
         rng = random.Random(f"{self.name}/{split}/{seed}")
         while True:
             example = draw(rng)
-            if split_of(example.source) == split:
+            if split_of(shown(example.source)) == split:
                 yield example
 
     def _fixed(self, split: str, count: int) -> list[Example]:

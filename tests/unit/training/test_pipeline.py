@@ -93,6 +93,17 @@ def test_what_is_longer_than_the_recipe_allows_is_not_trained_on(recipe, tmp_pat
     assert "hardly an example has at most 3 tokens" in capsys.readouterr().err
 
 
+def test_prompts_without_answers_train_a_student_that_learns_from_its_teacher(recipe, tmp_path, capsys):
+    for split in ("train", "valid", "test"):
+        lines = [json.dumps({"source": f"{split} {number}"}) + "\n" for number in range(8)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    judged = f"task={{name: jsonl, options: {{directory: {tmp_path}, judge: 'operator:ne'}}}}"
+    assert train([recipe, *STUDENT, judged]) == 2
+    assert "student.method kd: there are examples without an answer" in capsys.readouterr().err
+    assert train([recipe, judged, "max_tokens=4", "student.method.type=seqkd"]) == 0
+    assert (tmp_path / "out" / "router" / "router.json").exists()
+
+
 def test_an_exported_stage_of_another_recipe_is_named_and_kept(recipe, tmp_path, capsys):
     assert train([recipe, *STUDENT]) == 0
     before = student_of(tmp_path)
