@@ -17,6 +17,7 @@ WheelsError
 │   ├── TeacherError              the teacher of a gateway
 │   ├── GatewayError              a gateway that is measured
 │   ├── ServerError               a server that training asks
+│   ├── JudgeError                a served model that rates answers
 │   ├── HubError                  the Hugging Face hub
 │   └── ServiceError              a process of the demo or of the benchmarks
 ├── RunEnded                      a run came to an end that is not its aim
