@@ -29,6 +29,7 @@ COMMANDS = {
         "training.cli:evaluate", "measure quality against the realised teacher rate", failure=2
     ),
     "import": Command("training.gguf:main", "turn a model in GGUF format into a Hugging Face directory"),
+    "fetch": Command("training.fetch.cli:main", "make a data set that a recipe needs from a public source"),
     "bench": Command("server.bench.cli:main", "compare speed with vLLM, speculative decoding and LiteLLM"),
 }
 

@@ -12,6 +12,7 @@ WheelsError
 │   ├── IncompletePair            a pair's directory that lacks a file
 │   ├── HeavyError                a student that the benchmarks cannot deepen
 │   ├── ImportFailed              a model in GGUF format
+│   ├── FetchError                a data set that cannot be made here
 │   └── TrackerError              a tracker that is not installed
 ├── PeerError                     another server is away, or answers what nobody can use
 │   ├── TeacherError              the teacher of a gateway

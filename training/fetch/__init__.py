@@ -1,0 +1,1 @@
+"""`wheels fetch`: data sets that anybody can make anew from public sources."""

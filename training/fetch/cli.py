@@ -1,0 +1,56 @@
+"""`wheels fetch DATASET DIRECTORY`: write `{train,valid,test}.jsonl`, as the task `jsonl` reads them."""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from training.fetch.apt import FetchError, debian_packages
+from training.fetch.synopses import ABOUT, Splits, synopses
+
+
+class Dataset(NamedTuple):
+    """A data set by its name."""
+
+    fetch: Callable[[], Splits]
+    about: str
+    """Where it comes from, by which rules, and its licence; written next to it."""
+
+
+DATASETS = {"synopses": Dataset(lambda: synopses(debian_packages()), ABOUT)}
+
+
+def main(argv: list[str]) -> int:
+    """Run `wheels fetch`.
+
+    Raises:
+        FetchError: the data cannot be had, or the directory exists.
+    """
+    parser = argparse.ArgumentParser("wheels fetch", description="Make a data set from a public source.")
+    parser.add_argument("dataset", choices=DATASETS)
+    parser.add_argument("directory", type=Path, help="where to put it; it must not exist yet")
+    arguments = parser.parse_args(argv)
+    directory: Path = arguments.directory
+    if directory.exists():
+        raise FetchError(f"{directory} exists already")
+    dataset = DATASETS[arguments.dataset]
+    splits = dataset.fetch()
+    write(splits, dataset.about, directory)
+    sizes = [f"{len(examples):,} {name}" for name, examples in splits._asdict().items()]
+    print(f"{directory}: {', '.join(sizes)}")
+    return 0
+
+
+def write(splits: Splits, about: str, directory: Path) -> None:
+    """All files at once."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
+        finished = Path(scratch) / "finished"
+        finished.mkdir()
+        for name, examples in splits._asdict().items():
+            lines = [json.dumps(example._asdict(), ensure_ascii=False) + "\n" for example in examples]
+            (finished / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        (finished / "README.txt").write_text(about, encoding="utf-8")
+        finished.rename(directory)
