@@ -9,6 +9,7 @@ import msgspec
 from openai import APIStatusError, AsyncOpenAI, OpenAIError
 
 from measuring.chats import Source, messages_of
+from measuring.trajectories import in_order
 from router.errors import PeerError
 
 SHOWN_PROBLEM = 300
@@ -53,6 +54,7 @@ class GatewayClient:
         api_key: of the gateway's tenant.
         timeout: seconds for one completion.
         retries: of a request that failed for a reason that may pass.
+        transport: an HTTP client in place of its own.
     """
 
     def __init__(
@@ -64,11 +66,16 @@ class GatewayClient:
         api_key: str = "none",
         timeout: float = 600.0,
         retries: int = 0,
+        transport: Any = None,
     ) -> None:
         self._url = url.rstrip("/")
         self._max_tokens = max_tokens
         self._openai = AsyncOpenAI(
-            base_url=f"{self._url}/v1", api_key=api_key, timeout=timeout, max_retries=retries
+            base_url=f"{self._url}/v1",
+            api_key=api_key,
+            timeout=timeout,
+            max_retries=retries,
+            http_client=transport,
         )
         self._slots = asyncio.Semaphore(concurrency)
         self._model = ""
@@ -139,7 +146,7 @@ class GatewayClient:
         choice = chat.choices[0]
         if not choice.token_ids:
             raise self._error("it answered without a token")
-        if not _in_order(chat.teacher.spans, len(choice.token_ids)):
+        if not in_order(chat.teacher.spans, len(choice.token_ids)):
             raise self._error(f"the teacher's spans {chat.teacher.spans} do not fit the completion")
         return GatewayReply(
             text=choice.message.content or "",
@@ -193,15 +200,6 @@ class _Chat(msgspec.Struct):
     choices: list[_ChatChoice]
     usage: _Usage
     teacher: _Teacher | None = None
-
-
-def _in_order(spans: Sequence[tuple[int, int]], tokens: int) -> bool:
-    written = 0
-    for start, end in spans:
-        if not written <= start <= end <= tokens:
-            return False
-        written = end
-    return True
 
 
 def _problem(error: OpenAIError) -> str:

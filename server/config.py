@@ -187,6 +187,15 @@ class ServeConfig(BaseModel):
     examples: Annotated[File, AfterValidator(_with_sources)] | None = Field(
         None, description="JSONL of {source}: prompts that the playground offers"
     )
+    record: Path | None = Field(
+        None, description="directory to keep completions in, as token ids, for a router to learn from"
+    )
+    record_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="share of the completions with a budget that are recorded"
+    )
+    record_megabytes: PositiveInt = Field(
+        1000, description="size of each gateway's record, after which it records no more"
+    )
     cache: Path = Field(
         Path.home() / ".cache" / "training-wheels", description="where merged students are kept"
     )

@@ -19,6 +19,7 @@ from server.exchange import EXCHANGE, Exchange, Report
 from server.gate_processor import TERMS
 from server.metrics import counted
 from server.parameters import check_reserved_rows, unsupported
+from server.recorder import Recorder
 from server.shared_budgets import SharedBudgets
 from server.single_tokens import SingleTokens
 from server.span_loop import SpanLoop
@@ -56,6 +57,8 @@ class Cooperation:
     """Budgets of requests that name one of these models, and no budget."""
     client_priority: bool = False
     """Whether a request may bring a priority of its own."""
+    recorder: Recorder | None = None
+    """Keeps what both models write."""
     parsers: bool = False
     """Whether vLLM's HTTP layer parses reasoning or tool calls out of what is streamed."""
 
@@ -366,6 +369,8 @@ class Cooperator:
                 while (step := await choice.steps.get()) is not None:
                     yield step
                 await writing
+                if self._cooperation.recorder is not None:
+                    self._cooperation.recorder.note(choice)
             finally:  # and counted only after the last token is written
                 writing.cancel()
                 await asyncio.wait([writing])

@@ -30,6 +30,7 @@ from server.http.routes import routes
 from server.http.tracing import Traces
 from server.metrics import PRICE
 from server.price_follower import PriceFollower
+from server.recorder import Recorder
 from server.router_reload import RouterReload, load_everywhere
 from server.served_pair import ServedPair
 from server.shared_budgets import SharedBudgets
@@ -206,7 +207,18 @@ def _cooperation(
             config.ledger.build(), PriceController(policy.calibration, pair.spans.ask_tokens), config.limits
         ),
         on_teacher_error=config.on_teacher_error,
+        recorder=_recorder(config),
     )
+
+
+def _recorder(config: ServeConfig) -> Recorder | None:
+    """Raises ConfigError where nothing can be written."""
+    if config.record is None:
+        return None
+    try:
+        return Recorder(config.record, config.record_share, config.record_megabytes * 1_000_000)
+    except OSError as error:
+        raise ConfigError(f"record: {error}") from error
 
 
 async def _router_reload(pair: ServedPair, engine: CooperativeEngine) -> RouterReload | None:

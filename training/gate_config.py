@@ -1,5 +1,6 @@
 """The router's part of a recipe: what the gate is taught, how budgets reach it, and its calibration."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -74,9 +75,37 @@ class PromptConditioning(Frozen):
     """The teacher does not read them."""
 
 
+class InProcessRollouts(Frozen):
+    """Both models write here, in lockstep."""
+
+    type: Literal["in_process"] = "in_process"
+
+
+class RecordedRollouts(Frozen):
+    """Completions that gateways recorded (`wheels serve --record`)."""
+
+    type: Literal["recorded"]
+    directory: Path
+    """All files in it are read."""
+
+
+class GatewayRollouts(Frozen):
+    """Completions that a running gateway writes for this purpose."""
+
+    type: Literal["gateway"]
+    url: str
+    """Without /v1."""
+    concurrency: PositiveInt = 16
+    """Requests at once."""
+    batch: PositiveInt = 50
+    """Prompts asked with one budget, drawn from `budgets`; a stopped run goes on after the last batch."""
+
+
 Gain = Annotated[RegretGain | RatioGain | QualityGain, Field(discriminator="type")]
 Objective = Annotated[DifferenceObjective | ConstrainedObjective, Field(discriminator="type")]
 Conditioning = Annotated[PriceConditioning | PromptConditioning, Field(discriminator="type")]
+
+Rollouts = Annotated[InProcessRollouts | RecordedRollouts | GatewayRollouts, Field(discriminator="type")]
 
 MOVED = {
     "teacher_references": "is part of gain: {type: quality}",
@@ -109,6 +138,8 @@ class GateConfig(Frozen):
     """How the score is taught it."""
     conditioning: Conditioning = PriceConditioning()
     """How a budget reaches student and gate."""
+    rollouts: Rollouts = InProcessRollouts()
+    """Who writes the completions that the gate learns from."""
     prompts: PositiveInt = 4000
     """Training sources of each round of rollouts."""
     rounds: PositiveInt = 2
@@ -155,6 +186,18 @@ class GateConfig(Frozen):
             raise ValueError("gain quality is for ask_tokens 1")
         if isinstance(self.objective, ConstrainedObjective) and self.ask_tokens != 1:
             raise ValueError("objective constrained is for ask_tokens 1")
+        if not isinstance(self.rollouts, InProcessRollouts):
+            self._check_served()
         if not self.budgets or list(self.budgets) != sorted(set(self.budgets)):
             raise ValueError("budgets: want at least one, increasing")
         return self
+
+    def _check_served(self) -> None:
+        """What completions of a gateway do not show."""
+        rollouts = self.rollouts.type
+        if isinstance(self.gain, QualityGain):
+            raise ValueError(f"gain quality is for rollouts in_process, not {rollouts}")
+        if not isinstance(self.objective, DifferenceObjective):
+            raise ValueError(f"objective {self.objective.type} is for rollouts in_process, not {rollouts}")
+        if not isinstance(self.conditioning, PriceConditioning):
+            raise ValueError(f"conditioning prompt is for rollouts in_process, not {rollouts}")

@@ -33,7 +33,9 @@ from training.config import (
     ServedConfig,
 )
 from training.export import directory_of, export, export_examples, link_model, replacing, save
+from training.gate_config import InProcessRollouts
 from training.gating.router_stage import FrozenPair, RouterStage
+from training.gating.traffic_stage import TrafficStage
 from training.kept_completions import KeptCompletions
 from training.loop import trainer
 from training.loop.trackers import check_trackers
@@ -95,6 +97,9 @@ def make_router(space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBase
     """Train and export it, and the examples that a demo shows."""
     recipe = space.recipe
     export_examples(task, recipe.output / "examples.jsonl")
+    if not isinstance(recipe.router.rollouts, InProcessRollouts):
+        make_router_from_traffic(space, task, tokenizer)
+        return
     with replacing(space.exported("router")) as scratch:
         pair = FrozenPair(
             teacher=space.exported("teacher"),
@@ -105,6 +110,29 @@ def make_router(space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBase
             max_tokens=recipe.max_tokens,
         )
         RouterStage(pair, task, recipe.router, recipe.seed).run(space.work("router"), scratch)
+        write_record(space.record("router"), scratch)
+
+
+def make_router_from_traffic(space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Train and export a router from completions that gateways wrote."""
+    recipe = space.recipe
+    teacher = load_teacher(space)
+    if isinstance(teacher, PreTrainedModel):
+        parallel.onto_device(teacher)
+    stage = TrafficStage(
+        student=space.exported("student"),
+        teacher=teacher,
+        teacher_name=space.exported("teacher").name
+        if isinstance(teacher, PreTrainedModel)
+        else teacher.model,
+        tokenizer=tokenizer,
+        task=task,
+        config=recipe.router,
+        max_tokens=recipe.max_tokens,
+        seed=recipe.seed,
+    )
+    with replacing(space.exported("router")) as scratch:
+        stage.run(space.work("router"), scratch)
         write_record(space.record("router"), scratch)
 
 
@@ -144,10 +172,10 @@ def check_pruned(recipe: Recipe) -> None:
 
 def check_served(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
     """What a teacher behind a URL cannot do."""
-    if "router" in stages:
+    if "router" in stages and isinstance(recipe.router.rollouts, InProcessRollouts):
         raise RecipeError(
-            "the router's rollouts need the teacher in process, not behind a URL; with a served teacher "
-            "train the student alone (--stage student)"
+            "router.rollouts in_process needs the teacher in process, not behind a URL: let a gateway write "
+            "them, or train the student alone (--stage student)"
         )
     method = recipe.student.method
     if method is None:

@@ -186,6 +186,11 @@ class ServedTeacher:
         self._cache = cache
         self._is_the_kept_one = False
 
+    @property
+    def model(self) -> str:
+        """The name it is served by."""
+        return self._server.model
+
     def likeliest(self, batch: Batch) -> Likeliest:
         """Tokens and their log-probabilities at the positions that predict the answers.
 

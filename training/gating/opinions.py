@@ -1,0 +1,170 @@
+"""What student and teacher think at every position of completions that are written already.
+
+One pass of each model over each completion. The teacher may be a server: then its likeliest tokens are known,
+and of all others what they have together.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from measuring.trajectories import Trajectory
+from training.batches import Batch
+from training.gating.lessons import Trajectories
+from training.gating.rollout import Positions, concatenate
+from training.models import Outputs, answer_outputs
+from training.pieces import PIECE
+from training.served import ServedTeacher
+from training.teacher import Teacher, check_masses, lump, remainder
+
+ROWS = 16
+"""Completions of one pass."""
+
+
+class Opinion(NamedTuple):
+    """The teacher's, of n positions; nats."""
+
+    theirs: Tensor
+    """(n,) its likeliest token."""
+    best: Tensor
+    """(n,) -log p_T of it."""
+    surprisal: Tensor
+    """(n,) -log p_T of the student's own token. If a server does not list it, it is at least this."""
+    kl: Tensor
+    """(n,) KL(pi || p_T)."""
+    entropy: Tensor
+    """(n,) of p_T."""
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Reads completions with both models."""
+
+    student: PreTrainedModel
+    teacher: Teacher
+    visible: int
+    """Token ids below this may be written."""
+    end: int
+    """Id of the end of a sequence, to pad with."""
+
+    @torch.no_grad()
+    def seen(self, trajectories: Sequence[Trajectory]) -> Trajectories:
+        """Their positions, in the order of (row, step).
+
+        Raises:
+            ServerError: a served teacher cannot be used.
+        """
+        order = sorted(range(len(trajectories)), key=lambda row: _tokens(trajectories[row]))
+        found = []
+        for first in range(0, len(order), ROWS):
+            rows = order[first : first + ROWS]
+            found.append(self._positions(rows, [trajectories[row] for row in rows]))
+        joined = concatenate(found)
+        longest = max(len(trajectory.tokens) for trajectory in trajectories)
+        sorting = (joined.row * longest + joined.step).argsort()
+        flags: list[bool] = []
+        for trajectory in trajectories:
+            flags += trajectory.by_teacher
+        return Trajectories(joined.mapped(lambda column: column[sorting]), torch.tensor(flags))
+
+    def _positions(self, rows: list[int], trajectories: list[Trajectory]) -> Positions:
+        """Of one pass."""
+        prompts = [trajectory.prompt for trajectory in trajectories]
+        answers = [trajectory.tokens for trajectory in trajectories]
+        batch = Batch.of(prompts, answers, self.end).to(self.student.device)
+        student = answer_outputs(self.student, batch, self.visible)
+        row: list[int] = []
+        step: list[int] = []
+        for number, answer in zip(rows, answers, strict=True):
+            row += [number] * len(answer)
+            step += range(len(answer))
+        owns = []
+        opinions = []
+        for own, opinion in self._opinions(batch, student):
+            owns.append(own)
+            opinions.append(opinion)
+        columns = [torch.cat(column) for column in zip(*opinions, strict=True)]
+        opinion = Opinion(*columns)
+        positions = Positions(
+            row=torch.tensor(row),
+            step=torch.tensor(step),
+            states=student.states.float(),
+            own=torch.cat(owns),
+            theirs=opinion.theirs,
+            surprisal=opinion.surprisal,
+            best=opinion.best,
+            kl=opinion.kl,
+            entropy=opinion.entropy,
+        )
+        return positions.mapped(Tensor.cpu)
+
+    def _opinions(self, batch: Batch, student: Outputs) -> Iterator[tuple[Tensor, Opinion]]:
+        """The student's own tokens and the teacher's opinions, a piece of the positions at a time."""
+        size = max(1, PIECE // self.visible)
+        pieces = [slice(first, first + size) for first in range(0, batch.positions, size)]
+        if isinstance(self.teacher, ServedTeacher):
+            answer = self.teacher.likeliest(batch)
+            check_masses(answer.log_probs)
+            for piece in pieces:
+                log_pi = student.logits(piece).float().log_softmax(-1)
+                own = log_pi.argmax(-1)
+                yield own, of_likeliest(log_pi, own, answer.ids[piece], answer.log_probs[piece])
+            return
+        teacher = answer_outputs(self.teacher, batch, self.visible)
+        for piece in pieces:
+            log_pi = student.logits(piece).float().log_softmax(-1)
+            own = log_pi.argmax(-1)
+            yield own, of_all(log_pi, own, teacher.logits(piece).float().log_softmax(-1))
+
+
+def of_all(log_pi: Tensor, own: Tensor, log_p: Tensor) -> Opinion:
+    """Of a teacher whose log-probabilities are all known.
+
+    Args:
+        log_pi: (n, V) the student's.
+        own: (n,) its token.
+        log_p: (n, V) the teacher's.
+    """
+    best, theirs = log_p.max(-1)
+    return Opinion(
+        theirs=theirs,
+        best=-best,
+        surprisal=-log_p.gather(1, own[:, None]).squeeze(1),
+        kl=(log_pi.exp() * (log_pi - log_p)).sum(-1),
+        entropy=torch.special.entr(log_p.exp()).sum(-1),
+    )
+
+
+def of_likeliest(log_pi: Tensor, own: Tensor, ids: Tensor, log_probs: Tensor) -> Opinion:
+    """Of a teacher whose likeliest tokens are known; all others count as one event.
+
+    Args:
+        log_pi: (n, V) the student's.
+        own: (n,) its token.
+        ids: (n, K) the teacher's likeliest.
+        log_probs: (n, K) theirs.
+    """
+    ids = ids.to(log_pi.device)
+    log_probs = log_probs.to(log_pi.device)
+    events = remainder(log_probs)
+    best, place = log_probs.max(-1)
+    # A token that is not among them is no likelier than the least of them, nor than the rest together.
+    least = torch.minimum(log_probs.amin(-1), events[:, -1])
+    same = ids == own[:, None]
+    known = torch.where(same, log_probs, -torch.inf).amax(-1)
+    pi = lump(log_pi, ids)
+    return Opinion(
+        theirs=ids.gather(1, place[:, None]).squeeze(1),
+        best=-best,
+        surprisal=-torch.where(same.any(-1), known, least),
+        kl=(pi.exp() * (pi - events)).sum(-1),
+        entropy=torch.special.entr(events.exp()).sum(-1),
+    )
+
+
+def _tokens(trajectory: Trajectory) -> int:
+    return len(trajectory.prompt) + len(trajectory.tokens)
