@@ -33,3 +33,8 @@ def in_pieces(values: Callable[[slice], Tensor], positions: int, width: int, pie
         part = slice(first, min(first + size, positions))
         found.append(checkpoint(values, part, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(found)
+
+
+def pieces_of(states: Tensor, width: int) -> tuple[Tensor, ...]:
+    """States (N, H), as many at a time as have `PIECE` logits of this width together."""
+    return states.split(max(1, PIECE // width))

@@ -8,9 +8,8 @@ from router.checkpoint import RouterCheckpoint
 from router.features import confidence
 from router.gate import LearnedGate
 from router.reserved import ReservedRows
+from training.pieces import pieces_of
 from training.reading import Readout, bias_of
-
-CHUNK = 4096  # positions at a time: their logits are as wide as the vocabulary
 
 
 class Head(nn.Module):
@@ -68,7 +67,7 @@ class Head(nn.Module):
         They are as wide as the vocabulary while they are computed, so in pieces and once.
         """
         features = []
-        for chunk in states.split(CHUNK):
+        for chunk in pieces_of(states, len(self.visible)):
             logits = self._visible_logits(chunk.to(self.taps.device))
             features.append(confidence(logits, self.gate.reserved))
         return torch.cat(features)
@@ -84,4 +83,6 @@ class Head(nn.Module):
     @torch.no_grad()
     def scores(self, states: Tensor) -> Tensor:
         """(N,) of states (N, H), in pieces, on the CPU."""
-        return torch.cat([self(chunk.to(self.taps.device)).cpu() for chunk in states.split(CHUNK)])
+        return torch.cat(
+            [self(chunk.to(self.taps.device)).cpu() for chunk in pieces_of(states, len(self.visible))]
+        )

@@ -5,7 +5,7 @@ and of all others what they have together.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,14 +15,11 @@ from transformers import PreTrainedModel
 from measuring.trajectories import Trajectory
 from training.batches import Batch
 from training.gating.lessons import Trajectories
-from training.gating.rollout import Positions, concatenate
+from training.gating.rollout import Positions
 from training.models import Outputs, answer_outputs
 from training.pieces import PIECE
 from training.served import ServedTeacher
 from training.teacher import Teacher, check_masses, lump, remainder
-
-ROWS = 16
-"""Completions of one pass."""
 
 
 class Opinion(NamedTuple):
@@ -53,35 +50,23 @@ class Observer:
 
     @torch.no_grad()
     def seen(self, trajectories: Sequence[Trajectory]) -> Trajectories:
-        """Their positions, in the order of (row, step).
+        """All positions of some completions that are read together, in the order of (row, step).
 
         Raises:
             ServerError: a served teacher cannot be used.
         """
-        order = sorted(range(len(trajectories)), key=lambda row: _tokens(trajectories[row]))
-        found = []
-        for first in range(0, len(order), ROWS):
-            rows = order[first : first + ROWS]
-            found.append(self._positions(rows, [trajectories[row] for row in rows]))
-        joined = concatenate(found)
-        longest = max(len(trajectory.tokens) for trajectory in trajectories)
-        sorting = (joined.row * longest + joined.step).argsort()
-        flags: list[bool] = []
-        for trajectory in trajectories:
-            flags += trajectory.by_teacher
-        return Trajectories(joined.mapped(lambda column: column[sorting]), torch.tensor(flags))
-
-    def _positions(self, rows: list[int], trajectories: list[Trajectory]) -> Positions:
-        """Of one pass."""
         prompts = [trajectory.prompt for trajectory in trajectories]
         answers = [trajectory.tokens for trajectory in trajectories]
         batch = Batch.of(prompts, answers, self.end).to(self.student.device)
+        batch = replace(batch, comes_again=True)  # to a run that goes on after a stop
         student = answer_outputs(self.student, batch, self.visible)
         row: list[int] = []
         step: list[int] = []
-        for number, answer in zip(rows, answers, strict=True):
-            row += [number] * len(answer)
-            step += range(len(answer))
+        flags: list[bool] = []
+        for number, trajectory in enumerate(trajectories):
+            row += [number] * len(trajectory.tokens)
+            step += range(len(trajectory.tokens))
+            flags += trajectory.by_teacher
         owns = []
         opinions = []
         for own, opinion in self._opinions(batch, student):
@@ -100,7 +85,7 @@ class Observer:
             kl=opinion.kl,
             entropy=opinion.entropy,
         )
-        return positions.mapped(Tensor.cpu)
+        return Trajectories(positions.mapped(Tensor.cpu), torch.tensor(flags))
 
     def _opinions(self, batch: Batch, student: Outputs) -> Iterator[tuple[Tensor, Opinion]]:
         """The student's own tokens and the teacher's opinions, a piece of the positions at a time."""
@@ -164,7 +149,3 @@ def of_likeliest(log_pi: Tensor, own: Tensor, ids: Tensor, log_probs: Tensor) ->
         kl=(pi.exp() * (pi - events)).sum(-1),
         entropy=torch.special.entr(events.exp()).sum(-1),
     )
-
-
-def _tokens(trajectory: Trajectory) -> int:
-    return len(trajectory.prompt) + len(trajectory.tokens)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import httpx
 import torch
+from rich.progress import track
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from measuring.examples import sources_of
@@ -23,7 +25,7 @@ from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, fing
 from training.gate_config import GateConfig, GatewayRollouts, QualityGain, RecordedRollouts
 from training.gating.fitting import fit
 from training.gating.head import Head
-from training.gating.lessons import Lessons, span_gain, teacher_view, token_gain
+from training.gating.lessons import Lessons, Trajectories, span_gain, teacher_view, token_gain
 from training.gating.opinions import Observer
 from training.gating.rounds import correlation
 from training.loop.progress import console
@@ -37,6 +39,10 @@ from training.tokenizer import encode_prompts, visible_ids
 HELD_OUT = 10
 """One prompt of so many tells how good the gate is, and is not learned from in that trial."""
 UNLIMITED = 2**62
+POSITIONS = 250_000
+"""Most that the gate is fitted on: memory does not grow with the traffic."""
+ROWS = 16
+"""Completions that are read together."""
 
 
 @dataclass(frozen=True)
@@ -108,20 +114,34 @@ class TrafficStage:
         return kept
 
     def lessons(self, model: PreTrainedModel, trajectories: Sequence[Trajectory]) -> Lessons:
-        """What asking gains at every position."""
-        config = self.config
-        if isinstance(config.gain, QualityGain):
-            raise ValueError("gain quality needs rollouts in process")
-        observer = Observer(model, self.teacher, visible_ids(self.tokenizer), self.tokenizer.eos_token_id)
-        seen = observer.seen(trajectories)
-        target, known = span_gain(token_gain(config.gain, seen.positions), seen, config.ask_tokens)
+        """What asking gains at every position, or at `POSITIONS` of them drawn at random."""
+        visible = visible_ids(self.tokenizer)
+        observer = Observer(model, self.teacher, visible, self.tokenizer.eos_token_id)
+        total = sum(len(trajectory.tokens) for trajectory in trajectories)
+        generator = torch.Generator().manual_seed(self.seed)
         numbers: dict[tuple[int, ...], int] = {}
-        for trajectory in trajectories:
-            numbers.setdefault(tuple(trajectory.prompt), len(numbers))
-        sources = torch.tensor([numbers[tuple(trajectory.prompt)] for trajectory in trajectories])
-        row = seen.positions.row
-        view = teacher_view(seen.positions)
-        return Lessons(seen.positions.states, target, seen.by_teacher, row, sources[row], view).where(known)
+        parts = []
+        order = sorted(trajectories, key=lambda trajectory: len(trajectory.prompt) + len(trajectory.tokens))
+        for first in track(range(0, len(order), ROWS), "router: both models read", console=console):
+            rows = order[first : first + ROWS]
+            sources = [numbers.setdefault(tuple(row.prompt), len(numbers)) for row in rows]
+            part = self.lessons_of(observer.seen(rows), torch.tensor(sources))
+            drawn = torch.rand(len(part), generator=generator) < POSITIONS / total
+            parts.append(part.where(drawn))
+        return Lessons.join([part for part in parts if len(part)])
+
+    def lessons_of(self, seen: Trajectories, sources: Tensor) -> Lessons:
+        """Of completions whose rows come of these sources."""
+        gain = self.config.gain
+        if isinstance(gain, QualityGain):
+            raise ValueError("gain quality needs rollouts in process")
+        positions = seen.positions
+        target, known = span_gain(token_gain(gain, positions), seen, self.config.ask_tokens)
+        view = teacher_view(positions)
+        lessons = Lessons(
+            positions.states, target, seen.by_teacher, positions.row, sources[positions.row], view
+        )
+        return lessons.where(known)
 
     def report(self, model: PreTrainedModel, lessons: Lessons) -> None:
         """Print how well a gate that has not seen a tenth of the prompts tells what asking gains there."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from router.budget import Bucket, Budget
 from router.gate import Gate
-from training.gating.head import CHUNK
 from training.gating.rollout import ClosedLoop, Draft, Positions, Request, Rollout, concatenate
+from training.pieces import pieces_of
 from training.reading import Readout
 
 ScoreGate = Gate | Callable[[Positions], Tensor]
@@ -238,7 +238,7 @@ class Tree:
         readout = Readout.of(student.config)
         gate.to(student.device)
         scores = []
-        for chunk in positions.states.split(CHUNK):
+        for chunk in pieces_of(positions.states, len(output.weight)):
             logits = readout(chunk.to(student.device), output.weight, getattr(output, "bias", None))
             scores.append(gate(logits))
         return torch.cat(scores).tolist()
