@@ -1,6 +1,5 @@
 """`wheels train --dry-run`: what a recipe would train, in how much memory, for how long; nothing is kept."""
 
-import resource
 import time
 from collections.abc import Iterable
 from datetime import timedelta
@@ -18,11 +17,25 @@ from transformers import PreTrainedTokenizerBase
 
 from training import parallel
 from training.batches import Batch
-from training.config import ROLES, Recipe, ServedConfig
+from training.config import ROLES, Recipe, Role, ServedConfig
+from training.export import link_model
+from training.gate_config import InProcessRollouts
+from training.gating.router_stage import FrozenPair
 from training.loop.progress import console
 from training.loop.trainer import make_optimizers, update
 from training.models import build, parameters, reserved_rows, save_model, trained
-from training.pipeline import Job, check, check_references, ensure_tokenizer, make_job, make_model, task_of
+from training.pipeline import (
+    Job,
+    check,
+    check_references,
+    ensure_tokenizer,
+    frozen_pair,
+    make_job,
+    make_model,
+    task_of,
+)
+from training.router_dry_run import RouterTrial, peak_memory, try_router
+from training.tasks import Task
 from training.tokenizer import visible_ids
 from training.workspace import Stage, Workspace
 
@@ -31,7 +44,7 @@ STEPS = 9
 
 
 def dry_run(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
-    """A few steps of each model to train; an untrained teacher stands in for a missing one.
+    """A few steps of each model to train, and a small router; untrained models stand in for missing ones.
 
     Raises what `training.pipeline.run` would at its start.
     """
@@ -43,19 +56,49 @@ def dry_run(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
         check_references(recipe, task, stages)
         Workspace(recipe).check(stages)
         tokenizer = ensure_tokenizer(space, task)
-        missing = "student" in stages and not space.is_exported("teacher")
-        if missing and not isinstance(recipe.teacher, ServedConfig):
-            space = Workspace(space.recipe.model_copy(update={"output": Path(scratch) / "output"}))
-            if recipe.teacher.plan is None:
-                make_model(space, "teacher", task, tokenizer)
-            else:
-                untrained = build(recipe.teacher, tokenizer, recipe.seed, space.exported("teacher"))
-                save_model(untrained, tokenizer, space.exported("teacher"))
+        space = with_stand_ins(space, stages, Path(scratch) / "output", task, tokenizer)
         for role in ROLES:
             plan = recipe.model(role).plan
             if role in stages and plan is not None:
                 title = f"{role}: {plan.method.type} on {parallel.size()} × {parallel.device().type}"
                 report(title, make_job(space, role, task, tokenizer), tokenizer, recipe.seed)
+        if "router" in stages and parallel.is_first():
+            try_and_report_router(space, task, tokenizer)
+
+
+def try_and_report_router(space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A small stage if its rollouts are written here."""
+    if not isinstance(space.recipe.router.rollouts, InProcessRollouts):
+        console.print("router: its completions come from gateways; its memory and time are not measured")
+        return
+    pair = frozen_pair(space, tokenizer)
+    report_router(try_router(space.recipe, pair, task), pair)
+
+
+def with_stand_ins(
+    space: Workspace, stages: tuple[Stage, ...], output: Path, task: Task, tokenizer: PreTrainedTokenizerBase
+) -> Workspace:
+    """The workspace itself, or one with the models that later stages need: what is there, else untrained."""
+    walks = "router" in stages and isinstance(space.recipe.router.rollouts, InProcessRollouts)
+    needed: list[Role] = []
+    if "student" in stages or walks:
+        needed.append("teacher")
+    if walks:
+        needed.append("student")
+    if isinstance(space.recipe.teacher, ServedConfig) or all(map(space.is_exported, needed)):
+        return space
+    stand_in = Workspace(space.recipe.model_copy(update={"output": output}))
+    for role in needed:
+        config = space.recipe.model(role)
+        directory = stand_in.exported(role)
+        if space.is_exported(role):
+            link_model(str(space.exported(role)), directory)
+        elif config.plan is None:
+            make_model(stand_in, role, task, tokenizer)
+        elif not isinstance(config, ServedConfig):
+            untrained = build(config, tokenizer, space.recipe.seed, stand_in.exported("teacher"))
+            save_model(untrained, tokenizer, directory)
+    return stand_in
 
 
 class Trial(NamedTuple):
@@ -117,6 +160,28 @@ def report(title: str, job: Job, tokenizer: PreTrainedTokenizerBase, seed: int) 
         console.print(table)
 
 
+def report_router(run: RouterTrial, pair: FrozenPair) -> None:
+    """Print a table of what the router's stage takes."""
+    beyond = "not known on this system" if run.memory is None else megabytes(run.memory)
+    rows = {
+        "completions": f"{run.rows:,} at once, of at most {pair.max_tokens} tokens",
+        "memory": f"models {megabytes(run.weights)}, completions {beyond}, "
+        f"states of at most {run.positions:,} positions {megabytes(run.states)}",
+        "rollouts": f"{seconds(run.rollouts)}, with the fit of the gate",
+        "calibration": f"{seconds(run.calibration)}",
+        "in all": f"{seconds(run.rollouts + run.calibration)}; less where trained models write less",
+    }
+    table = Table(title=f"router: on {parallel.device().type}", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def seconds(value: float) -> timedelta:
+    """To read."""
+    return timedelta(seconds=round(value))
+
+
 def shape_of(batch: Batch, accumulate: int) -> str:
     """Rows and width of a batch, and how it is split."""
     rows, width = batch.ids.shape
@@ -137,9 +202,8 @@ def size(tensors: Iterable[object]) -> str:
 
 def peak() -> str:
     """Of the GPU's memory, or of the whole process where there is none."""
-    if torch.cuda.is_available():
-        return megabytes(torch.cuda.max_memory_allocated())
-    return megabytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) + " (whole process)"
+    whose = "" if torch.cuda.is_available() else " (whole process)"
+    return megabytes(peak_memory()) + whose
 
 
 def megabytes(count: float) -> str:

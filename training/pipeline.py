@@ -101,14 +101,7 @@ def make_router(space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBase
         make_router_from_traffic(space, task, tokenizer)
         return
     with replacing(space.exported("router")) as scratch:
-        pair = FrozenPair(
-            teacher=space.exported("teacher"),
-            student=space.exported("student"),
-            tokenizer=tokenizer,
-            span_tokens=recipe.router.span_tokens,
-            ask_tokens=recipe.router.ask_tokens,
-            max_tokens=recipe.max_tokens,
-        )
+        pair = frozen_pair(space, tokenizer)
         RouterStage(pair, task, recipe.router, recipe.seed).run(space.work("router"), scratch)
         write_record(space.record("router"), scratch)
 
@@ -134,6 +127,19 @@ def make_router_from_traffic(space: Workspace, task: Task, tokenizer: PreTrained
     with replacing(space.exported("router")) as scratch:
         stage.run(space.work("router"), scratch)
         write_record(space.record("router"), scratch)
+
+
+def frozen_pair(space: Workspace, tokenizer: PreTrainedTokenizerBase) -> FrozenPair:
+    """The exported models, as the router's stage takes them."""
+    recipe = space.recipe
+    return FrozenPair(
+        teacher=space.exported("teacher"),
+        student=space.exported("student"),
+        tokenizer=tokenizer,
+        span_tokens=recipe.router.span_tokens,
+        ask_tokens=recipe.router.ask_tokens,
+        max_tokens=recipe.max_tokens,
+    )
 
 
 def task_of(recipe: Recipe) -> Task:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from training.gate_config import RatioGain, RegretGain
-from training.gating.rollout import ClosedLoop, Positions, Request, Rollout, concatenate
+from training.gating.rollout import ROWS, ClosedLoop, Positions, Request, Rollout, concatenate
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Collected(NamedTuple):
     """In the order of the requests, as the trajectories' rows."""
 
 
-def collect(loop: ClosedLoop, requests: Sequence[Request], batch: int = 512) -> Collected:
+def collect(loop: ClosedLoop, requests: Sequence[Request], batch: int = ROWS) -> Collected:
     """The completions of the requests, with what was seen at every position."""
     seen: list[Positions] = []
     completions = loop.write(requests, batch=batch, watch=seen.append)

@@ -22,6 +22,12 @@ ScoreFn = Callable[[Tensor], Tensor]
 COMPACT = 0.7  # drop the finished rows from the batch when less than this share is left
 
 
+ROWS = 512
+"""Most completions that are written at once."""
+CACHE = 2e9
+"""Bytes of the keys and values of all completions that are written at once. Buffers that grow take up to
+three times that.
+"""
 FREE = 1 - 1e-6
 """Fraction of a bucket that never binds; at 1 itself one span covers the whole completion."""
 
@@ -151,14 +157,30 @@ class ClosedLoop:
 
     @torch.inference_mode()
     def write(
-        self, requests: Sequence[Request], batch: int = 512, watch: Callable[[Positions], None] | None = None
+        self, requests: Sequence[Request], batch: int = ROWS, watch: Callable[[Positions], None] | None = None
     ) -> list[Rollout]:
-        """Completions in the order of the requests. `watch` is shown every step's positions."""
+        """Completions in the order of the requests.
+
+        Args:
+            requests: any number of them.
+            batch: most that are written at once; fewer if their caches would take more than CACHE.
+            watch: is shown every step's positions.
+        """
         done = [Rollout() for _ in requests]
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
-        for first in range(0, len(order), batch):
-            self._write(requests, done, order[first : first + batch], watch)
+        rows: list[int] = []
+        for number in sorted(range(len(requests)), key=lambda i: len(requests[i].prompt)):
+            if len(rows) >= min(batch, self.rows_of(len(requests[number].prompt))):
+                self._write(requests, done, rows, watch)
+                rows = []
+            rows.append(number)
+        if rows:
+            self._write(requests, done, rows, watch)
         return done
+
+    def rows_of(self, prompt: int) -> int:
+        """How many completions fit into CACHE, after prompts of this many tokens."""
+        token = cache_bytes(self.student) + cache_bytes(self.teacher)
+        return max(1, int(CACHE / (token * (prompt + self.max_tokens))))
 
     def _write(
         self,
@@ -228,6 +250,14 @@ class ClosedLoop:
         if self.temperature == 0:
             return logits.argmax(-1)
         return (logits / self.temperature).softmax(-1).multinomial(1).squeeze(1)
+
+
+def cache_bytes(model: PreTrainedModel) -> int:
+    """Of the keys and values of one token, at most: by layers and width."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * int(config.num_hidden_layers) * int(heads) * int(width) * model.dtype.itemsize
 
 
 def with_gate(loop: ClosedLoop, score: ScoreFn, explore: float = 0.0) -> ClosedLoop:

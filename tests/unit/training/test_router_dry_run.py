@@ -1,0 +1,88 @@
+"""`wheels train --dry-run` of the router's stage: what is multiplied, and what is kept."""
+
+import pytest
+import torch
+
+from router.gate import RandomGate
+from router.reserved import ReservedRows
+from tests.helpers.commands import train
+from tests.helpers.numbers import save_untrained_pair, tokenizer_of_numbers
+from training.config import Shape
+from training.gating import rollout
+from training.gating.rollout import ClosedLoop, Request, cache_bytes
+from training.models import load_model, new_model
+from training.router_dry_run import Timed, projected
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory):
+    """A directory with `teacher` and `student`, untrained."""
+    directory = tmp_path_factory.mktemp("ready")
+    save_untrained_pair(tokenizer_of_numbers(), directory)
+    return directory
+
+
+@pytest.fixture
+def recipe(ready, tmp_path):
+    schedule = "{steps: 4, batch: 4, learning_rate: 1e-2, compile: false}"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"""
+output: {tmp_path}/out
+work: {tmp_path}/work
+max_tokens: 8
+task: {{name: numbers}}
+teacher: {{pretrained: {ready}/teacher}}
+student: {{prune: {{layers: 1}}, method: {{type: kd}}, schedule: {schedule}}}
+router:
+  {{span_tokens: 2, ask_tokens: 1, gain: {{type: regret}}, prompts: 100, rounds: 2, calibration_examples: 40}}
+""")
+    return str(path)
+
+
+def test_a_dry_run_covers_the_router_before_its_student_is_there(recipe, tmp_path, capsys):
+    """At most 2 rounds of 100 completions of 8 tokens; of each the student's state of 64 numbers is kept."""
+    assert train([recipe, "--dry-run", "--stage", "router"]) == 0
+    told = capsys.readouterr().out
+    assert "router: on cpu" in told
+    assert "100 at once, of at most 8 tokens" in told
+    assert "1,600" in told
+    assert f"{1600 * 64 * 4 / 1e6:.1f} MB" in told
+    assert "student: kd" not in told
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml"}
+
+
+def test_a_dry_run_of_everything_has_a_table_for_each_stage_that_computes(recipe, capsys):
+    assert train([recipe, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert told.index("student: kd on 1") < told.index("router: on cpu")
+
+
+def test_what_does_not_grow_is_spent_once_for_each_batch():
+    """8 take 3 s and 64 take 10 s: 1/8 s each, and 2 s that each of 4 batches spends."""
+    assert projected(Timed(8, 3.0), Timed(64, 10.0), count=2000, batches=4) == pytest.approx(4 * 2 + 2000 / 8)
+    assert projected(Timed(8, 40.0), Timed(8, 40.0), count=2000, batches=4) == pytest.approx(10_000)
+
+
+def test_completions_whose_caches_would_not_fit_are_written_in_turns(ready, monkeypatch):
+    """A token of both models takes 2 layers x 32 x 2 x 4 bytes of a one-headed cache each."""
+    student, teacher = (load_model(ready / role) for role in ("student", "teacher"))
+    assert cache_bytes(student) == cache_bytes(teacher) == 2 * 2 * 32 * 4
+    loop = ClosedLoop(student, teacher, RandomGate(ReservedRows(300, 32)), 300, 1, max_tokens=4)
+    requests = [Request(list(range(5, 5 + length))) for length in (6, 2, 6, 2, 6)]
+    whole = loop.write(requests)
+    monkeypatch.setattr(rollout, "CACHE", 2 * 1024 * (6 + 4))
+    assert (loop.rows_of(6), loop.rows_of(2)) == (2, 3)
+    turns = []
+    write = ClosedLoop._write
+    monkeypatch.setattr(ClosedLoop, "_write", lambda *of: (turns.append(of[3]), write(*of))[1])
+    assert [done.tokens for done in loop.write(requests)] == [done.tokens for done in whole]
+    assert turns == [[1, 3], [0, 2], [4]]
+
+
+def test_one_completion_is_written_whatever_it_takes(monkeypatch):
+    model = new_model(Shape(hidden=32, layers=1, heads=1, feed_forward=32), tokenizer_of_numbers(), 0)
+    loop = ClosedLoop(model, model, RandomGate(ReservedRows(300, 32)), 300, 1)
+    monkeypatch.setattr(rollout, "CACHE", 1)
+    assert loop.rows_of(100) == 1
