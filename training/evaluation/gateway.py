@@ -11,6 +11,7 @@ from measuring.examples import Example, sources_of
 from measuring.gateway import GatewayClient, GatewayReply
 from measuring.scores import recovered
 from training.evaluation.scoring import point
+from training.gating.calibration import teacher_rate
 from training.gating.rollout import Rollout
 from training.gating.tree import Setting
 from training.tasks import Task
@@ -71,8 +72,10 @@ class Measured:
     teacher: float
     """Quality at budget 1."""
     rows: list[Row]
-    """Of all budgets: see `training.evaluation.scoring.Point`, with `pgr` and `degraded`, the number of
-    requests that lost their teacher.
+    """Of all budgets: see `training.evaluation.scoring.Point`, with `pgr`, `settled_rate` and `degraded`.
+
+    `settled_rate` is the teacher rate of the requests after the first third, in which a gate without a
+    calibration learns its price. `degraded` is the number of requests that lost their teacher.
     """
     completions: list[list[Rollout]]
     """Of each row."""
@@ -113,9 +116,10 @@ def measure(
     student = points[0].quality
     teacher = points[-1].quality
     rows = []
-    for measured, degraded in zip(points, lost, strict=True):
+    for measured, degraded, written in zip(points, lost, completions, strict=True):
         share = recovered(measured.quality, student, teacher)
-        rows.append(asdict(measured) | {"pgr": share, "degraded": degraded})
+        settled = teacher_rate(written[len(written) // 3 :])
+        rows.append(asdict(measured) | {"pgr": share, "settled_rate": settled, "degraded": degraded})
     return Measured(student, teacher, rows, completions)
 
 

@@ -385,10 +385,10 @@ def _in_process(report: QualityReport) -> list[str]:
 
 
 def _of_gateway(rows: Sequence[Row]) -> list[str]:
-    columns = ("budget", "quality", "similarity", "pgr", "rate", *COSTS, "excess", "degraded")
-    lines = ["the gateway; calls, runs and positions per request", _cells(columns, ">11")]
+    columns = ("budget", "quality", "similarity", "pgr", "rate", "settled_rate", *COSTS, "excess", "degraded")
+    lines = ["the gateway; calls, runs and positions per request", _cells(columns, ">13")]
     for row in rows:
-        lines.append(_cells(map(row.__getitem__, columns), ">11.4g"))
+        lines.append(_cells(map(row.__getitem__, columns), ">13.4g"))
     return lines
 
 

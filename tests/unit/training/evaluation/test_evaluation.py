@@ -84,6 +84,7 @@ def test_a_gateways_rows_by_hand():
     assert (nothing["rate"], nothing["excess"]) == (0.0, 0.0)
     assert (little["quality"], little["pgr"], little["degraded"]) == (0.0, 0.0, 0)
     assert (some["quality"], some["rate"], some["degraded"]) == pytest.approx((2 / 3, 4 / 10, 1))
+    assert some["settled_rate"] == pytest.approx(2 / 6)  # without the first of three
     assert (some["calls"], some["runs"], some["positions"]) == pytest.approx((2 / 3, 2 / 3, 2 / 3 * 6))
     assert some["excess"] == pytest.approx(2 - 0.4 - 1)
     assert (everything["pgr"], everything["excess"]) == (1.0, 0.0)
