@@ -10,6 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from training.config import RecipeError
 from training.parallel import blocks_of
 
+OTHER_LISTS = ("architectures", "bos_token_id", "eos_token_id")
+"""Of a configuration; they may have as many entries as there are layers."""
+
 
 def kept_layers(layers: int, kept: int) -> list[int]:
     """Which of the layers a student keeps: the first, the last, and others evenly spaced between them."""
@@ -69,7 +72,8 @@ def fewer(config: PreTrainedConfig, layers: int, chosen: list[int]) -> PreTraine
             f"{text.num_hidden_layers} by its configuration"
         )
     for name, value in list(vars(text).items()):
-        if isinstance(value, list | tuple) and len(value) == layers and not name.startswith("_"):
+        by_layer = isinstance(value, list | tuple) and len(value) == layers
+        if by_layer and not name.startswith("_") and name not in OTHER_LISTS:
             setattr(text, name, [value[i] for i in chosen])
     text.num_hidden_layers = len(chosen)
     return config

@@ -90,6 +90,14 @@ def test_a_student_computes_what_its_teacher_does_without_the_other_layers(famil
     check_readout(student, "student")
 
 
+def test_a_list_that_is_not_of_layers_stays_as_it_is(tmp_path):
+    """As many tokens end a sequence as the teacher has layers."""
+    teacher = saved(LlamaConfig(**GROUPED), tmp_path)
+    teacher.config.eos_token_id = list(range(LAYERS))
+    teacher.config.save_pretrained(tmp_path)
+    assert pruned(tmp_path, 2).config.eos_token_id == list(range(LAYERS))
+
+
 def test_a_teacher_with_layers_of_several_kinds_is_refused_if_they_would_not_fit(tmp_path):
     """Of five layers the first three are dense, so that the last one kept would have to be dense too."""
     experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
