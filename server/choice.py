@@ -1,7 +1,6 @@
 """One completion being written, with what the span loop needs to know of it."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,13 +10,9 @@ from server.completion import Completion, Piece
 from server.exchange import Purse, Report, Source
 from server.metrics import ESCALATIONS
 from server.shared_budgets import Share
+from server.teacher.carried import MOST_BIASES, penalises
 from server.tenants import Tenant
-from server.vllm_api import (
-    MAX_NUM_LOGIT_BIAS_TOKENS,
-    CompletionOutput,
-    RequestOutputKind,
-    SamplingParams,
-)
+from server.vllm_api import CompletionOutput, RequestOutputKind, SamplingParams
 
 PAUSE_TOKENS = 32
 """After a refused span, a choice does not ask again for this many tokens."""
@@ -132,10 +127,10 @@ class Choice:
 
     @property
     def bias_room(self) -> int:
-        """Tokens that may be written until `logit_bias` has more entries than vLLM takes."""
-        if not self.params.frequency_penalty:
+        """Different tokens that may be written until the teacher would get too many biases for them."""
+        if not penalises(self.params):
             return self.completion.max_tokens + 1
-        return MAX_NUM_LOGIT_BIAS_TOKENS - len(self.logit_bias or ())
+        return MOST_BIASES - len({*(self.params.logit_bias or ()), *self.completion.token_ids})
 
     @property
     def seed(self) -> int | None:
@@ -143,20 +138,6 @@ class Choice:
         if self.params.seed is None:
             return None
         return (self.params.seed + len(self.completion) * 0x9E3779B1) % 2**63
-
-    @property
-    def logit_bias(self) -> dict[int, float] | None:
-        """The caller's, and what `frequency_penalty` takes off for the tokens that are written.
-
-        A continuation counts its own tokens only. vLLM adds the bias and subtracts the penalty one after the
-        other, so together they are what one model would subtract at the end.
-        """
-        if not self.params.frequency_penalty:
-            return self.params.logit_bias
-        bias = dict(self.params.logit_bias or {})
-        for token_id, times in Counter(self.completion.token_ids).items():
-            bias[token_id] = bias.get(token_id, 0.0) - self.params.frequency_penalty * times
-        return bias
 
     def news(self) -> Written:
         """What was written since the last call."""

@@ -113,7 +113,6 @@ class CooperativeEngine(AsyncLLM):
             max_model_len=self.model_config.max_model_len,
             reserved=reserved,
             ranks=data_parallel_ranks(self.vllm_config.parallel_config),
-            speculative=self.vllm_config.speculative_config is not None,
         )
 
 
@@ -229,8 +228,6 @@ class Cooperator:
         if exchange.writes_nothing:
             return Budget(tokens=0)
         parameter = exchange.unsupported or unsupported(prompt, params, options)
-        if parameter is None and self._student.speculative and params.frequency_penalty:
-            parameter = "frequency_penalty"  # what is written comes as a bias, which vLLM refuses with drafts
         if parameter is None:
             return budget
         if exchange.budget is None:

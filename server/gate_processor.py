@@ -28,6 +28,7 @@ from server.vllm_api import (
     MoveDirectionality,
     SamplingParams,
     UnsupportedVllm,
+    count_from,
     hide_from_reports,
     output_matrix,
     pack_again,
@@ -35,14 +36,15 @@ from server.vllm_api import (
     rows_of,
     weight_of,
 )
+from server.written import WRITTEN, WrittenInRows, WrittenInSlots
 
 SETTINGS = "wheels"
 PRICE = "wheels_price"
 NOT_BEFORE = "wheels_not_before"
 SPARE_PRICE = "wheels_spare_price"
 SPARE_FROM = "wheels_spare_from"
-TERMS = frozenset({PRICE, NOT_BEFORE, SPARE_PRICE, SPARE_FROM})
-"""What a client must not say: it would steer the router."""
+TERMS = frozenset({PRICE, NOT_BEFORE, SPARE_PRICE, SPARE_FROM, WRITTEN})
+"""What a client must not say: it is between the span loop and the engine."""
 
 PIECE_ON_CPU = 2**19
 """Logits that a gate reads at a time: 2 MiB."""
@@ -256,6 +258,8 @@ class GateProcessor(Decider, LogitsProcessor):
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self.device = device
         self._build(vllm_config, v2=False)
+        self.written = WrittenInRows()
+        count_from(self.written.outputs, v2=False)
         rows = vllm_config.scheduler_config.max_num_seqs
         self.prices = torch.full((rows,), math.inf)
         self.device_prices = self.prices.to(device)
@@ -275,11 +279,15 @@ class GateProcessor(Decider, LogitsProcessor):
         if batch_update is not None:
             for row in batch_update.removed:
                 self._set(row, math.inf)
-            for row, params, _, output_ids in batch_update.added:
+                self.written.drop(row)
+            for row, params, prompt_ids, output_ids in batch_update.added:
                 self._set(row, math.inf)
+                self.written.set(row, params, prompt_ids)
                 self._advance(row, price_steps(params.extra_args or {}), output_ids)
             for first, second, direction in batch_update.moved:
-                self._move(first, second, swap=direction == MoveDirectionality.SWAP)
+                swap = direction == MoveDirectionality.SWAP
+                self._move(first, second, swap=swap)
+                self.written.move(first, second, swap=swap)
         for row, (steps, output_ids) in list(self.waiting.items()):
             if steps[0][0] <= len(output_ids):
                 self._advance(row, steps, output_ids)
@@ -354,6 +362,8 @@ class GateProcessorV2(Decider, LogitsProcessorV2):
         self.req_states = req_states
         self.device = req_states.device
         self._build(vllm_config, v2=True)
+        self.written = WrittenInSlots(req_states.max_num_reqs, req_states.device)
+        count_from(self.written.prompt_lengths, v2=True)
         # two steps (from, price) of every slot
         self.terms = torch.zeros(2, 2, req_states.max_num_reqs)
         self.device_terms = self.terms.to(req_states.device)
@@ -370,6 +380,7 @@ class GateProcessorV2(Decider, LogitsProcessorV2):
             (start for start, price in steps if price < math.inf), default=NEVER_ASKS
         )
         self.changed = True
+        self.written.set(req_idx, sampling_params)
         return True
 
     def apply_staged_writes(self) -> None:

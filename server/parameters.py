@@ -10,8 +10,6 @@ from server.vllm_api import SamplingParams, VLLMValidationError
 # Sampling parameters that a teacher budget rules out, with the value that leaves them unused.
 # They count or constrain the completion as a whole, and a continuation starts their count anew.
 UNSUPPORTED = {
-    "presence_penalty": 0.0,
-    "bad_words": None,
     "structured_outputs": None,
     "prompt_logprobs": None,
     "logprob_token_ids": None,
@@ -29,8 +27,11 @@ def unsupported(prompt: Any, params: SamplingParams, options: dict[str, Any]) ->
         return "model"
     if params.logprobs == -1:
         return "logprobs"
-    if params.frequency_penalty and params.repetition_penalty != 1.0:
-        return "frequency_penalty"  # what is written comes as a bias, which vLLM would scale by the other
+    if params.repetition_penalty != 1.0:
+        # What is written comes to the teacher as a bias, which vLLM would scale by the other penalty.
+        for penalty in ("frequency_penalty", "presence_penalty"):
+            if getattr(params, penalty):
+                return penalty
     used = (name for name, unused in UNSUPPORTED.items() if getattr(params, name) not in (None, [], unused))
     return next(used, None)
 

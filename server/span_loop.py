@@ -1,6 +1,5 @@
 """The span loop: the student writes, and asks the teacher for the next tokens if its gate wants them."""
 
-import copy
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -75,7 +74,7 @@ class SpanLoop:
         """On which terms the student may ask in its next segment."""
         if not choice.may_ask:
             return NEVER
-        if choice.bias_room < 2:
+        if choice.bias_room < 1:
             choice.deny("penalty", degraded=False)
             return NEVER
         terms = self.policy.terms(
@@ -117,7 +116,7 @@ class SpanLoop:
         """Reserve the next span in every budget, or let the choice ask later, or never again."""
         room = self._room(choice)
         if room < 1:
-            choice.deny("context", degraded=False)
+            choice.deny("context" if choice.bias_room > 0 else "penalty", degraded=False)
             return None
         at_most = room
         if choice.share.scopes:  # what one holds, no other can have
@@ -144,7 +143,7 @@ class SpanLoop:
         return Span(grant, draw, slot)
 
     def _room(self, choice: Choice) -> int:
-        """Tokens that the completion, vLLM's biases and the teacher's context have left."""
+        """Tokens that the completion, the teacher's biases and the teacher's context have left."""
         room = min(choice.completion.tokens_left, choice.bias_room)
         if self.teacher.max_model_len is not None:
             room = min(room, self.teacher.max_model_len - len(choice.prefix))
@@ -172,12 +171,11 @@ class SpanLoop:
                     return
 
     def _call(self, choice: Choice, span: Span) -> AsyncGenerator[Piece, None]:
-        params = copy.copy(choice.params)
-        params.logit_bias = choice.logit_bias
         ask = Ask(
             choice.prefix,
             span.draw.tokens,
-            params,
+            choice.params,
+            written=len(choice.completion),
             min_tokens=choice.min_tokens,
             seed=choice.seed,
             end_ids=choice.end_ids,

@@ -12,6 +12,7 @@ from server.choice import Choice
 from server.completion import Piece
 from server.gate_processor import terms_args
 from server.vllm_api import RequestOutput, SamplingParams
+from server.written import written_args
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,6 @@ class StudentEngine:
     reserved: ReservedRows
     ranks: int = 1
     """Data-parallel copies of the student, each with a prefix cache of its own."""
-    speculative: bool = False
-    """Whether the student has drafts, with which vLLM takes no `logit_bias`."""
 
     def rank(self, affinity: bytes) -> int | None:
         """The copy that writes all segments of a prompt, so that it finds their prefix in its cache."""
@@ -62,11 +61,9 @@ class StudentEngine:
     def _params(self, choice: Choice, terms: Terms) -> SamplingParams:
         params = copy.copy(choice.segment_params)
         params.max_tokens = choice.completion.tokens_left
-        if not terms.never:  # as long as the next segment's biases are not too many, and a span's
-            params.max_tokens = min(params.max_tokens, choice.bias_room - 1)
         # vLLM masks what ends a completion before the gate runs, so the student may still ask.
         params.min_tokens = min(choice.min_tokens, params.max_tokens)
         params.seed = choice.seed
-        params.logit_bias = choice.logit_bias
-        params.extra_args = {**(params.extra_args or {}), **terms_args(terms)}
+        written = written_args(params, len(choice.completion))
+        params.extra_args = {**(params.extra_args or {}), **terms_args(terms), **written}
         return params

@@ -4,6 +4,7 @@ Public names first, then vLLM's HTTP server, then what vLLM does not offer: each
 reached through one function here, which `tests/unit/server/test_vllm_contract.py` checks against vLLM itself.
 """
 
+import inspect
 import math
 import os
 import socket
@@ -186,25 +187,79 @@ REPORTS_V2 = (
 )
 
 
-class ReportFunction(NamedTuple):
-    """A function that computes reported scores; its first argument is the logits (..., V)."""
+# Where vLLM looks at what a request wrote, by model runner, and the argument that tells it from the prompt.
+COUNTS_V1 = (
+    ("vllm.v1.sample.sampler", "apply_all_penalties", "output_token_ids"),
+    ("vllm.v1.sample.sampler", "apply_bad_words", "past_tokens_ids"),
+)
+COUNTS_V2 = (
+    ("vllm.v1.worker.gpu.sample.penalties", "bincount", "prompt_len"),
+    ("vllm.v1.worker.gpu.sample.bad_words", "apply_bad_words", "prompt_len"),
+)
+
+
+class VllmFunction(NamedTuple):
+    """A function of vLLM's, and where vLLM looks it up."""
 
     owner: Any
     name: str
     function: Callable[..., Any]
 
 
-def find_reports(*, v2: bool) -> list[ReportFunction]:
-    """The functions of one model runner. Raises UnsupportedVllm where one is gone."""
-    reports = []
-    for module, path in REPORTS_V2 if v2 else REPORTS_V1:
-        try:
-            *owners, name = path.split(".")
-            owner = reduce(getattr, owners, import_module(module))
-            reports.append(ReportFunction(owner, name, getattr(owner, name)))
-        except (ImportError, AttributeError) as error:
-            raise UnsupportedVllm(f"this vLLM has no {module}.{path}: it is not supported") from error
-    return reports
+def _find(module: str, path: str) -> VllmFunction:
+    """Raises UnsupportedVllm where it is gone."""
+    try:
+        *owners, name = path.split(".")
+        owner = reduce(getattr, owners, import_module(module))
+        return VllmFunction(owner, name, getattr(owner, name))
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedVllm(f"this vLLM has no {module}.{path}: it is not supported") from error
+
+
+def find_reports(*, v2: bool) -> list[VllmFunction]:
+    """What computes reported scores in one model runner; the first argument is the logits (..., V).
+
+    Raises UnsupportedVllm where one is gone.
+    """
+    return [_find(module, path) for module, path in (REPORTS_V2 if v2 else REPORTS_V1)]
+
+
+def find_counts(*, v2: bool) -> list[VllmFunction]:
+    """What looks at a request's own tokens in one model runner. Raises UnsupportedVllm where one is gone."""
+    return [_find(module, path) for module, path, _ in (COUNTS_V2 if v2 else COUNTS_V1)]
+
+
+def count_from(change: Callable[[Any], Any], *, v2: bool) -> None:
+    """Have vLLM count what a request wrote from another token on.
+
+    Args:
+        change: of V1, makes of the output ids of every row those to count; of V2, of the prompt's length in
+            every slot the one to count from.
+        v2: which model runner.
+
+    Raises:
+        UnsupportedVllm: a function or its argument is gone.
+    """
+    for module, path, argument in COUNTS_V2 if v2 else COUNTS_V1:
+        owner, name, function = _find(module, path)
+        original = getattr(function, "original", function)
+        signature = inspect.signature(original)
+        if argument not in signature.parameters:
+            raise UnsupportedVllm(f"this vLLM's {module}.{path} takes no {argument}: it is not supported")
+        setattr(owner, name, _counting(original, signature, argument, change))
+
+
+def _counting(
+    original: Callable[..., Any], signature: inspect.Signature, argument: str, change: Callable[[Any], Any]
+) -> Callable[..., Any]:
+    @wraps(original)
+    def counting(*args: Any, **options: Any) -> Any:
+        call = signature.bind(*args, **options)
+        call.arguments[argument] = change(call.arguments[argument])
+        return original(*call.args, **call.kwargs)
+
+    vars(counting).update(original=original)
+    return counting
 
 
 def hide_from_reports(rows: slice, *, v2: bool) -> None:

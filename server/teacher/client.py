@@ -6,10 +6,9 @@ import logging
 import math
 import time
 from base64 import b64encode
-from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -19,6 +18,7 @@ import msgspec
 from server.completion import Piece
 from server.metrics import BREAKER_OPEN, TEACHER_CALL_SECONDS, TEACHER_CALLS
 from server.teacher.breaker import Breaker
+from server.teacher.carried import MOST_BIASES, Screen, carried_biases
 from server.teacher.errors import TeacherError as TeacherError
 from server.teacher.patience import SPAN as SPAN
 from server.teacher.patience import Patience
@@ -43,11 +43,8 @@ LONGEST = 32 * 2**20
 ECHOED = 16
 """Bytes of one token id of the prompt, which vLLM echoes in the first line of a stream."""
 
-PADDED_IN_A_ROW = 8
-"""A span ends with an error when the teacher draws an id that the student does not have this often."""
-
-MOST_BIASES = 1000
-"""vLLM takes 1,024 biases in a request."""
+REFUSED_IN_A_ROW = 8
+"""A span ends with an error when the teacher draws an id that cannot stay this often."""
 
 FORWARDED = (
     "temperature",
@@ -56,6 +53,7 @@ FORWARDED = (
     "min_p",
     "repetition_penalty",
     "frequency_penalty",
+    "presence_penalty",
     "allowed_token_ids",
     "ignore_eos",
 )
@@ -107,6 +105,8 @@ class Ask:
     """The most that it may write."""
     params: SamplingParams
     """The caller's."""
+    written: int = 0
+    """Tokens at the end of ``prompt_ids`` that are the completion's."""
     min_tokens: int = 0
     seed: int | None = None
     end_ids: Sequence[int] = ()
@@ -123,30 +123,62 @@ class Ask:
 class _Progress:
     """What an ask has brought so far."""
 
+    ask: Ask
     written: list[int] = field(default_factory=list)
     padded: set[int] = field(default_factory=set)
     """Ids that the teacher drew and the student does not have."""
-    padded_in_a_row: int = 0
+    banned: set[int] = field(default_factory=set)
+    """Ids that the teacher drew for the next token, and that end a bad word there."""
+    refused_in_a_row: int = 0
+
+    @property
+    def completion(self) -> list[int]:
+        """All that is written."""
+        start = len(self.ask.prompt_ids) - self.ask.written
+        return [*self.ask.prompt_ids[start:], *self.written]
+
+    def tail(self, tokens: int) -> list[int]:
+        """The last ``tokens`` of what is written, or all."""
+        here = self.written[max(0, len(self.written) - tokens) :]
+        before = min(tokens - len(here), self.ask.written)
+        return [*self.ask.prompt_ids[len(self.ask.prompt_ids) - before :], *here]
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens of the ask that are still to come."""
+        return self.ask.tokens - len(self.written)
+
+    def take(self, reply: Reply) -> None:
+        """Count what came."""
+        if reply.piece.token_ids:
+            self.written += reply.piece.token_ids
+            self.banned.clear()
+            self.refused_in_a_row = 0
+        if reply.padded is not None:
+            self.padded.add(reply.padded)
+        if reply.banned is not None:
+            self.banned.add(reply.banned)
+        self.refused_in_a_row += reply.padded is not None or reply.banned is not None
 
 
-def _body(ask: Ask, progress: _Progress, model: str | None) -> dict[str, Any]:
+def _body(progress: _Progress, screen: Screen, model: str | None) -> dict[str, Any]:
     """The request for what is left of an ask."""
+    ask = progress.ask
     params = ask.params
     written = progress.written
     body: dict[str, Any] = {name: getattr(params, name) for name in FORWARDED}
-    stops = list(params.stop_token_ids or ())
-    if not params.ignore_eos:
-        stops += [token_id for token_id in ask.end_ids if token_id not in stops]
-    tokens = ask.tokens - len(written)
+    tokens = 1 if progress.banned else progress.tokens_left  # a ban holds for the next token
+    min_tokens = max(0, min(ask.min_tokens - len(written), tokens))
     body |= {
         "model": model,
         "prompt": [*ask.prompt_ids, *written],
         "max_tokens": tokens,
-        "min_tokens": max(0, min(ask.min_tokens - len(written), tokens)),
+        "min_tokens": min_tokens,
         "seed": _next_seed(ask.seed, progress),
         "stream": ask.streamed,
-        "stop_token_ids": stops or None,
-        "logit_bias": _biases(params, progress) or None,
+        "stop_token_ids": _stops(ask, () if min_tokens else screen.charged) or None,
+        "logit_bias": _biases(progress) or None,
+        "bad_words": params.bad_words or None,
         "cache_salt": ask.cache_salt,
         "return_token_ids": True,
         "add_special_tokens": False,
@@ -156,26 +188,47 @@ def _body(ask: Ask, progress: _Progress, model: str | None) -> dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None}
 
 
+def _stops(ask: Ask, charged: Collection[int]) -> list[int]:
+    """Where the teacher stops: at what ends the completion, and at what the screen would cut after.
+
+    With `min_tokens` vLLM would not write a stop token at all.
+    """
+    stops = list(ask.params.stop_token_ids or ())
+    ends = () if ask.params.ignore_eos else ask.end_ids
+    stops += [token_id for token_id in ends if token_id not in stops]
+    return stops + sorted(set(charged).difference(stops))
+
+
 def _next_seed(seed: int | None, progress: _Progress) -> int | None:
     """A second request with the same seed would draw the same id again."""
     if seed is None:
         return None
-    return (seed + len(progress.padded) * 0x9E3779B1 + len(progress.written)) % 2**63
+    refused = len(progress.padded) + len(progress.banned)
+    return (seed + refused * 0x9E3779B1 + len(progress.written)) % 2**63
 
 
-def _biases(params: SamplingParams, progress: _Progress) -> dict[int, float]:
-    """The caller's, less the ids that the student does not have.
-
-    A request that goes on counts its own tokens only: the penalty for those before it is a bias.
-    """
-    biases = dict(params.logit_bias or {})
-    if params.frequency_penalty:
-        for token_id, times in Counter(progress.written).items():
-            biases[token_id] = biases.get(token_id, 0.0) - params.frequency_penalty * times
+def _biases(progress: _Progress) -> dict[int, float]:
+    """The caller's and those of what is written, less the ids that the teacher must not write."""
+    biases = carried_biases(progress.ask.params, progress.completion)
     for token_id in sorted(progress.padded):
         if len(biases) < MOST_BIASES:
             biases[token_id] = -100.0
-    return biases
+    return biases | dict.fromkeys(progress.banned, -100.0)
+
+
+def _screened(reply: Reply, screen: Screen, progress: _Progress) -> Reply:
+    """A reply as far as it can stay, with the ending that the whole ask has there."""
+    ask = progress.ask
+    piece, again, banned = screen.apply(reply.piece, progress.tail(screen.reach))
+    full = len(piece.token_ids) >= progress.tokens_left
+    if again and full:
+        return Reply(replace(piece, finish_reason="length"))
+    if progress.banned and piece.finish_reason == "length" and not full:
+        return Reply(replace(piece, finish_reason=None), again=True)
+    if ask.end_ids and piece.stop_reason == ask.end_ids[0]:
+        piece.stop_reason = None  # as where the student ends by itself
+    padded = None if again else reply.padded
+    return Reply(piece, again=again or padded is not None, padded=padded, banned=banned)
 
 
 class Teacher:
@@ -357,31 +410,29 @@ class Teacher:
         self, ask: Ask, headers: Mapping[str, str], patience: Patience
     ) -> AsyncGenerator[Piece]:
         """An ask's pieces, of one request or of several."""
-        progress = _Progress()
-        while progress.padded_in_a_row < PADDED_IN_A_ROW:
+        progress = _Progress(ask)
+        while progress.refused_in_a_row < REFUSED_IN_A_ROW:
             ended = False
-            async with aclosing(self._replies(ask, progress, headers, patience)) as replies:
-                async for piece, padded in replies:
-                    progress.written += piece.token_ids
-                    if piece.token_ids:
-                        progress.padded_in_a_row = 0
+            async with aclosing(self._replies(progress, headers, patience)) as replies:
+                async for reply in replies:
+                    progress.take(reply)
+                    if reply.piece.token_ids:
                         self._served_at = time.monotonic()
-                    if piece.token_ids or padded is None:
-                        yield piece
-                    if padded is not None:
-                        progress.padded.add(padded)
-                        progress.padded_in_a_row += 1
-                    ended = piece.finish_reason is not None
+                    if reply.piece.token_ids or not reply.again:
+                        yield reply.piece
+                    ended = reply.piece.finish_reason is not None
             if ended:
                 return
-        wrote = f"the teacher at {self.name} wrote the token ids {sorted(progress.padded)}"
-        raise TeacherError("nonsense", f"{wrote}, which the student does not have", well=True)
+        wrote = f"the teacher at {self.name} wrote the token ids {sorted(progress.padded | progress.banned)}"
+        raise TeacherError("nonsense", f"{wrote}, which cannot stay", well=True)
 
     async def _replies(
-        self, ask: Ask, progress: _Progress, headers: Mapping[str, str], patience: Patience
+        self, progress: _Progress, headers: Mapping[str, str], patience: Patience
     ) -> AsyncGenerator[Reply]:
-        """The replies to one request, up to an ending or to an id that the student does not have."""
-        body = _body(ask, progress, self.model)
+        """The replies to one request, up to an ending or to where the teacher is to be asked again."""
+        ask = progress.ask
+        screen = Screen.of(ask.params, progress.completion)
+        body = _body(progress, screen, self.model)
         longest = LONGEST + ECHOED * len(body["prompt"])
         room = body["max_tokens"]
         async with self._request("POST", "/v1/completions", patience, body, headers) as response:
@@ -393,20 +444,18 @@ class Teacher:
                         payload, room=room, logprobs=wants_logprobs, vocabulary=self.vocabulary
                     )
                     tokens = len(reply.piece.token_ids)
-                    if ask.end_ids and reply.piece.stop_reason == ask.end_ids[0]:
-                        reply.piece.stop_reason = None  # as where the student ends by itself
                     room -= tokens
                     patience.came(tokens)
-                    if reply.piece.finish_reason is None and reply.padded is None:
-                        yield reply
-                        continue
-                    if reply.padded is None:
+                    complete = reply.piece.finish_reason is not None
+                    reply = _screened(reply, screen, progress)
+                    if complete:
                         patience.end()
                         with suppress(TeacherError):  # nothing that is still needed
                             async for _ in payloads:  # to the end, so that the connection is reused
                                 pass
                     yield reply
-                    return
+                    if complete or reply.again:
+                        return
         raise TeacherError("nonsense", f"the reply of {self.name} ended without a finish reason")
 
     async def _json(self, method: str, path: str, type_: type[T], body: dict[str, Any] | None = None) -> T:

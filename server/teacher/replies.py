@@ -40,11 +40,15 @@ class _Completion(msgspec.Struct):
 
 
 class Reply(NamedTuple):
-    """A piece of the teacher's, cut before the first id that the student does not have."""
+    """A piece of the teacher's, cut before the first id that cannot stay."""
 
     piece: Piece
-    padded: int | None
-    """That id. The piece has no ending then: what came after the id is lost."""
+    again: bool = False
+    """The teacher is to be asked again from here: the piece has no ending, and what came after it is lost."""
+    padded: int | None = None
+    """The next id, if the student does not have it."""
+    banned: int | None = None
+    """The next id, if it ends a bad word."""
 
 
 def quoted(text: str) -> str:
@@ -77,8 +81,8 @@ def read_reply(payload: bytes, *, room: int, logprobs: bool, vocabulary: int) ->
     if logprobs and ids:
         entries = _entries(ids, choice.logprobs, vocabulary)[: len(kept)]
     if len(kept) < len(ids):
-        return Reply(Piece(kept, entries), padded=ids[len(kept)])
-    return Reply(Piece(ids, entries, choice.finish_reason, choice.stop_reason), padded=None)
+        return Reply(Piece(kept, entries), again=True, padded=ids[len(kept)])
+    return Reply(Piece(ids, entries, choice.finish_reason, choice.stop_reason))
 
 
 def _choice(payload: bytes) -> _Choice:

@@ -52,7 +52,6 @@ class ScriptedTeacher:
     refuses: str | None = None
     calls: list[Call] = field(default_factory=list)
     asks: list[Ask] = field(default_factory=list)
-    biases: list[dict[int, float] | None] = field(default_factory=list)
     hanging: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
     admitted: list[bytes] = field(default_factory=list)
     released: int = 0
@@ -85,7 +84,6 @@ class ScriptedTeacher:
         call = Call(list(prompt_ids), tokens, ask.min_tokens, ask.seed, request_id, deadline)
         self.calls.append(call)
         self.asks.append(ask)
-        self.biases.append(params.logit_bias)
         try:
             for written in range(tokens):
                 await asyncio.sleep(0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from vllm.v1.worker.gpu import buffer_utils
-from vllm.v1.worker.gpu.sample import logprob, sampler
+from vllm.v1.worker.gpu.sample import bad_words, logprob, penalties, sampler
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 
@@ -40,9 +40,45 @@ def flatten_sampled(
         flat[start : start + count] = sampled[request, :count]
 
 
+def count_tokens(
+    slots: Tensor, ids: Tensor, _ids_stride: int, prompts: Tensor, ends: Tensor, *rest: Any, **_: Any
+) -> None:
+    """Of `bincount`: packed bits of the prompt's tokens, counts of the others."""
+    mask, _mask_stride, counts, _counts_stride = rest
+    for slot in slots.tolist():
+        for place in range(int(ends[slot])):
+            token = int(ids[slot, place])
+            if place < int(prompts[slot]):
+                mask[slot, token // 32] |= 1 << token % 32
+            else:
+                counts[slot, token] += 1
+
+
+def mask_bad_words(
+    logits: Tensor,
+    _stride: int,
+    slots: Tensor,
+    words: Tensor,
+    _words: int,
+    ends: Tensor,
+    _ends: int,
+    *rest: Any,
+) -> None:
+    """Of `apply_bad_words`, without drafts."""
+    counts, ids, _ids_stride, prompts, totals, *_ = rest
+    for row, slot in enumerate(slots.tolist()):
+        written = ids[slot, int(prompts[slot]) : int(totals[slot])].tolist()
+        for place in range(int(counts[slot])):
+            *before, last = words[slot, int(ends[slot, place]) : int(ends[slot, place + 1])].tolist()
+            if len(before) <= len(written) and written[len(written) - len(before) :] == before:
+                logits[row, last] = -torch.inf
+
+
 def use_torch_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logprob, "_topk_log_softmax_kernel", Kernel(top_log_softmax))
     monkeypatch.setattr(logprob, "_ranks_kernel", Kernel(ranks))
+    monkeypatch.setattr(penalties, "_bincount_kernel", Kernel(count_tokens))
+    monkeypatch.setattr(bad_words, "_bad_words_kernel", Kernel(mask_bad_words))
     monkeypatch.setattr(rejection_sampler, "_flatten_sampled_kernel", Kernel(flatten_sampled))
     monkeypatch.setattr(logprob.triton, "next_power_of_2", lambda n: n, raising=False)
     monkeypatch.setattr(buffer_utils, "is_uva_available", lambda: False)

@@ -243,7 +243,7 @@ async def test_min_tokens_holds_with_a_teacher(client: AsyncOpenAI, sources: lis
 
 @pytest.mark.parametrize(
     ("parameter", "value"),
-    [("presence_penalty", 0.5), ("response_format", {"type": "json_object"})],
+    [("response_format", {"type": "json_object"})],
 )
 async def test_what_two_models_cannot_honour_is_refused(
     client: AsyncOpenAI, sources: list[str], parameter: str, value: Any

@@ -13,10 +13,8 @@ from tests.helpers.client import chat, metric
 
 COUNTED = ("wheels_requests_total", "wheels_completion_tokens_total")
 STUDENT_ALONE = {
-    "bad_words": ["zzz"],
     "structured_outputs": {"choice": ["a", "b"]},
     "response_format": {"type": "json_object"},
-    "presence_penalty": 0.5,
     "prompt_logprobs": 0,
     "use_beam_search": True,
     "repetition_detection": {"max_pattern_size": 2, "min_pattern_size": 1, "min_count": 3},

@@ -30,15 +30,43 @@ async def test_token_for_token_at_every_budget(twin_client: AsyncOpenAI, sources
     assert spans > 600
 
 
-async def test_a_frequency_penalty_counts_the_whole_completion(
-    twin_client: AsyncOpenAI, sources: list[str]
+COUNTING = {
+    "frequency": {"frequency_penalty": 0.8},
+    "presence": {"presence_penalty": 1.5},
+    "a reward": {"presence_penalty": -0.4, "frequency_penalty": 0.3},
+    "presence, no end yet": {"presence_penalty": 1.5, "extra_body": {"min_tokens": 60}},
+}
+
+
+@pytest.mark.parametrize("name", COUNTING)
+async def test_penalties_count_the_whole_completion(
+    twin_client: AsyncOpenAI, sources: list[str], name: str
 ) -> None:
-    penalty = {"frequency_penalty": 0.8, "max_tokens": 120, "extra_body": {"ignore_eos": True}}
-    for source in sources[:6]:
-        alone = await chat(twin_client, source, 0, **penalty)
+    asked = {"max_tokens": 90} | COUNTING[name]
+    asked["extra_body"] = {"ignore_eos": True} | asked.get("extra_body", {})
+    free = {**asked, "frequency_penalty": 0, "presence_penalty": 0}
+    changed = 0
+    for source in sources[:5]:
+        alone = await chat(twin_client, source, 0, **asked)
+        changed += (
+            alone.choices[0].token_ids != (await chat(twin_client, source, 0, **free)).choices[0].token_ids
+        )
         for budget in (0.2, 0.6, 1):
-            together = await chat(twin_client, source, budget, **penalty)
+            together = await chat(twin_client, source, budget, **asked)
             assert together.choices[0].token_ids == alone.choices[0].token_ids
             assert budget == 1 or len(together.teacher["spans"]) > 3
-    free = await chat(twin_client, source, 0, **penalty | {"frequency_penalty": 0})
-    assert free.choices[0].token_ids != alone.choices[0].token_ids
+    assert changed
+
+
+async def test_bad_words_do_not_cross_a_border(twin_client: AsyncOpenAI, sources: list[str]) -> None:
+    """Three tokens in a row that the models would write: they come to lie across many borders."""
+    for source in sources[:5]:
+        free = await chat(twin_client, source, 0, max_tokens=60, extra_body={"ignore_eos": True})
+        text = free.choices[0].message.content
+        words = [text[place : place + 3] for place in range(4, 40, 6) if text[place : place + 3].strip()]
+        extra = {"ignore_eos": True, "bad_words": words}
+        alone = await chat(twin_client, source, 0, max_tokens=60, extra_body=extra)
+        assert alone.choices[0].token_ids != free.choices[0].token_ids
+        for budget in (0.2, 0.6, 1):
+            together = await chat(twin_client, source, budget, max_tokens=60, extra_body=extra)
+            assert together.choices[0].token_ids == alone.choices[0].token_ids

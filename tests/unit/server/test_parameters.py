@@ -15,8 +15,7 @@ def params(**given: object) -> SamplingParams:
 # What two models cannot honour
 
 USED = {
-    "presence_penalty": 0.5,
-    "bad_words": ["damn"],
+    "thinking_token_budget": 5,
     "prompt_logprobs": 3,
 }
 
@@ -32,9 +31,10 @@ def test_every_unsupported_parameter_is_one_of_vllms(name):
     assert hasattr(SamplingParams(), name)
 
 
-def test_two_penalties_at_once_cannot_be_carried_on():
-    both = params(frequency_penalty=0.5, repetition_penalty=1.1)
-    assert unsupported(PROMPT, both, {}) == "frequency_penalty"
+@pytest.mark.parametrize("penalty", ["frequency_penalty", "presence_penalty"])
+def test_a_penalty_that_another_one_scales_cannot_be_carried_on(penalty):
+    both = params(**{penalty: 0.5}, repetition_penalty=1.1)
+    assert unsupported(PROMPT, both, {}) == penalty
 
 
 @pytest.mark.parametrize("name", ["prompt_logprobs", "thinking_token_budget"])
@@ -57,7 +57,8 @@ def test_log_probabilities_of_the_whole_vocabulary_are_too_many():
         {"stop": ["x"], "stop_token_ids": [5], "min_tokens": 3, "max_tokens": 9, "ignore_eos": True},
         {"n": 4, "logprobs": 0, "logit_bias": {3: -5.0}, "allowed_token_ids": [3, 4]},
         {"repetition_penalty": 1.1},
-        {"frequency_penalty": -0.5},
+        {"frequency_penalty": -0.5, "presence_penalty": 0.5},
+        {"bad_words": ["damn"]},
     ],
 )
 def test_everything_else_can_be_honoured(supported):

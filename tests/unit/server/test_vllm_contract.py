@@ -20,6 +20,7 @@ from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
 from server import vllm_api
@@ -28,6 +29,8 @@ from server.vllm_api import (
     UnsupportedVllm,
     answer_by_name,
     check_speculation,
+    count_from,
+    find_counts,
     find_reports,
     output_matrix,
     pack_again,
@@ -37,6 +40,7 @@ from server.vllm_api import (
 )
 
 SOURCE = Path(vllm.__file__).parent
+SAMPLERS = "v1/worker/gpu/sample"
 
 
 def sources(folder: str) -> dict[str, str]:
@@ -72,6 +76,41 @@ def test_a_report_that_is_gone_is_named(monkeypatch):
     monkeypatch.setattr(vllm_api, "REPORTS_V1", (("vllm.v1.nowhere", "Sampler.compute_logprobs"),))
     with pytest.raises(UnsupportedVllm, match=r"this vLLM has no vllm\.v1\.nowhere\.Sampler"):
         find_reports(v2=False)
+
+
+# find_counts, count_from
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_what_counts_a_requests_tokens_tells_them_from_the_prompt(v2):
+    for (_, _, argument), count in zip(
+        vllm_api.COUNTS_V2 if v2 else vllm_api.COUNTS_V1, find_counts(v2=v2), strict=True
+    ):
+        assert argument in inspect.signature(count.function).parameters
+
+
+def test_every_place_of_the_v2_sampler_that_tells_output_from_prompt_is_known():
+    """The others: biases need it for `min_tokens`, watermarks and traces are the operator's."""
+    counted = {module.rpartition(".")[2] for module, _, _ in vllm_api.COUNTS_V2}
+    users = {name.rpartition(".")[2] for name, text in sources(SAMPLERS).items() if "prompt_len" in text}
+    others = {"logit_bias", "prompt_logprob", "interface", "trace_replay", "watermark"}
+    assert users == counted | others
+
+
+def test_the_v1_sampler_hands_its_output_ids_to_what_counts_them():
+    text = inspect.getsource(Sampler)
+    assert "apply_all_penalties(" in text
+    assert "apply_bad_words(logits, bad_words_token_ids, output_token_ids)" in text
+
+
+def test_a_count_that_is_gone_is_named(monkeypatch):
+    place = ("vllm.v1.sample.sampler", "apply_bad_words")
+    monkeypatch.setattr(vllm_api, "COUNTS_V1", ((*place, "gone"),))
+    with pytest.raises(UnsupportedVllm, match="apply_bad_words takes no gone"):
+        count_from(lambda ids: ids, v2=False)
+    monkeypatch.setattr(vllm_api, "COUNTS_V1", ((place[0], "apply_gone", "ids"),))
+    with pytest.raises(UnsupportedVllm, match=r"this vLLM has no .*\.apply_gone"):
+        count_from(lambda ids: ids, v2=False)
 
 
 # output_matrix, weight_of, rows_of, pack_again

@@ -3,18 +3,18 @@
 import pytest
 
 from server.gate_processor import GateProcessor, gate_settings
-from server.vllm_api import find_reports
+from server.vllm_api import find_counts, find_reports
 from tests.helpers import v2_runner
 from tests.helpers.gate_steps import CPU, engine_config
 
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gate changes vLLM's reports for the whole process: a test gives them back."""
+    """A gate changes some of vLLM's functions for the whole process: a test gives them back."""
     v2_runner.use_torch_kernels(monkeypatch)
     for v2 in (False, True):
-        for report in find_reports(v2=v2):
-            monkeypatch.setattr(report.owner, report.name, vars(report.owner)[report.name])
+        for changed in find_reports(v2=v2) + find_counts(v2=v2):
+            monkeypatch.setattr(changed.owner, changed.name, vars(changed.owner)[changed.name])
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 from server.completion import Piece
 from server.teacher.client import Ask
 from server.vllm_api import Logprob
+from server.written import WRITTEN
 from tests.helpers.scripted_pair import (
     ScriptedTeacher,
     count,
@@ -48,18 +49,19 @@ async def test_min_tokens_hold_the_ending_back_but_not_the_question(pair):
     assert [segment.params.max_tokens for segment in engine.segments] == [9, 7]
 
 
-async def test_a_frequency_penalty_counts_the_whole_completion(pair):
-    """What vLLM does not see any more comes as a bias, beside the caller's own."""
+@pytest.mark.parametrize(
+    "counting", [{"frequency_penalty": 0.5}, {"presence_penalty": 0.5}, {"bad_words": ["zz"]}]
+)
+async def test_what_counts_the_completion_knows_where_it_begins(pair, counting):
     engine, teacher = pair(ask_at={2})
-    bias = {ord("a"): 2.0}
-    result = await write(engine, {"tokens": 2}, max_tokens=6, frequency_penalty=0.5, logit_bias=bias)
+    result = await write(engine, {"tokens": 2}, max_tokens=6, **counting)
     assert result.text() == "abCDef"
-    assert [segment.params.frequency_penalty for segment in engine.segments] == [0.5] * 2
-    a, b, c, d = b"abCD"
-    first, second = (segment.params.logit_bias for segment in engine.segments)
-    assert (first, second) == ({a: 2.0}, {a: 1.5, b: -0.5, c: -0.5, d: -0.5})
-    assert teacher.biases == [{a: 1.5, b: -0.5}]
-    assert bias == {a: 2.0}
+    first, second = (segment.params for segment in engine.segments)
+    ((name, value),) = counting.items()
+    assert getattr(first, name) == getattr(second, name) == value
+    assert (first.extra_args.get(WRITTEN), second.extra_args[WRITTEN]) == (None, 4)
+    (ask,) = teacher.asks
+    assert (ask.written, getattr(ask.params, name)) == (2, value)
 
 
 async def test_min_tokens_are_no_length_of_their_own(pair):

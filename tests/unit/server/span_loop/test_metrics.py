@@ -98,5 +98,5 @@ async def test_why_a_request_was_refused_is_noted(pair):
     engine, _ = pair()
     exchange = Exchange(Budget(fraction=0.5))
     with pytest.raises(VLLMValidationError) as error:
-        engine.generate(SamplingParams(presence_penalty=1.0), exchange)
+        engine.generate(SamplingParams(repetition_penalty=1.2, presence_penalty=1.0), exchange)
     assert exchange.failure is error.value

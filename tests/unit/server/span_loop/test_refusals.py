@@ -3,6 +3,7 @@
 import pytest
 
 from server.gate_processor import TERMS
+from server.teacher.carried import MOST_BIASES
 from server.vllm_api import VLLMValidationError
 from tests.helpers.scripted_pair import start, write
 from tests.helpers.scripted_student import PROMPT_IDS, RESERVED, VOCABULARY
@@ -52,44 +53,32 @@ async def test_stop_tokens_are_counted_where_they_are_masked(pair, budget):
 
 
 @pytest.mark.parametrize("budget", [0.9, 1, {"calls": 3}])
-@pytest.mark.parametrize("others", [1000, 1015, 1020])
-async def test_a_frequency_penalty_never_has_more_biases_than_the_engine_takes(pair, budget, others):
+@pytest.mark.parametrize("penalty", ["frequency_penalty", "presence_penalty"])
+@pytest.mark.parametrize("others", [900, 980, 985])
+async def test_a_penalty_never_has_more_biases_than_the_engine_takes(pair, budget, penalty, others):
     """Tokens that are written become biases; with no room for more, the student ends the completion alone."""
     engine, teacher = pair(ask_at=range(0, 1000, 5), span_tokens=3)
     bias = dict.fromkeys(range(300, 300 + others), 0.5)
-    result = await write(engine, budget, max_tokens=150, frequency_penalty=0.5, logit_bias=bias)
+    asked = {penalty: 0.5, "logit_bias": bias}
+    result = await write(engine, budget, max_tokens=150, **asked)
     assert len(result.ids()) == 150
-    sent = [segment.params.logit_bias for segment in engine.segments] + teacher.biases
-    assert max(map(len, sent)) <= 1024
-    ids = result.ids()
-    for segment in engine.segments:
-        written = segment.prefix[len(PROMPT_IDS) :]
-        assert written == ids[: len(written)]
-        assert all(segment.params.logit_bias[i] == -0.5 * written.count(i) for i in written)
-    if others == 1020:
+    for ask in teacher.asks:
+        assert others + len(set(ask.prompt_ids[len(PROMPT_IDS) :])) + ask.tokens <= MOST_BIASES
+    assert all(segment.params.logit_bias == bias for segment in engine.segments)
+    if others > 980 and budget != {"calls": 3}:
         assert result.report.denied == {"penalty": 1}
         assert not result.report.degraded
 
 
-@pytest.mark.parametrize("drafts", [False, True])
-async def test_a_frequency_penalty_with_drafts_is_the_students_alone(pair, drafts):
-    engine, teacher = pair(ask_at={2}, student={"speculative": drafts})
-    if drafts:
-        with pytest.raises(VLLMValidationError) as error:
-            start(engine, 0.5, frequency_penalty=0.5)
-        assert error.value.parameter == "frequency_penalty"
-    await write(engine, frequency_penalty=0.5)
-    assert len(teacher.calls) == (not drafts)
-    assert [segment.params.logit_bias for segment in engine.segments][:1] == [None if drafts else {}]
-
-
 # What is refused
+
+SCALED = {"presence_penalty": 1.0, "repetition_penalty": 1.2}
 
 
 async def test_a_parameter_that_two_models_cannot_honour_is_refused(pair):
     engine, _ = pair()
     with pytest.raises(VLLMValidationError, match="teacher_budget above 0") as error:
-        start(engine, 0.5, presence_penalty=1.0)
+        start(engine, 0.5, **SCALED)
     assert error.value.parameter == "presence_penalty"
     with pytest.raises(VLLMValidationError) as error:
         start(engine, 0.5, unsupported="use_beam_search")
@@ -127,7 +116,7 @@ async def test_what_vllm_refuses_of_one_model_is_refused_of_two(pair, budget):
 @pytest.mark.parametrize("budget", [None, 0])
 async def test_without_a_budget_of_its_own_such_a_request_is_the_students_alone(pair, budget):
     engine, teacher = pair(ask_at={2})
-    result = await write(engine, budget, presence_penalty=1.0)
+    result = await write(engine, budget, **SCALED)
     assert result.text() == "abcdefgh"
     assert engine.segments[0].params.presence_penalty == 1.0
     assert teacher.calls == []

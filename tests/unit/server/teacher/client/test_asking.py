@@ -106,6 +106,7 @@ async def test_the_callers_sampling_is_the_teachers(server, teacher):
         "min_p": 0.1,
         "repetition_penalty": 1.2,
         "frequency_penalty": 0.3,
+        "presence_penalty": 0.4,
         "stop_token_ids": [4],
         "allowed_token_ids": [4, 7],
         "ignore_eos": True,

@@ -162,7 +162,7 @@ async def test_an_id_that_the_student_does_not_have_is_dropped_and_the_rest_aske
         either(tokens, choice([9, VOCABULARY + 5], "stop", stop_reason=VOCABULARY + 5)),
         either(tokens, choice([10], "stop")),
     ]
-    given = {"seed": 5, "min_tokens": 3, "params": SamplingParams(frequency_penalty=0.5, logit_bias={4: 1.0})}
+    given = {"seed": 5, "min_tokens": 3, "params": SamplingParams(logit_bias={4: 1.0})}
     pieces = await collect(write(teacher, tokens, **given))
     assert [piece.token_ids for piece in pieces] == [[7, 8], [9], [10]]
     assert [piece.finish_reason for piece in pieces] == [None, None, "stop"]
@@ -172,7 +172,7 @@ async def test_an_id_that_the_student_does_not_have_is_dropped_and_the_rest_aske
     assert [body["min_tokens"] for body in server.bodies] == [3, 1, 0]
     assert len({body["seed"] for body in server.bodies}) == 3
     assert first["logit_bias"] == {"4": 1.0}
-    assert second["logit_bias"] == {"4": 1.0, "7": -0.5, "8": -0.5, str(VOCABULARY + 3): -100.0}
+    assert second["logit_bias"] == {"4": 1.0, str(VOCABULARY + 3): -100.0}
     assert third["logit_bias"][str(VOCABULARY + 5)] == -100.0
     assert calls(teacher, "ok") >= 1
 

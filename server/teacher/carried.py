@@ -1,0 +1,96 @@
+"""Rules over the whole completion, at a teacher's server that knows a span only.
+
+For a stock server what is written is part of the prompt. So it gets the penalties for it as biases, and its
+tokens are screened: after some of them the same rules need another request.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+from server.completion import Piece
+from server.vllm_api import SamplingParams
+
+MOST_BIASES = 1000
+"""vLLM takes 1,024 biases in a request: some are left for ids that a teacher must not write."""
+
+
+def penalises(params: SamplingParams) -> bool:
+    """Whether every token that is written becomes a bias."""
+    return bool(params.frequency_penalty or params.presence_penalty)
+
+
+def carried_biases(params: SamplingParams, written: Iterable[int]) -> dict[int, float]:
+    """The caller's biases, with what the penalties take off for the tokens that are written.
+
+    vLLM adds biases and subtracts penalties one after the other, so the sum is what one model would subtract.
+    """
+    biases = dict(params.logit_bias or {})
+    if penalises(params):
+        for token_id, times in Counter(written).items():
+            penalty = params.frequency_penalty * times + params.presence_penalty
+            biases[token_id] = biases.get(token_id, 0.0) - penalty
+    return biases
+
+
+class Screened(NamedTuple):
+    """A piece of the teacher's, as far as it can stay."""
+
+    piece: Piece
+    """Without an ending where the teacher is asked again."""
+    again: bool = False
+    """The teacher is to be asked again from here."""
+    banned: int | None = None
+    """The id that would have come next, and ends a bad word."""
+
+
+class Screen(NamedTuple):
+    """What one request to the teacher cannot know."""
+
+    charged: Collection[int] = ()
+    """Ids with a `presence_penalty` in their bias: once one comes again, vLLM would subtract it twice."""
+    bad_words: Sequence[Sequence[int]] = ()
+    """As token ids; vLLM sees those that begin in the span."""
+
+    @classmethod
+    def of(cls, params: SamplingParams, written: Iterable[int]) -> "Screen":
+        """Of a request after these tokens of the completion."""
+        charged = frozenset(written) if params.presence_penalty else frozenset()
+        return cls(charged, params.bad_words_token_ids or ())
+
+    @property
+    def reach(self) -> int:
+        """Tokens before a piece that matter for it."""
+        return max(map(len, self.bad_words), default=1) - 1
+
+    def apply(self, piece: Piece, before: Sequence[int]) -> Screened:
+        """Cut a piece that comes after these tokens, of which the last ``reach`` matter."""
+        if not self.charged and not self.bad_words:
+            return Screened(piece)
+        past = list(before)
+        for place, token_id in enumerate(piece.token_ids):
+            if self._ends_a_bad_word(past, token_id):
+                return Screened(_up_to(piece, place), again=True, banned=token_id)
+            past.append(token_id)
+            if token_id in self.charged and not _ends_at(piece, place):
+                return Screened(_up_to(piece, place + 1), again=True)
+        return Screened(piece)
+
+    def _ends_a_bad_word(self, past: Sequence[int], token_id: int) -> bool:
+        for word in self.bad_words:
+            start = len(past) - len(word) + 1
+            if word[-1] == token_id and start >= 0 and list(word[:-1]) == list(past[start:]):
+                return True
+        return False
+
+
+def _up_to(piece: Piece, end: int) -> Piece:
+    """The first tokens of a piece, without its ending."""
+    return Piece(piece.token_ids[:end], piece.logprobs and piece.logprobs[:end])
+
+
+def _ends_at(piece: Piece, place: int) -> bool:
+    """Whether a piece ends with this token for another reason than that the screen asked for it."""
+    if place + 1 < len(piece.token_ids) or piece.finish_reason is None:
+        return False
+    return piece.finish_reason != "stop" or piece.stop_reason != piece.token_ids[place]
