@@ -1,5 +1,7 @@
 """What a gate sees of one position: the student's own logits, taps included."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,8 @@ LOG_PROB_FLOOR = -30.0
 LOWEST = -80.0
 """A logit this far below the largest counts as masked; exp of it is still a normal float32."""
 
+MASKED = -1e30
+"""A logit that gets no probability, and is finite: nothing becomes NaN because of it."""
 BLOCK = 128
 """Logits of which `largest` first takes the maximum."""
 
@@ -37,12 +41,31 @@ def confidence(logits: Tensor, reserved: ReservedRows) -> Tensor:
     logits: (..., V) with at least the visible rows.
     Returns (..., 10) float32; log-probabilities and entropy in nats, margin = log p1 - log p2.
     """
-    visible = logits[..., : reserved.start].float()
-    top = largest(visible, TOP_LOG_PROBS)
-    uncertainty = Uncertainty.of(visible, top[..., :1])
+    with visible_logits(logits, reserved) as visible:
+        top = largest(visible, TOP_LOG_PROBS)
+        uncertainty = Uncertainty.of(visible, top[..., :1])
     log_probs = (top - top[..., :1] - uncertainty.log_total[..., None]).clamp(min=LOG_PROB_FLOOR)
     margin = log_probs[..., :1] - log_probs[..., 1:2]
     return torch.cat((log_probs, uncertainty.entropy[..., None], margin), dim=-1)
+
+
+@contextmanager
+def visible_logits(logits: Tensor, reserved: ReservedRows) -> Iterator[Tensor]:
+    """Logits as float32 (..., W), in which no reserved row counts.
+
+    On a CPU, softmax copies a part of a row before it reads it. So there the reserved rows of the tensor itself
+    hold MASKED meanwhile, and get back what they held.
+    """
+    own = logits.dtype == torch.float32 and logits.is_contiguous() and not logits.requires_grad
+    if not own or logits.device.type != "cpu":
+        yield logits[..., : reserved.start].float()
+        return
+    hidden = logits[..., reserved.start :].clone()
+    logits[..., reserved.start :] = MASKED
+    try:
+        yield logits
+    finally:
+        logits[..., reserved.start :] = hidden
 
 
 def largest(x: Tensor, k: int) -> Tensor:
@@ -71,9 +94,25 @@ class Uncertainty(NamedTuple):
     def of(cls, x: Tensor, largest: Tensor) -> "Uncertainty":
         """x: (..., V) float32 logits; largest: (..., 1), their maximum.
 
-        Entropy is log sum exp(x) - sum p x, with x taken relative to its maximum. It makes two tensors of the
-        shape of x, and is exact for masked tokens: exp(LOWEST) adds nothing to a float32.
+        Entropy is log sum exp(x) - sum p x, with x taken relative to its maximum.
         """
+        if x.device.type == "cpu" and not x.requires_grad:
+            quick = cls._quick(x, largest)
+            if not quick.entropy.isnan().any():
+                return quick
+        return cls._careful(x, largest)
+
+    @classmethod
+    def _quick(cls, x: Tensor, largest: Tensor) -> "Uncertainty":
+        """In three passes over x, of which one computes exponentials; NaN where a token is masked."""
+        weights = x.softmax(-1)
+        log_total = -weights.amax(-1).log()
+        mean = torch.mul(weights, x, out=weights).sum(-1)
+        return cls(log_total, largest.squeeze(-1) + log_total - mean)
+
+    @classmethod
+    def _careful(cls, x: Tensor, largest: Tensor) -> "Uncertainty":
+        """It makes two tensors of the shape of x. For masked tokens, exp(LOWEST) adds nothing to a float32."""
         shifted = (x - largest).clamp_(min=LOWEST)
         weights = shifted.exp()
         total = weights.sum(-1)

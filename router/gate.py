@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from router.features import Uncertainty, features, largest, n_features
+from router.features import Uncertainty, features, largest, n_features, visible_logits
 from router.reserved import ReservedRows
 
 
@@ -64,8 +64,8 @@ class EntropyGate(Gate):
 
     def forward(self, logits: Tensor) -> Tensor:
         """The entropy of the visible tokens, in nats."""
-        visible = logits[..., : self.reserved.start].float()
-        return Uncertainty.of(visible, visible.amax(-1, keepdim=True)).entropy
+        with visible_logits(logits, self.reserved) as visible:
+            return Uncertainty.of(visible, visible.amax(-1, keepdim=True)).entropy
 
 
 class MarginGate(Gate):
@@ -82,8 +82,8 @@ class MaxProbabilityGate(Gate):
 
     def forward(self, logits: Tensor) -> Tensor:
         """Minus the probability of the best token."""
-        visible = logits[..., : self.reserved.start].float()
-        return -1 / (visible - visible.amax(-1, keepdim=True)).exp_().sum(-1)
+        with visible_logits(logits, self.reserved) as visible:
+            return -visible.softmax(-1).amax(-1)
 
 
 CONFIDENCE_GATES: dict[str, type[Gate]] = {

@@ -46,8 +46,8 @@ SPARE_FROM = "wheels_spare_from"
 TERMS = frozenset({PRICE, NOT_BEFORE, SPARE_PRICE, SPARE_FROM, WRITTEN})
 """What a client must not say: it is between the span loop and the engine."""
 
-PIECE_ON_CPU = 2**19
-"""Logits that a gate reads at a time: 2 MiB."""
+PIECE_ON_CPU = 2**20
+"""Logits that a gate reads at a time: 4 MiB."""
 PIECE_ON_GPU = 2**26
 """The same on a GPU: 256 MiB."""
 MANY = 0.5

@@ -1,6 +1,6 @@
-"""What a gate costs at a step: milliseconds of CPU time for 32 rows, on one thread, best of ten.
+"""What a gate costs at a step, as a multiple of one `log_softmax` over the same rows: CPU time, one thread.
 
-Compared with reading the logits once (`amax`) and with one `log_softmax`.
+Best of ten, in turns, so that a busy machine slows both alike. `amax` reads the logits once.
 
     python -m tests.benchmarks.bench_gate
 """
@@ -15,32 +15,43 @@ from router.gate import GATES
 from router.reserved import ReservedRows
 from server.gate_processor import decide
 
-ROWS = 32
-VOCABULARIES = (49_184, 151_936)
+ROWS = (1, 32, 256)
+VOCABULARIES = (49_184, 128_288, 151_936)
+TURNS = 10
+UNIT = "log_softmax"
+
+Work = Callable[[torch.Tensor], object]
 
 
-def best_of_ten(work: Callable[[torch.Tensor], object], logits: torch.Tensor) -> float:
-    """Milliseconds of CPU time; each run gets logits of its own, as `decide` changes them."""
-    times = []
-    for _ in range(10):
-        own = logits.clone()
-        start = time.process_time()
-        work(own)
-        times.append(time.process_time() - start)
-    return 1000 * min(times)
+def seconds(work: Work, logits: torch.Tensor) -> float:
+    """CPU time; `decide` changes the logits, so it gets logits of its own."""
+    own = logits.clone()
+    start = time.process_time()
+    work(own)
+    return time.process_time() - start
 
 
-def works(size: int) -> dict[str, Callable[[torch.Tensor], object]]:
+def works(rows: int, size: int) -> dict[str, Work]:
     """What is timed, by name, for a vocabulary of this size."""
     reserved = ReservedRows(size - 32)
-    price = torch.full((ROWS,), 1e9)
-    found: dict[str, Callable[[torch.Tensor], object]] = {
+    price = torch.full((rows,), 1e9)
+    found: dict[str, Work] = {
         "amax": partial(torch.amax, dim=-1),
-        "log_softmax": partial(torch.log_softmax, dim=-1),
+        UNIT: partial(torch.log_softmax, dim=-1),
     }
     for name, gate in GATES.items():
         found[name] = partial(decide, gate(reserved).eval(), price=price)
     return found
+
+
+def best_of_all(rows: int, size: int) -> dict[str, float]:
+    """Milliseconds by name."""
+    logits = torch.randn(rows, size) * 3
+    best: dict[str, float] = {}
+    for _ in range(TURNS):
+        for name, work in works(rows, size).items():
+            best[name] = min(best.get(name, 1e9), 1000 * seconds(work, logits))
+    return best
 
 
 @torch.inference_mode()
@@ -48,12 +59,15 @@ def main() -> None:
     """Print a row for each gate."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    columns = [(rows, size) for size in VOCABULARIES for rows in ROWS]
     costs: dict[str, list[str]] = {}
-    for size in VOCABULARIES:
-        logits = torch.randn(ROWS, size) * 3
-        for name, work in works(size).items():
-            costs.setdefault(name, []).append(f"{best_of_ten(work, logits):.1f}")
-    print("| |", " | ".join(f"{size:,} logits" for size in VOCABULARIES), "|")
+    for rows, size in columns:
+        best = best_of_all(rows, size)
+        for name, cost in best.items():
+            shown = f"{cost:.2f} ms" if name == UNIT else f"{cost / best[UNIT]:.2f}"
+            costs.setdefault(name, []).append(shown)
+    print("| |", " | ".join(f"{rows} × {size:,}" for rows, size in columns), "|")
+    print("| --- |", " | ".join(["---:"] * len(columns)), "|")
     for name, row in costs.items():
         print(f"| {name} |", " | ".join(row), "|")
 

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from router.features import LOG_PROB_FLOOR, features, n_features
+from router.features import LOG_PROB_FLOOR, Uncertainty, features, n_features
+from router.gate import GATES
 from router.reserved import ReservedRows
 
 # Of the `reserved` fixture: ten visible tokens, the escalation token, three taps.
@@ -106,3 +107,29 @@ def test_gradients_reach_the_logits(reserved):
     p = logits.detach()[:, :10].softmax(-1)
     expected = -p * (p.log() + torch.special.entr(p).sum(-1, keepdim=True))
     assert torch.allclose(logits.grad[:, :10], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_leaves_the_logits_as_they_were(reserved, name):
+    torch.manual_seed(0)
+    logits = torch.randn(3, reserved.end)
+    before = logits.clone()
+    GATES[name](reserved).eval()(logits)
+    assert torch.equal(logits, before)
+
+
+def test_a_part_of_a_tensor_gives_what_the_whole_row_gives(reserved):
+    torch.manual_seed(0)
+    wide = torch.randn(4, reserved.end + 6)
+    part = wide[:, : reserved.end]  # its rows are apart in memory
+    torch.testing.assert_close(features(part, reserved), features(part.clone(), reserved))
+
+
+def test_the_quick_way_is_the_careful_one_for_a_real_vocabulary():
+    torch.manual_seed(0)
+    x = torch.randn(2, 50_000) * 4
+    largest = x.amax(-1, keepdim=True)
+    quick = Uncertainty._quick(x, largest)
+    careful = Uncertainty._careful(x, largest)
+    torch.testing.assert_close(quick.entropy, careful.entropy, atol=5e-4, rtol=0)
+    torch.testing.assert_close(quick.log_total, careful.log_total, atol=5e-5, rtol=0)
