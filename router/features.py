@@ -53,8 +53,8 @@ def confidence(logits: Tensor, reserved: ReservedRows) -> Tensor:
 def visible_logits(logits: Tensor, reserved: ReservedRows) -> Iterator[Tensor]:
     """Logits as float32 (..., W), in which no reserved row counts.
 
-    On a CPU, softmax copies a part of a row before it reads it. So there the reserved rows of the tensor itself
-    hold MASKED meanwhile, and get back what they held.
+    On a CPU, softmax would copy a part of a row before reading it. So there the reserved rows of the tensor
+    itself hold MASKED meanwhile, and get back what they held.
     """
     own = logits.dtype == torch.float32 and logits.is_contiguous() and not logits.requires_grad
     if not own or logits.device.type != "cpu":
@@ -112,7 +112,7 @@ class Uncertainty(NamedTuple):
 
     @classmethod
     def _careful(cls, x: Tensor, largest: Tensor) -> "Uncertainty":
-        """It makes two tensors of the shape of x. For masked tokens, exp(LOWEST) adds nothing to a float32."""
+        """With two tensors of the shape of x. For masked tokens, exp(LOWEST) adds nothing to a float32."""
         shifted = (x - largest).clamp_(min=LOWEST)
         weights = shifted.exp()
         total = weights.sum(-1)
