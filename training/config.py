@@ -42,7 +42,7 @@ class TokenizerConfig(Frozen):
     examples: PositiveInt = 20_000
     """Training examples that the merges are learned on."""
     pretrained: str | None = None
-    """Directory or hub name."""
+    """Directory, or hub name: OWNER/NAME, or OWNER/NAME@REVISION."""
 
     @model_validator(mode="after")
     def _exclusive(self) -> Self:
@@ -270,7 +270,7 @@ class PretrainedConfig(Frozen):
     """A ready model; trained further where it has a method and a schedule, else taken as it is."""
 
     pretrained: str
-    """Directory or hub name."""
+    """Directory, or hub name: OWNER/NAME, or OWNER/NAME@REVISION."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights; keep float32 for what is trained."""
     lora: LoraConfig | None = None

@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from measuring.chats import messages_of, shown
 from router.errors import RunEnded
 from training import parallel
-from training.config import RecipeError
+from training.hub import directory_of
 from training.lora import merged
 from training.models import save_model
 from training.reading import differ, probe_ids
@@ -104,21 +103,14 @@ def link_model(name: str, directory: Path) -> None:
 
 
 def is_link_to(name: str, directory: Path) -> bool:
-    """Whether this export is the model of that directory or hub name."""
+    """Whether this export is the model of that directory or hub name; without a revision, any of them."""
     target = directory.resolve()
     if Path(name).is_dir():
         return target == Path(name).resolve()
-    return f"models--{name.replace('/', '--')}" in target.parts
-
-
-def directory_of(name: str) -> Path:
-    """Of a directory or hub name. Raises RecipeError if the hub cannot be reached."""
-    if Path(name).is_dir():
-        return Path(name).resolve()
-    try:
-        return Path(snapshot_download(name))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"no model {name}: {str(error).splitlines()[0]}") from error
+    repository, _, revision = name.partition("@")
+    if f"models--{repository.replace('/', '--')}" not in target.parts:
+        return False
+    return not revision or target == directory_of(name).resolve()
 
 
 def export_examples(task: Task, path: Path) -> None:

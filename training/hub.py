@@ -1,19 +1,44 @@
-"""A trained pair on the Hugging Face hub: the student and its router, each in a repository of its own."""
+"""Models from the Hugging Face hub, and the trained pair on it.
+
+Student and router have a repository each.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
 from router.errors import PeerError
+from router.hub import fetch
 
 PUSHED = ("student", "router")
+OLDER_WEIGHTS = ("*.bin",)
+"""Files of a model that has no safetensors: it can be trained, and its export has them."""
 
 
 class HubError(PeerError):
     """The hub cannot be reached, or does not let us write; the message says why."""
+
+
+def directory_of(name: str) -> Path:
+    """Of a directory or hub name, OWNER/NAME or OWNER/NAME@REVISION; downloads what is not in the cache.
+
+    Raises:
+        NotOnHub: there is no such model, or the hub cannot be reached and its cache is not enough.
+    """
+    return Path(name).resolve() if Path(name).is_dir() else _fetched(name)
+
+
+@cache
+def _fetched(name: str) -> Path:
+    """One run works with one version of a model."""
+    directory = fetch(name)
+    if any(directory.glob("*.safetensors")):
+        return directory
+    return fetch(name, others=OLDER_WEIGHTS)
 
 
 def check_hub(name: str, api: HfApi) -> None:

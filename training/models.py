@@ -22,6 +22,7 @@ from router.reserved import RESERVED_ROWS, ReservedRows
 from router.rows import append_rows, vocabulary_rows
 from training.batches import Batch
 from training.config import ModelConfig, PretrainedConfig, PrunedConfig, RecipeError, ScratchConfig, Shape
+from training.hub import directory_of
 from training.lora import add_lora
 from training.parallel import blocks_of, is_sharded
 from training.pruning import pruned
@@ -33,7 +34,9 @@ def check_adapters(config: PretrainedConfig) -> None:
     """Raises LoraError for adapters that the model cannot have; needs its configuration alone."""
     if config.lora is not None:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.pretrained))
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(directory_of(config.pretrained))
+            )
         add_lora(model, config.lora)
 
 
@@ -59,7 +62,7 @@ def build(
         model = pruned(teacher, config.prune.layers, dtype)
     else:
         name = config.pretrained
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(directory_of(name), dtype=dtype)
     rows = model.config.get_text_config().vocab_size
     if rows < visible_ids(tokenizer):
         raise RecipeError(f"{name} has {rows} rows for the tokenizer's {visible_ids(tokenizer)} ids")

@@ -32,10 +32,11 @@ from training.config import (
     ScratchConfig,
     ServedConfig,
 )
-from training.export import directory_of, export, export_examples, link_model, replacing, save
+from training.export import export, export_examples, link_model, replacing, save
 from training.gate_config import InProcessRollouts
 from training.gating.router_stage import FrozenPair, RouterStage
 from training.gating.traffic_stage import TrafficStage
+from training.hub import directory_of
 from training.kept_completions import KeptCompletions
 from training.loop import trainer
 from training.loop.trackers import check_trackers

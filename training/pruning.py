@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from training.config import RecipeError
+from training.hub import directory_of
 from training.parallel import blocks_of
 
 OTHER_LISTS = ("architectures", "bos_token_id", "eos_token_id")
@@ -29,7 +30,7 @@ def check_layers(layers: int, kept: int) -> None:
 
 def layers_of(name: str) -> int:
     """How many layers the model of a directory or hub name has, by its configuration."""
-    return int(AutoConfig.from_pretrained(name).get_text_config().num_hidden_layers)
+    return int(AutoConfig.from_pretrained(directory_of(name)).get_text_config().num_hidden_layers)
 
 
 def pruned(teacher: Path, kept: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from training.config import (
     RecipeError,
     ServedConfig,
 )
-from training.export import directory_of
+from training.hub import directory_of
 from training.served import ServedTeacher, VLLMServer
 from training.teacher_cache import TeacherCache
 from training.tokenizer import for_router, rendered, visible_ids
@@ -82,10 +82,10 @@ def check_pair(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def check_rows(student: str, known: int) -> None:
     """Raises RecipeError where the router's rows are neither there nor can be appended when it is served."""
-    rows = AutoConfig.from_pretrained(student).get_text_config().vocab_size
+    directory = directory_of(student)
+    rows = AutoConfig.from_pretrained(directory).get_text_config().vocab_size
     if rows > known:
         return
-    directory = directory_of(student)
     if not any(directory.glob("*.safetensors")):
         return  # the export will have such files
     try:
@@ -111,6 +111,8 @@ def served_teacher(config: ServedConfig, cache: TeacherCache | None = None) -> S
 
 def _load(name: str) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(directory_of(name))
     except (OSError, ValueError) as error:
         raise RecipeError(f"no tokenizer in {name}: {error}") from error
+    tokenizer.name_or_path = name  # for messages
+    return tokenizer

@@ -104,7 +104,7 @@ def test_a_teacher_that_needs_no_training_needs_no_stage(recipe, ready, tmp_path
 
 def test_a_model_that_is_not_there_is_named(recipe, tmp_path, capsys):
     assert train([recipe, f"student={{pretrained: {tmp_path}/none}}"]) == 2
-    assert f"no tokenizer in {tmp_path}/none" in capsys.readouterr().err
+    assert f"no such directory, and not a name on the hub: {tmp_path}/none" in capsys.readouterr().err
 
 
 def other_tokenizer(directory):

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server.config import ConfigError
-from server.hub import fetch
+from router.hub import NotOnHub, fetch
 from tests.helpers.fake_hub import FakeHub
 
 NEEDED = {
@@ -47,16 +46,23 @@ async def test_only_the_files_that_are_needed_are_fetched_and_once(hub, tmp_path
     assert len(hub.asked) == len(NEEDED)
 
 
+async def test_further_files_are_fetched_where_they_are_needed(hub, tmp_path):
+    directory = await asyncio.to_thread(fetch, "small/student", tmp_path, hub.url, others=["*.bin"])
+    assert (directory / "pytorch_model.bin").is_file()
+    assert set(hub.asked) == {*NEEDED, "pytorch_model.bin"}
+
+
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
         ("small/nothing", "no such directory, and the hub has no model small/nothing"),
         ("small/student@v3", "small/student has no revision v3"),
         ("gated/student", "gated/student: access has to be asked for on the hub"),
+        ("/no/such/place", "no such directory, and not a name on the hub: /no/such/place"),
     ],
 )
 async def test_a_name_that_does_not_work_is_reported_in_one_line(hub, tmp_path, name, problem):
-    with pytest.raises(ConfigError, match=problem) as error:
+    with pytest.raises(NotOnHub, match=problem) as error:
         await fetched(hub, name, tmp_path)
     assert "\n" not in str(error.value)
 
@@ -65,7 +71,7 @@ async def test_without_the_hub_the_cache_serves(hub, tmp_path):
     directory = await fetched(hub, "small/student", tmp_path)
     gone = "http://127.0.0.1:9"
     assert await asyncio.to_thread(fetch, "small/student", tmp_path, gone) == directory
-    with pytest.raises(ConfigError, match=r"not in the hub's cache, and the hub cannot be reached") as error:
+    with pytest.raises(NotOnHub, match=r"not in the hub's cache, and the hub cannot be reached") as error:
         await asyncio.to_thread(fetch, "small/router", tmp_path, gone)
     assert "\n" not in str(error.value)
 
