@@ -24,6 +24,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "serve": Command("server.serve:main", "serve a student that asks its teacher, within a budget"),
     "demo": Command("server.demo:main", "start the demo pair, measure it at several budgets, keep serving"),
+    "calibrate": Command("server.calibrate:main", "find the prices of teacher rates from a file of prompts"),
     "train": Command("training.cli:train", "train a student and its router from a recipe", failure=2),
     "evaluate": Command(
         "training.cli:evaluate", "measure quality against the realised teacher rate", failure=2

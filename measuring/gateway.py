@@ -1,8 +1,8 @@
 """A running gateway, asked as its users ask it: through OpenAI's own client."""
 
 import asyncio
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -34,6 +34,10 @@ class GatewayReply:
     calls: int
     degraded: bool
     """The teacher was lost, and the student finished alone."""
+    denied: Mapping[str, int] = field(default_factory=dict)
+    """How often the student went on alone, by reason."""
+    clamped: bool = False
+    """The key's maximum was less than the budget."""
 
     @property
     def by_teacher(self) -> list[bool]:
@@ -42,6 +46,22 @@ class GatewayReply:
         for start, end in self.spans:
             flags[start:end] = [True] * (end - start)
         return flags
+
+
+class GatewayPrice(msgspec.Struct, frozen=True):
+    """What a teacher token costs the student at one rate."""
+
+    rate: float
+    price: float
+
+
+class GatewayPrices(msgspec.Struct, frozen=True):
+    """The prices of a gateway."""
+
+    learned: bool
+    """Whether its traffic moves them."""
+    prices: list[GatewayPrice]
+    """By rate, increasing."""
 
 
 class GatewayClient:
@@ -55,6 +75,7 @@ class GatewayClient:
         timeout: seconds for one completion.
         retries: of a request that failed for a reason that may pass.
         transport: an HTTP client in place of its own.
+        temperature: of completions; None: the gateway's default.
     """
 
     def __init__(
@@ -67,9 +88,14 @@ class GatewayClient:
         timeout: float = 600.0,
         retries: int = 0,
         transport: Any = None,
+        temperature: float | None = 0.0,
     ) -> None:
         self._url = url.rstrip("/")
-        self._max_tokens = max_tokens
+        self._optional: dict[str, Any] = {}
+        if max_tokens is not None:
+            self._optional["max_tokens"] = max_tokens
+        if temperature is not None:
+            self._optional["temperature"] = temperature
         self._openai = AsyncOpenAI(
             base_url=f"{self._url}/v1",
             api_key=api_key,
@@ -95,21 +121,33 @@ class GatewayClient:
     async def __aexit__(self, *_: object) -> None:
         await self._openai.close()
 
+    async def prices(self) -> GatewayPrices:
+        """What a teacher token costs at each rate.
+
+        Raises:
+            GatewayError: the gateway does not tell.
+        """
+        try:
+            reply = await self._openai.get(f"{self._url}/prices", cast_to=object)
+            return msgspec.convert(reply, GatewayPrices)
+        except OpenAIError as error:
+            raise self._error(_problem(error)) from error
+        except msgspec.ValidationError as error:
+            raise self._error(f"its prices cannot be read: {error}") from error
+
     async def ask(self, source: Source, budget: float) -> GatewayReply:
-        """A greedy completion of one chat.
+        """The completion of one chat.
 
         Raises:
             GatewayError: there is none.
         """
-        optional: dict[str, Any] = {} if self._max_tokens is None else {"max_tokens": self._max_tokens}
         try:
             async with self._slots:
                 raw = await self._openai.chat.completions.with_raw_response.create(
                     model=self._model,
                     messages=cast(Any, messages_of(source)),
-                    temperature=0,
                     extra_body={"teacher_budget": budget, "return_token_ids": True},
-                    **optional,
+                    **self._optional,
                 )
         except OpenAIError as error:
             raise self._error(_problem(error)) from error
@@ -156,6 +194,8 @@ class GatewayClient:
             teacher_tokens=chat.teacher.tokens,
             calls=chat.teacher.calls,
             degraded=chat.teacher.degraded,
+            denied=chat.teacher.denied,
+            clamped=chat.teacher.clamped,
         )
 
     def _decoded(self, content: bytes, kind: type[Wire]) -> Wire:
@@ -194,6 +234,8 @@ class _Teacher(msgspec.Struct):
     tokens: int
     calls: int
     degraded: bool
+    denied: dict[str, int] = msgspec.field(default_factory=dict)
+    clamped: bool = False
 
 
 class _Chat(msgspec.Struct):

@@ -61,6 +61,13 @@ class Realised(NamedTuple):
     """The tokens it was measured on; older ones fade."""
 
 
+class TokenCount(NamedTuple):
+    """What was written at one knot; older tokens fade."""
+
+    teacher_tokens: float
+    completion_tokens: float
+
+
 @dataclass
 class Correction:
     """What is learned at one knot."""
@@ -90,6 +97,8 @@ class SavedState(BaseModel):
     quantiles: tuple[float, ...]
     positions: int
     offsets: tuple[float, ...]
+    counts: tuple[TokenCount, ...] = ()
+    """At each knot; files of older versions have none."""
 
 
 class AdaptiveCalibration:
@@ -110,16 +119,20 @@ class AdaptiveCalibration:
         self.observations = 0
         """How often `observe` has learned something."""
         self._corrections = [Correction() for _ in KNOTS]
+        self._restored = SeenScores((), 0)
         self._seen = SeenScores((), 0)
         self.see(self._seen)
 
     def see(self, scores: SeenScores) -> None:
-        """Take the distribution of scores that the engine has seen; it replaces the one before."""
+        """Take the distribution of scores that the engine has seen; it replaces the one before.
+
+        A restored distribution gives way as the engine sees as many positions.
+        """
         self._seen = scores
-        prior = PRIOR_SCORES[self.gate]
-        weighted = list(zip(prior, repeat(PRIOR_POSITIONS / len(prior))))
-        if scores.positions:
-            weighted += zip(scores.quantiles, repeat(scores.positions / len(scores.quantiles)))
+        older = max(self._restored.positions - scores.positions, 0)
+        weighted = _weighted(PRIOR_SCORES[self.gate], PRIOR_POSITIONS)
+        weighted += _weighted(self._restored.quantiles, older)
+        weighted += _weighted(scores.quantiles, scores.positions)
         weighted.sort()
         self._scores = [score for score, _ in weighted]
         self._below = list(accumulate(weight for _, weight in weighted))
@@ -178,21 +191,31 @@ class AdaptiveCalibration:
     @property
     def state(self) -> SavedState:
         """What `restore` takes."""
-        offsets = tuple(correction.offset for correction in self._corrections)
+        offsets = []
+        counts = []
+        for correction in self._corrections:
+            offsets.append(correction.offset)
+            counts.append(TokenCount(correction.teacher_tokens, correction.completion_tokens))
+        enough = self._seen.positions >= self._restored.positions
+        scores = self._seen if enough else self._restored
         return SavedState(
             gate=self.gate,
-            quantiles=tuple(self._seen.quantiles),
-            positions=self._seen.positions,
-            offsets=offsets,
+            quantiles=tuple(scores.quantiles),
+            positions=scores.positions,
+            offsets=tuple(offsets),
+            counts=tuple(counts),
         )
 
     def restore(self, state: SavedState) -> bool:
         """Go on from a saved state; False, and nothing happens, if it belongs to another gate."""
         if state.gate != self.gate or len(state.offsets) != len(KNOTS):
             return False
-        self.see(SeenScores(state.quantiles, state.positions))
+        self._restored = SeenScores(state.quantiles, state.positions)
+        self.see(SeenScores((), 0))
         for correction, offset in zip(self._corrections, state.offsets, strict=True):
             correction.offset = offset
+        for correction, count in zip(self._corrections, state.counts, strict=False):
+            correction.teacher_tokens, correction.completion_tokens = count
         return True
 
     def _corrected(self, rate: float) -> float:
@@ -211,6 +234,11 @@ class AdaptiveCalibration:
         """The score that this share of the positions does not exceed."""
         wanted = share * self._below[-1]
         return self._scores[min(bisect_right(self._below, wanted), len(self._scores) - 1)]
+
+
+def _weighted(quantiles: Sequence[float], positions: int) -> list[tuple[float, float]]:
+    """(score, weight) of each quantile: together they weigh as much as the positions."""
+    return list(zip(quantiles, repeat(positions / max(len(quantiles), 1))))
 
 
 class Place(NamedTuple):

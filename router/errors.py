@@ -9,7 +9,9 @@ WheelsError
 │   ├── DataError                 a file of examples
 │   ├── LoraError                 adapters that this model does not take
 │   ├── UnreadableModel           a model that training cannot read
+│   ├── NotOnHub                  a model's name that the hub does not give us
 │   ├── IncompletePair            a pair's directory that lacks a file
+│   ├── NothingToLearn            a gateway whose prices prompts do not move
 │   ├── HeavyError                a student that the benchmarks cannot deepen
 │   ├── ImportFailed              a model in GGUF format
 │   ├── FetchError                a data set that cannot be made here

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import (
@@ -219,13 +219,29 @@ class ServeConfig(BaseModel):
         return {setting_name(name): value for name, value in self.vllm.items()}
 
 
+class CommandLine(NamedTuple):
+    """The words of a command, without what is for vLLM."""
+
+    words: list[str]
+    vllm_flags: list[str]
+    """What follows a ``--``: flags of vLLM's own server."""
+
+    @classmethod
+    def of(cls, argv: list[str]) -> "CommandLine":
+        """The two parts of a command's arguments."""
+        if "--" not in argv:
+            return cls(argv, [])
+        place = argv.index("--")
+        return cls(argv[:place], argv[place + 1 :])
+
+
 def load(argv: list[str]) -> ServeConfig:
     """Configuration from the command line; flags of vLLM's own server may follow a ``--``.
 
     Raises:
         ConfigError: a value is wrong, a key unknown or a file missing; it names the setting.
     """
-    own, vllm_flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    words, vllm_flags = CommandLine.of(argv)
     parser = argparse.ArgumentParser(
         prog="wheels serve",
         description="Serve a student that asks a teacher, behind vLLM's OpenAI-compatible API.",
@@ -233,13 +249,36 @@ def load(argv: list[str]) -> ServeConfig:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    add_settings(parser)
+    return checked(read_settings(vars(parser.parse_args(words))), vllm_flags)
+
+
+def add_settings(parser: argparse._ActionsContainer) -> None:
+    """A flag for every setting, and one for the file."""
     parser.add_argument("--config", type=Path, help="YAML file of the settings below, by name")
     for name, field in ServeConfig.model_fields.items():
         if name != "vllm":
             default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
             parser.add_argument(f"--{name.replace('_', '-')}", help=(field.description or "") + default)
-    flags = vars(parser.parse_args(own))
-    settings = _from_file(flags.pop("config", None)) | _from_environment() | flags
+
+
+def read_settings(flags: dict[str, Any]) -> dict[str, Any]:
+    """Settings by name, as they were given: flags win over variables, variables over the file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    file = flags.pop("config", None)
+    return _from_file(file) | _from_environment() | flags
+
+
+def checked(settings: dict[str, Any], vllm_flags: list[str]) -> ServeConfig:
+    """The configuration of these settings.
+
+    Raises:
+        ConfigError: see `load`.
+    """
+    settings = dict(settings)
     try:
         if vllm_flags:
             settings["vllm"] = _merged(settings.get("vllm", {}), read_flags(vllm_flags))

@@ -308,6 +308,7 @@ async def _background(works: Sequence[Coroutine[Any, Any, None]]) -> AsyncIterat
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.wait(tasks, timeout=CUT_OFF_SECONDS)  # learned prices are written
 
 
 def _report_death(task: asyncio.Task[None]) -> None:

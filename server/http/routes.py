@@ -1,4 +1,4 @@
-"""The gateway's own routes, beside those of vLLM: readiness, budgets and the playground."""
+"""The gateway's own routes, beside those of vLLM: readiness, budgets, prices and the playground."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 from measuring.examples import load_sources
 from server.http.access import owner_of
 from server.http.budgets import BudgetsView, answer
+from server.http.prices import PricesView, view
 from server.tenants import Tenants
 
 PLAYGROUND = Path(__file__).with_name("playground.html")
@@ -47,6 +48,12 @@ def routes(examples: Path | None, tenants: Tenants | None) -> APIRouter:
         """Limits that requests share: a tenant's key shows its own, the admin's all of them."""
         engine: Any = request.app.state.engine_client
         return await answer(engine.cooperation.shared, tenants, owner_of(request.scope))
+
+    @router.get("/prices")
+    async def prices(request: Request) -> PricesView:
+        """The price of a teacher token at each rate, and what the rates realised."""
+        engine: Any = request.app.state.engine_client
+        return view(engine.cooperation.policy.calibration)
 
     @router.get("/", include_in_schema=False)
     async def playground() -> FileResponse:

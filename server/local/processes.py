@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,8 @@ class Service:
     """Takes stdout and stderr."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Added to our own environment."""
+    hidden: Collection[str] = ()
+    """Variables of ours that it does not get."""
 
 
 class Child:
@@ -50,7 +52,7 @@ class Child:
         with service.log.open("wb") as log:
             self.process = subprocess.Popen(
                 service.command,
-                env={**os.environ, **service.environment},
+                env=_environment(service),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -98,6 +100,13 @@ class Child:
         except ProcessLookupError:
             return True
         return False
+
+
+def _environment(service: Service) -> dict[str, str]:
+    environment = {**os.environ, **service.environment}
+    for name in service.hidden:
+        environment.pop(name, None)
+    return environment
 
 
 @contextmanager

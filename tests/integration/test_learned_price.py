@@ -1,21 +1,26 @@
 """Without a router and without a price, the rates that requests ask for are realised."""
 
 import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from openai import AsyncOpenAI
 
-from server.local.pair import Pair, Serving, free_port, gateway_service
+from server.local.pair import EXACT, UNIPROC, Pair, Serving, free_port, gateway_service
 from server.local.processes import running
 from tests.helpers.client import chat, excess, metric, openai_client
+from tests.helpers.paths import DEMO, ROOT
 
-WARM_UP = 100
 MEASURED = 200
 AT_ONCE = 8
 SPAN_TOKENS = 4
 FRACTIONS = (0.05, 0.3)
+NEAR = 0.02
 
 
 async def replies(client: AsyncOpenAI, sources: list[str], fraction: float) -> list[Any]:
@@ -34,28 +39,45 @@ def realised(answers: list[Any]) -> float:
     return teacher / sum(answer.usage.completion_tokens for answer in answers)
 
 
-async def test_after_a_hundred_prompts_the_rate_is_the_budget(
+def calibrated(*arguments: str, vllm: Sequence[str] = ()) -> dict[float, dict[str, Any]]:
+    """The rows of `wheels calibrate`, by the rate that was asked for."""
+    rates = ",".join(map(str, FRACTIONS))
+    options = ("--rates", rates, "--temperature", "0", "--concurrency", str(AT_ONCE), "--json")
+    prompts = str(DEMO / "examples.jsonl")
+    done = subprocess.run(
+        [sys.executable, "-m", "wheels", "calibrate", prompts, *options, *arguments, *vllm],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=550,
+    )
+    assert done.returncode == 0, done.stderr
+    return {row["asked"]: row for row in json.loads(done.stdout)["rows"]}
+
+
+async def test_calibrated_prices_are_there_at_the_next_start(
     stack: Serving, pair: Pair, sources: list[str], tmp_path: Path
 ) -> None:
-    """No flag but the place of the cache; and a second start goes on where the first one ended."""
+    """No flag but the place of the cache. The first start knows nothing, the second goes on from there."""
+    cache = ("--cache", str(tmp_path / "cache"))
+    executor = ("--distributed-executor-backend", UNIPROC, "--kv-cache-memory-bytes", "256M")
+    rows = calibrated(
+        *("--student", str(pair.student), "--teacher", stack.teacher), *cache, vllm=("--", *EXACT, *executor)
+    )
+    for fraction in FRACTIONS:
+        assert rows[fraction]["realised"] == pytest.approx(fraction, abs=NEAR)
+    assert len(list((tmp_path / "cache" / "prices").iterdir())) == 1
+
     untrained = Pair(pair.teacher, pair.student, router=None)
-    flags = ("--cache", str(tmp_path / "cache"))
     url = f"http://127.0.0.1:{free_port()}"
-    service = gateway_service(untrained, stack.teacher, url, tmp_path, flags)
-    many = sources * 2
-    with running([service], timeout=300):
+    with running([gateway_service(untrained, stack.teacher, url, tmp_path, cache)], timeout=300):
         async with openai_client(url) as client:
             for fraction in FRACTIONS:
-                await replies(client, many[:WARM_UP], fraction)
-                answers = await replies(client, many[WARM_UP : WARM_UP + MEASURED], fraction)
-                assert realised(answers) == pytest.approx(fraction, abs=0.02), fraction
+                answers = await replies(client, sources[:MEASURED], fraction)
+                assert realised(answers) == pytest.approx(fraction, abs=NEAR), fraction
                 assert max(excess(answer, fraction, SPAN_TOKENS) for answer in answers) <= 1e-9
+        rows = calibrated("--gateway", url)
         for fraction in FRACTIONS:
+            assert rows[fraction]["realised"] == pytest.approx(fraction, abs=NEAR)
             rate = metric(url, "wheels_realised_rate", aim=f"{fraction:g}")
-            assert rate == pytest.approx(fraction, abs=0.02)
-    assert len(list((tmp_path / "cache" / "prices").iterdir())) == 1
-    again = gateway_service(untrained, stack.teacher, url, tmp_path, flags, "again")
-    with running([again], timeout=300):
-        async with openai_client(url) as client:
-            answers = await replies(client, sources[:WARM_UP], 0.3)
-    assert realised(answers) == pytest.approx(0.3, abs=0.02)
+            assert rate == pytest.approx(fraction, abs=NEAR)

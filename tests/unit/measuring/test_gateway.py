@@ -9,7 +9,8 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 
-from measuring.gateway import GatewayClient, GatewayError, GatewayReply
+from measuring.chats import Turn
+from measuring.gateway import GatewayClient, GatewayError, GatewayPrice, GatewayPrices, GatewayReply
 
 MODELS = {"data": [{"id": "wheels"}]}
 CHAT = {
@@ -59,6 +60,41 @@ def test_a_reply_says_who_wrote_what() -> None:
     for body in bodies:
         assert (body["model"], body["teacher_budget"], body["max_tokens"]) == ("wheels", 0.2, 9)
         assert (body["temperature"], body["return_token_ids"]) == (0, True)
+
+
+def test_a_conversation_goes_out_as_it_is_and_what_is_not_set_stays_the_gateways() -> None:
+    conversation = (Turn("system", "Be brief."), Turn("user", "Why?"))
+    bodies = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.content:
+            bodies.append(json.loads(request.content))
+        return answering(CHAT)(request)
+
+    async def go() -> None:
+        made = client(answer)
+        made._optional = GatewayClient("http://there/", concurrency=1, temperature=None)._optional
+        async with made as gateway:
+            await gateway.ask(conversation, 0.2)
+
+    asyncio.run(go())
+    (body,) = bodies
+    assert body["messages"] == [turn._asdict() for turn in conversation]
+    assert body.keys().isdisjoint({"temperature", "max_tokens"})
+
+
+def test_prices_are_read_from_the_gateways_own_route() -> None:
+    body = {"learned": True, "prices": [{"rate": 0.1, "price": -2.5}], "realised": []}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        models = httpx.Response(200, json=MODELS)
+        return httpx.Response(200, json=body) if request.url.path == "/prices" else models
+
+    async def go() -> GatewayPrices:
+        async with client(answer) as gateway:
+            return await gateway.prices()
+
+    assert asyncio.run(go()) == GatewayPrices(True, [GatewayPrice(0.1, -2.5)])
 
 
 def changed(**fields: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from router.adaptive import KNOTS, PRIOR_SCORES, AdaptiveCalibration, SavedState
+from router.adaptive import KNOTS, PRIOR_SCORES, AdaptiveCalibration, SavedState, SeenScores
 from tests.helpers.scored_traffic import ScoredTraffic
 
 
@@ -33,6 +33,37 @@ def test_it_goes_on_where_it_was_saved():
     second = AdaptiveCalibration("entropy", 1)
     assert second.restore(saved)
     assert second.points == first.calibration.points
+
+
+def test_restored_scores_give_way_as_the_engine_sees_as_many():
+    """The engine of a new process begins with an empty sketch."""
+    first = AdaptiveCalibration("entropy", 1)
+    first.see(SeenScores([5.0] * 257, 8000))
+    second = AdaptiveCalibration("entropy", 1)
+    assert second.restore(first.state)
+    second.see(SeenScores([9.0] * 257, 80))
+    assert second.price(0.1) == 5.0
+    assert second.state.positions == 8000
+    second.see(SeenScores([9.0] * 257, 8000))
+    assert second.price(0.1) == 9.0
+    assert second.state == first.state.model_copy(update={"quantiles": (9.0,) * 257})
+
+
+def test_a_restored_rate_follows_the_others_no_more_than_before():
+    """The 4,000 tokens at 0.5 count on: with 400 it would follow half, with 4,000 a small part."""
+    first = AdaptiveCalibration("random", 1)
+    first.observe(0.5, 2000, 4000)
+    second = AdaptiveCalibration("random", 1)
+    assert second.restore(first.state)
+    assert second.realised == first.realised
+    for calibration in (first, second):
+        calibration.observe(0.05, 84, 420)
+    assert second.points == first.points
+
+
+def test_a_state_of_an_older_version_is_taken():
+    old = AdaptiveCalibration("margin", 1).state.model_dump(exclude={"counts"})
+    assert AdaptiveCalibration("margin", 1).restore(SavedState.model_validate(old))
 
 
 def test_a_state_of_another_gate_is_not_taken():

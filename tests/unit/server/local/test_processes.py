@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,16 @@ def test_the_environment_is_added_to_ours(tmp_path: Path, monkeypatch: pytest.Mo
     assert child.process.wait(100) == 0
     assert base.log.read_text() == "12\n"
     assert "THEIRS" not in os.environ
+
+
+def test_a_hidden_variable_does_not_reach_the_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OURS", "1")
+    base = service(tmp_path, "import os; print(os.environ.get('OURS'))")
+    child = Child(replace(base, hidden=("OURS", "NOBODYS")))
+    assert child.process.wait(100) == 0
+    assert base.log.read_text() == "None\n"
 
 
 def test_a_free_port_is_the_preferred_one_when_it_is_free() -> None:

@@ -1,0 +1,43 @@
+"""What `GET /prices` answers: the price of a teacher token at each rate, and what it realised."""
+
+from typing_extensions import TypedDict
+
+from router.adaptive import AdaptiveCalibration
+from router.policy import Prices
+
+
+class PriceView(TypedDict):
+    """The price at one rate."""
+
+    rate: float
+    price: float
+
+
+class RealisedView(TypedDict):
+    """What came of one rate, over recent traffic."""
+
+    aim: float
+    rate: float
+    completion_tokens: float
+
+
+class PricesView(TypedDict):
+    """The whole answer."""
+
+    learned: bool
+    """Whether the traffic moves the prices; if not, they were measured with the router or set."""
+    prices: list[PriceView]
+    """By rate, increasing."""
+    realised: list[RealisedView]
+    """Only where the prices are learned."""
+
+
+def view(calibration: Prices) -> PricesView:
+    """The answer as JSON knows it."""
+    prices: list[PriceView] = [{"rate": rate, "price": price} for rate, price in calibration.points]
+    if not isinstance(calibration, AdaptiveCalibration):
+        return {"learned": False, "prices": prices, "realised": []}
+    realised: list[RealisedView] = []
+    for aim, rate, completion_tokens in calibration.realised:
+        realised.append({"aim": aim, "rate": rate, "completion_tokens": completion_tokens})
+    return {"learned": True, "prices": prices, "realised": realised}
