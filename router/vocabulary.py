@@ -1,8 +1,11 @@
 """Whether two tokenizers are the same: every id, every special token, and how text is split.
 
-A pair exchanges token ids, so one id with two meanings spoils everything after it. A `Question` is put to
-the other tokenizer, by HTTP or in process, and knows the answer of our own. Bodies and answers are those
-of vLLM's ``/detokenize`` and ``/tokenize``.
+A pair exchanges token ids, so one id with two meanings spoils everything after it. How text is split binds
+nobody: all text is split by the student's tokenizer, and the teacher reads its ids. But a teacher that would
+split the text, or begin it, in another way reads what it was not trained on. So that is worth a warning.
+
+A `Question` is put to the other tokenizer, by HTTP or in process, and knows the answer of our own. Bodies and
+answers are those of vLLM's ``/detokenize`` and ``/tokenize``.
 """
 
 import random
@@ -35,6 +38,9 @@ CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 """Some versions of `transformers` take the first space out of these when they decode, others do not."""
 
 UNKNOWN = "\ufffd"
+
+OTHER_SPLIT = "would split text in another way than the student, whose token ids it reads"
+"""Said of a teacher with other answers to questions that are not binding."""
 
 
 class Tokenizer(Protocol):
@@ -76,6 +82,10 @@ class Question(Protocol):
         """Whether a server may refuse to answer."""
 
     @property
+    def binding(self) -> bool:
+        """Whether another answer means another vocabulary; if not, it is worth a warning."""
+
+    @property
     def body(self) -> dict[str, Any]:
         """Of that request."""
 
@@ -99,6 +109,7 @@ class IdsQuestion:
     """By our tokenizer, of each id with its context."""
     optional: bool = False
     path: str = "/detokenize"
+    binding: bool = True
 
     @property
     def body(self) -> dict[str, Any]:
@@ -137,6 +148,7 @@ class TextQuestion:
     add_special_tokens: bool = False
     optional: bool = False
     path: str = "/tokenize"
+    binding: bool = False
 
     @property
     def body(self) -> dict[str, Any]:
@@ -191,17 +203,30 @@ def questions(tokenizer: Tokenizer, rows: int = 0) -> list[Question]:
     return asked
 
 
-def difference(ours: Tokenizer, theirs: Tokenizer) -> str | None:
-    """What two tokenizers in this process do not agree on; None if they are the same."""
+class Differences(NamedTuple):
+    """The first things that two tokenizers do not agree on, each as the middle of a sentence."""
+
+    ids: str | None = None
+    """An id, for which they are no pair."""
+    texts: str | None = None
+    """A text that they split, or begin, in different ways."""
+
+
+def differences(ours: Tokenizer, theirs: Tokenizer) -> Differences:
+    """What two tokenizers in this process do not agree on."""
     here = ours.get_vocab().keys()
     there = theirs.get_vocab().keys()
     if here != there:
         token = min(here ^ there)
-        return f"{token!r} is a token {'here' if token in here else 'there'} only"
+        return Differences(ids=f"{token!r} is a token {'here' if token in here else 'there'} only")
+    found = Differences()
     for question in questions(ours):
-        if problem := question.difference(question.answered_by(theirs)):
-            return problem
-    return None
+        problem = question.difference(question.answered_by(theirs))
+        if problem and question.binding:
+            return Differences(ids=problem)
+        if problem and found.texts is None:
+            found = Differences(texts=problem)
+    return found
 
 
 def cleaned(texts: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from router.errors import PeerError
-from router.vocabulary import questions
+from router.vocabulary import OTHER_SPLIT, questions
 from training.batches import Batch
 from training.teacher_cache import TeacherCache, key_of
 from training.tokenizer import for_router
@@ -207,15 +207,19 @@ class ServedTeacher:
         return Likeliest(torch.from_numpy(ids), torch.from_numpy(log_probs))
 
     def check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Check that the teacher's tokens are those of `tokenizer`, and that it splits texts alike.
+        """Check that the teacher's tokens are those of `tokenizer`; prints where it splits a text otherwise.
 
         Raises:
-            ServerError: it does not, or cannot be used.
+            ServerError: they are not, or it cannot be used.
         """
+        warned = False
         for question in questions(for_router(tokenizer)):
             body = {"model": self._server.model, **question.body}
             problem = question.difference(self._server.ask(question.path, body, dict[str, object]))
-            if problem:
+            if problem and not question.binding and not warned:
+                print(f"{self._server.model} at {self._server.url} {OTHER_SPLIT}: {problem}")
+                warned = True
+            if problem and question.binding:
                 raise ServerError(
                     f"the teacher {self._server.model} at {self._server.url} has another vocabulary than "
                     f"the student's tokenizer {tokenizer.name_or_path}: {problem}"

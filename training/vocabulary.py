@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from measuring.json_lines import DataError
 from router.rows import CheckpointError, VocabularyTensors
-from router.vocabulary import difference
+from router.vocabulary import OTHER_SPLIT, differences
 from training.config import (
     ROLES,
     ChatConfig,
@@ -95,13 +95,15 @@ def check_rows(student: str, known: int) -> None:
 
 
 def check_vocabulary(role: str, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises RecipeError, with the first difference, if a model's tokenizer is not like `tokenizer`."""
-    problem = difference(for_router(tokenizer), for_router(_load(name)))
-    if problem:
+    """Raises RecipeError, with the first difference, if a model's ids are not those of `tokenizer`."""
+    found = differences(for_router(tokenizer), for_router(_load(name)))
+    if found.ids:
         raise RecipeError(
-            f"the {role} {name} has another vocabulary than {tokenizer.name_or_path}: {problem}; a pair "
+            f"the {role} {name} has another vocabulary than {tokenizer.name_or_path}: {found.ids}; a pair "
             "needs one vocabulary"
         )
+    if found.texts:
+        print(f"the {role} {name} {OTHER_SPLIT}: {found.texts}")
 
 
 def served_teacher(config: ServedConfig, cache: TeacherCache | None = None) -> ServedTeacher:

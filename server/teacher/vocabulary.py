@@ -1,8 +1,12 @@
 """The check that a server of the teacher has the student's vocabulary."""
 
-from router.vocabulary import Question, Tokenizer, questions
+import logging
+
+from router.vocabulary import OTHER_SPLIT, Question, Tokenizer, questions
 from server.teacher.client import Teacher
 from server.teacher.errors import TeacherError
+
+logger = logging.getLogger(__name__)
 
 
 class SameVocabulary:
@@ -16,11 +20,12 @@ class SameVocabulary:
         self._questions: list[Question] = questions(tokenizer, rows)
 
     async def __call__(self, teacher: Teacher) -> None:
-        """Compare.
+        """Compare. The first text that is split in another way is logged; a pair can do with that.
 
         Raises:
             TeacherError: the vocabularies differ, or the server does not answer.
         """
+        warned = False
         for question in self._questions:
             try:
                 answer = await teacher.ask(question.path, question.body)
@@ -28,6 +33,10 @@ class SameVocabulary:
                 if question.optional and error.reason == "status":
                     continue
                 raise
-            if problem := question.difference(answer):
+            problem = question.difference(answer)
+            if problem and not question.binding and not warned:
+                logger.warning("the teacher at %s %s: %s", teacher.name, OTHER_SPLIT, problem)
+                warned = True
+            if problem and question.binding:
                 message = f"the teacher at {teacher.name} has another vocabulary than the student: {problem}"
                 raise TeacherError("nonsense", message)

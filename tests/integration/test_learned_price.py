@@ -16,7 +16,8 @@ from server.local.processes import running
 from tests.helpers.client import chat, excess, metric, openai_client
 from tests.helpers.paths import DEMO, ROOT
 
-MEASURED = 200
+TAUGHT = 100
+MEASURED = 150
 AT_ONCE = 8
 SPAN_TOKENS = 4
 FRACTIONS = (0.05, 0.3)
@@ -39,13 +40,19 @@ def realised(answers: list[Any]) -> float:
     return teacher / sum(answer.usage.completion_tokens for answer in answers)
 
 
-def calibrated(*arguments: str, vllm: Sequence[str] = ()) -> dict[float, dict[str, Any]]:
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join((DEMO / "examples.jsonl").read_text().splitlines()[:TAUGHT]))
+    return str(file)
+
+
+def calibrated(rates: Sequence[float], *arguments: str) -> dict[float, dict[str, Any]]:
     """The rows of `wheels calibrate`, by the rate that was asked for."""
-    rates = ",".join(map(str, FRACTIONS))
-    options = ("--rates", rates, "--temperature", "0", "--concurrency", str(AT_ONCE), "--json")
-    prompts = str(DEMO / "examples.jsonl")
+    named = ",".join(map(str, rates))
+    options = ("--rates", named, "--temperature", "0", "--concurrency", str(AT_ONCE), "--json")
     done = subprocess.run(
-        [sys.executable, "-m", "wheels", "calibrate", prompts, *options, *arguments, *vllm],
+        [sys.executable, "-m", "wheels", "calibrate", *options, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -56,14 +63,13 @@ def calibrated(*arguments: str, vllm: Sequence[str] = ()) -> dict[float, dict[st
 
 
 async def test_calibrated_prices_are_there_at_the_next_start(
-    stack: Serving, pair: Pair, sources: list[str], tmp_path: Path
+    stack: Serving, pair: Pair, sources: list[str], prompts: str, tmp_path: Path
 ) -> None:
     """No flag but the place of the cache. The first start knows nothing, the second goes on from there."""
     cache = ("--cache", str(tmp_path / "cache"))
     executor = ("--distributed-executor-backend", UNIPROC, "--kv-cache-memory-bytes", "256M")
-    rows = calibrated(
-        *("--student", str(pair.student), "--teacher", stack.teacher), *cache, vllm=("--", *EXACT, *executor)
-    )
+    models = ("--student", str(pair.student), "--teacher", stack.teacher)
+    rows = calibrated(FRACTIONS, prompts, *models, *cache, "--", *EXACT, *executor)
     for fraction in FRACTIONS:
         assert rows[fraction]["realised"] == pytest.approx(fraction, abs=NEAR)
     assert len(list((tmp_path / "cache" / "prices").iterdir())) == 1
@@ -76,8 +82,8 @@ async def test_calibrated_prices_are_there_at_the_next_start(
                 answers = await replies(client, sources[:MEASURED], fraction)
                 assert realised(answers) == pytest.approx(fraction, abs=NEAR), fraction
                 assert max(excess(answer, fraction, SPAN_TOKENS) for answer in answers) <= 1e-9
-        rows = calibrated("--gateway", url)
         for fraction in FRACTIONS:
-            assert rows[fraction]["realised"] == pytest.approx(fraction, abs=NEAR)
             rate = metric(url, "wheels_realised_rate", aim=f"{fraction:g}")
             assert rate == pytest.approx(fraction, abs=NEAR)
+        rows = calibrated([0.15], prompts, "--gateway", url)
+        assert rows[0.15]["realised"] == pytest.approx(0.15, abs=NEAR)

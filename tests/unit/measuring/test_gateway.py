@@ -20,6 +20,9 @@ CHAT = {
 }
 
 
+HTML = httpx.Response(200, text="<html>busy</html>", headers={"content-type": "text/html"})
+
+
 def client(answer: Callable[[httpx.Request], httpx.Response]) -> GatewayClient:
     made = GatewayClient("http://there/", concurrency=2, max_tokens=9)
     transport = httpx.AsyncClient(transport=httpx.MockTransport(answer))
@@ -83,25 +86,32 @@ def test_a_conversation_goes_out_as_it_is_and_what_is_not_set_stays_the_gateways
     assert body.keys().isdisjoint({"temperature", "max_tokens"})
 
 
-def test_prices_are_read_from_the_gateways_own_route() -> None:
-    body = {"learned": True, "prices": [{"rate": 0.1, "price": -2.5}], "realised": []}
-
+def prices(body: Any) -> GatewayPrices:
     def answer(request: httpx.Request) -> httpx.Response:
         models = httpx.Response(200, json=MODELS)
-        return httpx.Response(200, json=body) if request.url.path == "/prices" else models
+        prices = body if isinstance(body, httpx.Response) else httpx.Response(200, json=body)
+        return prices if request.url.path == "/prices" else models
 
     async def go() -> GatewayPrices:
         async with client(answer) as gateway:
             return await gateway.prices()
 
-    assert asyncio.run(go()) == GatewayPrices(True, [GatewayPrice(0.1, -2.5)])
+    return asyncio.run(go())
+
+
+def test_prices_are_read_from_the_gateways_own_route() -> None:
+    body = {"learned": True, "prices": [{"rate": 0.1, "price": -2.5}], "realised": []}
+    assert prices(body) == GatewayPrices(True, [GatewayPrice(0.1, -2.5)])
+
+
+@pytest.mark.parametrize("body", [httpx.Response(404, text="Not Found"), {"learned": 1}, [], HTML])
+def test_a_server_without_prices_is_no_gateway(body: Any) -> None:
+    with pytest.raises(GatewayError, match="the gateway at http://there: "):
+        prices(body)
 
 
 def changed(**fields: Any) -> dict[str, Any]:
     return CHAT | fields
-
-
-HTML = httpx.Response(200, text="<html>busy</html>", headers={"content-type": "text/html"})
 
 
 @pytest.mark.parametrize(

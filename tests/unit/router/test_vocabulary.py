@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from router.vocabulary import cleaned, difference, questions
+from router.vocabulary import OTHER_SPLIT, Differences, cleaned, differences, questions
 from server.teacher.breaker import Breaker
 from server.teacher.client import Teacher
 from server.teacher.errors import TeacherError
@@ -67,7 +67,7 @@ def named_otherwise(content: dict[str, Any]) -> None:
 
 
 def test_a_tokenizer_is_the_same_as_itself() -> None:
-    assert difference(tokenizer(), tokenizer()) is None
+    assert differences(tokenizer(), tokenizer()) == Differences(None, None)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -75,13 +75,13 @@ def test_two_swapped_ids_are_found(seed: int) -> None:
     ours = tokenizer()
     ids = sorted(set(ours.get_vocab().values()) - set(ours.all_special_ids))
     one, other = random.Random(seed).sample(ids, 2)
-    problem = difference(ours, tokenizer(swapped(one, other)))
+    problem = differences(ours, tokenizer(swapped(one, other))).ids
     assert problem is not None
     assert any(f"the token {token_id} is " in problem for token_id in (one, other))
 
 
 def test_another_special_token_is_found() -> None:
-    problem = difference(tokenizer(), tokenizer(named_otherwise)) or ""
+    problem = differences(tokenizer(), tokenizer(named_otherwise)).ids or ""
     assert "'<|assistant|>' is a token here only" in problem
     for question in questions(tokenizer()):
         if found := question.difference(question.answered_by(tokenizer(named_otherwise))):
@@ -95,7 +95,7 @@ def test_parts_of_characters_are_told_apart() -> None:
     ours = tokenizer()
     one, other = (ours.get_vocab()[token] for token in ("½", "ł"))  # the bytes BD and 9F
     assert ours.decode([one]) == ours.decode([other]) == "\ufffd"
-    assert difference(ours, tokenizer(swapped(one, other))) is not None
+    assert differences(ours, tokenizer(swapped(one, other))).ids is not None
 
 
 def test_neighbours_whose_texts_begin_alike_are_told_apart() -> None:
@@ -109,7 +109,7 @@ def test_neighbours_whose_texts_begin_alike_are_told_apart() -> None:
         runs(content)
         content["model"]["vocab"] |= {"==": 401, "=====": 400}
 
-    assert "400" in (difference(tokenizer(runs), tokenizer(other_order)) or "")
+    assert "400" in (differences(tokenizer(runs), tokenizer(other_order)).ids or "")
 
 
 def merges(content: dict[str, Any]) -> None:
@@ -147,9 +147,10 @@ OTHER_WAYS = [merges, normaliser, lower_case, prefix_space, bos, stripping]
 
 @pytest.mark.parametrize("change", OTHER_WAYS, ids=lambda change: change.__name__)
 def test_other_ways_to_split_a_text_are_found(change: Callable[[dict[str, Any]], None]) -> None:
-    problem = difference(tokenizer(), tokenizer(change))
-    assert problem is not None
-    assert "there and" in problem
+    """The ids are the same, so that the two are a pair."""
+    found = differences(tokenizer(), tokenizer(change))
+    assert found.ids is None
+    assert "there and" in (found.texts or "")
 
 
 def test_digits_that_are_split_are_found() -> None:
@@ -161,14 +162,16 @@ def test_digits_that_are_split_are_found() -> None:
         numbers(content)
         digits(content)
 
-    assert difference(tokenizer(numbers), tokenizer(both)) is not None
+    found = differences(tokenizer(numbers), tokenizer(both))
+    assert found.ids is None
+    assert found.texts is not None
 
 
 def test_a_token_that_only_one_of_them_has_is_named() -> None:
     more = tokenizer()
     more.add_tokens([AddedToken("<think>", special=True)])
-    assert difference(tokenizer(), more) == "'<think>' is a token there only"
-    assert difference(more, tokenizer()) == "'<think>' is a token here only"
+    assert differences(tokenizer(), more).ids == "'<think>' is a token there only"
+    assert differences(more, tokenizer()).ids == "'<think>' is a token here only"
 
 
 def test_cleaned_text_is_no_difference() -> None:
@@ -209,6 +212,17 @@ async def test_a_server_of_the_same_vocabulary_is_taken() -> None:
 
 async def test_a_server_may_have_other_rows() -> None:
     assert await refusal(tokenizer(), rows=1000) is None
+
+
+@pytest.mark.parametrize("change", OTHER_WAYS, ids=lambda change: change.__name__)
+async def test_a_server_that_splits_text_otherwise_is_taken_with_a_warning(
+    change: Callable[[dict[str, Any]], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A base model and its chat model, say, of which one puts a token in front of texts."""
+    assert await refusal(tokenizer(change)) is None
+    (warning,) = caplog.messages
+    assert OTHER_SPLIT in warning
+    assert "there and" in warning
 
 
 async def test_a_server_of_another_vocabulary_is_refused_with_the_first_difference() -> None:

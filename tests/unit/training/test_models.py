@@ -7,11 +7,12 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from router.checkpoint import RouterCheckpoint
 from router.reserved import RESERVED_ROWS
+from router.vocabulary import OTHER_SPLIT
 from tests.helpers.commands import INTERRUPTED, train
 from tests.helpers.numbers import save_untrained_pair, tokenizer_of_numbers
 from training.config import Shape
@@ -20,6 +21,7 @@ from training.gating.router_stage import FrozenPair
 from training.models import new_model, reserved_rows, save_model
 from training.sampling import complete
 from training.tokenizer import load_tokenizer
+from training.vocabulary import check_vocabulary
 
 torch.set_num_threads(1)
 
@@ -126,6 +128,16 @@ def test_another_vocabulary_is_refused_by_name(recipe, ready, tmp_path, capsys):
     message = capsys.readouterr().err
     assert f"the teacher {strange} has another vocabulary than {ready / 'student'}" in message
     assert not (tmp_path / "work").exists()
+
+
+def test_a_teacher_that_splits_texts_otherwise_is_taken_with_a_warning(ready, tmp_path, capsys):
+    """Its normaliser differs; the ids, which are all that the two exchange, do not."""
+    lower_case = Tokenizer.from_file(str(ready / "teacher" / "tokenizer.json"))
+    lower_case.normalizer = normalizers.Lowercase()
+    PreTrainedTokenizerFast(tokenizer_object=lower_case).save_pretrained(tmp_path)
+    check_vocabulary("teacher", str(tmp_path), load_tokenizer(ready / "student"))
+    (warning,) = capsys.readouterr().out.splitlines()
+    assert warning.startswith(f"the teacher {tmp_path} {OTHER_SPLIT}: ")
 
 
 @pytest.fixture
