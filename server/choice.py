@@ -12,6 +12,7 @@ from server.metrics import ESCALATIONS
 from server.shared_budgets import Share
 from server.teacher.carried import MOST_BIASES, penalises
 from server.tenants import Tenant
+from server.thinking import Thinking
 from server.vllm_api import CompletionOutput, RequestOutputKind, SamplingParams
 
 PAUSE_TOKENS = 32
@@ -65,6 +66,8 @@ class Choice:
     """How often the teacher was lost since it last wrote something."""
     told: Written = field(default_factory=Written)
     """What `news` has told so far."""
+    thinking: Thinking | None = None
+    """What is left of `thinking_token_budget` after prompt and completion."""
     cached_tokens: int | None = None
     """Of the first segment's prompt, those that vLLM had in its prefix cache."""
 
@@ -133,6 +136,18 @@ class Choice:
         return MOST_BIASES - len({*(self.params.logit_bias or ()), *self.completion.token_ids})
 
     @property
+    def thinking_ends(self) -> bool:
+        """Whether vLLM writes the end of the thinking next, which it does in the student's segments."""
+        return self.thinking is not None and self.thinking.ends
+
+    @property
+    def segment_tokens(self) -> int:
+        """The most tokens of the student's next segment."""
+        left = self.completion.tokens_left
+        short = None if self.thinking is None else self.thinking.segment
+        return left if short is None else min(left, short)
+
+    @property
     def seed(self) -> int | None:
         """Seed of the next segment: another at every length, or each would draw the same numbers."""
         if self.params.seed is None:
@@ -150,6 +165,9 @@ class Choice:
 
     def extend(self, piece: Piece, source: Source) -> int:
         """Append what ``source`` wrote and hand it to the reader; returns how many tokens are kept."""
+        if source == "teacher" and self.thinking is not None:
+            piece = piece.up_to(self.thinking.room(piece.token_ids))
+        start = len(self.completion)
         kept = 0
         for part in piece.singles() if self.single_tokens else (piece,):
             kept += self.completion.extend(part, source)
@@ -158,6 +176,8 @@ class Choice:
                 self.steps.put_nowait(Step(self.completion.output(), source))
             if self.finished:
                 break
+        if self.thinking is not None:
+            self.thinking = self.thinking.after(self.completion.token_ids[start:])
         return kept
 
     def open_span(self) -> None:

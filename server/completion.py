@@ -14,6 +14,7 @@ from server.vllm_api import (
     RequestOutputKind,
     SamplingParams,
     convert_ids_list_to_tokens,
+    repeats,
 )
 
 
@@ -28,6 +29,12 @@ class Piece:
     stop_reason: int | str | None = None
     asks: bool = False
     """The student asks for the teacher after these tokens."""
+
+    def up_to(self, end: int) -> "Piece":
+        """The first tokens; the ending is lost with the last one."""
+        if end >= len(self.token_ids):
+            return self
+        return Piece(self.token_ids[:end], self.logprobs and self.logprobs[:end])
 
     def singles(self) -> Iterator["Piece"]:
         """The same tokens one at a time; the ending is the last one's."""
@@ -138,14 +145,22 @@ class Completion:
         return kept
 
     def _up_to_the_end(self, piece: Piece) -> Piece:
-        """A piece without what comes after a token that ends the student's completions.
+        """A piece without what comes after a token that ends the completion.
 
-        A teacher may have other end tokens, and write on.
+        A teacher may have other end tokens, and write on; and nobody else sees a repetition across borders.
         """
+        detects = self.params.repetition_detection is not None
+        written = list(self.token_ids) if detects else []
         for place, token_id in enumerate(piece.token_ids):
             if token_id in self._end_ids:
                 stop_reason = None if token_id == self.params.eos_token_id else token_id
                 return Piece(piece.token_ids[: place + 1], piece.logprobs, "stop", stop_reason)
+            if detects:
+                written.append(token_id)
+                long_enough = self.params.min_tokens <= len(written) < self.max_tokens
+                if long_enough and repeats(written, self.params):
+                    kept = piece.token_ids[: place + 1]
+                    return Piece(kept, piece.logprobs, "repetition", "repetition_detected")
         return piece
 
     def _spell(self, logprobs: dict[int, Logprob]) -> None:

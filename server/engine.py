@@ -26,6 +26,7 @@ from server.span_loop import SpanLoop
 from server.student import StudentEngine
 from server.teacher.pool import TeacherPool
 from server.tenants import BudgetRefused, Tenant
+from server.thinking import Thinking
 from server.vllm_api import (
     AsyncLLM,
     CompletionOutput,
@@ -35,6 +36,7 @@ from server.vllm_api import (
     VLLMValidationError,
     data_parallel_ranks,
     merge_async_iterators,
+    reasoning_markers,
 )
 
 PRIORITIES = 2**60
@@ -112,6 +114,7 @@ class CooperativeEngine(AsyncLLM):
             tokenizer=self.renderer.tokenizer,
             max_model_len=self.model_config.max_model_len,
             reserved=reserved,
+            markers=reasoning_markers(self.vllm_config),
             ranks=data_parallel_ranks(self.vllm_config.parallel_config),
         )
 
@@ -287,7 +290,14 @@ class Cooperator:
             purse=exchange.purse(completion.index, bucket),
             tenant=exchange.tenant,
             single_tokens=self._parsed(completion.params),
+            thinking=self._thinking(completion.params, prompt["prompt_token_ids"]),
         )
+
+    def _thinking(self, params: SamplingParams, prompt_ids: list[int]) -> Thinking | None:
+        budget = params.thinking_token_budget
+        if budget is None or self._student.markers is None:
+            return None
+        return Thinking(self._student.markers, budget).after(prompt_ids)
 
     def _segment_params(self, params: SamplingParams) -> SamplingParams:
         reserved = self._cooperation.reserved

@@ -13,8 +13,6 @@ UNSUPPORTED = {
     "structured_outputs": None,
     "prompt_logprobs": None,
     "logprob_token_ids": None,
-    "thinking_token_budget": None,
-    "repetition_detection": None,
     "trace_decode_token_ids": None,
 }
 

@@ -72,7 +72,7 @@ class SpanLoop:
 
     def _terms(self, choice: Choice) -> Terms:
         """On which terms the student may ask in its next segment."""
-        if not choice.may_ask:
+        if not choice.may_ask or choice.thinking_ends:
             return NEVER
         if choice.bias_room < 1:
             choice.deny("penalty", degraded=False)
@@ -110,7 +110,7 @@ class SpanLoop:
                 asks = piece.asks
                 if choice.finished:  # by a stop string, which the engine does not know
                     return False
-        return asks
+        return asks and not choice.thinking_ends
 
     async def _reserve(self, choice: Choice, terms: Terms) -> Span | None:
         """Reserve the next span in every budget, or let the choice ask later, or never again."""
@@ -143,8 +143,10 @@ class SpanLoop:
         return Span(grant, draw, slot)
 
     def _room(self, choice: Choice) -> int:
-        """Tokens that the completion, the teacher's biases and the teacher's context have left."""
+        """Tokens that the completion, its thinking, the teacher's biases and its context have left."""
         room = min(choice.completion.tokens_left, choice.bias_room)
+        if choice.thinking is not None and choice.thinking.left is not None:
+            room = min(room, choice.thinking.left)
         if self.teacher.max_model_len is not None:
             room = min(room, self.teacher.max_model_len - len(choice.prefix))
         return room
@@ -167,7 +169,7 @@ class SpanLoop:
             async for piece in pieces:
                 span.used += choice.extend(piece, "teacher")
                 choice.losses = 0
-                if choice.finished:  # by a stop string: the teacher would write on
+                if choice.finished or choice.thinking_ends:  # by a stop string: the teacher would write on
                     return
 
     def _call(self, choice: Choice, span: Span) -> AsyncGenerator[Piece, None]:

@@ -11,7 +11,7 @@ from router.reserved import ReservedRows
 from server.choice import Choice
 from server.completion import Piece
 from server.gate_processor import terms_args
-from server.vllm_api import RequestOutput, SamplingParams
+from server.vllm_api import ReasoningMarkers, RequestOutput, SamplingParams
 from server.written import written_args
 
 
@@ -27,6 +27,8 @@ class StudentEngine:
     max_model_len: int
     """The student's context, in tokens."""
     reserved: ReservedRows
+    markers: ReasoningMarkers | None = None
+    """Of thinking, if its engine knows some."""
     ranks: int = 1
     """Data-parallel copies of the student, each with a prefix cache of its own."""
 
@@ -60,7 +62,7 @@ class StudentEngine:
 
     def _params(self, choice: Choice, terms: Terms) -> SamplingParams:
         params = copy.copy(choice.segment_params)
-        params.max_tokens = choice.completion.tokens_left
+        params.max_tokens = choice.segment_tokens
         # vLLM masks what ends a completion before the gate runs, so the student may still ask.
         params.min_tokens = min(choice.min_tokens, params.max_tokens)
         params.seed = choice.seed

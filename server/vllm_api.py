@@ -28,6 +28,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.async_utils import merge_async_iterators
+from vllm.v1.core.sched.utils import check_sequence_repetition
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
@@ -165,6 +166,39 @@ def data_parallel_ranks(parallel: Any) -> int:
     if parallel.local_engines_only:
         return int(parallel.data_parallel_size_local)
     return int(parallel.data_parallel_size)
+
+
+class ReasoningMarkers(NamedTuple):
+    """Token ids by which vLLM knows where thinking begins and ends."""
+
+    start: tuple[int, ...]
+    end: tuple[int, ...]
+    """As the parser of reasoning has it."""
+    forced: tuple[int, ...]
+    """What vLLM writes when a budget for thinking is used up; ``end`` is the last of it."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer marker."""
+        return max(len(self.start), len(self.end))
+
+
+def reasoning_markers(vllm_config: Any) -> ReasoningMarkers | None:
+    """Of a vLLM configuration; None if it knows none, so that vLLM takes no `thinking_token_budget`."""
+    reasoning = vllm_config.reasoning_config
+    if reasoning is None or not reasoning.enabled:
+        return None
+    return ReasoningMarkers(
+        start=tuple(reasoning.reasoning_start_token_ids),
+        end=tuple(reasoning.natural_reasoning_end_token_ids),
+        forced=tuple(reasoning.reasoning_end_token_ids),
+    )
+
+
+def repeats(token_ids: Sequence[int], params: SamplingParams) -> bool:
+    """Whether the last tokens are a repetition that ``params`` have detected."""
+    detection = params.repetition_detection
+    return detection is not None and check_sequence_repetition(token_ids, detection)
 
 
 class UnsupportedVllm(ConfigError):
@@ -434,6 +468,7 @@ __all__ = [
     "Logprob",
     "LogprobsProcessor",
     "MoveDirectionality",
+    "ReasoningMarkers",
     "RequestOutput",
     "RequestOutputKind",
     "Sampler",
@@ -450,4 +485,6 @@ __all__ = [
     "max_bad_words_tokens",
     "merge_async_iterators",
     "parses_streams",
+    "reasoning_markers",
+    "repeats",
 ]

@@ -70,10 +70,10 @@ class Screen(NamedTuple):
         past = list(before)
         for place, token_id in enumerate(piece.token_ids):
             if self._ends_a_bad_word(past, token_id):
-                return Screened(_up_to(piece, place), again=True, banned=token_id)
+                return Screened(piece.up_to(place), again=True, banned=token_id)
             past.append(token_id)
             if token_id in self.charged and not _ends_at(piece, place):
-                return Screened(_up_to(piece, place + 1), again=True)
+                return Screened(_without_ending(piece, place + 1), again=True)
         return Screened(piece)
 
     def _ends_a_bad_word(self, past: Sequence[int], token_id: int) -> bool:
@@ -84,8 +84,8 @@ class Screen(NamedTuple):
         return False
 
 
-def _up_to(piece: Piece, end: int) -> Piece:
-    """The first tokens of a piece, without its ending."""
+def _without_ending(piece: Piece, end: int) -> Piece:
+    """The first tokens of a piece, or all of them, to be followed by others."""
     return Piece(piece.token_ids[:end], piece.logprobs and piece.logprobs[:end])
 
 

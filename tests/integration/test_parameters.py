@@ -17,7 +17,6 @@ STUDENT_ALONE = {
     "response_format": {"type": "json_object"},
     "prompt_logprobs": 0,
     "use_beam_search": True,
-    "repetition_detection": {"max_pattern_size": 2, "min_pattern_size": 1, "min_count": 3},
 }
 
 

@@ -144,7 +144,15 @@ async def test_a_forced_tool_is_the_students_alone(client: AsyncOpenAI) -> None:
         await client.chat.completions.create(**request(0.3, **forced))
 
 
-async def test_a_budget_for_thinking_is_the_students_alone(client: AsyncOpenAI) -> None:
-    extra = {"teacher_budget": 0.3, "thinking_token_budget": 3}
-    with pytest.raises(BadRequestError, match="thinking_token_budget cannot be honoured"):
-        await client.chat.completions.create(**request(None) | {"extra_body": extra})
+@pytest.mark.parametrize("tokens", [0, 3, 5, 90])
+@pytest.mark.parametrize("budget", [0, 0.3, 0.6, 1])
+async def test_a_budget_for_thinking_counts_what_both_write(
+    client: AsyncOpenAI, budget: float, tokens: int
+) -> None:
+    """The marker of its end comes where the budget does, and the text goes on behind it."""
+    asked = request(budget, tools=[TOOL])
+    asked["extra_body"]["thinking_token_budget"] = tokens
+    (choice,) = (await client.chat.completions.create(**asked)).choices
+    assert (choice.message.reasoning or "") == "".join(PIECES[1:7][:tokens])
+    assert choice.message.content.strip() == CONTENT
+    assert [call.function.name for call in choice.message.tool_calls] == ["weather"] * 2

@@ -5,8 +5,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 from openai import AsyncOpenAI
+from transformers import AutoTokenizer
 
-from server.local.pair import Serving
+from server.local.pair import Pair, Serving
 from tests.helpers.client import chat, openai_client
 
 
@@ -58,15 +59,41 @@ async def test_penalties_count_the_whole_completion(
     assert changed
 
 
-async def test_bad_words_do_not_cross_a_border(twin_client: AsyncOpenAI, sources: list[str]) -> None:
-    """Three tokens in a row that the models would write: they come to lie across many borders."""
+async def test_bad_words_do_not_cross_a_border(
+    twin_client: AsyncOpenAI, pair: Pair, sources: list[str]
+) -> None:
+    """Words of two and three tokens that the model would write: they come to lie across many borders."""
+    tokenizer = AutoTokenizer.from_pretrained(pair.student)
+    changed = 0
     for source in sources[:5]:
         free = await chat(twin_client, source, 0, max_tokens=60, extra_body={"ignore_eos": True})
-        text = free.choices[0].message.content
-        words = [text[place : place + 3] for place in range(4, 40, 6) if text[place : place + 3].strip()]
-        extra = {"ignore_eos": True, "bad_words": words}
+        ids = free.choices[0].token_ids
+        words = []
+        for place in range(2, 50):
+            word = ids[place : place + 2 + place % 2]
+            text = tokenizer.decode(word)
+            if text.strip() and tokenizer.encode(text.lstrip(), add_special_tokens=False) == word:
+                words.append(text)
+        extra = {"ignore_eos": True, "bad_words": words[:40]}
         alone = await chat(twin_client, source, 0, max_tokens=60, extra_body=extra)
-        assert alone.choices[0].token_ids != free.choices[0].token_ids
+        changed += alone.choices[0].token_ids != ids
         for budget in (0.2, 0.6, 1):
             together = await chat(twin_client, source, budget, max_tokens=60, extra_body=extra)
             assert together.choices[0].token_ids == alone.choices[0].token_ids
+    assert changed
+
+
+async def test_a_repetition_is_seen_across_borders(twin_client: AsyncOpenAI, sources: list[str]) -> None:
+    """Biased so, the model repeats itself, and ends where stock vLLM says so."""
+    detection = {"max_pattern_size": 4, "min_pattern_size": 1, "min_count": 4}
+    extra = {"ignore_eos": True, "repetition_detection": detection}
+    ended = 0
+    for source in sources[:5]:
+        asked = {"max_tokens": 80, "extra_body": extra, "presence_penalty": -2.0}
+        alone = (await chat(twin_client, source, 0, **asked)).choices[0]
+        ended += alone.finish_reason == "repetition"
+        for budget in (0.2, 0.6, 1):
+            together = (await chat(twin_client, source, budget, **asked)).choices[0]
+            assert together.token_ids == alone.token_ids
+            assert (together.finish_reason, together.stop_reason) == (alone.finish_reason, alone.stop_reason)
+    assert ended

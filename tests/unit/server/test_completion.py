@@ -1,6 +1,7 @@
 from collections.abc import Callable
 
 import pytest
+from vllm.sampling_params import RepetitionDetectionParams
 
 from server.completion import Completion, Piece
 from server.exchange import Report
@@ -330,3 +331,45 @@ def test_tokens_behind_a_stop_string_are_nobodys(begin):
     assert completion.report.completion_tokens == 5
     assert completion.report.tokens == 2
     assert completion.report.spans == [[3, 5]]
+
+
+# Repetitions
+
+
+def repetition(**params: int) -> dict[str, object]:
+    return {"repetition_detection": RepetitionDetectionParams(**params)}
+
+
+@pytest.mark.parametrize("border", range(1, 8))
+def test_a_repetition_ends_the_completion_wherever_the_border_is(begin, border):
+    """Three times "ab"; what comes after it is neither charged nor shown."""
+    text = "xababab" + "abab"
+    completion = begin(**repetition(max_pattern_size=2, min_pattern_size=2, min_count=3))
+    student(completion, text[:border])
+    output = teacher(completion, text[border:]) if not completion.finished else completion.output()
+    assert bytes(completion.token_ids).decode() == "xababab"
+    assert (completion.finish_reason, completion.stop_reason) == ("repetition", "repetition_detected")
+    assert completion.report.tokens == 7 - border
+    assert output.finish_reason == "repetition"
+
+
+def test_what_comes_first_ends_the_completion(begin):
+    """As in vLLM: an end token, a stop string, the length, then `min_tokens`, then the repetition."""
+    twice = repetition(max_pattern_size=1, min_count=2)
+    for text, params, reason in (
+        ("aa", {"max_tokens": 2}, "length"),
+        ("aa", {"stop": ["aa"]}, "stop"),
+        ("aa", {"stop_token_ids": [ord("a")]}, "stop"),
+        ("aab", {"min_tokens": 3}, None),
+        ("aabb", {"min_tokens": 3}, "repetition"),
+        ("ab", {}, None),
+    ):
+        completion = begin(**twice, **params)
+        student(completion, text)
+        assert completion.finish_reason == reason, (text, params)
+
+
+def test_no_pattern_is_no_detection(begin):
+    completion = begin(**repetition())
+    student(completion, "aaaaaaaa")
+    assert not completion.finished

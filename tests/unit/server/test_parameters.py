@@ -15,7 +15,7 @@ def params(**given: object) -> SamplingParams:
 # What two models cannot honour
 
 USED = {
-    "thinking_token_budget": 5,
+    "logprob_token_ids": [3],
     "prompt_logprobs": 3,
 }
 
@@ -37,10 +37,9 @@ def test_a_penalty_that_another_one_scales_cannot_be_carried_on(penalty):
     assert unsupported(PROMPT, both, {}) == penalty
 
 
-@pytest.mark.parametrize("name", ["prompt_logprobs", "thinking_token_budget"])
-def test_zero_is_a_wish_too(name):
-    """The log-probabilities of the prompt's tokens alone; no thinking at all."""
-    assert unsupported(PROMPT, params(**{name: 0}), {}) == name
+def test_zero_is_a_wish_too():
+    """The log-probabilities of the prompt's tokens alone."""
+    assert unsupported(PROMPT, params(prompt_logprobs=0), {}) == "prompt_logprobs"
 
 
 def test_log_probabilities_of_the_whole_vocabulary_are_too_many():
@@ -59,6 +58,7 @@ def test_log_probabilities_of_the_whole_vocabulary_are_too_many():
         {"repetition_penalty": 1.1},
         {"frequency_penalty": -0.5, "presence_penalty": 0.5},
         {"bad_words": ["damn"]},
+        {"thinking_token_budget": 0},
     ],
 )
 def test_everything_else_can_be_honoured(supported):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import vllm
 from fastapi import FastAPI
+from vllm.config.reasoning import ReasoningConfig
 from vllm.config.speculative import SpeculativeConfig
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -20,6 +21,8 @@ from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.sampling_params import RepetitionDetectionParams
+from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
@@ -34,6 +37,8 @@ from server.vllm_api import (
     find_reports,
     output_matrix,
     pack_again,
+    reasoning_markers,
+    repeats,
     rows_of,
     weight_of,
     wrap_app,
@@ -219,6 +224,32 @@ def test_the_v2_runner_tells_what_the_gate_reads():
     assert "prompt_len" in LogitsProcRequestState.__dataclass_fields__
     needed = {"expanded_idx_mapping", "idx_mapping_np", "pos", "seq_lens_upper_bound_np"}
     assert needed <= LogitsContext.__dataclass_fields__.keys()
+
+
+# reasoning_markers, repeats
+
+
+def test_markers_of_thinking_are_named_as_vllm_names_them():
+    reasoning = ReasoningConfig()
+    assert reasoning_markers(SimpleNamespace(reasoning_config=None)) is None
+    assert reasoning_markers(SimpleNamespace(reasoning_config=reasoning)) is None, "no parser, no markers"
+    reasoning._reasoning_start_token_ids = [1]
+    reasoning._natural_reasoning_end_token_ids = [2]
+    reasoning._reasoning_end_token_ids = [3, 2]
+    reasoning._enabled = True
+    assert reasoning_markers(SimpleNamespace(reasoning_config=reasoning)) == ((1,), (2,), (3, 2))
+
+
+def test_a_repetition_is_what_vllm_calls_one():
+    params = vllm_api.SamplingParams(
+        repetition_detection=RepetitionDetectionParams(max_pattern_size=2, min_count=2)
+    )
+    assert [repeats(ids, params) for ids in ([1, 2], [1, 1], [1, 2, 1, 2])] == [False, True, True]
+    assert not repeats([1, 1], vllm_api.SamplingParams())
+    text = inspect.getsource(check_stop)
+    order = ("eos_token_id", "request.max_tokens", "params.min_tokens", "check_sequence_repetition")
+    assert sorted(order, key=text.index) == list(order)
+    assert "repetition_detected" in text
 
 
 # wrap_app

@@ -7,7 +7,7 @@ import pytest
 
 from server.completion import Piece
 from server.teacher.client import Ask
-from server.vllm_api import Logprob
+from server.vllm_api import Logprob, ReasoningMarkers
 from server.written import WRITTEN
 from tests.helpers.scripted_pair import (
     ScriptedTeacher,
@@ -18,7 +18,7 @@ from tests.helpers.scripted_pair import (
     tokens,
     write,
 )
-from tests.helpers.scripted_student import DELTA, EOS, FINAL_ONLY
+from tests.helpers.scripted_student import DELTA, EOS, FINAL_ONLY, INF
 
 # Stop strings, minimum lengths, seeds
 
@@ -150,3 +150,37 @@ async def test_what_comes_after_a_stop_string_is_not_paid(pair, kind):
     assert spent(engine) == (3, 1)
     assert await on_the_books(shared) == (3, 0, 2)
     assert count("wheels_completion_tokens_total", source="teacher") - before == 3
+
+
+# Thinking, with a budget of three tokens after "b"
+
+
+def thinking(start: str, end: str) -> dict[str, Any]:
+    return {"markers": ReasoningMarkers((ord(start),), (ord(end),), (ord(end),))}
+
+
+async def test_a_span_ends_where_the_thinking_has_to(pair):
+    """The end is the student's: vLLM writes it in its engine."""
+    engine, teacher = pair(ask_at={2, 6}, span_tokens=6, student=thinking("b", "f"))
+    result = await write(engine, {"tokens": 6}, max_tokens=9, thinking_token_budget=3)
+    assert result.text() == "abCDEfGHI"
+    assert [call.tokens for call in teacher.calls] == [3, 3]
+    assert [segment.params.max_tokens for segment in engine.segments] == [9, 1, 3]
+    assert engine.segments[1].price == INF
+    assert {segment.params.thinking_token_budget for segment in engine.segments} == {3}
+
+
+async def test_a_span_in_which_the_thinking_begins_is_cut(pair):
+    engine, teacher = pair(student=thinking("B", "f"))
+    result = await write(engine, 1, max_tokens=9, thinking_token_budget=3)
+    assert result.text() == "ABCDEfGHI"
+    assert [call.closed for call in teacher.calls] == [True, True]
+    assert result.report.spans == [[0, 5], [6, 9]]
+    assert result.report.tokens == 8
+
+
+async def test_without_a_marker_thinking_is_not_counted(pair):
+    engine, teacher = pair(student=thinking("x", "y"))
+    result = await write(engine, 1, max_tokens=9, thinking_token_budget=3)
+    assert result.text() == "ABCDEFGHI"
+    assert len(teacher.calls) == 1
