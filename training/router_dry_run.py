@@ -36,8 +36,8 @@ class RouterTrial(NamedTuple):
 
     rollouts: float
     """Seconds, with the fit of the gate."""
-    calibration: float
-    """Seconds."""
+    calibration: float | None
+    """Seconds; None: of models that are not trained yet, which differ at every token, nothing is learned."""
     rows: int
     """Completions that are written at once."""
     memory: float | None
@@ -50,8 +50,15 @@ class RouterTrial(NamedTuple):
     """Bytes of both models."""
 
 
-def try_router(recipe: Recipe, pair: FrozenPair, task: Task) -> RouterTrial:
-    """Run a small stage, and a larger one if that was quick. Nothing of them is kept."""
+def try_router(recipe: Recipe, pair: FrozenPair, task: Task, *, trained: bool) -> RouterTrial:
+    """Run a small stage, and a larger one if that was quick. Nothing of them is kept.
+
+    Args:
+        recipe: of the pair.
+        pair: the models, or what stands in for them.
+        task: gives the prompts.
+        trained: whether these are the models that the stage will have; else nothing is calibrated.
+    """
     config = recipe.router
     valid = task.valid()[: config.calibration_examples]
     prompts = encode_prompts(pair.tokenizer, sources_of(valid))
@@ -61,15 +68,17 @@ def try_router(recipe: Recipe, pair: FrozenPair, task: Task) -> RouterTrial:
     weights = (parameters(loop.student) + parameters(loop.teacher)) * torch.float32.itemsize
     width = loop.student.config.get_text_config().hidden_size
     del loop
-    first = small_stage(recipe, pair, task, PROMPTS, EXAMPLES)
+    examples = EXAMPLES if trained else 0
+    first = small_stage(recipe, pair, task, PROMPTS, examples)
     second = first
     if first.seconds < PATIENCE:
-        second = small_stage(recipe, pair, task, LARGER * PROMPTS, LARGER * EXAMPLES)
+        second = small_stage(recipe, pair, task, LARGER * PROMPTS, LARGER * examples)
+    calibration = projected(first.calibration, second.calibration, len(valid), 1) if trained else None
     completions = config.prompts * config.rounds
     positions = completions * recipe.max_tokens
     return RouterTrial(
         rollouts=projected(first.rollouts, second.rollouts, completions, -(-completions // rows)),
-        calibration=projected(first.calibration, second.calibration, len(valid), 1),
+        calibration=calibration,
         rows=rows,
         memory=memory,
         positions=positions,
@@ -99,18 +108,22 @@ class SmallStage(NamedTuple):
 
 
 def small_stage(recipe: Recipe, pair: FrozenPair, task: Task, prompts: int, examples: int) -> SmallStage:
-    """One round of this many prompts, calibrated on this many examples, or on all that the recipe takes."""
+    """One round of this many prompts, calibrated on this many examples, or on all that the recipe takes.
+
+    With no examples nothing is calibrated.
+    """
     config = recipe.router
     prompts = min(prompts, config.prompts)
     examples = min(examples, config.calibration_examples, len(task.valid()))
-    few = {"prompts": prompts, "rounds": 1, "calibration_examples": examples}
+    few = {"prompts": prompts, "rounds": 1, "calibration_examples": max(1, examples)}
     stage = RouterStage(pair, task, config.model_copy(update=few), recipe.seed)
     _ = stage.loop  # loaded before the time counts
     with TemporaryDirectory() as work, redirect_stdout(io.StringIO()):
         began = time.monotonic()
         head = stage.fitted(Path(work))
         fitted = time.monotonic()
-        stage.calibrated(head.gate)
+        if examples:
+            stage.calibrated(head.gate)
         ended = time.monotonic()
     return SmallStage(Timed(prompts, fitted - began), Timed(examples, ended - fitted))
 

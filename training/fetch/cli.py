@@ -28,10 +28,7 @@ def main(argv: list[str]) -> int:
     Raises:
         FetchError: the data cannot be had, or the directory exists.
     """
-    parser = argparse.ArgumentParser("wheels fetch", description="Make a data set from a public source.")
-    parser.add_argument("dataset", choices=DATASETS)
-    parser.add_argument("directory", type=Path, help="where to put it; it must not exist yet")
-    arguments = parser.parse_args(argv)
+    arguments = fetch_parser().parse_args(argv)
     directory: Path = arguments.directory
     if directory.exists():
         raise FetchError(f"{directory} exists already")
@@ -41,6 +38,14 @@ def main(argv: list[str]) -> int:
     sizes = [f"{len(examples):,} {name}" for name, examples in splits._asdict().items()]
     print(f"{directory}: {', '.join(sizes)}")
     return 0
+
+
+def fetch_parser() -> argparse.ArgumentParser:
+    """Arguments of `wheels fetch`."""
+    parser = argparse.ArgumentParser("wheels fetch", description="Make a data set from a public source.")
+    parser.add_argument("dataset", choices=DATASETS)
+    parser.add_argument("directory", type=Path, help="where to put it; it must not exist yet")
+    return parser
 
 
 def write(splits: Splits, about: str, directory: Path) -> None:

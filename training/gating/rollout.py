@@ -24,9 +24,10 @@ COMPACT = 0.7  # drop the finished rows from the batch when less than this share
 
 ROWS = 512
 """Most completions that are written at once."""
-CACHE = 2e9
-"""Bytes of the keys and values of all completions that are written at once. Buffers that grow take up to
-three times that.
+CACHE = 1e9
+"""Bytes of the keys and values of all completions that are written at once.
+
+With buffers that grow, and what a model computes on the way, it takes three times that.
 """
 FREE = 1 - 1e-6
 """Fraction of a bucket that never binds; at 1 itself one span covers the whole completion."""
