@@ -131,6 +131,16 @@ def vocabulary_rows(model: Path) -> int:
     return rows
 
 
+def check_decoder(model: Path) -> None:
+    """Raises CheckpointError for a model with an encoder, which cannot go on with what another one wrote."""
+    config = _config(model)
+    if config.get("is_encoder_decoder"):
+        raise CheckpointError(
+            f"{model} is of the kind {config.get('model_type')}, which reads its prompt by an encoder: "
+            "a student has to be a model that goes on with a text"
+        )
+
+
 def append_rows(model: Path, out: Path, reserved: ReservedRows) -> None:
     """Write a copy of the model to ``out`` whose vocabulary ends with these rows, all of them zero.
 

@@ -275,6 +275,9 @@ async def _app(
     http: HttpLayer,
 ) -> FastAPI:
     tasks = await engine.get_supported_tasks()
+    if "generate" not in tasks:
+        kind = ", ".join(engine.model_config.architectures)
+        raise ConfigError(f"student: vLLM writes no text with a model of the kind {kind}")
     app = http.build_app(arguments, tasks, engine.model_config)
     app.include_router(routes(config.examples, tenants))
     metrics_key = config.metrics_api_key

@@ -9,7 +9,7 @@ from router.adaptive import AdaptiveCalibration
 from router.checkpoint import MERGED_ROUTER, CheckpointError, RouterCheckpoint, fingerprint, vocabulary
 from router.policy import Calibration, Policy
 from router.reserved import ReservedRows, visible_rows
-from router.rows import MODEL_CONFIG, append_rows, vocabulary_rows
+from router.rows import MODEL_CONFIG, append_rows, check_decoder, vocabulary_rows
 from server.config import ConfigError, ServeConfig
 from server.gate_processor import gate_settings
 
@@ -45,6 +45,7 @@ class ServedPair:
     @classmethod
     def of(cls, config: ServeConfig) -> "ServedPair":
         """Raises ConfigError or CheckpointError where student, router and settings do not go together."""
+        check_decoder(config.student)
         rows = vocabulary_rows(config.student)
         router, student = _merged(config)
         reserved = router.reserved if router is not None else _free_rows(student)
