@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from router.money import Money, TokenPrices, picos
+
 # Slack for comparing a sum of binary fractions with an integer count of tokens.
 EPSILON = 1e-9
 
@@ -24,11 +26,12 @@ Count = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_whole)]
 
 
 class Budget(BaseModel):
-    """A bound on teacher tokens: every part that is set holds.
+    """A bound on the teacher: every part that is set holds.
 
     fraction: teacher tokens / completion tokens, in [0, 1]; exceeded by at most one span.
     tokens:   teacher tokens, never exceeded.
     calls:    teacher calls, never exceeded.
+    cost:     what the teacher reads and writes costs, by the gateway's prices; never exceeded.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -36,6 +39,7 @@ class Budget(BaseModel):
     fraction: Fraction | None = None
     tokens: Count | None = None
     calls: Count | None = None
+    cost: Money | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -46,14 +50,14 @@ class Budget(BaseModel):
 
     @model_validator(mode="after")
     def _bounds_something(self) -> "Budget":
-        if self.fraction is None and self.tokens is None and self.calls is None:
-            raise ValueError("set at least one of fraction, tokens, calls")
+        if all(part is None for part in (self.fraction, self.tokens, self.calls, self.cost)):
+            raise ValueError("set at least one of fraction, tokens, calls, cost")
         return self
 
     @property
     def is_zero(self) -> bool:
         """True when not a single teacher token may be spent."""
-        return 0 in (self.fraction, self.tokens, self.calls)
+        return 0 in (self.fraction, self.tokens, self.calls, self.cost)
 
 
 @dataclass
@@ -61,6 +65,8 @@ class Grant:
     """Teacher tokens reserved for one span; to be settled exactly once (settling again is a no-op)."""
 
     tokens: int
+    cost: int | None = None
+    """Picos that reading and writing may cost; None without such a budget."""
     settled: bool = False
 
 
@@ -83,6 +89,7 @@ class Bucket:
         ask_tokens: int | None = None,
         spent: int = 0,
         calls: int = 0,
+        prices: TokenPrices | None = None,
     ) -> None:
         """Open an account.
 
@@ -92,9 +99,10 @@ class Bucket:
             ask_tokens: tokens of one teacher call; None for a whole span.
             spent: teacher tokens so far.
             calls: teacher calls so far.
+            prices: the teacher's; needed by a budget of a cost.
 
         Raises:
-            ValueError: a call is longer than a span, or shorter than a token.
+            ValueError: a call is longer than a span, or shorter than a token; or there are no prices.
         """
         self.budget = budget
         self.span_tokens = span_tokens
@@ -103,11 +111,21 @@ class Bucket:
         self.calls = calls
         if not 1 <= self.ask_tokens <= span_tokens:
             raise ValueError(f"cannot ask for {self.ask_tokens} tokens of a span of {span_tokens}")
+        self._priced: _Priced | None = None
+        if budget.cost is not None:
+            if prices is None:
+                raise ValueError("a budget of a cost needs prices")
+            self._priced = _Priced(prices, picos(budget.cost))
 
-    def earliest(self) -> int | None:
-        """Completion length from which a span may start; None when none may any more."""
+    def earliest(self, reads: int = 0) -> int | None:
+        """Completion length from which a span may start; None when none may any more.
+
+        ``reads``: tokens that the teacher would read now. Later they are no fewer.
+        """
         budget = self.budget
         if budget.is_zero or self.tokens_left == 0 or self.calls_left == 0:
+            return None
+        if self._priced is not None and self._priced.affordable(reads, at_most=1) < 1:
             return None
         if budget.fraction is None or budget.fraction == 1.0:
             return 0
@@ -136,7 +154,9 @@ class Bucket:
         fraction = 1.0 if self.budget.fraction is None else self.budget.fraction
         return fraction * completion_tokens + self.span_tokens - self.spent
 
-    def reserve(self, completion_tokens: int, at_most: int, *, always: bool = False) -> Grant | None:
+    def reserve(
+        self, completion_tokens: int, at_most: int, *, always: bool = False, reads: int = 0
+    ) -> Grant | None:
         """Reserve a teacher call's tokens after ``completion_tokens`` of the completion.
 
         A budget that covers all ``at_most`` tokens grants them in one call, whatever the span length.
@@ -145,34 +165,58 @@ class Bucket:
             completion_tokens: the length of the completion now.
             at_most: tokens that the completion has left.
             always: the teacher writes on for as long as it may: all tokens that are left are one call's.
+            reads: tokens that the call reads.
 
         Returns:
             What is granted; None when the budget has no room for it.
         """
-        earliest = self.earliest()
+        earliest = self.earliest(reads)
         if earliest is None or completion_tokens < earliest or at_most < 1:
             return None
         left = at_most if self.tokens_left is None else min(at_most, self.tokens_left)
+        if self._priced is not None:
+            left = self._priced.affordable(reads, at_most=left)
         one_call = self.budget.fraction in (None, 1.0) and self.budget.calls is None
         if not one_call or not (always or left == at_most):
             left = min(left, self.ask_tokens)
         self.spent += left
         self.calls += 1
-        return Grant(left)
+        return Grant(left, None if self._priced is None else self._priced.reserve(reads, left))
 
-    def settle(self, grant: Grant, used: int) -> None:
-        """Give back what ``grant`` reserved and the teacher did not write."""
+    def settle(self, grant: Grant, used: int, cost: int | None = None) -> None:
+        """Give back what ``grant`` reserved and the teacher did not use.
+
+        Args:
+            grant: what `reserve` gave.
+            used: tokens of it that are in the completion.
+            cost: picos that the call cost; None for all that was reserved.
+
+        Raises:
+            ValueError: more was used than was granted.
+        """
         if not 0 <= used <= grant.tokens:
             raise ValueError(f"a grant of {grant.tokens} tokens cannot be settled with {used}")
-        if not grant.settled:
-            grant.settled = True
-            self.spent -= grant.tokens - used
+        if grant.settled:
+            return
+        if self._priced is not None and grant.cost is not None:
+            self._priced.settle(grant.cost, grant.cost if cost is None else cost)
+        grant.settled = True
+        self.spent -= grant.tokens - used
 
     def cancel(self, grant: Grant) -> None:
         """Take back a grant that led to no call."""
         if not grant.settled:
-            self.settle(grant, 0)
+            self.settle(grant, 0, 0)
             self.calls -= 1
+
+    def affordable(self, reads: int, to_write: int) -> float | None:
+        """Teacher tokens that the cost still buys, if calls go on to cost what they did; None without a cost.
+
+        Args:
+            reads: tokens that a call reads now.
+            to_write: tokens of the completion that are still to be written.
+        """
+        return None if self._priced is None else self._priced.expected(reads, to_write, self.ask_tokens)
 
     @property
     def tokens_left(self) -> int | None:
@@ -183,3 +227,41 @@ class Bucket:
     def calls_left(self) -> int | None:
         """Teacher calls that the budget still allows; None without such a limit."""
         return None if self.budget.calls is None else self.budget.calls - self.calls
+
+    @property
+    def cost_left(self) -> int | None:
+        """Picos that the budget still allows; None without such a limit."""
+        return None if self._priced is None else self._priced.left
+
+
+class _Priced:
+    """The part of a bucket that counts money, in picos. A call is reserved at the most that it may cost."""
+
+    def __init__(self, prices: TokenPrices, limit: int) -> None:
+        self.prices = prices
+        self.left = limit
+        self._reserved = 0
+        self._charged = 0
+
+    def affordable(self, reads: int, at_most: int) -> int:
+        return self.prices.affordable(self.left, reads, at_most)
+
+    def reserve(self, reads: int, writes: int) -> int:
+        cost = self.prices.most(reads, writes)
+        self.left -= cost
+        return cost
+
+    def settle(self, reserved: int, cost: int) -> None:
+        if not 0 <= cost <= reserved:
+            raise ValueError(f"a call of at most {reserved} picos cannot have cost {cost}")
+        self.left += reserved - cost
+        self._reserved += reserved
+        self._charged += cost
+
+    def expected(self, reads: int, to_write: int, ask_tokens: int) -> float:
+        """As `Bucket.affordable`. What is in the teacher's cache is known only from the calls so far."""
+        if self.prices.affordable(self.left, reads, to_write) == to_write:
+            return to_write  # in one call
+        share = self._charged / self._reserved if self._reserved else 1.0
+        a_call = share * self.prices.most(reads + to_write // 2, ask_tokens)
+        return self.left / a_call * ask_tokens if a_call else math.inf

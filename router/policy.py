@@ -102,7 +102,7 @@ class Policy:
     """Prices the next student segment of a request.
 
     A fraction is a rate already, and a bucket with less left than a call makes it dearer: the next call goes
-    where it is worth most, not to the first place behind the last one. Tokens and calls are spent with a
+    where it is worth most, not to the first place behind the last one. Tokens, calls and money are spent by
     plan: what is left over what is still to be written, so that an eager start does not eat the whole budget.
 
     A fraction is a bound that is not used up where more teacher tokens would not help. With ``spare`` it is
@@ -123,21 +123,24 @@ class Policy:
         *,
         ceiling: float = 1.0,
         pause: int = 0,
+        reads: int = 0,
     ) -> Terms:
         """Terms for a request that has written ``completion_tokens`` of at most ``max_tokens``.
 
-        ``ceiling`` is the rate that shared limits leave to aim at; for ``pause`` tokens it may not ask.
+        ``ceiling`` is the rate that shared limits leave to aim at; for ``pause`` tokens it may not ask. A
+        call would now read ``reads`` tokens.
         """
-        earliest = bucket.earliest()
+        earliest = bucket.earliest(reads)
         if earliest is None or earliest >= max_tokens:
             return NEVER
-        rate = min(ceiling, self._rate(bucket, completion_tokens, max_tokens))
+        planned = self._planned(bucket, completion_tokens, max_tokens, reads)
+        rate = min(ceiling, self._fraction(bucket, completion_tokens), planned)
         terms = Terms(self.calibration.price(rate), max(0, earliest - completion_tokens, pause))
         spare_from = bucket.spare_from()
         if self.spare is None or spare_from is None:
             return terms
         fraction = 1.0 if bucket.budget.fraction is None else bucket.budget.fraction
-        rate = min(ceiling, fraction, self._planned(bucket, completion_tokens, max_tokens))
+        rate = min(ceiling, fraction, planned)
         return replace(
             terms,
             spare_price=min(terms.price, self.spare.price(rate)),
@@ -159,18 +162,14 @@ class Policy:
             running: requests that are being written at this moment.
         """
         budget = bucket.budget
-        if budget.tokens is not None or budget.calls is not None or budget.fraction is None:
+        others = (budget.tokens, budget.calls, budget.cost)
+        if budget.fraction is None or any(part is not None for part in others):
             return
         if ceiling >= budget.fraction and isinstance(self.calibration, AdaptiveCalibration):
             self.calibration.observe(budget.fraction, teacher_tokens, completion_tokens, running=running)
 
-    def _rate(self, bucket: Bucket, completion_tokens: int, max_tokens: int) -> float:
-        return min(
-            self._fraction(bucket, completion_tokens), self._planned(bucket, completion_tokens, max_tokens)
-        )
-
-    def _planned(self, bucket: Bucket, completion_tokens: int, max_tokens: int) -> float:
-        """Rate at which the tokens and calls that are left last to the end; inf without such a budget."""
+    def _planned(self, bucket: Bucket, completion_tokens: int, max_tokens: int, reads: int) -> float:
+        """Rate at which tokens, calls and money that are left last to the end; inf without such a budget."""
         expected = min(self.expected_tokens, max_tokens)
         to_write = max(expected - completion_tokens, bucket.ask_tokens)
         rates = [math.inf]
@@ -178,6 +177,9 @@ class Policy:
             rates.append(bucket.tokens_left / to_write)
         if bucket.calls_left is not None:
             rates.append(bucket.calls_left * bucket.ask_tokens / to_write)
+        affordable = bucket.affordable(reads, math.ceil(to_write))
+        if affordable is not None:
+            rates.append(affordable / to_write)
         return min(rates)
 
     def _fraction(self, bucket: Bucket, completion_tokens: int) -> float:

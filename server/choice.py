@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from router.budget import Bucket
+from router.money import TokenUsage
 from server.completion import Completion, Piece
 from server.exchange import Purse, Report, Source
 from server.metrics import ESCALATIONS
@@ -154,6 +155,12 @@ class Choice:
             return None
         return (self.params.seed + len(self.completion) * 0x9E3779B1) % 2**63
 
+    def student_reads(self, cached: int | None) -> None:
+        """The student has read the prefix, of which its cache had this many tokens."""
+        if self.cached_tokens is None:
+            self.cached_tokens = cached
+        self.report.sheet.student_reads(len(self.prefix), cached or 0)
+
     def news(self) -> Written:
         """What was written since the last call."""
         before = self.told
@@ -180,10 +187,11 @@ class Choice:
             self.thinking = self.thinking.after(self.completion.token_ids[start:])
         return kept
 
-    def open_span(self) -> None:
-        """The teacher is called now; the span grows as it writes."""
+    def open_span(self, usage: TokenUsage) -> None:
+        """The teacher is called now; the span, and what the teacher uses, grow as it writes."""
         self.report.calls += 1
         self.report.spans.append([len(self.completion)] * 2)
+        self.report.sheet.teacher.append(usage)
         ESCALATIONS.labels("granted", "gate").inc()
 
     def deny(self, reason: str, *, degraded: bool) -> None:

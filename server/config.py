@@ -22,6 +22,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from measuring.examples import load_sources
@@ -29,6 +30,7 @@ from router.budget import Budget
 from router.errors import UnusableInput
 from router.gate import GATES
 from router.ledger import LedgerConfig, Limit, MemoryLedgerConfig
+from router.money import PriceList
 from server.vllm_flags import read_flags, setting_name
 
 ENVIRONMENT_PREFIX = "WHEELS_"
@@ -150,6 +152,10 @@ class ServeConfig(BaseModel):
     limits: Annotated[tuple[Limit, ...], BeforeValidator(_structure)] = Field(
         (), description="limits that all requests share, as JSON; see docs/budgets.md"
     )
+    prices: Annotated[PriceList | None, BeforeValidator(_structure)] = Field(
+        None,
+        description="what a million tokens of student and teacher cost, as JSON; see docs/budgets.md",
+    )
     ledger: Annotated[LedgerConfig, BeforeValidator(_structure)] = Field(
         MemoryLedgerConfig(), description="where shared limits are kept, as JSON; default: in memory"
     )
@@ -212,6 +218,16 @@ class ServeConfig(BaseModel):
             if name == info.data.get("served_model_name"):
                 raise ValueError(f"{name!r} is the served_model_name, whose budget is default_budget")
         return models
+
+    @model_validator(mode="after")
+    def _money_has_prices(self) -> "ServeConfig":
+        if self.prices is None:
+            named = {"default_budget": self.default_budget}
+            named |= {f"models.{name}": budget for name, budget in self.models.items()}
+            for name, budget in named.items():
+                if budget.cost is not None:
+                    raise ValueError(f"{name}.cost needs prices (--prices)")
+        return self
 
     @property
     def vllm_settings(self) -> dict[str, Any]:
@@ -300,6 +316,8 @@ def _merged(settings: Any, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _problem(entry: Any) -> str:
+    if not entry["loc"]:  # it is about several settings
+        return str(entry["msg"].removeprefix("Value error, "))
     name = entry["loc"][0]
     path = ".".join(map(str, entry["loc"]))
     if entry["type"] == "missing":

@@ -10,6 +10,7 @@ from hashlib import blake2b
 from typing import Any, Literal
 
 from router.budget import Bucket, Budget
+from router.money import PriceList
 from router.policy import Policy
 from router.reserved import ReservedRows
 from server.choice import Choice, Step
@@ -61,6 +62,8 @@ class Cooperation:
     """Whether a request may bring a priority of its own."""
     recorder: Recorder | None = None
     """Keeps what both models write."""
+    prices: PriceList | None = None
+    """What tokens cost; None where nobody has set it."""
     parsers: bool = False
     """Whether vLLM's HTTP layer parses reasoning or tool calls out of what is streamed."""
 
@@ -132,6 +135,7 @@ class Cooperator:
             cooperation.shared,
             cooperation.span_tokens,
             cooperation.on_teacher_error,
+            prices=None if cooperation.prices is None else cooperation.prices.teacher,
         )
 
     @property
@@ -175,7 +179,7 @@ class Cooperator:
         request_id: str,
         options: dict[str, Any],
     ) -> AsyncGenerator[RequestOutput, None]:
-        reports = [exchange.open() for _ in range(params.n)]
+        reports = [self._open(exchange, prompt) for _ in range(params.n)]
         budget = self._budget(exchange, prompt, params, options)
         if budget.is_zero:
             outputs = self._student.generate(prompt, params, request_id, **options)
@@ -189,6 +193,12 @@ class Cooperator:
             completion = self._completion(prompt, params, index, report)
             choices.append(self._choice(completion, budget, exchange, prompt, request_id, options))
         return self._hand_out(choices, exchange, request_id)
+
+    def _open(self, exchange: Exchange, prompt: Any) -> Report:
+        report = exchange.open()
+        report.sheet.prices = self._cooperation.prices
+        report.sheet.prompt_tokens = len(_ids(prompt) or ())
+        return report
 
     def _search_step(
         self,
@@ -244,6 +254,11 @@ class Cooperator:
         """What the request asks for, by a budget or by the name of its model, within its tenant's maximum."""
         default = self._cooperation.default_budget
         asked = exchange.budget or self._cooperation.models.get(exchange.model)
+        if asked is not None and asked.cost is not None and self._cooperation.prices is None:
+            name = exchange.budget_name
+            raise VLLMValidationError(
+                f"{name}.cost: this gateway has no prices; its operator sets them by --prices", parameter=name
+            )
         if exchange.tenant is None:
             return asked or default
         try:
@@ -279,7 +294,13 @@ class Cooperator:
         options: dict[str, Any],
     ) -> Choice:
         digest = blake2b(array("I", prompt["prompt_token_ids"]).tobytes(), digest_size=16)
-        bucket = Bucket(budget, self._cooperation.span_tokens, self._cooperation.ask_tokens)
+        prices = self._cooperation.prices
+        bucket = Bucket(
+            budget,
+            self._cooperation.span_tokens,
+            self._cooperation.ask_tokens,
+            prices=None if prices is None else prices.teacher,
+        )
         return Choice(
             prompt=prompt,
             segment_params=self._segment_params(completion.params),
@@ -320,8 +341,7 @@ class Cooperator:
     async def _split(
         self, outputs: AsyncGenerator[RequestOutput, None], prompt: Any, params: SamplingParams
     ) -> AsyncGenerator[RequestOutput, None]:
-        prompt_ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
-        single_tokens = SingleTokens(self._student.tokenizer, prompt_ids, params)
+        single_tokens = SingleTokens(self._student.tokenizer, _ids(prompt), params)
         async with aclosing(outputs):
             async for output in outputs:
                 for single in single_tokens.split(output):
@@ -343,6 +363,10 @@ class Cooperator:
                     async for output in outputs:
                         for new in output.outputs:
                             report = reports[new.index]
+                            if not report.completion_tokens:
+                                report.sheet.student_reads(
+                                    report.sheet.prompt_tokens, output.num_cached_tokens or 0
+                                )
                             report.completion_tokens = len(new.token_ids) + delta * report.completion_tokens
                             report.finished = new.finish_reason is not None
                         yield output
@@ -382,6 +406,11 @@ class Cooperator:
                 writing.cancel()
                 await asyncio.wait([writing])
                 choice.purse.close(len(choice.completion))
+
+
+def _ids(prompt: Any) -> list[int] | None:
+    """Token ids of a prompt that vLLM has rendered; None if it has none."""
+    return prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
 
 
 def _request_output(choices: list[Choice], outputs: list[CompletionOutput], request_id: str) -> RequestOutput:

@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
 from router.budget import Bucket, Budget
+from router.money import PICOS
+from server.costs import Costs, CostSheet
 from server.tenants import Tenant
 
 Source = Literal["student", "teacher"]
@@ -25,6 +27,10 @@ class ReportFields(TypedDict):
     denied: dict[str, int]
     degraded: bool
     clamped: bool
+    cost: NotRequired[float]
+    """What the teacher's reading and writing cost, where the gateway has prices."""
+    saved: NotRequired[float]
+    """What the teacher alone would have cost, less what both models did; below 0 if that was more."""
 
 
 @dataclass
@@ -43,10 +49,16 @@ class Report:
     source: Source = "student"
     """Who wrote the tokens handed out last."""
     finished: bool = False
+    sheet: CostSheet = field(default_factory=CostSheet)
+
+    @property
+    def costs(self) -> Costs | None:
+        """What the choice has cost so far; None without prices."""
+        return self.sheet.costs(self.completion_tokens, self.completion_tokens - self.tokens)
 
     def as_dict(self) -> ReportFields:
         """The report, as a response has it."""
-        return {
+        fields: ReportFields = {
             "tokens": self.tokens,
             "calls": self.calls,
             "rate": round(self.tokens / self.completion_tokens, 6) if self.completion_tokens else 0.0,
@@ -55,6 +67,10 @@ class Report:
             "degraded": self.degraded,
             "clamped": self.clamped,
         }
+        if (costs := self.costs) is not None:
+            fields["cost"] = costs.teacher.total / PICOS
+            fields["saved"] = costs.saved / PICOS
+        return fields
 
 
 @dataclass
@@ -162,6 +178,7 @@ class Exchange:
             whole.denied += report.denied
             whole.degraded |= report.degraded
             whole.clamped |= report.clamped
+            whole.sheet.add(report.sheet)
         return whole
 
 

@@ -95,7 +95,7 @@ def _vllm_arguments(config: ServeConfig, pair: ServedPair) -> Namespace:
 
 async def _serve(config: ServeConfig, pair: ServedPair) -> int:
     arguments = _vllm_arguments(config, pair)
-    tenants = None if config.tenants is None else Tenants(config.tenants)
+    tenants = None if config.tenants is None else Tenants(config.tenants, priced=config.prices is not None)
     deadline = time.monotonic() + config.teacher_wait
     async with _teacher(config, pair.visible) as teacher:
         if not config.teacher_wait:
@@ -203,6 +203,7 @@ def _cooperation(
         client_priority=config.vllm_settings.get("scheduling-policy") == "priority",
         default_budget=config.default_budget,
         models=config.models,
+        prices=config.prices,
         shared=SharedBudgets(
             config.ledger.build(), PriceController(policy.calibration, pair.spans.ask_tokens), config.limits
         ),

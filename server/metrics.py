@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from router.money import PICOS
+from server.costs import Costs
 from server.exchange import Report
 
 REQUESTS = Counter(
@@ -12,6 +14,14 @@ REQUESTS = Counter(
 )
 COMPLETION_TOKENS = Counter(
     "wheels_completion_tokens", "Completion tokens by who wrote them: student, teacher", ["source"]
+)
+COST = Counter(
+    "wheels_cost",
+    "What tokens cost, by the configured prices: of student and teacher, by input, cached_input, output",
+    ["model", "kind"],
+)
+ALONE_COST = Counter(
+    "wheels_teacher_alone_cost", "What the same completions would have cost, written by the teacher alone"
 )
 TEACHER_CALLS = Counter(
     "wheels_teacher_calls",
@@ -85,3 +95,12 @@ def counted(reports: Sequence[Report], *, budgeted: bool, refusal: type[Exceptio
             COMPLETION_TOKENS.labels("teacher").inc(report.tokens)
             if budgeted and report.completion_tokens:
                 TEACHER_RATE.observe(report.tokens / report.completion_tokens)
+            if report.costs is not None:
+                _count_costs(report.costs)
+
+
+def _count_costs(costs: Costs) -> None:
+    for model, kinds in (("student", costs.student), ("teacher", costs.teacher)):
+        for kind, cost in kinds:
+            COST.labels(model, kind).inc(cost / PICOS)
+    ALONE_COST.inc(costs.alone / PICOS)

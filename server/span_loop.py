@@ -8,12 +8,14 @@ from typing import Literal
 
 from router.budget import Grant
 from router.ledger import Denial
+from router.money import TokenPrices
 from router.policy import NEVER, Policy, Terms
 from server.choice import Choice
 from server.completion import Piece
 from server.shared_budgets import Draw, SharedBudgets
 from server.teacher.client import Ask
 from server.teacher.errors import TeacherError
+from server.teacher.meter import Meter
 from server.teacher.pool import Slot, TeacherPool
 from server.vllm_api import GracefulHTTPError
 
@@ -33,6 +35,7 @@ class Span:
     grant: Grant
     draw: Draw
     slot: Slot
+    meter: Meter
     used: int = 0
     """Tokens of it that are in the completion."""
 
@@ -47,6 +50,8 @@ class SpanLoop:
     shared: SharedBudgets
     span_tokens: int
     on_teacher_error: Literal["degrade", "error"] = "degrade"
+    prices: TokenPrices | None = None
+    """The teacher's."""
     running: int = 0
     """Completions that are being written."""
 
@@ -83,6 +88,7 @@ class SpanLoop:
             choice.length + choice.completion.tokens_left,
             ceiling=choice.share.rate,
             pause=choice.pause,
+            reads=len(choice.prefix),
         )
         if terms.never or choice.pause or not self.teacher.down:
             return terms
@@ -121,7 +127,8 @@ class SpanLoop:
         at_most = room
         if choice.share.scopes:  # what one holds, no other can have
             at_most = min(room, LEASE_TOKENS if choice.share.rate >= 1.0 else self.span_tokens)
-        grant = choice.bucket.reserve(choice.length, at_most, always=terms.always)
+        reads = len(choice.prefix)
+        grant = choice.bucket.reserve(choice.length, at_most, always=terms.always, reads=reads)
         if grant is None:
             choice.deny("budget", degraded=False)
             return None
@@ -140,7 +147,7 @@ class SpanLoop:
                 raise
             self._lose_teacher(choice, error)
             return None
-        return Span(grant, draw, slot)
+        return Span(grant, draw, slot, Meter(self.prices, grant.cost))
 
     def _room(self, choice: Choice) -> int:
         """Tokens that the completion, its thinking, the teacher's biases and its context have left."""
@@ -153,7 +160,7 @@ class SpanLoop:
 
     async def _teach(self, choice: Choice, span: Span) -> None:
         """Let the teacher write a span, and settle what it wrote."""
-        choice.open_span()
+        choice.open_span(span.meter.usage)
         try:
             await self._take(choice, span)
         except TeacherError as error:
@@ -161,7 +168,7 @@ class SpanLoop:
             self._lose_teacher(choice, error)
         finally:
             span.slot.release()
-            choice.bucket.settle(span.grant, span.used)
+            choice.bucket.settle(span.grant, span.used, span.meter.cost)
             choice.share.settle(span.used)
 
     async def _take(self, choice: Choice, span: Span) -> None:
@@ -182,6 +189,7 @@ class SpanLoop:
             seed=choice.seed,
             end_ids=choice.end_ids,
             cache_salt=choice.prompt.get("cache_salt"),
+            meter=span.meter,
         )
         return self.teacher.write(
             span.slot,

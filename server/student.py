@@ -48,10 +48,12 @@ class StudentEngine:
             f"{choice.request_id}-{len(choice.completion)}-{choice.report.calls}",
             **options,
         )
+        read = False
         async with aclosing(outputs):
             async for output in outputs:
-                if choice.cached_tokens is None:
-                    choice.cached_tokens = output.num_cached_tokens
+                if not read:
+                    choice.student_reads(output.num_cached_tokens)
+                    read = True
                 yield self._piece(output)
 
     def _piece(self, output: RequestOutput) -> Piece:

@@ -39,7 +39,7 @@ from server.file_state import FileState
 logger = logging.getLogger(__name__)
 
 KeyHash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of an API key, in hex")]
-PARTS = ("fraction", "tokens", "calls")
+PARTS = ("fraction", "tokens", "calls", "cost")
 
 
 class BudgetRefused(BadRequest):
@@ -84,6 +84,15 @@ class Tenant(BaseModel):
     def scopes(self) -> tuple[Scope, ...]:
         """The tenant's limits, as the ledger knows them."""
         return tuple(Scope("tenant", self.name, limit) for limit in self.limits)
+
+    @property
+    def in_money(self) -> str | None:
+        """A setting that is an amount of money; None if there is none."""
+        for name in ("default_budget", "maximum_budget"):
+            budget = getattr(self, name)
+            if budget is not None and budget.cost is not None:
+                return f"{name}.cost"
+        return None
 
     def resolve(self, requested: Budget | None, server_default: Budget) -> Resolved:
         """The budget of a request that names ``requested``, or none.
@@ -152,8 +161,9 @@ class Tenants:
     a line break or begins with a brace.
     """
 
-    def __init__(self, source: str) -> None:
-        """Raises ConfigError where the source is not usable."""
+    def __init__(self, source: str, *, priced: bool = False) -> None:
+        """``priced``: whether the gateway has prices. Raises ConfigError if the source is not usable."""
+        self._priced = priced
         inline = "\n" in source or source.lstrip().startswith("{")
         self._inline = source if inline else None
         self._path = None if inline else Path(source)
@@ -233,7 +243,7 @@ class Tenants:
         try:
             text = self._inline or "" if self._path is None else self._path.read_bytes()
             content = read_yaml(text)
-            return TenantList.model_validate({} if content is None else content)
+            tenants = TenantList.model_validate({} if content is None else content)
         except ValidationError as error:
             problems = (
                 f"{'.'.join(map(str, entry['loc']))}: {entry['msg'].removeprefix('Value error, ')}"
@@ -243,6 +253,10 @@ class Tenants:
         except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
             problem = " ".join(str(error).split())  # YAML's errors are drawn over several lines
             raise ConfigError(f"cannot read {where}: {problem}") from error
+        for tenant in () if self._priced else tenants.tenants:
+            if (setting := tenant.in_money) is not None:
+                raise ConfigError(f"{where}: {tenant.name}: {setting} needs prices (--prices)")
+        return tenants
 
 
 def key_of(credential: str) -> str:

@@ -23,7 +23,7 @@ ALONE = ("/generative_scoring", "/v1/systemone", "/inference/v1/generate", "/coh
 PATHS = (*STREAMED, "/v1/chat/completions/batch", "/invocations", *ALONE)
 FIELD = "teacher_budget"
 HEADER = "X-Teacher-Budget"
-EXPECTED = 'expected a fraction in [0, 1], or an object of "fraction", "tokens", "calls"'
+EXPECTED = 'expected a fraction in [0, 1], or an object of "fraction", "tokens", "calls", "cost"'
 _FLAG = TypeAdapter(bool)
 
 

@@ -22,6 +22,7 @@ SERVER_PORTS = range(16_384, 32_768)
 """Linux gives the ports from 32768 on to outgoing connections."""
 
 # The pair was trained and calibrated in float32; compiling takes longer than a tiny model can win back.
+COUNTED = ("--enable-prompt-tokens-details",)  # what a cache saves is cheaper
 EXACT = ("--dtype", "float32", "--enforce-eager")
 UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 # Two engines on one GPU: each takes a fixed cache, as profiling would count the other's memory as its own.
@@ -135,7 +136,7 @@ def teacher_service(
     device = ("--block-size", "32", *_executor(cores)) if cpu else GPU_SHARE
     return Service(
         name=name,
-        command=(*STOCK_SERVER, *arguments, *_address(url), *EXACT, *device, *flags),
+        command=(*STOCK_SERVER, *arguments, *_address(url), *COUNTED, *EXACT, *device, *flags),
         ready_url=f"{url}/health",
         log=logs / f"{name}.log",
         environment=QUIET | (_threads(cores) if cpu else {}),

@@ -20,9 +20,10 @@ from server.metrics import BREAKER_OPEN, TEACHER_CALL_SECONDS, TEACHER_CALLS
 from server.teacher.breaker import Breaker
 from server.teacher.carried import MOST_BIASES, Screen, carried_biases
 from server.teacher.errors import TeacherError as TeacherError
+from server.teacher.meter import Meter
 from server.teacher.patience import SPAN as SPAN
 from server.teacher.patience import Patience
-from server.teacher.replies import REFUSALS, Reply, quoted, read_reply
+from server.teacher.replies import REFUSALS, Reply, quoted, read_reply, read_usage
 from server.tracing import CallSpan
 from server.vllm_api import SamplingParams
 
@@ -58,6 +59,9 @@ FORWARDED = (
     "ignore_eos",
 )
 """Sampling parameters that vLLM's completions endpoint takes under the same name."""
+
+UNREAD = ("unreachable", "status")
+"""What keeps a teacher from reading a prompt, unless it has begun to write."""
 
 T = TypeVar("T")
 
@@ -112,6 +116,8 @@ class Ask:
     end_ids: Sequence[int] = ()
     """Ids by which the student ends a completion, its own end token first; the teacher may have others."""
     cache_salt: str | None = None
+    meter: Meter = field(default_factory=Meter)
+    """Counts what the span costs, and may bound it."""
 
     @property
     def streamed(self) -> bool:
@@ -185,6 +191,8 @@ def _body(progress: _Progress, screen: Screen, model: str | None) -> dict[str, A
     }
     if params.logprobs is not None:
         body |= {"logprobs": params.logprobs, "return_tokens_as_token_ids": True}
+    if ask.streamed and ask.meter.prices is not None:
+        body["stream_options"] = {"include_usage": True}
     return {name: value for name, value in body.items() if value is not None}
 
 
@@ -274,6 +282,7 @@ class Teacher:
         self._headers = _credentials(self.name, parts.username, parts.password, api_key)
         self._session: aiohttp.ClientSession | None = None
         self._served_at = -math.inf
+        self._told_of_cache = False
 
     async def __aenter__(self) -> "Teacher":
         self._session = aiohttp.ClientSession(
@@ -376,6 +385,7 @@ class Teacher:
             problem = await self._judged(error, patience)
             outcome = problem.reason
             blamed = not problem.well
+            ask.meter.failed(reached=problem.reason not in UNREAD)
             raise problem from error.__cause__
         finally:
             self._count(outcome, time.monotonic() - called)
@@ -423,6 +433,9 @@ class Teacher:
                     ended = reply.piece.finish_reason is not None
             if ended:
                 return
+            if not ask.meter.admits(len(ask.prompt_ids) + len(progress.written), progress.tokens_left):
+                yield Piece((), finish_reason="length")
+                return
         wrote = f"the teacher at {self.name} wrote the token ids {sorted(progress.padded | progress.banned)}"
         raise TeacherError("nonsense", f"{wrote}, which cannot stay", well=True)
 
@@ -435,6 +448,7 @@ class Teacher:
         body = _body(progress, screen, self.model)
         longest = LONGEST + ECHOED * len(body["prompt"])
         room = body["max_tokens"]
+        ask.meter.begin(len(body["prompt"]), room)
         async with self._request("POST", "/v1/completions", patience, body, headers) as response:
             payloads = self._payloads(response, patience, longest, stream=ask.streamed)
             async with aclosing(payloads):
@@ -444,6 +458,9 @@ class Teacher:
                         payload, room=room, logprobs=wants_logprobs, vocabulary=self.vocabulary
                     )
                     tokens = len(reply.piece.token_ids)
+                    ask.meter.wrote(reply.received)
+                    if not ask.streamed:
+                        self._note_usage(ask.meter, payload)
                     room -= tokens
                     patience.came(tokens)
                     complete = reply.piece.finish_reason is not None
@@ -451,12 +468,28 @@ class Teacher:
                     if complete:
                         patience.end()
                         with suppress(TeacherError):  # nothing that is still needed
-                            async for _ in payloads:  # to the end, so that the connection is reused
-                                pass
+                            async for payload in payloads:  # to the end, so that the connection is reused
+                                self._note_usage(ask.meter, payload)
+                    elif reply.again and ask.streamed:
+                        ask.meter.failed(reached=True)
                     yield reply
                     if complete or reply.again:
                         return
         raise TeacherError("nonsense", f"the reply of {self.name} ended without a finish reason")
+
+    def _note_usage(self, meter: Meter, payload: bytes) -> None:
+        """Read on the meter what the teacher reports at the end of a request."""
+        counted = None if meter.prices is None else read_usage(payload)
+        if counted is None:
+            return
+        meter.report(counted.cached or 0, counted.written)
+        if counted.cached is None and not self._told_of_cache:
+            self._told_of_cache = True
+            logger.warning(
+                "the teacher at %s does not report what it reads from its cache: all of it counts in full "
+                "(vLLM reports it with --enable-prompt-tokens-details)",
+                self.name,
+            )
 
     async def _json(self, method: str, path: str, type_: type[T], body: dict[str, Any] | None = None) -> T:
         patience = Patience(self.timeout, self.span_timeout)

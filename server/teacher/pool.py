@@ -278,6 +278,8 @@ class TeacherPool:
             except TeacherError as error:
                 if written or moved or error.refused:
                     raise
+                if not ask.meter.admits(len(ask.prompt_ids), ask.tokens):
+                    raise
                 other = self._free([replica for replica in self.replicas if replica is not slot.replica])
                 if other is None:
                     raise

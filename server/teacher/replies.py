@@ -28,6 +28,15 @@ class _Choice(msgspec.Struct):
     stop_reason: int | str | None = None
 
 
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: int = 0
+    prompt_tokens_details: _PromptDetails | None = None
+
+
 class _Error(msgspec.Struct):
     code: Any = None
     message: str = ""
@@ -37,6 +46,15 @@ class _Completion(msgspec.Struct):
     choices: list[_Choice] = []
     error: _Error | None = None
     """What a stream holds where a plain reply would have another status."""
+    usage: _Usage | None = None
+
+
+class Counted(NamedTuple):
+    """What a server counted of one request."""
+
+    written: int
+    cached: int | None
+    """Tokens of the prompt that were in its prefix cache; None if it does not report them."""
 
 
 class Reply(NamedTuple):
@@ -49,6 +67,8 @@ class Reply(NamedTuple):
     """The next id, if the student does not have it."""
     banned: int | None = None
     """The next id, if it ends a bad word."""
+    received: int = 0
+    """Tokens that arrived, those that are cut off among them."""
 
 
 def quoted(text: str) -> str:
@@ -81,8 +101,21 @@ def read_reply(payload: bytes, *, room: int, logprobs: bool, vocabulary: int) ->
     if logprobs and ids:
         entries = _entries(ids, choice.logprobs, vocabulary)[: len(kept)]
     if len(kept) < len(ids):
-        return Reply(Piece(kept, entries), again=True, padded=ids[len(kept)])
-    return Reply(Piece(ids, entries, choice.finish_reason, choice.stop_reason))
+        return Reply(Piece(kept, entries), again=True, padded=ids[len(kept)], received=len(ids))
+    piece = Piece(ids, entries, choice.finish_reason, choice.stop_reason)
+    return Reply(piece, received=len(ids))
+
+
+def read_usage(payload: bytes) -> Counted | None:
+    """What a body, or the last event of a stream, reports of its request; None if it reports nothing."""
+    try:
+        usage = msgspec.json.decode(payload, type=_Completion).usage
+    except (msgspec.MsgspecError, ValueError):
+        return None  # it is nothing that the completion needs
+    if usage is None:
+        return None
+    details = usage.prompt_tokens_details
+    return Counted(usage.completion_tokens, None if details is None else details.cached_tokens)
 
 
 def _choice(payload: bytes) -> _Choice:

@@ -50,6 +50,8 @@ class ScriptedTeacher:
     writes_on: bool = False
     """Whether it writes a token, and more, although the call is cancelled while it hangs."""
     refuses: str | None = None
+    caches: float = 0.0
+    """Share of every prompt that it reports as cached."""
     calls: list[Call] = field(default_factory=list)
     asks: list[Ask] = field(default_factory=list)
     hanging: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
@@ -84,14 +86,22 @@ class ScriptedTeacher:
         call = Call(list(prompt_ids), tokens, ask.min_tokens, ask.seed, request_id, deadline)
         self.calls.append(call)
         self.asks.append(ask)
+        ask.meter.begin(len(prompt_ids), tokens)
         try:
             for written in range(tokens):
                 await asyncio.sleep(0)
-                yield await self._piece(
+                piece = await self._piece(
                     len(prompt_ids) - len(PROMPT_IDS) + written, written + 1 == tokens, params
                 )
+                ask.meter.wrote(1)
+                if piece.finish_reason is not None:
+                    ask.meter.report(int(self.caches * len(prompt_ids)), written + 1)
+                yield piece
                 if self.ends_at == len(prompt_ids) - len(PROMPT_IDS) + written:
                     return
+        except TeacherError:
+            ask.meter.failed(reached=True)
+            raise
         finally:
             call.closed = True
 

@@ -408,3 +408,26 @@ def test_help_names_every_setting(needed, capsys):
 
 def test_settings_are_plain_data(needed):
     assert Path(json.loads(load(needed).model_dump_json())["student"]) == Path(needed[1])
+
+
+# Money
+
+PRICES = {"student": {"input": 0.1, "output": 0.4}, "teacher": {"input": 2, "cached_input": 1, "output": 8}}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "name"),
+    [
+        ("default_budget", {"cost": 0.01}, "default_budget"),
+        ("models", {"wheels-best": {"cost": 0.01, "fraction": 0.5}}, "models.wheels-best"),
+    ],
+)
+def test_money_needs_prices(needed, write, setting, value, name):
+    assert refusal([*needed, *write({setting: value})]) == f"{name}.cost needs prices (--prices)"
+    assert load([*needed, *write({setting: value, "prices": PRICES})]).prices is not None
+
+
+def test_prices_on_the_command_line_are_json(needed):
+    assert load([*needed, "--prices", json.dumps(PRICES)]).prices.teacher.cached_input == 1
+    wrong = json.dumps(PRICES | {"teacher": {"input": 1, "output": 2, "cached_input": 3}})
+    assert refusal([*needed, "--prices", wrong]) == "prices.teacher: cached_input is more than input"

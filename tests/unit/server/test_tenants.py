@@ -342,3 +342,20 @@ async def test_view() -> None:
     ]
     assert "keys" not in json.dumps(answer)
     assert view(None, [], None) == {"available": False, "budgets": [], "tenants": []}
+
+
+def test_money_needs_prices():
+    for name in ("default_budget", "maximum_budget"):
+        source = json.dumps({"tenants": [{"name": "acme", "keys": [hash_key("k")], name: {"cost": 0.01}}]})
+        with pytest.raises(ConfigError, match=rf"acme: {name}.cost needs prices \(--prices\)"):
+            Tenants(source)
+        assert Tenants(source, priced=True).current.tenants[0].name == "acme"
+
+
+def test_a_maximum_in_money():
+    tenant = Tenant(name="acme", keys=(hash_key("k"),), maximum_budget=Budget(cost=0.01))
+    assert tenant.resolve(Budget(cost=0.02, calls=3), Budget(fraction=0.1)) == (
+        Budget(cost=0.01, calls=3),
+        True,
+    )
+    assert tenant.resolve(None, Budget(fraction=0.1)).budget == Budget(fraction=0.1, cost=0.01)

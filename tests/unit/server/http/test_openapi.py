@@ -37,8 +37,9 @@ def test_the_budget_is_documented_where_there_is_a_body(documented):
     schemas = documented["components"]["schemas"]
     number, parts, nothing = schemas["TeacherBudget"]["anyOf"]
     assert (number["minimum"], number["maximum"]) == (0, 1)
-    assert parts["properties"].keys() == {"fraction", "tokens", "calls"}
-    assert [some["required"] for some in parts["anyOf"]] == [["fraction"], ["tokens"], ["calls"]]
+    assert parts["properties"].keys() == {"fraction", "tokens", "calls", "cost"}
+    required = [some["required"] for some in parts["anyOf"]]
+    assert required == [["fraction"], ["tokens"], ["calls"], ["cost"]]
     assert nothing == {"type": "null"}
     bodies = [schema for name, schema in schemas.items() if name.startswith("Request")]
     assert len(bodies) == len(PATHS) - 1
@@ -72,7 +73,7 @@ def test_a_document_that_is_asked_for_again_is_the_same():
 def test_the_report_is_documented_on_every_path(documented):
     assert documented["paths"].keys() == {*PATHS} - {ALONE[-1]}
     report = documented["components"]["schemas"]["Teacher"]
-    assert report["properties"].keys() == Report().as_dict().keys()
+    assert report["properties"].keys() == {*Report().as_dict().keys(), "cost", "saved"}
     assert set(report["required"]) == Report().as_dict().keys()
     for path, operations in documented["paths"].items():
         responses = operations["post"]["responses"]

@@ -8,6 +8,7 @@ import pytest
 from router.budget import Budget
 from router.controller import PriceController
 from router.ledger import MemoryLedger
+from router.money import PriceList
 from router.policy import Policy
 from server.engine import Cooperation
 from server.shared_budgets import SharedBudgets
@@ -30,6 +31,7 @@ def pair(tokenizer):
         on_teacher_error: str = "degrade",
         shared: SharedBudgets | None = None,
         student: dict[str, Any] | None = None,
+        prices: PriceList | None = None,
         **teacher: Any,
     ) -> tuple[Engine, ScriptedTeacher]:
         cooperation = Cooperation(
@@ -42,6 +44,7 @@ def pair(tokenizer):
             models={name: Budget.model_validate(value) for name, value in (models or {}).items()},
             shared=shared or SharedBudgets(MemoryLedger(), PriceController(CALIBRATION, span_tokens)),
             on_teacher_error=on_teacher_error,
+            prices=prices,
         )
         engine = Engine(ScriptedLLM(tokenizer, ask_at, ends_at), cooperation, **(student or {}))
         return engine, cooperation.teacher

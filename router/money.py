@@ -1,0 +1,137 @@
+"""Money: what tokens cost, in whole numbers, so that sums and comparisons are exact."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+from functools import cached_property
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PICOS = 10**12
+"""A unit of money in the parts in which a request counts. A price of 1 for a million tokens is a million."""
+NANOS = 10**9
+"""A unit of money in the parts in which a ledger counts: its sums are exact up to nine million units."""
+MILLION = 10**6
+MOST = 1_000_000
+"""The highest amount of money in a setting or a request; sums of these stay exact in Redis too."""
+
+Money = Annotated[float, Field(ge=0.0, le=MOST, allow_inf_nan=False)]
+
+
+def picos(amount: float) -> int:
+    """An amount of money that may be spent, rounded down."""
+    return int((Decimal(repr(amount)) * PICOS).to_integral_value(ROUND_FLOOR))
+
+
+def nanos(amount: float) -> int:
+    """As `picos`, in the parts of a ledger."""
+    return picos(amount) // (PICOS // NANOS)
+
+
+def nanos_of(cost: int) -> int:
+    """A cost in picos, rounded up."""
+    return -(-cost // (PICOS // NANOS))
+
+
+@dataclass
+class TokenUsage:
+    """Tokens that one model read and wrote."""
+
+    input: int = 0
+    """Read, and not found in a prefix cache."""
+    cached_input: int = 0
+    output: int = 0
+
+    @classmethod
+    def total(cls, usages: Iterable["TokenUsage"]) -> "TokenUsage":
+        """The sum of several."""
+        whole = cls()
+        for usage in usages:
+            whole.input += usage.input
+            whole.cached_input += usage.cached_input
+            whole.output += usage.output
+        return whole
+
+    @classmethod
+    def of(cls, read: int, cached: int, written: int = 0) -> "TokenUsage":
+        """Of ``read`` tokens, at most ``cached`` were in a prefix cache."""
+        cached = min(max(cached, 0), read)
+        return cls(read - cached, cached, written)
+
+
+class KindCosts(BaseModel):
+    """Picos by kind of token."""
+
+    model_config = ConfigDict(frozen=True)
+
+    input: int
+    cached_input: int
+    output: int
+
+    @property
+    def total(self) -> int:
+        """Of all kinds."""
+        return self.input + self.cached_input + self.output
+
+
+class TokenPrices(BaseModel):
+    """What a million tokens of one model cost. Digits behind the sixth are rounded up."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input: Money
+    cached_input: Money | None = None
+    """Of tokens that are read from a prefix cache; None = as ``input``."""
+    output: Money
+
+    @model_validator(mode="after")
+    def _cache_is_no_dearer(self) -> "TokenPrices":
+        if self.cached_input is not None and self.cached_input > self.input:
+            raise ValueError("cached_input is more than input")
+        return self
+
+    @cached_property
+    def of_one(self) -> KindCosts:
+        """The cost of one token."""
+        cached = self.input if self.cached_input is None else self.cached_input
+        return KindCosts(input=_each(self.input), cached_input=_each(cached), output=_each(self.output))
+
+    def costs(self, usage: TokenUsage) -> KindCosts:
+        """What the tokens cost, by kind."""
+        one = self.of_one
+        return KindCosts(
+            input=usage.input * one.input,
+            cached_input=usage.cached_input * one.cached_input,
+            output=usage.output * one.output,
+        )
+
+    def cost(self, usage: TokenUsage) -> int:
+        """What the tokens cost, in picos."""
+        return self.costs(usage).total
+
+    def most(self, reads: int, writes: int) -> int:
+        """What a call costs at most: nothing of it may be in a cache. In picos."""
+        return reads * self.of_one.input + writes * self.of_one.output
+
+    def affordable(self, cost: int, reads: int, at_most: int) -> int:
+        """Tokens that a call may write for ``cost`` picos, if it reads ``reads`` tokens first."""
+        left = cost - self.most(reads, 0)
+        if left < 0:
+            return 0
+        each = self.of_one.output
+        return at_most if each == 0 else min(at_most, left // each)
+
+
+class PriceList(BaseModel):
+    """Prices of both models, in any one currency."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    student: TokenPrices
+    teacher: TokenPrices
+
+
+def _each(price: float) -> int:
+    """Picos for one token at this price for a million of them."""
+    return int((Decimal(repr(price)) * PICOS / MILLION).to_integral_value(ROUND_CEILING))

@@ -1,0 +1,66 @@
+"""What a completion cost: both models' tokens by kind, and what the teacher alone would have cost."""
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from router.money import KindCosts, PriceList, TokenUsage
+
+
+class Costs(NamedTuple):
+    """In picos."""
+
+    student: KindCosts
+    teacher: KindCosts
+    alone: int
+    """By the teacher alone, with as much of the prompt in its cache as the first model to read it had."""
+
+    @property
+    def saved(self) -> int:
+        """Below 0 if two models were dearer."""
+        return self.alone - self.student.total - self.teacher.total
+
+
+@dataclass
+class CostSheet:
+    """What both models read and wrote for one choice, in their own tokens."""
+
+    prices: PriceList | None = None
+    """None where the gateway has none: nothing is shown then."""
+    prompt_tokens: int = 0
+    prompt_cached: int | None = None
+    """Of the prompt, those in the student's prefix cache; None if the student has not read it."""
+    student: TokenUsage = field(default_factory=TokenUsage)
+    """What it wrote is left out: it wrote what the teacher did not."""
+    teacher: list[TokenUsage] = field(default_factory=list)
+    """One for each span; they grow while the teacher writes."""
+
+    def student_reads(self, tokens: int, cached: int) -> None:
+        """The student begins a segment after this many tokens."""
+        if self.prompt_cached is None:
+            self.prompt_cached = min(cached, self.prompt_tokens)
+        self.student = TokenUsage.total([self.student, TokenUsage.of(tokens, cached)])
+
+    def add(self, other: "CostSheet") -> None:
+        """Add another choice of the same request."""
+        self.prices = other.prices
+        self.prompt_tokens += other.prompt_tokens
+        self.prompt_cached = (self.prompt_cached or 0) + other._cached
+        self.student = TokenUsage.total([self.student, other.student])
+        self.teacher += other.teacher
+
+    def costs(self, completion_tokens: int, student_tokens: int) -> Costs | None:
+        """What it cost, of which the student wrote ``student_tokens``; None without prices."""
+        if self.prices is None:
+            return None
+        alone = TokenUsage.of(self.prompt_tokens, self._cached, completion_tokens)
+        return Costs(
+            student=self.prices.student.costs(replace(self.student, output=student_tokens)),
+            teacher=self.prices.teacher.costs(TokenUsage.total(self.teacher)),
+            alone=self.prices.teacher.cost(alone),
+        )
+
+    @property
+    def _cached(self) -> int:
+        if self.prompt_cached is not None:
+            return self.prompt_cached
+        return self.teacher[0].cached_input if self.teacher else 0
