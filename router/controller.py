@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from router.ledger import FractionOfTraffic, Scope, Status, TokensPerWindow
+from router.ledger import AnyLimit, FractionOfTraffic, Scope, Status
 from router.ledger.base import SUB_WINDOWS
 from router.policy import Prices
 
@@ -26,22 +26,21 @@ AIM = 0.98
 """Share of a limit to aim at. With 1 the ledger would refuse now and then."""
 EVENLY = AIM * SUB_WINDOWS / (SUB_WINDOWS + 1)
 """The same for tokens per window: the ledger's window is up to a sub-window longer than the limit's."""
+FORGETTING = 0.99
+"""With every span, so much of what is known of the cost of a teacher token stays."""
 LEARNING = 0.05
 """Share of a window after which the traffic so far is taken as typical."""
 
 
 class LedgerTotals(NamedTuple):
-    """All tokens that a ledger has counted at one moment."""
+    """All that a ledger has counted under one limit up to a moment."""
 
     seconds: float
     """The moment, on a steady clock."""
-    teacher: int
-    student: int
-
-    @property
-    def completion(self) -> int:
-        """Tokens of both."""
-        return self.teacher + self.student
+    spent: int
+    """Teacher tokens, or nanos under a limit in money."""
+    completion: int
+    """Tokens of both models."""
 
 
 class RateRange(NamedTuple):
@@ -63,15 +62,17 @@ class RateController:
     traffic; and u stops at the ends of the calibrated range, so it does not wind up while the limit does not
     bind.
 
-    The target of a fraction is that fraction; of tokens per window, the rate that spends them on as much
-    traffic as the last window brought, however unevenly (before it has seen a window: as it would bring).
+    The target of a fraction is that fraction; of tokens or money per window, the rate that spends it on as
+    much traffic as the last window brought, however unevenly (before a window has passed: as it would bring).
     """
 
-    limit: TokensPerWindow | FractionOfTraffic
+    limit: AnyLimit
     lowest: float
     highest: float
     """The calibrated range of rates."""
     span_tokens: int
+    token_cost: float = 1.0
+    """What a teacher token takes of the limit: more or less than one, where it is in money."""
     u: float = 0.0
     target: float = 1.0
     last: LedgerTotals | None = None
@@ -92,20 +93,21 @@ class RateController:
 
     def update(self, now: float, status: Status) -> None:
         """Learn what was spent up to ``now`` (seconds, of a steady clock); the more often, the better."""
-        totals = LedgerTotals(now, status.total_spent, status.total_student)
+        totals = LedgerTotals(now, status.total_spent, status.total_completion)
         first = self.first
         last = self.last
         self.last = totals
-        if first is None or last is None or totals.student < last.student:  # the ledger may have forgotten
+        if first is None or last is None or totals.completion < last.completion:  # it may have forgotten
             self.first = totals
             return
-        in_window = status.spent + status.student_tokens
-        if isinstance(self.limit, TokensPerWindow) and in_window:
-            self.target = EVENLY * self.limit.tokens / self._traffic(first, totals, in_window)
+        in_window = status.in_window
+        if not isinstance(self.limit, FractionOfTraffic) and in_window:
+            affordable = EVENLY * self.limit.size / self.token_cost
+            self.target = affordable / self._traffic(first, totals, in_window)
         if in_window <= 0 or not 0 < self.target < 1:
             return
         allowed = self.target * (totals.completion - last.completion)
-        spent = totals.teacher - last.teacher
+        spent = (totals.spent - last.spent) / self.token_cost
         allowed_in_window = self.target * in_window
         step_gain = STEP * allowed_in_window / self.span_tokens
         gain = min(GAIN, self.limit.window_seconds / LAG_SECONDS, step_gain)
@@ -129,6 +131,8 @@ class PriceController:
     span_tokens: int
     controllers: dict[str, RateController] = field(default_factory=dict)
     """By scope id."""
+    _cost: float = 0.0
+    _cost_tokens: float = 0.0
 
     @property
     def _range(self) -> RateRange:
@@ -147,13 +151,27 @@ class PriceController:
     def update(self, now: float, statuses: Iterable[Status]) -> None:
         """Learn the scopes' states. Every gateway learns from the same ledger, so all aim alike."""
         for status in statuses:
+            if status.scope.limit.in_money and self.token_cost is None:
+                continue  # nobody knows yet which rate it allows
             controller = self.controllers.get(status.scope.id)
             if controller is None or controller.limit != status.scope.limit:
                 controller = RateController(
                     status.scope.limit, self._range.lowest, self._range.highest, self.span_tokens
                 )
                 self.controllers[status.scope.id] = controller
+            if status.scope.limit.in_money and self.token_cost is not None:
+                controller.token_cost = self.token_cost
             controller.update(now, status)
+
+    @property
+    def token_cost(self) -> float | None:
+        """Nanos that a teacher token has cost lately, with all that was read for it; None if unknown."""
+        return self._cost / self._cost_tokens if self._cost_tokens and self._cost else None
+
+    def learn_cost(self, nanos: int, tokens: int) -> None:
+        """A span of this many tokens has cost so much."""
+        self._cost = FORGETTING * self._cost + nanos
+        self._cost_tokens = FORGETTING * self._cost_tokens + tokens
 
     def rate(self, scopes: Iterable[Scope], weight: float = 1.0) -> float:
         """The rate that a request under these limits may aim at; its own budget may allow less.

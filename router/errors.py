@@ -29,7 +29,8 @@ WheelsError
 │   ├── Diverged                  a number of the training is not finite
 │   └── Stopped                   a signal stopped the training
 └── BadRequest                    a client asks for what the gateway does not do
-    └── BudgetRefused             a budget above the tenant's maximum
+    ├── BudgetRefused             a budget above the tenant's maximum
+    └── TooManySessions           one more session than an owner may have
 
 Each class is defined in the package that raises it. Two places read the tree: `wheels.main` turns an error
 into one line and an exit status, and `server.http.errors` turns one into a reply.

@@ -10,6 +10,7 @@ from router.money import TokenUsage
 from server.completion import Completion, Piece
 from server.exchange import Purse, Report, Source
 from server.metrics import ESCALATIONS
+from server.sessions import OpenSession
 from server.shared_budgets import Share
 from server.teacher.carried import MOST_BIASES, penalises
 from server.tenants import Tenant
@@ -56,6 +57,8 @@ class Choice:
     tenant: Tenant | None
     single_tokens: bool
     """Whether its reader gets one token at a time: see `single_tokens`."""
+    session: OpenSession | None = None
+    """The one that its request names."""
     share: Share = field(init=False)
     """Its part in the budgets that requests share; set by the span loop."""
     steps: asyncio.Queue[Step | None] = field(default_factory=asyncio.Queue)

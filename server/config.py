@@ -156,6 +156,10 @@ class ServeConfig(BaseModel):
         None,
         description="what a million tokens of student and teacher cost, as JSON; see docs/budgets.md",
     )
+    session_seconds: Annotated[float, Field(ge=60, le=32 * 86400)] = Field(
+        3600.0, description="a session (teacher_session) is over when it was not used for this long, seconds"
+    )
+    most_sessions: PositiveInt = Field(1000, description="sessions that a tenant may have at a time")
     ledger: Annotated[LedgerConfig, BeforeValidator(_structure)] = Field(
         MemoryLedgerConfig(), description="where shared limits are kept, as JSON; default: in memory"
     )
@@ -227,6 +231,8 @@ class ServeConfig(BaseModel):
             for name, budget in named.items():
                 if budget.cost is not None:
                     raise ValueError(f"{name}.cost needs prices (--prices)")
+            if any(limit.in_money for limit in self.limits):
+                raise ValueError("limits: one of type cost needs prices (--prices)")
         return self
 
     @property

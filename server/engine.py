@@ -16,7 +16,7 @@ from router.reserved import ReservedRows
 from server.choice import Choice, Step
 from server.completion import Completion
 from server.engine_limits import check_engine_limits
-from server.exchange import EXCHANGE, Exchange, Report
+from server.exchange import EXCHANGE, NO_PRICES, Exchange, Report
 from server.gate_processor import TERMS
 from server.metrics import counted
 from server.parameters import check_reserved_rows, unsupported
@@ -256,9 +256,7 @@ class Cooperator:
         asked = exchange.budget or self._cooperation.models.get(exchange.model)
         if asked is not None and asked.cost is not None and self._cooperation.prices is None:
             name = exchange.budget_name
-            raise VLLMValidationError(
-                f"{name}.cost: this gateway has no prices; its operator sets them by --prices", parameter=name
-            )
+            raise VLLMValidationError(f"{name}.cost: {NO_PRICES}", parameter=name)
         if exchange.tenant is None:
             return asked or default
         try:
@@ -310,6 +308,7 @@ class Cooperator:
             completion=completion,
             purse=exchange.purse(completion.index, bucket),
             tenant=exchange.tenant,
+            session=exchange.session,
             single_tokens=self._parsed(completion.params),
             thinking=self._thinking(completion.params, prompt["prompt_token_ids"]),
         )

@@ -12,9 +12,11 @@ from typing_extensions import TypedDict
 from router.budget import Bucket, Budget
 from router.money import PICOS
 from server.costs import Costs, CostSheet
+from server.sessions import OpenSession, SessionBudget, SessionFields
 from server.tenants import Tenant
 
 Source = Literal["student", "teacher"]
+NO_PRICES = "this gateway has no prices; its operator sets them by --prices"
 
 
 class ReportFields(TypedDict):
@@ -27,6 +29,8 @@ class ReportFields(TypedDict):
     denied: dict[str, int]
     degraded: bool
     clamped: bool
+    session: NotRequired[SessionFields]
+    """What the request's session has and has spent, if it names one."""
     cost: NotRequired[float]
     """What the teacher's reading and writing cost, where the gateway has prices."""
     saved: NotRequired[float]
@@ -106,6 +110,10 @@ class Exchange:
     """The choices come of a beam search."""
     budget_name: str = "teacher_budget"
     """The field or header that the budget came in."""
+    asked_session: SessionBudget | None = None
+    session: OpenSession | None = None
+    session_name: str = "teacher_session"
+    """The field or header that the session came in."""
     model: str = ""
     """The name that the client calls the model by."""
     names: Mapping[str, str] = field(default_factory=dict)

@@ -33,6 +33,7 @@ from server.price_follower import PriceFollower
 from server.recorder import Recorder
 from server.router_reload import RouterReload, load_everywhere
 from server.served_pair import ServedPair
+from server.sessions import SessionLimits
 from server.shared_budgets import SharedBudgets
 from server.teacher.breaker import Breaker
 from server.teacher.client import Teacher
@@ -205,7 +206,10 @@ def _cooperation(
         models=config.models,
         prices=config.prices,
         shared=SharedBudgets(
-            config.ledger.build(), PriceController(policy.calibration, pair.spans.ask_tokens), config.limits
+            config.ledger.build(),
+            PriceController(policy.calibration, pair.spans.ask_tokens),
+            config.limits,
+            sessions=SessionLimits(config.session_seconds, config.most_sessions),
         ),
         on_teacher_error=config.on_teacher_error,
         recorder=_recorder(config),

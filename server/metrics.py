@@ -37,8 +37,8 @@ TEACHER_CALL_SECONDS = Histogram(
 ESCALATIONS = Counter(
     "wheels_escalations",
     "Escalations: granted by the gate; denied by budget, context, penalty, breaker, saturated, a failed "
-    "call, shared limits (tenant_tokens, tenant_fraction, global_tokens, global_fraction) or their ledger "
-    "(unavailable)",
+    "call, shared limits (tenant_tokens, tenant_fraction, tenant_cost, global_tokens, global_fraction, "
+    "global_cost) or their ledger (unavailable)",
     ["decision", "reason"],
 )
 TEACHER_RATE = Histogram(
@@ -57,10 +57,12 @@ AIMED_COMPLETION_TOKENS = Gauge(
 )
 SHARED_LIMIT = ["scope", "tenant", "limit"]
 BUDGET_LIMIT = Gauge(
-    "wheels_budget_limit", "What a shared limit allows: tokens in its window, or a teacher rate", SHARED_LIMIT
+    "wheels_budget_limit",
+    "What a shared limit allows: tokens or money in its window, or a teacher rate",
+    SHARED_LIMIT,
 )
 BUDGET_REMAINING = Gauge(
-    "wheels_budget_remaining", "Teacher tokens that a shared limit has left", SHARED_LIMIT
+    "wheels_budget_remaining", "Teacher tokens, or money, that a shared limit has left", SHARED_LIMIT
 )
 BUDGET_RATE = Gauge("wheels_budget_rate", "Realised teacher rate over a shared limit's window", SHARED_LIMIT)
 BUDGET_PRICE = Gauge(

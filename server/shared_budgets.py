@@ -5,15 +5,20 @@ import logging
 import math
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from router.controller import PriceController
-from router.ledger import Denial, Lease, Ledger, Limit, Scope, Status
+from router.ledger import Charge, Denial, Lease, Ledger, Limit, Scope, Status
+from router.ledger.base import FREE, shown
+from router.money import NANOS, PICOS, TokenPrices, nanos_of
 from server.metrics import BUDGET_LIMIT, BUDGET_PRICE, BUDGET_RATE, BUDGET_REMAINING, LEDGER_AVAILABLE
+from server.sessions import OpenSession, SessionBudget, SessionLimits, open_session
 from server.tenants import Tenant
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_SESSIONS = SessionLimits()
 
 STEER_SECONDS = 0.5
 """How often the prices follow what the ledger says; and how old a request's terms may be."""
@@ -34,20 +39,32 @@ class SharedBudgets:
         prices: PriceController,
         limits: Sequence[Limit] = (),
         hold_seconds: float = HOLD_SECONDS,
+        sessions: SessionLimits = DEFAULT_SESSIONS,
     ) -> None:
         self.ledger = ledger
         self.prices = prices
         self.hold_seconds = hold_seconds
+        self.sessions = sessions
         self.everybody = tuple(Scope("global", "", limit) for limit in limits)
         self._used: dict[str, Scope] = {}
         self._idle: dict[str, Scope] = {}
         self._idle_at = time.monotonic() + IDLE_SECONDS
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    def share(self, tenant: Tenant | None) -> "Share":
-        """A new choice's part in the budgets of its tenant and of all."""
+    async def open_session(self, tenant: Tenant | None, asked: SessionBudget, param: str) -> OpenSession:
+        """See `server.sessions.open_session`."""
+        owner = "" if tenant is None else tenant.name
+        return await open_session(self.ledger, owner, asked, self.sessions, param)
+
+    def share(self, tenant: Tenant | None, session: OpenSession | None = None) -> "Share":
+        """A new choice's part in the budgets of its session, of its tenant and of all."""
         scopes = self.everybody if tenant is None else (*tenant.scopes, *self.everybody)
-        return Share(self, scopes, 1.0 if tenant is None else tenant.priority)
+        if session is not None:
+            scopes = (*session.scopes, *scopes)
+        share = Share(self, scopes, 1.0 if tenant is None else tenant.priority)
+        if session is not None:
+            session.shares.append(share)
+        return share
 
     async def steer(self) -> None:
         """Let the prices follow the ledger, for ever."""
@@ -87,20 +104,24 @@ class SharedBudgets:
         scope = status.scope
         limit = scope.limit
         labels = (scope.kind, scope.key, f"{limit.type}/{limit.window_seconds:g}s")
-        BUDGET_LIMIT.labels(*labels).set(limit.tokens if limit.type == "tokens" else limit.fraction)
-        BUDGET_REMAINING.labels(*labels).set(status.remaining)
-        BUDGET_RATE.labels(*labels).set(status.rate)
+        BUDGET_LIMIT.labels(*labels).set(
+            limit.fraction if limit.type == "fraction" else shown(limit, limit.size)
+        )
+        BUDGET_REMAINING.labels(*labels).set(shown(limit, status.remaining))
+        if status.rate is not None:
+            BUDGET_RATE.labels(*labels).set(status.rate)
         BUDGET_PRICE.labels(*labels).set(self.prices.price([scope]))
 
     def use(self, scopes: Sequence[Scope]) -> None:
-        """Show these limits among the metrics from now on."""
-        self._used |= {scope.id: scope for scope in scopes}
+        """Show these limits among the metrics from now on; sessions are too many to be shown."""
+        self._used |= {scope.id: scope for scope in scopes if scope.kind != "session"}
 
-    def in_background(self, work: Coroutine[Any, Any, Any]) -> None:
+    def in_background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run to its end what no request has to wait for, whatever becomes of the request."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
@@ -119,6 +140,15 @@ class Draw:
 
     tokens: int
     deadline: float
+    cost: int | None = None
+    """Picos that it may cost; None if no shared limit is in money."""
+
+
+def charge_of(prices: TokenPrices | None, reads: int) -> Charge:
+    """What a call that reads so many tokens costs at most; nothing without prices."""
+    if prices is None:
+        return FREE
+    return Charge(nanos_of(prices.most(reads, 0)), nanos_of(prices.most(0, 1)))
 
 
 @dataclass
@@ -134,19 +164,32 @@ class Share:
     """What the spans are drawn from, while something of it is left."""
     used: int = 0
     """Tokens of the lease that were written."""
+    cost: int = 0
+    """Nanos that they cost, if a limit is in money."""
     renew_at: float = 0.0
     """A later span gets a lease of its own, so that it has time."""
     release_later: asyncio.TimerHandle | None = None
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
+    settlement: asyncio.Task[Any] | None = None
+    """The last one, which comes after all others."""
 
     @property
     def rate(self) -> float:
         """The teacher rate that the shared limits leave to aim at; 1 where none binds."""
         return self.budgets.prices.rate(self.scopes, self.weight)
 
-    async def reserve(self, tokens: int, student_tokens: int, *, ahead: int = 0) -> Draw | Denial:
+    @property
+    def in_money(self) -> bool:
+        """Whether one of the limits is: every call then has a lease of its own, as each reads anew."""
+        return any(scope.limit.in_money for scope in self.scopes)
+
+    async def reserve(
+        self, tokens: int, student_tokens: int, *, ahead: int = 0, charge: Charge = FREE
+    ) -> Draw | Denial:
         """Up to ``tokens`` for a choice of which the student has written ``student_tokens``.
 
         Where the lease at hand does not have them, a new one is taken, of ``ahead`` tokens if that is more.
+        ``charge`` is what the call costs at most.
         """
         if not self.scopes:
             return Draw(tokens, math.inf)
@@ -155,22 +198,28 @@ class Share:
             self.release()
             self.budgets.use(self.scopes)
             new = self._unrecorded(student_tokens)
+            wanted = tokens if self.in_money else max(tokens, ahead)
             lease = await self.budgets.ledger.reserve(
-                self.scopes, max(tokens, ahead), at_least=1, student_tokens=new
+                self.scopes, wanted, at_least=1, student_tokens=new, charge=charge
             )
             if isinstance(lease, Denial):
                 return lease
             self.lease = lease
-            self.used = 0
+            self.used = self.cost = 0
             self.renew_at = (time.monotonic() + lease.deadline) / 2
-        return Draw(min(tokens, self.lease.tokens - self.used), self.lease.deadline)
+        cost = self.lease.cost * (PICOS // NANOS) if self.in_money else None
+        return Draw(min(tokens, self.lease.tokens - self.used), self.lease.deadline, cost)
 
-    def settle(self, used: int) -> None:
-        """This many tokens of what was reserved last were written."""
+    def settle(self, used: int, cost: int | None = 0) -> None:
+        """This many tokens of what was reserved last were written, at a cost in picos; None for all of it."""
         if self.lease is None:
             return
         self.used += used
-        if self.used == self.lease.tokens:
+        if self.in_money:
+            self.cost = self.lease.cost if cost is None else nanos_of(cost)
+            self.budgets.prices.learn_cost(self.cost, used)
+            self.release()
+        elif self.used == self.lease.tokens:
             self.release()
         else:
             loop = asyncio.get_running_loop()
@@ -180,7 +229,8 @@ class Share:
         """Settle the lease: what is left of it is for others."""
         self._keep()
         if self.lease is not None:
-            self.budgets.in_background(self.budgets.ledger.settle(self.lease, self.used))
+            work = self.budgets.ledger.settle(self.lease, self.used, self.cost)
+            self.settlement = self.budgets.in_background(work)
             self.lease = None
 
     def close(self, student_tokens: int) -> None:
@@ -190,6 +240,13 @@ class Share:
             self.budgets.use(self.scopes)
             new = self._unrecorded(student_tokens)
             self.budgets.in_background(self.budgets.ledger.record(self.scopes, new))
+        self.closed.set()
+
+    async def settled(self) -> None:
+        """Wait until the choice has ended and the ledger knows what it took."""
+        await self.closed.wait()
+        if self.settlement is not None:
+            await asyncio.wait([self.settlement])
 
     def _unrecorded(self, student_tokens: int) -> int:
         """How many of them the ledger is not told yet; it is told now."""

@@ -12,7 +12,7 @@ from router.money import TokenPrices
 from router.policy import NEVER, Policy, Terms
 from server.choice import Choice
 from server.completion import Piece
-from server.shared_budgets import Draw, SharedBudgets
+from server.shared_budgets import Draw, SharedBudgets, charge_of
 from server.teacher.client import Ask
 from server.teacher.errors import TeacherError
 from server.teacher.meter import Meter
@@ -61,7 +61,7 @@ class SpanLoop:
         Raises:
             GracefulHTTPError: the teacher failed, and the gateway is to fail with it.
         """
-        choice.share = self.shared.share(choice.tenant)
+        choice.share = self.shared.share(choice.tenant, choice.session)
         self.running += 1
         try:
             while not choice.finished:
@@ -133,7 +133,9 @@ class SpanLoop:
             choice.deny("budget", degraded=False)
             return None
         ahead = min(room, self.span_tokens)
-        draw = await choice.share.reserve(grant.tokens, choice.student_tokens, ahead=ahead)
+        draw = await choice.share.reserve(
+            grant.tokens, choice.student_tokens, ahead=ahead, charge=charge_of(self.prices, reads)
+        )
         if isinstance(draw, Denial):
             choice.bucket.cancel(grant)
             choice.put_off(draw.label, degraded=draw.reason == "unavailable")
@@ -147,7 +149,8 @@ class SpanLoop:
                 raise
             self._lose_teacher(choice, error)
             return None
-        return Span(grant, draw, slot, Meter(self.prices, grant.cost))
+        bounds = [cost for cost in (grant.cost, draw.cost) if cost is not None]
+        return Span(grant, draw, slot, Meter(self.prices, min(bounds, default=None)))
 
     def _room(self, choice: Choice) -> int:
         """Tokens that the completion, its thinking, the teacher's biases and its context have left."""
@@ -169,7 +172,7 @@ class SpanLoop:
         finally:
             span.slot.release()
             choice.bucket.settle(span.grant, span.used, span.meter.cost)
-            choice.share.settle(span.used)
+            choice.share.settle(span.used, span.meter.cost)
 
     async def _take(self, choice: Choice, span: Span) -> None:
         async with aclosing(self._call(choice, span)) as pieces:

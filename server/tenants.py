@@ -92,7 +92,7 @@ class Tenant(BaseModel):
             budget = getattr(self, name)
             if budget is not None and budget.cost is not None:
                 return f"{name}.cost"
-        return None
+        return "limits" if any(limit.in_money for limit in self.limits) else None
 
     def resolve(self, requested: Budget | None, server_default: Budget) -> Resolved:
         """The budget of a request that names ``requested``, or none.

@@ -6,13 +6,19 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from router.ledger.base import (
+    AnyLimit,
+    Charge,
+    CostPerWindow,
     Denial,
     FractionOfTraffic,
     Lease,
     Ledger,
     Limit,
     OnExpiry,
+    OpenedSession,
     Scope,
+    Session,
+    SessionProblem,
     Settlement,
     Status,
     TokensPerWindow,
@@ -79,6 +85,9 @@ class RedisLedgerConfig(BaseModel):
 LedgerConfig = Annotated[MemoryLedgerConfig | RedisLedgerConfig, Field(discriminator="type")]
 
 __all__ = [
+    "AnyLimit",
+    "Charge",
+    "CostPerWindow",
     "Denial",
     "FractionOfTraffic",
     "Lease",
@@ -87,8 +96,11 @@ __all__ = [
     "Limit",
     "MemoryLedger",
     "MemoryLedgerConfig",
+    "OpenedSession",
     "RedisLedgerConfig",
     "Scope",
+    "Session",
+    "SessionProblem",
     "Settlement",
     "Status",
     "TokensPerWindow",

@@ -21,7 +21,9 @@ class Account:
     the window still covers.
     """
 
-    def __init__(self, window_ms: int, on_expiry: OnExpiry) -> None:
+    def __init__(self, window_ms: int, on_expiry: OnExpiry, *, gone: bool = False) -> None:
+        """``gone``: of a session that is over, which has room for nothing."""
+        self.gone = gone
         self._width = sub_window_ms(window_ms)
         self._on_expiry = on_expiry
         self._now = 0

@@ -7,15 +7,17 @@ settled after it.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 from itertools import count
-from math import ceil
-from typing import Annotated, Literal, Protocol
+from math import ceil, inf
+from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from router.budget import Count, Fraction
+from router.money import NANOS, Money, nanos
 
 SUB_WINDOWS = 60
 """A window slides in steps of this fraction of itself."""
@@ -26,20 +28,51 @@ SPENDABLE = 0.8
 PARTS = 1_000_000
 """A fraction counts in millionths, so that every comparison is one of whole numbers and exact."""
 
+LIFETIME_MS = SUB_WINDOWS * 10**14
+"""A window that never slides: its first sub-window lasts longer than clocks run."""
+
 Window = Annotated[float, Field(ge=1.0, le=32 * 86400, allow_inf_nan=False)]
 OnExpiry = Literal["return", "charge"]
 WhenUnavailable = Literal["refuse", "allow"]
 Settlement = Literal["settled", "late", "unknown", "deferred"]
 
 
+class Charge(NamedTuple):
+    """What a call of the teacher costs at most, in nanos: what limits in money are charged."""
+
+    fixed: int = 0
+    """For what it reads."""
+    each: int = 0
+    """For every token that it may write."""
+
+    def cost(self, tokens: int) -> int:
+        """Of a call that writes ``tokens``. Never nothing, which means a lease that was given up."""
+        return max(1, self.fixed + self.each * tokens)
+
+    def tokens(self, cost: int, at_most: int) -> int:
+        """How many tokens a call may write that may cost this much."""
+        if cost < max(1, self.fixed):
+            return 0
+        return at_most if self.each == 0 else min(at_most, (cost - self.fixed) // self.each)
+
+
+FREE = Charge()
+
+
 class TokensPerWindow(BaseModel):
     """At most ``tokens`` teacher tokens in any interval of ``window_seconds``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    in_money: ClassVar[bool] = False
 
     type: Literal["tokens"] = "tokens"
     tokens: Count
     window_seconds: Window
+
+    @property
+    def size(self) -> int:
+        """What may be spent in a window."""
+        return self.tokens
 
     def room(self, spent: int, reserved: int, student_tokens: int) -> int:
         """Teacher tokens that may still be reserved; below 0 after a late settlement."""
@@ -54,6 +87,7 @@ class FractionOfTraffic(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    in_money: ClassVar[bool] = False
 
     type: Literal["fraction"] = "fraction"
     fraction: Fraction
@@ -80,17 +114,71 @@ class FractionOfTraffic(BaseModel):
         )
 
 
-Limit = Annotated[TokensPerWindow | FractionOfTraffic, Field(discriminator="type")]
+class CostPerWindow(BaseModel):
+    """What the teacher reads and writes in any interval of ``window_seconds`` costs at most ``cost``.
+
+    Amounts of such a limit are whole nanos. Its ``student_tokens`` are everybody's: it needs no rate.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    in_money: ClassVar[bool] = True
+
+    type: Literal["cost"] = "cost"
+    cost: Money
+    window_seconds: Window
+
+    @cached_property
+    def size(self) -> int:
+        """As of `TokensPerWindow`, in nanos."""
+        return nanos(self.cost)
+
+    def room(self, spent: int, reserved: int, student_tokens: int) -> int:
+        """As of `TokensPerWindow`, in nanos."""
+        return self.size - spent - reserved
+
+
+@dataclass(frozen=True)
+class InAll:
+    """What a session may spend from its begin to its end: teacher tokens, or nanos."""
+
+    type: Literal["tokens", "cost"]
+    size: int
+    window_seconds: ClassVar[float] = inf
+
+    @property
+    def in_money(self) -> bool:
+        """Whether amounts are nanos."""
+        return self.type == "cost"
+
+    def room(self, spent: int, reserved: int, student_tokens: int) -> int:
+        """As of the other limits."""
+        return self.size - spent - reserved
+
+
+Limit = Annotated[TokensPerWindow | FractionOfTraffic | CostPerWindow, Field(discriminator="type")]
+AnyLimit = TokensPerWindow | FractionOfTraffic | CostPerWindow | InAll
+
+
+def tokens_within(limit: AnyLimit, room: int, charge: Charge, at_most: int) -> int:
+    """Tokens, at most ``at_most``, that a call may write where a limit has this much room."""
+    return charge.tokens(room, at_most) if limit.in_money else min(room, at_most)
+
+
+def shown(limit: AnyLimit, amount: int) -> float:
+    """An amount of a limit, for people: tokens, or units of money."""
+    return amount / NANOS if limit.in_money else amount
 
 
 @dataclass(frozen=True)
 class Scope:
-    """Who shares a limit: the requests of one tenant, or all."""
+    """Who shares a limit: the requests of one session, of one tenant, or all."""
 
-    kind: Literal["tenant", "global"]
+    kind: Literal["session", "tenant", "global"]
     key: str
-    """The tenant's name; "" for the global scope."""
-    limit: TokensPerWindow | FractionOfTraffic
+    """The tenant's name; "" for the global scope; `Session.key` for a session."""
+    limit: AnyLimit
+    idle_ms: int = 0
+    """The state of a session vanishes when it was not used for so long. 0: that of a window goes with it."""
 
     @cached_property
     def id(self) -> str:
@@ -99,8 +187,8 @@ class Scope:
 
     @cached_property
     def window_ms(self) -> int:
-        """Length of the window, in milliseconds."""
-        return round(self.limit.window_seconds * 1000)
+        """Length of the window, in milliseconds; a session's has no end."""
+        return LIFETIME_MS if isinstance(self.limit, InAll) else round(self.limit.window_seconds * 1000)
 
 
 def sub_window_ms(window_ms: int) -> int:
@@ -120,8 +208,59 @@ class Lease:
     tokens: int
     deadline: float
     """On the clock of `time.monotonic`, seconds."""
+    cost: int = 0
+    """Nanos reserved in limits in money."""
     accounted: bool = True
     """False where the ledger's store was away, and the ledger allows a span all the same."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a request says of the session that it belongs to."""
+
+    owner: str
+    """Name of the tenant, whose sessions nobody else sees; "" where there are none."""
+    id: str
+    tokens: int | None
+    """Teacher tokens of all its requests together; None if the request does not say."""
+    nanos: int | None
+    """What the teacher may cost in all of them."""
+    idle_ms: int
+    """It is forgotten when it was not used for so long."""
+    most: int
+    """So many sessions its owner may have at a time."""
+
+    @property
+    def key(self) -> str:
+        """Its name among those of all owners: no owner's name has a slash."""
+        return f"{self.owner}/{self.id}"
+
+    def scopes(self, opened: "OpenedSession") -> tuple[Scope, ...]:
+        """Its limits, as it was opened."""
+        limits = []
+        if opened.tokens is not None:
+            limits.append(InAll("tokens", opened.tokens))
+        if opened.nanos is not None:
+            limits.append(InAll("cost", opened.nanos))
+        return tuple(Scope("session", self.key, limit, self.idle_ms) for limit in limits)
+
+
+class OpenedSession(NamedTuple):
+    """The budget of a session: tokens, nanos, or both."""
+
+    tokens: int | None
+    nanos: int | None
+
+
+class SessionProblem(Enum):
+    """Why a session is not opened."""
+
+    UNKNOWN = "unknown"
+    """It is new, and the request names no budget."""
+    CONFLICT = "conflict"
+    """The request names another budget than the session has."""
+    FULL = "full"
+    """Its owner has too many sessions."""
 
 
 @dataclass(frozen=True)
@@ -144,14 +283,14 @@ class Snapshot:
         """In how many ms the tokens of a sub-window leave the window."""
         return (sub_window + SUB_WINDOWS + 1) * self.sub_window_ms - self.now_ms
 
-    def retry_after_ms(self, limit: TokensPerWindow | FractionOfTraffic, tokens: int) -> int | None:
-        """In how many ms ``tokens`` more may fit, if nobody else takes them; None = never."""
-        missing = tokens - limit.room(self.spent, self.reserved, self.student)
+    def retry_after_ms(self, limit: AnyLimit, amount: int) -> int | None:
+        """In how many ms so much more may fit, if nobody else takes it; None = never."""
+        missing = amount - limit.room(self.spent, self.reserved, self.student)
         if missing <= 0:
             return 0
         if isinstance(limit, FractionOfTraffic):
             return self._until_traffic_has_grown(limit, missing)
-        if tokens > limit.tokens:
+        if amount > limit.size or isinstance(limit, InAll):
             return None
         for sub_window, spent in sorted(self.spent_in.items()):
             missing -= spent
@@ -174,14 +313,16 @@ class Denial:
 
     scope: Scope
     """The one with the least room."""
-    reason: Literal["tokens", "fraction", "unavailable"]
+    reason: Literal["tokens", "fraction", "cost", "unavailable"]
     retry_after_seconds: float | None
     """When asking again may succeed: exact for spent tokens, else an estimate; None = never."""
 
     @classmethod
-    def of(cls, scope: Scope, snapshot: Snapshot, tokens: int) -> "Denial":
+    def of(cls, scope: Scope, snapshot: Snapshot, tokens: int, charge: Charge = FREE) -> "Denial":
         """The refusal of ``tokens`` by a scope in this state."""
-        return cls(scope, scope.limit.type, _seconds(snapshot.retry_after_ms(scope.limit, tokens)))
+        limit = scope.limit
+        amount = charge.cost(tokens) if limit.in_money else tokens
+        return cls(scope, limit.type, _seconds(snapshot.retry_after_ms(limit, amount)))
 
     @property
     def label(self) -> str:
@@ -191,22 +332,22 @@ class Denial:
 
 @dataclass(frozen=True)
 class Status:
-    """What a scope has spent of its limit."""
+    """What a scope has spent of its limit: teacher tokens, or nanos if the limit is in money."""
 
     scope: Scope
     spent: int
-    """Teacher tokens settled within the window."""
+    """Settled within the window."""
     reserved: int
-    """Teacher tokens of leases that are neither settled nor expired."""
+    """Of leases that are neither settled nor expired."""
     student_tokens: int
-    """Completion tokens within the window that the teacher did not write."""
+    """Completion tokens within the window that the teacher did not write; under a limit in money, all."""
     total_spent: int
     """As ``spent``, since the scope's state exists: a counter, for differences."""
     total_student: int
     reset_seconds: float
     """When all that is spent now has left the window."""
     retry_after_seconds: float | None
-    """When there may be room for a token; 0 where there is, None = never."""
+    """When there may be room for anything; 0 where there is, None = never."""
 
     @classmethod
     def of(cls, scope: Scope, snapshot: Snapshot) -> "Status":
@@ -225,12 +366,24 @@ class Status:
 
     @property
     def remaining(self) -> int:
-        """Teacher tokens that may still be reserved."""
+        """What may still be reserved."""
         return max(0, self.scope.limit.room(self.spent, self.reserved, self.student_tokens))
 
     @property
-    def rate(self) -> float:
-        """The realised teacher rate over the window."""
+    def total_completion(self) -> int:
+        """Completion tokens of both models, since the scope's state exists."""
+        return self.total_student if self.scope.limit.in_money else self.total_student + self.total_spent
+
+    @property
+    def in_window(self) -> int:
+        """Completion tokens of both models within the window."""
+        return self.student_tokens if self.scope.limit.in_money else self.student_tokens + self.spent
+
+    @property
+    def rate(self) -> float | None:
+        """The realised teacher rate over the window; None under a limit in money."""
+        if self.scope.limit.in_money:
+            return None
         completion = self.spent + self.student_tokens
         return self.spent / completion if completion else 0.0
 
@@ -259,15 +412,23 @@ class Ledger(Protocol):
         *,
         at_least: int | None = None,
         student_tokens: int = 0,
+        charge: Charge = FREE,
     ) -> Lease | Denial:
         """Reserve ``tokens`` in every scope, or what all have left if that is ``at_least`` so many.
 
-        ``student_tokens`` are recorded in the same step, granted or not: see `record`.
+        ``student_tokens`` are recorded in the same step, granted or not: see `record`. Limits in money
+        reserve what ``charge`` says of the tokens that are granted.
         """
         ...
 
-    async def settle(self, lease: Lease, used: int) -> Settlement:
-        """Count ``used`` of the leased tokens as spent, give back the others. Again: no effect.
+    async def open_session(self, session: Session) -> OpenedSession | SessionProblem | None:
+        """The budget that a session has, which its first request sets; None where the store is away."""
+        ...
+
+    async def settle(self, lease: Lease, used: int, cost: int = 0) -> Settlement:
+        """Count ``used`` of the leased tokens and ``cost`` nanos as spent, give back the others.
+
+        Again: no effect.
 
         Returns "late" for a lease that had expired, "unknown" where there is none (it was settled
         before, or expired more than a window ago), "deferred" where the store is away: it is told later.
@@ -314,7 +475,14 @@ def check_reservation(tokens: int, at_least: int | None, student_tokens: int) ->
     return at_least
 
 
-def check_settlement(lease: Lease, used: int) -> None:
+def check_settlement(lease: Lease, used: int, cost: int) -> None:
     """Raise ValueError if more was used than the lease holds."""
     if not 0 <= used <= lease.tokens:
         raise ValueError(f"a lease of {lease.tokens} tokens cannot be settled with {used}")
+    if not 0 <= cost <= lease.cost:
+        raise ValueError(f"a lease of {lease.cost} nanos cannot be settled with {cost}")
+
+
+def reserved_cost(scopes: Sequence[Scope], charge: Charge, tokens: int) -> int:
+    """Nanos that a lease of ``tokens`` holds."""
+    return charge.cost(tokens) if any(scope.limit.in_money for scope in scopes) else 0

@@ -5,7 +5,9 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 from redis.asyncio import Redis, RedisCluster
@@ -15,12 +17,17 @@ from redis.exceptions import NoScriptError, RedisClusterException, RedisError
 
 from router.ledger import scripts
 from router.ledger.base import (
+    FREE,
     SPENDABLE,
+    Charge,
     Denial,
     FractionOfTraffic,
     Lease,
     OnExpiry,
+    OpenedSession,
     Scope,
+    Session,
+    SessionProblem,
     Settlement,
     Snapshot,
     Status,
@@ -28,6 +35,7 @@ from router.ledger.base import (
     check_reservation,
     check_settlement,
     lease_ids,
+    reserved_cost,
     sub_window_ms,
 )
 
@@ -82,7 +90,7 @@ class RedisLedger:
         self._clock = clock
         self._failures = 0
         self._retry_at = 0.0
-        self._owed: dict[str, tuple[Lease, int]] = {}
+        self._owed: dict[str, _Owed] = {}
         self._paying: asyncio.Task[None] | None = None
         self._ids = lease_ids()
 
@@ -109,60 +117,77 @@ class RedisLedger:
         *,
         at_least: int | None = None,
         student_tokens: int = 0,
+        charge: Charge = FREE,
     ) -> Lease | Denial:
         """See `Ledger.reserve`."""
         at_least = check_reservation(tokens, at_least, student_tokens)
         scopes = tuple(scopes)
         # Taken before the call: Redis's lease begins later, so it ends later than the holder thinks.
         deadline = self._monotonic() + SPENDABLE * self._lease
-        lease = Lease(next(self._ids), scopes, tokens, deadline)
+        lease = Lease(next(self._ids), scopes, tokens, deadline, reserved_cost(scopes, charge, tokens))
         if not scopes:
             return lease
-        arguments = [lease.id, tokens, at_least, student_tokens]
+        arguments = [lease.id, tokens, at_least, student_tokens, *charge]
         for scope in scopes:
             arguments += _LimitArguments.of(scope)
         try:
             reply = await self._call(scripts.reserve, scopes, arguments)
         except asyncio.CancelledError:
-            self._owe(lease, 0)
+            self._owe(_Owed(lease, 0, 0))
             raise
         except _Unavailable as error:
             if error.sent:
-                self._owe(lease, 0)
+                self._owe(_Owed(lease, 0, 0))
             if self._when_unavailable == "allow":
-                return Lease(lease.id, scopes, tokens, deadline, accounted=False)
+                return replace(lease, accounted=False)
             return Denial(scopes[0], "unavailable", self._retry)
         if isinstance(reply, int):
-            return Lease(lease.id, scopes, reply, deadline)
+            return replace(lease, tokens=reply, cost=reserved_cost(scopes, charge, reply))
         tightest = scopes[reply[0] - 1]
-        return Denial.of(tightest, _snapshot(tightest, reply[1]), at_least)
+        return Denial.of(tightest, _snapshot(tightest, reply[1]), at_least, charge)
 
-    async def settle(self, lease: Lease, used: int) -> Settlement:
+    async def open_session(self, session: Session) -> OpenedSession | SessionProblem | None:
+        """See `Ledger.open_session`."""
+        scopes = session.scopes(OpenedSession(0, 0))
+        parts = ["" if part is None else part for part in (session.tokens, session.nanos)]
+        arguments = [session.id, *parts, session.idle_ms, session.most]
+        index = f"{self._tag}sessions:{session.owner}"
+        try:
+            reply = await self._call(scripts.open_session, scopes, arguments, further=[index])
+        except _Unavailable:
+            return None
+        if isinstance(reply, bytes):
+            return SessionProblem(reply.decode())
+        tokens, nanos = (None if part < 0 else part for part in reply)
+        return OpenedSession(tokens, nanos)
+
+    async def settle(self, lease: Lease, used: int, cost: int = 0) -> Settlement:
         """See `Ledger.settle`."""
-        check_settlement(lease, used)
+        check_settlement(lease, used, cost)
         if not lease.accounted or not lease.scopes:
             return "settled"
+        owed = _Owed(lease, used, cost)
         try:
-            return await self._settle(lease, used)
+            return await self._settle(owed)
         except _Unavailable:
-            self._owe(lease, used)
+            self._owe(owed)
             return "deferred"
         except asyncio.CancelledError:
-            self._owe(lease, used)
+            self._owe(owed)
             raise
 
     async def record(self, scopes: Sequence[Scope], student_tokens: int) -> None:
         """See `Ledger.record`."""
         if scopes and student_tokens:
             with suppress(_Unavailable):
-                await self._call(scripts.record, scopes, [student_tokens, *(s.window_ms for s in scopes)])
+                await self._call(scripts.record, scopes, [student_tokens, *chain(*map(_span, scopes))])
 
     async def status(self, scopes: Sequence[Scope]) -> list[Status] | None:
         """See `Ledger.status`."""
         if not scopes:
             return []
         try:
-            replies = await self._call(scripts.status, scopes, [s.window_ms for s in scopes])
+            replies = await self._call(scripts.status, scopes, list(chain(*map(_span, scopes))))
         except _Unavailable:
             return None
         return [
@@ -178,19 +203,34 @@ class RedisLedger:
         """See `Ledger.aclose`."""
         if self._paying is not None:
             self._paying.cancel()
-        for lease, used in list(self._owed.values()):
+        for owed in list(self._owed.values()):
             with suppress(_Unavailable):
-                await self._settle(lease, used)
+                await self._settle(owed)
         await self._client.aclose()
 
-    async def _settle(self, lease: Lease, used: int) -> Settlement:
-        arguments = [lease.id, used, *(scope.window_ms for scope in lease.scopes)]
+    async def _settle(self, owed: "_Owed") -> Settlement:
+        lease = owed.lease
+        arguments: list[Any] = [lease.id]
+        for scope in lease.scopes:
+            in_money = scope.limit.in_money
+            arguments += [*_span(scope), owed.cost if in_money else owed.used, owed.used if in_money else 0]
         reply = await self._call(scripts.settle, lease.scopes, arguments)
         outcome: Settlement = reply.decode()
         return outcome
 
-    async def _call(self, script: scripts.Script, scopes: Iterable[Scope], arguments: list[Any]) -> Any:
-        """Run a script over the scopes' keys. Raises _Unavailable, also where no answer comes in time."""
+    async def _call(
+        self,
+        script: scripts.Script,
+        scopes: Iterable[Scope],
+        arguments: list[Any],
+        *,
+        further: Sequence[str] = (),
+    ) -> Any:
+        """Run a script over the scopes' keys, and ``further`` ones.
+
+        Raises:
+            _Unavailable: Redis is away, or no answer comes in time.
+        """
         if not self.available:
             if time.monotonic() < self._retry_at:
                 raise _Unavailable(sent=False)
@@ -198,6 +238,7 @@ class RedisLedger:
         keys: list[str] = []
         for scope in scopes:
             keys += _keys(self._tag, scope.id)
+        keys += further
         now = "" if self._clock is None else int(self._clock() * 1000)
         arguments = [len(keys), *keys, now, self.on_expiry, round(self._lease * 1000), *arguments]
         task = asyncio.create_task(self._evaluate(script, arguments))
@@ -249,20 +290,20 @@ class RedisLedger:
                 error,
             )
 
-    def _owe(self, lease: Lease, used: int) -> None:
+    def _owe(self, owed: "_Owed") -> None:
         """Settle as soon as Redis lets us. A settlement is idempotent, so trying again is safe."""
-        self._owed[lease.id] = (lease, used)
+        self._owed[owed.lease.id] = owed
         if self._paying is None or self._paying.done():
             self._paying = asyncio.create_task(self._pay())
 
     async def _pay(self) -> None:
         while self._owed:
-            for lease, used in list(self._owed.values()):
+            for owed in list(self._owed.values()):
                 try:
-                    await self._settle(lease, used)
+                    await self._settle(owed)
                 except _Unavailable:
                     break
-                del self._owed[lease.id]
+                del self._owed[owed.lease.id]
             else:
                 continue
             await asyncio.sleep(self._retry)
@@ -276,21 +317,35 @@ def _keys(tag: str, scope_id: str) -> tuple[str, ...]:
     return tuple(f"{tag}{scope_id}:{part}" for part in ("state", "held", "leases", "lapsed"))
 
 
+def _span(scope: Scope) -> tuple[int, int]:
+    """How long a scope's window is, and how long its state lives without use, as the scripts take it."""
+    return scope.window_ms, scope.idle_ms
+
+
+class _Owed(NamedTuple):
+    """A settlement that Redis has not heard of."""
+
+    lease: Lease
+    used: int
+    cost: int
+
+
 class _LimitArguments(NamedTuple):
     """A scope's limit, as the scripts take it."""
 
     window_ms: int
+    idle_ms: int
     type: str
     amount: int
-    """Tokens, or parts of a fraction."""
+    """Tokens, nanos, or parts of a fraction."""
     slack_tokens: int
 
     @classmethod
     def of(cls, scope: Scope) -> "_LimitArguments":
         limit = scope.limit
         if isinstance(limit, FractionOfTraffic):
-            return cls(scope.window_ms, limit.type, limit.parts, limit.slack_tokens)
-        return cls(scope.window_ms, limit.type, limit.tokens, 0)
+            return cls(*_span(scope), limit.type, limit.parts, limit.slack_tokens)
+        return cls(*_span(scope), limit.type, limit.size, 0)
 
 
 def _snapshot(scope: Scope, reply: list[Any]) -> Snapshot:

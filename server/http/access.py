@@ -123,13 +123,16 @@ class _UsedUp(NamedTuple):
 
 
 def _used_up(statuses: Sequence[Status]) -> _UsedUp | None:
-    """A limit in tokens with nothing left.
+    """A limit in tokens with nothing left, or in money with less than a hundredth left.
 
-    A fraction has room again with the next completion.
+    A fraction has room again with the next completion. Money for no call may be left for ever.
     """
     for status in statuses:
         limit = status.scope.limit
         if limit.type == "tokens" and status.remaining == 0:
             message = f"{limit.tokens} teacher tokens in {limit.window_seconds:g} s are used up"
+            return _UsedUp(status, message)
+        if limit.type == "cost" and status.remaining * 100 < limit.size:
+            message = f"a teacher's cost of {limit.cost:g} in {limit.window_seconds:g} s is used up"
             return _UsedUp(status, message)
     return None

@@ -8,21 +8,24 @@ from typing_extensions import TypedDict
 
 from router.controller import PriceController
 from router.ledger import Limit, Status
+from router.ledger.base import shown
 from server.shared_budgets import SharedBudgets
 from server.tenants import ADMIN, Tenant, Tenants
 
 
 class BudgetView(TypedDict):
-    """One limit; tokens are the teacher's unless said otherwise."""
+    """One limit. Teacher tokens are spent, reserved and remaining; or money, if the limit is in money."""
 
     scope: Literal["tenant", "global"]
     tenant: str | None
     limit: Limit
-    spent: int
-    reserved: int
-    remaining: int
+    spent: float
+    reserved: float
+    remaining: float
     student_tokens: int
-    rate: float
+    """Under a limit in money, all completion tokens."""
+    rate: float | None
+    """None under a limit in money."""
     reset_seconds: float
     aim: float | None
     """The teacher rate that the price aims at."""
@@ -70,11 +73,11 @@ def _budget(status: Status, prices: PriceController | None) -> BudgetView:
         "scope": scope.kind,
         "tenant": scope.key if scope.kind == "tenant" else None,
         "limit": cast(Limit, scope.limit.model_dump()),  # as JSON has it
-        "spent": status.spent,
-        "reserved": status.reserved,
-        "remaining": status.remaining,
+        "spent": shown(scope.limit, status.spent),
+        "reserved": shown(scope.limit, status.reserved),
+        "remaining": shown(scope.limit, status.remaining),
         "student_tokens": status.student_tokens,
-        "rate": round(status.rate, 6),
+        "rate": None if status.rate is None else round(status.rate, 6),
         "reset_seconds": status.reset_seconds,
         "aim": None if prices is None else round(prices.rate([scope]), 6),
         "price": price if math.isfinite(price) else None,

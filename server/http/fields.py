@@ -7,13 +7,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from router.budget import Budget
 from router.errors import BadRequest
-from server.exchange import EXCHANGE, Exchange
+from server.exchange import EXCHANGE, NO_PRICES, Exchange
 from server.http.access import owner_of
 from server.http.asgi import App, Message, Receive, Send, route_path
 from server.http.errors import RESPONSES, ApiError, refuse
 from server.http.json_body import read_body
 from server.http.names import names_as_sent
 from server.http.response import AnnotatedResponse
+from server.sessions import SessionBudget
 from server.tenants import Tenant
 
 STREAMED = ("/v1/chat/completions", "/v1/completions", RESPONSES, "/v1/messages")
@@ -23,6 +24,9 @@ ALONE = ("/generative_scoring", "/v1/systemone", "/inference/v1/generate", "/coh
 PATHS = (*STREAMED, "/v1/chat/completions/batch", "/invocations", *ALONE)
 FIELD = "teacher_budget"
 HEADER = "X-Teacher-Budget"
+SESSION_FIELD = "teacher_session"
+SESSION_HEADER = "X-Teacher-Session"
+SESSION_EXPECTED = 'expected an id of letters, digits and ._:-, or an object of "id", "tokens", "cost"'
 EXPECTED = 'expected a fraction in [0, 1], or an object of "fraction", "tokens", "calls", "cost"'
 _FLAG = TypeAdapter(bool)
 
@@ -48,12 +52,14 @@ class TeacherFields:
         try:
             exchange, body = _open_exchange(body)
             _read_header(scope, exchange)
+            _read_session_header(scope, exchange)
+            owner = owner_of(scope)
+            exchange.tenant = owner if isinstance(owner, Tenant) else None
+            await _open_session(scope, exchange)
         except BadRequest as error:
             return await refuse(scope, send, ApiError.of(error))
         if path in ALONE:
             exchange.unsupported = path
-        owner = owner_of(scope)
-        exchange.tenant = owner if isinstance(owner, Tenant) else None
         EXCHANGE.set(exchange)
         response = AnnotatedResponse(exchange, scope, send)
         try:
@@ -91,18 +97,18 @@ def _open_exchange(body: bytes) -> _Opened:
         model=model if isinstance(model, str) else "",
         names=names_as_sent(request),
     )
-    if FIELD not in request:
+    if FIELD not in request and SESSION_FIELD not in request:
         return _Opened(exchange, body)
-    exchange.budget = _budget(FIELD, request.pop(FIELD))
+    exchange.budget = _budget(FIELD, request.pop(FIELD, None))
+    exchange.asked_session = _session(SESSION_FIELD, request.pop(SESSION_FIELD, None))
     return _Opened(exchange, json.dumps(request).encode())
 
 
 def _read_header(scope: Message, exchange: Exchange) -> None:
     """Take the budget from the header, if the body has none. A header that is no budget is always refused."""
-    values = [value for name, value in scope["headers"] if name == HEADER.lower().encode()]
-    if not values:
+    text = _header(scope, HEADER)
+    if text is None:
         return
-    text = b", ".join(values)  # of several, as HTTP reads them
     try:
         value = read_body(text)
     except BadRequest as error:
@@ -112,6 +118,42 @@ def _read_header(scope: Message, exchange: Exchange) -> None:
     if exchange.budget is None and budget is not None:
         exchange.budget = budget
         exchange.budget_name = HEADER
+
+
+def _read_session_header(scope: Message, exchange: Exchange) -> None:
+    """Take the session from the header, if the body has none: an id as it is, or what the field takes."""
+    text = _header(scope, SESSION_HEADER)
+    if text is None:
+        return
+    value: Any = text.decode("latin-1").strip()
+    if value.startswith("{"):
+        try:
+            value = read_body(text)
+        except BadRequest as error:
+            problem = f"{SESSION_HEADER}: not JSON: {json.dumps(value[:80])}; {SESSION_EXPECTED}"
+            raise BadRequest(SESSION_HEADER, problem) from error
+    session = _session(SESSION_HEADER, value)
+    if exchange.asked_session is None:
+        exchange.asked_session = session
+        exchange.session_name = SESSION_HEADER
+
+
+def _header(scope: Message, name: str) -> bytes | None:
+    """A header of the request; of several, as HTTP reads them."""
+    values = [value for sent, value in scope["headers"] if sent == name.lower().encode()]
+    return b", ".join(values) if values else None
+
+
+async def _open_session(scope: Message, exchange: Exchange) -> None:
+    """Open the session that the request names, if it names one. Raises BadRequest if it cannot be opened."""
+    asked = exchange.asked_session
+    if asked is None:
+        return
+    cooperation: Any = scope["app"].state.engine_client.cooperation
+    name = exchange.session_name
+    if asked.cost is not None and cooperation.prices is None:
+        raise BadRequest(name, f"{name}.cost: {NO_PRICES}")
+    exchange.session = await cooperation.shared.open_session(exchange.tenant, asked, name)
 
 
 def _is_set(request: dict[str, Any], name: str) -> bool:
@@ -127,17 +169,27 @@ def _budget(name: str, value: Any) -> Budget | None:
     try:
         return None if value is None else Budget.model_validate(value)
     except ValidationError as error:
-        raise BadRequest(name, _explain(name, value, error)) from error
+        other = not isinstance(value, int | float | dict) or isinstance(value, bool)
+        raise BadRequest(name, _explain(name, value, error, EXPECTED, unlike=other)) from error
 
 
-def _explain(name: str, value: Any, error: ValidationError) -> str:
+def _session(name: str, value: Any) -> SessionBudget | None:
+    """The session that a field or a header of this name has. Raises BadRequest if it has something else."""
+    try:
+        return None if value is None else SessionBudget.model_validate(value)
+    except ValidationError as error:
+        other = not isinstance(value, str | dict)
+        raise BadRequest(name, _explain(name, value, error, SESSION_EXPECTED, unlike=other)) from error
+
+
+def _explain(name: str, value: Any, error: ValidationError, expected: str, *, unlike: bool) -> str:
     problems = []
     for entry in error.errors():
         path = ".".join([name, *map(str, entry["loc"])])
         problems.append(f"{path}: {entry['msg'].removeprefix('Value error, ')}")
-    if not isinstance(value, int | float | dict) or isinstance(value, bool):
+    if unlike:
         problems = [f"{name}: not {json.dumps(value)[:80]}"]
-    return f"{'; '.join(problems)}; {EXPECTED}"
+    return f"{'; '.join(problems)}; {expected}"
 
 
 async def _read(receive: Receive) -> bytes | None:

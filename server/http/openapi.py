@@ -7,7 +7,8 @@ from pydantic import TypeAdapter
 from router.budget import Budget
 from server.exchange import ReportFields
 from server.http.errors import speaks_anthropic
-from server.http.fields import FIELD, HEADER, PATHS, STREAMED
+from server.http.fields import FIELD, HEADER, PATHS, SESSION_FIELD, SESSION_HEADER, STREAMED
+from server.sessions import SessionBudget
 
 # Statuses of the gateway's own, next to vLLM's.
 REFUSALS = {
@@ -30,17 +31,24 @@ def document(app: Any) -> None:
             "description": "Bound on teacher tokens: a fraction of the completion, or parts that all hold.",
             "anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, _BUDGET, {"type": "null"}],
         }
+        schemas["TeacherSession"] = {
+            "title": "Teacher session",
+            "description": "A session whose requests share one budget, which the first of them sets.",
+            "anyOf": [{"type": "string"}, SessionBudget.model_json_schema(), {"type": "null"}],
+        }
         schemas["Teacher"] = TypeAdapter(ReportFields).json_schema()
         for path in PATHS:
             if path not in document["paths"]:  # vLLM has it where it is switched on
                 continue
             operation = document["paths"][path]["post"]
-            others = [each for each in operation.get("parameters", ()) if each.get("name") != HEADER]
-            operation["parameters"] = [*others, _HEADER]  # vLLM hands out one document, again and again
+            ours = {header["name"] for header in _HEADERS}
+            others = [each for each in operation.get("parameters", ()) if each.get("name") not in ours]
+            operation["parameters"] = [*others, *_HEADERS]  # vLLM hands out one document, again and again
             if "requestBody" in operation:
                 body = operation["requestBody"]["content"]["application/json"]["schema"]
                 properties = schemas[body["$ref"].rsplit("/", 1)[1]]["properties"]
                 properties[FIELD] = {"$ref": "#/components/schemas/TeacherBudget"}
+                properties[SESSION_FIELD] = {"$ref": "#/components/schemas/TeacherSession"}
             answer = operation["responses"]["200"]
             answer["content"] = _answer(answer.get("content", {}), streams=path in STREAMED)
             for status, when in REFUSALS.items():
@@ -59,13 +67,22 @@ _BUDGET = Budget.model_json_schema() | {
 }
 
 
-_HEADER = {
-    "name": HEADER,
-    "in": "header",
-    "required": False,
-    "description": f"The budget of a request whose body has no {FIELD}.",
-    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/TeacherBudget"}}},
-}
+_HEADERS = [
+    {
+        "name": HEADER,
+        "in": "header",
+        "required": False,
+        "description": f"The budget of a request whose body has no {FIELD}.",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/TeacherBudget"}}},
+    },
+    {
+        "name": SESSION_HEADER,
+        "in": "header",
+        "required": False,
+        "description": f"An id, or JSON: the session of a request whose body has no {SESSION_FIELD}.",
+        "schema": {"type": "string"},
+    },
+]
 
 
 def _answer(content: dict[str, Any], *, streams: bool) -> dict[str, Any]:

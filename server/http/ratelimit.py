@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from router.ledger import Status
+from router.ledger.base import shown
 
 UNBOUNDED = 2**52
 
@@ -15,26 +16,32 @@ def tightest(statuses: Sequence[Status]) -> Status | None:
 
 
 def headers(statuses: Sequence[Status]) -> dict[str, str]:
-    """Teacher tokens: the limit, what is left of it, and when nothing of it will be spent any more.
+    """Teacher tokens and cost: the limit, what is left of it, and when nothing of it will be spent any more.
 
     Named as OpenAI's `x-ratelimit-*-tokens` are, which speak of all tokens. Of several limits, the tightest.
     """
-    status = tightest(statuses)
-    if status is None:
-        return {}
-    limit = status.spent + status.reserved + status.remaining
-    if status.scope.limit.type == "tokens":
-        limit = status.scope.limit.tokens
-    return {
-        "x-ratelimit-limit-teacher-tokens": str(limit),
-        "x-ratelimit-remaining-teacher-tokens": str(status.remaining),
-        "x-ratelimit-reset-teacher-tokens": duration(status.reset_seconds),
-    }
+    told: dict[str, str] = {}
+    for what, in_money in (("tokens", False), ("cost", True)):
+        status = tightest([status for status in statuses if status.scope.limit.in_money == in_money])
+        if status is None:
+            continue
+        limit = status.scope.limit
+        size = status.spent + status.reserved + status.remaining if limit.type == "fraction" else limit.size
+        told |= {
+            f"x-ratelimit-limit-teacher-{what}": _number(shown(limit, size)),
+            f"x-ratelimit-remaining-teacher-{what}": _number(shown(limit, status.remaining)),
+            f"x-ratelimit-reset-teacher-{what}": duration(status.reset_seconds),
+        }
+    return told
 
 
 def retry_after(seconds: float | None) -> dict[str, str]:
     """The header, in whole seconds; none where waiting does not help."""
     return {} if seconds is None else {"retry-after": str(max(1, math.ceil(seconds)))}
+
+
+def _number(amount: float) -> str:
+    return str(amount) if isinstance(amount, int) else f"{amount:.9f}".rstrip("0").rstrip(".")
 
 
 def duration(seconds: float) -> str:

@@ -7,9 +7,10 @@ from typing import Any, Literal
 import msgspec
 from starlette.requests import ClientDisconnect
 
-from server.exchange import Exchange
+from server.exchange import Exchange, Report, ReportFields
 from server.http.asgi import Message, Send, route_path
 from server.http.errors import ApiError, refuse, speaks_anthropic
+from server.sessions import SessionFields
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,9 @@ class AnnotatedResponse:
         self.ended = False
         self.next_event = 0
         """The sequence number of the next event, as /v1/responses counts them."""
+        self.session: SessionFields | None = None
+        """As of the last time when all choices had ended."""
+        self._session_shares = -1
 
     async def __call__(self, message: Message) -> None:
         """Pass a part of the response on, with our fields."""
@@ -102,6 +106,7 @@ class AnnotatedResponse:
     async def _json(self) -> None:
         start, *rest = self.held
         response = _decoded(rest)
+        await self._ask_session()
         if isinstance(response, dict):  # vLLM answers null to a client that has left
             self._report(response)
         body = msgspec.json.encode(response)
@@ -118,7 +123,7 @@ class AnnotatedResponse:
         if len(reports) > 1:
             for choice in choices:
                 choice["teacher"] = reports[choice["index"]].as_dict()
-        response["teacher"] = self.exchange.total().as_dict()
+        response["teacher"] = self._fields(self.exchange.total())
 
     async def _stream(self, message: Message) -> None:
         if not self.held and message["type"] == "http.response.body":
@@ -136,6 +141,8 @@ class AnnotatedResponse:
     async def _pass_on(self, message: Message) -> None:
         """Send a message of a stream, with our fields in its events."""
         if message.get("body"):
+            if self.exchange.finished:
+                await self._ask_session()
             message["body"] = b"\n".join(map(self._event, message["body"].split(b"\n")))
         await self.send(message)
 
@@ -155,10 +162,24 @@ class AnnotatedResponse:
         report = self.exchange.reports[choices[0]["index"]] if choices else self.exchange.latest
         event["source"] = report.source
         if choices and report.finished:
-            event["teacher"] = report.as_dict()
+            event["teacher"] = self._fields(report)
         elif not choices and self.exchange.finished:
-            event["teacher"] = self.exchange.total().as_dict()
+            event["teacher"] = self._fields(self.exchange.total())
         return b"data: " + msgspec.json.encode(event)
+
+    async def _ask_session(self) -> None:
+        """Ask the ledger what the request's session has spent, once for all choices that there are."""
+        session = self.exchange.session
+        if session is not None and self._session_shares != len(session.shares):
+            self._session_shares = len(session.shares)
+            self.session = await session.report()
+
+    def _fields(self, report: Report) -> ReportFields:
+        """A report, with the session where it is about all choices."""
+        fields = report.as_dict()
+        if self.session is not None and self.exchange.finished:
+            fields["session"] = self.session
+        return fields
 
     def _error_event(self, line: bytes) -> bytes:
         """The last event of a stream that failed. vLLM tells Anthropic's clients of its own surprise."""

@@ -9,6 +9,8 @@ from typing import Any
 from openai import AsyncOpenAI
 
 MODEL = "wheels"
+PRICES = {"student": {"input": 0.1, "output": 0.4}, "teacher": {"input": 2, "output": 10}}
+"""Of the shared gateway. What is cached costs the same, so that a reply's cost can be computed from it."""
 
 
 def openai_client(url: str) -> AsyncOpenAI:

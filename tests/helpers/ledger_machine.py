@@ -12,7 +12,16 @@ from typing import Any, TypeVar
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
-from router.ledger import Denial, FractionOfTraffic, Lease, Ledger, Scope, TokensPerWindow
+from router.ledger import (
+    Charge,
+    CostPerWindow,
+    Denial,
+    FractionOfTraffic,
+    Lease,
+    Ledger,
+    Scope,
+    TokensPerWindow,
+)
 
 T = TypeVar("T")
 
@@ -23,8 +32,10 @@ ALICE = Scope("tenant", "alice", TokensPerWindow(tokens=20, window_seconds=60))
 BOB = Scope("tenant", "bob", TokensPerWindow(tokens=15, window_seconds=30))
 ALL = Scope("global", "", TokensPerWindow(tokens=30, window_seconds=120))
 RATE = Scope("global", "", FractionOfTraffic(fraction=0.25, window_seconds=60, slack_tokens=4))
-SCOPES = (ALICE, BOB, ALL, RATE)
-TOGETHER = ((ALICE,), (ALICE, ALL), (BOB, ALL), (BOB, ALL, RATE), (ALICE, RATE))
+MONEY = Scope("global", "", CostPerWindow(cost=90e-9, window_seconds=60))
+"""90 nanos: calls read for up to 30 of them, and write tokens for 5."""
+SCOPES = (ALICE, BOB, ALL, RATE, MONEY)
+TOGETHER = ((ALICE,), (ALICE, ALL), (BOB, ALL, MONEY), (BOB, ALL, RATE), (ALICE, RATE, MONEY))
 
 
 class Clock:
@@ -44,6 +55,7 @@ class Holding:
     lease: Lease
     expires_ms: int
     deadline_ms: int
+    charge: Charge
     writes: list[tuple[int, int]] = field(default_factory=list)
     """(ms, tokens)"""
     settled: bool = False
@@ -52,6 +64,20 @@ class Holding:
     @property
     def used(self) -> int:
         return sum(tokens for _, tokens in self.writes)
+
+    @property
+    def cost(self) -> int:
+        """What the call cost: half of what it read was cached."""
+        in_money = MONEY in self.lease.scopes
+        return self.charge.fixed // 2 + self.charge.each * self.used if in_money else 0
+
+    def held(self, scope: Scope) -> int:
+        """What the lease holds in a scope, in its unit."""
+        return self.lease.cost if scope == MONEY else self.lease.tokens
+
+    def spent(self, scope: Scope) -> int:
+        """What was used of that."""
+        return self.cost if scope == MONEY else self.used
 
 
 @dataclass
@@ -74,8 +100,14 @@ class Books:
     def within(self, entries: list[tuple[int, int]], now: int) -> int:
         return sum(tokens for ms, tokens in entries if self.covers(ms, now))
 
-    def room(self, reserved: int, now: int) -> int:
+    def room(self, reserved: int, now: int, charge: Charge) -> int:
+        """Tokens that still fit."""
         limit, held = self.scope.limit, self.within(self.charges, now) + reserved
+        if isinstance(limit, CostPerWindow):
+            n = 0
+            while n < 12 and max(1, held + charge.fixed + charge.each * (n + 1)) <= 90:
+                n += 1
+            return n
         if isinstance(limit, TokensPerWindow):
             return limit.tokens - held
         f, n = Fraction(limit.fraction), 0
@@ -135,13 +167,18 @@ class LedgerMachine(RuleBasedStateMachine):
         tokens=st.integers(1, 12),
         all_or_nothing=st.booleans(),
         student=st.integers(0, 20),
+        charge=st.builds(Charge, st.integers(0, 30), st.sampled_from([0, 1, 5])),
     )
-    def reserve(self, scopes: Sequence[Scope], tokens: int, all_or_nothing: bool, student: int):  # type: ignore[no-untyped-def]
+    def reserve(  # type: ignore[no-untyped-def]
+        self, scopes: Sequence[Scope], tokens: int, all_or_nothing: bool, student: int, charge: Charge
+    ):
         at_least = tokens if all_or_nothing else 1
         for scope in scopes:
             self.books[scope.id].student.append((self.now, student))
-        rooms = [self.books[s.id].room(self._reserved(s), self.now) for s in scopes]
-        reply = self.run(self.ledger.reserve(scopes, tokens, at_least=at_least, student_tokens=student))
+        rooms = [self.books[s.id].room(self._reserved(s), self.now, charge) for s in scopes]
+        reply = self.run(
+            self.ledger.reserve(scopes, tokens, at_least=at_least, student_tokens=student, charge=charge)
+        )
         expected = min(tokens, *rooms)
         if isinstance(reply, Denial):
             assert expected < at_least, "refused though there was room"
@@ -150,7 +187,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return multiple()
         assert reply.tokens == expected
         ends = self.now + LEASE_SECONDS * 1000
-        holding = Holding(reply, ends, deadline_ms=ends - 2000)
+        holding = Holding(reply, ends, deadline_ms=ends - 2000, charge=charge)
         assert reply.deadline * 1000 <= holding.deadline_ms + 1e-6
         self.holdings.append(holding)
         return holding
@@ -165,18 +202,21 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(holding=leases)
     def settle(self, holding: Holding) -> None:
         """In time, late, again: all the same call."""
-        outcome = self.run(self.ledger.settle(holding.lease, holding.used))
+        outcome = self.run(self.ledger.settle(holding.lease, holding.used, holding.cost))
         known = holding in self.holdings and not holding.settled
         in_time = known and self.now < holding.expires_ms
         remembered = [books for books in self._books(holding) if books.covers(holding.expires_ms, self.now)]
         if in_time:
             assert outcome == "settled"
-            self._charge(holding, self.now, holding.used)
+            for books in self._books(holding):
+                books.charges.append((self.now, holding.spent(books.scope)))
+                self._record(books, holding)
         elif known and remembered:
             assert outcome == "late"
-            charged = holding.lease.tokens if self.on_expiry == "charge" else 0
             for books in remembered:
-                books.charges.append((holding.expires_ms, holding.used - charged))
+                charged = holding.held(books.scope) if self.on_expiry == "charge" else 0
+                books.charges.append((holding.expires_ms, holding.spent(books.scope) - charged))
+                self._record(books, holding)
         else:
             assert outcome == "unknown"
         holding.settled = True
@@ -251,7 +291,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def _reserved(self, scope: Scope) -> int:
         return sum(
-            holding.lease.tokens
+            holding.held(scope)
             for holding in self.holdings
             if scope in holding.lease.scopes and not holding.settled and self.now < holding.expires_ms
         )
@@ -265,11 +305,13 @@ class LedgerMachine(RuleBasedStateMachine):
             if holding.in_time and not holding.settled and self.now >= holding.expires_ms:
                 holding.in_time = False
                 if self.on_expiry == "charge":
-                    self._charge(holding, holding.expires_ms, holding.lease.tokens)
+                    for books in self._books(holding):
+                        books.charges.append((holding.expires_ms, holding.held(books.scope)))
 
-    def _charge(self, holding: Holding, ms: int, tokens: int) -> None:
-        for books in self._books(holding):
-            books.charges.append((ms, tokens))
+    def _record(self, books: Books, holding: Holding) -> None:
+        """Under a limit in money, the teacher's tokens are recorded with the student's."""
+        if books.scope == MONEY:
+            books.student.append((self.now, holding.used))
 
     def _books(self, holding: Holding) -> list[Books]:
         return [self.books[scope.id] for scope in holding.lease.scopes]

@@ -171,7 +171,7 @@ def start(
     engine: Engine, budget: object = None, *, unsupported: str | None = None, **params: Any
 ) -> tuple[AsyncGenerator[RequestOutput, None], Exchange]:
     exchange = Exchange(None if budget is None else Budget.model_validate(budget), unsupported)
-    for name in ("searches", "writes_nothing", "names", "tenant", "model", "budget_name"):
+    for name in ("searches", "writes_nothing", "names", "tenant", "session", "model", "budget_name"):
         setattr(exchange, name, params.pop(name, getattr(exchange, name)))
     options = params.pop("options", {})
     sampling = SamplingParams(**{"max_tokens": 8, "output_kind": DELTA} | params)

@@ -85,8 +85,12 @@ async def post(
     kind: str = "http",
     root_path: str = "",
     headers: Iterable[tuple[str, str]] = (),
+    more: dict[str, Any] | None = None,
 ) -> Answer | None:
-    """Sends a request through the middleware; the client leaves behind its body. None: no answer."""
+    """Sends a request through the middleware; the client leaves behind its body. None: no answer.
+
+    ``more`` goes into the request's scope.
+    """
     last = len(chunks) - 1
     incoming = [
         {"type": "http.request", "body": chunk} | ({"more_body": True} if index < last else {})
@@ -102,6 +106,7 @@ async def post(
 
     sent_headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers]
     scope = {"type": kind, "method": method, "path": path, "root_path": root_path, "headers": sent_headers}
+    scope |= more or {}
     await TeacherFields(app)(scope, receive, send)
     if not sent:
         return None

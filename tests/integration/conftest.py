@@ -8,7 +8,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from server.local.pair import Pair, Serving, serving
-from tests.helpers.client import openai_client
+from tests.helpers.client import PRICES, openai_client
 from tests.helpers.paths import DEMO
 
 
@@ -38,7 +38,7 @@ def sources() -> list[str]:
 
 @pytest.fixture(scope="session")
 def stack(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    flags = ("--examples", str(DEMO / "examples.jsonl"))
+    flags = ("--examples", str(DEMO / "examples.jsonl"), "--prices", json.dumps(PRICES))
     with serving(pair, tmp_path_factory.mktemp("logs"), flags=flags) as stack:
         yield stack
 

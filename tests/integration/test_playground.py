@@ -57,6 +57,7 @@ def test_the_teachers_words_are_marked_and_say_why(page: Page) -> None:
     page.get_by_role("textbox", name="Prompt").fill("The book has 695 pages and costs £89.56.")
     page.get_by_role("button", name="Write").click()
     expect(page.locator("#facts")).to_contain_text("of the answer, budget 50 %")
+    expect(page.locator("#facts")).to_contain_text("The teacher cost 0.0")
     marked = page.locator("#text .teacher")
     expect(marked).not_to_have_count(0)
     marked.first.focus()

@@ -78,7 +78,7 @@ def test_a_small_budget_moves_slowly() -> None:
     rates = controller(TENTH)
     rates.update(0.0, status(TENTH, 96, 904))
     rates.update(1.0, status(TENTH, 100, 900))
-    assert abs(rates.u) < 0.05
+    assert rates.u == pytest.approx(-0.05)
 
 
 def test_tokens_are_spent_on_as_much_traffic_as_is_to_come() -> None:

@@ -8,6 +8,8 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from router.ledger import (
+    Charge,
+    CostPerWindow,
     Denial,
     FractionOfTraffic,
     Lease,
@@ -225,6 +227,45 @@ async def test_senseless_settlements(ledger: MemoryLedger, used: int) -> None:
     lease = await ledger.reserve([MINUTE], 8)
     with pytest.raises(ValueError, match="a lease of 8 tokens cannot be settled"):
         await ledger.settle(lease, used)
+
+
+CENT = Scope("tenant", "acme", CostPerWindow(cost=0.01, window_seconds=60))
+CALL = Charge(fixed=2_000_000, each=100_000)
+"""A call reads for 0.002 and writes tokens for 0.0001 each."""
+
+
+async def test_a_limit_in_money_reserves_reading_and_writing(ledger: MemoryLedger) -> None:
+    """Three calls of ten tokens are 0.009; what is left is half of what the next one reads for."""
+    leases = [await ledger.reserve([CENT, MINUTE], 10, charge=CALL) for _ in range(3)]
+    assert [lease.cost for lease in leases] == [3_000_000] * 3
+    denial = await ledger.reserve([CENT, MINUTE], 10, at_least=1, charge=CALL)
+    assert isinstance(denial, Denial)
+    assert denial.label == "tenant_cost"
+    assert await ledger.settle(leases[0], 4, 1_400_000) == "settled"
+    money, tokens = await ledger.status([CENT, MINUTE])
+    assert (money.spent, money.reserved, money.remaining) == (1_400_000, 6_000_000, 2_600_000)
+    assert (tokens.spent, tokens.reserved) == (4, 20)
+    assert (money.in_window, money.rate) == (4, None)
+    lease = await ledger.reserve([CENT, MINUTE], 10, at_least=1, charge=CALL)
+    assert lease.tokens == 6, "0.0026 are reading and six tokens"
+    assert (await ledger.status([CENT]))[0].remaining == 0
+
+
+async def test_money_comes_back_with_the_window(ledger: MemoryLedger, clock: Clock) -> None:
+    lease = await ledger.reserve([CENT], 80, charge=CALL)
+    await ledger.settle(lease, 80, 10_000_000)
+    assert (await ledger.reserve([CENT], 1, charge=CALL)).retry_after_seconds == 61
+    assert (await ledger.reserve([CENT], 81, charge=CALL)).retry_after_seconds is None, "more than there is"
+    clock.ms += 61_000
+    assert isinstance(await ledger.reserve([CENT], 1, charge=CALL), Lease)
+
+
+async def test_a_call_that_costs_nothing_is_a_lease_all_the_same(ledger: MemoryLedger) -> None:
+    lease = await ledger.reserve([CENT], 7)
+    assert (lease.tokens, lease.cost) == (7, 1)
+    assert await ledger.settle(lease, 7) == "settled"
+    with pytest.raises(ValueError, match="cannot be settled with 2"):
+        await ledger.settle(lease, 7, 2)
 
 
 async def test_a_thousand_at_once(ledger: MemoryLedger) -> None:
