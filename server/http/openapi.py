@@ -36,7 +36,9 @@ def document(app: Any) -> None:
             "description": "A session whose requests share one budget, which the first of them sets.",
             "anyOf": [{"type": "string"}, SessionBudget.model_json_schema(), {"type": "null"}],
         }
-        schemas["Teacher"] = TypeAdapter(ReportFields).json_schema()
+        report = TypeAdapter(ReportFields).json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= report.pop("$defs")
+        schemas["Teacher"] = report
         for path in PATHS:
             if path not in document["paths"]:  # vLLM has it where it is switched on
                 continue

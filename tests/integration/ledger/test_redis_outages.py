@@ -231,7 +231,7 @@ async def test_a_reservation_that_arrives_behind_its_settlement_holds_nothing(
         lease = await granted(ledger)
         network.cut()
         assert isinstance(await answer(ledger), Denial)
-        ((given_up, _),) = ledger._owed.values()
+        ((given_up, *_),) = ledger._owed.values()
         for _ in range(2):
             assert await direct.settle(given_up, 0) == "unknown"
         ledger._paying.cancel()  # this was it, on another connection

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
-from router.controller import AIM, PriceController
-from router.ledger import Denial, FractionOfTraffic, Lease, MemoryLedger, TokensPerWindow
+from router.controller import AIM, EVENLY, PriceController
+from router.ledger import CostPerWindow, Denial, FractionOfTraffic, Lease, MemoryLedger, TokensPerWindow
+from router.money import TokenPrices, picos
 from router.policy import Calibration
-from server.shared_budgets import Draw, SharedBudgets
+from server.shared_budgets import Draw, SharedBudgets, charge_of
 from server.tenants import Tenant, hash_key
 
 pytestmark = pytest.mark.steady_time
@@ -138,9 +139,9 @@ class CountingLedger(MemoryLedger):
         self.calls["reserve"] += 1
         return await super().reserve(*arguments, **options)
 
-    async def settle(self, lease: Lease, used: int) -> str:
+    async def settle(self, lease: Lease, used: int, cost: int = 0) -> str:
         self.calls["settle"] += 1
-        return await super().settle(lease, used)
+        return await super().settle(lease, used, cost)
 
 
 async def books(budgets: SharedBudgets) -> tuple[int, int]:
@@ -244,11 +245,11 @@ class SlowLedger(MemoryLedger):
 
     fails = False
 
-    async def settle(self, lease: Lease, used: int) -> str:
+    async def settle(self, lease: Lease, used: int, cost: int = 0) -> str:
         await asyncio.sleep(0.01)
         if self.fails:
             raise RuntimeError("no")
-        return await super().settle(lease, used)
+        return await super().settle(lease, used, cost)
 
 
 async def test_settlements_survive_their_request(prices: PriceController, tenant: Tenant) -> None:
@@ -284,3 +285,58 @@ async def test_a_failed_settlement_is_logged(
     await budgets.aclose()
     await asyncio.sleep(0)
     assert "a settlement failed" in caplog.text
+
+
+# Limits in money
+
+HOUR_OF_MONEY = CostPerWindow(cost=0.001, window_seconds=3600)
+CALL = charge_of(TokenPrices(input=2, cached_input=0.5, output=10), 100)
+"""Reads for 0.0002, writes tokens for 0.00001 each."""
+
+
+async def test_every_call_under_a_limit_in_money_has_a_lease_of_its_own(prices: PriceController) -> None:
+    """Each reads anew. The first is charged what it cost, the second, which broke off, all it might have."""
+    budgets = SharedBudgets(CountingLedger(), prices, [HOUR_OF_MONEY])
+    share = budgets.share(None)
+    draw = await share.reserve(4, 0, ahead=8, charge=CALL)
+    assert (draw.tokens, draw.cost) == (4, picos(0.00024))
+    share.settle(4, picos(0.00015))
+    await share.reserve(4, 0, ahead=8, charge=CALL)
+    share.settle(1, None)
+    assert await books(budgets) == (150_000 + 240_000, 0)
+    assert budgets.ledger.calls == {"reserve": 2, "settle": 2}
+    assert (await share.reserve(50, 0, charge=CALL)).tokens == 41, "0.00061 are reading and 41 tokens"
+    refused = await budgets.share(None).reserve(4, 0, charge=CALL)
+    assert refused.label == "global_cost"
+
+
+async def test_the_price_follows_money_that_is_spent(prices: PriceController) -> None:
+    """A teacher token costs 0.00005: of 100 tokens an hour, 0.001 pays for a fifth; EVENLY is a little less."""
+    budgets = SharedBudgets(MemoryLedger(clock=time.monotonic), prices, [HOUR_OF_MONEY])
+    share = budgets.share(None)
+    await share.reserve(4, 0, charge=CALL)
+    share.settle(4, picos(0.0002))
+    share.close(96)
+    await asyncio.sleep(0)
+    await budgets.update()
+    budgets.use(budgets.everybody)
+    await budgets.update()
+    (controller,) = prices.controllers.values()
+    assert prices.token_cost == 50_000
+    assert controller.target == pytest.approx(EVENLY * 0.2)
+    assert share.rate == pytest.approx(EVENLY * 0.2)
+    (status,) = await budgets.ledger.status(budgets.everybody)
+    assert (status.in_window, status.total_completion) == (100, 100)
+
+
+async def test_metrics_of_a_limit_in_money(prices: PriceController) -> None:
+    budgets = SharedBudgets(MemoryLedger(), prices, [HOUR_OF_MONEY])
+    share = budgets.share(None)
+    await share.reserve(4, 0, charge=CALL)
+    share.settle(4, picos(0.0002))
+    await asyncio.sleep(0)
+    await budgets.update()
+    labels = {"scope": "global", "tenant": "", "limit": "cost/3600s"}
+    assert REGISTRY.get_sample_value("wheels_budget_limit", labels) == 0.001
+    assert REGISTRY.get_sample_value("wheels_budget_remaining", labels) == pytest.approx(0.0008)
+    assert REGISTRY.get_sample_value("wheels_budget_rate", labels) is None

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from router.controller import PriceController
-from router.ledger import FractionOfTraffic, MemoryLedger
+from router.ledger import Charge, FractionOfTraffic, MemoryLedger
 from router.policy import Calibration
 from server.http.access import OPEN, Access, owner_of
 from server.http.budgets import answer
@@ -188,3 +188,22 @@ async def test_whoever_may_see_which_budgets(tenants: Tenants) -> None:
     assert await seen(tenant) == ["limited"]
     assert await seen("admin") == [None, "limited", "strict"]
     assert await seen(None, None) == [None]
+
+
+async def test_a_limit_in_money_is_told_and_used_up_when_a_hundredth_is_left() -> None:
+    """Of 0.01 are 0.0099 spent: less than 0.0001 would be used up, as no call may ever fit into it."""
+    limit = {"type": "cost", "cost": 0.01, "window_seconds": 60}
+    source = json.dumps({"tenants": [STRICT | {"limits": [limit]}]})
+    access = Access(app, Tenants(source, priced=True), MemoryLedger())
+    (tenant,) = access.tenants.current.tenants
+    lease = await access.ledger.reserve(tenant.scopes, 1, charge=Charge(9_900_000))
+    await access.ledger.settle(lease, 1, 9_900_000)
+    response = await ask(access, "strict")
+    assert response.status_code == 200
+    assert response.headers["x-ratelimit-limit-teacher-cost"] == "0.01"
+    assert response.headers["x-ratelimit-remaining-teacher-cost"] == "0.0001"
+    assert "x-ratelimit-limit-teacher-tokens" not in response.headers
+    await access.ledger.settle(await access.ledger.reserve(tenant.scopes, 1), 1, 1)
+    response = await ask(access, "strict")
+    assert response.status_code == 429
+    assert response.json()["error"]["message"] == "a teacher's cost of 0.01 in 60 s is used up"

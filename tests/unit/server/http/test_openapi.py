@@ -43,14 +43,23 @@ def test_the_budget_is_documented_where_there_is_a_body(documented):
     assert nothing == {"type": "null"}
     bodies = [schema for name, schema in schemas.items() if name.startswith("Request")]
     assert len(bodies) == len(PATHS) - 1
-    assert sum("teacher_budget" in schema["properties"] for schema in bodies) == len(bodies) - 1
+    for field in ("teacher_budget", "teacher_session"):
+        assert sum(field in schema["properties"] for schema in bodies) == len(bodies) - 1
 
 
-def test_the_header_is_documented_once(documented):
+def test_a_session_is_documented(documented):
+    name, parts, nothing = documented["components"]["schemas"]["TeacherSession"]["anyOf"]
+    assert (name, nothing) == ({"type": "string"}, {"type": "null"})
+    assert parts["properties"].keys() == {"id", "tokens", "cost"}
+    assert parts["required"] == ["id"]
+
+
+def test_the_headers_are_documented_once(documented):
     for operations in documented["paths"].values():
-        (header,) = operations["post"]["parameters"]
-        assert (header["name"], header["in"], header["required"]) == ("X-Teacher-Budget", "header", False)
-        schema = header["content"]["application/json"]["schema"]
+        budget, session = operations["post"]["parameters"]
+        for header, name in ((budget, "X-Teacher-Budget"), (session, "X-Teacher-Session")):
+            assert (header["name"], header["in"], header["required"]) == (name, "header", False)
+        schema = budget["content"]["application/json"]["schema"]
         assert schema == {"$ref": "#/components/schemas/TeacherBudget"}
 
 
@@ -67,14 +76,17 @@ def test_a_document_that_is_asked_for_again_is_the_same():
     first = deepcopy(app.openapi())
     assert app.openapi() == first
     names = [each["name"] for each in first["paths"][STREAMED[0]]["post"]["parameters"]]
-    assert names == ["x", "X-Teacher-Budget"]
+    assert names == ["x", "X-Teacher-Budget", "X-Teacher-Session"]
 
 
 def test_the_report_is_documented_on_every_path(documented):
     assert documented["paths"].keys() == {*PATHS} - {ALONE[-1]}
     report = documented["components"]["schemas"]["Teacher"]
-    assert report["properties"].keys() == {*Report().as_dict().keys(), "cost", "saved"}
+    assert report["properties"].keys() == {*Report().as_dict().keys(), "cost", "saved", "session"}
     assert set(report["required"]) == Report().as_dict().keys()
+    assert report["properties"]["session"]["$ref"] == "#/components/schemas/SessionFields"
+    session = documented["components"]["schemas"]["SessionFields"]
+    assert session["properties"].keys() == {"id", "tokens", "tokens_spent", "cost", "cost_spent"}
     for path, operations in documented["paths"].items():
         responses = operations["post"]["responses"]
         assert responses["200"]["content"]["application/json"]["schema"]["required"] == ["teacher"]

@@ -64,13 +64,13 @@ async def test_the_report_waits_for_what_is_under_way(pair):
         assert (await mine.report())["tokens_spent"] == spent
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
 @given(
     cost=st.integers(1, 2000),
     cached=st.floats(0, 1),
     spans=st.sampled_from([(1, 1), (4, 1), (4, 4), (16, 8)]),
     fails_at=st.none() | st.integers(0, 29),
-    asks=st.lists(st.sets(st.integers(0, 29)), min_size=2, max_size=8),
+    asks=st.lists(st.sets(st.integers(0, 29)), min_size=2, max_size=4),
 )
 async def test_money_that_requests_share_is_never_exceeded(pair, cost, cached, spans, fails_at, asks):
     """Requests at once, of one session, under one limit, each with a budget of its own."""
@@ -105,4 +105,4 @@ async def test_money_that_requests_share_is_never_exceeded(pair, cost, cached, s
     assert reserved == 0
     assert sum(costs) <= spent * 1000 <= cost * 10**6
     if fails_at is None:
-        assert spent * 1000 - sum(costs) < 1000 * sum(result.report.calls for result in results)
+        assert spent * 1000 - sum(costs) <= 1000 * sum(result.report.calls for result in results)
