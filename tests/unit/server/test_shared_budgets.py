@@ -311,7 +311,7 @@ async def test_every_call_under_a_limit_in_money_has_a_lease_of_its_own(prices: 
 
 
 async def test_the_price_follows_money_that_is_spent(prices: PriceController) -> None:
-    """A teacher token costs 0.00005: of 100 tokens an hour, 0.001 pays for a fifth; EVENLY is a little less."""
+    """A teacher token costs 0.00005, so 0.001 pays for a fifth of 100 tokens an hour."""
     budgets = SharedBudgets(MemoryLedger(clock=time.monotonic), prices, [HOUR_OF_MONEY])
     share = budgets.share(None)
     await share.reserve(4, 0, charge=CALL)
