@@ -11,8 +11,7 @@ from typing_extensions import TypedDict
 from router.budget import Count
 from router.errors import BadRequest
 from router.ledger import Ledger, OpenedSession, Scope, Session, SessionProblem
-from router.ledger.base import shown
-from router.money import Money, nanos
+from router.money import NANOS, Money, nanos
 
 LARGEST = 2**53
 """Redis tells whole numbers apart up to here."""
@@ -75,6 +74,7 @@ class OpenSession:
     """The session of one request, while it runs."""
 
     id: str
+    budget: OpenedSession
     scopes: tuple[Scope, ...]
     ledger: Ledger
     shares: list[Settling] = field(default_factory=list)
@@ -86,15 +86,18 @@ class OpenSession:
             await share.settled()
         fields = SessionFields(id=self.id)
         statuses: Sequence[Any] = await self.ledger.status(self.scopes) or [None] * len(self.scopes)
+        if self.budget.tokens is not None:
+            fields["tokens"] = self.budget.tokens
+        if self.budget.nanos is not None:
+            fields["cost"] = self.budget.nanos / NANOS
         for scope, status in zip(self.scopes, statuses, strict=True):
-            limit = scope.limit
-            if limit.in_money:
-                fields["cost"] = shown(limit, limit.size)
+            if status is None:
+                continue
+            spent = status.spent + status.reserved
+            if scope.limit.in_money:
+                fields["cost_spent"] = spent / NANOS
             else:
-                fields["tokens"] = limit.size
-            if status is not None:
-                spent = shown(limit, status.spent + status.reserved)
-                fields["cost_spent" if limit.in_money else "tokens_spent"] = spent
+                fields["tokens_spent"] = spent
         return fields
 
 
@@ -134,4 +137,4 @@ async def open_session(
         opened = OpenedSession(session.tokens, session.nanos)
         if opened == OpenedSession(None, None):
             opened = OpenedSession(0, None)
-    return OpenSession(asked.id, session.scopes(opened), ledger)
+    return OpenSession(asked.id, opened, session.scopes(opened), ledger)

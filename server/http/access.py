@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from router.ledger import Ledger, Status
+from router.ledger.base import shown
 from server.http.asgi import App, Message, Receive, Send, encoded, route_path
 from server.http.errors import ApiError, refuse
 from server.http.ratelimit import headers, retry_after
@@ -130,9 +131,11 @@ def _used_up(statuses: Sequence[Status]) -> _UsedUp | None:
     for status in statuses:
         limit = status.scope.limit
         if limit.type == "tokens" and status.remaining == 0:
-            message = f"{limit.tokens} teacher tokens in {limit.window_seconds:g} s are used up"
+            message = f"{limit.size} teacher tokens in {limit.window_seconds:g} s are used up"
             return _UsedUp(status, message)
         if limit.type == "cost" and status.remaining * 100 < limit.size:
-            message = f"a teacher's cost of {limit.cost:g} in {limit.window_seconds:g} s is used up"
+            message = (
+                f"a teacher's cost of {shown(limit, limit.size):g} in {limit.window_seconds:g} s is used up"
+            )
             return _UsedUp(status, message)
     return None

@@ -70,9 +70,9 @@ def _budget(status: Status, prices: PriceController | None) -> BudgetView:
     scope = status.scope
     price = math.inf if prices is None else prices.price([scope])
     return {
-        "scope": scope.kind,
+        "scope": "tenant" if scope.kind == "tenant" else "global",
         "tenant": scope.key if scope.kind == "tenant" else None,
-        "limit": cast(Limit, scope.limit.model_dump()),  # as JSON has it
+        "limit": cast(Limit, cast(Any, scope.limit).model_dump()),  # as JSON has it
         "spent": shown(scope.limit, status.spent),
         "reserved": shown(scope.limit, status.reserved),
         "remaining": shown(scope.limit, status.remaining),
