@@ -11,10 +11,10 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice, product
+from functools import cache
+from itertools import product
 from typing import NamedTuple
 
-from measuring.chats import shown
 from measuring.examples import Example, Form, References, Slot
 from training.tasks import spelling
 from training.tasks.base import Task, register
@@ -183,13 +183,6 @@ _VALUE = re.compile(r"<([a-z]+)(?::\d)?>")
 _PIECE = re.compile(r"(<[^>]+>|\{[^}]*\})")
 
 
-class Sentence(NamedTuple):
-    """English text, and the forms of its translation before neighbouring slots are joined."""
-
-    source: str
-    forms: list[list[Slot]]
-
-
 @dataclass(frozen=True)
 class Template:
     """English variants and German forms of one sentence, with places for values."""
@@ -210,7 +203,7 @@ class Template:
                 templates.append(cls(line.split("|"), []))
         return templates
 
-    def fill(self, english: str, values: dict[str, Value]) -> Sentence:
+    def fill(self, english: str, values: dict[str, Value]) -> "Filled":
         """The sentence with these values.
 
         Args:
@@ -219,12 +212,48 @@ class Template:
         """
         for place, value in values.items():
             english = english.replace(place, value.english)
+        return Filled(english, self, values)
+
+    def forms(self, values: dict[str, Value]) -> list[list[Slot]]:
+        """The German forms with these values, before neighbouring slots are joined."""
         forms = []
         for pieces in self.german:
             form = [_slot(piece, values) for piece in pieces]
             form[0] = tuple(map(_upper_first, form[0]))
             forms.append(form)
-        return Sentence(english, forms)
+        return forms
+
+
+class Filled(NamedTuple):
+    """A template with its values."""
+
+    english: str
+    template: Template
+    values: dict[str, Value]
+
+
+class Drawn(NamedTuple):
+    """A sentence, perhaps between an opening and a closing.
+
+    Its source is cheap. Its translations are not, and most of what is drawn belongs to another split.
+    """
+
+    parts: list[Filled]
+
+    @property
+    def source(self) -> str:
+        """All parts in English."""
+        return " ".join(part.english for part in self.parts)
+
+    def example(self) -> Example:
+        """The source with all its translations."""
+        forms = []
+        for chosen in product(*(part.template.forms(part.values) for part in self.parts)):
+            slots = list(chosen[0])
+            for form in chosen[1:]:
+                slots += [(" ",), *form]
+            forms.append(_merge(slots))
+        return Example(self.source, References(tuple(forms)))
 
 
 def _slot(piece: str, values: dict[str, Value]) -> Slot:
@@ -253,7 +282,7 @@ BEFORE = Template.parse(OPENINGS)
 AFTER = Template.parse(CLOSINGS)
 
 
-def draw(rng: random.Random) -> Example:
+def draw(rng: random.Random) -> Drawn:
     """A sentence with its values, often with an opening or a closing."""
     template = rng.choice(SENTENCES)
     english = rng.choice(template.english)
@@ -263,25 +292,17 @@ def draw(rng: random.Random) -> Example:
         while value in values.values():
             value = KINDS[found[1]](rng)
         values[found[0]] = value
-    sentence = template.fill(english, values)
+    parts = [template.fill(english, values)]
     if rng.random() < FRAMED:
-        sentence = _joined(_fixed(BEFORE, rng), sentence)
+        parts.insert(0, _fixed(BEFORE, rng))
     if rng.random() < FRAMED:
-        sentence = _joined(sentence, _fixed(AFTER, rng))
-    return Example(sentence.source, References(tuple(map(_merge, sentence.forms))))
+        parts.append(_fixed(AFTER, rng))
+    return Drawn(parts)
 
 
-def _fixed(templates: list[Template], rng: random.Random) -> Sentence:
+def _fixed(templates: list[Template], rng: random.Random) -> Filled:
     template = rng.choice(templates)
     return template.fill(rng.choice(template.english), {})
-
-
-def _joined(first: Sentence, second: Sentence) -> Sentence:
-    """Both, with a space between."""
-    forms = []
-    for start, end in product(first.forms, second.forms):
-        forms.append([*start, (" ",), *end])
-    return Sentence(f"{first.source} {second.source}", forms)
 
 
 def split_of(source: str) -> str:
@@ -292,33 +313,40 @@ def split_of(source: str) -> str:
     return "valid" if bucket < 26 else "train"
 
 
+def sentences(split: str, seed: int | str) -> Iterator[Drawn]:
+    """Those of one split, without end."""
+    rng = random.Random(f"{Numbers.name}/{split}/{seed}")
+    while True:
+        drawn = draw(rng)
+        if split_of(drawn.source) == split:
+            yield drawn
+
+
+@cache
+def held_out(split: str, count: int) -> tuple[Example, ...]:
+    """Distinct sentences, the same on every machine."""
+    distinct: dict[str, Drawn] = {}
+    for drawn in sentences(split, "fixed"):
+        distinct.setdefault(drawn.source, drawn)
+        if len(distinct) == count:
+            break
+    return tuple(map(Drawn.example, distinct.values()))
+
+
 @register
 class Numbers(Task):
     """Endless sentences for training, drawn from templates."""
 
     name = "numbers"
 
-    def _stream(self, split: str, seed: int | str) -> Iterator[Example]:
-        rng = random.Random(f"{self.name}/{split}/{seed}")
-        while True:
-            example = draw(rng)
-            if split_of(shown(example.source)) == split:
-                yield example
-
-    def _fixed(self, split: str, count: int) -> list[Example]:
-        distinct = {}
-        for example in islice(self._stream(split, "fixed"), count * 2):
-            distinct[example.source] = example
-        return list(distinct.values())[:count]
-
     def train(self, seed: int) -> Iterator[Example]:
         """Without end; another seed, other sentences."""
-        return self._stream("train", seed)
+        return map(Drawn.example, sentences("train", seed))
 
     def valid(self) -> list[Example]:
         """500 sentences."""
-        return self._fixed("valid", 500)
+        return list(held_out("valid", 500))
 
     def test(self) -> list[Example]:
         """1000 sentences."""
-        return self._fixed("test", 1000)
+        return list(held_out("test", 1000))
