@@ -28,7 +28,7 @@ from pydantic import (
 from measuring.examples import load_sources
 from router.budget import Budget
 from router.errors import UnusableInput
-from router.gate import GATES
+from router.gate_names import GATE_NAMES, GateName
 from router.ledger import LedgerConfig, Limit, MemoryLedgerConfig
 from router.money import PriceList
 from server.vllm_flags import read_flags, setting_name
@@ -167,8 +167,9 @@ class ServeConfig(BaseModel):
     metrics_api_key: SecretStr | None = Field(
         None, description="key for /metrics; with tenants an admin's key opens it too, and no key does not"
     )
-    gate: Literal["learned", "random", "entropy", "margin", "max_probability"] | None = Field(
-        None, description=f"what decides: {', '.join(GATES)}; default: learned with a router, else margin"
+    gate: GateName | None = Field(
+        None,
+        description=f"what decides: {', '.join(GATE_NAMES)}; default: learned with a router, else margin",
     )
     price: FiniteFloat | None = Field(
         None, description="fixed price; default: the router's calibration, or learned while serving"

@@ -37,6 +37,7 @@ def test_help_loads_neither_torch_nor_vllm():
     assert loaded(program, "torch", "server", "router", "training", *SERVING) == set()
 
 
-def test_what_stands_before_the_engine_does_not_load_it():
+def test_what_stands_before_the_engine_loads_nothing_heavy():
     """The middleware and the configuration are checked, and tested, without an engine."""
-    assert loaded("import server.http.fields, server.config, server.metrics", "vllm") == set()
+    program = "import server.http.fields, server.config, server.metrics"
+    assert loaded(program, "torch", "transformers", "vllm") == set()

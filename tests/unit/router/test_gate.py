@@ -5,6 +5,7 @@ import torch
 
 from router.features import features, n_features
 from router.gate import CONFIDENCE_GATES, GATES, LearnedGate
+from router.gate_names import GATE_NAMES
 
 ROWS = 14  # of the `reserved` fixture
 READING_LOGITS = [name for name in CONFIDENCE_GATES if name != "random"]
@@ -15,6 +16,10 @@ def peaked(height: float) -> torch.Tensor:
     logits = torch.zeros(ROWS)
     logits[2] = height
     return logits
+
+
+def test_the_names_that_a_configuration_may_have_are_those_of_the_gates():
+    assert tuple(GATES) == GATE_NAMES
 
 
 @pytest.mark.parametrize("name", GATES)

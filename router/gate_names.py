@@ -1,0 +1,6 @@
+"""The names of the gates, for those who check a configuration: the gates themselves load torch."""
+
+from typing import Literal, get_args
+
+GateName = Literal["learned", "random", "entropy", "margin", "max_probability"]
+GATE_NAMES: tuple[GateName, ...] = get_args(GateName)
