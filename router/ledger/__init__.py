@@ -69,7 +69,7 @@ class RedisLedgerConfig(BaseModel):
     on_expiry: OnExpiry = "return"
     when_unavailable: WhenUnavailable = "refuse"
     """What becomes of a reservation while Redis is away."""
-    timeout: PositiveFloat = 0.25
+    timeout: PositiveFloat = 1.0
     """Longest wait for Redis, seconds."""
     retry_seconds: PositiveFloat = 1.0
     """How often an absent Redis is tried again."""

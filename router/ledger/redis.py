@@ -2,10 +2,11 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 FAILURES = 3
 """So many failures in a row, and Redis is left alone for a while."""
 PATIENCE = 3
-"""So many timeouts are waited for an answer at most, where this process was late itself."""
+"""So many timeouts are waited for an answer at most, where this process itself or its queue was late."""
 
 
 class _Unavailable(Exception):
@@ -55,10 +56,21 @@ class _Unavailable(Exception):
         self.sent = sent
 
 
+@dataclass
+class _Question:
+    """A call on its way to Redis."""
+
+    is_trial: bool
+    """Whether it is the one that tries an absent Redis again."""
+    sent: float = math.inf
+    """When it had a connection, of `time.monotonic`."""
+
+
 class RedisLedger:
     """A `Ledger` shared by all gateways that name the same Redis and prefix.
 
-    No call waits longer than ``timeout`` seconds for Redis. Where Redis gives no answer, a reservation is
+    No call waits longer than ``timeout`` seconds for Redis. (Where this process is late itself, or all its
+    connections are in use, that may take three times as long.) Where Redis gives no answer, a reservation is
     refused or allowed as ``when_unavailable`` says; after three failures in a row Redis is asked only once
     in ``retry_seconds``, so that its absence costs nobody a wait. Settlements are kept and tried again.
 
@@ -73,7 +85,7 @@ class RedisLedger:
         lease_seconds: float = 30.0,
         on_expiry: OnExpiry = "return",
         when_unavailable: WhenUnavailable = "refuse",
-        timeout: float = 0.25,
+        timeout: float = 1.0,
         retry_seconds: float = 1.0,
         connections: int = 16,
         clock: Callable[[], float] | None = None,
@@ -96,7 +108,7 @@ class RedisLedger:
 
     @classmethod
     def connect(
-        cls, url: str, *, cluster: bool = False, timeout: float = 0.25, connections: int = 16, **options: Any
+        cls, url: str, *, cluster: bool = False, timeout: float = 1.0, connections: int = 16, **options: Any
     ) -> "RedisLedger":
         """A ledger at ``url`` (redis://, rediss://, unix://), which need not be up yet."""
         # The client must not try again by itself, a record is not idempotent; nor does it keep the time.
@@ -231,21 +243,24 @@ class RedisLedger:
         Raises:
             _Unavailable: Redis is away, or no answer comes in time.
         """
-        if not self.available:
+        question = _Question(is_trial=not self.available)
+        if question.is_trial:
             if time.monotonic() < self._retry_at:
                 raise _Unavailable(sent=False)
-            self._retry_at = time.monotonic() + self._retry  # this call is the one that tries again
+            self._retry_at = time.monotonic() + self._retry
         keys: list[str] = []
         for scope in scopes:
             keys += _keys(self._tag, scope.id)
         keys += further
         now = "" if self._clock is None else int(self._clock() * 1000)
         arguments = [len(keys), *keys, now, self.on_expiry, round(self._lease * 1000), *arguments]
-        task = asyncio.create_task(self._evaluate(script, arguments))
+        task = asyncio.create_task(self._evaluate(question, script, arguments))
         try:
-            await self._until_late(task)
+            await self._until_late(question, task)
             reply = task.result()
         except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
+            if question.sent == math.inf:
+                raise _Unavailable(sent=False) from error
             self._failed(error)
             raise _Unavailable(sent=True) from error
         finally:
@@ -255,11 +270,11 @@ class RedisLedger:
         self._failures = 0
         return reply
 
-    async def _until_late(self, task: asyncio.Task[Any]) -> None:
+    async def _until_late(self, question: _Question, task: asyncio.Task[Any]) -> None:
         """Wait for the task, at most for the timeout.
 
-        Time in which this process itself stood still does not count against Redis. A process that stands
-        still all the time waits `PATIENCE` timeouts at most.
+        Time before the question was sent, or in which this process itself stood still, does not count
+        against Redis. All in all the wait is `PATIENCE` timeouts at most.
 
         Raises:
             TimeoutError: it is not done.
@@ -269,12 +284,16 @@ class RedisLedger:
             await asyncio.wait((task,), timeout=self._timeout)
             if task.done():
                 return
-            if time.monotonic() - due < self._timeout / 5:
+            in_time = time.monotonic() - due < self._timeout / 5
+            if in_time and question.sent <= due - self._timeout / 2:
                 break
         raise TimeoutError(f"no answer within {self._timeout} s")
 
-    async def _evaluate(self, script: scripts.Script, arguments: list[Any]) -> Any:
+    async def _evaluate(self, question: _Question, script: scripts.Script, arguments: list[Any]) -> Any:
         async with self._connections:
+            if not (self.available or question.is_trial):  # it went away while this one waited for its turn
+                raise _Unavailable(sent=False)
+            question.sent = time.monotonic()
             try:
                 return await self._client.evalsha(script.digest, *arguments)
             except NoScriptError:  # a new or restarted Redis

@@ -38,12 +38,47 @@ async def timed(coroutine: Coroutine[Any, Any, T]) -> tuple[T, float]:
     return await coroutine, time.perf_counter() - started
 
 
-IMPATIENT = {"timeout": TIMEOUT, "retry_seconds": 0.3}
+RETRY = 0.3
+IMPATIENT = {"timeout": TIMEOUT, "retry_seconds": RETRY}
+
+
+class Clock:
+    """Finds how long this process itself got no turn: so much later may everything be."""
+
+    def __init__(self) -> None:
+        self.stalled = 0.0
+
+    async def __aenter__(self) -> "Clock":
+        self._task = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+
+    async def _run(self) -> None:
+        while True:
+            _, seconds = await timed(asyncio.sleep(0.01))
+            self.stalled = max(self.stalled, seconds - 0.01)
+
+
+def counting(ledger: RedisLedger, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The questions that the ledger sends from now on."""
+    asked: list[Any] = []
+    evaluate = ledger._evaluate
+
+    def counted(*question: Any) -> Coroutine[Any, Any, Any]:
+        asked.append(question)
+        return evaluate(*question)
+
+    monkeypatch.setattr(ledger, "_evaluate", counted)
+    return asked
 
 
 @pytest.mark.parametrize("rule", ["refuse", "allow"])
 @pytest.mark.parametrize("fault", ["gone", "paused"])
-async def test_redis_away(durable_redis: RedisServer, rule: str, fault: str, connect: Connect) -> None:
+async def test_redis_away(
+    durable_redis: RedisServer, rule: str, fault: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Refused or allowed as configured, within the timeout; at once after three failures; back by itself."""
     ledger = connect(durable_redis, when_unavailable=rule, **IMPATIENT)
     lease = await granted(ledger)
@@ -51,28 +86,30 @@ async def test_redis_away(durable_redis: RedisServer, rule: str, fault: str, con
         durable_redis.stop()
     else:
         durable_redis.process.send_signal(signal.SIGSTOP)
-    waits = []
-    for _ in range(12):
-        reply, seconds = await timed(answer(ledger))
+    asked, waits = counting(ledger, monkeypatch), []
+    while len(waits) < 12:
+        async with Clock() as clock:
+            reply, seconds = await timed(answer(ledger))
         waits.append(seconds)
+        assert seconds < TIMEOUT + 0.5 + 2 * clock.stalled
         if rule == "refuse":
             assert isinstance(reply, Denial)
             assert (reply.reason, reply.label, reply.retry_after_seconds) == (
                 "unavailable",
                 "unavailable",
-                0.3,
+                RETRY,
             )
         else:
             assert isinstance(reply, Lease)
             assert not reply.accounted
             assert await ledger.settle(reply, 4) == "settled"
-    assert max(waits) < TIMEOUT + 0.5
-    assert sorted(waits)[6] < 0.005, "an absent Redis costs a wait only now and then"
+    assert len(asked) <= 4 + sum(waits) / RETRY, "an absent Redis is asked only now and then"
     assert not ledger.available
     assert await ledger.status([TENANT]) is None
-    outcome, seconds = await timed(ledger.settle(lease, 3))
+    async with Clock() as clock:
+        outcome, seconds = await timed(ledger.settle(lease, 3))
     assert outcome == "deferred"
-    assert seconds < TIMEOUT + 0.5
+    assert seconds < TIMEOUT + 0.5 + 2 * clock.stalled
     await ledger.record([TENANT], 10)
 
     if fault == "gone":
@@ -84,7 +121,7 @@ async def test_redis_away(durable_redis: RedisServer, rule: str, fault: str, con
         statuses = await ledger.status([TENANT])
         return statuses is not None and (statuses[0].spent, statuses[0].reserved) == (3, 0)
 
-    await until(settled, 10)  # the settlement arrived, and nothing that was refused meanwhile is held
+    await until(settled, 60)  # the settlement arrived, and nothing that was refused meanwhile is held
     assert ledger.available
     await granted(ledger)
 
@@ -125,6 +162,30 @@ async def test_a_gateway_that_is_always_late_waits_for_an_end(
     assert reply.reason == "unavailable"
 
 
+async def test_a_queue_at_the_ledgers_own_connections_is_not_held_against_redis(
+    redis_server: RedisServer, connect: Connect
+) -> None:
+    ledger = connect(redis_server, connections=1, timeout=1.0)
+    await granted(ledger)
+    async with ledger._connections:
+        reply = asyncio.create_task(answer(ledger))
+        await asyncio.wait((reply,), timeout=1.5)
+    assert isinstance(await reply, Lease)
+
+
+async def test_who_gets_no_connection_is_refused_and_redis_counts_as_there(
+    redis_server: RedisServer, connect: Connect
+) -> None:
+    ledger = connect(redis_server, connections=1, **IMPATIENT)
+    await granted(ledger)
+    async with ledger._connections:
+        for reply in await asyncio.gather(*(answer(ledger) for _ in range(5))):
+            assert isinstance(reply, Denial)
+            assert reply.reason == "unavailable"
+    assert ledger.available
+    assert not ledger._owed, "what was never sent holds nothing"
+
+
 TRAFFIC = Scope("global", "", TokensPerWindow(tokens=10**6, window_seconds=3600))
 
 
@@ -137,14 +198,7 @@ class Traffic:
     without: list[Any] = field(default_factory=list)
     """Replies by which nothing is accounted for: denials, or leases while Redis is away."""
     slowest: float = 0.0
-    stalled: float = 0.0
-    """Longest that this process itself got no turn."""
     stop: bool = False
-
-    async def clock(self) -> None:
-        while not self.stop:
-            _, seconds = await timed(asyncio.sleep(0.01))
-            self.stalled = max(self.stalled, seconds - 0.01)
 
     async def stream(self) -> None:
         while not self.stop:
@@ -162,15 +216,14 @@ class Traffic:
     @asynccontextmanager
     async def flowing(self) -> AsyncIterator[None]:
         """Afterwards: something was spent, something was not to be had, and nobody waited long."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self.clock())
+        async with Clock() as clock, asyncio.TaskGroup() as group:
             for _ in range(40):
                 group.create_task(self.stream())
             yield
             self.stop = True
         assert self.spent > 0
         assert self.without
-        assert self.slowest < TIMEOUT + 0.5 + 2 * self.stalled  # one stall on the way there, one back
+        assert self.slowest < TIMEOUT + 0.5 + 2 * clock.stalled  # one stall on the way there, one back
 
     async def exact(self) -> bool:
         """Whether the ledger says spent exactly what was settled, and nothing reserved."""
@@ -189,7 +242,7 @@ async def test_restart_under_load_loses_nothing(durable_redis: RedisServer, conn
             await asyncio.to_thread(durable_redis.start)
             await asyncio.sleep(0.4)
     assert all(isinstance(reply, Denial) for reply in traffic.without)
-    await until(traffic.exact, 5)
+    await until(traffic.exact, 60)
 
 
 @pytest.mark.parametrize("rule", ["refuse", "allow"])
@@ -218,7 +271,7 @@ async def test_an_outage_under_load(
                 )
                 await asyncio.sleep(0.8)
         assert all(isinstance(reply, Denial) is (rule == "refuse") for reply in traffic.without)
-        await until(traffic.exact, 10)
+        await until(traffic.exact, 60)
 
 
 async def test_a_reservation_that_arrives_behind_its_settlement_holds_nothing(
@@ -264,7 +317,7 @@ async def test_a_cancelled_reservation_holds_nothing(redis_server: RedisServer, 
         (status,) = await ledger.status([scope])
         return (status.spent, status.reserved) == (0, 1)
 
-    await until(only_the_first, 5)
+    await until(only_the_first, 60)
     assert isinstance(await ledger.reserve([scope], 3), Lease), "the connections are in order"
 
 
