@@ -328,13 +328,14 @@ class Teacher:
         return reply
 
     async def healthy(self) -> bool | None:
-        """Whether the teacher reports that it is well; None if it does not answer in time."""
+        """Whether the teacher reports that it is well; None if it does not answer in time, nor any call."""
+        asked = time.monotonic()
         try:
             async with asyncio.timeout(min(PROBE_SECONDS, self.timeout)):
                 async with self._open.get(f"{self.url}/health") as response:
                     return response.status == 200
         except TimeoutError:
-            return None
+            return True if self._served_at > asked else None
         except (aiohttp.ClientError, OSError, ValueError):
             return False
 

@@ -158,6 +158,18 @@ async def test_a_teacher_that_does_not_answer_in_time_may_be_healthy_or_not(serv
         assert await teacher.healthy() is None
 
 
+async def test_a_teacher_that_answers_calls_meanwhile_is_healthy(server):
+    """A busy one has a queue before its health check, too."""
+    server.health_seconds = 60.0
+    server.answers = [body(choice([7]))]
+    async with client(server.url, 10.0) as teacher:
+        check = asyncio.create_task(teacher.healthy())
+        await asyncio.sleep(0.5)
+        await collect(write(teacher, SHORT))
+        assert await check is True
+        assert await teacher.healthy() is None
+
+
 async def test_a_teacher_that_is_gone_is_not_healthy(server):
     async with client(server.url) as teacher:
         await server._server.close()
