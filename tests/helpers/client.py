@@ -11,11 +11,15 @@ from openai import AsyncOpenAI
 MODEL = "wheels"
 PRICES = {"student": {"input": 0.1, "output": 0.4}, "teacher": {"input": 2, "output": 10}}
 """Of the shared gateway. What is cached costs the same, so that a reply's cost can be computed from it."""
+PATIENCE = 600
+"""Seconds that a client waits. Next to other programs an engine is slow; a test has a limit of its own."""
+UNHURRIED = ("--teacher-timeout", "120", "--span-timeout", "240", "--teacher-queue", "60")
+"""Flags of a gateway whose teacher may be slow as the machine is busy, where that is not what is tested."""
 
 
 def openai_client(url: str) -> AsyncOpenAI:
     """The official client, without retries: every failure shows."""
-    return AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    return AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
 
 
 async def chat(client: AsyncOpenAI, source: str, budget: Any = None, **parameters: Any) -> Any:
@@ -52,7 +56,7 @@ def metric(url: str, name: str, key: str | None = None, **labels: str) -> float:
     """Sum of a metric's series that have these labels; with tenants, an admin's ``key`` is needed."""
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     request = urllib.request.Request(f"{url}/metrics", headers=headers)
-    text = urllib.request.urlopen(request, timeout=60).read().decode()
+    text = urllib.request.urlopen(request, timeout=PATIENCE).read().decode()
     total = 0.0
     for line in text.splitlines():
         match = re.fullmatch(rf"{re.escape(name)}(?:{{(.*)}})? (\S+)", line)

@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from openai import AsyncOpenAI
 
-from server.local.pair import Pair, Serving, serving
-from tests.helpers.client import PRICES, openai_client
+from server.local.pair import HOST, START_SECONDS, Pair, Serving, free_port, gateway_service, serving
+from server.local.processes import running
+from tests.helpers.client import PRICES, UNHURRIED, openai_client
+from tests.helpers.gateways import StartGateway
 from tests.helpers.paths import DEMO
 
 
@@ -38,16 +41,31 @@ def sources() -> list[str]:
 
 @pytest.fixture(scope="session")
 def stack(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    flags = ("--examples", str(DEMO / "examples.jsonl"), "--prices", json.dumps(PRICES))
+    examples = ("--examples", str(DEMO / "examples.jsonl"))
+    flags = (*UNHURRIED, *examples, "--prices", json.dumps(PRICES))
     with serving(pair, tmp_path_factory.mktemp("logs"), flags=flags) as stack:
         yield stack
+
+
+@pytest.fixture(scope="session")
+def gateway(stack: Serving, pair: Pair) -> StartGateway:
+    """`gateway(directory, *flags)` starts one more gateway, for the teacher that is there: half of a pair."""
+
+    @contextmanager
+    def start(directory: Path, *flags: str) -> Iterator[Serving]:
+        url = f"http://{HOST}:{free_port()}"
+        service = gateway_service(pair, stack.teacher, url, directory, (*UNHURRIED, *flags))
+        with running([service], timeout=START_SECONDS) as (child,):
+            yield Serving(stack.teacher, url, stack.teacher_process, child)
+
+    return start
 
 
 @pytest.fixture(scope="session")
 def twins(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """Teacher = student, and a gate that asks at random."""
     twin = Pair(teacher=pair.student, student=pair.student, router=pair.router)
-    with serving(twin, tmp_path_factory.mktemp("twins"), flags=("--gate", "random")) as stack:
+    with serving(twin, tmp_path_factory.mktemp("twins"), flags=(*UNHURRIED, "--gate", "random")) as stack:
         yield stack
 
 

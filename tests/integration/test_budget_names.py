@@ -10,8 +10,9 @@ import pytest
 import yaml
 from openai import AsyncOpenAI
 
-from server.local.pair import Pair, Serving, serving
-from tests.helpers.client import openai_client
+from server.local.pair import Serving
+from tests.helpers.client import PATIENCE, openai_client
+from tests.helpers.gateways import StartGateway
 
 ORIGIN = "https://app.example"
 HEADER = "X-Teacher-Budget"
@@ -26,14 +27,14 @@ SURFACES = (
 
 
 @pytest.fixture(scope="module")
-def named(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def named(gateway: StartGateway, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """A gateway whose default is the student alone, with further names of models."""
     logs = tmp_path_factory.mktemp("names")
     settings = {"default_budget": 0, "models": NAMES, "vllm": {"allowed-origins": [ORIGIN]}}
     file = logs / "wheels.yaml"
     file.write_text(yaml.safe_dump(settings, sort_keys=False))
-    with serving(pair, logs, flags=("--config", str(file))) as stack:
-        yield stack
+    with gateway(logs, "--config", str(file)) as named:
+        yield named
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ async def test_the_name_of_a_model_is_its_budget(client: AsyncOpenAI, sources: l
 async def test_every_surface_knows_the_names(
     named: Serving, sources: list[str], path: str, model: str
 ) -> None:
-    async with httpx.AsyncClient(base_url=named.gateway, timeout=60) as http:
+    async with httpx.AsyncClient(base_url=named.gateway, timeout=PATIENCE) as http:
         reply = (await http.post(path, json=body(path, sources[0], model=model))).json()
         assert (reply["model"], reply["teacher"]["rate"]) == (model, float(model == "wheels-best"))
         if path.endswith("/batch"):  # which has no streams
@@ -119,7 +120,7 @@ async def test_the_field_goes_before_the_header_and_the_header_before_the_name(
 ) -> None:
     headers = {} if header is None else {HEADER: header}
     request = body(path, sources[0], model=model, teacher_budget=field)
-    async with httpx.AsyncClient(base_url=named.gateway, timeout=60) as http:
+    async with httpx.AsyncClient(base_url=named.gateway, timeout=PATIENCE) as http:
         reply = (await http.post(path, json=request, headers=headers)).json()
     assert reply["teacher"]["rate"] == rate
 
@@ -150,7 +151,7 @@ async def test_a_browser_may_send_the_header(named: Serving) -> None:
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "content-type,x-teacher-budget",
     }
-    async with httpx.AsyncClient(base_url=named.gateway) as http:
+    async with httpx.AsyncClient(base_url=named.gateway, timeout=PATIENCE) as http:
         answer = await http.options("/v1/chat/completions", headers=asked)
     assert answer.status_code == 200
     assert "x-teacher-budget" in answer.headers["access-control-allow-headers"]

@@ -8,12 +8,14 @@ import pytest
 from anthropic import AsyncAnthropic
 
 from server.local.pair import Serving
-from tests.helpers.client import MODEL
+from tests.helpers.client import MODEL, PATIENCE
 
 
 @pytest.fixture
 async def claude(stack: Serving) -> AsyncIterator[AsyncAnthropic]:
-    async with AsyncAnthropic(base_url=stack.gateway, api_key="none", max_retries=0, timeout=60) as client:
+    async with AsyncAnthropic(
+        base_url=stack.gateway, api_key="none", max_retries=0, timeout=PATIENCE
+    ) as client:
         yield client
 
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from server.local.pair import Serving
-from tests.helpers.client import MODEL
+from tests.helpers.client import MODEL, PATIENCE
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = (
     "/v1/chat/completions",
@@ -155,7 +155,7 @@ NOT_COMPARED = {
 
 @pytest.fixture(scope="module")
 def http() -> Iterator[httpx.Client]:
-    with httpx.Client(timeout=60) as client:
+    with httpx.Client(timeout=PATIENCE) as client:
         yield client
 
 

@@ -9,7 +9,7 @@ from openai import AsyncOpenAI, BadRequestError
 from transformers import AutoTokenizer
 
 from server.local.pair import Pair, Serving
-from tests.helpers.client import chat, excess, metric, settled, source_of_tokens
+from tests.helpers.client import PATIENCE, chat, excess, metric, settled, source_of_tokens
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.5)
 
@@ -208,7 +208,7 @@ async def test_logprobs_of_whoever_wrote_the_token(
 
 
 async def test_responses_and_messages_count_tokens_right(stack: Serving, sources: list[str]) -> None:
-    async with httpx.AsyncClient(base_url=stack.gateway, timeout=60) as http:
+    async with httpx.AsyncClient(base_url=stack.gateway, timeout=PATIENCE) as http:
         body = {
             "model": "wheels",
             "input": sources[6],
@@ -305,7 +305,7 @@ async def test_a_client_that_leaves_stops_both_models(stack: Serving, sources: l
                 if '"source":"' in line:
                     return
 
-    async with httpx.AsyncClient(base_url=stack.gateway, timeout=60) as http:
+    async with httpx.AsyncClient(base_url=stack.gateway, timeout=PATIENCE) as http:
         # At 1 the teacher is in the middle of one long span, at 0.4 the two take turns.
         await asyncio.gather(*(leave(http, budget) for budget in (1, 0.4) * 6))
         # On a busy machine a few have been written to their end before this client reads their first event.

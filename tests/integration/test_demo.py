@@ -19,7 +19,7 @@ from tests.helpers.paths import DEMO
 def demo() -> dict[float, dict[str, Any]]:
     """Rows of `wheels demo --once --json` by budget."""
     command = [sys.executable, "-m", "wheels", "demo", "--once", "--json", "--pair", str(DEMO)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return {row["budget"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
 

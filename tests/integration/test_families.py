@@ -19,7 +19,7 @@ def results() -> dict[str, dict[str, Any]]:
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
-        timeout=550,
+        timeout=1800,
     )
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {result["family"]: result for result in lines}

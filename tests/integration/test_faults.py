@@ -12,7 +12,7 @@ from openai import AsyncOpenAI
 from router.checkpoint import RouterCheckpoint
 from server.local.pair import Pair, Serving, serving, teacher_service
 from server.local.processes import running
-from tests.helpers.client import chat, metric, openai_client, settled
+from tests.helpers.client import PATIENCE, chat, metric, openai_client, settled
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ async def test_teacher_killed_in_mid_load(
     assert all(reply.choices[0].finish_reason in ("stop", "length") for reply in replies)
     assert sum(reply.teacher["degraded"] for reply in replies) > 100
     assert metric(other.gateway, "wheels_breaker_open") == 1
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(timeout=PATIENCE) as http:
         assert (await http.get(f"{other.gateway}/ready")).status_code == 503
     after = await chat(client, sources[0], 0.5)
     assert after.teacher["degraded"]

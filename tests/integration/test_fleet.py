@@ -19,7 +19,7 @@ import yaml
 from server.local.pair import HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
 from server.local.processes import Child, Service, running
 from tests.helpers import promql
-from tests.helpers.client import chat, eventually, openai_client
+from tests.helpers.client import PATIENCE, UNHURRIED, chat, eventually, openai_client
 from tests.helpers.paths import ROOT
 from tests.helpers.redis_server import RedisServer
 
@@ -49,8 +49,15 @@ class Fleet:
     def query(self, expression: str) -> list[dict[str, Any]]:
         """An instant query's result vector."""
         query = urllib.parse.urlencode({"query": expression})
-        with urllib.request.urlopen(f"{self.prometheus}/api/v1/query?{query}", timeout=60) as reply:
+        with urllib.request.urlopen(f"{self.prometheus}/api/v1/query?{query}", timeout=PATIENCE) as reply:
             return json.load(reply)["data"]["result"]
+
+    def shown(self, expression: str) -> list[dict[str, Any]]:
+        """The same once there is something: a scrape of a busy server may have come to nothing."""
+        deadline = time.monotonic() + 60
+        while not (result := self.query(expression)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return result
 
     def alerts(self) -> set[str]:
         """Names of the alerts that are pending or firing."""
@@ -62,7 +69,7 @@ class Fleet:
 
     def budget(self) -> dict[str, Any]:
         """The global limit, as the gateway that survives sees it."""
-        with urllib.request.urlopen(f"{self.gateways[1]}/budgets", timeout=60) as reply:
+        with urllib.request.urlopen(f"{self.gateways[1]}/budgets", timeout=PATIENCE) as reply:
             (budget,) = (b for b in json.load(reply)["budgets"] if b["limit"]["type"] == "tokens")
         return budget
 
@@ -105,7 +112,7 @@ def fleet(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flee
     ledger = {
         "type": "redis",
         "url": redis.url,
-        "timeout": 2,  # a machine as busy as this one is no reason to do without Redis
+        "timeout": 10,  # a machine as busy as this one is no reason to do without Redis
         "lease_seconds": LEASE_SECONDS,
         "on_expiry": "charge",
     }
@@ -114,7 +121,15 @@ def fleet(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flee
         {"type": "fraction", "fraction": 0.5, "window_seconds": 3600, "slack_tokens": 64},
     ]
     # At a fixed price nothing spares the budget: whether it holds is up to the ledger alone.
-    flags = ("--price", str(PRICE), "--ledger", json.dumps(ledger), "--limits", json.dumps(limits))
+    flags = (
+        *UNHURRIED,
+        "--price",
+        str(PRICE),
+        "--ledger",
+        json.dumps(ledger),
+        "--limits",
+        json.dumps(limits),
+    )
     engines = {
         "gateway-1": gateway_service(pair, ",".join(teachers), gateways[0], logs["gateway-1"], flags),
         "gateway-2": gateway_service(pair, ",".join(teachers), gateways[1], logs["gateway-2"], flags),
@@ -159,7 +174,7 @@ def nginx(front: str, gateways: list[str], directory: Path) -> Service:
 def prometheus_service(url: str, gateways: list[str], teachers: list[str], directory: Path) -> Service:
     """Prometheus with the configuration and rules that we ship, at other addresses, and hurried."""
     config = yaml.safe_load((DEPLOY / "compose" / "prometheus.yml").read_text())
-    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["global"] = {"scrape_interval": "2s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(path) for path in promql.RULES]
     targets = {"wheels-gateway": gateways, "wheels-teacher": teachers}
     for job in config["scrape_configs"]:
@@ -199,7 +214,7 @@ async def _load(fleet: Fleet, prompts: list[str]) -> Load:
         while load.ended < ended:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
-    async with openai_client(fleet.front) as client, asyncio.timeout(300):
+    async with openai_client(fleet.front) as client, asyncio.timeout(PATIENCE):
         requests = [asyncio.create_task(ask(prompt)) for prompt in prompts]
         await until(50)
         fleet.kill("gateway-1")
@@ -248,7 +263,7 @@ def test_the_other_teacher_takes_over(load: Load) -> None:
 
 @pytest.mark.parametrize("expression", promql.panel_expressions(), ids=lambda e: e.place)
 def test_every_panel_shows_something(fleet: Fleet, load: Load, expression: promql.Expression) -> None:
-    assert fleet.query(expression.text), expression.text
+    assert fleet.shown(expression.text), expression.text
 
 
 @pytest.mark.parametrize(
@@ -257,10 +272,11 @@ def test_every_panel_shows_something(fleet: Fleet, load: Load, expression: promq
 def test_every_series_exists(fleet: Fleet, load: Load, expression: promql.Expression) -> None:
     """Whatever rules and panels select is exported, with the labels by which they select it."""
     for selector in expression.selectors():
-        assert fleet.query(promql.existing(selector)), promql.existing(selector)
+        assert fleet.shown(promql.existing(selector)), promql.existing(selector)
 
 
-def test_the_deaths_are_noticed(fleet: Fleet, load: Load) -> None:
-    alerts = fleet.alerts()
-    assert {"WheelsGatewayDown", "WheelsTeacherDown"} <= alerts
-    assert not {"WheelsNoGateway", "WheelsTeacherUnreachable"} & alerts
+async def test_the_deaths_are_noticed(fleet: Fleet, load: Load) -> None:
+    """And no other: a survivor whose scrape came to nothing counts as dead until the next one."""
+    died, wrong = {"WheelsGatewayDown", "WheelsTeacherDown"}, {"WheelsNoGateway", "WheelsTeacherUnreachable"}
+    await eventually(lambda: fleet.alerts() & (died | wrong) == died)
+    assert fleet.alerts() & (died | wrong) == died

@@ -10,7 +10,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from server.local.pair import Serving
-from tests.helpers.client import PRICES, chat, metric
+from tests.helpers.client import PATIENCE, PRICES, chat, metric
 
 MILLIONTH = 1e-6
 
@@ -52,7 +52,7 @@ async def test_every_surface_reports_what_the_teacher_cost(
 ) -> None:
     body = SURFACES[path](sources[6]) | {"model": "wheels", "temperature": 0, "teacher_budget": 0.5}
     session = {"id": f"run{path.replace('/', '.')}", "tokens": 1000, "cost": 1}
-    async with httpx.AsyncClient(base_url=stack.gateway, timeout=60) as http:
+    async with httpx.AsyncClient(base_url=stack.gateway, timeout=PATIENCE) as http:
         reply = (await http.post(path, json=body | {"teacher_session": session})).json()
         streamed = (await http.post(path, json=body | {"teacher_session": session, "stream": True})).text
     report = reply["teacher"]

@@ -12,7 +12,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance, status_c
 
 from server.http.fields import HEADER, STREAMED
 from server.local.pair import Serving
-from tests.helpers.client import MODEL
+from tests.helpers.client import MODEL, PATIENCE
 
 EXAMPLES = 5
 ENDLESS = settings(
@@ -47,14 +47,14 @@ VALID = {
 @pytest.fixture(scope="module")
 def document(stack: Serving) -> dict[str, Any]:
     load_all_checks()
-    return httpx.get(f"{stack.gateway}/openapi.json").json()
+    return httpx.get(f"{stack.gateway}/openapi.json", timeout=PATIENCE).json()
 
 
 def keeps_its_word(operation: Any, url: str, excluded: list[Any]) -> None:
     @ENDLESS
     @given(operation.as_strategy())
     def keeps(case: schemathesis.Case) -> None:
-        case.call_and_validate(base_url=url, excluded_checks=excluded, timeout=60)
+        case.call_and_validate(base_url=url, excluded_checks=excluded, timeout=PATIENCE)
 
     keeps()
 
@@ -113,7 +113,7 @@ def test_every_budget_of_the_document_is_honoured(
     @settings(ENDLESS, max_examples=20)
     @given(schema[path]["POST"].as_strategy())
     def honoured(case: schemathesis.Case) -> None:
-        response = case.call_and_validate(base_url=stack.gateway, timeout=60)
+        response = case.call_and_validate(base_url=stack.gateway, timeout=PATIENCE)
         assert response.status_code == 200
 
     honoured()
@@ -130,7 +130,7 @@ def test_no_other_budget_is(document: dict[str, Any], stack: Serving, path: str)
         budget = case.body.get("teacher_budget") if isinstance(case.body, dict) else None
         if budget is None or case.body != {"model": MODEL, **VALID[path], "teacher_budget": budget}:
             return  # it is something else that is wrong with it
-        response = case.call(base_url=stack.gateway, timeout=60)
+        response = case.call(base_url=stack.gateway, timeout=PATIENCE)
         assert response.status_code == 400
         error = response.json()["error"]
         if path == "/v1/messages":  # Anthropic's errors have no field for it

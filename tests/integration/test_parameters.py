@@ -9,7 +9,7 @@ from openai import AsyncOpenAI, BadRequestError
 from transformers import AutoTokenizer
 
 from server.local.pair import Pair, Serving
-from tests.helpers.client import chat, metric
+from tests.helpers.client import PATIENCE, chat, metric
 
 COUNTED = ("wheels_requests_total", "wheels_completion_tokens_total")
 STUDENT_ALONE = {
@@ -104,7 +104,7 @@ async def test_a_penalty_on_repetition_is_both_models(client: AsyncOpenAI, sourc
     "fields", [{"prompt": [480]}, {"prompt": "x", "logit_bias": {"480": 1}}, {"prompt": "x", "n": 0}]
 )
 async def test_no_reserved_row_and_no_nonsense(stack: Serving, fields: dict[str, Any]) -> None:
-    async with httpx.AsyncClient(base_url=stack.gateway) as http:
+    async with httpx.AsyncClient(base_url=stack.gateway, timeout=PATIENCE) as http:
         for budget in (0, 0.3):
             body = {"model": "wheels", "max_tokens": 4, "teacher_budget": budget} | fields
             assert (await http.post("/v1/completions", json=body)).status_code == 400
@@ -112,7 +112,7 @@ async def test_no_reserved_row_and_no_nonsense(stack: Serving, fields: dict[str,
 
 async def test_request_ids(stack: Serving, sources: list[str]) -> None:
     """Also the same one twice at once: it is the client's, not ours."""
-    async with httpx.AsyncClient(base_url=stack.gateway, timeout=60) as http:
+    async with httpx.AsyncClient(base_url=stack.gateway, timeout=PATIENCE) as http:
         message = {"model": "wheels", "messages": [{"role": "user", "content": sources[0]}]}
         replies = await asyncio.gather(
             *(
@@ -137,7 +137,7 @@ async def test_the_prompts_log_probabilities_alone(
     """As evaluations of log-likelihoods ask for them."""
     body = {"model": "wheels", "prompt": sources[0], "max_tokens": 0, "echo": True, "logprobs": 1}
     extra = {} if budget is None else {"teacher_budget": budget}
-    async with httpx.AsyncClient(base_url=stack.gateway) as http:
+    async with httpx.AsyncClient(base_url=stack.gateway, timeout=PATIENCE) as http:
         reply = (await http.post("/v1/completions", json=body | extra)).raise_for_status().json()
     assert reply["choices"][0]["text"] == sources[0]
     assert len(reply["choices"][0]["logprobs"]["tokens"]) == reply["usage"]["prompt_tokens"]
@@ -189,7 +189,7 @@ async def merged(stream: Any) -> list[tuple[str, Any]]:
 async def test_a_beam_search_counts_what_the_client_gets(stack: Serving, sources: list[str]) -> None:
     body = {"model": "wheels", "prompt": sources[0], "max_tokens": 6, "n": 3, "use_beam_search": True}
     before = [metric(stack.gateway, name) for name in COUNTED]
-    async with httpx.AsyncClient(base_url=stack.gateway, timeout=60) as http:
+    async with httpx.AsyncClient(base_url=stack.gateway, timeout=PATIENCE) as http:
         reply = (await http.post("/v1/completions", json=body)).raise_for_status().json()
     choices, tokens = [metric(stack.gateway, name) - n for name, n in zip(COUNTED, before, strict=True)]
     assert (choices, tokens) == (3, reply["usage"]["completion_tokens"])

@@ -11,7 +11,7 @@ from openai import AsyncOpenAI, BadRequestError
 
 from server.local.pair import HOST, Pair, free_port, gateway_service, teacher_service
 from server.local.processes import running
-from tests.helpers.client import MODEL, openai_client
+from tests.helpers.client import MODEL, UNHURRIED, openai_client
 from tests.helpers.reciter import save_reciter
 
 REASONING, CONTENT = "Two cities, so two calls.", "Let me look."
@@ -63,7 +63,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     save_reciter(PIECES, model)
     config.write_text(PARSERS)
     teacher, gateway = (f"http://{HOST}:{free_port()}" for _ in range(2))
-    flags = ("--gate", "random", "--config", str(config))
+    flags = (*UNHURRIED, "--gate", "random", "--config", str(config))
     service = gateway_service(Pair(model, model, model), teacher, gateway, directory, flags)
     at = service.command.index("--router")  # it has none
     service = replace(service, command=service.command[:at] + service.command[at + 2 :])

@@ -11,7 +11,8 @@ from server.local.pair import Serving
 
 # Chromium's own chatter would look for hosts that are not there.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-expect.set_options(timeout=30_000)  # engines and browser share the cores
+PATIENCE = 300_000  # milliseconds: engines and browser share the cores
+expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def page(browser: Browser, stack: Serving) -> Iterator[Page]:
     page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
     problems: list[str] = []
 
     def watch(message: ConsoleMessage) -> None:
@@ -85,7 +87,7 @@ def test_budget_zero_marks_nothing(page: Page) -> None:
 def test_side_by_side_at_several_budgets(page: Page) -> None:
     page.get_by_role("button", name="Compare budgets").click()
     rows = page.locator("#rows tr")
-    expect(rows.nth(4).locator("td.n")).to_have_count(3, timeout=60_000)
+    expect(rows.nth(4).locator("td.n")).to_have_count(3)
     rates = [float(rows.nth(i).locator("td.n").first.inner_text().removesuffix(" %")) for i in range(5)]
     assert rates[0] == 0
     assert rates[4] == 100
@@ -100,7 +102,7 @@ def test_who_is_faster_than_the_page_is_not_interrupted(page: Page) -> None:
     page.get_by_role("button", name="Compare budgets").click()
     page.wait_for_timeout(300)
     held[0].continue_()
-    expect(page.locator("#rows tr").nth(4).locator("td.n")).to_have_count(3, timeout=60_000)
+    expect(page.locator("#rows tr").nth(4).locator("td.n")).to_have_count(3)
     assert page.get_by_role("textbox", name="Prompt").input_value()
 
 
@@ -116,7 +118,7 @@ def test_on_a_telephone_everything_is_in_sight(page: Page) -> None:
     # In words that is one of 47 letters: wider than the page.
     prompt.fill("Here is the answer to your question: Karl got 24,926 votes and Ben got 460. Many thanks!")
     page.get_by_role("button", name="Compare budgets").click()
-    expect(page.locator("#rows tr").nth(4).locator("td.n")).to_have_count(3, timeout=60_000)
+    expect(page.locator("#rows tr").nth(4).locator("td.n")).to_have_count(3)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     for cell in page.locator("#rows td").all():
         box = cell.bounding_box()
@@ -132,9 +134,9 @@ def test_what_goes_wrong_is_said(page: Page) -> None:
 
 def test_the_chart_moves(page: Page) -> None:
     page.get_by_role("button", name="Random example").click()
-    expect(page.locator("#live")).to_contain_text("Since start", timeout=10_000)
+    expect(page.locator("#live")).to_contain_text("Since start")
     for series in ("rate", "price"):
-        expect(page.locator(f"#chart path.{series}")).not_to_have_attribute("d", "", timeout=15_000)
+        expect(page.locator(f"#chart path.{series}")).not_to_have_attribute("d", "")
 
 
 def test_under_a_root_path_and_without_an_admins_key(browser: Browser) -> None:

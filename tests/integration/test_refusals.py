@@ -12,7 +12,7 @@ from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 
 from server.local.pair import Pair, Serving, serving
-from tests.helpers.client import MODEL, openai_client
+from tests.helpers.client import MODEL, PATIENCE, openai_client
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = (
     "/v1/chat/completions",
@@ -42,7 +42,7 @@ def body(path: str, source: str, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def http() -> Iterator[httpx.Client]:
-    with httpx.Client(timeout=60) as client:
+    with httpx.Client(timeout=PATIENCE) as client:
         yield client
 
 
@@ -65,7 +65,9 @@ async def gpt(strict: Serving) -> AsyncIterator[AsyncOpenAI]:
 
 @pytest.fixture
 async def claude(strict: Serving) -> AsyncIterator[AsyncAnthropic]:
-    async with AsyncAnthropic(base_url=strict.gateway, api_key="none", max_retries=0, timeout=60) as client:
+    async with AsyncAnthropic(
+        base_url=strict.gateway, api_key="none", max_retries=0, timeout=PATIENCE
+    ) as client:
         yield client
 
 

@@ -1,0 +1,9 @@
+"""The type of the integration tests' fixture that starts gateways."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from server.local.pair import Serving
+
+StartGateway = Callable[..., AbstractContextManager[Serving]]
+"""Takes a directory for the log, and flags of `wheels serve`."""
