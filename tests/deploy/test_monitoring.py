@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from promql_parser import VectorSelector
 
 import server.metrics  # noqa: F401  (registers the gateway's series)
 from tests.helpers import promql
@@ -52,25 +54,27 @@ def test_every_alert_is_explained() -> None:
     assert sections == {rule["alert"] for rule in promql.rules() if "alert" in rule}
 
 
-@pytest.mark.parametrize(
-    "expression", promql.rule_expressions() + promql.panel_expressions(), ids=lambda e: e.place
-)
-def test_own_series_exist(expression: promql.Expression) -> None:
+def selectors() -> Iterator[tuple[str, VectorSelector]]:
+    """Of all rules and panels, each with its place."""
+    for expression in promql.rule_expressions() + promql.panel_expressions():
+        for selector in expression.selectors():
+            yield expression.place, selector
+
+
+def test_own_series_exist() -> None:
     """Ours are in the gateway's own registry, recorded ones in the rules; a real scrape shows the rest."""
     known = {family.name for family in FAMILIES}
-    for selector in expression.selectors():
+    recorded = promql.recorded()
+    for place, selector in selectors():
         if ":" in selector.name and not selector.name.startswith("vllm:"):
-            assert selector.name in promql.recorded()
+            assert selector.name in recorded, place
         elif selector.name.startswith("wheels_"):
-            assert SUFFIX.sub("", selector.name) in known
+            assert SUFFIX.sub("", selector.name) in known, place
 
 
-@pytest.mark.parametrize(
-    "expression", promql.rule_expressions() + promql.panel_expressions(), ids=lambda e: e.place
-)
-def test_own_labels_have_these_values(expression: promql.Expression) -> None:
+def test_own_labels_have_these_values() -> None:
     """Every outcome, reason and source by which something is selected is one that the series' help names."""
-    for selector in expression.selectors():
+    for place, selector in selectors():
         if "wheels_" not in selector.name:
             continue
         (about,) = (
@@ -79,7 +83,7 @@ def test_own_labels_have_these_values(expression: promql.Expression) -> None:
         for matcher in selector.matchers.matchers:
             if matcher.name in ("outcome", "reason", "source", "decision"):
                 for value in matcher.value.split("|"):
-                    assert re.search(rf"\b{value}\b", about), (selector.name, value)
+                    assert re.search(rf"\b{value}\b", about), (place, selector.name, value)
 
 
 def dropped(given: Any, parsed: Any, path: str = "") -> list[str]:

@@ -6,7 +6,7 @@ from router.reserved import ReservedRows
 from training.config import Shape
 from training.models import new_model
 
-VISIBLE, END, MAX_TOKENS = 40, 1, 24
+VISIBLE, END, MAX_TOKENS = 40, 1, 16
 RESERVED = ReservedRows(VISIBLE)
 
 

@@ -1,5 +1,7 @@
 import math
 import random
+from collections.abc import Iterator
+from itertools import product
 
 import pytest
 from hypothesis import given
@@ -255,19 +257,19 @@ def test_tokens_and_whole_fractions_have_no_spare_price():
 EXTREMES = (5e-324, 1e-308, 1e-300, 1e-12, 0.5, 1 - 2**-53, None)
 
 
-@pytest.mark.parametrize("fraction", EXTREMES)
-@pytest.mark.parametrize("tokens", [1, 2**63 - 1, None])
-@pytest.mark.parametrize("calls", [1, 2**63 - 1, None])
+def allowed_budgets() -> Iterator[Budget]:
+    for fraction, tokens, calls in product(EXTREMES, (1, 2**63 - 1, None), (1, 2**63 - 1, None)):
+        if (fraction, tokens, calls) != (None, None, None):
+            yield Budget.model_validate({"fraction": fraction, "tokens": tokens, "calls": calls})
+
+
 @pytest.mark.parametrize("max_tokens", [1, 10**9])
-def test_every_budget_that_is_allowed_has_terms(fraction, tokens, calls, max_tokens):
-    if (fraction, tokens, calls) == (None, None, None):
-        return
-    budget = Budget.model_validate({"fraction": fraction, "tokens": tokens, "calls": calls})
+def test_every_budget_that_is_allowed_has_terms(max_tokens):
     policy = Policy(LINE, expected_tokens=20, spare=LINE)
-    for span_tokens, ask_tokens in ((1, 1), (8, 1), (8, 8)):
-        bucket = Bucket(budget, span_tokens, ask_tokens)
+    for budget, spans in product(allowed_budgets(), ((1, 1), (8, 1), (8, 8))):
+        bucket = Bucket(budget, *spans)
         for completion_tokens in (0, 1, 10**8):
             terms = policy.terms(bucket, completion_tokens, max_tokens)
-            assert not math.isnan(terms.price)
+            assert not math.isnan(terms.price), (budget, spans)
             grant = bucket.reserve(completion_tokens, at_most=8)
-            assert grant is None or grant.tokens >= 1
+            assert grant is None or grant.tokens >= 1, (budget, spans)

@@ -48,12 +48,15 @@ def recipe(ready, tmp_path):
 output: {tmp_path}/out
 work: {tmp_path}/work
 task: {{name: numbers}}
+max_tokens: 16
 teacher: {{pretrained: {ready}/teacher}}
 student:
   pretrained: {ready}/student
   method: {{type: kd}}
   schedule: {{steps: 6, batch: 4, learning_rate: 1e-2, checkpoint_every: 2, log_every: 1, compile: false}}
-router: {{span_tokens: 2, ask_tokens: 1, gain: {{type: regret}}, prompts: 8, calibration_examples: 4}}
+router:
+  {{span_tokens: 2, ask_tokens: 1, gain: {{type: regret}}, prompts: 8, calibration_examples: 4,
+   budgets: [0.2, 0.5]}}
 """)
     return str(path)
 

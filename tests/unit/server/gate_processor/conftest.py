@@ -1,6 +1,9 @@
 """A gate in vLLM's V1 batch, and vLLM's kernels in plain torch."""
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from server.gate_processor import GateProcessor, gate_settings
 from server.vllm_api import find_counts, find_reports
@@ -9,12 +12,14 @@ from tests.helpers.gate_steps import CPU, engine_config
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A gate changes some of vLLM's functions for the whole process: a test gives them back."""
     v2_runner.use_torch_kernels(monkeypatch)
     for v2 in (False, True):
         for changed in find_reports(v2=v2) + find_counts(v2=v2):
             monkeypatch.setattr(changed.owner, changed.name, vars(changed.owner)[changed.name])
+    with torch.compiler.set_stance("force_eager"):  # compiling what counts ranks takes seconds
+        yield
 
 
 @pytest.fixture

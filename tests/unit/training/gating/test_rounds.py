@@ -8,7 +8,7 @@ import torch
 
 from router.gate import EntropyGate, RandomGate
 from tests.helpers.killing import Killed
-from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
+from tests.helpers.tiny_models import END, RESERVED, VISIBLE, model
 from training.gate_config import (
     ConstrainedObjective,
     DifferenceObjective,
@@ -75,7 +75,7 @@ def rounds(config: GateConfig, prompts: Prompts) -> Rounds:
         score=RandomGate(RESERVED),
         visible=VISIBLE,
         end=END,
-        max_tokens=MAX_TOKENS,
+        max_tokens=24,
     )
     prices = {rate: 1 - rate for rate in sorted(set(prompts.rates))}
     return Rounds(pair, Head(student, RESERVED, config.width), config, 0, prices, fewer_repeats)
