@@ -102,6 +102,11 @@ coverage: packages setup  ## Which lines the unit tests run: build/coverage/inde
 integration: packages setup browser  ## Integration tests: real vLLM engines
 	$(BIN)/pytest tests/integration -m integration $(if $(filter cpu,$(BUILD)),-n 2 --dist loadfile) $(ARGS)
 
+.PHONY: docs
+docs: setup  ## The documents as a site: build/site/index.html
+	$(BIN)/python -m tests.helpers.reference
+	$(BIN)/mkdocs build --quiet
+
 .PHONY: sbom audit licences
 # Each tool runs in an environment of its own, and looks at ours from outside.
 sbom: setup  ## Write build/sbom.json: everything that is installed, as CycloneDX

@@ -1,0 +1,25 @@
+"""The documents as a site: they build without a broken link, and those of settings are what the code says."""
+
+import pytest
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
+
+from tests.helpers import reference
+from tests.helpers.paths import ROOT
+
+# MkDocs and its plugins parse with deprecated corners of the standard library.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def test_the_site_builds_without_a_broken_link(tmp_path) -> None:
+    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path))
+    assert config.strict
+    build(config)  # in strict mode a warning ends it
+    pages = {page.name for page in tmp_path.glob("*.html")} - {"404.html"}
+    assert pages == {f"{document.stem}.html" for document in (ROOT / "docs").glob("*.md")}
+
+
+def test_every_setting_is_in_the_document_as_the_code_has_it() -> None:
+    again = "python -m tests.helpers.reference writes it anew"
+    assert reference.configuration() == reference.CONFIGURATION.read_text(), again
+    assert reference.recipe() == reference.RECIPE.read_text(), again
