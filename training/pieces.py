@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-PIECE = 2**25
-"""Logits of a piece: 128 MiB in float32."""
+PIECE = 2**24
+"""Logits of a piece: 64 MiB in float32. A loss needs some eight tensors of that size."""
 
 
 def in_pieces(values: Callable[[slice], Tensor], positions: int, width: int, piece: int) -> Tensor:
