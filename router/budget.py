@@ -12,7 +12,7 @@ from router.money import Money, TokenPrices, picos
 EPSILON = 1e-9
 
 LONGEST = 10**12
-"""No completion has so many tokens; up to here, a tiny fraction of a length is exact enough for them all."""
+"""No completion has this many tokens. Up to here, a tiny fraction of a length is exact enough."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
@@ -77,7 +77,7 @@ class Bucket:
 
         teacher_tokens <= fraction * completion_tokens + span_tokens
 
-    The student asks for ``ask_tokens`` at a time, and asks again behind them where its gate says so:
+    The student asks for ``ask_tokens`` at a time, and asks again after them if its gate wants to:
     a span ends where the gate no longer asks. They are granted when the bound still holds at their
     end, so it holds inside them too.
     """
@@ -143,14 +143,14 @@ class Bucket:
         return self._length(self.spent + self.ask_tokens, fraction)
 
     def _length(self, tokens: int, fraction: float) -> int | None:
-        """Completion length whose fraction, with a call behind it, covers so many teacher tokens."""
+        """Completion length whose fraction, with a call behind it, covers this many teacher tokens."""
         length = tokens / fraction - self.ask_tokens - EPSILON
         if length <= 0:
             return 0  # also of a fraction so small that the length is minus infinity
         return None if length > LONGEST else math.ceil(length)
 
     def credit(self, completion_tokens: int) -> float:
-        """Teacher tokens that a fraction leaves behind so many completion tokens."""
+        """Teacher tokens that a fraction leaves after this many completion tokens."""
         fraction = 1.0 if self.budget.fraction is None else self.budget.fraction
         return fraction * completion_tokens + self.span_tokens - self.spent
 

@@ -35,7 +35,7 @@ from router.rows import VOCABULARY_TENSORS, CheckpointError, VocabularyTensors, 
 
 CONFIG_FILE = "router.json"
 TENSORS_FILE = "router.safetensors"
-MERGED_ROUTER = "router"  # folder inside a merged student: vLLM loads every *.safetensors beside config.json
+MERGED_ROUTER = "router"  # folder inside a merged student: vLLM loads every *.safetensors next to config.json
 HEAD_BYTES = 4096
 UNUSED = "value"
 """Part of older checkpoints that nothing reads."""

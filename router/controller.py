@@ -19,9 +19,9 @@ GAIN = 100.0
 LAG_SECONDS = 2.0
 """The rate follows no faster than this: a new price reaches a request with its next segment."""
 STEP = 0.05
-"""Most by which one span moves the logarithm of the rate: a small budget moves slowly."""
+"""Most that one span moves the logarithm of the rate: a small budget moves slowly."""
 JUMP = 0.5
-"""Most by which one update moves it: updates may be rare for a short window."""
+"""Most that one update moves it: updates may be rare for a short window."""
 AIM = 0.98
 """Share of a limit to aim at. With 1 the ledger would refuse now and then."""
 EVENLY = AIM * SUB_WINDOWS / (SUB_WINDOWS + 1)

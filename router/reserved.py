@@ -33,7 +33,7 @@ class ReservedRows:
 
     @property
     def escalation(self) -> int:
-        """Token id by which the student asks for the teacher."""
+        """Token id that the student asks for the teacher with."""
         return self.start
 
     @property

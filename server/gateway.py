@@ -307,7 +307,7 @@ def _model_of_request() -> str:
 
 @asynccontextmanager
 async def _background(works: Sequence[Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
-    """What goes on beside the requests."""
+    """What goes on next to the requests."""
     tasks = [asyncio.create_task(work) for work in works]
     for task in tasks:
         task.add_done_callback(_report_death)

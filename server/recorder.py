@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 class Recorder:
     """Writes a share of all completions with a budget into a file of this gateway.
 
-    It never harms a request: if the disk fails or the file is full, it says so once and stops.
+    It never harms a request: if the disk fails or the file is full, it logs that once and stops.
 
     Args:
         directory: of the files; it is made if it is not there.

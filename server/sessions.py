@@ -47,7 +47,7 @@ class SessionLimits(NamedTuple):
     """What holds for the sessions of every owner."""
 
     seconds: float = 3600.0
-    """A session is over when it was not used for so long."""
+    """A session is over when it was not used for this long."""
     most: int = 1000
     """Sessions that an owner may have at a time."""
 

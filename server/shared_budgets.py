@@ -78,7 +78,7 @@ class SharedBudgets:
     async def update(self) -> Sequence[Status]:
         """Let the prices follow the ledger once, under the limits that were used since the last time.
 
-        Now and then those too of which something is in use or spent in its window.
+        Now and then also those that have something in use, or spent in their window.
         """
         now = time.monotonic()
         seen = self._used
@@ -145,7 +145,7 @@ class Draw:
 
 
 def charge_of(prices: TokenPrices | None, reads: int) -> Charge:
-    """What a call that reads so many tokens costs at most; nothing without prices."""
+    """What a call that reads this many tokens costs at most; nothing without prices."""
     if prices is None:
         return FREE
     return Charge(nanos_of(prices.most(reads, 0)), nanos_of(prices.most(0, 1)))

@@ -70,7 +70,7 @@ class Tenant(BaseModel):
     exhausted: Literal["student", "refuse"] = "student"
     """With nothing left of a limit, the student writes alone, or the request gets a 429."""
     priority: PositiveFloat = 1.0
-    """Of a limit that all tenants share, it may aim at so many times the common rate."""
+    """Of a limit that all tenants share, it may aim at this many times the common rate."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Tenant":

@@ -1,4 +1,4 @@
-"""By the place of this file, what lies beside it can be imported by every test."""
+"""By the place of this file, what lies next to it can be imported by every test."""
 
 import gc
 from collections.abc import Generator, Iterator

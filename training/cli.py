@@ -100,10 +100,14 @@ def evaluation_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--router", action="append", default=[], metavar="NAME=DIR", help="a further router (repeatable)"
     )
-    served = parser.add_argument_group("a running gateway, beside the pair or alone (key: OPENAI_API_KEY)")
+    served = parser.add_argument_group("a running gateway, with the pair or alone (key: OPENAI_API_KEY)")
     served.add_argument("--gateway", metavar="URL", help="without /v1")
     served.add_argument(
-        "--budgets", type=fraction, nargs="+", default=BUDGETS, help="beside 0 and 1 (default: %(default)s)"
+        "--budgets",
+        type=fraction,
+        nargs="+",
+        default=BUDGETS,
+        help="besides 0 and 1 (default: %(default)s)",
     )
     served.add_argument(
         "--concurrency", type=positive, default=16, help="requests at once (default: %(default)s)"

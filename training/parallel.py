@@ -90,7 +90,7 @@ def any_of(flag: bool) -> bool:
 def _reduced(value: float, operation: dist.ReduceOp.RedOpType) -> float:
     if size() == 1:
         return value
-    tensor = torch.tensor(value, dtype=torch.float64)  # on the CPU: gloo, beside the GPUs' own traffic
+    tensor = torch.tensor(value, dtype=torch.float64)  # on the CPU: gloo, apart from the GPUs' own traffic
     dist.all_reduce(tensor, operation)
     return tensor.item()
 

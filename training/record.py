@@ -114,7 +114,7 @@ def without_length(record: Record) -> Record:
 
 
 def write_record(record: Record, directory: Path) -> None:
-    """Beside what was trained."""
+    """Next to what was trained."""
     (directory / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 

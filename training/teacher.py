@@ -1,4 +1,4 @@
-"""The teacher's view of a batch beside the student's: log-probabilities over the same events."""
+"""The views of a batch that student and teacher have: log-probabilities over the same events."""
 
 import math
 from collections.abc import Callable

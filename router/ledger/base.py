@@ -178,7 +178,7 @@ class Scope:
     """The tenant's name; "" for the global scope; `Session.key` for a session."""
     limit: AnyLimit
     idle_ms: int = 0
-    """The state of a session vanishes when it was not used for so long. 0: that of a window goes with it."""
+    """A session's state vanishes when it was not used for this long. 0: that of a window goes with it."""
 
     @cached_property
     def id(self) -> str:
@@ -226,9 +226,9 @@ class Session:
     nanos: int | None
     """What the teacher may cost in all of them."""
     idle_ms: int
-    """It is forgotten when it was not used for so long."""
+    """It is forgotten when it was not used for this long."""
     most: int
-    """So many sessions its owner may have at a time."""
+    """This many sessions its owner may have at a time."""
 
     @property
     def key(self) -> str:
@@ -414,7 +414,7 @@ class Ledger(Protocol):
         student_tokens: int = 0,
         charge: Charge = FREE,
     ) -> Lease | Denial:
-        """Reserve ``tokens`` in every scope, or what all have left if that is ``at_least`` so many.
+        """Reserve ``tokens`` in every scope, or what all have left if that is ``at_least`` this many.
 
         ``student_tokens`` are recorded in the same step, granted or not: see `record`. Limits in money
         reserve what ``charge`` says of the tokens that are granted.

@@ -43,9 +43,9 @@ from router.ledger.base import (
 logger = logging.getLogger(__name__)
 
 FAILURES = 3
-"""So many failures in a row, and Redis is left alone for a while."""
+"""This many failures in a row, and Redis is left alone for a while."""
 PATIENCE = 3
-"""So many timeouts are waited for an answer at most, where this process itself or its queue was late."""
+"""This many timeouts are waited for an answer at most, where this process itself or its queue was late."""
 
 
 class _Unavailable(Exception):

@@ -253,7 +253,7 @@ return {known[1] or -1, known[2] or -1}
 
 
 class Script:
-    """One operation's text, and the digest by which Redis remembers it."""
+    """One operation's text, and the digest that Redis knows it by."""
 
     def __init__(self, body: str) -> None:
         self.text = PRELUDE + body

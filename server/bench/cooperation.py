@@ -176,7 +176,7 @@ def run(plan: Plan) -> Section:
     return Section(
         {
             "ideal": Table(
-                "Cooperation beside its ideal",
+                "Cooperation compared with its ideal",
                 _ideal_rows(together),
                 f"{about} *Sum*: what each alone, at as many streams, needs for the tokens that it wrote "
                 "here; *side by side*: the longer of the two; *with reading*: the sum, and every position "

@@ -57,7 +57,7 @@ def run(plan: Plan) -> Section:
     rows = asyncio.run(_all(servers, plan))
     tables = {
         "client": Table(
-            "Gateway at budget 0 beside vLLM's own server",
+            "Gateway at budget 0 compared with vLLM's own server",
             rows,
             f"Student on one core, prompts of {PROMPT} and completions of {LENGTH} tokens, streamed; "
             f"{plan.rounds} rounds, sides in alternating order. Ratios are taken round by round.",

@@ -16,7 +16,7 @@ REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 
 def route_path(scope: Message) -> str:
-    """The path by which Starlette picks the handler: without the root path, if the client sent that too."""
+    """The path that Starlette picks the handler by: without the root path, if the client sent that too."""
     return get_route_path(scope)
 
 

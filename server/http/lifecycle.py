@@ -15,15 +15,15 @@ logger = logging.getLogger(__name__)
 
 READS = ("GET", "HEAD", "OPTIONS")
 HAND_OVER_SECONDS = 5
-"""So long are requests still answered after SIGTERM, each with `Connection: close`: a client that keeps its
-connection busy opens its next one elsewhere, and loses nothing. Others' connections are idle for as long as
-clients keep them (OpenAI's: 5 s) when the gateway closes them.
+"""Seconds that requests are still answered after SIGTERM, each with `Connection: close`. A client that keeps
+its connection busy opens its next one elsewhere, and loses nothing. Others' connections are idle for as long
+as clients keep them (OpenAI's: 5 s) when the gateway closes them.
 """
 CUT_OFF_SECONDS = 5
-"""So long have requests that are cut off to give back what they hold."""
+"""Seconds that requests have which are cut off, to give back what they hold."""
 KEEP_ALIVE_SECONDS = 75
-"""So long are idle connections kept. Load balancers (mostly 60 s) and clients keep them for less; else the
-gateway would close one on which a request may be on its way.
+"""Seconds that idle connections are kept. Load balancers (mostly 60 s) and clients keep them for less. Else
+the gateway would close one on which a request may be on its way.
 """
 
 
@@ -40,7 +40,7 @@ class Lifecycle:
     vLLM's own way would not do: at SIGTERM its engine aborts what it writes, or refuses whatever is added,
     and the student's next segment is an addition. So nobody tells the engine before the last request has
     ended. After ``drain_seconds``, at a second signal, and at SIGINT (which a terminal sends to the engine's
-    process too) clients are hung up on, by which their requests are aborted and settled.
+    process too) clients are hung up on, so that their requests are aborted and settled.
     """
 
     def __init__(self, app: App, *, drain_seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""The gateway's own routes, beside those of vLLM: readiness, budgets, prices and the playground."""
+"""The gateway's own routes, next to those of vLLM: readiness, budgets, prices and the playground."""
 
 from pathlib import Path
 from typing import Any

@@ -114,7 +114,7 @@ class Ask:
     min_tokens: int = 0
     seed: int | None = None
     end_ids: Sequence[int] = ()
-    """Ids by which the student ends a completion, its own end token first; the teacher may have others."""
+    """Ids that end a completion of the student, its own end token first; the teacher may have others."""
     cache_salt: str | None = None
     meter: Meter = field(default_factory=Meter)
     """Counts what the span costs, and may bound it."""
@@ -269,7 +269,7 @@ class Teacher:
         """
         parts = urlsplit(url.rstrip("/"))
         self.name = parts.netloc.rpartition("@")[2]
-        """Host and port, by which metrics, logs and traces name this server."""
+        """Host and port: this server's name in metrics, logs and traces."""
         self.url = urlunsplit(parts._replace(netloc=self.name))
         """Without credentials."""
         self.model = model

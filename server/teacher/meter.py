@@ -36,7 +36,7 @@ class Meter:
         return not self.lost and self.prices.cost(self.usage) + self.prices.most(reads, writes) <= self.most
 
     def begin(self, reads: int, writes: int) -> None:
-        """A request goes out that reads so many tokens, and may write so many."""
+        """A request goes out that reads this many tokens, and may write that many."""
         self._reads = reads
         self._writes = writes
         self._wrote = 0

@@ -10,7 +10,7 @@ from server.teacher.errors import TeacherError
 from server.vllm_api import Logprob
 
 REFUSALS = (400, 413, 422)
-"""Statuses by which a server reports that the request is wrong, not the server."""
+"""Statuses that report a wrong request, not a fault of the server."""
 
 QUOTED = 200
 """Characters of a reply that the log quotes."""

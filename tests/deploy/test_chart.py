@@ -131,8 +131,8 @@ def test_a_wrong_manifest_is_noticed() -> None:
 
 
 def test_the_guides_values_are_right(tmp_path: Path) -> None:
-    """The indented block behind "Write the values" in docs/operations.md."""
-    guide = (helm.ROOT / "docs" / "operations.md").read_text()
+    """The indented block behind "Write the values" in docs/deploy.md."""
+    guide = (helm.ROOT / "docs" / "deploy.md").read_text()
     block = guide.split("4. Write the values.")[1].split("\n\n")[1]
     values = tmp_path / "values.yaml"
     values.write_text(block)

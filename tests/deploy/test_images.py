@@ -16,7 +16,7 @@ from tests.helpers.paths import ROOT
 COMPOSE = ROOT / "deploy" / "compose"
 DOCKER = ROOT / "deploy" / "docker"
 DOCKERFILES = sorted(DOCKER.glob("Dockerfile.?pu"))
-# Tools that pip installs beside the interpreter.
+# Tools that pip installs next to the interpreter.
 BIN = Path(sys.executable).parent
 
 

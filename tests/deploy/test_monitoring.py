@@ -22,7 +22,7 @@ from tests.helpers import promql
 from tests.helpers.paths import ROOT
 
 RULE_TESTS = Path(__file__).with_name("rules_test.yml")
-OPERATIONS = ROOT / "docs" / "operations.md"
+RUNBOOK = ROOT / "docs" / "runbook.md"
 FAMILIES = tuple(text_string_to_metric_families(generate_latest(REGISTRY).decode()))
 SUFFIX = re.compile("_(bucket|sum|count|total)$")
 
@@ -50,7 +50,7 @@ def test_every_alert_is_seen_firing() -> None:
 
 
 def test_every_alert_is_explained() -> None:
-    sections = set(re.findall(r"^#+ (Wheels\w+)$", OPERATIONS.read_text(), re.MULTILINE))
+    sections = set(re.findall(r"^#+ (Wheels\w+)$", RUNBOOK.read_text(), re.MULTILINE))
     assert sections == {rule["alert"] for rule in promql.rules() if "alert" in rule}
 
 

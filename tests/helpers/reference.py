@@ -40,7 +40,7 @@ def configuration() -> str:
         "",
         "Every setting of `wheels serve`. Each can be a flag (`--teacher-timeout 5`), an environment",
         "variable (`WHEELS_TEACHER_TIMEOUT=5`), or a line of the YAML file that `--config` names. Flags win",
-        "over variables, and variables over the file. Unknown names are refused, and a wrong value names itself.",
+        "over variables, and variables over the file. Unknown names are refused. A wrong value names itself.",
         "Flags of vLLM's own server, for the student, go after `--`, or under `vllm:` in the file.",
         "",
         "```yaml",

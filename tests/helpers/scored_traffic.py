@@ -11,7 +11,7 @@ TOKENS = 24
 
 
 class ScoredTraffic:
-    """Completions whose scores depend on who wrote the token before; the engine's sketch beside them."""
+    """Completions whose scores depend on who wrote the token before; with the engine's sketch."""
 
     def __init__(
         self, gate: str, *, scale: float, after_teacher: float, ask_tokens: int = 1, seed: int = 0

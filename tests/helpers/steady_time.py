@@ -11,7 +11,7 @@ import selectors
 import time
 
 GRACE_SECONDS = 0.01
-"""Without a message for so long, none is on its way: the kernel delivers them in microseconds."""
+"""Without a message for this long, none is on its way: the kernel delivers them in microseconds."""
 
 
 class SteadyClock(selectors.DefaultSelector):

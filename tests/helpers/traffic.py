@@ -116,7 +116,7 @@ def fixed_price(rate: float) -> Price:
 
 
 def fixed_schedule(rate: float) -> Price:
-    """The same share for everybody: a span every so many tokens."""
+    """The same share for everybody: a span every N tokens."""
 
     def price(request: Request, controller: PriceController, scopes: Sequence[Scope]) -> float:
         due = request.bucket.spent + SPAN / 2 <= rate * (request.written + SPAN / 2)

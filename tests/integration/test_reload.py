@@ -35,7 +35,7 @@ async def test_another_router_takes_over_without_a_lost_request(
                 return [reply.teacher["calls"] for reply in replies]
 
             def put(checkpoint: RouterCheckpoint, name: str) -> None:
-                """Beside the old one, and then into its place by a symbolic link."""
+                """Next to the old one, and then into its place by a symbolic link."""
                 checkpoint.save(tmp_path / name)
                 (tmp_path / "link").symlink_to(tmp_path / name)
                 os.replace(tmp_path / "link", router)

@@ -84,7 +84,7 @@ async def test_bad_words_do_not_cross_a_border(
 
 
 async def test_a_repetition_is_seen_across_borders(twin_client: AsyncOpenAI, sources: list[str]) -> None:
-    """Biased so, the model repeats itself, and ends where stock vLLM says so."""
+    """Biased so, the model repeats itself, and ends where stock vLLM ends."""
     detection = {"max_pattern_size": 4, "min_pattern_size": 1, "min_count": 4}
     extra = {"ignore_eos": True, "repetition_detection": detection}
     ended = 0

@@ -35,7 +35,7 @@ class Stream:
 
 
 async def watch(http: aiohttp.ClientSession, source: str, budget: Any, leave_after: int | None) -> Stream:
-    """Read a stream to its end, or leave after so many chunks."""
+    """Read a stream to its end, or leave after this many chunks."""
     body = {"model": MODEL, "messages": [{"role": "user", "content": source}], "temperature": 0}
     body |= {"stream": True, "max_tokens": 96, "return_token_ids": True, "teacher_budget": budget}
     seen, chunks = Stream(), 0

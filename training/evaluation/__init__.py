@@ -1,1 +1,1 @@
-"""Quality against realised teacher rate, beside the baselines."""
+"""Quality against realised teacher rate, compared with the baselines."""

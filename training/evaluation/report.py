@@ -294,7 +294,7 @@ def gateway_report(measured: Measured) -> QualityReport:
 
 
 def joined(report: QualityReport, gateway: QualityReport) -> QualityReport:
-    """What was computed in process, and beside it the gateway's rows."""
+    """What was computed in process, and the gateway's rows."""
     return replace(
         report,
         curves=report.curves | gateway.curves,

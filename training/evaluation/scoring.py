@@ -32,7 +32,7 @@ class Point:
     tokens: float
     """Mean completion length."""
     excess: float
-    """Tokens by which the worst prefix of a completion lies above its bound fraction * length + span.
+    """How many tokens the worst prefix of a completion is above its bound fraction * length + span.
 
     Never above 0.
     """

@@ -16,7 +16,7 @@ class Dataset(NamedTuple):
 
     fetch: Callable[[], Splits]
     about: str
-    """Where it comes from, by which rules, and its licence; written next to it."""
+    """Where it comes from, its rules, and its licence; written next to it."""
 
 
 DATASETS = {"synopses": Dataset(lambda: synopses(debian_packages()), ABOUT)}

@@ -2,7 +2,7 @@
 
 The problem: maximise E[sum of r - price * c] + T * entropy, where a token of the student's earns r = -gain
 and costs nothing, and one of the teacher's earns 0 and costs c = 1. At the optimum, for every price and path
-(Nachum et al. 2017, arXiv 1702.08892, with a cost beside the reward):
+(Nachum et al. 2017, arXiv 1702.08892, with a cost next to the reward):
 
     C = -U(s_i) + U(s_{i+d}) + sum_j (r_j - price * c_j - T log pi(u_j|s_j)) = 0
     logit pi(ask|s) = (score(s) - price) / T,    U = V - price * V_C

@@ -1,7 +1,7 @@
 """What the gate is taught with `gain: quality`: what a teacher token changes in the metric on average.
 
 One completion's metric is nearly all noise: state and confidence of the student explain less than one percent
-of what a token changes in it. The critic sees the teacher's distribution beside them, which the gate never
+of what a token changes in it. The critic also sees the teacher's distribution, which the gate never
 does (an asymmetric critic: Pinto et al. 2017, arXiv 1710.06542); the gate's target is free of that noise.
 """
 

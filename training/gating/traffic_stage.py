@@ -37,7 +37,7 @@ from training.teacher import Teacher
 from training.tokenizer import encode_prompts, visible_ids
 
 HELD_OUT = 10
-"""One prompt of so many tells how good the gate is, and is not learned from in that trial."""
+"""One prompt of this many tells how good the gate is, and is not learned from in that trial."""
 UNLIMITED = 2**62
 POSITIONS = 250_000
 """Most that the gate is fitted on: memory does not grow with the traffic."""

@@ -150,7 +150,7 @@ class Run:
         )
 
     def _is_due(self, done: int, every: int) -> bool:
-        """What is done at every so many steps is done after the last one too; 0: never."""
+        """What is done every N steps is done after the last one too; 0: never."""
         return every > 0 and (done % every == 0 or done == self.schedule.steps)
 
     def _note(self, validate: Validate, done: int, log: Log) -> None:

@@ -142,7 +142,7 @@ async def test_four_gateways_some_killed(redis_server: RedisServer, tmp_path: Pa
     settled = [[int(line) for line in lines(tmp_path, i) if line != "-"] for i in range(4)]
     assert sum(map(len, settled)) > 3000
     assert all(settled), "every gateway got its share"
-    # A worker that was killed may have settled without having said so; one span per stream at most.
+    # A worker that was killed may have settled without telling; one span per stream at most.
     unsaid = limit - sum(map(sum, settled))
     assert 0 <= unsaid <= 2 * worker.STREAMS * 8
 

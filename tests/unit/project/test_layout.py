@@ -1,4 +1,4 @@
-"""Where tests are: each beside what it tests, in files that can be read at a sitting."""
+"""Where tests are: each next to what it tests, in files that can be read at a sitting."""
 
 from tests.helpers.paths import ROOT
 

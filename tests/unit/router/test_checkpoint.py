@@ -232,7 +232,7 @@ def test_a_merged_student_brings_its_router(router, plain_student, tmp_path):
     router = trained_for(router, plain_student)
     router.merge(plain_student, tmp_path / "merged")
     assert RouterCheckpoint.load(tmp_path / "merged" / MERGED_ROUTER).digest() == router.digest()
-    # vLLM loads every *.safetensors beside config.json: the router's must not be there
+    # vLLM loads every *.safetensors next to config.json: the router's must not be there
     assert [file.name for file in (tmp_path / "merged").glob("*.safetensors")] == ["model.safetensors"]
 
 

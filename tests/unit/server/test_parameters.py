@@ -27,7 +27,7 @@ def test_a_parameter_that_counts_the_whole_completion_is_named(name):
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_every_unsupported_parameter_is_one_of_vllms(name):
-    """vLLM renames its parameters now and then; this says so before a client does."""
+    """vLLM renames its parameters now and then; this finds it before a client does."""
     assert hasattr(SamplingParams(), name)
 
 

@@ -189,7 +189,7 @@ def test_a_student_that_is_not_usable_is_said_in_one_line(tmp_path, broken, prob
 
 
 def full_student(directory: Path, known: int = 10, config: dict[str, Any] | None = None) -> Path:
-    """Ten rows, and so many tokens."""
+    """Ten rows, and this many tokens."""
     directory.mkdir(exist_ok=True)
     student(directory, 10, {"model": {"type": "BPE", "vocab": {f"t{i}": i for i in range(known)}}})
     if config is not None:

@@ -195,7 +195,7 @@ def test_one_api_server_is_what_a_gateway_is(http: HttpLayer) -> None:
 
 
 def test_all_that_vllms_entry_passes_to_its_server_is_passed(http: HttpLayer) -> None:
-    """vLLM adds such arguments now and then; this says so before an operator misses one."""
+    """vLLM adds such arguments now and then; this finds them before an operator misses one."""
     tree = ast.parse(inspect.getsource(entry.build_and_serve))
     (call,) = [
         node

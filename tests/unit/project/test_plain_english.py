@@ -1,0 +1,90 @@
+"""Documents and docstrings are easy to read: short sentences, and words in their usual sense."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.paths import ROOT
+from tests.unit.project.test_documents import SOURCES, docstrings_and_comments
+
+LOG = ROOT / "docs" / "log.md"
+GENERATED = ("configuration.md", "recipe.md")
+DOCUMENTS = sorted({ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")} - {LOG})
+"""The log is a notebook: its older entries are as they were written."""
+LONGEST = 35
+"""Words of a sentence."""
+AVERAGE = 20
+WORDS = {
+    r"\bbeside\b": "next to, compared with, with",
+    r"\bmend(s|ed|ing|ings)?\b": "fix",
+    r"\b(says|said|say) so\b": "reports, logs",
+    r"\bwhose time has come\b": "due",
+    r"\bits grave\b": "plain words",
+    r"\bso many\b(?! (as|that))": "this many",
+    r"\bso long\b(?! as)": "this long",
+}
+"""What a reader stumbles over, and what to write."""
+
+
+def paragraphs(text: str) -> Iterator[str]:
+    """Prose, without code, tables, quotes and headings."""
+    text = re.sub(r"```.*?```|<!--.*?-->", "", text, flags=re.DOTALL)
+    lines: list[str] = []
+    for line in [*text.splitlines(), ""]:
+        item = re.match(r"\s*(?:[-*]|\d+\.) +(.*)", line)
+        ends = not line.strip() or line.startswith(("#", "    ", "|", ">", "![", "$"))
+        if (ends or item) and lines:
+            yield " ".join(lines)
+            lines = []
+        if item:
+            lines = [item[1]]
+        elif not ends:
+            lines.append(line.strip())
+
+
+def sentences(text: str) -> Iterator[str]:
+    for paragraph in paragraphs(text):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"`[^`]*`", "Code", paragraph))
+        plain = re.sub(r"\b(e\.g|i\.e|vs)\.", r"\1", re.sub(r"[*_]{1,2}", "", plain))
+        yield from re.split(r"(?<=[.!?:])\s+(?=[A-Z0-9\"“(])", plain)
+
+
+def length(sentence: str) -> int:
+    return len(re.findall(r"[\w’'-]+", sentence))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_sentences_are_short(document: Path) -> None:
+    found = list(sentences(document.read_text()))
+    assert [sentence for sentence in found if length(sentence) > LONGEST] == []
+    assert sum(map(length, found)) <= AVERAGE * len(found)
+
+
+def test_a_long_sentence_is_found() -> None:
+    text = "# Title\n\nShort one. A " + "word " * 40 + "end.\n\n| a table | is none |\n"
+    assert [length(sentence) for sentence in sentences(text)] == [2, 42]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_use_words_in_their_usual_sense(document: Path) -> None:
+    assert wrong_words(document.read_text()) == []
+
+
+def test_docstrings_and_comments_use_words_in_their_usual_sense() -> None:
+    found = []
+    for source in SOURCES:
+        found += [
+            f"{source.relative_to(ROOT)}: {wrong}" for wrong in wrong_words(docstrings_and_comments(source))
+        ]
+    assert found == []
+
+
+def wrong_words(text: str) -> list[str]:
+    found = []
+    for pattern, better in WORDS.items():
+        for match in re.finditer(pattern, text, re.IGNORECASE):
+            place = text[max(0, match.start() - 30) : match.end() + 30]
+            found.append(f"{' '.join(place.split())}: write {better}")
+    return found
