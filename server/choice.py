@@ -117,6 +117,11 @@ class Choice:
         return self.prompt_ids + self.completion.token_ids
 
     @property
+    def prefix_tokens(self) -> int:
+        """Length of the prefix: what a model reads before it writes on."""
+        return len(self.prompt_ids) + len(self.completion)
+
+    @property
     def pause(self) -> int:
         """Tokens to write before it may ask again."""
         return max(0, self.ask_from - len(self.completion))
@@ -162,7 +167,7 @@ class Choice:
         """The student has read the prefix, of which its cache had this many tokens."""
         if self.cached_tokens is None:
             self.cached_tokens = cached
-        self.report.sheet.student_reads(len(self.prefix), cached or 0)
+        self.report.sheet.student_reads(self.prefix_tokens, cached or 0)
 
     def news(self) -> Written:
         """What was written since the last call."""

@@ -362,7 +362,7 @@ class Cooperator:
                     async for output in outputs:
                         for new in output.outputs:
                             report = reports[new.index]
-                            if not report.completion_tokens:
+                            if report.sheet.prompt_cached is None:
                                 report.sheet.student_reads(
                                     report.sheet.prompt_tokens, output.num_cached_tokens or 0
                                 )

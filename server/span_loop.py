@@ -88,7 +88,7 @@ class SpanLoop:
             choice.length + choice.completion.tokens_left,
             ceiling=choice.share.rate,
             pause=choice.pause,
-            reads=len(choice.prefix),
+            reads=choice.prefix_tokens,
         )
         if terms.never or choice.pause or not self.teacher.down:
             return terms
@@ -127,7 +127,7 @@ class SpanLoop:
         at_most = room
         if choice.share.scopes:  # what one holds, no other can have
             at_most = min(room, LEASE_TOKENS if choice.share.rate >= 1.0 else self.span_tokens)
-        reads = len(choice.prefix)
+        reads = choice.prefix_tokens
         grant = choice.bucket.reserve(choice.length, at_most, always=terms.always, reads=reads)
         if grant is None:
             choice.deny("budget", degraded=False)
@@ -158,7 +158,7 @@ class SpanLoop:
         if choice.thinking is not None and choice.thinking.left is not None:
             room = min(room, choice.thinking.left)
         if self.teacher.max_model_len is not None:
-            room = min(room, self.teacher.max_model_len - len(choice.prefix))
+            room = min(room, self.teacher.max_model_len - choice.prefix_tokens)
         return room
 
     async def _teach(self, choice: Choice, span: Span) -> None:
