@@ -54,6 +54,10 @@ class Fingerprints(BaseModel):
     """Name of the teacher, for the operator; a served teacher's weights cannot be seen."""
 
 
+Fact = float | int | str | list[tuple[float, float]]
+"""A setting, a figure, or pairs of (fraction, figure)."""
+
+
 class RouterConfig(BaseModel):
     """The contents of router.json."""
 
@@ -79,8 +83,8 @@ class RouterConfig(BaseModel):
     prompt that the student reads, and never in the teacher's. Where there is one, the calibration holds for
     prompts that have it.
     """
-    training: dict[str, float | int | str] = Field(default_factory=dict)
-    """Provenance: recipe, seeds, measured figures. Nothing here is read when serving."""
+    training: dict[str, Fact] = Field(default_factory=dict)
+    """What trained it: objective, gain, seed, data. Nothing here is read when serving."""
 
     @field_validator("budget_prompt")
     @classmethod

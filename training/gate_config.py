@@ -40,15 +40,15 @@ class DifferenceObjective(Frozen):
 
 
 class ConstrainedObjective(Frozen):
-    """Asking is a policy with a price, trained by path consistency, see `training.gating.constrained`."""
+    """Asking is a policy with a price for each budget, see `training.gating.constrained`."""
 
     type: Literal["constrained"]
-    prices: tuple[PositiveFloat, PositiveFloat] = (0.02, 2.0)
-    """Range of prices that the gate is trained for, nats."""
-    temperature: PositiveFloat = 0.2
-    """Of the policy, nats."""
-    window: PositiveInt = 4
-    """Decisions of a sub-path."""
+    start_rounds: PositiveInt = 1
+    """First rounds, in which the score is the plain regression on the gain: what the policy starts from."""
+    prices: tuple[PositiveFloat, PositiveFloat] = (0.02, 8.0)
+    """Range of prices that the critic sees, nats."""
+    temperature: PositiveFloat = 0.02
+    """Of the policy, nats: low, as a served gate decides by its price alone."""
     clip: PositiveFloat = 8.0
     """Residuals count linearly beyond this, nats."""
 
@@ -112,7 +112,7 @@ MOVED = {
     "horizon": "is gone: gain {type: quality} looks to the end of the completion, the others at one call",
     "prices": "is part of objective: {type: constrained}",
     "temperature": "is part of objective: {type: constrained}",
-    "window": "is part of objective: {type: constrained}",
+    "window": "is gone: sub-paths have one decision",
     "clip": "is part of gain: {type: regret} and of objective: {type: constrained}",
     "rate": "is part of conditioning: {type: price}",
     "budget_prompt": "is conditioning: {type: prompt, words: …}",
@@ -184,10 +184,10 @@ class GateConfig(Frozen):
             raise ValueError("gain quality is for conditioning price")
         if looks_ahead and self.ask_tokens != 1:
             raise ValueError("gain quality is for ask_tokens 1")
-        if isinstance(self.objective, ConstrainedObjective) and self.ask_tokens != 1:
-            raise ValueError("objective constrained is for ask_tokens 1")
         if not isinstance(self.rollouts, InProcessRollouts):
             self._check_served()
+        if isinstance(self.objective, ConstrainedObjective):
+            self._check_policy(self.objective)
         if not self.budgets or list(self.budgets) != sorted(set(self.budgets)):
             raise ValueError("budgets: want at least one, increasing")
         return self
@@ -201,3 +201,16 @@ class GateConfig(Frozen):
             raise ValueError(f"objective {self.objective.type} is for rollouts in_process, not {rollouts}")
         if not isinstance(self.conditioning, PriceConditioning):
             raise ValueError(f"conditioning prompt is for rollouts in_process, not {rollouts}")
+
+    def _check_policy(self, objective: ConstrainedObjective) -> None:
+        if self.rounds <= objective.start_rounds:
+            raise ValueError(
+                f"objective constrained: rounds {self.rounds} must be more than its start_rounds "
+                f"{objective.start_rounds}"
+            )
+        if not isinstance(self.conditioning, PriceConditioning):
+            raise ValueError("objective constrained is for conditioning price")
+        if "rate" in self.conditioning.model_fields_set:
+            raise ValueError(
+                "conditioning.rate is for objective difference: constrained aims at every budget"
+            )

@@ -120,10 +120,10 @@ def small_stage(recipe: Recipe, pair: FrozenPair, task: Task, prompts: int, exam
     _ = stage.loop  # loaded before the time counts
     with TemporaryDirectory() as work, redirect_stdout(io.StringIO()):
         began = time.monotonic()
-        head = stage.fitted(Path(work))
+        gate = stage.fitted(Path(work)).trained.head.gate
         fitted = time.monotonic()
         if examples:
-            stage.calibrated(head.gate)
+            stage.calibrated(gate)
         ended = time.monotonic()
     return SmallStage(Timed(prompts, fitted - began), Timed(examples, ended - fitted))
 

@@ -68,6 +68,7 @@ def calibrate(
     spans: tuple[int, int],
     quality: Quality,
     noise: Noise = no_noise,
+    others: Sequence[float] = (),
 ) -> list[tuple[float, float]]:
     """(fraction, price) for each of the increasing budgets; prices do not increase.
 
@@ -78,11 +79,12 @@ def calibrate(
         spans: (span_tokens, ask_tokens) of the bucket.
         quality: in units of the gap between student and teacher.
         noise: in the same unit.
+        others: further prices that are compared with the aim.
     """
     scores = tree.scores(gate).double()
     points: list[tuple[float, float]] = []
     for budget, aim in zip(budgets, price_at_rate(tree, gate, budgets, spans), strict=True):
-        prices = [aim, *torch.quantile(scores, torch.tensor(SHARES, dtype=torch.float64)).tolist()]
+        prices = [aim, *others, *torch.quantile(scores, torch.tensor(SHARES, dtype=torch.float64)).tolist()]
         runs = tree.run([Setting(gate, price, budget, *spans) for price in prices])
         qualities = []
         for run in runs:

@@ -117,19 +117,23 @@ class SpanGain(NamedTuple):
     """(N,) bool."""
 
 
-def span_gain(gain: Tensor, trajectories: Trajectories, span: int) -> SpanGain:
-    """Mean over the student's own next `span` tokens of gain (N,), and where it is known.
+def span_gain(gain: Tensor, row: Tensor, by_teacher: Tensor, span: int) -> SpanGain:
+    """Mean over the student's own next `span` tokens of gain, and where it is known.
 
     A position is known when the student itself wrote every token of the span before its last; spans that run
     over the end of the completion count the missing tokens as zero.
+
+    Args:
+        gain: (N,) of one token.
+        row: (N,) of each position, those of a row in order.
+        by_teacher: (N,) who wrote there.
+        span: tokens.
     """
-    row = trajectories.positions.row
-    step = trajectories.positions.step
     total = gain.clone()
-    known = torch.ones_like(trajectories.by_teacher)
-    own = ~trajectories.by_teacher
+    known = torch.ones_like(by_teacher)
+    own = ~by_teacher
     for ahead in range(1, span):
-        follows = (row[ahead:] == row[:-ahead]) & (step[ahead:] == step[:-ahead] + ahead)
+        follows = row[ahead:] == row[:-ahead]
         total[:-ahead] += torch.where(follows, gain[ahead:], 0.0)
         known[:-ahead] &= ~follows | own[ahead - 1 : -1]
     return SpanGain(total / span, known)

@@ -4,13 +4,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
 from measuring.chats import Source
 from router.checkpoint import budget_text
-from training.gate_config import GateConfig, PriceConditioning
+from training.gate_config import ConstrainedObjective, GateConfig, PriceConditioning
 from training.gating.rollout import ClosedLoop
 from training.gating.tree import ScoreGate, Tree
 from training.tokenizer import encode_prompts
@@ -52,7 +53,7 @@ def prefix_ids(tokenizer: PreTrainedTokenizerBase, template: str | None, fractio
 def rollout_prompts(
     tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source], config: GateConfig, seed: int
 ) -> Prompts:
-    """Conditioned on a price they all aim at one rate, by words each at a budget of its own."""
+    """Their rates are the recipe's, or budgets: in turn if the objective is constrained, drawn with words."""
     prompts = encode_prompts(tokenizer, list(sources))
     known: dict[Source, int] = {}
     numbers = []
@@ -60,7 +61,10 @@ def rollout_prompts(
         known.setdefault(source, len(known))
         numbers.append(known[source])
     if isinstance(config.conditioning, PriceConditioning):
-        rates = [config.conditioning.rate] * len(prompts)
+        aims = [config.conditioning.rate]
+        if isinstance(config.objective, ConstrainedObjective):
+            aims = list(config.budgets)
+        rates = list(islice(cycle(aims), len(prompts)))
         return Prompts(prompts, rates, [0] * len(prompts), numbers)
     rates = Random(seed).choices(config.budgets, k=len(prompts))
     prefixes = {rate: prefix_ids(tokenizer, config.template, rate) for rate in config.budgets}
@@ -84,11 +88,17 @@ class Trees:
         template: str | None,
     ) -> None:
         self._loop = loop
-        self._gates = gates
+        self._gates = dict(gates)
         self._tokenizer = tokenizer
         self._template = template
         self._prompts = encode_prompts(tokenizer, list(sources))
         self._trees: dict[float, Tree] = {}
+
+    def add(self, name: str, gate: ScoreGate) -> None:
+        """To all trees; a gate of the same name is replaced."""
+        self._gates[name] = gate
+        for tree in self._trees.values():
+            tree.add(name, gate)
 
     def __call__(self, budget: float) -> Tree:
         """At 0 there is nothing to say, and the prompts are as they are."""

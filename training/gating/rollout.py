@@ -56,6 +56,8 @@ class Rollout:
     """Who wrote each token."""
     starts: list[int] = field(default_factory=list)
     """Places of the spans' first tokens."""
+    wanted: list[bool] = field(default_factory=list, compare=False)
+    """What the gate said at each token, before exploration. A tree does not keep it."""
 
     @property
     def teacher_tokens(self) -> int:
@@ -209,9 +211,10 @@ class ClosedLoop:
             if watch is not None:
                 watch(observe(row, length, states, logits[:, : self.visible], own, theirs, alive))
             wants = self.score(logits) > price
+            asks = wants
             if self.explore:
-                wants ^= torch.rand(wants.shape, device=device) < self.explore
-            token = self._written(drafts, row, wants, own, theirs.argmax(-1), alive)
+                asks = wants ^ (torch.rand(wants.shape, device=device) < self.explore)
+            token = self._written(drafts, row, wants, asks, own, theirs.argmax(-1), alive)
             alive &= token != self.end
             left = int(alive.sum())
             if left == 0:
@@ -236,13 +239,20 @@ class ClosedLoop:
 
     @staticmethod
     def _written(
-        drafts: dict[int, Draft], row: Tensor, wants: Tensor, own: Tensor, theirs: Tensor, alive: Tensor
+        drafts: dict[int, Draft],
+        row: Tensor,
+        wants: Tensor,
+        asks: Tensor,
+        own: Tensor,
+        theirs: Tensor,
+        alive: Tensor,
     ) -> Tensor:
         """The next token (B,) of each draft that is alive; those that are not keep the student's."""
         tokens = []
-        columns = torch.stack((row, wants.to(row.dtype), own, theirs), dim=1)
-        for number, asks, mine, foreign in columns[alive].tolist():
-            tokens.append(drafts[number].write(mine, foreign, bool(asks)))
+        columns = torch.stack((row, wants.to(row.dtype), asks.to(row.dtype), own, theirs), dim=1)
+        for number, wanted, asked, mine, foreign in columns[alive].tolist():
+            tokens.append(drafts[number].write(mine, foreign, bool(asked)))
+            drafts[number].completion.wanted.append(bool(wanted))
         written = own.clone()
         written[alive] = torch.tensor(tokens, device=own.device)
         return written

@@ -4,14 +4,13 @@ What a round gave is written to a file: a killed run goes on behind its last who
 happened.
 """
 
-import math
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.text import Text
@@ -20,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from router.gate import Gate, RandomGate
 from training.gate_config import ConstrainedObjective, GateConfig, QualityGain
-from training.gating.calibration import teacher_rate
-from training.gating.constrained import ascended, fit_constrained
+from training.gating.branches import Branches, both_ways
+from training.gating.constrained import Choices, Critic, fit_constrained
+from training.gating.duals import ascended, asking_share, settling, wanted_rate
 from training.gating.expected_gain import expected_gain
 from training.gating.fitting import fit
 from training.gating.forks import Worth, worth_of_asking
@@ -29,12 +29,17 @@ from training.gating.head import Head
 from training.gating.lessons import Lessons, Trajectories, collect, span_gain, teacher_view, token_gain
 from training.gating.prompts import Prompts
 from training.gating.rollout import FREE, ClosedLoop, Request, Rollout, with_gate
+from training.gating.tree import Setting, Tree
 from training.loop.progress import Log, console
 from training.tokenizer import decode_answer
 
+LEARNED = "learned"
 SHOWN = 2
 RECENT = 100_000
 """Positions whose scores the prices of the next rollouts are quantiles of."""
+
+Judged = Callable[[Gate], float]
+"""How good a gate is on validation data."""
 
 
 class Played(NamedTuple):
@@ -46,6 +51,20 @@ class Played(NamedTuple):
     """The completions of the half that asked."""
 
 
+@dataclass(frozen=True)
+class Best:
+    """The round whose gate is exported."""
+
+    round: int
+    """From 1."""
+    judged: float
+    """On validation data, more is better."""
+    head: dict[str, Tensor]
+    """State dict."""
+    prices: dict[float, float]
+    """By budget."""
+
+
 @dataclass
 class Rounds:
     """Of one pair."""
@@ -55,11 +74,25 @@ class Rounds:
     config: GateConfig
     seed: int
     prices: dict[float, float]
-    """Of the next rollouts, by the rate that they aim at."""
+    """Of the next rollouts, by the rate that they aim at: with a constrained objective its dual variables."""
     worth: Worth
     """Of completions of any prompts, by number over all rounds, in points of 100; for `gain: quality`."""
+    judged: Judged
+    """Which round of a constrained objective is the best."""
+    critic: Critic = field(init=False)
+    """Of a constrained objective."""
     seen: list[Lessons] = field(default_factory=list)
     """Of past rounds."""
+    branches: list[Branches] = field(default_factory=list)
+    """Of the same, for a constrained objective."""
+    best: Best | None = None
+    """So far, of a constrained objective's own rounds."""
+
+    def __post_init__(self) -> None:
+        objective = self.config.objective
+        prices = objective.prices if isinstance(objective, ConstrainedObjective) else (1.0, 2.0)
+        features = len(self.head.gate.mean)
+        self.critic = Critic(features, self.config.width, prices).to(self.head.taps.device)
 
     def play(self, prompts: Prompts) -> Played:
         """One round of rollouts, and a fit of the gate on this one and all before."""
@@ -74,30 +107,33 @@ class Rounds:
         trajectories, completions = collect(asking, self._requests(prompts, half))
         taught = self._lessons(prompts, trajectories, completions)
         self.seen.append(taught)
-        data = Lessons.join(self.seen)
+        if isinstance(config.objective, ConstrainedObjective):
+            self.branches.append(both_ways(loop, prompts, trajectories, completions, config.ask_tokens))
         if first:
-            self.head.start_from(data.states)
-        if isinstance(config.gain, QualityGain):
-            data = replace(data, target=expected_gain(self.head, data, self.seed))
-        metrics = self._fit(data)
+            self.head.start_from(taught.states)
+        metrics = self._fit()
         install_taps(loop, self.head)
         asked = completions[half:]
         aims = prompts.rates[half:]
         seen = trajectories.positions
-        realised = teacher_rate(asked)
         metrics |= {
-            "positions": len(data),
-            "variance": data.target.var().item(),
             "price": sum(self.prices.values()) / len(self.prices),
-            "rate": realised,
-            "violation": realised - sum(aims) / len(aims),
+            "rate": wanted_rate(asked),
+            "violation": wanted_rate(asked) - sum(aims) / len(aims),
             "kl": seen.kl.mean().item(),
             "entropy": seen.entropy.mean().item(),
             "gate_kl": correlation(self.head.scores(seen.states), seen.kl),
             "gate_gain": correlation(self.head.scores(taught.states), taught.target),
         }
-        self.prices = self._next_prices(data, asked, aims, first)
-        return Played(metrics, asked)
+        return Played(metrics | self._priced(asked, aims), asked)
+
+    @property
+    def _constrained(self) -> ConstrainedObjective | None:
+        """The objective of the round that is played, if it is constrained and has started."""
+        objective = self.config.objective
+        if isinstance(objective, ConstrainedObjective) and len(self.seen) > objective.start_rounds:
+            return objective
+        return None
 
     def _requests(self, prompts: Prompts, alone: int) -> list[Request]:
         """The first `alone` never ask, the others at the prices of the rates that they aim at."""
@@ -110,52 +146,71 @@ class Rounds:
                 requests.append(Request(ids, price, FREE, hidden))
         return requests
 
-    def _fit(self, data: Lessons) -> dict[str, float]:
+    def _fit(self) -> dict[str, float]:
         """Scalars to log."""
-        objective = self.config.objective
-        if isinstance(objective, ConstrainedObjective):
-            return fit_constrained(self.head, data, self.config, objective, self.seed)
-        return fit(self.head, data, self.config, self.seed)
+        config = self.config
+        data = Lessons.join(self.seen)
+        if objective := self._constrained:
+            choices = Choices(data, Branches.join(self.branches))
+            metrics = fit_constrained(self.head, self.critic, choices, config, objective, self.seed)
+        else:
+            mean, known = span_gain(data.target, data.row, data.asked, config.ask_tokens)
+            data = replace(data, target=mean).where(known)
+            if isinstance(config.gain, QualityGain):
+                data = replace(data, target=expected_gain(self.head, data, self.seed))
+            metrics = fit(self.head, data, config, self.seed)
+        return metrics | {"positions": len(data), "variance": data.target.var().item()}
 
     def _lessons(
         self, prompts: Prompts, trajectories: Trajectories, completions: Sequence[Rollout]
     ) -> Lessons:
-        """What asking gains at every position of the rollouts, as the recipe counts it."""
+        """What asking gains at every position of the rollouts, as the recipe counts it for one token."""
         config = self.config
         seen = trajectories.positions
-        view = teacher_view(seen)
         source = torch.tensor(prompts.sources)[seen.row]
-        known = torch.ones_like(trajectories.by_teacher)
         if isinstance(config.gain, QualityGain):
             target = worth_of_asking(
                 self.loop, prompts.ids, trajectories, completions, self._worth_in_this_round
             )
         else:
             target = token_gain(config.gain, seen)
-            if not isinstance(config.objective, ConstrainedObjective):  # its critic looks ahead
-                target, known = span_gain(target, trajectories, config.ask_tokens)
-        return Lessons(seen.states, target, trajectories.by_teacher, seen.row, source, view).where(known)
+        return Lessons(seen.states, target, trajectories.by_teacher, seen.row, source, teacher_view(seen))
 
     def _worth_in_this_round(self, rows: Sequence[int], whole: Sequence[list[int]]) -> Tensor:
         first = len(self.seen) * self.config.prompts
         return self.worth([first + row for row in rows], whole)
 
-    def _next_prices(
-        self, data: Lessons, asked: Sequence[Rollout], aims: Sequence[float], first: bool
-    ) -> dict[float, float]:
+    def _priced(self, asked: Sequence[Rollout], aims: Sequence[float]) -> dict[str, float]:
+        """Move the prices, and judge the round; scalars to log."""
+        scores = self.head.scores(torch.cat([taught.states for taught in self.seen])[-RECENT:])
         objective = self.config.objective
-        if not isinstance(objective, ConstrainedObjective):
-            scores = self.head.scores(data.states[-RECENT:])
-            return {rate: torch.quantile(scores, 1 - rate).item() for rate in self.prices}
-        if first:
-            return dict.fromkeys(self.prices, math.sqrt(math.prod(objective.prices)))
+        tokens = self.config.ask_tokens
+        if not isinstance(objective, ConstrainedObjective) or len(self.seen) == 1:
+            for rate in self.prices:
+                share = asking_share(rate, tokens)
+                self.prices[rate] = torch.quantile(scores, 1 - share).item()
+            return {}
+        metrics = {}
+        step = len(self.seen) - 1
         by_aim: dict[float, list[Rollout]] = defaultdict(list)
         for completion, aim in zip(asked, aims, strict=True):
             by_aim[aim].append(completion)
-        prices = dict(self.prices)
-        for aim, completions in by_aim.items():
-            prices[aim] = ascended(self.prices[aim], teacher_rate(completions), aim)
-        return prices
+        for aim, completions in sorted(by_aim.items()):
+            realised = wanted_rate(completions)
+            metrics[f"dual/{aim:g}"] = self.prices[aim]
+            metrics[f"realised/{aim:g}"] = realised
+            self.prices[aim] = ascended(self.prices[aim], realised, aim, scores, step**-0.5, tokens)
+        if self._constrained:
+            metrics["judged"] = self._judge()
+        return metrics
+
+    def _judge(self) -> float:
+        """On validation data; keeps the round if it is the best."""
+        judged = self.judged(self.head.gate)
+        if self.best is None or judged > self.best.judged:
+            state = {name: tensor.detach().clone() for name, tensor in self.head.state_dict().items()}
+            self.best = Best(len(self.seen), judged, state, dict(self.prices))
+        return judged
 
     def save(self, file: Path, run: dict[str, object]) -> None:
         """Atomic.
@@ -165,27 +220,49 @@ class Rounds:
             run: what must be the same in a run that goes on from it.
         """
         scratch = file.with_suffix(".tmp")
-        seen = [vars(taught) for taught in self.seen]
-        torch.save({"run": run, "head": self.head.state_dict(), "prices": self.prices, "seen": seen}, scratch)
+        saved = {
+            "run": run,
+            "head": self.head.state_dict(),
+            "critic": self.critic.state_dict(),
+            "prices": self.prices,
+            "seen": [vars(taught) for taught in self.seen],
+            "branches": [vars(ways) for ways in self.branches],
+            "best": None if self.best is None else vars(self.best),
+        }
+        torch.save(saved, scratch)
         os.replace(scratch, file)
 
     def restore(self, file: Path, run: dict[str, object]) -> None:
         """Changes nothing where there is no file, or one of another run."""
         if not file.exists():
             return
-        saved = torch.load(file)
+        saved: dict[str, Any] = torch.load(file)
         if saved["run"] != run:
             return
         self.head.load_state_dict(saved["head"])
+        self.critic.load_state_dict(saved["critic"])
         self.prices = saved["prices"]
         self.seen = [Lessons(**taught) for taught in saved["seen"]]
+        self.branches = [Branches(**ways) for ways in saved["branches"]]
+        self.best = None if saved["best"] is None else Best(**saved["best"])
         install_taps(self.loop, self.head)
+
+
+class Trained(NamedTuple):
+    """What the rounds gave."""
+
+    head: Head
+    """Its taps are in the student's reserved rows."""
+    prices: dict[float, float]
+    """The dual variables of a constrained objective, by budget; else empty."""
+    round: int
+    """That it is of, from 1."""
 
 
 def train_gate(
     rounds: Rounds, prompts: Prompts, tokenizer: PreTrainedTokenizerBase, directory: Path, origin: str
-) -> Head:
-    """Play what is left of `config.rounds`. The taps end in the student's reserved rows.
+) -> Trained:
+    """Play what is left of `config.rounds`.
 
     Args:
         rounds: what was played so far.
@@ -212,7 +289,30 @@ def train_gate(
                     Text("  → ").append_text(marked(tokenizer, completion, colour=console.is_terminal))
                 )
             rounds.save(file, run)
-    return rounds.head.requires_grad_(False).eval()
+        head = rounds.head.requires_grad_(False).eval()
+        if rounds.best is None:
+            return Trained(head, {}, config.rounds)
+        head.load_state_dict(rounds.best.head)
+        install_taps(rounds.loop, head)
+        last = prompts.part(config.rounds - 1, config.prompts).ids[: config.calibration_examples]
+        return Trained(head, settled(rounds, rounds.best.prices, last, log), rounds.best.round)
+
+
+def settled(
+    rounds: Rounds, prices: dict[float, float], prompts: list[list[int]], log: Log
+) -> dict[float, float]:
+    """The dual variables of the gate that is exported."""
+    tree = Tree(rounds.loop, prompts, {LEARNED: rounds.head.gate})
+    ask_tokens = rounds.config.ask_tokens
+    tree.run([Setting(LEARNED, price, FREE, ask_tokens) for price in prices.values()])
+    for number, step in enumerate(settling(tree, LEARNED, prices, ask_tokens), rounds.config.rounds + 1):
+        metrics = {}
+        for budget, rate in step.realised.items():
+            metrics[f"dual/{budget:g}"] = prices[budget]
+            metrics[f"realised/{budget:g}"] = rate
+        log.write(number, metrics)
+        prices = step.prices
+    return prices
 
 
 def install_taps(loop: ClosedLoop, head: Head) -> None:

@@ -1,7 +1,6 @@
 """The router over a frozen pair: on-policy rollouts, the gate, its calibration and the confidence gates'."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,27 +13,33 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from measuring.examples import Example, sources_of
-from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, fingerprint, tokenizer_fingerprint
+from router.checkpoint import (
+    Fact,
+    Fingerprints,
+    RouterCheckpoint,
+    RouterConfig,
+    fingerprint,
+    tokenizer_fingerprint,
+)
 from router.gate import CONFIDENCE_GATES, Gate, RandomGate
 from router.reserved import ReservedRows
 from training.config import RecipeError
 from training.gate_config import GateConfig, QualityGain
-from training.gating.calibration import Noise, Quality, Run, calibrate, spare_prices
+from training.gating.calibration import calibrate, spare_prices
+from training.gating.duals import asking_share
 from training.gating.head import Head
 from training.gating.judge import Judge
 from training.gating.prompts import Trees, rollout_prompts
 from training.gating.rollout import ClosedLoop
 from training.gating.room import Room
-from training.gating.rounds import Rounds, train_gate
-from training.gating.scorer import Scorer
-from training.gating.tree import ends
+from training.gating.rounds import LEARNED, Rounds, Trained, train_gate
+from training.gating.validation import Gap, Validation
 from training.models import load_model, load_with_rows, reserved_rows
 from training.parallel import device, onto_device
 from training.reading import check_readout, check_steps
 from training.tasks import Task
 from training.tokenizer import visible_ids
 
-LEARNED = "learned"
 Points = dict[str, list[tuple[float, float]]]
 """(fraction, price) by gate."""
 
@@ -80,6 +85,14 @@ class FrozenPair:
         )
 
 
+class Fitted(NamedTuple):
+    """A gate, and what it was trained on."""
+
+    trained: Trained
+    data: str
+    """Digest of the models, the task's examples and the prompts."""
+
+
 class Calibrated(NamedTuple):
     """What the closed loop on validation data gave."""
 
@@ -109,12 +122,13 @@ class RouterStage:
         Raises:
             DataError: the task's examples do not fit into the models.
         """
-        head = self.fitted(work)
-        checkpoint = self.checkpoint(head, self.calibrated(head.gate))
+        fitted = self.fitted(work)
+        calibrated = self.calibrated(fitted.trained.head.gate, list(fitted.trained.prices.values()))
+        checkpoint = self.checkpoint(fitted, calibrated)
         checkpoint.save(out)
         return checkpoint
 
-    def fitted(self, work: Path) -> Head:
+    def fitted(self, work: Path) -> Fitted:
         """Taps and gate after all rounds; the taps are in the student's reserved rows."""
         config = self.config
         tokenizer = self.pair.tokenizer
@@ -125,40 +139,43 @@ class RouterStage:
         drawn = config.gain.teacher_references if isinstance(config.gain, QualityGain) else 0
         judge = Judge(self.loop, self.task, tokenizer, examples, prompts.ids, drawn)
         # Random asking in the first round: with probability 1 - price.
-        prices = {rate: 1 - rate for rate in sorted(set(prompts.rates))}
-        rounds = Rounds(self.loop, head, config, self.seed, prices, judge.worth)
+        prices = {rate: 1 - asking_share(rate, config.ask_tokens) for rate in sorted(set(prompts.rates))}
+        rounds = Rounds(self.loop, head, config, self.seed, prices, judge.worth, self._judged)
         models = [fingerprint(path, self._reserved.start) for path in (self.pair.student, self.pair.teacher)]
         from_what = origin(models, self.task, examples, self.pair.max_tokens)
-        return train_gate(rounds, prompts, tokenizer, work, from_what)
+        trained = train_gate(rounds, prompts, tokenizer, work, from_what)
+        return Fitted(trained, sha256(f"{from_what} {prompts.digest()}".encode()).hexdigest())
 
-    def calibrated(self, gate: Gate) -> Calibrated:
-        """Prices of this gate and of the confidence gates."""
+    def calibrated(self, gate: Gate, duals: Sequence[float] = ()) -> Calibrated:
+        """Prices of this gate and of the confidence gates.
+
+        Args:
+            gate: that was trained.
+            duals: prices that are compared with the others; empty: none.
+        """
         config = self.config
-        tokenizer = self.pair.tokenizer
-        gates: dict[str, Gate] = {LEARNED: gate}
+        validation = self._validation
+        gates = {LEARNED: gate}
         if config.template is None:  # the others are calibrated for prompts as they are
             for name, make in CONFIDENCE_GATES.items():
                 gates[name] = make(self._reserved)
-        examples = self._room.kept(self.task.valid()[: config.calibration_examples], "validation")
-        trees = Trees(self.loop, tokenizer, sources_of(examples), gates, config.template)
-        scorer = Scorer(self.task, tokenizer, examples)
-        alone, taught = trees(0.0).run(ends(LEARNED))
-        gap = Gap(scorer, scorer(alone).quality, scorer(taught).quality)
+        for name, made in gates.items():
+            validation.trees.add(name, made)
+        gap = validation.gap
         print(f"on validation data: student {gap.student:.3f}, teacher {gap.teacher:.3f}", flush=True)
-        lengths = [len(rollout.tokens) for rollout in alone]
-        expected_tokens = sum(lengths) / len(lengths)
-        calibrated = Calibrated({}, {}, expected_tokens)
+        calibrated = Calibrated({}, {}, validation.expected_tokens)
         for name in gates:
-            points = calibrate_gate(trees, name, gap.share, gap.noise, config)
+            points = calibrate_gate(validation.trees, name, gap, config, duals if name == LEARNED else ())
             calibrated.prices[name] = points.prices
             calibrated.spares[name] = points.spares
             shown = " ".join(f"{budget:g}:{price:.4g}" for budget, price in points.prices)
             print(f"calibrated {name}: {shown}", flush=True)
         return calibrated
 
-    def checkpoint(self, head: Head, calibrated: Calibrated) -> RouterCheckpoint:
+    def checkpoint(self, fitted: Fitted, calibrated: Calibrated) -> RouterCheckpoint:
         """All of it, as it is exported."""
         config = self.config
+        head = fitted.trained.head
         reserved = self._reserved
         return RouterCheckpoint(
             config=RouterConfig(
@@ -176,16 +193,38 @@ class RouterStage:
                     teacher=self.pair.teacher.name,
                 ),
                 budget_prompt=config.template,
-                training={
-                    "gain": config.gain.type,
-                    "objective": config.objective.type,
-                    "seed": self.seed,
-                    "task": self.task.name,
-                },
+                training=self._facts(fitted),
             ),
             taps=head.taps,
             gate=head.gate.state_dict(),
         )
+
+    def _facts(self, fitted: Fitted) -> dict[str, Fact]:
+        """What trained it."""
+        config = self.config
+        facts: dict[str, Fact] = {
+            "objective": config.objective.type,
+            "gain": config.gain.type,
+            "task": self.task.name,
+            "seed": self.seed,
+            "rounds": config.rounds,
+            "prompts": config.prompts,
+            "data": fitted.data,
+        }
+        if fitted.trained.prices:
+            facts["round"] = fitted.trained.round
+            facts["duals"] = sorted(fitted.trained.prices.items())
+        return facts
+
+    def _judged(self, gate: Gate) -> float:
+        return self._validation.judged(gate)  # is made when the first gate is judged
+
+    @cached_property
+    def _validation(self) -> Validation:
+        config = self.config
+        examples = self._room.kept(self.task.valid()[: config.calibration_examples], "validation")
+        tokenizer = self.pair.tokenizer
+        return Validation(self.loop, self.task, tokenizer, examples, config, self._reserved)
 
     @cached_property
     def loop(self) -> ClosedLoop:
@@ -202,31 +241,6 @@ class RouterStage:
         return Room.of(self.pair.tokenizer, models, self.pair.max_tokens)
 
 
-@dataclass(frozen=True)
-class Gap:
-    """Qualities as shares of the gap between student and teacher."""
-
-    scorer: Scorer
-    student: float
-    teacher: float
-
-    @property
-    def size(self) -> float:
-        """1 if there is none, so that qualities stay what they are."""
-        return self.teacher - self.student if self.teacher > self.student else 1.0
-
-    def share(self, run: Run) -> float:
-        """Quality of a run."""
-        return self.scorer(run).quality / self.size
-
-    def noise(self, first: Run, second: Run) -> float:
-        """By the examples' own qualities, also if the task's is not their mean."""
-        if len(first) < 2:
-            return math.inf  # one example tells nothing about others
-        differences = self.scorer.qualities(first) - self.scorer.qualities(second)
-        return differences.std().item() / math.sqrt(len(first)) / self.size
-
-
 class GatePoints(NamedTuple):
     """(fraction, price) of one gate."""
 
@@ -234,15 +248,17 @@ class GatePoints(NamedTuple):
     spares: list[tuple[float, float]]
 
 
-def calibrate_gate(trees: Trees, name: str, quality: Quality, noise: Noise, config: GateConfig) -> GatePoints:
+def calibrate_gate(
+    trees: Trees, name: str, gap: Gap, config: GateConfig, others: Sequence[float] = ()
+) -> GatePoints:
     """Prices of all budgets.
 
     Args:
         trees: of the validation prompts.
         name: of the gate.
-        quality: in shares of the gap.
-        noise: in shares of the gap.
+        gap: of the pair on them.
         config: budgets and spans.
+        others: prices that are compared with those that aim at a budget's rate.
     """
     spans = (config.span_tokens, config.ask_tokens)
     together: list[tuple[float, ...]] = [config.budgets]
@@ -252,7 +268,7 @@ def calibrate_gate(trees: Trees, name: str, quality: Quality, noise: Noise, conf
     spares = []
     for budgets in together:
         tree = trees(budgets[0])
-        found = calibrate(tree, name, budgets, spans, quality, noise)
+        found = calibrate(tree, name, budgets, spans, gap.share, gap.noise, others)
         prices += found
         spares += spare_prices(tree, name, found, spans)
     return GatePoints(falling(prices), falling(spares))

@@ -136,7 +136,9 @@ class TrafficStage:
         if isinstance(gain, QualityGain):
             raise ValueError("gain quality needs rollouts in process")
         positions = seen.positions
-        target, known = span_gain(token_gain(gain, positions), seen, self.config.ask_tokens)
+        target, known = span_gain(
+            token_gain(gain, positions), positions.row, seen.by_teacher, self.config.ask_tokens
+        )
         view = teacher_view(positions)
         lessons = Lessons(
             positions.states, target, seen.by_teacher, positions.row, sources[positions.row], view

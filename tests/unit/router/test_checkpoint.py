@@ -81,6 +81,21 @@ def test_what_is_saved_is_what_is_loaded(router, tmp_path):
     assert all(torch.equal(loaded.gate[name], router.gate[name]) for name in router.gate)
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"gain": "excess", "seed": 0, "task": "numbers"},  # an older one
+        {"objective": "constrained", "rounds": 8, "data": "ab", "duals": [(0.1, 0.5), (0.9, -0.25)]},
+    ],
+)
+def test_what_trained_a_router_is_kept(router, facts, tmp_path):
+    told = replace(router, config=router.config.model_copy(update={"training": facts}))
+    told.save(tmp_path)
+    loaded = RouterCheckpoint.load(tmp_path)
+    assert loaded.config.training == facts
+    assert loaded.digest() == told.digest()
+
+
 def test_an_older_checkpoint_is_read_without_its_value_heads(router, tmp_path):
     router.save(tmp_path)
     edit_tensors(tmp_path, **{"value.linear.weight": torch.ones(1, HIDDEN)})

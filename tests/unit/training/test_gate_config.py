@@ -26,7 +26,8 @@ def test_every_recipe_that_ships_is_valid(path):
         ({"horizon": "completion"}, r"horizon is gone: gain {type: quality}"),
         ({"teacher_references": 2}, r"teacher_references is part of gain: {type: quality}"),
         ({"objective": "constrained"}, r"objective constrained: write {type: constrained}"),
-        ({"window": 1}, r"window is part of objective: {type: constrained}"),
+        ({"window": 1}, r"window is gone: sub-paths have one decision"),
+        ({"objective": {"type": "constrained", "window": 4}}, r"window"),
         ({"prices": [1, 2]}, r"prices is part of objective"),
         ({"temperature": 1}, r"temperature is part of objective"),
         ({"clip": 1}, r"clip is part of gain"),
@@ -46,8 +47,16 @@ def test_a_key_of_an_older_recipe_is_answered_with_the_new_one(changes, problem)
         ({"ask_tokens": 5}, "ask_tokens 5 is more than a span of 4"),
         ({"gain": {"type": "quality"}, "ask_tokens": 2}, "gain quality is for ask_tokens 1"),
         (
-            {"objective": {"type": "constrained"}, "ask_tokens": 2},
-            "objective constrained is for ask_tokens 1",
+            {"objective": {"type": "constrained"}, "rounds": 1},
+            "rounds 1 must be more than its start_rounds 1",
+        ),
+        (
+            {"objective": {"type": "constrained"}, "conditioning": {"type": "price", "rate": 0.1}},
+            "constrained aims at every budget",
+        ),
+        (
+            {"objective": {"type": "constrained"}, "conditioning": {"type": "prompt"}},
+            "objective constrained is for conditioning price",
         ),
         (
             {"gain": {"type": "quality"}, "objective": {"type": "constrained"}},

@@ -10,14 +10,13 @@ import torch
 from router.checkpoint import RouterCheckpoint
 from router.gate import EntropyGate, RandomGate
 from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
-from training.gate_config import ConstrainedObjective, GateConfig, RegretGain
+from training.gate_config import GateConfig, RegretGain
 from training.gating.calibration import Noise, calibrate, price_at_rate, teacher_rate
-from training.gating.constrained import ascended, fit_constrained, residuals
 from training.gating.fitting import fit
 from training.gating.forks import worth_of_asking
 from training.gating.head import Head
-from training.gating.lessons import Lessons, Trajectories, collect, span_gain, teacher_view
-from training.gating.rollout import FREE, ClosedLoop, Positions, Request, Rollout, with_gate
+from training.gating.lessons import Lessons, collect, span_gain, teacher_view
+from training.gating.rollout import FREE, ClosedLoop, Request, Rollout, with_gate
 from training.gating.tree import Setting, Tree
 
 GAIN = RegretGain(type="regret")
@@ -128,29 +127,14 @@ def test_a_price_leaves_its_aim_only_for_what_is_more_than_noise(pair, prompts):
     assert prices(lambda one, other: 0.01) == near(left)
 
 
-def positions(rows: list[int], steps: list[int]) -> Positions:
-    none = torch.zeros(len(rows))
-    return Positions(
-        row=torch.tensor(rows),
-        step=torch.tensor(steps),
-        states=none[:, None],
-        own=none,
-        theirs=none,
-        surprisal=none,
-        best=none,
-        kl=none,
-        entropy=none,
-    )
-
-
 def test_span_gain_by_hand():
-    seen = positions([0, 0, 0, 1, 1], [0, 1, 2, 0, 1])
+    row = torch.tensor([0, 0, 0, 1, 1])
     by_teacher = torch.tensor([False, True, False, False, False])
     gain = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
-    target, known = span_gain(gain, Trajectories(seen, by_teacher), 2)
+    target, known = span_gain(gain, row, by_teacher, 2)
     assert target.tolist() == [1.5, 3.0, 2.0, 12.0, 8.0]  # rows do not leak into each other
     assert known.tolist() == [True, False, True, True, True]  # the teacher wrote the span's first token there
-    target, known = span_gain(gain, Trajectories(seen, by_teacher), 1)
+    target, known = span_gain(gain, row, by_teacher, 1)
     assert target.tolist() == gain.tolist()
     assert known.all()
 
@@ -200,53 +184,6 @@ def test_the_worth_until_the_end_by_hand(pair, prompts):
         assert changed[i].item() == len(taught) - len(without)
     assert changed.count_nonzero() <= len(differ)
     assert any(sum(completion.by_teacher) for completion in completions)
-
-
-def test_residuals_by_hand():
-    """Two paths; C = -U(s_i) + U(s_{i+d}) + sum of r - price c - T log pi, log pi = log 1/2."""
-    price, temperature = 0.5, 0.1
-    score = torch.full((5,), price)  # asks and does not with even odds
-    value, cost = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), torch.tensor([2.0, 0.0, 2.0, 0.0, 2.0])
-    utility = [0.0, 2.0, 2.0, 4.0, 4.0]
-    asked = torch.tensor([True, False, False, False, True])
-    gain = torch.tensor([7.0, 0.3, 0.2, 0.4, 9.0])  # what the teacher wrote is regretted by nobody
-    row = torch.tensor([0, 0, 0, 1, 1])
-    entropy = temperature * math.log(2)
-    earned = [-price + entropy, -0.3 + entropy, -0.2 + entropy, -0.4 + entropy, -price + entropy]
-    expected = [
-        earned[0] + earned[1] + utility[2] - utility[0],
-        earned[1] + earned[2] - utility[1],
-        earned[2] - utility[2],
-        earned[3] + earned[4] - utility[3],
-        earned[4] - utility[4],
-    ]
-    of = residuals(score, value, cost, asked, gain, row, price, temperature, window=2)
-    assert of.tolist() == pytest.approx(expected, abs=1e-5)
-
-
-def test_the_price_climbs_where_too_much_is_asked():
-    assert ascended(0.4, realised=0.1, target=0.1) == pytest.approx(0.4)
-    assert ascended(0.4, realised=0.2, target=0.1) == pytest.approx(0.4 * math.e)
-    assert ascended(0.4, realised=0.05, target=0.1) < 0.4
-
-
-def test_the_constrained_gate_asks_where_the_student_regrets(pair, prompts):
-    """One decision a path: asking is worth its price exactly where the gain is above it."""
-    seen, _ = collect(pair, [Request(p) for p in prompts] * 2)
-    states = seen.positions.states
-    gain = 2 * (states[:, 0] > 0).float()
-    asked = torch.rand(len(gain), generator=torch.Generator().manual_seed(0)) < 0.5
-    objective = ConstrainedObjective(type="constrained", window=1, prices=(0.5, 1.5), temperature=0.5)
-    config = GateConfig(span_tokens=1, ask_tokens=1, gain=GAIN, epochs=60, batch=64, objective=objective)
-    head = Head(pair.student, RESERVED, 16)
-    head.start_from(states)
-    row = torch.arange(len(gain))
-    lessons = Lessons(states, gain, asked, row, row, teacher_view(seen.positions))
-    fit_constrained(head, lessons, config, objective, seed=0)
-    with torch.no_grad():
-        scores = head(states)
-    assert scores[gain > 1].mean() > 1.4
-    assert scores[gain < 1].mean() < 0.6
 
 
 def test_the_teacher_does_not_see_what_is_hidden_from_it(pair, prompts):

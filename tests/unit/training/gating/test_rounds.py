@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from router.gate import EntropyGate, RandomGate
+from router.gate import EntropyGate, Gate, RandomGate
 from tests.helpers.killing import Killed
 from tests.helpers.tiny_models import END, RESERVED, VISIBLE, model
 from training.gate_config import (
@@ -37,7 +37,8 @@ CONFIG = GateConfig(
     prompts=60,
     epochs=6,
     batch=128,
-    budgets=(0.1, 0.3),
+    budgets=(0.1, 0.3),  # RATE on average
+    calibration_examples=20,
 )
 QUALITY = QualityGain(type="quality")
 WORDS = PromptConditioning(type="prompt", words="{percent}!")
@@ -78,12 +79,17 @@ def rounds(config: GateConfig, prompts: Prompts) -> Rounds:
         max_tokens=24,
     )
     prices = {rate: 1 - rate for rate in sorted(set(prompts.rates))}
-    return Rounds(pair, Head(student, RESERVED, config.width), config, 0, prices, fewer_repeats)
+    return Rounds(pair, Head(student, RESERVED, config.width), config, 0, prices, fewer_repeats, weight)
 
 
 def fewer_repeats(of: list[int], completions: list[list[int]]) -> torch.Tensor:
     """What a completion is worth, whichever prompt's it is."""
     return torch.tensor([float(len(set(tokens))) for _, tokens in zip(of, completions, strict=True)])
+
+
+def weight(gate: Gate) -> float:
+    """Some figure that differs between rounds."""
+    return sum(parameter.abs().sum().item() for parameter in gate.parameters())
 
 
 def log_of(directory):
@@ -108,14 +114,37 @@ def test_a_killed_run_goes_on_behind_its_last_round(objective, sources, tmp_path
             train_gate(rounds(config, prompts), prompts, Letters(), tmp_path / "b", "pair")
     again = train_gate(rounds(config, prompts), prompts, Letters(), tmp_path / "b", "pair")
     assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
-    for name, tensor in straight.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name]), name
+    assert (straight.prices, straight.round) == (again.prices, again.round)
+    for name, tensor in straight.head.state_dict().items():
+        assert torch.equal(tensor, again.head.state_dict()[name]), name
 
-    first, *_, last = log_of(tmp_path / "a")
+    first, *_, last = log_of(tmp_path / "a")[: config.rounds]
     assert first["rate"] == pytest.approx(RATE, abs=0.05)
     assert last["violation"] == pytest.approx(last["rate"] - RATE)
     assert last["gate_gain"] > 0.6  # the gate finds where the student regrets
     assert ({"value", "value_cost", "residual"} <= last.keys()) is (objective.type == "constrained")
+
+
+def test_every_budget_has_a_dual_variable_and_the_best_round_is_exported(sources, tmp_path):
+    """Calls of two tokens; the first round is the plain regression, the second one is judged best."""
+    objective = ConstrainedObjective(type="constrained")
+    calls = {"span_tokens": 2, "ask_tokens": 2, "calibration_examples": 60}
+    config = CONFIG.model_copy(update={"objective": objective} | calls)
+    prompts = rollout_prompts(Letters(), sources, config, 0)
+    assert prompts.rates[:3] == [0.1, 0.3, 0.1]
+    played = rounds(config, prompts)
+    played.loop = replace(played.loop, span_tokens=2, ask_tokens=2)
+    played.judged = lambda gate: -abs(len(played.seen) - 2)
+    trained = train_gate(played, prompts, Letters(), tmp_path, "pair")
+    regressed, second, third, *settling = log_of(tmp_path)
+    assert "dual/0.1" not in regressed
+    for budget in ("0.1", "0.3"):
+        assert {f"dual/{budget}", f"realised/{budget}"} <= second.keys() & third.keys()
+        # The last steps go on from the best round's, with the gate as it is exported.
+        assert settling[0][f"dual/{budget}"] == third[f"dual/{budget}"]
+        assert settling[-1][f"realised/{budget}"] == pytest.approx(float(budget), abs=0.05)
+    assert trained.prices.keys() == {0.1, 0.3}
+    assert (trained.round, second["judged"], third["judged"]) == (2, 0, -1)
 
 
 def test_what_another_run_left_is_not_taken(sources, tmp_path):

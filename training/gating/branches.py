@@ -1,0 +1,200 @@
+"""Where both answers to "ask the teacher?" lead from every position of some paths.
+
+Under greedy decoding the next state is known for both. At most positions the two models want the same tokens,
+and the path itself goes there. The others are read by the student once more.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from training.batches import left_padded
+from training.gating.lessons import Trajectories
+from training.gating.prompts import Prompts
+from training.gating.rollout import ClosedLoop, Request, Rollout
+from training.reading import Stepper
+
+ENDED = -1
+"""Number of the state after the end of a completion."""
+BATCH = 512
+
+
+class Fork(NamedTuple):
+    """A prefix that no path has."""
+
+    row: int
+    """Of the path that it leaves."""
+    tokens: tuple[int, ...]
+    """Of the completion so far."""
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Of N positions: the next state if the student writes, and the next one if the teacher does.
+
+    A state is a number: below N of a position, from N on of a state in `states`; ENDED after the end.
+    """
+
+    states: Tensor
+    """(D, H) the student's, after prefixes that no path has."""
+    after_own: Tensor
+    """(N,) number of the state after the student's own token."""
+    after_call: Tensor
+    """(N,) number of the state after the teacher's next tokens."""
+    tokens: Tensor
+    """(N,) how many these are: fewer than `ask_tokens` at the end of a completion."""
+
+    @classmethod
+    def join(cls, parts: Sequence["Branches"]) -> "Branches":
+        """All of them, as `Lessons.join` orders their positions."""
+        positions = sum(len(part.tokens) for part in parts)
+        before = 0
+        forks_before = 0
+        after_own: list[Tensor] = []
+        after_call: list[Tensor] = []
+        for part in parts:
+            size = len(part.tokens)
+            for numbers, joined in ((part.after_own, after_own), (part.after_call, after_call)):
+                moved = torch.where(
+                    numbers < size, numbers + before, numbers - size + positions + forks_before
+                )
+                joined.append(torch.where(numbers == ENDED, ENDED, moved))
+            before += size
+            forks_before += len(part.states)
+        states = torch.cat([part.states for part in parts])
+        tokens = torch.cat([part.tokens for part in parts])
+        return cls(states, torch.cat(after_own), torch.cat(after_call), tokens)
+
+
+def both_ways(
+    loop: ClosedLoop,
+    prompts: Prompts,
+    trajectories: Trajectories,
+    completions: Sequence[Rollout],
+    ask_tokens: int,
+) -> Branches:
+    """The branches of all positions.
+
+    Args:
+        loop: the pair.
+        prompts: of the trajectories' rows.
+        trajectories: the positions.
+        completions: of the trajectories' rows.
+        ask_tokens: tokens of one call.
+    """
+    paths = _Paths.of(loop, trajectories, completions)
+    teacher = paths.departures(loop, prompts, ask_tokens)
+    own = []
+    called = []
+    tokens = []
+    for row, path in enumerate(paths.tokens):
+        for step in range(len(path)):
+            own.append(paths.after_own(row, step))
+            call = paths.after_call(row, step, ask_tokens, teacher)
+            called.append(call.state)
+            tokens.append(call.tokens)
+    states = states_after(loop, prompts, list(paths.forks), trajectories.positions.states)
+    return Branches(states, torch.tensor(own), torch.tensor(called), torch.tensor(tokens))
+
+
+Departures = dict[tuple[int, int], list[int]]
+"""By (row, step) at which the teacher would have written something else: what it would have written."""
+
+
+class _Call(NamedTuple):
+    state: int
+    """Number of the state after it."""
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Paths:
+    """Paths, and the forks that leave them."""
+
+    tokens: list[list[int]]
+    """Of each row's completion."""
+    first: list[int]
+    """Number of each row's first position."""
+    own: list[int]
+    """The student's next token at each position."""
+    theirs: list[int]
+    """The teacher's next token at each position."""
+    end: int
+    """Id of the end of a sequence."""
+    longest: int
+    """Tokens of a completion."""
+    forks: dict[Fork, int] = field(default_factory=dict)
+    """The numbers of their states."""
+
+    @classmethod
+    def of(cls, loop: ClosedLoop, trajectories: Trajectories, completions: Sequence[Rollout]) -> "_Paths":
+        seen = trajectories.positions
+        tokens = [completion.tokens for completion in completions]
+        first = [0, *accumulate(map(len, tokens))]
+        return cls(tokens, first, seen.own.tolist(), seen.theirs.tolist(), loop.end, loop.max_tokens)
+
+    def departures(self, loop: ClosedLoop, prompts: Prompts, ask_tokens: int) -> Departures:
+        """What a call would have brought, wherever the path took another token than the teacher's."""
+        found: Departures = {}
+        going = []
+        requests = []
+        for row, path in enumerate(self.tokens):
+            for step, token in enumerate(path):
+                theirs = self.theirs[self.first[row] + step]
+                if token == theirs:
+                    continue
+                found[row, step] = [theirs]
+                if theirs != self.end:
+                    going.append((row, step))
+                    prefix = [*prompts.ids[row], *path[:step], theirs]
+                    requests.append(Request(prefix, -math.inf, 1.0, prompts.hidden[row]))
+        if ask_tokens > 1:
+            teacher = replace(loop, explore=0.0, max_tokens=ask_tokens - 1)
+            for place, completion in zip(going, teacher.write(requests), strict=True):
+                found[place] += completion.tokens
+        return found
+
+    def after_own(self, row: int, step: int) -> int:
+        """Number of the state after the student's own token."""
+        own = self.own[self.first[row] + step]
+        path = self.tokens[row]
+        if own == path[step]:
+            return self._on_path(row, step + 1)
+        return self._forked(row, [*path[:step], own])
+
+    def after_call(self, row: int, step: int, ask_tokens: int, teacher: Departures) -> _Call:
+        """The state after a call, and the call's tokens."""
+        path = self.tokens[row]
+        stop = min(step + ask_tokens, self.longest)
+        for at in range(step, min(stop, len(path))):
+            if (row, at) in teacher:
+                tokens = [*path[:at], *teacher[row, at]][:stop]
+                return _Call(self._forked(row, tokens), len(tokens) - step)
+        written = min(stop, len(path))
+        return _Call(self._on_path(row, written), written - step)
+
+    def _on_path(self, row: int, step: int) -> int:
+        return self.first[row] + step if step < len(self.tokens[row]) else ENDED
+
+    def _forked(self, row: int, tokens: list[int]) -> int:
+        if tokens[-1] == self.end or len(tokens) == self.longest:
+            return ENDED
+        return self.forks.setdefault(Fork(row, tuple(tokens)), self.first[-1] + len(self.forks))
+
+
+@torch.no_grad()
+def states_after(loop: ClosedLoop, prompts: Prompts, forks: Sequence[Fork], like: Tensor) -> Tensor:
+    """The student's states (D, H) after these prefixes, on the CPU; `like` has their H and type."""
+    found = like.new_empty(len(forks), like.shape[1])
+    order = sorted(range(len(forks)), key=lambda i: len(prompts.ids[forks[i].row]) + len(forks[i].tokens))
+    for first in range(0, len(order), BATCH):
+        numbers = order[first : first + BATCH]
+        rows = [[*prompts.ids[forks[i].row], *forks[i].tokens] for i in numbers]
+        ids, mask = left_padded(rows, loop.end, loop.student.device)
+        found[numbers] = Stepper(loop.student).step(ids, mask).states.cpu()
+    return found
