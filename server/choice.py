@@ -10,9 +10,11 @@ from router.money import TokenUsage
 from server.completion import Completion, Piece
 from server.exchange import Purse, Report, Source
 from server.metrics import ESCALATIONS
+from server.original_prompt import OriginalPrompt
 from server.sessions import OpenSession
 from server.shared_budgets import Share
 from server.teacher.carried import MOST_BIASES, penalises
+from server.teacher_view import TeacherView
 from server.tenants import Tenant
 from server.thinking import Thinking
 from server.vllm_api import CompletionOutput, RequestOutputKind, SamplingParams
@@ -59,8 +61,12 @@ class Choice:
     """Whether its reader gets one token at a time: see `single_tokens`."""
     session: OpenSession | None = None
     """The one that its request names."""
+    original: OriginalPrompt | None = None
+    """What the prompt was before it was rendered, for a teacher with another vocabulary."""
     share: Share = field(init=False)
     """Its part in the budgets that requests share; set by the span loop."""
+    view: TeacherView = field(init=False)
+    """What the teacher sees of it; set by the span loop."""
     steps: asyncio.Queue[Step | None] = field(default_factory=asyncio.Queue)
     """What the reader has not taken yet; None at the end."""
     may_ask: bool = True
@@ -120,6 +126,11 @@ class Choice:
     def prefix_tokens(self) -> int:
         """Length of the prefix: what a model reads before it writes on."""
         return len(self.prompt_ids) + len(self.completion)
+
+    @property
+    def call_id(self) -> str:
+        """Names the teacher call at hand, for the teacher's log."""
+        return f"{self.request_id}-{self.report.calls}"
 
     @property
     def pause(self) -> int:
@@ -207,9 +218,13 @@ class Choice:
         self.may_ask = False
         self._denied(reason, degraded=degraded)
 
-    def put_off(self, reason: str, *, degraded: bool) -> None:
+    def wait(self, tokens: int) -> None:
+        """The student writes this many tokens before it may ask again."""
+        self.ask_from = max(self.ask_from, len(self.completion) + tokens)
+
+    def put_off(self, reason: str, *, degraded: bool, tokens: int = PAUSE_TOKENS) -> None:
         """The student writes on alone for a while: what others share may have room again."""
-        self.ask_from = len(self.completion) + PAUSE_TOKENS
+        self.ask_from = len(self.completion) + tokens
         self._denied(reason, degraded=degraded)
 
     def lose_teacher(self, reason: str, *, degraded: bool) -> None:

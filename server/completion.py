@@ -29,6 +29,8 @@ class Piece:
     stop_reason: int | str | None = None
     asks: bool = False
     """The student asks for the teacher after these tokens."""
+    text: str = ""
+    """Whole characters, where a teacher writes in tokens of its own."""
 
     def up_to(self, end: int) -> "Piece":
         """The first tokens; the ending is lost with the last one."""

@@ -139,6 +139,10 @@ class ServeConfig(BaseModel):
         description="router checkpoint, a directory or hub name; default: the one merged into the student",
     )
     teacher_model: str | None = Field(None, description="model name at the teacher; default: its first one")
+    teacher_vocabulary: Literal["auto", "same", "other"] = Field(
+        "auto",
+        description="same as the student's, or other: then text crosses, not token ids; auto: found out",
+    )
     teacher_api_key: SecretStr | None = Field(None, description="sent to the teacher as a bearer token")
     served_model_name: str = Field("wheels", description="model name that clients use")
     models: Annotated[dict[str, BudgetSetting], BeforeValidator(_structure)] = Field(

@@ -26,6 +26,8 @@ from server.single_tokens import SingleTokens
 from server.span_loop import SpanLoop
 from server.student import StudentEngine
 from server.teacher.pool import TeacherPool
+from server.teacher.translation import Translator, untranslatable
+from server.teacher_view import SameTokens
 from server.tenants import BudgetRefused, Tenant
 from server.thinking import Thinking
 from server.vllm_api import (
@@ -66,6 +68,8 @@ class Cooperation:
     """What tokens cost; None where nobody has set it."""
     parsers: bool = False
     """Whether vLLM's HTTP layer parses reasoning or tool calls out of what is streamed."""
+    translator: Translator | None = None
+    """What text crosses by, where the teacher has another vocabulary."""
 
 
 class CooperativeEngine(AsyncLLM):
@@ -136,6 +140,7 @@ class Cooperator:
             cooperation.span_tokens,
             cooperation.on_teacher_error,
             prices=None if cooperation.prices is None else cooperation.prices.teacher,
+            view=SameTokens if cooperation.translator is None else cooperation.translator.view,
         )
 
     @property
@@ -241,6 +246,8 @@ class Cooperator:
         if exchange.writes_nothing:
             return Budget(tokens=0)
         parameter = exchange.unsupported or unsupported(prompt, params, options)
+        if parameter is None and self._cooperation.translator is not None:
+            parameter = untranslatable(exchange.original(prompt), params)
         if parameter is None:
             return budget
         if exchange.budget is None:
@@ -311,6 +318,7 @@ class Cooperator:
             session=exchange.session,
             single_tokens=self._parsed(completion.params),
             thinking=self._thinking(completion.params, prompt["prompt_token_ids"]),
+            original=exchange.original(prompt),
         )
 
     def _thinking(self, params: SamplingParams, prompt_ids: list[int]) -> Thinking | None:

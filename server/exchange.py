@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Literal, NotRequired
+from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
 from router.budget import Bucket, Budget
 from router.money import PICOS
 from server.costs import Costs, CostSheet
+from server.original_prompt import OriginalPrompt
 from server.sessions import OpenSession, SessionBudget, SessionFields
 from server.tenants import Tenant
 
@@ -35,6 +36,8 @@ class ReportFields(TypedDict):
     """What the teacher's reading and writing cost, where the gateway has prices."""
     saved: NotRequired[float]
     """What the teacher alone would have cost, less what both models did; below 0 if that was more."""
+    own_tokens: NotRequired[int]
+    """What the teacher wrote in tokens of its own, where its vocabulary is not the student's."""
 
 
 @dataclass
@@ -50,6 +53,8 @@ class Report:
     degraded: bool = False
     clamped: bool = False
     """The key's maximum was less than the budget asked for."""
+    own_tokens: int | None = None
+    """What the teacher wrote in tokens of its own; None where its vocabulary is the student's."""
     source: Source = "student"
     """Who wrote the tokens handed out last."""
     finished: bool = False
@@ -74,6 +79,8 @@ class Report:
         if (costs := self.costs) is not None:
             fields["cost"] = costs.teacher.total / PICOS
             fields["saved"] = costs.saved / PICOS
+        if self.own_tokens is not None:
+            fields["own_tokens"] = self.own_tokens
         return fields
 
 
@@ -129,6 +136,12 @@ class Exchange:
     """Why the request ends without its completion, as the engine saw it."""
     searched: Callable[[list[Report]], None] | None = None
     """Counts what comes of a beam search: the engine sees its steps only."""
+    originals: list[tuple[Any, OriginalPrompt]] = field(default_factory=list)
+    """Rendered prompts, and what each was before; noted where the teacher has another vocabulary."""
+
+    def original(self, prompt: Any) -> OriginalPrompt | None:
+        """What a rendered prompt was before; None where it came as token ids."""
+        return next((original for rendered, original in self.originals if rendered is prompt), None)
 
     @contextmanager
     def noting_failure(self) -> Iterator[None]:
@@ -187,6 +200,8 @@ class Exchange:
             whole.degraded |= report.degraded
             whole.clamped |= report.clamped
             whole.sheet.add(report.sheet)
+            if report.own_tokens is not None:
+                whole.own_tokens = (whole.own_tokens or 0) + report.own_tokens
         return whole
 
 

@@ -29,6 +29,7 @@ from server.http.request_id import RequestIds, log_with_ids
 from server.http.routes import routes
 from server.http.tracing import Traces
 from server.metrics import PRICE
+from server.original_prompt import OriginalPrompt
 from server.price_follower import PriceFollower
 from server.recorder import Recorder
 from server.router_reload import RouterReload, load_everywhere
@@ -39,7 +40,9 @@ from server.teacher.breaker import Breaker
 from server.teacher.client import Teacher
 from server.teacher.errors import TeacherError
 from server.teacher.pool import TeacherPool
-from server.teacher.vocabulary import SameVocabulary
+from server.teacher.translation import Translator
+from server.teacher.vocabulary import Vocabularies
+from server.teacher.words import StudentWords, TeacherWords, UnusableTokenizer
 from server.tenants import Tenants
 from server.vllm_api import (
     AsyncEngineArgs,
@@ -49,6 +52,7 @@ from server.vllm_api import (
     check_speculation,
     current_platform,
     find_reports,
+    keep_originals,
     parses_streams,
     wrap_app,
 )
@@ -107,11 +111,11 @@ async def _serve(config: ServeConfig, pair: ServedPair) -> int:
         engine = _engine(arguments)
         try:
             await _connect(teacher, deadline)
-            await teacher.check_vocabulary(
-                SameVocabulary(engine.renderer.get_tokenizer(), pair.reserved.start)
-            )
+            translator = await _translator(config, pair, teacher, engine)
             cooperation = _cooperation(config, pair, teacher, engine)
-            engine.cooperation = replace(cooperation, parsers=parses_streams(arguments))
+            engine.cooperation = replace(
+                cooperation, parsers=parses_streams(arguments), translator=translator
+            )
             app = await _app(config, engine, tenants, arguments, http)
             lifecycle = wrap_app(
                 app, lambda stack: Lifecycle(Traces(stack), drain_seconds=config.drain_seconds)
@@ -125,7 +129,8 @@ async def _serve(config: ServeConfig, pair: ServedPair) -> int:
             if (reload := await _router_reload(pair, engine)) is not None:
                 works.append(reload.watch())
             async with aclosing(shared), _background(works):  # at the end, every span is settled
-                print(f"wheels serve: {address}, teacher {teacher}", flush=True)
+                words = "" if translator is None else ", which has a vocabulary of its own"
+                print(f"wheels serve: {address}, teacher {teacher}{words}", flush=True)
                 options = http.serve_options(arguments, keep_alive_seconds=KEEP_ALIVE_SECONDS)
                 serving = http.serve_http(
                     app, sock=socket, timeout_graceful_shutdown=CUT_OFF_SECONDS, **options
@@ -188,6 +193,23 @@ async def _connect(teacher: TeacherPool, deadline: float) -> None:
             if error.reason not in ("unreachable", "timeout") or time.monotonic() >= deadline:
                 raise
             await asyncio.sleep(0.5)
+
+
+async def _translator(
+    config: ServeConfig, pair: ServedPair, teacher: TeacherPool, engine: CooperativeEngine
+) -> Translator | None:
+    """Check the teacher's vocabulary; what text crosses by, if it is not the student's."""
+    tokenizer = engine.renderer.get_tokenizer()
+    words = TeacherWords()
+    vocabularies = Vocabularies(tokenizer, pair.reserved.start, words, config.teacher_vocabulary)
+    await teacher.check_vocabulary(vocabularies)
+    if vocabularies.found != "other":
+        return None
+    logger.warning("text crosses between student and teacher, not token ids: %s", vocabularies.difference)
+    try:
+        return Translator(StudentWords(tokenizer), words, tokenizer)
+    except UnusableTokenizer as error:
+        raise ConfigError(f"student: {error}, and the teacher has another vocabulary") from error
 
 
 def _cooperation(
@@ -296,8 +318,16 @@ async def _app(
         wrap_app(app, access)
     document(app)
     await http.init_app_state(engine, app.state, arguments, tasks)
+    if engine.cooperation.translator is not None:
+        keep_originals(engine.renderer, app.state.online_renderer.chat_template, _note_original)
     answer_by_name(app.state, _model_of_request)
     return app
+
+
+def _note_original(prompt: Any, original: OriginalPrompt) -> None:
+    exchange = EXCHANGE.get(None)
+    if exchange is not None:
+        exchange.originals.append((prompt, original))
 
 
 def _model_of_request() -> str:

@@ -13,10 +13,10 @@ from router.policy import NEVER, Policy, Terms
 from server.choice import Choice
 from server.completion import Piece
 from server.shared_budgets import Draw, SharedBudgets, charge_of
-from server.teacher.client import Ask
 from server.teacher.errors import TeacherError
 from server.teacher.meter import Meter
 from server.teacher.pool import Slot, TeacherPool
+from server.teacher_view import SameTokens, ViewOf
 from server.vllm_api import GracefulHTTPError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ class SpanLoop:
     on_teacher_error: Literal["degrade", "error"] = "degrade"
     prices: TokenPrices | None = None
     """The teacher's."""
+    view: ViewOf = SameTokens
+    """What the teacher sees of a choice."""
     running: int = 0
     """Completions that are being written."""
 
@@ -62,6 +64,7 @@ class SpanLoop:
             GracefulHTTPError: the teacher failed, and the gateway is to fail with it.
         """
         choice.share = self.shared.share(choice.tenant, choice.session)
+        choice.view = self.view(self.teacher, choice)
         self.running += 1
         try:
             while not choice.finished:
@@ -88,7 +91,7 @@ class SpanLoop:
             choice.length + choice.completion.tokens_left,
             ceiling=choice.share.rate,
             pause=choice.pause,
-            reads=choice.prefix_tokens,
+            reads=choice.view.reads,
         )
         if terms.never or choice.pause or not self.teacher.down:
             return terms
@@ -120,14 +123,22 @@ class SpanLoop:
 
     async def _reserve(self, choice: Choice, terms: Terms) -> Span | None:
         """Reserve the next span in every budget, or let the choice ask later, or never again."""
-        room = self._room(choice)
+        if choice.view.half_written:
+            choice.wait(1)
+            return None
+        try:
+            room = await self._room(choice)
+        except TeacherError as error:
+            logger.warning("request %s lost the teacher: %s", choice.request_id, error)
+            self._lose_teacher(choice, error)
+            return None
         if room < 1:
             choice.deny("context" if choice.bias_room > 0 else "penalty", degraded=False)
             return None
         at_most = room
         if choice.share.scopes:  # what one holds, no other can have
             at_most = min(room, LEASE_TOKENS if choice.share.rate >= 1.0 else self.span_tokens)
-        reads = choice.prefix_tokens
+        reads = choice.view.reads
         grant = choice.bucket.reserve(choice.length, at_most, always=terms.always, reads=reads)
         if grant is None:
             choice.deny("budget", degraded=False)
@@ -152,14 +163,13 @@ class SpanLoop:
         bounds = [cost for cost in (grant.cost, draw.cost) if cost is not None]
         return Span(grant, draw, slot, Meter(self.prices, min(bounds, default=None)))
 
-    def _room(self, choice: Choice) -> int:
+    async def _room(self, choice: Choice) -> int:
         """Tokens that the completion, its thinking, the teacher's biases and its context have left."""
         room = min(choice.completion.tokens_left, choice.bias_room)
         if choice.thinking is not None and choice.thinking.left is not None:
             room = min(room, choice.thinking.left)
-        if self.teacher.max_model_len is not None:
-            room = min(room, self.teacher.max_model_len - choice.prefix_tokens)
-        return room
+        context = await choice.view.room()
+        return room if context is None else min(room, context)
 
     async def _teach(self, choice: Choice, span: Span) -> None:
         """Let the teacher write a span, and settle what it wrote."""
@@ -173,33 +183,17 @@ class SpanLoop:
             span.slot.release()
             choice.bucket.settle(span.grant, span.used, span.meter.cost)
             choice.share.settle(span.used, span.meter.cost)
+        if not span.used:  # a character that is longer than the grant
+            choice.wait(1)
 
     async def _take(self, choice: Choice, span: Span) -> None:
-        async with aclosing(self._call(choice, span)) as pieces:
+        pieces = choice.view.write(span.slot, span.draw.tokens, span.draw.deadline, span.meter)
+        async with aclosing(pieces):
             async for piece in pieces:
                 span.used += choice.extend(piece, "teacher")
                 choice.losses = 0
                 if choice.finished or choice.thinking_ends:  # by a stop string: the teacher would write on
                     return
-
-    def _call(self, choice: Choice, span: Span) -> AsyncGenerator[Piece, None]:
-        ask = Ask(
-            choice.prefix,
-            span.draw.tokens,
-            choice.params,
-            written=len(choice.completion),
-            min_tokens=choice.min_tokens,
-            seed=choice.seed,
-            end_ids=choice.end_ids,
-            cache_salt=choice.prompt.get("cache_salt"),
-            meter=span.meter,
-        )
-        return self.teacher.write(
-            span.slot,
-            ask,
-            request_id=f"{choice.request_id}-{choice.report.calls}",
-            deadline=span.draw.deadline,
-        )
 
     def _lose_teacher(self, choice: Choice, error: TeacherError) -> None:
         if error.reason == "saturated":  # busy, not lost

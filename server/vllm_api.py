@@ -43,6 +43,7 @@ from vllm.v1.worker.gpu.sample.logit_bias import (
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
 from server.config import ConfigError
+from server.original_prompt import OriginalPrompt
 from server.vllm_arguments import check_arguments, check_fixed, one_line
 from server.vllm_flags import write_flags
 
@@ -439,6 +440,46 @@ def answer_by_name(state: Any, model_of_request: Callable[[], str]) -> None:
     models.model_name = model_name
 
 
+def keep_originals(
+    renderer: Any, default_template: str | None, note: Callable[[Any, OriginalPrompt], None]
+) -> None:
+    """Have vLLM's renderer tell what every prompt was before its template and tokenizer.
+
+    Chats of every API come here as messages. A prompt of token ids was nothing else before.
+
+    Args:
+        renderer: of the engine.
+        default_template: the chat template of requests that bring none.
+        note: is given the prompt that goes to the engine, and what it was.
+    """
+    render_chat = renderer.render_chat_async
+    render_text = renderer.render_cmpl_async
+
+    @wraps(render_chat)
+    async def chat(
+        conversations: Any, chat_params: Any, tok_params: Any = None, **options: Any
+    ) -> tuple[Any, Any]:
+        originals = []
+        for messages in conversations:
+            originals.append(OriginalPrompt.of_messages(messages, chat_params, tok_params, default_template))
+        rendered, prompts = await render_chat(conversations, chat_params, tok_params, **options)
+        for prompt, original in zip(prompts, originals, strict=True):
+            note(prompt, original)
+        return rendered, prompts
+
+    @wraps(render_text)
+    async def text(prompts: Any, tok_params: Any = None, **options: Any) -> Any:
+        texts = [prompt.get("prompt") if isinstance(prompt, dict) else None for prompt in prompts]
+        rendered = await render_text(prompts, tok_params, **options)
+        for prompt, written in zip(rendered, texts, strict=True):
+            if isinstance(written, str):
+                note(prompt, OriginalPrompt.of_text(written, tok_params))
+        return rendered
+
+    renderer.render_chat_async = chat
+    renderer.render_cmpl_async = text
+
+
 def parses_streams(arguments: Namespace) -> bool:
     """Whether vLLM's HTTP layer reads reasoning or tool calls out of what is streamed."""
     structured = arguments.structured_outputs_config.reasoning_parser
@@ -482,6 +523,7 @@ __all__ = [
     "current_platform",
     "data_parallel_ranks",
     "error_info",
+    "keep_originals",
     "max_bad_words_tokens",
     "merge_async_iterators",
     "parses_streams",

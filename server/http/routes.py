@@ -1,7 +1,7 @@
 """The gateway's own routes, next to those of vLLM: readiness, budgets, prices and the playground."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse
@@ -22,10 +22,11 @@ PLAYGROUND_HEADERS = {
 
 
 class Ready(TypedDict):
-    """Which of the two answer."""
+    """Which of the two answer, and whether they share a vocabulary."""
 
     student: bool
     teacher: bool
+    teacher_vocabulary: Literal["same", "other"]
 
 
 def routes(examples: Path | None, tenants: Tenants | None) -> APIRouter:
@@ -37,11 +38,11 @@ def routes(examples: Path | None, tenants: Tenants | None) -> APIRouter:
     async def ready(request: Request) -> JSONResponse:
         """200 when the student's engine and a teacher that may be asked answer, else 503 and who does not."""
         engine: Any = request.app.state.engine_client
-        state = {
-            "student": engine.is_running and not engine.errored,
-            "teacher": await engine.cooperation.teacher.healthy(),
-        }
-        return JSONResponse(state, status_code=200 if all(state.values()) else 503)
+        student = engine.is_running and not engine.errored
+        teacher = await engine.cooperation.teacher.healthy()
+        vocabulary = "same" if engine.cooperation.translator is None else "other"
+        state = {"student": student, "teacher": teacher, "teacher_vocabulary": vocabulary}
+        return JSONResponse(state, status_code=200 if student and teacher else 503)
 
     @router.get("/budgets")
     async def budgets(request: Request) -> BudgetsView:

@@ -4,6 +4,7 @@ import asyncio
 import io
 import logging
 import math
+import sys
 import time
 from base64 import b64encode
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection, Mapping, Sequence
@@ -118,11 +119,13 @@ class Ask:
     cache_salt: str | None = None
     meter: Meter = field(default_factory=Meter)
     """Counts what the span costs, and may bound it."""
+    as_text: bool = False
+    """The ids are the teacher's own; its text is what is wanted, and the call is closed when it is enough."""
 
     @property
     def streamed(self) -> bool:
-        """Whether the span is long enough to be streamed."""
-        return self.tokens > STREAM_ABOVE
+        """Whether the span is long enough to be streamed, or may end earlier than the teacher knows."""
+        return self.as_text or self.tokens > STREAM_ABOVE
 
 
 @dataclass
@@ -379,7 +382,7 @@ class Teacher:
         try:
             async with aclosing(self._pieces(ask, headers, patience)) as pieces:
                 async for piece in pieces:
-                    if piece.finish_reason is not None:
+                    if piece.finish_reason is not None or ask.as_text:
                         outcome = "ok"
                     yield piece
         except Exception as error:
@@ -455,9 +458,8 @@ class Teacher:
             async with aclosing(payloads):
                 async for payload in payloads:
                     wants_logprobs = ask.params.logprobs is not None
-                    reply = read_reply(
-                        payload, room=room, logprobs=wants_logprobs, vocabulary=self.vocabulary
-                    )
+                    vocabulary = sys.maxsize if ask.as_text else self.vocabulary
+                    reply = read_reply(payload, room=room, logprobs=wants_logprobs, vocabulary=vocabulary)
                     tokens = len(reply.piece.token_ids)
                     ask.meter.wrote(reply.received)
                     if not ask.streamed:

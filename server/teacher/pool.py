@@ -211,6 +211,24 @@ class TeacherPool:
             if replica.out_for not in ("", before):
                 logger.error("a replica of the teacher stays out: %s", error)
 
+    async def ask(self, key: bytes, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """As `Teacher.ask`, at the first replica in the key's order that is up and answers.
+
+        Raises:
+            TeacherError: "breaker", all are down; else as `Teacher.ask`.
+        """
+        problem = TeacherError("breaker", "every replica of the teacher counts as down")
+        for replica in self._ranked(key):
+            if replica.down:
+                continue
+            try:
+                return await replica.teacher.ask(path, body)
+            except TeacherError as error:
+                if error.refused:
+                    raise
+                problem = error
+        raise problem
+
     async def admit(self, key: bytes) -> Slot:
         """The right to a call at the first replica in the key's order that is up and has room.
 

@@ -22,6 +22,7 @@ class _Logprobs(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
+    text: str = ""
     token_ids: list[int] | None = None
     logprobs: _Logprobs | None = None
     finish_reason: str | None = None
@@ -102,7 +103,7 @@ def read_reply(payload: bytes, *, room: int, logprobs: bool, vocabulary: int) ->
         entries = _entries(ids, choice.logprobs, vocabulary)[: len(kept)]
     if len(kept) < len(ids):
         return Reply(Piece(kept, entries), again=True, padded=ids[len(kept)], received=len(ids))
-    piece = Piece(ids, entries, choice.finish_reason, choice.stop_reason)
+    piece = Piece(ids, entries, choice.finish_reason, choice.stop_reason, text=choice.text)
     return Reply(piece, received=len(ids))
 
 

@@ -1,12 +1,28 @@
-"""The check that a server of the teacher has the student's vocabulary."""
+"""Whether a server of the teacher has the student's vocabulary, and whether all servers have one."""
 
+import asyncio
+import hashlib
 import logging
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from router.vocabulary import OTHER_SPLIT, Question, Tokenizer, questions
+import msgspec
+
+from router.vocabulary import OTHER_SPLIT, Question, TextQuestion, Tokenizer, questions
 from server.teacher.client import Teacher
 from server.teacher.errors import TeacherError
+from server.teacher.words import TeacherWords, UnusableTokenizer
 
 logger = logging.getLogger(__name__)
+
+GREETING = {"messages": [{"role": "user", "content": "Hello"}]}
+
+
+class DifferentVocabulary(TeacherError):
+    """A server of the teacher has another vocabulary than the student, or than the others."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("nonsense", message)
 
 
 class SameVocabulary:
@@ -17,26 +33,135 @@ class SameVocabulary:
 
     def __init__(self, tokenizer: Tokenizer, rows: int) -> None:
         """``tokenizer``: the student's; ids below ``rows`` that it does not have must be nobody's."""
-        self._questions: list[Question] = questions(tokenizer, rows)
+        self.questions: list[Question] = questions(tokenizer, rows)
 
     async def __call__(self, teacher: Teacher) -> None:
         """Compare. The first text that is split in another way is logged; a pair can do with that.
 
         Raises:
-            TeacherError: the vocabularies differ, or the server does not answer.
+            DifferentVocabulary: the vocabularies differ.
+            TeacherError: the server does not answer.
         """
         warned = False
-        for question in self._questions:
+        for question in self.questions:
             try:
                 answer = await teacher.ask(question.path, question.body)
             except TeacherError as error:
                 if question.optional and error.reason == "status":
                     continue
+                if error.refused:
+                    raise DifferentVocabulary(_other(teacher, str(error))) from error
                 raise
             problem = question.difference(answer)
             if problem and not question.binding and not warned:
                 logger.warning("the teacher at %s %s: %s", teacher.name, OTHER_SPLIT, problem)
                 warned = True
             if problem and question.binding:
-                message = f"the teacher at {teacher.name} has another vocabulary than the student: {problem}"
-                raise TeacherError("nonsense", message)
+                raise DifferentVocabulary(_other(teacher, problem))
+
+
+class OneVocabulary:
+    """Checks that all servers of a teacher split texts and write prompts alike, whatever the student does."""
+
+    def __init__(self, asked: Sequence[Question], words: TeacherWords) -> None:
+        """Begin.
+
+        Args:
+            asked: the questions of `SameVocabulary`; their texts are used.
+            words: learn from the first server how it continues a text.
+        """
+        self._bodies = [question.body for question in asked if isinstance(question, TextQuestion)]
+        self._words = words
+        self._first: Teacher | None = None
+        self._answers: list[bytes] = []
+        self._lock = asyncio.Lock()
+
+    async def __call__(self, teacher: Teacher) -> None:
+        """Compare a server with the first one.
+
+        Raises:
+            DifferentVocabulary: they differ.
+            TeacherError: the server does not answer, or its tokenizer cannot continue a text.
+        """
+        async with self._lock:
+            answers = [await self._chat(teacher)]
+            for body in self._bodies:
+                answers.append(_digest(await teacher.ask("/tokenize", body)))
+            if self._first is None:
+                await self._learn(teacher)
+                self._answers = answers
+                self._first = teacher
+            if answers != self._answers:
+                raise DifferentVocabulary(
+                    f"the teacher at {teacher.name} has another vocabulary or chat template "
+                    f"than the one at {self._first.name}"
+                )
+
+    async def _learn(self, teacher: Teacher) -> None:
+        try:
+            await self._words.prepare(teacher.ask)
+        except UnusableTokenizer as error:
+            raise TeacherError("nonsense", f"{error}: {teacher.name}") from error
+
+    async def _chat(self, teacher: Teacher) -> bytes:
+        """The prompt of a chat; empty where it has no chat template, as a base model."""
+        try:
+            return _digest(await teacher.ask("/tokenize", GREETING))
+        except TeacherError as error:
+            if not error.refused:
+                raise
+            logger.warning("the teacher at %s takes no chats, only texts: %s", teacher.name, error)
+            return b""
+
+
+class Vocabularies:
+    """The check of every server of the teacher; by the first one it finds out whether text has to cross."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        rows: int,
+        words: TeacherWords,
+        wanted: Literal["auto", "same", "other"] = "auto",
+    ) -> None:
+        """Make the questions.
+
+        Args:
+            tokenizer: the student's.
+            rows: ids below this that it does not have must be nobody's.
+            words: the teacher's, if its vocabulary is another.
+            wanted: what the vocabulary has to be; "auto" for either.
+        """
+        self._same = SameVocabulary(tokenizer, rows)
+        self._one = OneVocabulary(self._same.questions, words)
+        self._lock = asyncio.Lock()
+        self.found: Literal["same", "other"] | None = None if wanted == "auto" else wanted
+        """How the teacher's vocabulary is to the student's; None until the first server was asked."""
+        self.difference = "it is set"
+        """By what the first server differs."""
+
+    async def __call__(self, teacher: Teacher) -> None:
+        """Check a server. Raises TeacherError: it cannot be asked, or not together with the others."""
+        async with self._lock:
+            if self.found is None:
+                await self._find_out(teacher)
+                return
+        await (self._same if self.found == "same" else self._one)(teacher)
+
+    async def _find_out(self, teacher: Teacher) -> None:
+        try:
+            await self._same(teacher)
+        except DifferentVocabulary as error:
+            await self._one(teacher)
+            self.difference = str(error)
+            self.found = "other"
+        else:
+            self.found = "same"
+
+
+def _other(teacher: Teacher, problem: str) -> str:
+    return f"the teacher at {teacher.name} has another vocabulary than the student: {problem}"
+
+
+def _digest(answer: dict[str, Any]) -> bytes:
+    return hashlib.blake2b(msgspec.json.encode(answer.get("tokens"))).digest()

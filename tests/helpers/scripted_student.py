@@ -133,3 +133,43 @@ def cooperator(vllm: Any, cooperation: Cooperation, **student: Any) -> Cooperato
     return Cooperator(
         StudentEngine(vllm.generate, vllm.check, vllm.tokenizer, 200, RESERVED, **student), cooperation
     )
+
+
+class RecitingLLM(ScriptedLLM):
+    """Writes the bytes of a text, again and again; after half a character, that character's other bytes."""
+
+    def __init__(self, tokenizer: Any, text: str, ask_at: Collection[int]) -> None:
+        super().__init__(tokenizer, ask_at, None)
+        self.characters = [character.encode() for character in text]
+
+    def _next(self, segment: Segment, written: int) -> tuple[int, str | None]:
+        token, reason = super()._next(segment, written)
+        if token == RESERVED.escalation:
+            return token, reason
+        half: bytes = segment.options.get("half", half_character(bytes(segment.prefix)))
+        character = self._character(half, len(segment.prefix) - len(PROMPT_IDS) + written - len(half))
+        whole = len(half) + 1 == len(character)
+        segment.options["half"] = b"" if whole else character[: len(half) + 1]
+        return character[len(half)], reason
+
+    def _character(self, half: bytes, place: int) -> bytes:
+        if half:
+            return next(character for character in self.characters if character.startswith(half))
+        place %= sum(map(len, self.characters))
+        for character in self.characters:
+            place -= len(character)
+            if place < 0:
+                break
+        return character
+
+
+def half_character(text: bytes) -> bytes:
+    """The bytes at the end of a text that are no whole character."""
+    for length in range(1, 4):
+        tail = text[-length:]
+        if 0xC0 <= tail[0] < 0xF8:
+            needed = 2 if tail[0] < 0xE0 else 3 if tail[0] < 0xF0 else 4
+            return tail if needed > length else b""
+        if not 0x80 <= tail[0] < 0xC0:
+            return b""
+    return b""

@@ -1,8 +1,12 @@
-"""Random models with a vocabulary of 40 ids and its reserved rows, for tests of the closed loop."""
+"""Random models: with a vocabulary of 40 ids and its reserved rows, and with a tokenizer of its own."""
 
-from transformers import PreTrainedModel
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from router.reserved import ReservedRows
+from tests.helpers.fluent_teacher import byte_level
+from tests.helpers.paths import ROOT
 from training.config import Shape
 from training.models import new_model
 
@@ -26,3 +30,23 @@ def model(seed: int, layers: int = 1) -> PreTrainedModel:
     for p in made.parameters():
         p.data.mul_(4 if p.ndim == 2 else 1)
     return made
+
+
+def save_teacher_of_other_words(directory: Path) -> Path:
+    """A random model whose tokenizer has other merges and special tokens than the demo pair's."""
+    texts = [path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))]
+    tokenizer = byte_level(texts, 600)
+    made = new_model(Shape(hidden=32, layers=1, heads=1, feed_forward=32), tokenizer, seed=3)
+    for name, weights in made.named_parameters():
+        if weights.ndim == 2 and "embed" in name:
+            weights.data.mul_(40)
+            weights.data[_not_ascii(tokenizer)] = 0
+            weights.data[len(tokenizer) :] = 0
+    made.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def _not_ascii(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that a random model would make no text of."""
+    return [token_id for token_id in range(len(tokenizer)) if not tokenizer.decode([token_id]).isascii()]

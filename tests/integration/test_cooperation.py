@@ -313,4 +313,8 @@ async def test_a_client_that_leaves_stops_both_models(stack: Serving, sources: l
         assert metric(stack.gateway, requests, outcome="aborted") - aborted >= 6
         assert await settled(stack.gateway, running, 0) == 0
         assert await settled(stack.teacher, running, 0) == 0
-        assert (await http.get("/ready")).json() == {"student": True, "teacher": True}
+        assert (await http.get("/ready")).json() == {
+            "student": True,
+            "teacher": True,
+            "teacher_vocabulary": "same",
+        }

@@ -1,0 +1,66 @@
+"""What a prompt was before the student's template and tokenizer: a teacher with others starts from there."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+
+OURS_ALONE = ("tokenize", "return_dict")
+"""Arguments of the student's template that say how it is rendered, not what."""
+
+
+@dataclass(eq=False)
+class OriginalPrompt:
+    """A body for ``/tokenize`` of a server, which makes a prompt of it by its own template and tokenizer."""
+
+    body: dict[str, Any]
+    obstacle: str | None = None
+    """A parameter by which the student reads something else, if there is one."""
+    teacher_ids: list[int] = field(default_factory=list)
+    """What the teacher made of it, once it was asked: all choices of a request begin there."""
+
+    @classmethod
+    def of_messages(
+        cls, messages: Sequence[Any], chat: Any, tokenizing: Any, default_template: str | None
+    ) -> "OriginalPrompt":
+        """Of a chat; ``chat`` and ``tokenizing`` are vLLM's `ChatParams` and `TokenizeParams`."""
+        arguments = dict(chat.chat_template_kwargs)
+        obstacle = _truncated(tokenizing)
+        if chat.chat_template != default_template or "chat_template" in arguments:
+            obstacle = "chat_template"
+        body: dict[str, Any] = {
+            "messages": plain(messages),
+            "add_generation_prompt": arguments.pop("add_generation_prompt", True),
+            "continue_final_message": arguments.pop("continue_final_message", False),
+            "add_special_tokens": bool(tokenizing and tokenizing.add_special_tokens),
+        }
+        if tools := arguments.pop("tools", None):
+            body["tools"] = plain(tools)
+        if kept := {name: value for name, value in arguments.items() if name not in OURS_ALONE}:
+            body["chat_template_kwargs"] = plain(kept)
+        return cls(body, obstacle)
+
+    @classmethod
+    def of_text(cls, text: str, tokenizing: Any) -> "OriginalPrompt":
+        """Of a text that is to be continued."""
+        special = tokenizing is None or tokenizing.add_special_tokens
+        return cls({"prompt": text, "add_special_tokens": special}, _truncated(tokenizing))
+
+
+def _truncated(tokenizing: Any) -> str | None:
+    """Where the student reads a part of the prompt only, which no other tokenizer can find again."""
+    if tokenizing is None or tokenizing.truncate_prompt_tokens is None:
+        return None
+    return "truncate_prompt_tokens"
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it: vLLM's own classes and iterables become objects and arrays."""
+    if isinstance(value, BaseModel):
+        return plain(value.model_dump(exclude_none=True))
+    if isinstance(value, Mapping):
+        return {name: plain(entry) for name, entry in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        return [plain(entry) for entry in value]
+    return value

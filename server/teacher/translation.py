@@ -1,0 +1,244 @@
+"""A teacher with a vocabulary of its own: text crosses between the two models, at whole characters only.
+
+A choice has two lists of ids. The student's are the completion. The teacher's are its own prompt, rendered by
+its own template, and the completion's text in its own tokens. As long as nobody else writes, these are the
+ids that it wrote itself, so that over several calls it goes on as it would in one.
+"""
+
+import copy
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from server.completion import Piece, new_detokenizer
+from server.original_prompt import OriginalPrompt
+from server.teacher.client import Ask
+from server.teacher.delivery import Delivery, last_border
+from server.teacher.errors import TeacherError
+from server.teacher.meter import Meter
+from server.teacher.pool import Slot, TeacherPool
+from server.teacher.words import UNFINISHED, StudentWords, TeacherWords, ids_of
+from server.vllm_api import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from server.choice import Choice
+
+UNSETTLED = 256
+"""Characters of the completion that are encoded again for the teacher, at most."""
+
+BYTES_OF_A_CHARACTER = 4
+
+UNSUPPORTED = {
+    "logprobs": None,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "stop_token_ids": None,
+    "ignore_eos": False,
+    "thinking_token_budget": None,
+    "repetition_detection": None,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "bad_words": None,
+    "structured_outputs": None,
+}
+"""What speaks of one vocabulary's ids, with the value that leaves it unused."""
+
+
+class Translator:
+    """What all choices of a pair share."""
+
+    def __init__(self, student: StudentWords, teacher: TeacherWords, tokenizer: Any) -> None:
+        """``tokenizer``: the student's, as its engine has it."""
+        self.student = student
+        self.teacher = teacher
+        self.tokenizer = tokenizer
+
+    def view(self, pool: TeacherPool, choice: "Choice") -> "Translation":
+        """A choice as the teacher sees it."""
+        return Translation(self, pool, choice)
+
+
+def untranslatable(original: OriginalPrompt | None, params: SamplingParams) -> str | None:
+    """Name of a parameter that the teacher cannot honour in its own vocabulary, if the request has one."""
+    if original is None:
+        return "prompt"
+    if original.obstacle is not None:
+        return original.obstacle
+    used = (name for name, unused in UNSUPPORTED.items() if getattr(params, name) not in (None, [], unused))
+    return next(used, None)
+
+
+class Translation:
+    """One choice as a teacher with another vocabulary sees it; a `server.teacher_view.TeacherView`."""
+
+    def __init__(self, translator: Translator, pool: TeacherPool, choice: "Choice") -> None:
+        self._student = translator.student
+        self._teacher = translator.teacher
+        self._pool = pool
+        self._choice = choice
+        reading = SamplingParams(output_kind=RequestOutputKind.DELTA)  # without stop strings
+        self._reader = new_detokenizer(translator.tokenizer, choice.prompt_ids, reading)
+        self._known = 0
+        """The student's ids that were read."""
+        self._text = ""
+        """The completion so far, up to the last whole character."""
+        self._unread = 0
+        """The student's ids at the end that are not in the text."""
+        self._settled: list[int] = []
+        """The teacher's ids of the text up to `_border`; they stay."""
+        self._border = 0
+        self._tail: list[int] = []
+        """Its ids of the text from there on, as it was when the teacher was asked last."""
+        self._own: list[int] = []
+        """Ids that it wrote itself since."""
+        self._ahead = ""
+        """What it wrote beyond a grant: it comes next, if nobody else writes."""
+        self._over = False
+        """Whether its sequence ends there."""
+        self._last_writer_at = -1
+        """The completion's length after the teacher's last token."""
+
+    @property
+    def half_written(self) -> bool:
+        """Whether the student's last tokens are a part of a character."""
+        self._read()
+        if not 0 < self._unread < BYTES_OF_A_CHARACTER:
+            return False  # a longer run is no character, however it goes on
+        ids = self._choice.completion.token_ids[-self._unread :]
+        return self._student.decode(ids).endswith(UNFINISHED)
+
+    @property
+    def reads(self) -> int:
+        """Its prompt and the completion in its own tokens; before it was asked for them, the student's."""
+        prompt = self._choice.original
+        if prompt is None or not prompt.teacher_ids:
+            return self._choice.prefix_tokens
+        return len(self._prefix)
+
+    async def room(self) -> int | None:
+        """Tokens that the teacher's context has left after its prompt and the completion's text."""
+        await self._prepare()
+        context = self._pool.max_model_len
+        if context is None:
+            return None
+        room = context - self.reads
+        return max(room, 1) if self._ahead or self._over else room
+
+    async def write(
+        self, slot: Slot, tokens: int, deadline: float, meter: Meter
+    ) -> AsyncGenerator[Piece, None]:
+        """The teacher's text in the student's tokens, in pieces as they arrive."""
+        choice = self._choice
+        start = len(choice.completion)
+        self._last_writer_at = -1  # until the end: a call may be cut off anywhere
+        delivery = Delivery(self._student, tokens, to_the_end=tokens >= choice.completion.tokens_left)
+        async with aclosing(self._delivered(slot, delivery, deadline, meter)) as parts:
+            async for ids in parts:
+                if ids:
+                    yield Piece(ids)
+        if delivery.stuck:
+            choice.put_off("characters", degraded=False, tokens=1)
+        elif self._over and not (delivery.rest or delivery.full):
+            if not choice.min_tokens:
+                yield Piece(choice.end_ids, finish_reason="stop")
+        else:
+            self._ahead = delivery.rest
+            self._last_writer_at = start + tokens - delivery.left
+
+    async def _delivered(
+        self, slot: Slot, delivery: Delivery, deadline: float, meter: Meter
+    ) -> AsyncGenerator[list[int], None]:
+        """What is left of the last call, and then a call's text, as the student's ids."""
+        yield delivery.add(self._ahead)
+        ask = None if self._over or delivery.done else self._ask(delivery.left, meter)
+        try:
+            if ask is not None:
+                async with aclosing(self._texts(slot, ask, deadline)) as texts:
+                    async for text in texts:
+                        yield delivery.add(text)
+                        if delivery.done:
+                            break
+        except TeacherError:
+            yield delivery.flush()
+            raise
+        yield delivery.flush()
+
+    async def _texts(self, slot: Slot, ask: Ask, deadline: float) -> AsyncGenerator[str, None]:
+        report = self._choice.report
+        calling = self._pool.write(slot, ask, request_id=self._choice.call_id, deadline=deadline)
+        async with aclosing(calling) as pieces:
+            async for piece in pieces:
+                self._own += piece.token_ids
+                report.own_tokens = (report.own_tokens or 0) + len(piece.token_ids)
+                self._over = piece.finish_reason == "stop"
+                yield piece.text
+
+    @property
+    def _prefix(self) -> list[int]:
+        prompt = self._choice.original
+        if prompt is None:
+            raise RuntimeError("a prompt that no teacher can read was to be written by one")
+        return [*prompt.teacher_ids, *self._settled, *self._tail, *self._own]
+
+    def _ask(self, tokens: int, meter: Meter) -> Ask | None:
+        """What the teacher is asked for, to deliver ``tokens`` of the student's; None if its context is full.
+
+        How many tokens of its own that takes is not known: the call ends when the grant is full.
+        """
+        prefix = self._prefix
+        own = 2 * tokens + BYTES_OF_A_CHARACTER
+        if self._pool.max_model_len is not None:
+            own = min(own, self._pool.max_model_len - len(prefix))
+        if not meter.admits(len(prefix), own):
+            own = min(own, tokens)  # which is what was reserved
+        if own < 1:
+            return None
+        choice = self._choice
+        params = copy.copy(choice.params)
+        params.stop_token_ids = None  # the student's end tokens
+        return Ask(
+            prefix,
+            own,
+            params,
+            min_tokens=choice.min_tokens,
+            seed=choice.seed,
+            cache_salt=choice.prompt.get("cache_salt"),
+            meter=meter,
+            as_text=True,
+        )
+
+    def _read(self) -> None:
+        """Take in what was written since the last time."""
+        written = self._choice.completion.token_ids
+        unread = written[self._known :]
+        self._known = len(written)
+        for token_id in unread:
+            self._reader.update([token_id], False)
+            text = self._reader.get_next_output_text(False, True)
+            self._text += text
+            self._unread = 0 if text else self._unread + 1
+
+    async def _prepare(self) -> None:
+        """Bring the teacher's ids up to the completion's text."""
+        prompt = self._choice.original
+        if prompt is not None and not prompt.teacher_ids:
+            prompt.teacher_ids = ids_of(await self._question("/tokenize", prompt.body))
+        self._read()
+        if self._last_writer_at == len(self._choice.completion):
+            if self._own and not self._over and not self._text.endswith(UNFINISHED):
+                self._own = await self._teacher.whole(self._question, self._own)
+            return
+        self._own = []
+        self._ahead = ""
+        self._over = False
+        border = self._border + last_border(self._text[self._border :])
+        if border - self._border > UNSETTLED // 2:
+            self._settled += await self._encode(self._text[self._border : border])
+            self._border = border
+        self._tail = await self._encode(self._text[self._border :])
+
+    async def _encode(self, text: str) -> list[int]:
+        return await self._teacher.encode(self._question, text) if text else []
+
+    async def _question(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return await self._pool.ask(self._choice.affinity, path, body)

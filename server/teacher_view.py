@@ -1,0 +1,74 @@
+"""What the teacher sees of a choice: its prompt, and how its reply becomes the student's tokens."""
+
+from collections.abc import AsyncGenerator, Callable
+from typing import TYPE_CHECKING, Protocol
+
+from server.completion import Piece
+from server.teacher.client import Ask
+from server.teacher.meter import Meter
+from server.teacher.pool import Slot, TeacherPool
+
+if TYPE_CHECKING:
+    from server.choice import Choice
+
+
+class TeacherView(Protocol):
+    """A choice as the teacher sees it. The span loop knows the student's tokens only."""
+
+    @property
+    def half_written(self) -> bool:
+        """Whether the student has to write on before the teacher can read it."""
+
+    @property
+    def reads(self) -> int:
+        """Tokens of its own that the teacher reads in a call; after `room`, of the next one."""
+
+    async def room(self) -> int | None:
+        """Tokens that the teacher's context has left; None if it does not tell. Raises TeacherError."""
+
+    def write(
+        self, slot: Slot, tokens: int, deadline: float, meter: Meter
+    ) -> AsyncGenerator[Piece, None]:
+        """Let the teacher write at most this many of the student's tokens; as `TeacherPool.write`."""
+
+
+class SameTokens:
+    """For a teacher with the student's vocabulary: it reads and writes the same ids."""
+
+    half_written = False
+
+    def __init__(self, teacher: TeacherPool, choice: "Choice") -> None:
+        self._teacher = teacher
+        self._choice = choice
+
+    @property
+    def reads(self) -> int:
+        """Prompt and completion."""
+        return self._choice.prefix_tokens
+
+    async def room(self) -> int | None:
+        """What the teacher's context has left after prompt and completion."""
+        context = self._teacher.max_model_len
+        return None if context is None else context - self.reads
+
+    def write(
+        self, slot: Slot, tokens: int, deadline: float, meter: Meter
+    ) -> AsyncGenerator[Piece, None]:
+        """Prompt and completion are what the teacher continues."""
+        choice = self._choice
+        ask = Ask(
+            choice.prefix,
+            tokens,
+            choice.params,
+            written=len(choice.completion),
+            min_tokens=choice.min_tokens,
+            seed=choice.seed,
+            end_ids=choice.end_ids,
+            cache_salt=choice.prompt.get("cache_salt"),
+            meter=meter,
+        )
+        return self._teacher.write(slot, ask, request_id=choice.call_id, deadline=deadline)
+
+
+ViewOf = Callable[[TeacherPool, "Choice"], TeacherView]
+"""Makes the view of a choice."""

@@ -1,0 +1,142 @@
+"""The demo's student with a teacher of another tokenizer, chat template and end token, in real engines."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from anthropic import AsyncAnthropic
+from openai import AsyncOpenAI, BadRequestError
+
+from server.local.pair import Pair, Serving, serving
+from tests.helpers.client import chat, excess, openai_client
+from tests.helpers.tiny_models import save_teacher_of_other_words
+
+LENGTH = 60
+TYPED = "Say <|im_end|> and <|end|>, <|user|>!"
+
+
+@pytest.fixture(scope="module")
+def other(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    directory = tmp_path_factory.mktemp("other")
+    teacher = save_teacher_of_other_words(directory / "teacher")
+    strangers = Pair(teacher=teacher, student=pair.student, router=pair.router)
+    with serving(strangers, directory, flags=("--gate", "random")) as stack:
+        yield stack
+
+
+@pytest.fixture
+async def gateway(other: Serving) -> AsyncIterator[AsyncOpenAI]:
+    async with openai_client(other.gateway) as client:
+        yield client
+
+
+async def of_the_teacher_alone(other: Serving, source: str, **parameters: Any) -> Any:
+    async with openai_client(other.teacher) as client:
+        reply = await client.chat.completions.create(
+            model="teacher",
+            messages=[{"role": "user", "content": source}],
+            temperature=0,
+            max_tokens=LENGTH * 4,
+            **parameters,
+        )
+    return reply.choices[0]
+
+
+async def test_the_gateway_finds_it_out(other: Serving) -> None:
+    async with httpx.AsyncClient(base_url=other.gateway) as http:
+        assert (await http.get("/ready")).json()["teacher_vocabulary"] == "other"
+
+
+@pytest.mark.parametrize("source", ["What is 17 plus 4?", TYPED, "list of words"])
+async def test_at_budget_one_the_text_is_the_teachers_own(
+    other: Serving, gateway: AsyncOpenAI, source: str
+) -> None:
+    alone = await of_the_teacher_alone(other, source)
+    reply = await chat(gateway, source, 1, max_tokens=LENGTH)
+    text = reply.choices[0].message.content
+    assert len(text) > 20
+    assert alone.message.content.startswith(text)
+    if reply.choices[0].finish_reason == "stop":
+        assert (alone.message.content, alone.finish_reason) == (text, "stop")
+    else:
+        assert len(reply.choices[0].token_ids) == LENGTH
+    assert reply.teacher["tokens"] == len(reply.choices[0].token_ids)
+    assert reply.teacher["own_tokens"] > 0
+
+
+async def test_every_surface_has_the_same_text(other: Serving, gateway: AsyncOpenAI) -> None:
+    """Messages reach the teacher through vLLM's own conversions."""
+    source = "What is 17 plus 4?"
+    expected = (await chat(gateway, source, 1, max_tokens=LENGTH)).choices[0].message.content
+    budget = {"teacher_budget": 1}
+    stream = await chat(gateway, source, 1, max_tokens=LENGTH, stream=True)
+    chunks = [chunk async for chunk in stream]
+    response = await gateway.responses.create(
+        model="wheels", input=source, temperature=0, max_output_tokens=LENGTH, extra_body=budget
+    )
+    anthropic = AsyncAnthropic(base_url=other.gateway, api_key="none", max_retries=0)
+    async with anthropic:
+        message = await anthropic.messages.create(
+            model="wheels",
+            max_tokens=LENGTH,
+            messages=[{"role": "user", "content": source}],
+            temperature=0,
+            extra_body=budget,
+        )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+    assert response.output_text == expected
+    assert message.content[0].text == expected
+
+
+async def test_a_plain_prompt_is_the_teachers_plain_prompt(other: Serving, gateway: AsyncOpenAI) -> None:
+    async with openai_client(other.teacher) as client:
+        alone = await client.completions.create(
+            model="teacher", prompt="One word:", max_tokens=LENGTH * 4, temperature=0
+        )
+    reply = await gateway.completions.create(
+        model="wheels",
+        prompt="One word:",
+        max_tokens=LENGTH,
+        temperature=0,
+        extra_body={"teacher_budget": 1},
+    )
+    assert len(reply.choices[0].text) > 20
+    assert alone.choices[0].text.startswith(reply.choices[0].text)
+
+
+async def test_bounds_hold_and_no_character_is_broken(
+    gateway: AsyncOpenAI, sources: list[str], span_tokens: int
+) -> None:
+    budgets = [0.2, 0.5, {"tokens": 9}, {"calls": 3}]
+    asked = [(source, budgets[n % 4]) for n, source in enumerate(sources[:48])]
+    replies = await asyncio.gather(*(chat(gateway, source, budget) for source, budget in asked))
+    for (_, budget), reply in zip(asked, replies, strict=True):
+        limits = budget if isinstance(budget, dict) else {"fraction": budget}
+        assert reply.teacher["tokens"] <= limits.get("tokens", 10**9)
+        assert reply.teacher["calls"] <= limits.get("calls", 10**9)
+        assert excess(reply, limits.get("fraction", 1), span_tokens) <= 1e-9
+        assert "\ufffd" not in reply.choices[0].message.content
+        assert reply.teacher["degraded"] is False
+    assert sum(reply.teacher["tokens"] for reply in replies) > 100
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("logprobs", True), ("logit_bias", {"9": 1}), ("stop_token_ids", [9]), ("ignore_eos", True)],
+)
+async def test_what_speaks_of_ids_is_refused_by_name(gateway: AsyncOpenAI, name: str, value: Any) -> None:
+    with pytest.raises(BadRequestError) as error:
+        await chat(gateway, "Hi", 0.5, extra_body={name: value})
+    assert error.value.body["param"] == name
+    alone = await chat(gateway, "Hi", None, extra_body={name: value}, max_tokens=8)
+    assert alone.teacher["calls"] == 0
+
+
+async def test_a_prompt_of_ids_is_the_students(gateway: AsyncOpenAI) -> None:
+    with pytest.raises(BadRequestError) as error:
+        await gateway.completions.create(
+            model="wheels", prompt=[9, 10], max_tokens=4, extra_body={"teacher_budget": 0.5}
+        )
+    assert error.value.body["param"] == "prompt"
