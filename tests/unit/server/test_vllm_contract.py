@@ -335,3 +335,28 @@ def test_vllm_still_refuses_processors_with_drafts_in_the_v1_runner():
 def test_a_draft_model_of_its_own_shares_nothing_with_the_student():
     text = sources("v1/worker/gpu/spec_decode/standalone_ar")
     assert not any("lm_head" in each for each in text.values())
+
+
+# keep_originals
+
+
+def test_chats_and_texts_are_rendered_by_these_functions():
+    from vllm.renderers import BaseRenderer, ChatParams, TokenizeParams
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    for function in (BaseRenderer.render_chat_async, BaseRenderer.render_cmpl_async):
+        assert "tok_params" in inspect.signature(function).parameters
+    chats = inspect.getsource(OnlineRenderer.preprocess_chat)
+    assert re.search(r"renderer\.render_chat_async\(\s+\[messages\],\s+chat_params,\s+tok_params,", chats)
+    texts = inspect.getsource(OnlineRenderer.preprocess_cmpl)
+    assert re.search(r"renderer\.render_cmpl_async\(\s+parsed_prompts,\s+tok_params,", texts)
+    assert {"chat_template", "chat_template_kwargs"} <= ChatParams.__dataclass_fields__.keys()
+    assert {"add_special_tokens", "truncate_prompt_tokens"} <= TokenizeParams.__dataclass_fields__.keys()
+    assert "chat_template" in inspect.signature(OnlineRenderer).parameters
+
+
+def test_every_api_renders_its_chats_there():
+    for name in ("openai/chat_completion", "anthropic"):
+        assert "online_renderer.render_chat" in (SOURCE / "entrypoints" / name / "serving.py").read_text()
+    responses = (SOURCE / "entrypoints/openai/responses/serving.py").read_text()
+    assert "online_renderer.render_responses" in responses
