@@ -26,9 +26,7 @@ class TeacherView(Protocol):
     async def room(self) -> int | None:
         """Tokens that the teacher's context has left; None if it does not tell. Raises TeacherError."""
 
-    def write(
-        self, slot: Slot, tokens: int, deadline: float, meter: Meter
-    ) -> AsyncGenerator[Piece, None]:
+    def write(self, slot: Slot, tokens: int, deadline: float, meter: Meter) -> AsyncGenerator[Piece, None]:
         """Let the teacher write at most this many of the student's tokens; as `TeacherPool.write`."""
 
 
@@ -51,9 +49,7 @@ class SameTokens:
         context = self._teacher.max_model_len
         return None if context is None else context - self.reads
 
-    def write(
-        self, slot: Slot, tokens: int, deadline: float, meter: Meter
-    ) -> AsyncGenerator[Piece, None]:
+    def write(self, slot: Slot, tokens: int, deadline: float, meter: Meter) -> AsyncGenerator[Piece, None]:
         """Prompt and completion are what the teacher continues."""
         choice = self._choice
         ask = Ask(
