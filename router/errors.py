@@ -9,6 +9,7 @@ WheelsError
 │   ├── DataError                 a file of examples
 │   ├── LoraError                 adapters that this model does not take
 │   ├── UnreadableModel           a model that training cannot read
+│   ├── UnusableTokenizer         a tokenizer that changes texts, or cannot continue one
 │   ├── NotOnHub                  a model's name that the hub does not give us
 │   ├── IncompletePair            a pair's directory that lacks a file
 │   ├── NothingToLearn            a gateway whose prices prompts do not move
@@ -18,6 +19,7 @@ WheelsError
 │   └── TrackerError              a tracker that is not installed
 ├── PeerError                     another server is away, or answers what nobody can use
 │   ├── TeacherError              the teacher of a gateway
+│   │   └── DifferentVocabulary   its tokens are not the student's, or not those of its replicas
 │   ├── GatewayError              a gateway that is measured
 │   ├── ServerError               a server that training asks
 │   ├── JudgeError                a served model that rates answers

@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Awaitable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+from router.errors import UnusableInput
 from router.vocabulary import PROBES, Tokenizer
 from server.teacher.errors import TeacherError
 
@@ -27,7 +28,7 @@ LIKELY_SPECIAL = re.compile(r"[^\w\s].*\w.*[^\w\s]", re.DOTALL)
 """How names of special tokens look: ``</s>``, ``<|im_end|>``, ``[INST]``. Others may look so too."""
 
 
-class UnusableTokenizer(Exception):
+class UnusableTokenizer(UnusableInput):
     """A tokenizer that changes texts, or cannot continue one."""
 
 
