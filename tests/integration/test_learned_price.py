@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,13 +12,15 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI
 
-from server.local.pair import EXACT, UNIPROC, Pair, Serving, free_port, gateway_service
+from server.local.pair import EXACT, QUIET, START_SECONDS, UNIPROC, Pair, Serving, free_port, gateway_service
 from server.local.processes import running
-from tests.helpers.client import chat, excess, metric, openai_client
+from tests.helpers.client import UNHURRIED, chat, excess, metric, openai_client
 from tests.helpers.paths import DEMO, ROOT
 
-TAUGHT = 100
-MEASURED = 150
+TAUGHT = 60
+"""Prompts of `wheels calibrate`, which sends them at least twice at each rate."""
+MEASURED = 100
+"""Completions at each rate after it: some 3,000 tokens."""
 AT_ONCE = 8
 SPAN_TOKENS = 4
 FRACTIONS = (0.05, 0.3)
@@ -54,6 +57,7 @@ def calibrated(rates: Sequence[float], *arguments: str) -> dict[float, dict[str,
     done = subprocess.run(
         [sys.executable, "-m", "wheels", "calibrate", *options, *arguments],
         cwd=ROOT,
+        env=os.environ | QUIET | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=550,
@@ -65,18 +69,18 @@ def calibrated(rates: Sequence[float], *arguments: str) -> dict[float, dict[str,
 async def test_calibrated_prices_are_there_at_the_next_start(
     stack: Serving, pair: Pair, sources: list[str], prompts: str, tmp_path: Path
 ) -> None:
-    """No flag but the place of the cache. The first start knows nothing, the second goes on from there."""
-    cache = ("--cache", str(tmp_path / "cache"))
+    """Nothing is said of prices. The first start knows nothing, the second goes on from there."""
+    flags = ("--cache", str(tmp_path / "cache"), *UNHURRIED)
     executor = ("--distributed-executor-backend", UNIPROC, "--kv-cache-memory-bytes", "256M")
     models = ("--student", str(pair.student), "--teacher", stack.teacher)
-    rows = calibrated(FRACTIONS, prompts, *models, *cache, "--", *EXACT, *executor)
+    rows = calibrated(FRACTIONS, prompts, *models, *flags, "--", *EXACT, *executor)
     for fraction in FRACTIONS:
         assert rows[fraction]["realised"] == pytest.approx(fraction, abs=NEAR)
     assert len(list((tmp_path / "cache" / "prices").iterdir())) == 1
 
     untrained = Pair(pair.teacher, pair.student, router=None)
     url = f"http://127.0.0.1:{free_port()}"
-    with running([gateway_service(untrained, stack.teacher, url, tmp_path, cache)], timeout=300):
+    with running([gateway_service(untrained, stack.teacher, url, tmp_path, flags)], timeout=START_SECONDS):
         async with openai_client(url) as client:
             for fraction in FRACTIONS:
                 answers = await replies(client, sources[:MEASURED], fraction)
