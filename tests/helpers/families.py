@@ -10,6 +10,10 @@ if TYPE_CHECKING:
 
     from router.checkpoint import RouterCheckpoint
 
+ORIGINAL = "original"
+MERGED = "merged"
+LOGITS = "logits.safetensors"
+"""What `family_worker` leaves of a family."""
 ROWS = 96
 APPENDED = ReservedRows(ROWS)
 HIDDEN = 64

@@ -1,7 +1,10 @@
 """Writes with the models of `families`, one after the other in this process; a line of JSON for each.
 
-Every model writes twice: in stock vLLM as it is, and in vLLM as the gateway's copy with a router. The second
-one's gate never asks, and keeps the logits that it was given.
+Every model is loaded twice: in stock vLLM as it is, and in vLLM as the gateway's copy with a router. The
+first is the teacher, the second the student. So whoever writes, the completion has to be the same.
+
+The models and the logits that the gate saw stay in the directory: another process compares them with those of
+transformers, because vLLM changes classes of transformers that it runs itself.
 """
 
 import gc
@@ -9,21 +12,24 @@ import json
 import os
 import random
 import sys
-import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from vllm import LLM, SamplingParams
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.models import ModelRegistry
 
 from router.checkpoint import MERGED_ROUTER
@@ -31,23 +37,39 @@ from router.gate import Gate
 from router.reserved import ReservedRows
 from server.gate_processor import PRICE, PROCESSORS, gate_settings
 from server.local.pair import UNIPROC
-from tests.helpers.families import APPENDED, ROWS, load, router_for, write
+from tests.helpers.families import APPENDED, LOGITS, MERGED, ORIGINAL, ROWS, router_for, write
 
 TOKENS = 12
+SPAN_TOKENS = 2
 DRAWN = random.Random(0)
 PROMPTS = [[DRAWN.randrange(2, ROWS) for _ in range(DRAWN.randrange(2, 9))] for _ in range(6)]
+Completions = list[list[int]]
 
 
-class Recorder(Gate):
-    """A gate that never asks."""
+class ScriptedGate(Gate):
+    """A gate whose score is a rule's; it keeps the logits that it was given."""
 
-    def __init__(self, reserved: ReservedRows) -> None:
+    def __init__(self, reserved: ReservedRows, rule: Callable[[Tensor], Tensor]) -> None:
         super().__init__(reserved)
+        self.rule = rule
         self.seen: list[Tensor] = []
 
     def forward(self, logits: Tensor) -> Tensor:
         self.seen.append(logits.clone())
-        return torch.full((len(logits),), -torch.inf)
+        return self.rule(logits)
+
+
+def never(logits: Tensor) -> Tensor:
+    return torch.full((len(logits),), -torch.inf)
+
+
+def always(logits: Tensor) -> Tensor:
+    return torch.ones(len(logits))
+
+
+def sometimes(logits: Tensor) -> Tensor:
+    """Where the likeliest token has an even id."""
+    return (logits[:, :ROWS].argmax(-1) % 2 == 0).float()
 
 
 def engine(model: Path, **settings: Any) -> LLM:
@@ -59,73 +81,119 @@ def engine(model: Path, **settings: Any) -> LLM:
         max_model_len=64,
         max_num_seqs=len(PROMPTS),
         block_size=32,
+        kv_cache_memory_bytes=2**25,
         distributed_executor_backend=UNIPROC,
         **settings,
     )
 
 
-def written(llm: LLM, **settings: Any) -> list[list[int]]:
-    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, **settings)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params, use_tqdm=False)
+@dataclass(frozen=True)
+class Request:
+    """What is to be written after some ids."""
+
+    ids: list[int]
+    tokens: int
+    """At most."""
+
+
+def written(llm: LLM, requests: list[Request], **settings: Any) -> Completions:
+    params = []
+    for request in requests:
+        params.append(
+            SamplingParams(
+                temperature=0, max_tokens=request.tokens, ignore_eos=True, detokenize=False, **settings
+            )
+        )
+    prompts = [{"prompt_token_ids": request.ids} for request in requests]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def stock(model: Path) -> list[list[int]]:
-    return written(engine(model))
+def alone(llm: LLM, **settings: Any) -> Completions:
+    return written(llm, [Request(ids, TOKENS) for ids in PROMPTS], **settings)
 
 
-def gated(model: Path) -> tuple[list[list[int]], Tensor]:
-    """What it writes, and the logits (prompts, TOKENS, V) that its gate saw."""
-    settings = gate_settings(APPENDED, "learned", model / MERGED_ROUTER, ROWS)
-    llm = engine(model, logits_processors=["server.gate_processor:GateProcessor"], additional_config=settings)
-    (processor,) = PROCESSORS
-    processor.gate = recorder = Recorder(APPENDED)
-    tokens = written(llm, extra_args={PRICE: 0.0})
-    return tokens, torch.stack(recorder.seen, dim=1)
+@dataclass
+class Cooperative:
+    """What two engines wrote together."""
+
+    completions: Completions
+    teacher_tokens: int
 
 
-def logits_of(family: str, model: Path, completions: list[list[int]]) -> Tensor:
-    """The same logits as transformers computes them."""
-    reference, rows = load(family, model), []
-    for prompt, completion in zip(PROMPTS, completions, strict=True):
-        logits = reference(torch.tensor([prompt + completion])).logits[0]
-        rows.append(logits[len(prompt) - 1 : -1])
-    return torch.stack(rows)
+def together(student: LLM, teacher: LLM) -> Cooperative:
+    """Each continues the whole prefix of what was written, as the span loop makes them do."""
+    done: Completions = [[] for _ in PROMPTS]
+    teacher_tokens = 0
+    while waiting := [index for index, tokens in enumerate(done) if len(tokens) < TOKENS]:
+        segments = written(
+            student, _rest(done, waiting), extra_args={PRICE: 0.0}, stop_token_ids=[APPENDED.escalation]
+        )
+        asking = []
+        for index, segment in zip(waiting, segments, strict=True):
+            if segment[-1] == APPENDED.escalation:
+                asking.append(index)
+                segment.pop()
+            done[index] += segment
+        asking = [index for index in asking if len(done[index]) < TOKENS]
+        spans = written(teacher, _rest(done, asking, SPAN_TOKENS)) if asking else []
+        for index, span in zip(asking, spans, strict=True):
+            done[index] += span
+            teacher_tokens += len(span)
+    return Cooperative(done, teacher_tokens)
+
+
+def _rest(done: Completions, indices: list[int], most: int = TOKENS) -> list[Request]:
+    requests = []
+    for index in indices:
+        left = TOKENS - len(done[index])
+        requests.append(Request(PROMPTS[index] + done[index], min(left, most)))
+    return requests
 
 
 def register(model: Path) -> None:
     """Its class, which vLLM otherwise looks at in a process of its own, for seconds."""
     (name,) = json.loads((model / "config.json").read_text())["architectures"]
     known = ModelRegistry.models[name]
-    module = getattr(known, "module_name", None)
-    if module is None:  # registered for an earlier family
+    if getattr(known, "module_name", None) is None:  # registered for an earlier family
         return
-    if not module.endswith(".transformers"):  # that module needs an engine to be imported
+    with set_current_vllm_config(VllmConfig()):
         ModelRegistry.register_model(name, known.load_model_cls())
 
 
 def compared(family: str, directory: Path) -> dict[str, Any]:
-    original, merged = write(family, directory / "original"), directory / "merged"
+    original = write(family, directory / ORIGINAL)
+    merged = directory / MERGED
     router_for(original).merge(original, merged)
     register(original)
-    alone = stock(original)
-    gc.collect()
-    ours, seen = gated(merged)
-    expected = logits_of(family, merged, ours)
-    error = (seen - expected).abs().amax() / expected.abs().amax()
-    return {"stock": alone, "ours": ours, "error": error.item()}
+    teacher = engine(original)
+    settings = gate_settings(APPENDED, "learned", merged / MERGED_ROUTER, ROWS)
+    student = engine(
+        merged, logits_processors=["server.gate_processor:GateProcessor"], additional_config=settings
+    )
+    (processor,) = PROCESSORS
+    processor.gate = gate = ScriptedGate(APPENDED, never)
+    result: dict[str, Any] = {"prompts": PROMPTS, "stock": alone(teacher)}
+    result["alone"] = alone(student, extra_args={PRICE: 0.0})
+    save_file({"seen": torch.stack(gate.seen, dim=1)}, directory / LOGITS)
+    for name, rule in (("mixed", sometimes), ("whole", always)):
+        gate.rule = rule
+        result[name] = asdict(together(student, teacher))
+    return result
 
 
-def main(families: list[str]) -> None:
-    for family in families:
-        with tempfile.TemporaryDirectory() as directory:
-            try:
-                result = compared(family, Path(directory))
-            except Exception as error:  # the next family may work
-                result = {"failed": f"{type(error).__name__}: {error}"}
+def main(directory: str, families: list[str]) -> None:
+    for number, family in enumerate(families):
+        start = time.process_time()
+        place = Path(directory) / str(number)
+        try:
+            result = compared(family, place)
+        except Exception as error:  # the next family may work
+            result = {"failed": f"{type(error).__name__}: {error}"}
         gc.collect()
-        print(json.dumps({"family": family} | result), flush=True)
+        result |= {"family": family, "place": str(place), "cpu_seconds": time.process_time() - start}
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1], sys.argv[2:])

@@ -3,36 +3,88 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.families import IN_VLLM
+from tests.helpers.families import APPENDED, IN_VLLM, LOGITS, MERGED, load
 from tests.helpers.paths import ROOT
+
+WORKERS = 2
+Result = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, Any]]:
-    """By family; all of them in one process, as vLLM's import takes longer than an engine of this size."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.family_worker", *IN_VLLM],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=1800,
-    )
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {result["family"]: result for result in lines}
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """By family. A process does many of them, as vLLM's import takes longer than an engine of this size."""
+    started = []
+    for number in range(WORKERS):
+        directory = tmp_path_factory.mktemp("families")
+        command = [sys.executable, "-m", "tests.helpers.family_worker", str(directory)]
+        command += IN_VLLM[number::WORKERS]
+        started.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
+    found: dict[str, Result] = {}
+    try:
+        for process in started:
+            output, _ = process.communicate(timeout=550)
+            for line in output.splitlines():
+                if line.startswith("{"):
+                    result = json.loads(line)
+                    found[result["family"]] = result
+    finally:
+        for process in started:
+            process.kill()
+    return found
 
 
-@pytest.mark.parametrize("family", IN_VLLM)
-def test_a_student_with_appended_rows_writes_what_stock_vllm_writes_with_the_original(results, family):
-    result = results[family]
-    assert "failed" not in result, result["failed"]
-    assert result["ours"] == result["stock"]
+@pytest.fixture(params=IN_VLLM)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-@pytest.mark.parametrize("family", IN_VLLM)
-def test_the_gate_reads_the_logits_and_taps_that_training_reads(results, family):
-    """Scaled, capped and with a bias, as transformers computes them from the same files."""
-    assert results[family]["error"] < 1e-3
+@pytest.fixture
+def result(family: str, results: dict[str, Result]) -> Result:
+    found = results[family]
+    assert "failed" not in found, found["failed"]
+    return found
+
+
+def test_a_student_with_appended_rows_writes_what_stock_vllm_writes_with_the_original(result: Result) -> None:
+    assert result["alone"] == result["stock"]
+
+
+def test_with_turns_between_student_and_teacher_the_completion_is_the_same(result: Result) -> None:
+    """The teacher is the original; its spans of two tokens are between those of the student."""
+    tokens = sum(map(len, result["stock"]))
+    assert result["mixed"]["completions"] == result["stock"]
+    assert 0 < result["mixed"]["teacher_tokens"] < tokens
+
+
+def test_at_budget_one_the_teacher_writes_all_of_it(result: Result) -> None:
+    assert result["whole"]["completions"] == result["stock"]
+    assert result["whole"]["teacher_tokens"] == sum(map(len, result["stock"]))
+
+
+def test_the_gate_reads_what_training_reads(family: str, result: Result) -> None:
+    """Logits and taps, scaled, capped and with a bias, as transformers computes them from the same files.
+
+    And so the features that the gate makes of them: taps, log-probabilities in nats, entropy and margin.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    from router.features import features
+
+    place = Path(result["place"])
+    seen = load_file(place / LOGITS)["seen"]
+    reference = load(family, place / MERGED)
+    expected = []
+    for prompt, completion in zip(result["prompts"], result["alone"], strict=True):
+        logits = reference(torch.tensor([prompt + completion])).logits[0]
+        expected.append(logits[len(prompt) - 1 : -1])
+    wanted = torch.stack(expected)
+    assert (seen - wanted).abs().amax() / wanted.abs().amax() < 1e-3
+    scale = wanted[..., APPENDED.taps].abs().amax()
+    error = (features(seen, APPENDED) - features(wanted, APPENDED)).abs().amax()
+    assert error < 1e-3 * max(scale, 1.0)
