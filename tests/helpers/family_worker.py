@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {
+    "OMP_NUM_THREADS": "1",  # a model is tiny, and another process has the other core
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",

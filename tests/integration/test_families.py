@@ -27,7 +27,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     found: dict[str, Result] = {}
     try:
         for process in started:
-            output, _ = process.communicate(timeout=550)
+            output, _ = process.communicate(timeout=1800)
             for line in output.splitlines():
                 if line.startswith("{"):
                     result = json.loads(line)
@@ -45,6 +45,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def result(family: str, results: dict[str, Result]) -> Result:
+    assert family in results, "its process ended before it"
     found = results[family]
     assert "failed" not in found, found["failed"]
     return found
