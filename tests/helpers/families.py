@@ -74,8 +74,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 """The name of a family, its class of transformers' configurations, and what it is given."""
 NOT_IN_VLLM = (
     "Gemma 3, text and images",  # vLLM's class needs torchvision, which its CPU build does not bring
-    *("Phi", "GPT-NeoX", "OLMo 2", "StarCoder 2", "SmolLM 3"),  # run by vLLM through transformers
-    *("GLM-4", "EXAONE 4"),
 )
 """Families that no engine is started with in the tests."""
 IN_VLLM = [family for family in FAMILIES if family not in NOT_IN_VLLM]
