@@ -9,6 +9,7 @@ from router.budget import Bucket
 from router.money import TokenUsage
 from server.completion import Completion, Piece
 from server.exchange import Purse, Report, Source
+from server.grammar.constraint import Constraint
 from server.metrics import ESCALATIONS
 from server.original_prompt import OriginalPrompt
 from server.sessions import OpenSession
@@ -63,6 +64,8 @@ class Choice:
     """The one that its request names."""
     original: OriginalPrompt | None = None
     """What the prompt was before it was rendered, for a teacher with another vocabulary."""
+    constraint: Constraint | None = None
+    """Of structured output: what may be written next, whoever writes it."""
     share: Share = field(init=False)
     """Its part in the budgets that requests share; set by the span loop."""
     view: TeacherView = field(init=False)

@@ -18,6 +18,7 @@ from server.completion import Completion
 from server.engine_limits import check_engine_limits
 from server.exchange import EXCHANGE, NO_PRICES, Exchange, Report
 from server.gate_processor import TERMS
+from server.grammar.constraint import Grammars
 from server.metrics import counted
 from server.parameters import check_reserved_rows, unsupported
 from server.recorder import Recorder
@@ -123,6 +124,7 @@ class CooperativeEngine(AsyncLLM):
             reserved=reserved,
             markers=reasoning_markers(self.vllm_config),
             ranks=data_parallel_ranks(self.vllm_config.parallel_config),
+            constrain=Grammars(self.vllm_config).constrain,
         )
 
 
@@ -306,10 +308,11 @@ class Cooperator:
             self._cooperation.ask_tokens,
             prices=None if prices is None else prices.teacher,
         )
+        choice_id = f"{request_id}-{completion.index}"
         return Choice(
             prompt=prompt,
             segment_params=self._segment_params(completion.params),
-            request_id=f"{request_id}-{completion.index}",
+            request_id=choice_id,
             affinity=digest.digest(),
             options=options,
             completion=completion,
@@ -319,6 +322,9 @@ class Cooperator:
             single_tokens=self._parsed(completion.params),
             thinking=self._thinking(completion.params, prompt["prompt_token_ids"]),
             original=exchange.original(prompt),
+            constraint=self._student.constrain(
+                choice_id, prompt["prompt_token_ids"], completion.params, options
+            ),
         )
 
     def _thinking(self, params: SamplingParams, prompt_ids: list[int]) -> Thinking | None:

@@ -36,14 +36,14 @@ from server.vllm_api import (
     rows_of,
     weight_of,
 )
-from server.written import WRITTEN, WrittenInRows, WrittenInSlots
+from server.written import GRAMMAR_FROM, WRITTEN, WrittenInRows, WrittenInSlots
 
 SETTINGS = "wheels"
 PRICE = "wheels_price"
 NOT_BEFORE = "wheels_not_before"
 SPARE_PRICE = "wheels_spare_price"
 SPARE_FROM = "wheels_spare_from"
-TERMS = frozenset({PRICE, NOT_BEFORE, SPARE_PRICE, SPARE_FROM, WRITTEN})
+TERMS = frozenset({PRICE, NOT_BEFORE, SPARE_PRICE, SPARE_FROM, WRITTEN, GRAMMAR_FROM})
 """What a client must not say: it is between the span loop and the engine."""
 
 PIECE_ON_CPU = 2**20

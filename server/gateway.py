@@ -21,6 +21,7 @@ from router.policy import Policy
 from server.config import ConfigError, ServeConfig
 from server.engine import Cooperation, CooperativeEngine
 from server.exchange import EXCHANGE
+from server.grammar.manager import install_scheduler
 from server.http.access import Access
 from server.http.fields import TeacherFields
 from server.http.lifecycle import CUT_OFF_SECONDS, KEEP_ALIVE_SECONDS, EngineDied, Lifecycle
@@ -174,6 +175,7 @@ def _engine(arguments: Namespace) -> CooperativeEngine:
     find_reports(v2=config.use_v2_model_runner)
     if config.use_v2_model_runner:  # vLLM's choice on GPUs, known only now; it takes its own interface alone
         config.model_config.logits_processors = ["server.gate_processor:GateProcessorV2"]
+    install_scheduler(config)
     engine = CooperativeEngine.from_vllm_config(
         config,
         usage_context=usage,

@@ -10,7 +10,6 @@ from server.vllm_api import SamplingParams, VLLMValidationError
 # Sampling parameters that a teacher budget rules out, with the value that leaves them unused.
 # They count or constrain the completion as a whole, and a continuation starts their count anew.
 UNSUPPORTED = {
-    "structured_outputs": None,
     "prompt_logprobs": None,
     "logprob_token_ids": None,
     "trace_decode_token_ids": None,

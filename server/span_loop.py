@@ -123,6 +123,10 @@ class SpanLoop:
 
     async def _reserve(self, choice: Choice, terms: Terms) -> Span | None:
         """Reserve the next span in every budget, or let the choice ask later, or never again."""
+        constraint = choice.constraint
+        if constraint is not None and not await constraint.catch_up(choice.completion.token_ids):
+            choice.deny("grammar", degraded=False)
+            return None
         if choice.view.half_written:
             choice.wait(1)
             return None
@@ -183,7 +187,7 @@ class SpanLoop:
             span.slot.release()
             choice.bucket.settle(span.grant, span.used, span.meter.cost)
             choice.share.settle(span.used, span.meter.cost)
-        if not span.used:  # a character that is longer than the grant
+        if not span.used:  # a character that is longer than the grant, or all was refused by a grammar
             choice.wait(1)
 
     async def _take(self, choice: Choice, span: Span) -> None:

@@ -11,8 +11,13 @@ from router.reserved import ReservedRows
 from server.choice import Choice
 from server.completion import Piece
 from server.gate_processor import terms_args
+from server.grammar.constraint import Constraint
 from server.vllm_api import ReasoningMarkers, RequestOutput, SamplingParams
 from server.written import written_args
+
+
+def _unconstrained(*_: Any) -> None:
+    """For a student whose requests have no structured output."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class StudentEngine:
     """Of thinking, if its engine knows some."""
     ranks: int = 1
     """Data-parallel copies of the student, each with a prefix cache of its own."""
+    constrain: Callable[..., Constraint | None] = _unconstrained
+    """As `Grammars.constrain`."""
 
     def rank(self, affinity: bytes) -> int | None:
         """The copy that writes all segments of a prompt, so that it finds their prefix in its cache."""
@@ -42,9 +49,16 @@ class StudentEngine:
         options["priority"] -= len(choice.completion) > 0
         if options.get("data_parallel_rank") is None:
             options["data_parallel_rank"] = self.rank(choice.affinity)
+        params = self._params(choice, terms)
+        if choice.constraint is not None and (choice.completion or choice.report.calls):
+            await choice.constraint.catch_up(choice.completion.token_ids)
+        if choice.constraint is not None and choice.completion:
+            continuation = choice.constraint.continuation(len(choice.prompt_ids))
+            params.extra_args = {**(params.extra_args or {}), **continuation.extra_args}
+            options |= continuation.options
         outputs = self.generate(
             {**choice.prompt, "prompt_token_ids": choice.prefix},
-            self._params(choice, terms),
+            params,
             f"{choice.request_id}-{len(choice.completion)}-{choice.report.calls}",
             **options,
         )

@@ -62,6 +62,7 @@ class SameTokens:
             end_ids=choice.end_ids,
             cache_salt=choice.prompt.get("cache_salt"),
             meter=meter,
+            constraint=choice.constraint,
         )
         return self._teacher.write(slot, ask, request_id=choice.call_id, deadline=deadline)
 

@@ -33,8 +33,10 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.request import Request as EngineRequest
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 from vllm.v1.sample.sampler import Sampler
+from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu.sample.logit_bias import (
     MAX_NUM_ALLOWED_TOKEN_IDS,
     MAX_NUM_LOGIT_BIAS_TOKENS,
@@ -486,6 +488,42 @@ def parses_streams(arguments: Namespace) -> bool:
     return bool(arguments.tool_call_parser or arguments.reasoning_parser or structured)
 
 
+GRAMMAR_BACKENDS = {
+    "xgrammar": "vllm.v1.structured_output.backend_xgrammar.XgrammarBackend",
+    "guidance": "vllm.v1.structured_output.backend_guidance.GuidanceBackend",
+    "outlines": "vllm.v1.structured_output.backend_outlines.OutlinesBackend",
+    "lm-format-enforcer": "vllm.v1.structured_output.backend_lm_format_enforcer.LMFormatEnforcerBackend",
+}
+
+
+def grammar_backend(name: str, vllm_config: Any, tokenizer: Any) -> Any:
+    """What compiles the grammars of structured output."""
+    module, _, backend = GRAMMAR_BACKENDS[name].rpartition(".")
+    vocab_size = vllm_config.model_config.get_vocab_size()
+    return getattr(import_module(module), backend)(vllm_config, tokenizer=tokenizer, vocab_size=vocab_size)
+
+
+def backend_name(request: Any) -> str:
+    """The backend that vLLM chose for a checked request with structured output."""
+    return str(request.sampling_params.structured_outputs._backend)
+
+
+def grammar_start(manager: StructuredOutputManager, request: Any, new_ids: Sequence[int]) -> int:
+    """The first of the tokens just appended that the grammar takes; above their number, it has not begun."""
+    return int(manager._get_constraint_bounds(request, new_ids, spec_tokens_committed=True).grammar_start)
+
+
+def is_constrained(manager: StructuredOutputManager, request: Any) -> bool:
+    """Whether the grammar has begun: before that, there is reasoning."""
+    return bool(manager._get_constraint_bounds(request, ()).constraint_start == 0)
+
+
+def grammar_fields(params: Any) -> dict[str, Any]:
+    """The structured output of a request as vLLM's HTTP layer takes it."""
+    fields = vars(params.structured_outputs)
+    return {name: value for name, value in fields.items() if name[0] != "_" and value not in (None, False)}
+
+
 def error_info(error: Exception) -> Any:
     """What vLLM's server answers after an exception: its `message`, `type`, `code` and `param`."""
     from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
@@ -501,6 +539,7 @@ __all__ = [
     "AsyncLLM",
     "CompletionOutput",
     "EngineCoreRequest",
+    "EngineRequest",
     "GracefulHTTPError",
     "HttpLayer",
     "IncrementalDetokenizer",
@@ -514,15 +553,21 @@ __all__ = [
     "RequestOutputKind",
     "Sampler",
     "SamplingParams",
+    "StructuredOutputManager",
     "UnsupportedVllm",
     "UsageContext",
     "VLLMValidationError",
     "answer_by_name",
+    "backend_name",
     "check_speculation",
     "convert_ids_list_to_tokens",
     "current_platform",
     "data_parallel_ranks",
     "error_info",
+    "grammar_backend",
+    "grammar_fields",
+    "grammar_start",
+    "is_constrained",
     "keep_originals",
     "max_bad_words_tokens",
     "merge_async_iterators",

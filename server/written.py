@@ -11,6 +11,8 @@ from server.vllm_api import SamplingParams
 
 WRITTEN = "wheels_written"
 """In the ``extra_args`` of a segment: this many tokens at the end of its prompt are the completion's."""
+GRAMMAR_FROM = "wheels_grammar_from"
+"""Likewise: the place in the segment's prompt from which a grammar has to take tokens."""
 
 
 def written_args(params: SamplingParams, written: int) -> dict[str, int]:

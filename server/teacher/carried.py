@@ -41,7 +41,7 @@ class Screened(NamedTuple):
     again: bool = False
     """The teacher is to be asked again from here."""
     banned: int | None = None
-    """The id that would have come next, and ends a bad word."""
+    """The id that would have come next, and ends a bad word, or that a grammar refuses."""
 
 
 class Screen(NamedTuple):

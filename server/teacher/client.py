@@ -17,9 +17,11 @@ import aiohttp
 import msgspec
 
 from server.completion import Piece
+from server.grammar.constraint import Constraint
 from server.metrics import BREAKER_OPEN, TEACHER_CALL_SECONDS, TEACHER_CALLS
 from server.teacher.breaker import Breaker
 from server.teacher.carried import MOST_BIASES, Screen, carried_biases
+from server.teacher.constrained import constrained, next_ids
 from server.teacher.errors import TeacherError as TeacherError
 from server.teacher.meter import Meter
 from server.teacher.patience import SPAN as SPAN
@@ -121,6 +123,8 @@ class Ask:
     """Counts what the span costs, and may bound it."""
     as_text: bool = False
     """The ids are the teacher's own; its text is what is wanted, and the call is closed when it is enough."""
+    constraint: Constraint | None = None
+    """Of structured output. It has to be at the end of the prompt, and advances with what is written."""
 
     @property
     def streamed(self) -> bool:
@@ -137,8 +141,12 @@ class _Progress:
     padded: set[int] = field(default_factory=set)
     """Ids that the teacher drew and the student does not have."""
     banned: set[int] = field(default_factory=set)
-    """Ids that the teacher drew for the next token, and that end a bad word there."""
+    """Ids that the teacher drew for the next token: they end a bad word there, or a grammar refuses them."""
     refused_in_a_row: int = 0
+    takes_grammar: bool = True
+    """Whether the teacher has not refused the grammar itself."""
+    ended: bool = False
+    """Whether the last piece had an ending."""
 
     @property
     def completion(self) -> list[int]:
@@ -157,8 +165,22 @@ class _Progress:
         """Tokens of the ask that are still to come."""
         return self.ask.tokens - len(self.written)
 
+    def allowed(self) -> list[int] | None:
+        """What the grammar leaves for the next token, if that one is asked for alone, and they are few."""
+        if self.ask.constraint is None or not (self.banned or self.tokens_left == 1):
+            return None
+        return next_ids(self.ask.constraint, self.ask.params)
+
+    @property
+    def grammar(self) -> dict[str, Any]:
+        """The grammar for a teacher that is asked from its beginning on."""
+        if self.ask.constraint is None or self.banned or not self.takes_grammar:
+            return {}
+        return self.ask.constraint.fields
+
     def take(self, reply: Reply) -> None:
         """Count what came."""
+        self.ended = reply.piece.finish_reason is not None
         if reply.piece.token_ids:
             self.written += reply.piece.token_ids
             self.banned.clear()
@@ -170,14 +192,19 @@ class _Progress:
         self.refused_in_a_row += reply.padded is not None or reply.banned is not None
 
 
-def _body(progress: _Progress, screen: Screen, model: str | None) -> dict[str, Any]:
-    """The request for what is left of an ask."""
+def _body(
+    progress: _Progress, screen: Screen, model: str | None, allowed: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """The request for what is left of an ask, or for its next token, where that is one of ``allowed``."""
     ask = progress.ask
     params = ask.params
     written = progress.written
     body: dict[str, Any] = {name: getattr(params, name) for name in FORWARDED}
     tokens = 1 if progress.banned else progress.tokens_left  # a ban holds for the next token
     min_tokens = max(0, min(ask.min_tokens - len(written), tokens))
+    if allowed is not None:
+        body["allowed_token_ids"] = allowed
+        min_tokens = 0  # an end may be all that the grammar leaves
     body |= {
         "model": model,
         "prompt": [*ask.prompt_ids, *written],
@@ -196,6 +223,8 @@ def _body(progress: _Progress, screen: Screen, model: str | None) -> dict[str, A
         body |= {"logprobs": params.logprobs, "return_tokens_as_token_ids": True}
     if ask.streamed and ask.meter.prices is not None:
         body["stream_options"] = {"include_usage": True}
+    if allowed is None:
+        body |= progress.grammar
     return {name: value for name, value in body.items() if value is not None}
 
 
@@ -230,11 +259,12 @@ def _biases(progress: _Progress) -> dict[int, float]:
 def _screened(reply: Reply, screen: Screen, progress: _Progress) -> Reply:
     """A reply as far as it can stay, with the ending that the whole ask has there."""
     ask = progress.ask
-    piece, again, banned = screen.apply(reply.piece, progress.tail(screen.reach))
+    screened = screen.apply(reply.piece, progress.tail(screen.reach))
+    piece, again, banned = screened if ask.constraint is None else constrained(screened, ask.constraint)
     full = len(piece.token_ids) >= progress.tokens_left
     if again and full:
         return Reply(replace(piece, finish_reason="length"))
-    if progress.banned and piece.finish_reason == "length" and not full:
+    if progress.banned and piece.token_ids and piece.finish_reason == "length" and not full:
         return Reply(replace(piece, finish_reason=None), again=True)
     if ask.end_ids and piece.stop_reason == ask.end_ids[0]:
         piece.stop_reason = None  # as where the student ends by itself
@@ -425,31 +455,56 @@ class Teacher:
     ) -> AsyncGenerator[Piece]:
         """An ask's pieces, of one request or of several."""
         progress = _Progress(ask)
-        while progress.refused_in_a_row < REFUSED_IN_A_ROW:
-            ended = False
-            async with aclosing(self._replies(progress, headers, patience)) as replies:
+        while not progress.ended:
+            allowed = progress.allowed()
+            stuck = progress.refused_in_a_row >= REFUSED_IN_A_ROW
+            if ask.constraint is not None and (stuck or allowed == []):
+                yield Piece([], finish_reason="length")  # the teacher wants what the grammar refuses
+                return
+            if stuck:
+                ids = sorted(progress.padded | progress.banned)
+                wrote = f"the teacher at {self.name} wrote the token ids {ids}"
+                raise TeacherError("nonsense", f"{wrote}, which cannot stay", well=True)
+            async with aclosing(self._turn(progress, allowed, headers, patience)) as pieces:
+                async for piece in pieces:
+                    yield piece
+            left = progress.tokens_left
+            if not progress.ended and not ask.meter.admits(len(ask.prompt_ids) + len(progress.written), left):
+                yield Piece([], finish_reason="length")
+                return
+
+    async def _turn(
+        self,
+        progress: _Progress,
+        allowed: Sequence[int] | None,
+        headers: Mapping[str, str],
+        patience: Patience,
+    ) -> AsyncGenerator[Piece]:
+        """The pieces that one request brings."""
+        try:
+            async with aclosing(self._replies(progress, allowed, headers, patience)) as replies:
                 async for reply in replies:
                     progress.take(reply)
                     if reply.piece.token_ids:
                         self._served_at = time.monotonic()
                     if reply.piece.token_ids or not reply.again:
                         yield reply.piece
-                    ended = reply.piece.finish_reason is not None
-            if ended:
-                return
-            if not ask.meter.admits(len(ask.prompt_ids) + len(progress.written), progress.tokens_left):
-                yield Piece((), finish_reason="length")
-                return
-        wrote = f"the teacher at {self.name} wrote the token ids {sorted(progress.padded | progress.banned)}"
-        raise TeacherError("nonsense", f"{wrote}, which cannot stay", well=True)
+        except TeacherError as error:
+            if not error.refused or not progress.grammar:
+                raise
+            progress.takes_grammar = False  # it is asked again, without
 
     async def _replies(
-        self, progress: _Progress, headers: Mapping[str, str], patience: Patience
+        self,
+        progress: _Progress,
+        allowed: Sequence[int] | None,
+        headers: Mapping[str, str],
+        patience: Patience,
     ) -> AsyncGenerator[Reply]:
         """The replies to one request, up to an ending or to where the teacher is to be asked again."""
         ask = progress.ask
         screen = Screen.of(ask.params, progress.completion)
-        body = _body(progress, screen, self.model)
+        body = _body(progress, screen, self.model, allowed)
         longest = LONGEST + ECHOED * len(body["prompt"])
         room = body["max_tokens"]
         ask.meter.begin(len(body["prompt"]), room)

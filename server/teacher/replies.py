@@ -67,7 +67,7 @@ class Reply(NamedTuple):
     padded: int | None = None
     """The next id, if the student does not have it."""
     banned: int | None = None
-    """The next id, if it ends a bad word."""
+    """The next id, if it ends a bad word, or a grammar refuses it."""
     received: int = 0
     """Tokens that arrived, those that are cut off among them."""
 

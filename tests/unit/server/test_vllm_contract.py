@@ -5,8 +5,10 @@ No engine is started. Each test names one function of `server.vllm_api`.
 
 import inspect
 import re
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 from unittest.mock import MagicMock
 
 import pytest
@@ -15,15 +17,21 @@ import vllm
 from fastapi import FastAPI
 from vllm.config.reasoning import ReasoningConfig
 from vllm.config.speculative import SpeculativeConfig
+from vllm.config.structured_outputs import StructuredOutputsBackend
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.utils import PPMissingLayer
-from vllm.sampling_params import RepetitionDetectionParams
+from vllm.sampling_params import RepetitionDetectionParams, SamplingParams, StructuredOutputsParams
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.sched.utils import check_stop
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.sample.sampler import Sampler
+from vllm.v1.structured_output import ConstraintBounds, StructuredOutputManager
+from vllm.v1.structured_output.backend_types import StructuredOutputBackend
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
 from server import vllm_api
@@ -360,3 +368,54 @@ def test_every_api_renders_its_chats_there():
         assert "online_renderer.render_chat" in (SOURCE / "entrypoints" / name / "serving.py").read_text()
     responses = (SOURCE / "entrypoints/openai/responses/serving.py").read_text()
     assert "online_renderer.render_responses" in responses
+
+
+# Grammars: `server.grammar.manager`, and what is named after them
+
+
+def test_the_manager_of_grammars_has_what_is_replaced_and_called():
+    signatures = {
+        "grammar_init": ["self", "request"],
+        "_create_grammar": ["self", "request"],
+        "accept_tokens": ["self", "request", "new_token_ids"],
+        "validate_tokens": ["self", "request", "spec_tokens"],
+        "_get_constraint_bounds": ["self", "request", "spec_tokens", "spec_tokens_committed"],
+    }
+    for name, parameters in signatures.items():
+        assert list(inspect.signature(getattr(StructuredOutputManager, name)).parameters) == parameters
+    assert "self._create_grammar" in inspect.getsource(StructuredOutputManager.grammar_init)
+    assert {"grammar_start", "constraint_start"} <= set(ConstraintBounds._fields)
+
+
+def test_the_engine_hands_its_manager_of_grammars_to_its_scheduler():
+    text = inspect.getsource(EngineCore.__init__)
+    assert text.index("StructuredOutputManager(vllm_config)") < text.index("get_scheduler_cls()")
+    assert "structured_output_manager=self.structured_output_manager" in text
+    assert "self.structured_output_manager.grammar_init(" in inspect.getsource(EngineCore)
+    scheduler = inspect.getsource(Scheduler)
+    assert "self.structured_output_manager.grammar_bitmask(" in scheduler
+    assert "self.structured_output_manager.accept_tokens(" in scheduler
+
+
+def test_both_runners_mask_by_the_grammar_before_the_gate_reads():
+    v1 = sources("v1/worker")["vllm.v1.worker.gpu_model_runner"]
+    assert v1.index("            apply_grammar_bitmask(") < v1.index("self._sample(logits,")
+    v2 = sources("v1/worker/gpu")["vllm.v1.worker.gpu.model_runner"]
+    assert v2.index(".apply_grammar_bitmask(") < v2.index("self.sampler(logits, input_batch)")
+
+
+def test_every_backend_of_grammars_is_known():
+    assert {"auto", *vllm_api.GRAMMAR_BACKENDS} == set(get_args(StructuredOutputsBackend))
+    for path in vllm_api.GRAMMAR_BACKENDS.values():
+        module, _, name = path.rpartition(".")
+        assert issubclass(getattr(import_module(module), name), StructuredOutputBackend)
+
+
+def test_a_grammar_is_sent_as_the_http_layer_takes_it():
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(json={"type": "null"}))
+    params.structured_outputs._backend = "xgrammar"
+    assert vllm_api.backend_name(SimpleNamespace(sampling_params=params)) == "xgrammar"
+    fields = vllm_api.grammar_fields(params)
+    assert fields == {"json": {"type": "null"}}
+    request = CompletionRequest(prompt=[1], structured_outputs=fields)
+    assert request.structured_outputs.json == {"type": "null"}

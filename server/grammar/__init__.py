@@ -1,0 +1,1 @@
+"""Structured output over two models: vLLM's own grammars, in the student's engine and in the gateway."""

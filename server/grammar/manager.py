@@ -1,0 +1,122 @@
+"""vLLM's grammars, as the student's engine and the gateway both use them.
+
+The gateway continues a completion by a longer prompt, for which vLLM would start its grammar anew. Here the
+grammar of a segment takes what is written already before vLLM masks the first logits, and the gate may ask
+wherever the grammar has not ended.
+"""
+
+import threading
+from typing import Any
+
+import numpy as np
+
+from router.reserved import ReservedRows
+from server.gate_processor import SETTINGS
+from server.vllm_api import StructuredOutputManager, backend_name, grammar_backend
+from server.written import GRAMMAR_FROM
+
+SCHEDULER = "scheduler"
+"""Of the engine's settings: the operator's own scheduler, if there is one."""
+
+
+class GrammarManager(StructuredOutputManager):
+    """vLLM's manager of grammars, with a backend for every request.
+
+    vLLM chooses a backend by what a schema needs, but keeps the first request's for all later ones.
+    Gateway and engine see different first requests, and have to agree on every token.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        super().__init__(vllm_config)
+        self.set_up()
+
+    def set_up(self) -> None:
+        """Make what vLLM's own manager has not."""
+        self.backends: dict[str, Any] = {}
+        self.building = threading.Lock()
+
+    def backend_of(self, request: Any) -> Any:
+        """The backend that vLLM chose when it checked this request; built at its first use."""
+        name = backend_name(request)
+        with self.building:
+            if name not in self.backends:
+                self.backends[name] = grammar_backend(name, self.vllm_config, self.tokenizer)
+            return self.backends[name]
+
+    def grammar_init(self, request: Any) -> None:
+        """Start to compile the grammar of a new request."""
+        if request.structured_output_request is not None and self.backend is None:
+            self.backend = self.backend_of(request)  # it allocates the bitmask, which has one form for all
+        super().grammar_init(request)
+
+    def _create_grammar(self, request: Any) -> Any:
+        kind, text = request.structured_output_request.structured_output_key
+        stop_token_ids = request.sampling_params.all_stop_token_ids
+        return self.backend_of(request).compile_grammar(kind, text, stop_token_ids=stop_token_ids)
+
+    def compile(self, request: Any) -> Any:
+        """The request's grammar, at its beginning. It may take seconds."""
+        return self._create_grammar(request)
+
+
+class EngineGrammars(GrammarManager):
+    """The manager of the student's engine, whose requests are segments."""
+
+    reserved: ReservedRows
+
+    @classmethod
+    def take_over(cls, manager: Any, reserved: ReservedRows) -> None:
+        """Turn the engine's manager into one of these: the engine has made it and keeps it."""
+        manager.__class__ = cls
+        manager.reserved = reserved
+        manager.set_up()
+
+    def _create_grammar(self, request: Any) -> Any:
+        grammar = super()._create_grammar(request)
+        start = (request.sampling_params.extra_args or {}).get(GRAMMAR_FROM)
+        written = [] if start is None else list(request.prompt_token_ids[start:])
+        if written and not grammar.accept_tokens(request.request_id, written):
+            raise ValueError(f"the grammar of request {request.request_id} refuses what is written already")
+        return grammar
+
+    def grammar_bitmask(self, *args: Any) -> Any:
+        """The masks of vLLM, with the reserved rows open: the gate reads them, and masks them afterwards."""
+        bitmask = super().grammar_bitmask(*args)
+        if bitmask is not None:
+            open_rows(bitmask, self.reserved)
+        return bitmask
+
+    def accept_tokens(self, request: Any, new_token_ids: list[int]) -> bool:
+        """Advance the grammar by what was sampled, save the escalation token that ends a segment."""
+        if new_token_ids and new_token_ids[-1] == self.reserved.escalation:
+            new_token_ids = new_token_ids[:-1]
+        return bool(super().accept_tokens(request, new_token_ids))
+
+
+def open_rows(bitmask: Any, reserved: ReservedRows) -> None:
+    """Allow the reserved rows at every position; bitmask: (positions, words) int32, changed in place."""
+    bits = bitmask.view(np.uint32)
+    for row in range(reserved.start, reserved.end):
+        bits[:, row // 32] |= np.uint32(1 << row % 32)
+
+
+def scheduler(*, vllm_config: Any, structured_output_manager: Any, **options: Any) -> Any:
+    """A scheduler of vLLM's; it is made in the engine's process, after its manager of grammars.
+
+    It goes where vLLM expects a scheduler's class: the one place where its engine process takes code by name,
+    also where the workers are processes of their own (tensor parallel).
+    """
+    settings = vllm_config.additional_config[SETTINGS]
+    EngineGrammars.take_over(structured_output_manager, ReservedRows(*settings["reserved"]))
+    config = vllm_config.scheduler_config
+    config.scheduler_cls = settings.get(SCHEDULER)
+    return config.get_scheduler_cls()(
+        vllm_config=vllm_config, structured_output_manager=structured_output_manager, **options
+    )
+
+
+def install_scheduler(vllm_config: Any) -> None:
+    """Have the engine's process make its scheduler by `scheduler`."""
+    config = vllm_config.scheduler_config
+    vllm_config.additional_config[SETTINGS][SCHEDULER] = config.scheduler_cls
+    config.scheduler_cls = f"{scheduler.__module__}.{scheduler.__name__}"

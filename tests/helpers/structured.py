@@ -1,0 +1,72 @@
+"""Structured answers: how they are asked for, and whether they are what was asked for."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import jsonschema
+from openai import AsyncOpenAI
+
+from tests.helpers.client import MODEL
+
+
+@dataclass
+class Answer:
+    """What a client got, and the schema that it has to fit."""
+
+    text: str
+    schema: dict[str, Any]
+    finish_reason: str
+    tokens: int
+    teacher: dict[str, Any]
+
+    @property
+    def cut(self) -> bool:
+        """Whether `max_tokens` ended it."""
+        return self.finish_reason == "length"
+
+    def fault(self) -> str | None:
+        """Why it is not what was asked for."""
+        try:
+            jsonschema.validate(json.loads(self.text), self.schema)
+        except (ValueError, jsonschema.ValidationError) as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        return None
+
+
+async def ask_for_schema(
+    client: AsyncOpenAI, schema: dict[str, Any], budget: Any, seed: int, max_tokens: int = 200
+) -> Answer:
+    reply = await client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Give an example."}],
+        response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}},
+        max_tokens=max_tokens,
+        seed=seed,
+        extra_body={"teacher_budget": budget},
+    )
+    return _answer(reply, reply.choices[0].message.content or "", schema)
+
+
+async def ask_for_tool(
+    client: AsyncOpenAI, tool: dict[str, Any], budget: Any, seed: int, max_tokens: int = 200
+) -> Answer:
+    """A tool that has to be called, by its name."""
+    function = tool["function"]
+    reply = await client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Call the tool."}],
+        tools=[tool],
+        tool_choice={"type": "function", "function": {"name": function["name"]}},
+        max_tokens=max_tokens,
+        seed=seed,
+        extra_body={"teacher_budget": budget},
+    )
+    calls = reply.choices[0].message.tool_calls or ()
+    text = "".join(call.function.arguments for call in calls)
+    return _answer(reply, text, function["parameters"])
+
+
+def _answer(reply: Any, text: str, schema: dict[str, Any]) -> Answer:
+    choice = reply.choices[0]
+    return Answer(text, schema, choice.finish_reason, reply.usage.completion_tokens, reply.teacher)

@@ -1,0 +1,130 @@
+"""Grammars in the student's engine, whose requests are segments of a completion."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from router.reserved import ReservedRows
+from server.gate_processor import SETTINGS
+from server.grammar.manager import (
+    EngineGrammars,
+    GrammarManager,
+    install_scheduler,
+    open_rows,
+    scheduler,
+)
+from server.vllm_api import EngineRequest, StructuredOutputManager
+from server.written import GRAMMAR_FROM
+from tests.helpers.grammars import ANN, PERSON, PROMPT_IDS, checked, engine_config, ids, segment
+
+BACKENDS = ["xgrammar", "guidance", "outlines"]
+
+RESERVED = ReservedRows(start=480, count=32)
+
+
+def engine_grammars(config: Any) -> EngineGrammars:
+    manager = StructuredOutputManager(config)
+    EngineGrammars.take_over(manager, RESERVED)
+    assert isinstance(manager, EngineGrammars)
+    return manager
+
+
+@pytest.fixture(scope="module")
+def manager(config: Any) -> EngineGrammars:
+    return engine_grammars(config)
+
+
+def compiled(manager: StructuredOutputManager, request: EngineRequest) -> Any:
+    """The request's grammar, once it is compiled as the engine does it."""
+    manager.grammar_init(request)
+    request.structured_output_request._grammar.exception(timeout=60)
+    return request.structured_output_request.grammar
+
+
+def mask(manager: StructuredOutputManager, request: EngineRequest) -> Any:
+    """The mask of the request's next token."""
+    return manager.grammar_bitmask({"r-0": request}, ["r-0"], {}).copy()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_segment_goes_on_where_the_grammar_of_the_one_before_ended(config, manager, backend):
+    written = ids(ANN)
+    whole = segment(checked(config, backend=backend, json=PERSON))
+    grammar = compiled(manager, whole)
+    for length in range(len(written) + 1):
+        params = checked(config, backend=backend, json=PERSON, extra_args={GRAMMAR_FROM: len(PROMPT_IDS)})
+        continued = segment(params, written[:length])
+        compiled(manager, continued)
+        assert np.array_equal(mask(manager, continued), mask(manager, whole)), written[:length]
+        if length < len(written):
+            assert grammar.accept_tokens("r-0", written[length : length + 1])
+
+
+def test_reasoning_before_the_grammar_is_not_fed_to_it(config, manager):
+    reasoning = ids("so")
+    params = checked(config, json=PERSON, extra_args={GRAMMAR_FROM: len(PROMPT_IDS) + len(reasoning)})
+    continued = segment(params, [*reasoning, *ids('{"name')])
+    assert not isinstance(compiled(manager, continued), Exception)
+
+
+def test_a_segment_whose_prefix_the_grammar_refuses_ends_with_an_error(config, manager):
+    """As every grammar that cannot be compiled: nothing is written without its grammar."""
+    params = checked(config, json=PERSON, extra_args={GRAMMAR_FROM: len(PROMPT_IDS)})
+    error = compiled(manager, segment(params, ids("Hello")))
+    assert isinstance(error, ValueError)
+    assert "refuses what is written" in str(error)
+
+
+def test_the_gate_may_read_its_rows_and_no_other_row_is_opened(config, manager):
+    params = checked(config, json=PERSON)
+    ours, theirs = segment(params), segment(params)
+    compiled(manager, ours)
+    stock = StructuredOutputManager(config)
+    compiled(stock, theirs)
+    opened = np.unpackbits((mask(manager, ours) ^ mask(stock, theirs)).view(np.uint8), bitorder="little")
+    assert np.flatnonzero(opened).tolist() == list(range(480, 512))
+
+
+def test_rows_that_cross_a_word_of_the_mask_are_opened():
+    bits = np.zeros((2, 3), dtype=np.int32)
+    open_rows(bits, ReservedRows(start=62, count=4))
+    opened = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")
+    assert [np.flatnonzero(row).tolist() for row in opened] == [[62, 63, 64, 65]] * 2
+
+
+def test_the_escalation_token_is_none_of_the_grammars(config, manager):
+    request = segment(checked(config, json=PERSON))
+    grammar = compiled(manager, request)
+    assert manager.accept_tokens(request, [*ids("{"), RESERVED.escalation])
+    assert manager.accept_tokens(request, [RESERVED.escalation])
+    assert grammar.validate_tokens(ids('"name')) == ids('"name')
+    assert not manager.accept_tokens(request, ids("x"))
+
+
+def test_every_request_has_the_backend_that_its_schema_needs(config):
+    """The second uses what xgrammar does not know. vLLM alone would leave its rule out."""
+    manager = GrammarManager(config)
+    even = {"type": "integer", "multipleOf": 2, "minimum": 10, "maximum": 99}
+    first, second = checked(config, json=PERSON), checked(config, json=even)
+    assert [params.structured_outputs._backend for params in (first, second)] == ["xgrammar", "guidance"]
+    compiled(manager, segment(first))
+    grammar = compiled(manager, segment(second))
+    assert grammar.accept_tokens("r-0", ids("4"))
+    assert (grammar.validate_tokens(ids("2")), grammar.validate_tokens(ids("3"))) == (ids("2"), [])
+
+
+@pytest.mark.parametrize("theirs", [None, "types.SimpleNamespace"])
+def test_the_engine_gets_vllms_scheduler_or_the_operators(theirs):
+    config = engine_config(scheduler_cls=theirs, additional_config={SETTINGS: {"reserved": [480, 32]}})
+    install_scheduler(config)
+    make = config.scheduler_config.get_scheduler_cls()
+    assert make is scheduler
+    if theirs is None:
+        return
+    manager = StructuredOutputManager(config)
+    made = make(vllm_config=config, structured_output_manager=manager, block_size=16)
+    assert isinstance(made, SimpleNamespace)
+    assert (made.structured_output_manager, made.block_size) == (manager, 16)
+    assert isinstance(manager, EngineGrammars)
