@@ -29,7 +29,6 @@ UNSETTLED = 256
 BYTES_OF_A_CHARACTER = 4
 
 UNSUPPORTED = {
-    "structured_outputs": None,
     "logprobs": None,
     "logit_bias": None,
     "allowed_token_ids": None,

@@ -22,7 +22,7 @@ from tests.helpers.schemas import SCHEMAS, TOOLS
 from tests.helpers.structured import Answer, ask_for_schema, ask_for_tool
 
 BUDGETS = (0.0, 0.2, 1.0)
-CONCURRENCY = 8
+CONCURRENCY = 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -133,7 +133,7 @@ async def test_a_bad_header_is_named(client: AsyncOpenAI, sources: list[str]) ->
     assert error.value.param == HEADER
 
 
-async def test_structured_output_is_never_refused_for_a_name(client: AsyncOpenAI, sources: list[str]) -> None:
+async def test_structured_output_works_under_a_name(client: AsyncOpenAI, sources: list[str]) -> None:
     reply = await client.chat.completions.create(
         **chat(sources[0], model="wheels-best", extra_body={"structured_outputs": {"choice": ["Ja", "Nein"]}})
     )

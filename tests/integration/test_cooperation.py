@@ -243,7 +243,7 @@ async def test_min_tokens_holds_with_a_teacher(client: AsyncOpenAI, sources: lis
 
 @pytest.mark.parametrize(
     ("parameter", "value"),
-    [("response_format", {"type": "json_object"})],
+    [("extra_body", {"prompt_logprobs": 0})],
 )
 async def test_what_two_models_cannot_honour_is_refused(
     client: AsyncOpenAI, sources: list[str], parameter: str, value: Any

@@ -13,8 +13,6 @@ from tests.helpers.client import PATIENCE, chat, metric
 
 COUNTED = ("wheels_requests_total", "wheels_completion_tokens_total")
 STUDENT_ALONE = {
-    "structured_outputs": {"choice": ["a", "b"]},
-    "response_format": {"type": "json_object"},
     "prompt_logprobs": 0,
     "use_beam_search": True,
 }

@@ -26,7 +26,6 @@ FLAGS = (
     # The gateway is not to notice on its own that the teacher is away.
     *("--teacher-probe", "3600", "--breaker-failures", "1000"),
 )
-SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
 
 
 def body(path: str, source: str, **more: Any) -> dict[str, Any]:
@@ -135,21 +134,12 @@ def test_a_lost_teacher_has_the_shape_of_the_api(
 
 # What a client sends, and the name by which the refusal calls it.
 REFUSED = [
-    (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
-    (CHAT, {"structured_outputs": {"choice": ["a", "b"]}}, "structured_outputs"),
     (CHAT, {"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
     (CHAT, {"presence_penalty": 1, "repetition_penalty": 1.2}, "presence_penalty"),
-    (COMPLETIONS, {"response_format": {"type": "json_object"}}, "response_format"),
     (COMPLETIONS, {"echo": True, "logprobs": 1}, "echo"),
     (COMPLETIONS, {"prompt_logprobs": 1, "stream": False}, "prompt_logprobs"),
-    (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}}}, "text.format"),
     (RESPONSES, {"presence_penalty": 1, "repetition_penalty": 1.2}, "presence_penalty"),
     (RESPONSES, {"teacher_budget": 2}, "teacher_budget"),
-    (
-        MESSAGES,
-        {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
-        "output_config.format",
-    ),
     *((path, {"teacher_budget": 2}, "teacher_budget") for path in SURFACES),
 ]
 

@@ -1,0 +1,227 @@
+"""Structured output that two models write: through every endpoint, at every budget, streamed or not."""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, NamedTuple
+
+import jsonschema
+import pytest
+from anthropic import AsyncAnthropic
+from openai import AsyncOpenAI, BadRequestError
+
+from server.local.pair import HOST, Pair, Serving, free_port, gateway_service
+from server.local.processes import running
+from tests.helpers.client import MODEL, openai_client
+from tests.helpers.schemas import SCHEMAS, SHORT, TOOLS, record
+from tests.helpers.structured import ask_for_schema, ask_for_tool
+
+# The shipped models know no JSON, and would fill it with spaces.
+CONFIG = """
+vllm:
+  enable-auto-tool-choice: true
+  tool-call-parser: hermes
+  structured-outputs-config: {backend: xgrammar, disable_any_whitespace: true}
+"""
+SCHEMA = record(
+    {
+        "name": SHORT,
+        "colour": {"enum": ["red", "green"]},
+        "age": {"type": "integer", "maximum": 99, "minimum": 0},
+    }
+)
+FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+TOOL = {"name": "save", "description": "Saves a person.", "parameters": SCHEMA}
+BUDGETS = pytest.mark.parametrize("budget", [0, 0.2, 1])
+STREAMS = pytest.mark.parametrize("stream", [False, True])
+LIMITS = {"max_tokens": 250, "temperature": 1.0}
+QUESTION = [{"role": "user", "content": "Anna is 42."}]
+
+
+class Written(NamedTuple):
+    text: str
+    teacher: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def url(stack: Serving, pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Another gateway before the same teacher, which asks at random."""
+    directory = tmp_path_factory.mktemp("structured")
+    config = directory / "gateway.yaml"
+    config.write_text(CONFIG)
+    gateway = f"http://{HOST}:{free_port()}"
+    flags = ("--gate", "random", "--config", str(config))
+    with running([gateway_service(pair, stack.teacher, gateway, directory, flags)], timeout=300):
+        yield gateway
+
+
+@pytest.fixture
+async def client(url: str) -> AsyncIterator[AsyncOpenAI]:
+    async with openai_client(url) as client:
+        yield client
+
+
+@pytest.fixture
+async def claude(url: str) -> AsyncIterator[AsyncAnthropic]:
+    async with AsyncAnthropic(base_url=url, api_key="none", max_retries=0, timeout=60) as claude:
+        yield claude
+
+
+async def chat(client: AsyncOpenAI, budget: float, *, stream: bool = False, **more: Any) -> Written:
+    """The content, or the arguments of the only tool call."""
+    extra = {"teacher_budget": budget} | more.pop("extra_body", {})
+    asked = {"model": MODEL, "messages": QUESTION, "seed": 3, "stream": stream} | LIMITS | more
+    reply = await client.chat.completions.create(extra_body=extra, **asked)
+    if not stream:
+        message = reply.choices[0].message
+        calls = message.tool_calls or ()
+        return Written((message.content or "") + "".join(c.function.arguments for c in calls), reply.teacher)
+    text, teacher = "", {}
+    async for chunk in reply:
+        teacher = getattr(chunk, "teacher", None) or teacher
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+            for call in choice.delta.tool_calls or ():
+                text += call.function.arguments or ""
+    return Written(text, teacher)
+
+
+def check(written: Written, budget: float) -> None:
+    jsonschema.validate(json.loads(written.text), SCHEMA)
+    tokens = written.teacher["tokens"]
+    assert tokens > 0 if budget == 1 else tokens == 0 or budget > 0
+    assert written.teacher["denied"].keys() <= {"budget"}
+
+
+@STREAMS
+@BUDGETS
+async def test_chat_with_a_response_format(client: AsyncOpenAI, budget: float, stream: bool) -> None:
+    check(await chat(client, budget, stream=stream, response_format=FORMAT), budget)
+
+
+@STREAMS
+@BUDGETS
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "save"}}])
+async def test_chat_with_a_forced_tool(client: AsyncOpenAI, budget: float, stream: bool, choice: Any) -> None:
+    tools = [{"type": "function", "function": TOOL}]
+    written = await chat(client, budget, stream=stream, tools=tools, tool_choice=choice)
+    check(written, budget)
+
+
+GRAMMARS = {
+    "choice": {"choice": ["yes", "no", "perhaps"]},
+    "regex": {"regex": "(yes|no), [0-9]{3}"},
+    "grammar": {"grammar": 'root ::= "yes" | "no" | "perhaps" more\nmore ::= "!" | "?"'},
+    "json": {"json": SCHEMA},
+    "json_object": {"json_object": True},
+}
+FITS = re.compile(r"(yes|no|perhaps)(, [0-9]{3})?[!?]?")
+
+
+@STREAMS
+@BUDGETS
+@pytest.mark.parametrize("kind", GRAMMARS)
+async def test_completions_with_every_kind_of_grammar(
+    client: AsyncOpenAI, budget: float, stream: bool, kind: str
+) -> None:
+    extra = {"teacher_budget": budget, "structured_outputs": GRAMMARS[kind]}
+    asked = {"model": MODEL, "prompt": "Well?", "seed": 4, "stream": stream} | LIMITS
+    reply = await client.completions.create(extra_body=extra, **asked)
+    if stream:
+        chunks = [choice async for chunk in reply for choice in chunk.choices]
+    else:
+        chunks = reply.choices
+    text, ending = "".join(chunk.text for chunk in chunks), chunks[-1].finish_reason
+    if kind == "json":
+        jsonschema.validate(json.loads(text), SCHEMA)
+    elif kind == "json_object":
+        assert text.startswith("{")
+        assert ending == "length" or isinstance(json.loads(text), dict)
+    else:
+        assert FITS.fullmatch(text)
+
+
+@STREAMS
+@BUDGETS
+async def test_responses_with_a_text_format(client: AsyncOpenAI, budget: float, stream: bool) -> None:
+    reply = await client.responses.create(
+        model=MODEL,
+        input="Anna is 42.",
+        text={"format": {"type": "json_schema", "name": "person", "schema": SCHEMA}},
+        max_output_tokens=250,
+        stream=stream,
+        extra_body={"teacher_budget": budget},
+    )
+    if stream:
+        async for event in reply:
+            if event.type == "response.completed":
+                reply = event.response
+    check(Written(reply.output_text, reply.teacher), budget)
+
+
+@STREAMS
+@BUDGETS
+async def test_messages_with_a_forced_tool(claude: AsyncAnthropic, budget: float, stream: bool) -> None:
+    asked = {
+        "model": MODEL,
+        "messages": QUESTION,
+        "max_tokens": 250,
+        "tools": [{"name": "save", "description": "Saves a person.", "input_schema": SCHEMA}],
+        "tool_choice": {"type": "tool", "name": "save"},
+        "extra_body": {"teacher_budget": budget},
+    }
+    if not stream:
+        reply = await claude.messages.create(**asked)
+        (block,) = (block for block in reply.content if block.type == "tool_use")
+        check(Written(json.dumps(block.input), reply.teacher), budget)
+        return
+    text, teacher = "", {}
+    async for event in await claude.messages.create(stream=True, **asked):
+        teacher = getattr(event, "teacher", None) or teacher
+        if event.type == "content_block_delta" and event.delta.type == "input_json_delta":
+            text += event.delta.partial_json
+    check(Written(text, teacher), budget)
+
+
+@BUDGETS
+async def test_schemas_and_tools_of_many_kinds(client: AsyncOpenAI, budget: float) -> None:
+    """Some of those in `tests/benchmarks/bench_structured.py`, which has all."""
+    asked = [ask_for_schema(client, schema, budget, place) for place, schema in enumerate(SCHEMAS[::12])]
+    asked += [ask_for_tool(client, tool, budget, place) for place, tool in enumerate(TOOLS[::12])]
+    answers = await asyncio.gather(*asked)
+    faults = [(answer.text, answer.fault()) for answer in answers if not answer.cut and answer.fault()]
+    assert faults == []
+    assert sum(answer.cut for answer in answers) <= 2
+    written = sum(answer.tokens for answer in answers)
+    assert sum(answer.teacher["tokens"] for answer in answers) >= 0.5 * budget * written
+
+
+async def test_choices_log_probabilities_and_a_stop_string(client: AsyncOpenAI) -> None:
+    reply = await client.chat.completions.create(
+        model=MODEL,
+        messages=QUESTION,
+        response_format=FORMAT,
+        n=2,
+        seed=5,
+        logprobs=True,
+        top_logprobs=2,
+        stop=[',"age'],
+        extra_body={"teacher_budget": 0.5},
+        **LIMITS,
+    )
+    for choice in reply.choices:
+        assert choice.finish_reason == "stop"
+        jsonschema.validate(json.loads(choice.message.content + "}"), {"required": ["name", "colour"]})
+        assert len(choice.logprobs.content) > 5
+
+
+@pytest.mark.parametrize("schema", [{"type": "nonsense"}, {"type": "string", "pattern": "("}])
+async def test_a_bad_schema_is_vllms_own_refusal(client: AsyncOpenAI, schema: Any) -> None:
+    messages = []
+    for budget in (0, 0.2, 1):
+        extra = {"structured_outputs": {"json": schema}}
+        with pytest.raises(BadRequestError) as error:
+            await chat(client, budget, extra_body=extra)
+        messages.append(error.value.message)
+    assert len(set(messages)) == 1
