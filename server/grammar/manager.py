@@ -79,11 +79,24 @@ class EngineGrammars(GrammarManager):
             raise ValueError(f"the grammar of request {request.request_id} refuses what is written already")
         return grammar
 
-    def grammar_bitmask(self, *args: Any) -> Any:
+    def grammar_bitmask(
+        self,
+        requests: dict[str, Any],
+        structured_output_request_ids: list[str],
+        scheduled_spec_decode_tokens: dict[str, list[int]],
+    ) -> Any:
         """The masks of vLLM, with the reserved rows open: the gate reads them, and masks them afterwards."""
-        bitmask = super().grammar_bitmask(*args)
-        if bitmask is not None:
-            open_rows(bitmask, self.reserved)
+        bitmask = super().grammar_bitmask(
+            requests, structured_output_request_ids, scheduled_spec_decode_tokens
+        )
+        if bitmask is None:
+            return None
+        row = 0
+        for request_id in structured_output_request_ids:
+            first = row
+            row += 1 + len(scheduled_spec_decode_tokens.get(request_id, ()))
+            if not _may_only_end(requests[request_id], bitmask[first:row]):
+                open_rows(bitmask[first:row], self.reserved)
         return bitmask
 
     def accept_tokens(self, request: Any, new_token_ids: list[int]) -> bool:
@@ -91,6 +104,20 @@ class EngineGrammars(GrammarManager):
         if new_token_ids and new_token_ids[-1] == self.reserved.escalation:
             new_token_ids = new_token_ids[:-1]
         return bool(super().accept_tokens(request, new_token_ids))
+
+
+def _may_only_end(request: Any, bitmask: Any) -> bool:
+    """Whether `min_tokens` forbids all that the grammar allows.
+
+    Then vLLM allows an end all the same, if it sees that nothing else is left: no row may be open.
+    """
+    params = request.sampling_params
+    if request.num_output_tokens >= params.min_tokens:
+        return False
+    bits = bitmask.view(np.uint32).copy()
+    for token_id in params.all_stop_token_ids:
+        bits[:, token_id // 32] &= ~np.uint32(1 << token_id % 32)
+    return not bits.any()
 
 
 def open_rows(bitmask: Any, reserved: ReservedRows) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from openai import AsyncOpenAI, BadRequestError
+from openai import AsyncOpenAI
 
 from server.local.pair import HOST, Pair, free_port, gateway_service, teacher_service
 from server.local.processes import running

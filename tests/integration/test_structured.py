@@ -14,7 +14,7 @@ from openai import AsyncOpenAI, BadRequestError
 from server.local.pair import HOST, Pair, Serving, free_port, gateway_service
 from server.local.processes import running
 from tests.helpers.client import MODEL, openai_client
-from tests.helpers.schemas import SCHEMAS, SHORT, TOOLS, record
+from tests.helpers.schemas import SCHEMAS, SHORT, SMALL, TOOLS, record
 from tests.helpers.structured import ask_for_schema, ask_for_tool
 
 # The shipped models know no JSON, and would fill it with spaces.
@@ -24,13 +24,7 @@ vllm:
   tool-call-parser: hermes
   structured-outputs-config: {backend: xgrammar, disable_any_whitespace: true}
 """
-SCHEMA = record(
-    {
-        "name": SHORT,
-        "colour": {"enum": ["red", "green"]},
-        "age": {"type": "integer", "maximum": 99, "minimum": 0},
-    }
-)
+SCHEMA = record({"name": SHORT, "colour": {"enum": ["red", "green"]}, "age": SMALL})
 FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
 TOOL = {"name": "save", "description": "Saves a person.", "parameters": SCHEMA}
 BUDGETS = pytest.mark.parametrize("budget", [0, 0.2, 1])
@@ -128,10 +122,7 @@ async def test_completions_with_every_kind_of_grammar(
     extra = {"teacher_budget": budget, "structured_outputs": GRAMMARS[kind]}
     asked = {"model": MODEL, "prompt": "Well?", "seed": 4, "stream": stream} | LIMITS
     reply = await client.completions.create(extra_body=extra, **asked)
-    if stream:
-        chunks = [choice async for chunk in reply for choice in chunk.choices]
-    else:
-        chunks = reply.choices
+    chunks = [choice async for chunk in reply for choice in chunk.choices] if stream else reply.choices
     text, ending = "".join(chunk.text for chunk in chunks), chunks[-1].finish_reason
     if kind == "json":
         jsonschema.validate(json.loads(text), SCHEMA)

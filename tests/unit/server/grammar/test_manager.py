@@ -48,6 +48,11 @@ def mask(manager: StructuredOutputManager, request: EngineRequest) -> Any:
     return manager.grammar_bitmask({"r-0": request}, ["r-0"], {}).copy()
 
 
+def allowed(bitmask: Any) -> list[int]:
+    ids: list[int] = np.flatnonzero(np.unpackbits(bitmask.view(np.uint8), bitorder="little")).tolist()
+    return ids
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_segment_goes_on_where_the_grammar_of_the_one_before_ended(config, manager, backend):
     written = ids(ANN)
@@ -85,6 +90,19 @@ def test_the_gate_may_read_its_rows_and_no_other_row_is_opened(config, manager):
     compiled(stock, theirs)
     opened = np.unpackbits((mask(manager, ours) ^ mask(stock, theirs)).view(np.uint8), bitorder="little")
     assert np.flatnonzero(opened).tolist() == list(range(480, 512))
+
+
+def test_rows_stay_closed_where_min_tokens_forbids_all_that_the_grammar_allows(config, manager):
+    """An end is then all that vLLM can allow, and it looks whether anything else is open."""
+    params = checked(config, regex="[0-9]", extra_args={GRAMMAR_FROM: len(PROMPT_IDS)})
+    at_the_end = segment(params, ids("7"))
+    compiled(manager, at_the_end)
+    assert RESERVED.start in allowed(mask(manager, at_the_end))
+    params.min_tokens = 5
+    assert allowed(mask(manager, at_the_end)) == [1]
+    before = segment(params)
+    compiled(manager, before)
+    assert RESERVED.start in allowed(mask(manager, before))
 
 
 def test_rows_that_cross_a_word_of_the_mask_are_opened():
