@@ -30,6 +30,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from server import gateway
 from server.config import ConfigError
+from server.gate_processor import SETTINGS
 from server.vllm_api import HttpLayer, UsageContext
 from server.vllm_flags import read_flags
 
@@ -238,7 +239,12 @@ def engine_started(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, A
 
     def start(refusal: Exception | None = None, speculative: Any = None) -> dict[str, Any]:
         seen: dict[str, Any] = {}
-        config = SimpleNamespace(use_v2_model_runner=False, speculative_config=speculative)
+        config = SimpleNamespace(
+            use_v2_model_runner=False,
+            speculative_config=speculative,
+            scheduler_config=SimpleNamespace(scheduler_cls=None),
+            additional_config={SETTINGS: {}},
+        )
 
         class Arguments:
             @classmethod
