@@ -217,10 +217,10 @@ SCHEMAS: list[Schema] = [*SCALARS, *STRINGS, *ARRAYS, *OBJECTS, *CHOICES, *REFER
 """One hundred."""
 
 
-def tool(name: str, parameters: Schema, *, strict: bool = False) -> dict[str, Any]:
-    """A tool as OpenAI's clients send it."""
-    function: dict[str, Any] = {"name": name, "description": f"Calls {name}.", "parameters": parameters}
-    return {"type": "function", "function": function | ({"strict": True} if strict else {})}
+def tool(name: str, parameters: Schema) -> dict[str, Any]:
+    """A tool as OpenAI's clients send it; vLLM holds only strict ones to their schema."""
+    function = {"name": name, "description": f"Calls {name}.", "parameters": parameters, "strict": True}
+    return {"type": "function", "function": function}
 
 
 _PARAMETERS: list[Schema] = [schema for schema in [*OBJECTS, *REFERENCES, *REAL] if "properties" in schema]
