@@ -147,8 +147,8 @@ async def test_responses_with_a_text_format(client: AsyncOpenAI, budget: float, 
     if not stream:
         check(Written(reply.output_text, reply.teacher), budget)
         return
-    async for _event in reply:
-        pass
+    events = [event async for event in reply]
+    event = events[-1]
     assert event.type == "response.completed"
     check(Written(event.response.output_text, event.teacher), budget)
 
