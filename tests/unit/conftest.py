@@ -1,6 +1,7 @@
 """Fixtures of the unit tests. They import when used: the process that hands tests out loads no torch."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -39,6 +40,13 @@ def _a_worker_has_one_core() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _our_loggers_have_a_level_of_their_own() -> None:
+    """A library that vLLM imports sets the root's to ERROR, and warnings would reach no test after that."""
+    for name in ("server", "router", "training"):
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 @pytest.fixture(scope="session")
