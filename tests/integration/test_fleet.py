@@ -19,7 +19,7 @@ import yaml
 from server.local.pair import HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
 from server.local.processes import Child, Service, running
 from tests.helpers import promql
-from tests.helpers.client import PATIENCE, UNHURRIED, chat, eventually, openai_client
+from tests.helpers.client import PATIENCE, PRICES, UNHURRIED, chat, eventually, openai_client
 from tests.helpers.paths import ROOT
 from tests.helpers.redis_server import RedisServer
 
@@ -119,6 +119,7 @@ def fleet(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flee
     limits = [
         {"type": "tokens", "tokens": LIMIT, "window_seconds": 3600},
         {"type": "fraction", "fraction": 0.5, "window_seconds": 3600, "slack_tokens": 64},
+        {"type": "cost", "cost": 1000, "window_seconds": 3600},  # which never binds here
     ]
     # At a fixed price nothing spares the budget: whether it holds is up to the ledger alone.
     flags = (
@@ -129,6 +130,8 @@ def fleet(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flee
         json.dumps(ledger),
         "--limits",
         json.dumps(limits),
+        "--prices",
+        json.dumps(PRICES),
     )
     engines = {
         "gateway-1": gateway_service(pair, ",".join(teachers), gateways[0], logs["gateway-1"], flags),

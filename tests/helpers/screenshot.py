@@ -1,0 +1,35 @@
+"""The picture of the README: `python -m tests.helpers.screenshot URL`, of a gateway that serves the demo."""
+
+import shutil
+import sys
+
+from playwright.sync_api import expect, sync_playwright
+
+from tests.helpers.paths import ROOT
+
+IMAGE = ROOT / "docs" / "images" / "playground.png"
+PROMPT = "As far as I know: Ida spent €5.12 on the painting. See you soon!"
+BUDGET = 10
+"""Percent."""
+FLAGS = ["--no-sandbox", "--disable-gpu"]
+
+
+def main() -> None:
+    """Ask the playground, and photograph the answer."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        page = browser.new_page(viewport={"width": 1000, "height": 620}, device_scale_factor=2)
+        page.goto(sys.argv[1])
+        page.get_by_label("Teacher budget").press("Home")
+        for _ in range(BUDGET):
+            page.get_by_label("Teacher budget").press("ArrowRight")
+        page.get_by_role("textbox", name="Prompt").fill(PROMPT)
+        page.get_by_role("button", name="Write").click()
+        expect(page.locator("#facts")).to_contain_text("of the answer", timeout=60_000)
+        IMAGE.parent.mkdir(exist_ok=True)
+        page.screenshot(path=IMAGE)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
