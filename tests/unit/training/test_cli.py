@@ -10,7 +10,10 @@ from wheels import main
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["train", "demo", "task.name=nosuch"], "task nosuch: unknown task 'nosuch'; known: jsonl, numbers"),
+        (
+            ["train", "demo", "task.name=nosuch"],
+            "task nosuch: unknown task 'nosuch'; known: dataset, jsonl, numbers",
+        ),
         (["train", "demo", "task.options={depth: 3}"], "task numbers: .*takes no arguments"),
         (["train", "multi30k", "task.options.directory=/no/where"], "task jsonl: .*/no/where/train.jsonl"),
         (["train", "demo", "--dry-run", "task.name=nosuch"], "task nosuch: unknown task"),
@@ -59,7 +62,7 @@ def test_a_recipe_that_cannot_be_read_is_named_in_one_line(capsys, tmp_path, con
     [
         ("seed=[", "override 'seed=\\[': while parsing"),
         ("router.gain=excess", "router: gain excess: write {type: regret}"),
-        ("router.window=4", "router: window is part of objective"),
+        ("router.window=4", "router: window is gone"),
         ("seed.a=1", "seed holds a value"),
         ("seed", "want key=value"),
     ],
