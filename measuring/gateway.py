@@ -9,7 +9,7 @@ import msgspec
 from openai import APIStatusError, AsyncOpenAI, OpenAIError
 
 from measuring.chats import Source, messages_of
-from measuring.trajectories import in_order
+from measuring.trajectories import in_order, within
 from router.errors import PeerError
 
 SHOWN_PROBLEM = 300
@@ -42,10 +42,7 @@ class GatewayReply:
     @property
     def by_teacher(self) -> list[bool]:
         """Who wrote each token."""
-        flags = [False] * len(self.token_ids)
-        for start, end in self.spans:
-            flags[start:end] = [True] * (end - start)
-        return flags
+        return within(self.spans, len(self.token_ids))
 
 
 class GatewayPrice(msgspec.Struct, frozen=True):

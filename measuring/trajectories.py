@@ -26,26 +26,27 @@ class Trajectory(msgspec.Struct, frozen=True, omit_defaults=True):
     @property
     def by_teacher(self) -> list[bool]:
         """Who wrote each token."""
-        flags = [False] * len(self.tokens)
-        for start, end in self.spans:
-            flags[start:end] = [True] * (end - start)
-        return flags
+        return within(self.spans, len(self.tokens))
 
 
 class TrajectoryFile:
     """One file of trajectories, a line each, that is written until it is full.
 
-    A line is written whole. What a killed process left unfinished is not read.
+    A line is written whole. What a killed process left unfinished is not read, and cut off by the next that
+    writes into the same file.
 
     Args:
-        file: made when the first trajectory comes.
+        file: made when the first trajectory comes; what it holds already counts.
         max_bytes: of the file; what comes later is dropped.
+
+    Raises:
+        OSError: the file is there and cannot be written.
     """
 
     def __init__(self, file: Path, max_bytes: int) -> None:
         self._file = file
         self._max_bytes = max_bytes
-        self._bytes = 0
+        self._bytes = _whole_lines(file)
         self._encoder = msgspec.json.Encoder()
 
     def add(self, trajectory: Trajectory) -> bool:
@@ -61,6 +62,16 @@ class TrajectoryFile:
             stream.write(line)
         self._bytes += len(line)
         return True
+
+
+def _whole_lines(file: Path) -> int:
+    """Bytes of a file's whole lines, to which it is cut."""
+    if not file.exists():
+        return 0
+    with file.open("r+b") as stream:
+        length = stream.read().rfind(b"\n") + 1
+        stream.truncate(length)
+    return length
 
 
 def read_trajectories(directory: Path) -> Iterator[Trajectory]:
@@ -100,6 +111,14 @@ def in_order(spans: Sequence[tuple[int, int]], tokens: int) -> bool:
             return False
         written = end
     return True
+
+
+def within(spans: Sequence[tuple[int, int]], tokens: int) -> list[bool]:
+    """For each token of a completion whether it is in one of the spans [start, end)."""
+    flags = [False] * tokens
+    for start, end in spans:
+        flags[start:end] = [True] * (end - start)
+    return flags
 
 
 def file_of(directory: Path) -> Path:

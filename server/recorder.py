@@ -19,14 +19,17 @@ class Recorder:
         directory: of the files; it is made if it is not there.
         share: of the completions, in (0, 1].
         max_bytes: of this gateway's file.
+        draw: decides which completions are kept.
     """
 
-    def __init__(self, directory: Path, share: float, max_bytes: int) -> None:
+    def __init__(
+        self, directory: Path, share: float, max_bytes: int, draw: random.Random | None = None
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._path = file_of(directory)
         self._file: TrajectoryFile | None = TrajectoryFile(self._path, max_bytes)
         self._share = share
-        self._draw = random.Random()
+        self._draw = draw or random.Random()
 
     def note(self, choice: Choice) -> None:
         """A completion has ended as a model, a limit or a stop string ended it."""

@@ -32,6 +32,15 @@ def test_a_line_that_a_killed_process_left_unfinished_is_not_read(tmp_path: Path
     assert list(read_trajectories(tmp_path)) == [ONE]
 
 
+def test_a_file_that_is_there_is_gone_on_with(tmp_path: Path) -> None:
+    """In a container every gateway has the same name and number: a restart finds its file."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(LINE + LINE[:20])
+    file = TrajectoryFile(path, 2 * len(LINE))
+    assert [file.add(ONE), file.add(ONE)] == [True, False]
+    assert path.read_text() == 2 * LINE
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
