@@ -14,7 +14,6 @@ from router.checkpoint import RouterCheckpoint
 from router.reserved import RESERVED_ROWS
 from router.vocabulary import OTHER_SPLIT
 from tests.helpers.commands import INTERRUPTED, train
-from tests.helpers.numbers import save_untrained_pair, tokenizer_of_numbers
 from training.config import Shape
 from training.gating.rollout import Request
 from training.gating.router_stage import FrozenPair
@@ -26,25 +25,17 @@ from training.vocabulary import check_vocabulary
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory):
-    """A directory with `teacher` and `student`, untrained."""
-    directory = tmp_path_factory.mktemp("ready")
-    save_untrained_pair(tokenizer_of_numbers(), directory)
-    return directory
-
-
 @pytest.fixture
-def recipe(ready, tmp_path):
+def recipe(untrained_pair, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"""
 output: {tmp_path}/out
 work: {tmp_path}/work
 task: {{name: numbers}}
 max_tokens: 16
-teacher: {{pretrained: {ready}/teacher}}
+teacher: {{pretrained: {untrained_pair}/teacher}}
 student:
-  pretrained: {ready}/student
+  pretrained: {untrained_pair}/student
   lora: {{rank: 4}}
   method: {{type: gkd, on_policy: 0.5}}
   schedule: {{steps: 6, batch: 4, learning_rate: 1e-2, checkpoint_every: 2, log_every: 1, compile: false}}
@@ -60,18 +51,18 @@ def losses(directory):
     return [line["loss"] for line in lines]
 
 
-def test_an_adapter_is_trained_resumed_and_merged(ready, recipe, tmp_path, monkeypatch):
+def test_an_adapter_is_trained_resumed_and_merged(untrained_pair, recipe, tmp_path, monkeypatch):
     students = ["--stage", "student"]
     assert train([recipe, *students]) == 0
     straight = losses(tmp_path / "work" / "student")
     assert straight[-1] < straight[0]
 
-    before = load_file(ready / "student" / "model.safetensors")
+    before = load_file(untrained_pair / "student" / "model.safetensors")
     merged = load_file(tmp_path / "out" / "student" / "model.safetensors")
     assert merged.keys() == before.keys()
     changed = {name for name in before if not torch.equal(before[name], merged[name])}
     assert changed == {name for name in before if "_proj" in name}
-    assert (tmp_path / "out" / "teacher").resolve() == ready / "teacher"
+    assert (tmp_path / "out" / "teacher").resolve() == untrained_pair / "teacher"
 
     again = [recipe, f"output={tmp_path}/out2", f"work={tmp_path}/work2", *students]
     with monkeypatch.context() as patch:
@@ -95,16 +86,16 @@ def dies_after(last):
     return stand_in
 
 
-def test_a_router_over_a_ready_pair_that_is_not_trained(recipe, ready, tmp_path):
-    assert train([recipe, f"student={{pretrained: {ready}/student}}"]) == 0
+def test_a_router_over_a_ready_pair_that_is_not_trained(recipe, untrained_pair, tmp_path):
+    assert train([recipe, f"student={{pretrained: {untrained_pair}/student}}"]) == 0
     router = RouterCheckpoint.load(tmp_path / "out" / "router")
     router.check_student(tmp_path / "out" / "student")
     assert router.reserved.start == 300
 
 
-def test_a_teacher_that_needs_no_training_needs_no_stage(recipe, ready, tmp_path):
+def test_a_teacher_that_needs_no_training_needs_no_stage(recipe, untrained_pair, tmp_path):
     assert train([recipe, "--stage", "student"]) == 0
-    assert (tmp_path / "out" / "teacher").resolve() == ready / "teacher"
+    assert (tmp_path / "out" / "teacher").resolve() == untrained_pair / "teacher"
 
 
 def test_a_model_that_is_not_there_is_named(recipe, tmp_path, capsys):
@@ -121,7 +112,7 @@ def other_tokenizer(directory):
     return tokenizer
 
 
-def test_another_vocabulary_is_refused_by_name(recipe, ready, tmp_path, capsys):
+def test_another_vocabulary_is_refused_by_name(recipe, untrained_pair, tmp_path, capsys):
     strange = tmp_path / "strange"
     tokenizer = other_tokenizer(strange)
     save_model(
@@ -129,26 +120,26 @@ def test_another_vocabulary_is_refused_by_name(recipe, ready, tmp_path, capsys):
     )
     assert train([recipe, f"teacher.pretrained={strange}"]) == 2
     message = capsys.readouterr().err
-    assert f"the teacher {strange} has another vocabulary than {ready / 'student'}" in message
+    assert f"the teacher {strange} has another vocabulary than {untrained_pair / 'student'}" in message
     assert not (tmp_path / "work").exists()
 
 
-def test_a_teacher_that_splits_texts_otherwise_is_taken_with_a_warning(ready, tmp_path, capsys):
+def test_a_teacher_that_splits_texts_otherwise_is_taken_with_a_warning(untrained_pair, tmp_path, capsys):
     """Its normaliser differs; the ids, which are all that the two exchange, do not."""
-    lower_case = Tokenizer.from_file(str(ready / "teacher" / "tokenizer.json"))
+    lower_case = Tokenizer.from_file(str(untrained_pair / "teacher" / "tokenizer.json"))
     lower_case.normalizer = normalizers.Lowercase()
     PreTrainedTokenizerFast(tokenizer_object=lower_case).save_pretrained(tmp_path)
-    check_vocabulary("teacher", str(tmp_path), load_tokenizer(ready / "student"))
+    check_vocabulary("teacher", str(tmp_path), load_tokenizer(untrained_pair / "student"))
     (warning,) = capsys.readouterr().out.splitlines()
     assert warning.startswith(f"the teacher {tmp_path} {OTHER_SPLIT}: ")
 
 
 @pytest.fixture
-def full(ready, tmp_path):
+def full(untrained_pair, tmp_path):
     """The student without a row to spare."""
-    model = AutoModelForCausalLM.from_pretrained(ready / "student")
+    model = AutoModelForCausalLM.from_pretrained(untrained_pair / "student")
     model.resize_token_embeddings(model.config.vocab_size - RESERVED_ROWS)
-    save_model(model, load_tokenizer(ready / "student"), tmp_path / "full")
+    save_model(model, load_tokenizer(untrained_pair / "student"), tmp_path / "full")
     return tmp_path / "full"
 
 
@@ -176,11 +167,11 @@ def test_a_student_that_can_get_no_rows_is_refused(recipe, full, capsys):
     assert f"student {full}: the output matrix of {full} is quantised" in capsys.readouterr().err
 
 
-def test_rows_without_a_token_are_written_by_nobody(ready, tmp_path):
+def test_rows_without_a_token_are_written_by_nobody(untrained_pair, tmp_path):
     """Eight rows between the tokenizer's ids and the reserved ones, which both models like best."""
-    tokenizer = load_tokenizer(ready / "student")
+    tokenizer = load_tokenizer(untrained_pair / "student")
     for role in ("teacher", "student"):
-        model = AutoModelForCausalLM.from_pretrained(ready / role)
+        model = AutoModelForCausalLM.from_pretrained(untrained_pair / role)
         model.resize_token_embeddings(300 + 8 + RESERVED_ROWS)
         model.tie_weights()
         save_model(model, tokenizer, tmp_path / role)
@@ -199,12 +190,12 @@ def padded_rows_win(head, inputs, logits):
     return logits
 
 
-def test_a_template_and_its_variables_go_with_the_student(recipe, ready, tmp_path):
+def test_a_template_and_its_variables_go_with_the_student(recipe, untrained_pair, tmp_path):
     bare = tmp_path / "bare"
-    tokenizer = load_tokenizer(ready / "student")
+    tokenizer = load_tokenizer(untrained_pair / "student")
     tokenizer.chat_template = None
     for role in ("teacher", "student"):
-        save_model(AutoModelForCausalLM.from_pretrained(ready / role), tokenizer, bare / role)
+        save_model(AutoModelForCausalLM.from_pretrained(untrained_pair / role), tokenizer, bare / role)
     pair = [f"teacher.pretrained={bare}/teacher", f"student={{pretrained: {bare}/student}}"]
     only = ["--stage", "student"]
     assert train([recipe, *pair, *only]) == 2

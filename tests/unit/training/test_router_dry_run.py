@@ -6,7 +6,7 @@ import torch
 from router.gate import RandomGate
 from router.reserved import ReservedRows
 from tests.helpers.commands import train
-from tests.helpers.numbers import save_untrained_pair, tokenizer_of_numbers
+from tests.helpers.numbers import tokenizer_of_numbers
 from training.config import Shape
 from training.gating import rollout
 from training.gating.rollout import ClosedLoop, Request, cache_bytes
@@ -16,16 +16,8 @@ from training.router_dry_run import Timed, projected
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory):
-    """A directory with `teacher` and `student`, untrained."""
-    directory = tmp_path_factory.mktemp("ready")
-    save_untrained_pair(tokenizer_of_numbers(), directory)
-    return directory
-
-
 @pytest.fixture
-def recipe(ready, tmp_path):
+def recipe(untrained_pair, tmp_path):
     schedule = "{steps: 4, batch: 4, learning_rate: 1e-2, compile: false}"
     path = tmp_path / "recipe.yaml"
     path.write_text(f"""
@@ -33,7 +25,7 @@ output: {tmp_path}/out
 work: {tmp_path}/work
 max_tokens: 8
 task: {{name: numbers}}
-teacher: {{pretrained: {ready}/teacher}}
+teacher: {{pretrained: {untrained_pair}/teacher}}
 student: {{prune: {{layers: 1}}, method: {{type: kd}}, schedule: {schedule}}}
 router:
   {{span_tokens: 2, ask_tokens: 1, gain: {{type: regret}}, prompts: 100, rounds: 2, calibration_examples: 40}}
@@ -54,8 +46,11 @@ def test_a_dry_run_covers_the_router_before_its_student_is_there(recipe, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml"}
 
 
-def test_of_models_that_are_there_the_calibration_is_measured_too(recipe, ready, capsys):
-    assert train([recipe, "--dry-run", "--stage", "router", f"student={{pretrained: {ready}/student}}"]) == 0
+def test_of_models_that_are_there_the_calibration_is_measured_too(recipe, untrained_pair, capsys):
+    assert (
+        train([recipe, "--dry-run", "--stage", "router", f"student={{pretrained: {untrained_pair}/student}}"])
+        == 0
+    )
     told = capsys.readouterr().out
     assert "in all" in told
     assert "known when both models are trained" not in told
@@ -73,9 +68,9 @@ def test_what_does_not_grow_is_spent_once_for_each_batch():
     assert projected(Timed(8, 40.0), Timed(8, 40.0), count=2000, batches=4) == pytest.approx(10_000)
 
 
-def test_completions_whose_caches_would_not_fit_are_written_in_turns(ready, monkeypatch):
+def test_completions_whose_caches_would_not_fit_are_written_in_turns(untrained_pair, monkeypatch):
     """A token of both models takes 2 layers x 32 x 2 x 4 bytes of a one-headed cache each."""
-    student, teacher = (load_model(ready / role) for role in ("student", "teacher"))
+    student, teacher = (load_model(untrained_pair / role) for role in ("student", "teacher"))
     assert cache_bytes(student) == cache_bytes(teacher) == 2 * 2 * 32 * 4
     loop = ClosedLoop(student, teacher, RandomGate(ReservedRows(300, 32)), 300, 1, max_tokens=4)
     requests = [Request(list(range(5, 5 + length))) for length in (6, 2, 6, 2, 6)]

@@ -11,7 +11,7 @@ from measuring.trajectories import Trajectory, TrajectoryFile
 from router.checkpoint import RouterCheckpoint
 from router.gate import RandomGate
 from tests.helpers.commands import train
-from tests.helpers.numbers import save_untrained_pair, tokenizer_of_numbers
+from tests.helpers.numbers import tokenizer_of_numbers
 from tests.helpers.served_teacher import VLLM, client
 from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 from training.gate_config import GateConfig, GatewayRollouts, RegretGain
@@ -95,24 +95,16 @@ def test_a_token_that_a_server_does_not_name_is_at_most_as_likely_as_its_least()
     assert known.surprisal.item() == pytest.approx(-torch.tensor(0.25).log().item())
 
 
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory):
-    """A directory with an untrained pair."""
-    directory = tmp_path_factory.mktemp("ready")
-    save_untrained_pair(tokenizer_of_numbers(), directory)
-    return directory
-
-
 @pytest.fixture
-def recipe(ready, tmp_path):
+def recipe(untrained_pair, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"""
 output: {tmp_path}/out
 work: {tmp_path}/work
 max_tokens: 8
 task: {{name: numbers}}
-teacher: {{pretrained: {ready}/teacher}}
-student: {{pretrained: {ready}/student}}
+teacher: {{pretrained: {untrained_pair}/teacher}}
+student: {{pretrained: {untrained_pair}/student}}
 router:
   span_tokens: 2
   ask_tokens: 1
