@@ -53,6 +53,15 @@ class Fingerprints(BaseModel):
     teacher: str
     """Name of the teacher, for the operator; a served teacher's weights cannot be seen."""
 
+    @classmethod
+    def of(cls, student: Path, reserved: ReservedRows, teacher: str) -> "Fingerprints":
+        """Of a student's directory and the name of its teacher."""
+        return cls(
+            student=fingerprint(student, reserved.start),
+            tokenizer=tokenizer_fingerprint(student),
+            teacher=teacher,
+        )
+
 
 Fact = float | int | str | list[tuple[float, float]]
 """A setting, a figure, or pairs of (fraction, figure)."""

@@ -19,7 +19,6 @@ from router.checkpoint import (
     RouterCheckpoint,
     RouterConfig,
     fingerprint,
-    tokenizer_fingerprint,
 )
 from router.gate import CONFIDENCE_GATES, Gate, RandomGate
 from router.reserved import ReservedRows
@@ -187,11 +186,7 @@ class RouterStage:
                 expected_tokens=calibrated.expected_tokens,
                 calibration=calibrated.prices,
                 spare=calibrated.spares,
-                fingerprints=Fingerprints(
-                    student=fingerprint(self.pair.student, reserved.start),
-                    tokenizer=tokenizer_fingerprint(self.pair.student),
-                    teacher=self.pair.teacher.name,
-                ),
+                fingerprints=Fingerprints.of(self.pair.student, reserved, self.pair.teacher.name),
                 budget_prompt=config.template,
                 training=self._facts(fitted),
             ),

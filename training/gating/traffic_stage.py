@@ -21,7 +21,7 @@ from measuring.examples import sources_of
 from measuring.gateway import GatewayClient
 from measuring.json_lines import DataError
 from measuring.trajectories import SUFFIX, Trajectory, TrajectoryFile, read_trajectories
-from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, fingerprint, tokenizer_fingerprint
+from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig
 from training.gate_config import GateConfig, GatewayRollouts, QualityGain, RecordedRollouts
 from training.gating.fitting import fit
 from training.gating.head import Head
@@ -179,11 +179,7 @@ class TrafficStage:
                 ask_tokens=config.ask_tokens,
                 expected_tokens=expected_tokens,
                 calibration={},
-                fingerprints=Fingerprints(
-                    student=fingerprint(self.student, reserved.start),
-                    tokenizer=tokenizer_fingerprint(self.student),
-                    teacher=self.teacher_name,
-                ),
+                fingerprints=Fingerprints.of(self.student, reserved, self.teacher_name),
                 training={
                     "gain": config.gain.type,
                     "objective": config.objective.type,
