@@ -50,6 +50,7 @@ def _points(pyplot: Any, section: Section) -> Any:
     figure, panels = pyplot.subplots(1, len(columns), figsize=(6 * len(columns), 4.5), sharey=True)
     for axes, column in zip(panels, columns, strict=True):
         _panel(axes, rows, column)
+        _plain_numbers(pyplot, axes.xaxis)
     panels[0].set_ylabel("exact match, %")
     panels[0].legend(loc="lower left")
     return figure
@@ -76,7 +77,6 @@ def _panel(axes: Any, rows: Sequence[Row], column: str) -> None:
     axes.set(xlabel="tokens/s", title=f"{streams} stream{'' if streams == '1' else 's'}", xscale="log")
     axes.grid(alpha=0.3)
     axes.margins(0.1, 0.2)
-    axes.tick_params(axis="x", which="minor", labelbottom=False)
 
 
 def _shares(pyplot: Any, section: Section) -> Any:
@@ -98,21 +98,44 @@ def _shares(pyplot: Any, section: Section) -> Any:
     return figure
 
 
-def _streams(pyplot: Any, section: Section) -> Any:
-    """Tokens/s against streams, one line for each budget."""
+def _capacity(pyplot: Any, section: Section) -> Any:
+    """One line for each budget."""
+    rows = section.tables["streams"].rows
+    return _streams(pyplot, _grouped(rows, lambda row: f"budget {row['budget']}"))
+
+
+def _overhead(pyplot: Any, section: Section) -> Any:
+    """One line for the gateway at budget 0, one for vLLM's own server."""
+    return _streams(pyplot, _grouped(section.tables["client"].rows, itemgetter("server")))
+
+
+def _streams(pyplot: Any, lines: Mapping[str, Sequence[Row]]) -> Any:
+    """Tokens/s against streams, with the range over the rounds."""
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    for budget, rows in _grouped(section.tables["streams"].rows, itemgetter("budget")).items():
-        axes.plot(_numbers(rows, "streams"), _numbers(rows, "tokens/s"), marker="o", label=f"budget {budget}")
+    for label, rows in lines.items():
+        x = _numbers(rows, "streams")
+        y = _numbers(rows, "tokens/s")
+        axes.errorbar(x, y, _ranges(rows, "tokens/s"), marker="o", capsize=3, label=label)
     axes.set(xlabel="streams", ylabel="tokens/s", xscale="log", yscale="log")
+    _plain_numbers(pyplot, axes.xaxis, base=2)
+    _plain_numbers(pyplot, axes.yaxis)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
 
 
+def _plain_numbers(pyplot: Any, axis: Any, base: int = 10) -> None:
+    """Label a logarithmic axis with 50, 100, 200 instead of powers."""
+    axis.set_major_locator(pyplot.LogLocator(base, subs=(1, 2, 5) if base == 10 else (1,)))
+    axis.set_major_formatter("{x:,.0f}")
+    axis.set_minor_formatter(pyplot.NullFormatter())
+
+
 DRAWN: Mapping[str, Callable[[Any, Section], Any]] = {
     "speculative": _points,
     "cooperation": _shares,
-    "capacity": _streams,
+    "capacity": _capacity,
+    "overhead": _overhead,
 }
 
 
@@ -134,6 +157,14 @@ def _number(value: Value) -> float:
 
 def _numbers(rows: Sequence[Row], column: str) -> NDArray[np.float64]:
     return np.array([_number(row[column]) for row in rows])
+
+
+def _ranges(rows: Sequence[Row], column: str) -> NDArray[np.float64]:
+    """How far the lowest and the highest measurement are from the median: (2, rows)."""
+    spreads = [value for value in (row[column] for row in rows) if isinstance(value, Spread)]
+    if len(spreads) < len(rows):
+        return np.zeros((2, len(rows)))
+    return np.array([[value.median - value.low, value.high - value.median] for value in spreads]).T
 
 
 def _grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:

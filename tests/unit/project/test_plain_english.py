@@ -11,7 +11,7 @@ from tests.unit.project.test_documents import SOURCES, docstrings_and_comments
 
 LOG = ROOT / "docs" / "log.md"
 GENERATED = ("configuration.md", "recipe.md")
-DOCUMENTS = sorted({ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")} - {LOG})
+DOCUMENTS = sorted({ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")} - {LOG})
 """The log is a notebook: its older entries are as they were written."""
 LONGEST = 35
 """Words of a sentence."""

@@ -1,5 +1,7 @@
 """The documents as a site: they build without a broken link, and those of settings are what the code says."""
 
+from pathlib import Path
+
 import pytest
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
@@ -15,8 +17,9 @@ def test_the_site_builds_without_a_broken_link(tmp_path) -> None:
     config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path))
     assert config.strict
     build(config)  # in strict mode a warning ends it
-    pages = {page.name for page in tmp_path.glob("*.html")} - {"404.html"}
-    assert pages == {f"{document.stem}.html" for document in (ROOT / "docs").glob("*.md")}
+    docs = ROOT / "docs"
+    pages = {page.relative_to(tmp_path) for page in tmp_path.rglob("*.html")} - {Path("404.html")}
+    assert pages == {document.relative_to(docs).with_suffix(".html") for document in docs.rglob("*.md")}
 
 
 def test_every_setting_is_in_the_document_as_the_code_has_it() -> None:

@@ -1,0 +1,38 @@
+"""Pictures of sections."""
+
+from pathlib import Path
+
+import pytest
+
+from server.bench.plots import plot
+from server.bench.results import Row, Section, Spread, Table
+
+pytest.importorskip("matplotlib")
+
+
+def rows(group: str, names: tuple[str, str]) -> list[Row]:
+    return [
+        {
+            group: name,
+            "streams": streams,
+            "tokens/s": Spread(100.0 * streams, 90.0 * streams, 120.0 * streams),
+        }
+        for name in names
+        for streams in (1, 8, 64)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "lines"),
+    [
+        ("overhead", "client", rows("server", ("gateway", "vLLM"))),
+        ("capacity", "streams", rows("budget", ("0", "0.1"))),
+    ],
+)
+def test_throughput_is_drawn_against_streams(name: str, table: str, lines: list[Row], tmp_path: Path) -> None:
+    assert plot(name, Section({table: Table("", lines)}), tmp_path) == [tmp_path / f"{name}.png"]
+
+
+def test_a_section_without_a_picture_writes_none(tmp_path: Path) -> None:
+    assert plot("peers", Section({}), tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
