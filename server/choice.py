@@ -110,6 +110,17 @@ class Choice:
         return self.purse.written + len(self.completion)
 
     @property
+    def adapter(self) -> str | None:
+        """Name of the LoRA adapter that the student writes it with; None without one."""
+        request = self.options.get("lora_request")
+        return None if request is None else str(request.lora_name)
+
+    @property
+    def begun(self) -> bool:
+        """Whether something of it is written, or its prompt is read: it goes before new requests."""
+        return len(self.completion) > 0 or self.params.prompt_logprobs is not None
+
+    @property
     def student_tokens(self) -> int:
         """Tokens that the student wrote."""
         return len(self.completion) - self.report.tokens

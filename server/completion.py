@@ -89,7 +89,7 @@ class Completion:
         self._end_ids = frozenset([params.eos_token_id, *(params.stop_token_ids or ())]) - {None}
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self._logprobs: list[dict[int, Logprob]] | None = None if params.num_logprobs is None else []
         self._cumulative_logprob = 0.0
         self._handed_out = 0
         tokenizer = tokenizer if params.detokenize else None

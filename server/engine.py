@@ -17,7 +17,7 @@ from server.choice import Choice, Step
 from server.completion import Completion
 from server.engine_limits import check_engine_limits
 from server.exchange import EXCHANGE, NO_PRICES, Exchange, Report
-from server.gate_processor import TERMS
+from server.gate_processor import TERMS, visible_rows_of
 from server.grammar.constraint import Grammars
 from server.metrics import counted
 from server.parameters import check_reserved_rows, unsupported
@@ -42,6 +42,7 @@ from server.vllm_api import (
     merge_async_iterators,
     reasoning_markers,
 )
+from server.whole_vocabulary import reports_all, tokens_only
 
 PRIORITIES = 2**60
 """Client priorities are clamped to ± this, so doubling them fits an int64."""
@@ -110,14 +111,24 @@ class CooperativeEngine(AsyncLLM):
                 prompt,
                 params,
                 supported_tasks=("generate",),
+                lora_request=options.get("lora_request"),
                 data_parallel_rank=options.get("data_parallel_rank"),
             )
             if request.sampling_params is None:
                 raise TypeError("not a request for a completion")
             return request.sampling_params
 
+        plain = super().generate
+        visible = visible_rows_of(self.vllm_config.additional_config)
+
+        def generate(
+            prompt: Any, params: SamplingParams, request_id: str, **options: Any
+        ) -> AsyncGenerator[RequestOutput, None]:
+            outputs = plain(prompt, params, request_id, **options)
+            return tokens_only(outputs, visible) if reports_all(params) else outputs
+
         return StudentEngine(
-            generate=super().generate,
+            generate=generate,
             check=check,
             tokenizer=self.renderer.tokenizer,
             max_model_len=self.model_config.max_model_len,
@@ -187,7 +198,7 @@ class Cooperator:
         options: dict[str, Any],
     ) -> AsyncGenerator[RequestOutput, None]:
         reports = [self._open(exchange, prompt) for _ in range(params.n)]
-        budget = self._budget(exchange, prompt, params, options)
+        budget = self._budget(exchange, prompt, params)
         if budget.is_zero:
             outputs = self._student.generate(prompt, params, request_id, **options)
             if self._parsed(params):
@@ -216,7 +227,7 @@ class Cooperator:
         options: dict[str, Any],
     ) -> AsyncGenerator[RequestOutput, None]:
         """One token of one beam. It is nobody's completion: what the client gets is counted at the end."""
-        self._budget(exchange, prompt, params, options)
+        self._budget(exchange, prompt, params)
         exchange.searched = partial(self._count_search, exchange.tenant)
         return self._student.generate(prompt, params, request_id, **options)
 
@@ -238,16 +249,14 @@ class Cooperator:
             )
         return 2 * max(-PRIORITIES, min(wanted, PRIORITIES)) + 1
 
-    def _budget(
-        self, exchange: Exchange, prompt: Any, params: SamplingParams, options: dict[str, Any]
-    ) -> Budget:
+    def _budget(self, exchange: Exchange, prompt: Any, params: SamplingParams) -> Budget:
         """The request's budget, or that of its model or the default one where these can be honoured."""
         budget = self._allowed(exchange)
         if budget.is_zero:
             return budget
         if exchange.writes_nothing:
             return Budget(tokens=0)
-        parameter = exchange.unsupported or unsupported(prompt, params, options)
+        parameter = exchange.unsupported or unsupported(prompt, params)
         if parameter is None and self._cooperation.translator is not None:
             parameter = untranslatable(exchange.original(prompt), params)
         if parameter is None:
@@ -339,6 +348,8 @@ class Cooperator:
         segment.stop = []
         segment.detokenize = False
         segment.skip_clone = True
+        segment.prompt_logprobs = None  # they are read once, see `StudentEngine.read_prompt`
+        segment.skip_reading_prefix_cache = False
         segment.stop_token_ids = [*(params.stop_token_ids or ()), reserved.escalation]
         if params.allowed_token_ids is not None:
             # The gate reads the reserved rows, and masks them afterwards.
@@ -391,34 +402,54 @@ class Cooperator:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Cooperative completions as vLLM's outputs, in the kind that the caller wants."""
         final: list[CompletionOutput] = []
-        written = [self._written(choice, exchange) for choice in choices]
+        reading = self._reading(choices[0])
+        written = [self._written(choice, exchange, reading) for choice in choices]
+        unread = {choice.completion.index for choice in choices}
         async with aclosing(merge_async_iterators(*written)) as steps:
             async for index, (output, source) in steps:
                 choice = choices[index]
                 exchange.hand_out(choice.report, source, finished=output.finish_reason is not None)
+                outputs = [output]
                 if choice.params.output_kind == RequestOutputKind.FINAL_ONLY:
                     final.append(output)
-                    if len(final) == len(choices):
-                        final.sort(key=lambda output: output.index)
-                        yield _request_output(choices, final, request_id)
-                else:
-                    yield _request_output(choices, [output], request_id)
+                    outputs = sorted(final, key=lambda output: output.index)
+                    if len(final) < len(choices):
+                        continue
+                request_output = _request_output(choices, outputs, request_id)
+                first = index in unread or choice.params.output_kind != RequestOutputKind.DELTA
+                if reading is not None and first:
+                    request_output.prompt_logprobs = reading.result()
+                unread.discard(index)
+                yield request_output
 
-    async def _written(self, choice: Choice, exchange: Exchange) -> AsyncGenerator[Step, None]:
-        """What the span loop writes, for a reader that may be slow, or leave."""
-        writing = asyncio.create_task(self._loop.write(choice))
+    def _reading(self, choice: Choice) -> asyncio.Task[Any] | None:
+        """Reads the prompt, which is that of all choices, if anybody wants its log-probabilities."""
+        if choice.params.prompt_logprobs is None:
+            return None
+        return asyncio.create_task(self._student.read_prompt(choice))
+
+    async def _written(
+        self, choice: Choice, exchange: Exchange, reading: asyncio.Task[Any] | None
+    ) -> AsyncGenerator[Step, None]:
+        """What the span loop writes after the prompt is read, for a reader that may be slow, or leave."""
+        writing = asyncio.create_task(self._write(choice, reading))
         writing.add_done_callback(lambda _: choice.steps.put_nowait(None))
         with exchange.noting_failure(), counted([choice.report], budgeted=True, refusal=VLLMValidationError):
             try:
                 while (step := await choice.steps.get()) is not None:
                     yield step
                 await writing
-                if self._cooperation.recorder is not None:
-                    self._cooperation.recorder.note(choice)
+                if self._cooperation.recorder is not None and choice.adapter is None:
+                    self._cooperation.recorder.note(choice)  # a router learns from the student as it is
             finally:  # and counted only after the last token is written
                 writing.cancel()
                 await asyncio.wait([writing])
                 choice.purse.close(len(choice.completion))
+
+    async def _write(self, choice: Choice, reading: asyncio.Task[Any] | None) -> None:
+        if reading is not None:
+            await reading
+        await self._loop.write(choice)
 
 
 def _ids(prompt: Any) -> list[int] | None:

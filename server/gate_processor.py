@@ -30,6 +30,7 @@ from server.vllm_api import (
     UnsupportedVllm,
     count_from,
     hide_from_reports,
+    keep_from_adapters,
     output_matrix,
     pack_again,
     prompt_lengths,
@@ -81,6 +82,12 @@ def gate_settings(
     if visible is not None:
         settings["visible"] = visible
     return {SETTINGS: settings}
+
+
+def visible_rows_of(additional_config: Any) -> int:
+    """From which row on there are no tokens, by the engine's ``additional_config``."""
+    settings = additional_config[SETTINGS]
+    return int(settings.get("visible", settings["reserved"][0]))
 
 
 def terms_args(terms: Terms) -> dict[str, float | int]:
@@ -159,9 +166,10 @@ class Decider:
         else:
             gate = RouterCheckpoint.load(Path(settings["router"])).build_gate(settings["gate"])
         self.gate = gate.to(self.device)
-        self.visible: int = settings.get("visible", reserved.start)
+        self.visible = visible_rows_of(vllm_config.additional_config)
         self.sketch = ScoreSketch(self.device) if settings.get("sketch") else None
         hide_from_reports(slice(self.visible, reserved.end), v2=v2)
+        keep_from_adapters(slice(reserved.start, reserved.end))
         PROCESSORS.add(self)
 
     def _mask(self, logits: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def _vllm_arguments(config: ServeConfig, pair: ServedPair) -> Namespace:
     """The server arguments of vLLM, parsed and checked by vLLM's own parser."""
     ours: dict[str, Any] = {
         "model": str(pair.student),
-        "served-model-name": [config.served_model_name, *config.models],
+        "served-model-name": [config.served_model_name],
         "host": config.host,
         "port": config.port,
         "middleware": f"{TeacherFields.__module__}.{TeacherFields.__name__}",
@@ -96,6 +96,8 @@ def _vllm_arguments(config: ServeConfig, pair: ServedPair) -> Namespace:
     arguments = HttpLayer().parse(theirs, fixed=ours)
     if arguments.scheduling_policy != "priority":
         raise ConfigError("vllm's scheduling-policy must be priority: continuations go first")
+    adapters = {adapter.name for adapter in arguments.lora_modules or ()}
+    arguments.served_model_name += [name for name in config.models if name not in adapters]
     return arguments
 
 

@@ -7,30 +7,17 @@ from typing import Any
 from router.reserved import ReservedRows
 from server.vllm_api import SamplingParams, VLLMValidationError
 
-# Sampling parameters that a teacher budget rules out, with the value that leaves them unused.
-# They count or constrain the completion as a whole, and a continuation starts their count anew.
-UNSUPPORTED = {
-    "prompt_logprobs": None,
-    "logprob_token_ids": None,
-    "trace_decode_token_ids": None,
-}
 
-
-def unsupported(prompt: Any, params: SamplingParams, options: dict[str, Any]) -> str | None:
+def unsupported(prompt: Any, params: SamplingParams) -> str | None:
     """Name of a parameter that cannot be honoured by two models, if the request has one."""
     if not isinstance(prompt, dict) or prompt.get("type") != "token":
         return "prompt"
-    if options.get("lora_request") is not None:
-        return "model"
-    if params.logprobs == -1:
-        return "logprobs"
     if params.repetition_penalty != 1.0:
         # What is written comes to the teacher as a bias, which vLLM would scale by the other penalty.
         for penalty in ("frequency_penalty", "presence_penalty"):
             if getattr(params, penalty):
                 return penalty
-    used = (name for name, unused in UNSUPPORTED.items() if getattr(params, name) not in (None, [], unused))
-    return next(used, None)
+    return None
 
 
 def check_reserved_rows(
@@ -49,6 +36,7 @@ def check_reserved_rows(
         "stop_token_ids": params.stop_token_ids,
         "allowed_token_ids": params.allowed_token_ids,
         "logit_bias": params.logit_bias,
+        "logprob_token_ids": params.logprob_token_ids,
     }
     for parameter, ids in named.items():
         if not ids or max(ids) < reserved.start:

@@ -12,7 +12,7 @@ from server.choice import Choice
 from server.completion import Piece
 from server.gate_processor import terms_args
 from server.grammar.constraint import Constraint
-from server.vllm_api import ReasoningMarkers, RequestOutput, SamplingParams
+from server.vllm_api import ReasoningMarkers, RequestOutput, RequestOutputKind, SamplingParams
 from server.written import written_args
 
 
@@ -45,10 +45,8 @@ class StudentEngine:
 
     async def segment(self, choice: Choice, terms: Terms) -> AsyncGenerator[Piece, None]:
         """Continue a choice's prefix by one segment of the student, in pieces."""
-        options = dict(choice.options)
-        options["priority"] -= len(choice.completion) > 0
-        if options.get("data_parallel_rank") is None:
-            options["data_parallel_rank"] = self.rank(choice.affinity)
+        options = self._options(choice)
+        options["priority"] -= choice.begun
         params = self._params(choice, terms)
         if choice.constraint is not None and (choice.completion or choice.report.calls):
             await choice.constraint.catch_up(choice.completion.token_ids)
@@ -69,6 +67,32 @@ class StudentEngine:
                     choice.student_reads(output.num_cached_tokens)
                     read = True
                 yield self._piece(output)
+
+    async def read_prompt(self, choice: Choice) -> Any:
+        """The `prompt_logprobs` of a choice's request, in a request of their own: its one token is dropped.
+
+        Whoever writes first, the student has read the prompt then, and its cache has it.
+        """
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=choice.params.prompt_logprobs,
+            detokenize=choice.params.detokenize,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = dict(choice.prompt)
+        outputs = self.generate(prompt, params, f"{choice.request_id}-prompt", **self._options(choice))
+        async with aclosing(outputs):
+            async for output in outputs:
+                choice.student_reads(output.num_cached_tokens)
+                return output.prompt_logprobs
+        raise RuntimeError("the student's engine ended a request without an output")
+
+    def _options(self, choice: Choice) -> dict[str, Any]:
+        options = dict(choice.options)
+        if options.get("data_parallel_rank") is None:
+            options["data_parallel_rank"] = self.rank(choice.affinity)
+        return options
 
     def _piece(self, output: RequestOutput) -> Piece:
         (new,) = output.outputs

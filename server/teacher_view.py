@@ -63,6 +63,7 @@ class SameTokens:
             cache_salt=choice.prompt.get("cache_salt"),
             meter=meter,
             constraint=choice.constraint,
+            adapter=choice.adapter,
         )
         return self._teacher.write(slot, ask, request_id=choice.call_id, deadline=deadline)
 

@@ -20,6 +20,8 @@ from vllm import SamplingParams, envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.logprobs import Logprob
+from vllm.lora.layers import LogitsProcessorWithLoRA
+from vllm.lora.lora_model import LoRAModel
 from vllm.model_executor.layers.logits_processor import LogitsProcessor as LogitsComputation
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -323,6 +325,42 @@ def _hiding(original: Callable[..., Any], rows: slice) -> Callable[..., Any]:
     return hiding
 
 
+def keep_from_adapters(rows: slice) -> None:
+    """Have LoRA adapters leave these rows of the vocabulary as they are: they are the router's.
+
+    An adapter of the original model may have no such rows, where they were appended.
+    """
+    scores: Any = LogitsProcessorWithLoRA
+    adapter: Any = LoRAModel
+    set_output = getattr(scores.set_lora, "original", scores.set_lora)
+    make = getattr(adapter.from_lora_tensors, "original", adapter.from_lora_tensors.__func__)
+
+    @wraps(set_output)
+    def set_lora(self: Any, index: int, *args: Any, **options: Any) -> None:
+        set_output(self, index, *args, **options)
+        self.lora_b_stacked[index, 0, rows] = 0
+
+    @wraps(make)
+    def from_lora_tensors(
+        cls: Any, lora_model_id: int, tensors: dict[str, Tensor], *args: Any, **options: Any
+    ) -> Any:
+        fitted = {name: _with_rows(name, tensor, rows) for name, tensor in tensors.items()}
+        return make(cls, lora_model_id, fitted, *args, **options)
+
+    vars(set_lora).update(original=set_output)
+    vars(from_lora_tensors).update(original=make)
+    scores.set_lora = set_lora
+    adapter.from_lora_tensors = classmethod(from_lora_tensors)
+
+
+def _with_rows(name: str, tensor: Tensor, rows: slice) -> Tensor:
+    """An adapter's change of the input matrix, (rank, V), with columns of zeros for the appended rows."""
+    missing = rows.stop - tensor.shape[-1]
+    if "lora_embedding_A" not in name or tensor.shape[-1] != rows.start:
+        return tensor
+    return torch.nn.functional.pad(tensor, (0, missing))
+
+
 class _Found(Exception):
     """Ends `compute_logits` where it has shown its matrix."""
 
@@ -337,8 +375,10 @@ def output_matrix(model: Any, hidden_size: int) -> Any:
         UnsupportedVllm: the model computes its logits in a way of its own.
     """
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    processors = [module for module in modules if isinstance(module, LogitsComputation)]
+    kinds = (LogitsComputation, LogitsProcessorWithLoRA)  # with adapters the second stands for the first
+    processors = [module for module in modules if isinstance(module, kinds)]
     output = _seen_by(processors, model, hidden_size) if processors else getattr(model, "lm_head", None)
+    output = getattr(output, "base_layer", output)
     if output is None:
         raise UnsupportedVllm(f"{type(model).__name__} computes its logits in a way of its own")
     return None if isinstance(output, PPMissingLayer) else output

@@ -7,8 +7,6 @@ from typing import Any
 def names_as_sent(request: Mapping[str, Any]) -> dict[str, str]:
     """What the client calls the sampling parameters that vLLM makes of others in its request."""
     names = {}
-    if _given(request, "echo") and request.get("prompt_logprobs") is None:
-        names["prompt_logprobs"] = "echo"
     if _given(request, "top_logprobs"):
         names["logprobs"] = "top_logprobs"
     if _given(request, "thinking"):

@@ -19,6 +19,7 @@ import msgspec
 from server.completion import Piece
 from server.grammar.constraint import Constraint
 from server.metrics import BREAKER_OPEN, TEACHER_CALL_SECONDS, TEACHER_CALLS
+from server.teacher.adapters import Adapters
 from server.teacher.breaker import Breaker
 from server.teacher.carried import MOST_BIASES, Screen, carried_biases
 from server.teacher.constrained import constrained, next_ids
@@ -46,6 +47,9 @@ LONGEST = 32 * 2**20
 
 ECHOED = 16
 """Bytes of one token id of the prompt, which vLLM echoes in the first line of a stream."""
+
+REPORTED = 64
+"""Bytes of one log-probability in a reply, if all of a token's are wanted."""
 
 REFUSED_IN_A_ROW = 8
 """A span ends with an error when the teacher draws an id that cannot stay this often."""
@@ -125,11 +129,18 @@ class Ask:
     """The ids are the teacher's own; its text is what is wanted, and the call is closed when it is enough."""
     constraint: Constraint | None = None
     """Of structured output. It has to be at the end of the prompt, and advances with what is written."""
+    adapter: str | None = None
+    """The student's LoRA adapter: the teacher uses its own of that name, if it has one."""
 
     @property
     def streamed(self) -> bool:
         """Whether the span is long enough to be streamed, or may end earlier than the teacher knows."""
-        return self.as_text or self.tokens > STREAM_ABOVE
+        return self.as_text or self.tokens > STREAM_ABOVE or self.reports_all
+
+    @property
+    def reports_all(self) -> bool:
+        """Whether all of a token's log-probabilities are wanted: megabytes for each."""
+        return self.params.logprobs == -1
 
 
 @dataclass
@@ -219,8 +230,9 @@ def _body(
         "return_token_ids": True,
         "add_special_tokens": False,
     }
-    if params.logprobs is not None:
-        body |= {"logprobs": params.logprobs, "return_tokens_as_token_ids": True}
+    if params.num_logprobs is not None:
+        body |= {"logprobs": params.num_logprobs, "return_tokens_as_token_ids": True}
+        body["logprob_token_ids"] = params.logprob_token_ids
     if ask.streamed and ask.meter.prices is not None:
         body["stream_options"] = {"include_usage": True}
     if allowed is None:
@@ -306,6 +318,7 @@ class Teacher:
         self.url = urlunsplit(parts._replace(netloc=self.name))
         """Without credentials."""
         self.model = model
+        self.adapters = Adapters()
         self.max_model_len: int | None = None
         self.timeout = timeout
         self.span_timeout = span_timeout
@@ -344,6 +357,7 @@ class Teacher:
         """
         models = await self._json("GET", "/v1/models", _Models)
         names = [model.id for model in models.data]
+        self.adapters.served(names)
         wanted = self.model or (names[0] if names else None)
         if wanted not in names:
             served = ", ".join(names) or "no model"
@@ -366,11 +380,20 @@ class Teacher:
         try:
             async with asyncio.timeout(min(PROBE_SECONDS, self.timeout)):
                 async with self._open.get(f"{self.url}/health") as response:
-                    return response.status == 200
+                    healthy = response.status == 200
+                if healthy and self.adapters.missed:
+                    await self._look_for_adapters()
+                return healthy
         except TimeoutError:
             return True if self._served_at > asked else None
         except (aiohttp.ClientError, OSError, ValueError):
             return False
+
+    async def _look_for_adapters(self) -> None:
+        """Find out whether the teacher has those by now that it did not have when it was asked for them."""
+        with suppress(TeacherError):  # it is asked again at the next probe
+            models = await self._json("GET", "/v1/models", _Models)
+            self.adapters.served([model.id for model in models.data])
 
     def first_wait(self, prompt_tokens: int) -> float:
         """Seconds that the first token after a prompt may take."""
@@ -490,9 +513,12 @@ class Teacher:
                     if reply.piece.token_ids or not reply.again:
                         yield reply.piece
         except TeacherError as error:
-            if not error.refused or not progress.grammar:
-                raise
-            progress.takes_grammar = False  # it is asked again, without
+            if error.unknown_model and self.adapters.lost(progress.ask.adapter):
+                progress.ask.meter.failed(reached=False)
+            elif error.refused and progress.grammar:
+                progress.takes_grammar = False
+            else:
+                raise  # otherwise it is asked again, without
 
     async def _replies(
         self,
@@ -504,17 +530,18 @@ class Teacher:
         """The replies to one request, up to an ending or to where the teacher is to be asked again."""
         ask = progress.ask
         screen = Screen.of(ask.params, progress.completion)
-        body = _body(progress, screen, self.model, allowed)
+        body = _body(progress, screen, self.adapters.model_for(ask.adapter, self.model), allowed)
         longest = LONGEST + ECHOED * len(body["prompt"])
         room = body["max_tokens"]
+        if ask.reports_all:
+            longest += REPORTED * self.vocabulary * room
         ask.meter.begin(len(body["prompt"]), room)
         async with self._request("POST", "/v1/completions", patience, body, headers) as response:
             payloads = self._payloads(response, patience, longest, stream=ask.streamed)
             async with aclosing(payloads):
                 async for payload in payloads:
-                    wants_logprobs = ask.params.logprobs is not None
                     vocabulary = sys.maxsize if ask.as_text else self.vocabulary
-                    reply = read_reply(payload, room=room, logprobs=wants_logprobs, vocabulary=vocabulary)
+                    reply = read_reply(payload, room=room, params=ask.params, vocabulary=vocabulary)
                     tokens = len(reply.piece.token_ids)
                     ask.meter.wrote(reply.received)
                     if not ask.streamed:
@@ -572,7 +599,8 @@ class Teacher:
             if response.status != 200:
                 detail = (await self._read(response, patience, LONGEST)).decode(errors="replace")
                 message = f"{self.name}{path} answered {response.status}: {quoted(detail)}"
-                raise TeacherError("status", message, refused=response.status in REFUSALS)
+                refused = response.status in REFUSALS
+                raise TeacherError("status", message, refused=refused, unknown_model=response.status == 404)
             yield response
         finally:
             # Read to the end, the connection goes back to the pool; cut short, this closes it.

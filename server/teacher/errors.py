@@ -23,7 +23,15 @@ class TeacherError(PeerError):
     The message is for the log: it names the replica and quotes its reply. Clients get `explanation`.
     """
 
-    def __init__(self, reason: Reason, message: str, *, refused: bool = False, well: bool = False) -> None:
+    def __init__(
+        self,
+        reason: Reason,
+        message: str,
+        *,
+        refused: bool = False,
+        well: bool = False,
+        unknown_model: bool = False,
+    ) -> None:
         """Describe the failure.
 
         Args:
@@ -32,11 +40,13 @@ class TeacherError(PeerError):
             message: for the log.
             refused: the teacher would refuse the same call again.
             well: this does not speak against the teacher.
+            unknown_model: the server does not have the model that was asked for.
         """
         super().__init__(message)
         self.reason: Reason = reason
         self.refused = refused
         self.well = well or refused
+        self.unknown_model = unknown_model
 
     @property
     def explanation(self) -> str:

@@ -1,5 +1,6 @@
 """What a stock vLLM server answers on /v1/completions, read strictly."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import msgspec
 
 from server.completion import Piece
 from server.teacher.errors import TeacherError
-from server.vllm_api import Logprob
+from server.vllm_api import Logprob, SamplingParams
 
 REFUSALS = (400, 413, 422)
 """Statuses that report a wrong request, not a fault of the server."""
@@ -77,13 +78,13 @@ def quoted(text: str) -> str:
     return " ".join(text[: 2 * QUOTED].split())[:QUOTED]
 
 
-def read_reply(payload: bytes, *, room: int, logprobs: bool, vocabulary: int) -> Reply:
+def read_reply(payload: bytes, *, room: int, params: SamplingParams, vocabulary: int) -> Reply:
     """Read one body, or one event of a stream.
 
     Args:
         payload: JSON of vLLM's completion or of one of its chunks.
         room: the most tokens that it may hold.
-        logprobs: whether log-probabilities were asked for.
+        params: say which log-probabilities were asked for.
         vocabulary: the student has the ids below this.
 
     Raises:
@@ -99,8 +100,9 @@ def read_reply(payload: bytes, *, room: int, logprobs: bool, vocabulary: int) ->
         raise TeacherError("nonsense", f"the teacher finished with {choice.finish_reason!r}")
     kept = _visible(ids, vocabulary)
     entries = None
-    if logprobs and ids:
-        entries = _entries(ids, choice.logprobs, vocabulary)[: len(kept)]
+    if params.num_logprobs is not None and ids:
+        wanted = params.logprob_token_ids
+        entries = _entries(ids, choice.logprobs, wanted, vocabulary)[: len(kept)]
     if len(kept) < len(ids):
         return Reply(Piece(kept, entries), again=True, padded=ids[len(kept)], received=len(ids))
     piece = Piece(ids, entries, choice.finish_reason, choice.stop_reason, text=choice.text)
@@ -142,32 +144,50 @@ def _visible(ids: Sequence[int], vocabulary: int) -> Sequence[int]:
     return ids
 
 
-def _entries(ids: Sequence[int], reply: _Logprobs | None, vocabulary: int) -> list[dict[int, Logprob]]:
-    """The dictionary that vLLM has for each token, from the reply's lists."""
+def _entries(
+    ids: Sequence[int], reply: _Logprobs | None, wanted: Sequence[int] | None, vocabulary: int
+) -> list[dict[int, Logprob]]:
+    """The dictionary that vLLM has for each token: of the ``wanted`` ids, or of the best."""
     if reply is None:
         raise TeacherError("nonsense", "the teacher's reply has no log-probabilities")
     tops = reply.top_logprobs or [None] * len(ids)
     if not len(reply.token_logprobs) == len(tops) == len(ids):
         raise TeacherError("nonsense", "the teacher's log-probabilities do not match its tokens")
-    return [
-        _entry(token_id, chosen, top or {}, vocabulary)
-        for token_id, chosen, top in zip(ids, reply.token_logprobs, tops, strict=True)
-    ]
+    entries = []
+    for token_id, chosen, top in zip(ids, reply.token_logprobs, tops, strict=True):
+        if chosen is None:
+            raise TeacherError("nonsense", "the teacher's log-probabilities lack a written token")
+        by_id = _by_id(top or {})
+        logprobs = _best(by_id, vocabulary) if wanted is None else _of(wanted, by_id, vocabulary)
+        # As vLLM does: the written token first.
+        entries.append({token_id: logprobs.pop(token_id, Logprob(chosen))} | logprobs)
+    return entries
 
 
-def _entry(token_id: int, chosen: float | None, top: dict[str, float], vocabulary: int) -> dict[int, Logprob]:
-    """Log-probabilities by token id; keys of ``top`` are ``token_id:17``.
+def _by_id(top: dict[str, float]) -> dict[int, float]:
+    """Keys of ``top`` are ``token_id:17``."""
+    try:
+        return {int(token.removeprefix("token_id:")): value for token, value in top.items()}
+    except ValueError as error:
+        raise TeacherError("nonsense", f"the teacher's log-probabilities have no ids: {error}") from error
+
+
+def _best(by_id: dict[int, float], vocabulary: int) -> dict[int, Logprob]:
+    """The best ones in order.
 
     A teacher may have rows beyond the common ``vocabulary``: they are left out, as the student's are.
     """
-    if chosen is None:
-        raise TeacherError("nonsense", "the teacher's log-probabilities lack a written token")
-    try:
-        by_id = {int(token.removeprefix("token_id:")): value for token, value in top.items()}
-    except ValueError as error:
-        raise TeacherError("nonsense", f"the teacher's log-probabilities have no ids: {error}") from error
     visible = (item for item in by_id.items() if item[0] < vocabulary)
     ranked = sorted(visible, key=lambda item: -item[1])
-    logprobs = {i: Logprob(value, rank=rank) for rank, (i, value) in enumerate(ranked, start=1)}
-    # As vLLM does: the written token first, then the best ones in order.
-    return {token_id: logprobs.pop(token_id, Logprob(chosen))} | logprobs
+    return {i: Logprob(value, rank=rank) for rank, (i, value) in enumerate(ranked, start=1)}
+
+
+def _of(wanted: Sequence[int], by_id: dict[int, float], vocabulary: int) -> dict[int, Logprob]:
+    """Those of `logprob_token_ids`, in their order; a row beyond the ``vocabulary`` is no token."""
+    logprobs = {}
+    for rank, token_id in enumerate(wanted, start=1):
+        value = by_id.get(token_id) if token_id < vocabulary else -math.inf
+        if value is None:
+            raise TeacherError("nonsense", f"the teacher's log-probabilities lack the token {token_id}")
+        logprobs[token_id] = Logprob(value, rank=rank)
+    return logprobs

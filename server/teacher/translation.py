@@ -30,6 +30,7 @@ BYTES_OF_A_CHARACTER = 4
 
 UNSUPPORTED = {
     "logprobs": None,
+    "logprob_token_ids": None,
     "logit_bias": None,
     "allowed_token_ids": None,
     "stop_token_ids": None,
@@ -205,6 +206,7 @@ class Translation:
             cache_salt=choice.prompt.get("cache_salt"),
             meter=meter,
             as_text=True,
+            adapter=choice.adapter,
         )
 
     def _read(self) -> None:

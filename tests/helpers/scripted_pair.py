@@ -174,8 +174,9 @@ def start(
     for name in ("searches", "writes_nothing", "names", "tenant", "session", "model", "budget_name"):
         setattr(exchange, name, params.pop(name, getattr(exchange, name)))
     options = params.pop("options", {})
+    prompt = params.pop("prompt", PROMPT)
     sampling = SamplingParams(**{"max_tokens": 8, "output_kind": DELTA} | params)
-    return engine.generate(sampling, exchange, **options), exchange
+    return engine.generate(sampling, exchange, prompt, **options), exchange
 
 
 async def write(engine: Engine, budget: object = None, **params: Any) -> Result:

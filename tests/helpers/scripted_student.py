@@ -108,7 +108,7 @@ class ScriptedLLM:
 
     @staticmethod
     def _output(segment: Segment, ids: list[int], reason: str | None) -> RequestOutput:
-        wanted = segment.params.logprobs is not None
+        wanted = segment.params.num_logprobs is not None
         completion = CompletionOutput(
             index=0,
             text="",
@@ -121,11 +121,19 @@ class ScriptedLLM:
             request_id=segment.request_id,
             prompt=None,
             prompt_token_ids=segment.prefix,
-            prompt_logprobs=None,
+            prompt_logprobs=ScriptedLLM._of_prompt(segment),
             outputs=[completion],
             finished=reason is not None,
-            num_cached_tokens=len(segment.prefix) // 2,
+            num_cached_tokens=0 if segment.params.skip_reading_prefix_cache else len(segment.prefix) // 2,
         )
+
+    @staticmethod
+    def _of_prompt(segment: Segment) -> Any:
+        """-1 for the prompt's second token, -2 for its third, and so on."""
+        if segment.params.prompt_logprobs is None:
+            return None
+        others = enumerate(segment.prefix[1:], start=1)
+        return [None, *({token: Logprob(-float(place))} for place, token in others)]
 
 
 def cooperator(vllm: Any, cooperation: Cooperation, **student: Any) -> Cooperator:

@@ -34,6 +34,7 @@ GOOD = [
             {"logprobs": True, "top_logprobs": 0},
             {"logprobs": True, "top_logprobs": 4},
             {"logprobs": True, "top_logprobs": 2, "return_tokens_as_token_ids": True},
+            {"logprobs": True, "logprob_token_ids": [80, 70, 11]},
             {"return_token_ids": True},
             {"stop": ["e"]},
             {"stop": ["er", " d"], "include_stop_str_in_output": True},
@@ -60,6 +61,7 @@ GOOD = [
             {"prompt": [PROMPT, PROMPT[::-1]]},
             {"logprobs": 0},
             {"logprobs": 3},
+            {"logprobs": 1, "logprob_token_ids": [80, 70, 11]},
             {"echo": True, "max_tokens": 3},
             {"return_token_ids": True, "truncate_prompt_tokens": 3},
         )

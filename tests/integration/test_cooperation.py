@@ -242,21 +242,6 @@ async def test_min_tokens_holds_with_a_teacher(client: AsyncOpenAI, sources: lis
     assert reply.choices[0].token_ids[: len(free.choices[0].token_ids) - 1] == free.choices[0].token_ids[:-1]
 
 
-@pytest.mark.parametrize(
-    ("parameter", "value"),
-    [("extra_body", {"prompt_logprobs": 0})],
-)
-async def test_what_two_models_cannot_honour_is_refused(
-    client: AsyncOpenAI, sources: list[str], parameter: str, value: Any
-) -> None:
-    with pytest.raises(BadRequestError, match="teacher_budget"):
-        await chat(client, sources[0], 0.1, **{parameter: value})
-    alone = await chat(
-        client, sources[0], None, max_tokens=8, **{parameter: value}
-    )  # under the default budget
-    assert alone.teacher["calls"] == 0
-
-
 @pytest.mark.parametrize("field", ["stop_token_ids", "allowed_token_ids"])
 async def test_reserved_rows_are_not_for_clients(client: AsyncOpenAI, field: str) -> None:
     with pytest.raises(BadRequestError, match="reserved"):

@@ -1,6 +1,7 @@
 """Rows of the table in docs/api.md that are not tested elsewhere, each over two models, through HTTP."""
 
 import asyncio
+import json
 from typing import Any
 
 import httpx
@@ -12,10 +13,7 @@ from server.local.pair import Pair, Serving
 from tests.helpers.client import PATIENCE, chat, metric
 
 COUNTED = ("wheels_requests_total", "wheels_completion_tokens_total")
-STUDENT_ALONE = {
-    "prompt_logprobs": 0,
-    "use_beam_search": True,
-}
+STUDENT_ALONE = {"use_beam_search": True}
 
 
 @pytest.mark.parametrize("parameter", STUDENT_ALONE)
@@ -140,6 +138,77 @@ async def test_the_prompts_log_probabilities_alone(
     assert reply["choices"][0]["text"] == sources[0]
     assert len(reply["choices"][0]["logprobs"]["tokens"]) == reply["usage"]["prompt_tokens"]
     assert reply["teacher"]["calls"] == 0
+
+
+@pytest.mark.parametrize("budget", [0.5, 1])
+async def test_the_prompts_log_probabilities_are_the_students(
+    client: AsyncOpenAI, sources: list[str], budget: float
+) -> None:
+    """Whoever writes, and as often as they take turns: as where the student is alone."""
+    asked = {"max_tokens": 60, "extra_body": {"prompt_logprobs": 2}}
+    alone = await chat(client, sources[1], 0, **asked)
+    together = await chat(client, sources[1], budget, **asked)
+    assert len(together.prompt_logprobs) == together.usage.prompt_tokens
+    assert [list(entry or ()) for entry in together.prompt_logprobs] == [
+        list(entry or ()) for entry in alone.prompt_logprobs
+    ]
+    for ours, theirs in zip(together.prompt_logprobs[1:], alone.prompt_logprobs[1:], strict=True):
+        for token, entry in ours.items():
+            assert entry["logprob"] == pytest.approx(theirs[token]["logprob"], abs=1e-4)
+            assert (entry["rank"], entry["decoded_token"]) == (
+                theirs[token]["rank"],
+                theirs[token]["decoded_token"],
+            )
+    free = await chat(client, sources[1], budget, max_tokens=60)
+    assert together.choices[0].token_ids == free.choices[0].token_ids
+    assert together.teacher["tokens"] == free.teacher["tokens"] > 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("budget", [0.5, 1])
+async def test_an_echo_has_the_log_probabilities_of_prompt_and_completion(
+    stack: Serving, sources: list[str], budget: float, stream: bool
+) -> None:
+    body = {"model": "wheels", "prompt": sources[2], "max_tokens": 24, "temperature": 0, "n": 2, "seed": 1}
+    body |= {"echo": True, "logprobs": 1}
+    async with httpx.AsyncClient(base_url=stack.gateway, timeout=PATIENCE) as http:
+
+        async def scores(**more: Any) -> dict[int, list[float]]:
+            reply = (await http.post("/v1/completions", json=body | more)).raise_for_status()
+            replies = [reply.json()] if not more.get("stream") else events(reply.text)
+            found: dict[int, list[float]] = {0: [], 1: []}
+            for choice in (choice for each in replies for choice in each.get("choices", ())):
+                found[choice["index"]] += (choice["logprobs"] or {}).get("token_logprobs", [])
+            return found
+
+        alone = await scores(max_tokens=0, n=1, teacher_budget=0)
+        whole = await scores(teacher_budget=budget, stream=stream)
+    prompt = len(alone[0])
+    for choice in whole.values():
+        assert choice[:prompt] == pytest.approx(alone[0], abs=1e-4)
+        assert len(choice) == prompt + 24
+
+
+def events(stream: str) -> list[Any]:
+    """What a stream sent."""
+    lines = (line.removeprefix("data: ") for line in stream.splitlines() if line.startswith("data: {"))
+    return [json.loads(line) for line in lines]
+
+
+async def test_named_tokens_have_the_log_probabilities_of_whoever_wrote(
+    client: AsyncOpenAI, sources: list[str]
+) -> None:
+    """Of every token alike: greedy, so that the written one is at least as probable as those named."""
+    named = [70, 71, 72]
+    extra = {"logprob_token_ids": named, "return_tokens_as_token_ids": True}
+    reply = await chat(client, sources[5], 0.5, logprobs=True, extra_body=extra)
+    assert 0 < reply.teacher["tokens"] < reply.usage.completion_tokens
+    entries = reply.choices[0].logprobs.content
+    assert len(entries) == reply.usage.completion_tokens
+    for entry, written in zip(entries, reply.choices[0].token_ids, strict=True):
+        ids = [int(top.token.removeprefix("token_id:")) for top in entry.top_logprobs]
+        assert ids == list(dict.fromkeys([written, *named]))
+        assert entry.logprob >= max(top.logprob for top in entry.top_logprobs) - 1e-5
 
 
 BATCH = {"model": "wheels", "max_tokens": 48, "extra_body": {"teacher_budget": 0.5}}

@@ -134,10 +134,8 @@ def test_a_lost_teacher_has_the_shape_of_the_api(
 
 # What a client sends, and the name by which the refusal calls it.
 REFUSED = [
-    (CHAT, {"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
     (CHAT, {"presence_penalty": 1, "repetition_penalty": 1.2}, "presence_penalty"),
-    (COMPLETIONS, {"echo": True, "logprobs": 1}, "echo"),
-    (COMPLETIONS, {"prompt_logprobs": 1, "stream": False}, "prompt_logprobs"),
+    (COMPLETIONS, {"frequency_penalty": 1, "repetition_penalty": 1.2}, "frequency_penalty"),
     (RESPONSES, {"presence_penalty": 1, "repetition_penalty": 1.2}, "presence_penalty"),
     (RESPONSES, {"teacher_budget": 2}, "teacher_budget"),
     *((path, {"teacher_budget": 2}, "teacher_budget") for path in SURFACES),

@@ -20,7 +20,7 @@ from server.choice import Choice
 from server.completion import Completion
 from server.engine import CooperativeEngine
 from server.exchange import Purse, Report
-from server.gate_processor import decide
+from server.gate_processor import decide, gate_settings
 from server.student import StudentEngine
 from server.vllm_api import AsyncEngineArgs, SamplingParams, VLLMValidationError
 from tests.helpers.paths import ROOT
@@ -34,7 +34,8 @@ PRICED = Terms(price=-math.inf, not_before=1)
 @pytest.fixture(scope="module")
 def student() -> StudentEngine:
     """The side of the shipped student, as a gateway makes it; only its engine is missing."""
-    config = AsyncEngineArgs(model=str(STUDENT)).create_engine_config()
+    settings = gate_settings(RESERVED, "margin", None)
+    config = AsyncEngineArgs(model=str(STUDENT), additional_config=settings).create_engine_config()
     engine = CooperativeEngine.__new__(CooperativeEngine)
     engine.vllm_config, engine.model_config = config, config.model_config
     engine.renderer = renderer_from_config(config)

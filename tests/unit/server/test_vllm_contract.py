@@ -21,6 +21,9 @@ from vllm.config.structured_outputs import StructuredOutputsBackend
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.lora.layers import LogitsProcessorWithLoRA
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -43,6 +46,7 @@ from server.vllm_api import (
     count_from,
     find_counts,
     find_reports,
+    keep_from_adapters,
     output_matrix,
     pack_again,
     reasoning_markers,
@@ -223,6 +227,59 @@ def test_packed_copies_are_named_as_vllm_names_them():
     pack_again(plain)
     pack_again(copied)
     assert packed == [copied]
+
+
+# keep_from_adapters, and an output matrix under adapters
+
+ROUTERS = slice(6, 8)
+"""Of a vocabulary of eight."""
+
+
+@pytest.fixture
+def adapted_scores(monkeypatch):
+    """vLLM's scores under adapters, whose state is put back afterwards: it is a class's."""
+    monkeypatch.setattr(LogitsProcessorWithLoRA, "set_lora", LogitsProcessorWithLoRA.set_lora)
+    monkeypatch.setattr(LoRAModel, "from_lora_tensors", LoRAModel.__dict__["from_lora_tensors"])
+    keep_from_adapters(ROUTERS)
+    scores = LogitsProcessorWithLoRA.__new__(LogitsProcessorWithLoRA)
+    torch.nn.Module.__init__(scores)
+    scores.base_layer = Scores()
+    scores.lora_a_stacked = torch.zeros(2, 1, 3, HIDDEN)
+    scores.lora_b_stacked = torch.zeros(2, 1, 8, 3)
+    return scores
+
+
+@pytest.mark.parametrize("rows", [6, 8])
+def test_no_adapter_changes_the_routers_rows(adapted_scores, rows):
+    """Also not one of a student that has these rows itself, and whose training has changed them."""
+    adapted_scores.set_lora(1, torch.ones(2, HIDDEN), torch.ones(rows, 2))
+    assert adapted_scores.lora_b_stacked[1, 0, :6, :2].eq(1).all()
+    assert adapted_scores.lora_b_stacked[1, 0, ROUTERS].eq(0).all()
+
+
+def test_an_adapter_of_the_original_fits_a_copy_with_more_rows(adapted_scores):
+    name = "base_model.model.model.embed_tokens.lora_embedding_"
+    tensors = {f"{name}A": torch.ones(2, 6), f"{name}B": torch.ones(HIDDEN, 2)}
+    helper = PEFTHelper(r=2, lora_alpha=2, target_modules=["embed_tokens"])
+    made = LoRAModel.from_lora_tensors(
+        lora_model_id=1, tensors=tensors, peft_helper=helper, device="cpu", model_vocab_size=8
+    )
+    (weights,) = made.loras.values()
+    assert weights.lora_a.tolist() == [[1.0] * 6 + [0.0] * 2] * 2
+    with pytest.raises(RuntimeError, match="must be consistent"):  # another model's, as ever
+        LoRAModel.from_lora_tensors(
+            lora_model_id=1,
+            tensors=tensors | {f"{name}A": torch.ones(2, 5)},
+            peft_helper=helper,
+            device="cpu",
+            model_vocab_size=8,
+        )
+
+
+def test_the_output_matrix_is_found_under_adapters(adapted_scores):
+    model = Model("lm_head", torch.nn.Embedding(8, HIDDEN))
+    model.logits_processor = adapted_scores
+    assert output_matrix(model, HIDDEN) is model.lm_head
 
 
 # prompt_lengths, and what the V2 adapter reads of a step

@@ -107,6 +107,15 @@ async def test_a_preflight_needs_no_key(access: Access) -> None:
     assert (await ask(access, None, "OPTIONS", "/metrics")).status_code == 401  # it answers any method
 
 
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters/tuned"])
+async def test_only_an_admin_changes_the_students_adapters(access: Access, path: str) -> None:
+    assert [(await ask(access, key, path=path)).status_code for key in (None, "free", "root")] == [
+        401,
+        401,
+        200,
+    ]
+
+
 METRICS = ("/metrics", "/metrics/", "/metricsx", "/api/metrics")  # vLLM's route takes all of them
 
 

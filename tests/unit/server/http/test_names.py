@@ -34,10 +34,6 @@ def test_structured_output_has_the_name_that_was_sent(request_, name):
 @pytest.mark.parametrize(
     ("request_", "parameter", "name"),
     [
-        ({"echo": True, "logprobs": 1}, "prompt_logprobs", "echo"),
-        ({"echo": True, "prompt_logprobs": 0}, "prompt_logprobs", "prompt_logprobs"),
-        ({"prompt_logprobs": 0}, "prompt_logprobs", "prompt_logprobs"),
-        ({"echo": False}, "prompt_logprobs", "prompt_logprobs"),
         ({"logprobs": True, "top_logprobs": -1}, "logprobs", "top_logprobs"),
         ({"logprobs": -1}, "logprobs", "logprobs"),
         ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "thinking_token_budget", "thinking"),

@@ -4,6 +4,7 @@ import logging
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,6 +39,15 @@ async def test_a_request_without_a_budget_is_not_kept(pair, tmp_path: Path) -> N
     engine, _ = pair()
     record(engine, tmp_path)
     await write(engine, 0)
+    with pytest.raises(DataError, match="holds no file"):
+        list(read_trajectories(tmp_path))
+
+
+async def test_what_an_adapter_wrote_is_not_kept(pair, tmp_path: Path) -> None:
+    """A router reads the student as it is: trajectories of another model would teach it nothing."""
+    engine, _ = pair(ask_at={2})
+    record(engine, tmp_path)
+    await write(engine, 0.5, options={"lora_request": SimpleNamespace(lora_name="tuned")})
     with pytest.raises(DataError, match="holds no file"):
         list(read_trajectories(tmp_path))
 

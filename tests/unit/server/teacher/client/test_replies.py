@@ -1,10 +1,12 @@
 """What is read of a teacher's reply."""
 
+import math
+
 import pytest
 from aiohttp import web
 
 from server.vllm_api import Logprob, SamplingParams
-from tests.helpers.fake_teacher import begin_events, body, choice, event
+from tests.helpers.fake_teacher import begin_events, body, choice, event, stream
 from tests.helpers.teacher_calls import (
     EITHER,
     LONG,
@@ -26,6 +28,41 @@ pytestmark = pytest.mark.steady_time
 
 def top(**alternatives: float) -> dict[str, float]:
     return {f"token_id:{name.removeprefix('t')}": value for name, value in alternatives.items()}
+
+
+@EITHER
+async def test_the_teacher_is_asked_for_the_named_tokens(server, teacher, tokens):
+    """They come in the order in which they were named; a row that is no token has no probability."""
+    named = [9, 7, 4, VOCABULARY]
+    first = top(t7=-0.5, t9=-4.0, t4=-1.5) | {f"token_id:{VOCABULARY}": -0.1}
+    second = top(t8=-3.0, t9=-0.25, t7=-2.0, t4=-0.1) | {f"token_id:{VOCABULARY}": -0.1}
+    logprobs = {"token_logprobs": [-0.5, -3.0], "top_logprobs": [first, second]}
+    server.answers = [either(tokens, choice([7, 8], logprobs=logprobs))]
+    (piece,) = await collect(write(teacher, tokens, params=SamplingParams(logprob_token_ids=named)))
+    values = [[(i, entry.logprob) for i, entry in position.items()] for position in piece.logprobs]
+    assert values == [
+        [(7, -0.5), (9, -4.0), (4, -1.5), (VOCABULARY, -math.inf)],  # the written token first
+        [(8, -3.0), (9, -0.25), (7, -2.0), (4, -0.1), (VOCABULARY, -math.inf)],
+    ]
+    assert (server.bodies[0]["logprobs"], server.bodies[0]["logprob_token_ids"]) == (4, named)
+
+
+async def test_a_teacher_that_leaves_out_a_named_token_is_not_believed(server, teacher):
+    """An older server does not know the parameter, and sends the best ones."""
+    logprobs = {"token_logprobs": [-0.5], "top_logprobs": [top(t7=-0.5)]}
+    server.answers = [body(choice([7], logprobs=logprobs))]
+    error = await failure(write(teacher, 1, params=SamplingParams(logprob_token_ids=[9])))
+    assert (error.reason, str(error)) == ("nonsense", "the teacher's log-probabilities lack the token 9")
+
+
+async def test_all_log_probabilities_come_as_a_stream_however_short_the_span(server, teacher):
+    """A body of eight tokens with those of 100,000 each would be larger than any reply that is read."""
+    tops = {f"token_id:{i}": -float(i) for i in range(VOCABULARY + 32)}
+    logprobs = {"token_logprobs": [-7.0], "top_logprobs": [tops]}
+    server.answers = [stream(choice([7], logprobs=logprobs))]
+    (piece,) = await collect(write(teacher, SHORT, params=SamplingParams(logprobs=-1)))
+    assert sorted(piece.logprobs[0]) == list(range(VOCABULARY))
+    assert (server.bodies[0]["logprobs"], server.bodies[0]["stream"]) == (-1, True)
 
 
 @EITHER

@@ -1,0 +1,34 @@
+"""Which LoRA adapters a server of the teacher has, by the names of the student's."""
+
+from collections.abc import Iterable
+
+
+class Adapters:
+    """What is known of one server; it is found out anew after it lacked one."""
+
+    def __init__(self) -> None:
+        self._names: frozenset[str] = frozenset()
+        self.missed = False
+        """Whether one was wanted that the server did not have."""
+
+    def served(self, names: Iterable[str]) -> None:
+        """The server has these models now."""
+        self._names = frozenset(names)
+        self.missed = False
+
+    def model_for(self, adapter: str | None, base: str | None) -> str | None:
+        """The model to ask: the server's own adapter of that name, else its base model."""
+        if adapter is None:
+            return base
+        if adapter in self._names:
+            return adapter
+        self.missed = True
+        return base
+
+    def lost(self, adapter: str | None) -> bool:
+        """The server no longer knows this adapter; False if it was not asked for one."""
+        if adapter not in self._names:
+            return False
+        self._names -= {adapter}
+        self.missed = True
+        return True
