@@ -88,7 +88,7 @@ def test_side_by_side_at_several_budgets(page: Page) -> None:
     page.get_by_role("button", name="Compare budgets").click()
     rows = page.locator("#rows tr")
     expect(rows.nth(4).locator("td.n")).to_have_count(3)
-    rates = [float(rows.nth(i).locator("td.n").first.inner_text().removesuffix(" %")) for i in range(5)]
+    rates = [float(rows.nth(i).locator("td.n").first.inner_text().removesuffix("%")) for i in range(5)]
     assert rates[0] == 0
     assert rates[4] == 100
 
@@ -156,10 +156,10 @@ def test_under_a_root_path_and_without_an_admins_key(browser: Browser) -> None:
     page = browser.new_page()
     page.route("**/*", answer)
     page.goto("http://gateway/api/")
-    expect(page.locator("#live")).to_have_text("This gateway shows its numbers to an admin's key.")
+    expect(page.locator("#live")).to_have_text("The numbers of this gateway need an admin's key.")
     page.get_by_role("textbox", name="Prompt").fill("Hi")
     page.get_by_role("button", name="Write").click()
-    expect(page.locator("#facts")).to_contain_text("wants an API key")
+    expect(page.locator("#facts")).to_contain_text("needs an API key")
     page.close()
     assert {"/api/metrics", "/api/v1/models", "/api/playground/examples"} <= set(asked)
     assert all(path.startswith("/api/") or path == "/favicon.ico" for path in asked)
