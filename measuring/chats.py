@@ -48,7 +48,7 @@ def turns(value: Any) -> tuple[Turn, ...]:
         if role not in ROLES:
             raise DataError(f"turn {number} of 'messages': the role is {role!r}, want {', '.join(ROLES)}")
         if not isinstance(content, str) or not is_text(content):
-            raise DataError(f"turn {number} of 'messages': the content is no text")
+            raise DataError(f"turn {number} of 'messages': the content is not text")
         found.append(Turn(role, content))
     return tuple(found)
 

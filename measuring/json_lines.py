@@ -35,7 +35,7 @@ class Row:
         if not isinstance(value, str):
             raise self.error(f"{name!r} is {_kind(value)}, not a string")
         if not is_text(value):
-            raise self.error(f"{name!r} holds half of a surrogate pair, which is no character")
+            raise self.error(f"{name!r} holds half of a surrogate pair, which is not a character")
         return value
 
     def error(self, problem: str) -> DataError:
@@ -102,7 +102,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 
 def _refused(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON value")
+    raise ValueError(f"{constant} is not a JSON value")
 
 
 def _kind(value: object) -> str:

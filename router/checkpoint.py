@@ -112,7 +112,7 @@ def check_budget_prompt(template: str) -> str:
     except ValueError as error:
         raise ValueError(f"budget_prompt {template!r}: {error}") from error
     if fields != {"percent"}:
-        raise ValueError(f"budget_prompt {template!r}: want the one field {{percent}}")
+        raise ValueError(f"budget_prompt {template!r}: it must have exactly one field, {{percent}}")
     return template
 
 

@@ -136,8 +136,8 @@ def check_decoder(model: Path) -> None:
     config = _config(model)
     if config.get("is_encoder_decoder"):
         raise CheckpointError(
-            f"{model} is of the kind {config.get('model_type')}, which reads its prompt by an encoder: "
-            "a student has to be a model that goes on with a text"
+            f"{model} is of type {config.get('model_type')}, which has an encoder: "
+            "a student must be a decoder-only model"
         )
 
 
@@ -294,7 +294,7 @@ def _check_plain(model: Path, files: Mapping[str, str], layer: str, role: str) -
             dtype = file.get_slice(name).get_dtype()
         sign = "" if dtype in PLAIN_TYPES else f"{name}: {dtype}"
     if sign:
-        raise CheckpointError(f"the {role} matrix of {model} is quantised ({sign}): it takes no further rows")
+        raise CheckpointError(f"the {role} matrix of {model} is quantised ({sign}): it cannot get more rows")
 
 
 def _shape(model: Path, files: Mapping[str, str], name: str) -> list[int]:

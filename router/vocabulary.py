@@ -39,7 +39,7 @@ CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 UNKNOWN = "\ufffd"
 
-OTHER_SPLIT = "would split text in another way than the student, whose token ids it reads"
+OTHER_SPLIT = "would split text differently from the student, whose token ids it reads"
 """Said of a teacher with other answers to questions that are not binding."""
 
 

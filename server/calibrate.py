@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "wheels calibrate",
         description="Send a file of prompts through a pair at several teacher rates, so that it learns its "
-        "prices before its users come. Name a running gateway, or a student and a teacher.",
+        "prices before users arrive. Name a running gateway, or a student and a teacher.",
         epilog="Flags of vLLM's own server, for the student, may follow after --.",
         allow_abbrev=False,
     )
@@ -118,13 +118,15 @@ def _parser() -> argparse.ArgumentParser:
         "--passes",
         type=_passes,
         default=5,
-        help="over the prompts, at most, for each rate (default: 5); the first only teaches",
+        help="most passes over the prompts for each rate (default: 5); the first one only learns",
     )
     parser.add_argument(
-        "--tolerance", type=float, default=0.02, help="how near a rate has to come (default: 0.02)"
+        "--tolerance", type=float, default=0.02, help="how close the realised rate must come (default: 0.02)"
     )
     parser.add_argument("--max-tokens", type=positive, default=512, help="longest completion (default: 512)")
-    parser.add_argument("--temperature", type=float, help="of completions (default: the student's own)")
+    parser.add_argument(
+        "--temperature", type=float, help="temperature of completions (default: the student's own)"
+    )
     parser.add_argument("--concurrency", type=positive, default=16, help="requests at once (default: 16)")
     parser.add_argument(
         "--timeout", type=float, default=1800.0, help="longest wait for the gateway's start, in seconds"

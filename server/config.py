@@ -103,7 +103,7 @@ def _vllm_settings(value: Any) -> Any:
     if not isinstance(value, dict):
         raise ValueError("expected settings of vLLM's server by flag name")
     if len({setting_name(str(name)) for name in value}) < len(value):
-        raise ValueError("one setting is there in two spellings")
+        raise ValueError("a setting is given twice, in two spellings")
     return value
 
 
@@ -114,7 +114,7 @@ def _several(value: Any) -> Any:
     )
     values = [entry.strip() if isinstance(entry, str) else entry for entry in values]
     if len(set(map(str, values))) < len(values):
-        raise ValueError("one of them is named twice")
+        raise ValueError("a value is given twice")
     return values
 
 
@@ -132,26 +132,28 @@ class ServeConfig(BaseModel):
         description="student checkpoint, a Hugging Face directory or hub name: OWNER/NAME[@REVISION]"
     )
     teacher: Annotated[tuple[AnyHttpUrl, ...], BeforeValidator(_several), Field(min_length=1)] = Field(
-        description="base URL of the teacher's vLLM server, without /v1; of its replicas, with commas between"
+        description="base URL of the teacher's vLLM server, without /v1; replicas with commas between them"
     )
     router: Checkpoint | None = Field(
         None,
         description="router checkpoint, a directory or hub name; default: the one merged into the student",
     )
-    teacher_model: str | None = Field(None, description="model name at the teacher; default: its first one")
+    teacher_model: str | None = Field(
+        None, description="name of the model at the teacher's server; default: its first one"
+    )
     teacher_vocabulary: Literal["auto", "same", "other"] = Field(
         "auto",
-        description="same as the student's, or other: then text crosses, not token ids; auto: found out",
+        description="same: the student's; other: the models exchange text, not token ids; auto: compare them",
     )
     teacher_api_key: SecretStr | None = Field(None, description="sent to the teacher as a bearer token")
     served_model_name: str = Field("wheels", description="model name that clients use")
     models: Annotated[dict[str, BudgetSetting], BeforeValidator(_structure)] = Field(
-        {}, description="further model names and the teacher_budget that each stands for, as JSON"
+        {}, description="more model names, each with the teacher_budget that it stands for, as JSON"
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="port to listen on")
     default_budget: BudgetSetting = Field(
-        Budget(fraction=0.1), description="teacher_budget of requests that name none: a fraction or JSON"
+        Budget(fraction=0.1), description="teacher_budget of requests that set none: a fraction or JSON"
     )
     limits: Annotated[tuple[Limit, ...], BeforeValidator(_structure)] = Field(
         (), description="limits that all requests share, as JSON; see docs/budgets.md"
@@ -161,15 +163,15 @@ class ServeConfig(BaseModel):
         description="what a million tokens of student and teacher cost, as JSON; see docs/budgets.md",
     )
     session_seconds: Annotated[float, Field(ge=60, le=32 * 86400)] = Field(
-        3600.0, description="a session (teacher_session) is over when it was not used for this long, seconds"
+        3600.0, description="an unused session (teacher_session) ends after this many seconds"
     )
-    most_sessions: PositiveInt = Field(1000, description="sessions that a tenant may have at a time")
+    most_sessions: PositiveInt = Field(1000, description="most sessions of a tenant at a time")
     ledger: Annotated[LedgerConfig, BeforeValidator(_structure)] = Field(
         MemoryLedgerConfig(), description="where shared limits are kept, as JSON; default: in memory"
     )
     tenants: str | None = Field(None, description="file of API keys and their budgets, or its contents")
     metrics_api_key: SecretStr | None = Field(
-        None, description="key for /metrics; with tenants an admin's key opens it too, and no key does not"
+        None, description="key for /metrics; with tenants it always needs a key, this one or an admin's"
     )
     gate: GateName | None = Field(
         None,
@@ -179,43 +181,47 @@ class ServeConfig(BaseModel):
         None, description="fixed price; default: the router's calibration, or learned while serving"
     )
     aim: Literal["quality", "rate"] = Field(
-        "quality", description="a fraction of a budget is a bound (quality), or a rate to be spent (rate)"
+        "quality", description="quality: a budget's fraction is a bound; rate: the fraction is spent"
     )
     span_tokens: PositiveInt | None = Field(None, description="longest span; default: the router's, or 4")
     ask_tokens: PositiveInt | None = Field(
         None, description="tokens of one teacher call; default: the router's, or 1"
     )
     on_teacher_error: Literal["degrade", "error"] = Field(
-        "degrade", description="teacher lost: the student goes on, or the request fails with 502"
+        "degrade",
+        description="when the teacher is lost: the student goes on (degrade), or a 502 (error)",
     )
     teacher_timeout: PositiveFloat = Field(10.0, description="longest wait for a teacher token, seconds")
     teacher_wait: float = Field(0.0, ge=0, description="how long to wait for the teacher at start, seconds")
     span_timeout: PositiveFloat = Field(20.0, description="longest wait for 64 teacher tokens, seconds")
-    teacher_concurrency: PositiveInt = Field(1024, description="calls at once at each replica of the teacher")
+    teacher_concurrency: PositiveInt = Field(
+        1024, description="most calls at the same time to each replica of the teacher"
+    )
     teacher_queue: float = Field(0.2, ge=0, description="how long a span waits for a busy teacher, seconds")
     teacher_probe: PositiveFloat = Field(2.0, description="how often each replica is probed, seconds")
     breaker_failures: PositiveInt = Field(3, description="failures in a row that open a replica's breaker")
     breaker_seconds: PositiveFloat = Field(5.0, description="how long a breaker stays open, seconds")
     drain_seconds: float = Field(
-        30.0, ge=0, description="at SIGTERM, how long running requests have to end, seconds"
+        30.0, ge=0, description="how long running requests may go on after SIGTERM, seconds"
     )
     examples: Annotated[File, AfterValidator(_with_sources)] | None = Field(
         None, description="JSONL of {source}: prompts that the playground offers"
     )
     record: Path | None = Field(
-        None, description="directory to keep completions in, as token ids, for a router to learn from"
+        None,
+        description="directory that completions are recorded in, as token ids, for a router to learn from",
     )
     record_share: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="share of the completions with a budget that are recorded"
     )
     record_megabytes: PositiveInt = Field(
-        1000, description="size of each gateway's record, after which it records no more"
+        1000, description="largest size of a gateway's record; recording then stops"
     )
     cache: Path = Field(
         Path.home() / ".cache" / "training-wheels", description="where merged students are kept"
     )
     vllm: Annotated[dict[str, Any], BeforeValidator(_vllm_settings)] = Field(
-        default_factory=dict, description="further settings of the student's vLLM server, by flag name"
+        default_factory=dict, description="more settings of the student's vLLM server, by flag name"
     )
 
     @field_validator("models")

@@ -183,7 +183,9 @@ class Cooperator:
             check_reserved_rows(prompt, params, reserved, exchange.names)
             check_engine_limits(prompt, params, reserved, self._student.tokenizer, exchange.names)
             if TERMS & (params.extra_args or {}).keys():
-                raise VLLMValidationError("the terms of asking are the router's", parameter="vllm_xargs")
+                raise VLLMValidationError(
+                    "vllm_xargs: names that begin with wheels_ are the router's own", parameter="vllm_xargs"
+                )
             options["priority"] = self._priority(options.get("priority", 0))
             if exchange.searches:
                 return self._search_step(exchange, prompt, params, request_id, options)
@@ -243,7 +245,7 @@ class Cooperator:
         """
         if wanted and not self._cooperation.client_priority:
             raise VLLMValidationError(
-                "priority is not for requests to choose, unless the gateway runs with vLLM's "
+                "a request may set priority only if the gateway runs with vLLM's "
                 "--scheduling-policy priority",
                 parameter="priority",
             )

@@ -60,7 +60,7 @@ def _check_text(parameter: str, value: Any) -> None:
     try:
         msgspec.msgpack.encode(value, enc_hook=repr)
     except UnicodeEncodeError as error:
-        message = f"{parameter} holds half of a character (a lone surrogate), which is no text"
+        message = f"{parameter} holds half of a character (a lone surrogate), which is not text"
         raise VLLMValidationError(message, parameter=parameter) from error
 
 

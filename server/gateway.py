@@ -140,12 +140,12 @@ async def _serve(config: ServeConfig, pair: ServedPair) -> int:
                 )
                 await lifecycle.run(app.state, serving)
             if engine.errored and not lifecycle.interrupted:
-                raise EngineDied("the student's engine died; what it said last is above")
+                raise EngineDied("the student's engine died; its last output is above")
         finally:
             engine.shutdown()
             socket.close()
     if lifecycle.cut_off:
-        print(f"wheels serve: requests that were cut off: {lifecycle.cut_off}", flush=True)
+        print(f"wheels serve: requests cut off: {lifecycle.cut_off}", flush=True)
     return 1 if lifecycle.cut_off else 0
 
 
@@ -209,7 +209,7 @@ async def _translator(
     await teacher.check_vocabulary(vocabularies)
     if vocabularies.found != "other":
         return None
-    logger.warning("text crosses between student and teacher, not token ids: %s", vocabularies.difference)
+    logger.warning("student and teacher exchange text, not token ids: %s", vocabularies.difference)
     try:
         return Translator(StudentWords(tokenizer), words, tokenizer)
     except UnusableTokenizer as error:
@@ -262,7 +262,7 @@ async def _router_reload(pair: ServedPair, engine: CooperativeEngine) -> RouterR
     try:
         await engine.collective_rpc("check_router", args=(running.taps.shape[1],))
     except Exception as error:  # of whatever kind: it comes from the engine's processes as text
-        logger.warning("the router is not followed, a new one needs a restart: %s", error)
+        logger.warning("a new router needs a restart, because its directory is not watched: %s", error)
         return None
 
     async def use(new: RouterCheckpoint) -> None:
@@ -308,7 +308,7 @@ async def _app(
     tasks = await engine.get_supported_tasks()
     if "generate" not in tasks:
         kind = ", ".join(engine.model_config.architectures)
-        raise ConfigError(f"student: vLLM writes no text with a model of the kind {kind}")
+        raise ConfigError(f"student: vLLM cannot write text with a model of type {kind}")
     app = http.build_app(arguments, tasks, engine.model_config)
     app.include_router(routes(config.examples, tenants))
     metrics_key = config.metrics_api_key

@@ -89,10 +89,10 @@ class PriceFollower:
         except FileNotFoundError:
             return
         except (OSError, ValidationError) as error:
-            logger.warning("the prices learned before are lost: %s", error)
+            logger.warning("the learned prices cannot be read, and are learned again: %s", error)
             return
         if self._calibration.restore(state):
-            logger.info("prices go on from %s", self._file)
+            logger.info("learned prices read from %s", self._file)
 
     def _save(self) -> None:
         """Write the state, whole or not at all."""
@@ -103,4 +103,4 @@ class PriceFollower:
             scratch.write_text(self._calibration.state.model_dump_json())
             scratch.replace(self._file)
         except OSError as error:
-            logger.warning("the learned prices are not saved: %s", error)
+            logger.warning("the learned prices cannot be saved: %s", error)

@@ -50,5 +50,5 @@ class Recorder:
             self._stop(str(error))
 
     def _stop(self, problem: str) -> None:
-        logger.warning("recording into %s ends: %s", self._path, problem)
+        logger.warning("recording into %s stopped: %s", self._path, problem)
         self._file = None

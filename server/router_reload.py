@@ -24,7 +24,7 @@ async def load_everywhere(
     """
     digests = set(await call("prepare_router", args=(str(directory),)))
     if digests != {router.digest()}:
-        raise CheckpointError("it was replaced while it was read; the next one is taken")
+        raise CheckpointError("it was replaced while the gateway read it; the new one is read next")
     await call("load_router", args=(str(directory),))
 
 
@@ -56,7 +56,7 @@ class RouterReload:
             try:
                 await self.reload()
             except CheckpointError as error:
-                logger.error("the router stays as it was: %s", error)
+                logger.error("the router was not replaced: %s", error)
             except Exception:  # from the engine's process, say: the next checkpoint may do
                 logger.exception("the router could not be replaced")
 
@@ -82,7 +82,7 @@ class RouterReload:
         router = RouterCheckpoint.load(self._file.parent)
         router.check_student(self._student)
         if (router.reserved, router.taps.shape) != (self._running.reserved, self._running.taps.shape):
-            raise CheckpointError("its reserved rows are others than those of the router that runs")
+            raise CheckpointError("its reserved rows differ from those of the running router")
         return router
 
     def _stat(self) -> FileState | None:

@@ -67,7 +67,7 @@ class ServedPair:
         if changed.learns_its_price and not self.learns_its_price:
             raise CheckpointError(
                 f"it has no calibration for the gate {self.gate} and spans of {changed.spans.span_tokens}; "
-                "a price can be learned from the start only"
+                "only a restart can learn a price for them"
             )
         return changed
 
@@ -160,7 +160,7 @@ def _merged(config: ServeConfig) -> _Merged:
             return _Merged(RouterCheckpoint.load(merged_router), config.student)
         if config.gate == "learned":
             raise ConfigError(
-                "the learned gate needs a router checkpoint (--router); "
+                "the learned gate needs a router checkpoint (--router). "
                 "without --gate one is taken that needs no training"
             )
         return _Merged(None, _with_rows(config))

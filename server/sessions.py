@@ -129,7 +129,7 @@ async def open_session(
     if opened is SessionProblem.UNKNOWN:
         raise BadRequest(param, f"{param}: {asked.id!r} is new: its first request has to set tokens or cost")
     if opened is SessionProblem.CONFLICT:
-        raise BadRequest(param, f"{param}: {asked.id!r} has another budget, which its first request has set")
+        raise BadRequest(param, f"{param}: {asked.id!r} has another budget, set by its first request")
     if opened is SessionProblem.FULL:
         raise TooManySessions(param, f"{param}: more than {limits.most} sessions at a time")
     if not isinstance(opened, OpenedSession):

@@ -73,7 +73,7 @@ class SharedBudgets:
             try:
                 await self.update()
             except Exception:
-                logger.exception("the prices stay as they were")
+                logger.exception("the prices could not be updated")
 
     async def update(self) -> Sequence[Status]:
         """Let the prices follow the ledger once, under the limits that were used since the last time.
@@ -126,7 +126,7 @@ class SharedBudgets:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            logger.error("a settlement failed", exc_info=error)
+            logger.error("a grant could not be settled", exc_info=error)
 
     async def aclose(self) -> None:
         """Settle everything and close the ledger."""

@@ -77,7 +77,7 @@ class Tenant(BaseModel):
         if self.default_budget and self.maximum_budget and self._exceeded(self.default_budget):
             raise ValueError("default_budget is more than maximum_budget")
         if len({scope.id for scope in self.scopes}) < len(self.limits):
-            raise ValueError("two limits of one type and window: the smaller one is enough")
+            raise ValueError("two limits have the same type and window: keep the smaller one")
         return self
 
     @cached_property
@@ -223,7 +223,7 @@ class Tenants:
             except Exception as error:
                 if logged != str(error):
                     ours = not isinstance(error, ConfigError)
-                    logger.error("tenants stay as they were: %s", error, exc_info=ours)
+                    logger.error("the tenants were not reloaded: %s", error, exc_info=ours)
                 logged = str(error)
 
     def _index(self, digest: str) -> bytes:

@@ -380,7 +380,9 @@ def output_matrix(model: Any, hidden_size: int) -> Any:
     output = _seen_by(processors, model, hidden_size) if processors else getattr(model, "lm_head", None)
     output = getattr(output, "base_layer", output)
     if output is None:
-        raise UnsupportedVllm(f"{type(model).__name__} computes its logits in a way of its own")
+        raise UnsupportedVllm(
+            f"{type(model).__name__} computes its logits in a way that the gate cannot read"
+        )
     return None if isinstance(output, PPMissingLayer) else output
 
 

@@ -28,7 +28,7 @@ def check_fixed(
     ours = {_destination(name, actions) for name in fixed}
     if clash := [name for name in settings if _destination(name, actions) in ours]:
         names = ", ".join(sorted(setting_name(name) for name in clash))
-        raise ConfigError(f"vllm settings that the gateway sets itself: {names}")
+        raise ConfigError(f"leave out these vllm settings, the gateway sets them itself: {names}")
 
 
 def one_line(message: object) -> str:
@@ -98,4 +98,4 @@ def _check_tls(arguments: Namespace) -> None:
 
 
 def _no_password() -> str:
-    raise ValueError("the key has a password, for which nobody is asked")
+    raise ValueError("the key has a password: use a key without one")

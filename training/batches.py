@@ -220,7 +220,7 @@ class Demonstrations:
             rows += filter(self._fits, map(Demonstration, prompts, answers))
             if len(rows) >= wanted:
                 return rows[:wanted]
-        raise DataError(f"hardly an example has at most {self._longest} tokens, prompt and answer together")
+        raise DataError(f"too few examples have at most {self._longest} tokens, prompt and answer together")
 
     def _fits(self, row: Demonstration) -> bool:
         return self._longest is None or row.tokens <= self._longest

@@ -29,19 +29,24 @@ def find_recipe(name: str) -> Path:
 def training_parser() -> argparse.ArgumentParser:
     """Arguments of `wheels train`."""
     parser = argparse.ArgumentParser(
-        "wheels train", description="Train what a recipe says; resumes by itself."
+        "wheels train", description="Train a pair by a recipe. The same command resumes an interrupted run."
     )
     shipped = ", ".join(recipe.stem for recipe in RECIPES.glob("*.yaml"))
     parser.add_argument("recipe", help=f"a YAML file, or one of: {shipped}")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. teacher.schedule.steps=100")
-    parser.add_argument("--stage", choices=STAGES, action="append", help="only this stage (repeatable)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="change a field of the recipe, e.g. teacher.schedule.steps=100",
+    )
+    parser.add_argument("--stage", choices=STAGES, action="append", help="run only this stage (repeatable)")
     parser.add_argument(
         "--dry-run", action="store_true", help="print shapes, memory and a time estimate; keep nothing"
     )
     parser.add_argument(
         "--restart",
         action="store_true",
-        help="forget what the stages have done (of --stage, or all), and begin anew",
+        help="discard what the stages have done (those of --stage, or all) and start again",
     )
     parser.add_argument(
         "--push-to-hub",
@@ -60,7 +65,7 @@ def train(argv: list[str]) -> int:
     parser = training_parser()
     args = parser.parse_intermixed_args(argv)
     if args.dry_run and (args.restart or args.push_to_hub):
-        parser.error("--dry-run keeps nothing: it goes with neither --restart nor --push-to-hub")
+        parser.error("--dry-run keeps nothing: leave out --restart and --push-to-hub")
     transformers.utils.logging.disable_progress_bar()
     recipe = load_recipe(find_recipe(args.recipe), args.overrides)
     stages = tuple(args.stage or STAGES)
@@ -84,7 +89,8 @@ def train_and_push(recipe: Recipe, stages: tuple[Stage, ...], restart: bool, rep
 def evaluation_parser() -> argparse.ArgumentParser:
     """Arguments of `wheels evaluate`."""
     parser = argparse.ArgumentParser(
-        "wheels evaluate", description="Quality against teacher rate: all gates of a pair, or a gateway."
+        "wheels evaluate",
+        description="Measure quality against teacher rate: of all gates of a pair, or of a gateway.",
     )
     parser.add_argument(
         "arguments",
@@ -92,28 +98,45 @@ def evaluation_parser() -> argparse.ArgumentParser:
         metavar="PAIR | key=value",
         help="directory with teacher, student and router; fields of the recipe, e.g. task.name=jsonl",
     )
-    parser.add_argument("--recipe", default="demo", help="names the task and the longest completion")
-    parser.add_argument("--examples", type=positive, default=1000, help="of the test split")
     parser.add_argument(
-        "--spans", type=positive, nargs="*", default=[1, 2, 4], help="span lengths of the curves"
+        "--recipe",
+        default="demo",
+        help="the recipe that sets the task and the longest completion (default: demo)",
     )
     parser.add_argument(
-        "--router", action="append", default=[], metavar="NAME=DIR", help="a further router (repeatable)"
+        "--examples", type=positive, default=1000, help="number of test examples (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--spans",
+        type=positive,
+        nargs="*",
+        default=[1, 2, 4],
+        help="span lengths to measure (default: 1 2 4)",
+    )
+    parser.add_argument(
+        "--router",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="one more router to measure (repeatable)",
     )
     served = parser.add_argument_group("a running gateway, with the pair or alone (key: OPENAI_API_KEY)")
-    served.add_argument("--gateway", metavar="URL", help="without /v1")
+    served.add_argument("--gateway", metavar="URL", help="address of the gateway, without /v1")
     served.add_argument(
         "--budgets",
         type=fraction,
         nargs="+",
         default=BUDGETS,
-        help="besides 0 and 1 (default: %(default)s)",
+        help="budgets to measure, in addition to 0 and 1 (default: %(default)s)",
     )
     served.add_argument(
         "--concurrency", type=positive, default=16, help="requests at once (default: %(default)s)"
     )
     served.add_argument(
-        "--span-tokens", type=int, default=0, help="the router's, which the bound allows on top; else PAIR's"
+        "--span-tokens",
+        type=int,
+        default=0,
+        help="span_tokens of the gateway, which its bound includes (default: PAIR's)",
     )
     parser.add_argument("--out", type=Path, help="directory for report.json and plots")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object, last")

@@ -47,7 +47,7 @@ class TokenizerConfig(Frozen):
     @model_validator(mode="after")
     def _exclusive(self) -> Self:
         if (self.size is None) == (self.pretrained is None):
-            raise ValueError("tokenizer: give size or pretrained")
+            raise ValueError("tokenizer: set size or pretrained")
         return self
 
 
@@ -293,7 +293,7 @@ class PretrainedConfig(Frozen):
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if (self.method is None) != (self.schedule is None):
-            raise ValueError("method and schedule go together")
+            raise ValueError("set both method and schedule, or neither")
         if self.method is None and (self.lora is not None or self.rollouts is not None):
             raise ValueError("lora and rollouts need a method and a schedule")
         return self
@@ -409,7 +409,7 @@ class Recipe(Frozen):
     @model_validator(mode="after")
     def _vocabulary(self) -> Self:
         if self.tokenizer is None and self.ready_tokenizer is None:
-            raise ValueError("tokenizer: say size, or pretrained")
+            raise ValueError("tokenizer: set size or pretrained")
         trained = self.tokenizer is not None and self.tokenizer.size is not None
         both_new = isinstance(self.teacher, ScratchConfig) and not isinstance(self.student, PretrainedConfig)
         if trained and not both_new:
@@ -443,7 +443,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     for parent in parents:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
-            raise RecipeError(f"override {override!r}: {parent} holds a value, not keys")
+            raise RecipeError(f"override {override!r}: {parent} is a value and has no fields")
     try:
         place[last] = _yaml(value)
     except ValueError as error:

@@ -75,9 +75,7 @@ class RolloutServer:
                 {"method": "reload_weights", "kwargs": {"weights_path": str(self._directory)}},
             )
             if not self._server.post("/reset_prefix_cache", {}).get("success"):  # it holds the old weights'
-                raise ServerError(
-                    f"the rollout server at {self._server.url} is writing for somebody else too"
-                )
+                raise ServerError(f"the rollout server at {self._server.url} also serves other clients")
         parallel.barrier()
 
     def complete(

@@ -221,7 +221,7 @@ class ServedTeacher:
                 warned = True
             if problem and question.binding:
                 raise ServerError(
-                    f"the teacher {self._server.model} at {self._server.url} has another vocabulary than "
+                    f"the teacher {self._server.model} at {self._server.url} has a different vocabulary from "
                     f"the student's tokenizer {tokenizer.name_or_path}: {problem}"
                 )
 
@@ -238,7 +238,7 @@ class ServedTeacher:
         keys = [key_of(self._server.url, self._server.model, self.top, *row) for row in rows]
         views = self._kept(cache, keys)
         if not self._is_the_kept_one and not self._still_says(rows, views):
-            print(f"the teacher at {self._server.url} is another one than before: asked for everything again")
+            print(f"the teacher at {self._server.url} has changed: its cached answers are asked for again")
             cache.clear()
             views = {}
         missing = [number for number in range(len(rows)) if number not in views]

@@ -85,7 +85,7 @@ class TeacherCache:
             except sqlite3.DatabaseError as error:
                 if isinstance(error, sqlite3.OperationalError):
                     raise  # busy, or no place: the file itself is sound
-                print(f"{self._file}: started anew: {error}")
+                print(f"{self._file}: unreadable, started again empty: {error}")
                 self._file.unlink()
                 self._connection = self._opened()
         return self._connection

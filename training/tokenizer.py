@@ -51,7 +51,7 @@ def train_tokenizer(texts: Iterable[str], size: int, context: int) -> PreTrained
         ),
     )
     if tokenizer.get_vocab_size() != size:
-        raise ValueError(f"the data gave {tokenizer.get_vocab_size()} token ids, not {size}")
+        raise ValueError(f"the data is enough for {tokenizer.get_vocab_size()} token ids, not for {size}")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token=UNK,
@@ -83,7 +83,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]
     ids = tokenizer(rendered(tokenizer, sources), add_special_tokens=False)["input_ids"]
     for source, prompt in zip(sources, ids, strict=True):
         if not prompt:
-            raise DataError(f"the source {shown(source)[:SHOWN_SOURCE]!r} makes a prompt without a token")
+            raise DataError(f"the source {shown(source)[:SHOWN_SOURCE]!r} makes an empty prompt")
     return ids
 
 

@@ -66,8 +66,8 @@ def check_pair(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     """What can be told about the pair before it is loaded.
 
     Raises:
-        RecipeError: student or teacher has another vocabulary than `tokenizer`, or the student neither has
-            rows for a router nor can get them.
+        RecipeError: student or teacher has a different vocabulary from `tokenizer`, or the student has no
+            rows for a router and cannot get them.
         ServerError: a served teacher cannot be used.
     """
     for role in ROLES:
@@ -99,8 +99,8 @@ def check_vocabulary(role: str, name: str, tokenizer: PreTrainedTokenizerBase) -
     found = differences(for_router(tokenizer), for_router(_load(name)))
     if found.ids:
         raise RecipeError(
-            f"the {role} {name} has another vocabulary than {tokenizer.name_or_path}: {found.ids}; a pair "
-            "needs one vocabulary"
+            f"the {role} {name} has a different vocabulary from {tokenizer.name_or_path}: "
+            f"{found.ids}; a pair needs one vocabulary"
         )
     if found.texts:
         print(f"the {role} {name} {OTHER_SPLIT}: {found.texts}")

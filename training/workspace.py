@@ -113,4 +113,4 @@ class Workspace:
             )
 
 
-_WAY_OUT = "--restart (with --stage, these stages alone) begins anew, another output and work keep both"
+_WAY_OUT = "--restart starts again (with --stage, these stages alone); another output and work keep both"

@@ -95,14 +95,23 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help=PAIR_HELP,
     )
     parser.add_argument(
-        "--section", nargs="+", choices=SECTIONS, metavar="NAME", help=f"of {', '.join(SECTIONS)}"
+        "--section",
+        nargs="+",
+        choices=SECTIONS,
+        metavar="NAME",
+        help=f"sections to run, of: {', '.join(SECTIONS)} (default: all)",
     )
     parser.add_argument("--quick", action="store_true", help="one round, and less of everything")
-    parser.add_argument("--rounds", type=positive, help="of every measurement (default: 5, quick: 1)")
-    parser.add_argument("--out", type=Path, help="directory for one JSON file, table and plot per section")
+    parser.add_argument("--rounds", type=positive, help="rounds of every measurement (default: 5, quick: 1)")
+    parser.add_argument(
+        "--out", type=Path, help="directory for a JSON file, a table and a plot of each section"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, last on stdout")
     parser.add_argument(
-        "--litellm", type=Path, metavar="PYTHON", help="a Python with LiteLLM's proxy, for the peers"
+        "--litellm",
+        type=Path,
+        metavar="PYTHON",
+        help="a Python that has LiteLLM's proxy, for the section peers",
     )
     return parser.parse_args(argv)
 

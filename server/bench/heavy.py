@@ -88,7 +88,7 @@ def _config(source: Path) -> dict[str, Any]:
     if config.get("model_type") != "llama" or not (source / WEIGHTS).is_file():
         raise HeavyError(f"{source} is not a Llama in one {WEIGHTS}")
     if config.get("mlp_bias") or config.get("attention_bias"):
-        raise HeavyError(f"{source} has biases, which would not be silent")
+        raise HeavyError(f"{source} has biases: added layers would change what it writes")
     return config
 
 

@@ -76,7 +76,9 @@ class EngineGrammars(GrammarManager):
         start = (request.sampling_params.extra_args or {}).get(GRAMMAR_FROM)
         written = [] if start is None else list(request.prompt_token_ids[start:])
         if written and not grammar.accept_tokens(request.request_id, written):
-            raise ValueError(f"the grammar of request {request.request_id} refuses what is written already")
+            raise ValueError(
+                f"the grammar of request {request.request_id} refuses the text that is already written"
+            )
         return grammar
 
     def grammar_bitmask(

@@ -87,7 +87,10 @@ def _open_exchange(body: bytes) -> _Opened:
         return _Opened(Exchange(), body)  # vLLM says what is wrong with it
     if _is_set(request, "background"):
         # vLLM would keep it in this process: another gateway, or the next one, knows nothing of it.
-        raise BadRequest("background", "a gateway keeps no responses: wait for it, or stream it")
+        raise BadRequest(
+            "background",
+            "background is not supported, a gateway keeps no responses: wait for it, or stream it",
+        )
     searches = _is_set(request, "use_beam_search")
     model = request.get("model")
     exchange = Exchange(

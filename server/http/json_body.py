@@ -113,7 +113,7 @@ def _check(found: _Value) -> None:
     elif isinstance(found.value, float) and not math.isfinite(found.value):
         problem = "JSON has finite numbers only"
     elif isinstance(found.value, str) and HALF.search(found.value):
-        problem = "a string with half of a surrogate pair, which is no character"
+        problem = "a string with half of a surrogate pair, which is not a character"
     if problem is not None:
         raise BadRequest(found.param, f"{found.where[:80] or 'the body'}: {problem}")
 

@@ -63,7 +63,7 @@ class Lifecycle:
                 return await send({"type": "websocket.close", "code": 1012})
             # Probes and scrapers are answered to the end, but for the question whether to send more.
             if route_path(scope) == "/ready" or (self._refuses and scope["method"] not in READS):
-                error = ApiError(503, "the gateway is about to end, and takes no new requests")
+                error = ApiError(503, "the gateway is shutting down and takes no new requests")
                 return await refuse(scope, send, error, {"retry-after": "1", "connection": "close"})
             send = _closing(send)
         task = asyncio.current_task()
@@ -101,7 +101,7 @@ class Lifecycle:
     async def _end(self) -> None:
         with suppress(TimeoutError):
             async with self._patience:
-                logger.warning("ending: requests under way: %d", len(self._requests))
+                logger.warning("shutting down, running requests: %d", len(self._requests))
                 await self._hand_over()
                 while self._requests:
                     await asyncio.wait(set(self._requests))

@@ -12,10 +12,10 @@ from server.sessions import SessionBudget
 
 # Statuses of the gateway's own, next to vLLM's.
 REFUSALS = {
-    "401": "No API key, or not one that this gateway knows",
+    "401": "No API key, or one that this gateway does not know",
     "429": "A limit of the API key is used up",
-    "502": "The teacher failed, and the gateway is to fail with it",
-    "503": "The gateway is about to end",
+    "502": "The teacher failed, and the gateway runs with on_teacher_error: error",
+    "503": "The gateway is shutting down",
 }
 
 

@@ -463,7 +463,9 @@ class Teacher:
         well: its queue, or one long prompt, must not take it from everybody.
         """
         if not isinstance(error, TeacherError):
-            logger.error("a call of the teacher at %s ended by an error of ours", self.name, exc_info=error)
+            logger.error(
+                "a call to the teacher at %s ended with an error in the gateway", self.name, exc_info=error
+            )
             return TeacherError("nonsense", f"{type(error).__name__} in a call of {self.name}")
         if error.reason != "timeout":
             return error
@@ -487,7 +489,7 @@ class Teacher:
             if stuck:
                 ids = sorted(progress.padded | progress.banned)
                 wrote = f"the teacher at {self.name} wrote the token ids {ids}"
-                raise TeacherError("nonsense", f"{wrote}, which cannot stay", well=True)
+                raise TeacherError("nonsense", f"{wrote}, which the request does not allow", well=True)
             async with aclosing(self._turn(progress, allowed, headers, patience)) as pieces:
                 async for piece in pieces:
                     yield piece
@@ -681,12 +683,14 @@ class Teacher:
             async with asyncio.timeout(seconds):
                 return await awaitable
         except TimeoutError as error:
-            message = f"nothing more from {self.name} for {max(0.0, seconds):.1f} s"
+            message = f"no answer from {self.name} for {max(0.0, seconds):.1f} s"
             raise TeacherError("timeout", message) from error
         except aiohttp.ClientConnectorError as error:
             raise TeacherError("unreachable", f"cannot reach the teacher at {self.name}: {error}") from error
         except aiohttp.ClientConnectionError as error:
-            raise _ClosedConnection("unreachable", f"the teacher at {self.name} hung up: {error}") from error
+            raise _ClosedConnection(
+                "unreachable", f"the teacher at {self.name} closed the connection: {error}"
+            ) from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise TeacherError("unreachable", f"cannot read the teacher at {self.name}: {error}") from error
 

@@ -137,7 +137,7 @@ class TeacherPool:
         """Check every replica that is there; later ones are checked before they are asked for anything.
 
         Raises:
-            TeacherError: a replica has another vocabulary than the student.
+            TeacherError: a replica has a different vocabulary from the student.
         """
         self._check_vocabulary = check
         await self._introduce([replica for replica in self.replicas if replica.up])
@@ -150,7 +150,7 @@ class TeacherPool:
             if not absent or len(errors) == len(replicas):
                 raise error
         for error in errors:
-            logger.warning("a replica of the teacher is missing: %s", error)
+            logger.warning("a replica of the teacher is not reachable: %s", error)
 
     async def _check(self, replica: Replica) -> None:
         replica.up = replica.checked = replica.late = False
@@ -209,7 +209,7 @@ class TeacherPool:
             before = replica.out_for
             replica.out_for = "" if error.reason in ABSENT else str(error)
             if replica.out_for not in ("", before):
-                logger.error("a replica of the teacher stays out: %s", error)
+                logger.error("a replica of the teacher is not used: %s", error)
 
     async def ask(self, key: bytes, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """As `Teacher.ask`, at the first replica in the key's order that is up and answers.

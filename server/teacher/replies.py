@@ -93,7 +93,9 @@ def read_reply(payload: bytes, *, room: int, params: SamplingParams, vocabulary:
     choice = _choice(payload)
     ids = choice.token_ids or []
     if len(ids) > room or any(token_id < 0 for token_id in ids):
-        raise TeacherError("nonsense", f"the teacher wrote token ids {ids[:20]}, where {room} were asked for")
+        raise TeacherError(
+            "nonsense", f"the teacher wrote token ids {ids[:20]}, but at most {room} were asked for"
+        )
     if not ids and choice.finish_reason == "length":
         raise TeacherError("nonsense", "the teacher wrote nothing and did not end the completion")
     if choice.finish_reason not in (None, "stop", "length"):

@@ -19,7 +19,7 @@ GREETING = {"messages": [{"role": "user", "content": "Hello"}]}
 
 
 class DifferentVocabulary(TeacherError):
-    """A server of the teacher has another vocabulary than the student, or than the others."""
+    """A server of the teacher has a different vocabulary from the student, or than the others."""
 
     def __init__(self, message: str) -> None:
         super().__init__("nonsense", message)
@@ -93,8 +93,8 @@ class OneVocabulary:
                 self._first = teacher
             if answers != self._answers:
                 raise DifferentVocabulary(
-                    f"the teacher at {teacher.name} has another vocabulary or chat template "
-                    f"than the one at {self._first.name}"
+                    f"the teacher at {teacher.name} has a different vocabulary or chat template "
+                    f"from the one at {self._first.name}"
                 )
 
     async def _learn(self, teacher: Teacher) -> None:
@@ -110,7 +110,7 @@ class OneVocabulary:
         except TeacherError as error:
             if not error.refused:
                 raise
-            logger.warning("the teacher at %s takes no chats, only texts: %s", teacher.name, error)
+            logger.warning("the teacher at %s takes plain texts only, no chats: %s", teacher.name, error)
             return b""
 
 
@@ -160,7 +160,7 @@ class Vocabularies:
 
 
 def _other(teacher: Teacher, problem: str) -> str:
-    return f"the teacher at {teacher.name} has another vocabulary than the student: {problem}"
+    return f"the teacher at {teacher.name} has a different vocabulary from the student: {problem}"
 
 
 def _digest(answer: dict[str, Any]) -> bytes:

@@ -76,6 +76,6 @@ class Room:
 
     def _none_fits(self) -> DataError:
         return DataError(
-            f"hardly an example has a prompt of at most {self.longest} tokens, the models' context without "
+            f"too few examples have a prompt of at most {self.longest} tokens, the models' context without "
             "max_tokens"
         )

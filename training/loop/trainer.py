@@ -133,7 +133,7 @@ class Run:
             if stopping and done < schedule.steps and not self.best.exhausted:
                 raise Stopped(
                     f"{self.directory.name}: stopped after step {done} of {schedule.steps}; "
-                    "the same command goes on from there"
+                    "run the same command to continue"
                 )
 
     def update(self, batch: Batch, step: int) -> "Updated":
@@ -163,7 +163,7 @@ class Run:
 def announce(schedule: Schedule, name: str) -> None:
     """What of the schedule this machine cannot do."""
     if schedule.precision == "bf16" and parallel.is_first() and not parallel.fast_bf16(parallel.device()):
-        console.print(f"{name}: this CPU has no instructions for bf16: fp32 instead")
+        console.print(f"{name}: this CPU has no bf16 instructions, so fp32 is used")
 
 
 @contextmanager
@@ -276,7 +276,7 @@ def check_finite(step: int, losses: list[Tensor], norm: Tensor) -> None:
         *seen, size = [f"{value:g}" for value in values.tolist()]
         raise Diverged(
             f"step {step + 1}: the loss is {', '.join(seen)}, the norm of the gradient {size}; "
-            "the weights and the last checkpoint are those of before"
+            "the weights and the last checkpoint are unchanged"
         )
 
 

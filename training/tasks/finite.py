@@ -130,7 +130,7 @@ def conversation(messages: Any, target: str | None = None) -> Example:
         target = asked[-1].content
         asked = asked[:-1]
     if not asked or asked[-1].role == "assistant":
-        raise DataError("'messages' end with an answer of the assistant and ask for no other")
+        raise DataError("'messages' have no question before the answer")
     return example(asked, target)
 
 

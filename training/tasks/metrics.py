@@ -101,7 +101,7 @@ def imported(name: str, what: str) -> Callable[..., Any]:
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{what} {name!r}: {error}") from error
     if not callable(function):
-        raise ValueError(f"{what} {name!r} is no function")
+        raise ValueError(f"{what} {name!r} is not a function")
     return function
 
 

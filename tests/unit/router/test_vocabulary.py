@@ -230,7 +230,7 @@ async def test_a_server_of_another_vocabulary_is_refused_with_the_first_differen
     one, other = ours.get_vocab()["Ġthe"], ours.get_vocab()["!"]
     said = await refusal(tokenizer(swapped(one, other)))
     assert said == (
-        "the teacher at HOST has another vocabulary than the student: "
+        "the teacher at HOST has a different vocabulary from the student: "
         f"the token {other} is ' the' there and '!' here"
     )
 

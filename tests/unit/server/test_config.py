@@ -381,7 +381,7 @@ def test_settings_of_vllm_can_stand_in_the_environment(needed, environment):
     ("settings", "said"),
     [
         (["--seed"], "vllm: expected settings of vLLM's server by flag name"),
-        ({"max_model_len": 1, "max-model-len": 2}, "vllm: one setting is there in two spellings"),
+        ({"max_model_len": 1, "max-model-len": 2}, "vllm: a setting is given twice, in two spellings"),
     ],
 )
 def test_settings_of_vllm_that_are_none_are_refused(needed, write, settings, said, flags):

@@ -93,7 +93,7 @@ async def test_a_broken_file_is_no_obstacle(tmp_path, content, caplog):
     before = calibration.points
     follower(calibration, Engine(), tmp_path)
     assert calibration.points == before
-    assert "lost" in caplog.text
+    assert "the learned prices cannot be read" in caplog.text
 
 
 async def test_an_engine_that_fails_is_asked_again(tmp_path):

@@ -261,7 +261,7 @@ async def test_a_router_is_taken_as_it_was_checked(engine, router, tmp_path):
         (SimpleNamespace(weight=torch.zeros(14, 4, dtype=torch.int8)), "the output matrix is quantised"),
         (SimpleNamespace(qweight=torch.zeros(1)), "the output matrix is quantised"),
         (SimpleNamespace(weight=torch.zeros(14, 5)), r"the output matrix is \(14, 5\), the taps are 4 wide"),
-        (None, "SimpleNamespace computes its logits in a way of its own"),
+        (None, "SimpleNamespace computes its logits in a way that the gate cannot read"),
     ],
 )
 def test_a_model_that_takes_no_taps_is_known_at_the_start(engine, output, said):
@@ -349,4 +349,6 @@ async def test_a_student_that_takes_no_taps_is_served_without_following_its_rout
     gateway = Gateway(tmp_path, router)
     gateway.refuses = "check_router"
     assert await _router_reload(gateway.pair, gateway) is None
-    assert said == ["the router is not followed, a new one needs a restart: the output matrix is quantised"]
+    assert said == [
+        "a new router needs a restart, because its directory is not watched: the output matrix is quantised"
+    ]

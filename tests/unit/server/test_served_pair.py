@@ -173,7 +173,7 @@ def test_without_a_router_the_last_rows_that_the_tokenizer_leaves_free(tmp_path,
         ({"config.json": '{"vocab_size": "many"}'}, "config.json: vocab_size is 'many'"),
         (
             {"config.json": '{"is_encoder_decoder": true, "model_type": "t5", "vocab_size": 40}'},
-            "is of the kind t5, which reads its prompt by an encoder",
+            "is of type t5, which has an encoder",
         ),
         ({"config.json": '{"vocab_size": 3}'}, r"no \*.safetensors weights in"),
     ],

@@ -284,7 +284,7 @@ async def test_a_failed_settlement_is_logged(
     share.settle(8)
     await budgets.aclose()
     await asyncio.sleep(0)
-    assert "a settlement failed" in caplog.text
+    assert "a grant could not be settled" in caplog.text
 
 
 # Limits in money

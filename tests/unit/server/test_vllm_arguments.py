@@ -185,7 +185,10 @@ def test_what_the_gateway_sets_itself_is_refused_in_any_spelling(http: HttpLayer
     if name == "no-model":
         assert message == "vllm: unrecognized arguments: --no-model=x"
     else:
-        assert message == f"vllm settings that the gateway sets itself: {name.replace('_', '-')}"
+        assert (
+            message
+            == f"leave out these vllm settings, the gateway sets them itself: {name.replace('_', '-')}"
+        )
 
 
 def test_one_api_server_is_what_a_gateway_is(http: HttpLayer) -> None:

@@ -185,7 +185,7 @@ def test_a_model_with_logits_of_its_own_is_named():
     class Own(torch.nn.Module):
         pass
 
-    with pytest.raises(UnsupportedVllm, match="Own computes its logits in a way of its own"):
+    with pytest.raises(UnsupportedVllm, match="Own computes its logits in a way that the gate cannot read"):
         output_matrix(Own(), HIDDEN)
 
 

@@ -63,7 +63,7 @@ def test_a_recipe_that_cannot_be_read_is_named_in_one_line(capsys, tmp_path, con
         ("seed=[", "override 'seed=\\[': while parsing"),
         ("router.gain=excess", "router: gain excess: write {type: regret}"),
         ("router.window=4", "router: window is gone"),
-        ("seed.a=1", "seed holds a value"),
+        ("seed.a=1", "seed is a value and has no fields"),
         ("seed", "want key=value"),
     ],
 )

@@ -93,7 +93,7 @@ def test_sources_that_are_all_too_long_are_refused(recipe, tmp_path, capsys, sta
     (tmp_path / "data" / "train.jsonl").write_text(long)
     student = [] if stage == "student" else ["student.method=null", "student.schedule=null"]
     message = refusal(capsys, recipe, *student, "--stage", stage)
-    assert "hardly an example has" in message
+    assert "too few examples have" in message
 
 
 def test_a_pair_whose_examples_are_too_long_is_not_evaluated(recipe, tmp_path, capsys):
@@ -102,7 +102,7 @@ def test_a_pair_whose_examples_are_too_long_is_not_evaluated(recipe, tmp_path, c
     for split in ("train", "valid", "test"):
         (tmp_path / "data" / f"{split}.jsonl").write_text(GOOD.replace("At", split + "x" * 200))
     pair = str(tmp_path / "out")
-    assert "hardly an example has" in refusal(capsys, pair, "--recipe", recipe, *small, command=evaluate)
+    assert "too few examples have" in refusal(capsys, pair, "--recipe", recipe, *small, command=evaluate)
     (tmp_path / "out" / "teacher").unlink()
     message = refusal(capsys, pair, "--recipe", recipe, *small, command=evaluate)
     assert f"no model in {pair}/teacher" in message

@@ -69,7 +69,7 @@ def test_a_key_of_an_older_recipe_is_answered_with_the_new_one(changes, problem)
         ({"objective": {"type": "constrained", "prices": [2, 1]}}, "the lower one first"),
         ({"objective": {"type": "difference", "window": 1}}, "window"),
         ({"gain": {"type": "ratio", "clip": 1}}, "clip"),
-        ({"conditioning": {"type": "prompt", "words": "half"}}, "want the one field"),
+        ({"conditioning": {"type": "prompt", "words": "half"}}, "it must have exactly one field,"),
         ({"conditioning": {"type": "prompt", "rate": 0.1}}, "rate"),
         ({"budgets": []}, "budgets: want at least one"),
         ({"budgets": [0.2, 0.1]}, "increasing"),

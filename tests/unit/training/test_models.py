@@ -120,7 +120,7 @@ def test_another_vocabulary_is_refused_by_name(recipe, untrained_pair, tmp_path,
     )
     assert train([recipe, f"teacher.pretrained={strange}"]) == 2
     message = capsys.readouterr().err
-    assert f"the teacher {strange} has another vocabulary than {untrained_pair / 'student'}" in message
+    assert f"the teacher {strange} has a different vocabulary from {untrained_pair / 'student'}" in message
     assert not (tmp_path / "work").exists()
 
 

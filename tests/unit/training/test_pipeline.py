@@ -93,7 +93,7 @@ def test_what_is_longer_than_the_recipe_allows_is_not_trained_on(recipe, tmp_pat
         len(row) + answer <= longest for row, answer in zip(batch.prompts(), batch.answer.sum(1), strict=True)
     )
     assert train([recipe, *STUDENT, "max_length=3"]) == 2
-    assert "hardly an example has at most 3 tokens" in capsys.readouterr().err
+    assert "too few examples have at most 3 tokens" in capsys.readouterr().err
 
 
 def test_prompts_without_answers_train_a_student_that_learns_from_its_teacher(recipe, tmp_path, capsys):

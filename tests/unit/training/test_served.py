@@ -67,7 +67,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(tokenizer):
             return httpx.Response(200, json={"tokens": [1, 2, 3]})
         return httpx.Response(200, json={"data": [{"id": "big"}]})
 
-    with pytest.raises(ServerError, match=r"big at http://there has another vocabulary"):
+    with pytest.raises(ServerError, match=r"big at http://there has a different vocabulary"):
         served_teacher(answer, 5).check_vocabulary(tokenizer)
 
 

@@ -46,7 +46,7 @@ def test_a_broken_file_is_started_anew(file, capsys):
     cache = TeacherCache(file, MEGABYTE)
     cache.put({b"a": b"1"})
     assert cache.get([b"a"]) == [b"1"]
-    assert "started anew" in capsys.readouterr().out
+    assert "unreadable, started again empty" in capsys.readouterr().out
 
 
 def test_an_entry_is_whole_or_not_there(file):
@@ -120,7 +120,7 @@ def test_another_teacher_behind_the_same_url_is_noticed(vllm, file, tokenizer, c
     assert not torch.allclose(kept, now)
     plain = ServedTeacher(VLLMServer("teacher", "http://there", None, client(other)), 5).likeliest(BATCH)[1]
     assert torch.equal(now, plain)
-    assert "another one than before" in capsys.readouterr().out
+    assert "its cached answers are asked for again" in capsys.readouterr().out
 
 
 def test_half_an_answer_keeps_nothing(vllm, file):

@@ -79,7 +79,7 @@ def test_a_segment_whose_prefix_the_grammar_refuses_ends_with_an_error(config, m
     params = checked(config, json=PERSON, extra_args={GRAMMAR_FROM: len(PROMPT_IDS)})
     error = compiled(manager, segment(params, ids("Hello")))
     assert isinstance(error, ValueError)
-    assert "refuses what is written" in str(error)
+    assert "refuses the text that is already" in str(error)
 
 
 def test_the_gate_may_read_its_rows_and_no_other_row_is_opened(config, manager):

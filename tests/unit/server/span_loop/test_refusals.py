@@ -128,5 +128,5 @@ async def test_reserved_rows_and_the_price_are_not_the_clients(pair, budget):
     with pytest.raises(VLLMValidationError, match="reserved"):
         start(engine, budget, stop_token_ids=[RESERVED.escalation])
     for term in TERMS:
-        with pytest.raises(VLLMValidationError, match="the terms of asking are the router's"):
+        with pytest.raises(VLLMValidationError, match="are the router's own"):
             start(engine, budget, extra_args={term: 0})

@@ -51,8 +51,8 @@ async def test_it_is_found_out_or_set(theirs: list[PreTrainedTokenizerFast], wan
 @pytest.mark.parametrize(
     ("theirs", "wanted", "problem"),
     [
-        ([THEIRS], "same", "has another vocabulary than the student: "),
-        ([OURS, THEIRS], "auto", "another vocabulary"),
+        ([THEIRS], "same", "has a different vocabulary from the student: "),
+        ([OURS, THEIRS], "auto", "a different vocabulary"),
         ([THEIRS, byte_level(["and a third one, with a third one's words"], 290)], "auto", "than the one at"),
     ],
 )

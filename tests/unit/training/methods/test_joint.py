@@ -134,7 +134,7 @@ def test_a_student_goes_on_with_its_router(recipe, tmp_path):
     ("override", "named"),
     [
         ("student.method.router=/no/where", "no router checkpoint in /no/where"),
-        ("student.method.budget_prompt=half", "want the one field {percent}"),
+        ("student.method.budget_prompt=half", "it must have exactly one field, {percent}"),
     ],
 )
 def test_what_cannot_be_joined_is_refused(recipe, override, named, capsys):

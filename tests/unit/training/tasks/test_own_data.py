@@ -76,9 +76,9 @@ def test_a_conversation_is_rendered_by_the_chat_template():
     [
         ("Hi", "not a list of turns"),
         ([], "not a list of turns"),
-        ([{"role": "user"}], "turn 1 of 'messages': the content is no text"),
+        ([{"role": "user"}], "turn 1 of 'messages': the content is not text"),
         ([CHAT[1], {"role": "tool", "content": "x"}], "turn 2 of 'messages': the role is 'tool'"),
-        ([ANSWER], "ask for no other"),
+        ([ANSWER], "have no question before the answer"),
         (CHAT, "do not end with an answer"),
     ],
 )

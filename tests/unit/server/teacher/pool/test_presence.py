@@ -134,7 +134,7 @@ async def test_who_stays_out_is_not_healthy_and_is_told_of_once(caplog: pytest.L
         await pool._probe(replica)
     assert await replica.teacher.healthy()
     assert not await pool.healthy()
-    assert caplog.text.count("a replica of the teacher stays out: another vocabulary") == 1
+    assert caplog.text.count("a replica of the teacher is not used: another vocabulary") == 1
     replica.teacher.vocabulary = "ours"
     await pool._probe(replica)
     assert await pool.healthy()
