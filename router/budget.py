@@ -28,10 +28,10 @@ Count = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_whole)]
 class Budget(BaseModel):
     """A bound on the teacher: every part that is set holds.
 
-    fraction: teacher tokens / completion tokens, in [0, 1]; exceeded by at most one span.
-    tokens:   teacher tokens, never exceeded.
-    calls:    teacher calls, never exceeded.
-    cost:     what the teacher reads and writes costs, by the gateway's prices; never exceeded.
+    - fraction: teacher tokens / completion tokens, in [0, 1]; exceeded by at most one span.
+    - tokens: teacher tokens, never exceeded.
+    - calls: teacher calls, never exceeded.
+    - cost: what the teacher reads and writes costs, by the gateway's prices; never exceeded.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

@@ -57,13 +57,14 @@ class RateController:
         rate = target * exp(u),    du = GAIN * (allowed - spent) / allowed in a window
 
     The price is the limit's dual variable; its step is proportional to the limit's violation (adaptive
-    pacing: Balseiro and Gur, Management Science 2019). Changed here: the step is taken in the logarithm of
-    the rate, from which `Prices` makes the price, so it knows neither the gate's units nor the amount of
-    traffic; and u stops at the ends of the calibrated range, so it does not wind up while the limit does not
-    bind.
+    pacing: Balseiro and Gur, Management Science 2019). Two things are changed here. The step is taken in the
+    logarithm of the rate, and `Prices` makes the price of it, so it knows neither the gate's units nor the
+    amount of traffic. And u stops at the ends of the calibrated range, so it does not wind up while the
+    limit does not bind.
 
-    The target of a fraction is that fraction; of tokens or money per window, the rate that spends it on as
-    much traffic as the last window brought, however unevenly (before a window has passed: as it would bring).
+    The target of a fraction is that fraction. For tokens or money per window, it is the rate that spends
+    them on as much traffic as the last window brought, however unevenly. Before a window has passed, it is
+    the traffic that this pace would bring.
     """
 
     limit: AnyLimit

@@ -101,11 +101,12 @@ class Calibration:
 class Policy:
     """Prices the next student segment of a request.
 
-    A fraction is a rate already, and a bucket with less left than a call makes it dearer: the next call goes
-    where it is worth most, not to the first place behind the last one. Tokens, calls and money are spent by
-    plan: what is left over what is still to be written, so that an eager start does not eat the whole budget.
+    A fraction is a rate already. A bucket with less than a call in it makes the price higher. So the next
+    call goes where it is worth most, not to the first place after the last one. Tokens, calls and money are
+    spent by plan: what is left of them, divided by what is still to be written. So an eager start does not
+    spend the whole budget.
 
-    A fraction is a bound that is not used up where more teacher tokens would not help. With ``spare`` it is
+    A fraction is a bound that is not used up if more teacher tokens would not help. With ``spare`` it is
     a rate to hit: while a call fits into the fraction itself, the price is the spare one, and the span on top
     is kept for what is worth the other.
     """

@@ -391,8 +391,8 @@ class Status:
 class Ledger(Protocol):
     """Where the budgets of tenants and of all together are kept.
 
-    Promised, whatever the interleaving: a reservation is made in all scopes or in none; what is spent and
-    reserved never exceeds a scope's limit; settling twice is settling once; a lease that nobody settles
+    These hold whatever the interleaving. A reservation is made in all scopes or in none. What is spent and
+    reserved never exceeds a scope's limit. Settling twice is settling once. A lease that nobody settles
     ends by itself.
     """
 

@@ -70,9 +70,9 @@ class RedisLedger:
     """A `Ledger` shared by all gateways that name the same Redis and prefix.
 
     No call waits longer than ``timeout`` seconds for Redis. (Where this process is late itself, or all its
-    connections are in use, that may take three times as long.) Where Redis gives no answer, a reservation is
-    refused or allowed as ``when_unavailable`` says; after three failures in a row Redis is asked only once
-    in ``retry_seconds``, so that its absence costs nobody a wait. Settlements are kept and tried again.
+    connections are in use, that may take three times as long.) If Redis gives no answer, ``when_unavailable``
+    decides whether a reservation is refused or allowed. After three failures in a row Redis is asked only
+    once in ``retry_seconds``, so its absence costs nobody a wait. Settlements are kept and tried again.
 
     What is spent is safe in Redis as far as Redis is safe: see docs/budgets.md for its settings.
     """

@@ -34,13 +34,18 @@ class EngineDied(RunEnded):
 class Lifecycle:
     """ASGI middleware in front of everything: knows every request, and ends the server in order.
 
-    SIGTERM drains: `/ready` says no, clients are handed over (`HAND_OVER_SECONDS`, or half of
-    ``drain_seconds``; not at all when nobody is connected), then what makes work is refused with 503;
-    what runs is written to its end with all its segments and teacher calls, and then the server stops.
-    vLLM's own way would not do: at SIGTERM its engine aborts what it writes, or refuses whatever is added,
+    SIGTERM drains, in this order:
+
+    - `/ready` fails, and clients are handed over. This takes `HAND_OVER_SECONDS`, or half of
+      ``drain_seconds``, or no time when nobody is connected.
+    - New work is refused with 503. Running requests are written to their ends, with all their segments
+      and teacher calls.
+    - The server stops.
+
+    vLLM's own way would not do. At SIGTERM its engine aborts what it writes, or refuses whatever is added,
     and the student's next segment is an addition. So nobody tells the engine before the last request has
-    ended. After ``drain_seconds``, at a second signal, and at SIGINT (which a terminal sends to the engine's
-    process too) clients are hung up on, so that their requests are aborted and settled.
+    ended. Connections are closed after ``drain_seconds``, at a second signal, and at SIGINT, which a
+    terminal sends to the engine's process too. Their requests are then aborted and settled.
     """
 
     def __init__(self, app: App, *, drain_seconds: float) -> None:

@@ -85,8 +85,8 @@ class TeacherPool:
     """Teachers with one vocabulary: each call goes to one that is up and has room.
 
     A key has its own order of preference among the replicas (rendezvous hashing: Thaler and Ravishankar,
-    1998), so the spans of a request find its prefix in the cache of the replica that wrote the last one, and
-    a replica that leaves or comes moves only its own share of keys.
+    1998). So the spans of a request find its prefix in the cache of the replica that wrote the last one. A
+    replica that leaves or comes moves only its own share of keys.
     """
 
     def __init__(self, teachers: Sequence[Teacher], *, concurrency: int, queue_seconds: float) -> None:

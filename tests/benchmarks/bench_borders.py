@@ -1,8 +1,8 @@
 """How long a completion waits when a span begins or ends.
 
-There are more streams than the student's engine has places, so requests queue. *continuations first*: the
-gateway as it is. *in turn*: the same gateway without priorities, so that a completion in mid-answer queues
-after those that have not begun. Prints the times between the last token of one model and the first of the
+There are more streams than the student's engine has places, so requests queue. *Continuations first* is the
+gateway as it is. *In turn* is the same gateway without priorities: a completion in mid-answer queues after
+those that have not begun. Prints the times between the last token of one model and the first of the
 other.
 
     python -m tests.benchmarks.bench_borders

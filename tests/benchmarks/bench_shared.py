@@ -1,8 +1,8 @@
 """A global limit on real engines, spent in two ways.
 
-The shipped pair, held-out sentences in an order that shifts from few digits to many and back to a mixture,
-every request with a budget of its own that is more than there is for all. *controller*: the gateway as it is.
-*first come*: the same gateway without its controller, so that the ledger alone holds the limit.
+The shipped pair gets held-out sentences in an order that shifts from few digits to many and back to a
+mixture. Every request has a budget of its own, which is more than there is for all. *Controller* is the
+gateway as it is. *First come* is the same gateway without its controller: the ledger alone holds the limit.
 
     python -m tests.benchmarks.bench_shared
 """

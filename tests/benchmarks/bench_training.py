@@ -1,11 +1,11 @@
 """Speed of on-policy distillation: PCL-KD here, compared with TRL's `DistillationTrainer`.
 
-Both in this process and in turns, on the demo pair: the same prompts, batch, longest completion, precision,
-temperature and optimizer, eager, one thread, logging off; a learning rate of almost nothing, so that the
-student and its completions stay the same. A round is one run of each; the first steps of a run are not
-counted. Counted are the completions' tokens, end token included, that were written, scored by the teacher
-and trained on. Without a GPU the time is this process's CPU time, so that other work on the machine counts
-little.
+Both run in this process and in turns, on the demo pair, eager, with one thread and without logging. They have
+the same prompts, batch, longest completion, precision, temperature and optimizer. The learning rate is almost
+nothing, so the student and its completions stay the same. A round is one run of each; the first steps of a
+run are not counted. Counted are the completions' tokens, end token included, that were written, scored by
+the teacher and trained on. Without a GPU the time is this process's CPU time, so that other work on the
+machine counts little.
 
     pip install trl==1.16.0
     python -m tests.benchmarks.bench_training

@@ -1,7 +1,7 @@
 """The prices of each budget, measured in the closed loop on validation data, under the bucket of that budget.
 
-The price aims at the mean teacher rate that equals the fraction, unless that costs quality: a tight bucket
-can only be spent to its mean by emptying it on trifles, and then it is empty when it matters (docs/log.md).
+The price aims at the mean teacher rate that equals the fraction, unless that costs quality. A tight bucket
+can only be spent to its mean by emptying it on trifles. Then it is empty when it matters (docs/log.md).
 The spare price spends the rest of a fraction, for those who want a rate and not a bound.
 """
 

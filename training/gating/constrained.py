@@ -1,7 +1,7 @@
 """Constrained path consistency for the gate: asking as a policy of its own, with a price for every token.
 
-The problem: maximise E[sum of r - price * c] + T * entropy, where a token of the student's earns r = -gain
-and costs nothing, and a call of n teacher tokens earns 0 and costs c = n. At the optimum, for every price
+The problem: maximise E[sum of r - price * c] + T * entropy. A token of the student's earns r = -gain and
+costs nothing. A call of n teacher tokens earns 0 and costs c = n. At the optimum, for every price
 and both actions u (Nachum et al. 2017, arXiv 1702.08892; sub-paths of one decision, with a cost):
 
     C(u) = r(u) - price * c(u) + U(s'(u), price) - T log pi(u|s) - U(s, price) = 0

@@ -1,7 +1,7 @@
 """The training loop: batch, step, log, checkpoint; a killed run resumes and repeats itself exactly.
 
 A step's batch is split into equal parts over the processes (`training.parallel`), prepared, and split over
-`schedule.accumulate` passes; the loss of each counts by its share of the positions, so that however it is
+`schedule.accumulate` passes. The loss of each counts by its share of the positions. So however the batch is
 split, the gradient is the whole batch's.
 """
 

@@ -1,9 +1,9 @@
 """`numbers`: English sentences with numbers, dates and amounts -> German with all of them spelled out.
 
-Parts are easy (fixed words, small numbers), parts are hard (inverted tens, long numbers, "halb drei" for
-2:30), and most sentences leave free choices (word order, synonyms, "vierzehn Uhr dreißig"), which are all
-right: a student that hesitates there makes no mistake. Training targets are drawn uniformly among the right
-answers.
+Parts are easy (fixed words, small numbers). Parts are hard (inverted tens, long numbers, "halb drei" for
+2:30). Most sentences leave free choices (word order, synonyms, "vierzehn Uhr dreißig"). All of these are
+right, so a student that hesitates there makes no mistake. Training targets are drawn uniformly among the
+right answers.
 """
 
 import hashlib

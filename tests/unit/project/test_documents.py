@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.paths import ROOT
 
-PACKAGES = ("server", "router", "training")
+PACKAGES = ("server", "router", "training", "measuring")
 DOCUMENTS = sorted(
     path
     for pattern in ("*.md", "docs/**/*.md", "deploy/**/*.md")

@@ -1,13 +1,16 @@
-"""Documents and docstrings are easy to read: short sentences, and words in their usual sense."""
+"""Documents, docstrings and messages are easy to read: short sentences, and words in their usual sense."""
 
+import ast
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from server.http.routes import PLAYGROUND
 from tests.helpers.paths import ROOT
-from tests.unit.project.test_documents import SOURCES, docstrings_and_comments
+from tests.unit.project.test_documents import PACKAGES, SOURCES, docstrings_and_comments
 
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 LONGEST = 35
@@ -31,7 +34,7 @@ def paragraphs(text: str) -> Iterator[str]:
     lines: list[str] = []
     for line in [*text.splitlines(), ""]:
         item = re.match(r"\s*(?:[-*]|\d+\.) +(.*)", line)
-        ends = not line.strip() or line.startswith(("#", "    ", "|", ">", "![", "$"))
+        ends = not line.strip() or line.startswith(("#", "    ", "|", ">", "![", "$", "├", "│", "└"))
         if (ends or item) and lines:
             yield " ".join(lines)
             lines = []
@@ -76,6 +79,76 @@ def test_docstrings_and_comments_use_words_in_their_usual_sense() -> None:
             f"{source.relative_to(ROOT)}: {wrong}" for wrong in wrong_words(docstrings_and_comments(source))
         ]
     assert found == []
+
+
+def docstrings(source: Path) -> Iterator[str]:
+    """Docstrings and the texts below fields, with each argument as an item of a list."""
+    for node in ast.walk(ast.parse(source.read_text())):
+        if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
+            continue
+        if isinstance(node.value.value, str):
+            prose, *sections = re.split(r"\n\n(?=[A-Z]\w+:\n)", inspect.cleandoc(node.value.value))
+            yield prose
+            for section in sections:
+                yield re.sub(r"\n +(\w+: )?", lambda name: f"\n- {name[1]}" if name[1] else "\n", section)
+
+
+def test_sentences_of_docstrings_are_short() -> None:
+    found = []
+    for source in SOURCES:
+        for text in docstrings(source):
+            long = [sentence for sentence in sentences(text) if length(sentence) > LONGEST]
+            found += [f"{source.relative_to(ROOT)}: {sentence}" for sentence in long]
+    assert found == []
+
+
+LOGGED = ("info", "warning", "error", "exception")
+
+
+def messages(source: Path) -> Iterator[str]:
+    """What users read of a module: errors, log lines and help texts, with `Code` for what is filled in."""
+    for node in ast.walk(ast.parse(source.read_text())):
+        shown: list[ast.expr] = []
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            shown = node.exc.args
+        if isinstance(node, ast.Call):
+            shown = [word.value for word in node.keywords if word.arg in ("help", "description", "epilog")]
+            if isinstance(node.func, ast.Attribute) and node.func.attr in LOGGED:
+                shown += node.args[:1]
+        for expression in shown:
+            yield filled(expression)
+
+
+def filled(expression: ast.expr) -> str:
+    if isinstance(expression, ast.Constant) and isinstance(expression.value, str):
+        return expression.value.replace("%s", "Code")
+    if isinstance(expression, ast.JoinedStr):
+        return "".join(map(filled, expression.values))
+    return "Code"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_messages_are_short_and_plain(package: str) -> None:
+    found = []
+    for source in sorted((ROOT / package).rglob("*.py")):
+        for message in messages(source):
+            long = [sentence for sentence in sentences(message) if length(sentence) > LONGEST]
+            found += [f"{source.relative_to(ROOT)}: {problem}" for problem in [*wrong_words(message), *long]]
+    assert found == []
+
+
+def test_messages_of_every_kind_are_found(tmp_path: Path) -> None:
+    source = tmp_path / "module.py"
+    source.write_text(
+        'raise ValueError(f"no {name}")\n'
+        'logger.warning("%s is gone", name)\n'
+        'parser.add_argument("--port", help="port to listen on")\n'
+    )
+    assert sorted(messages(source)) == ["Code is gone", "no Code", "port to listen on"]
+
+
+def test_the_playground_is_plain() -> None:
+    assert wrong_words(PLAYGROUND.read_text()) == []
 
 
 def wrong_words(text: str) -> list[str]:

@@ -266,7 +266,7 @@ def test_a_needed_setting_is_asked_for_by_its_flag(needed, name):
         ("student", "/no/where", "no such directory: /no/where"),
         ("router", "/no/where", "no such directory: /no/where"),
         ("teacher", "127.0.0.1:8001", "URL"),
-        ("teacher", "http://a,http://b,http://a", "named twice"),
+        ("teacher", "http://a,http://b,http://a", "given twice"),
         ("span_timeout", "0", "greater than 0"),
         ("teacher_concurrency", "0", "greater than 0"),
         ("teacher_queue", "-0.1", "greater than or equal to 0"),

@@ -239,7 +239,7 @@ async def test_a_router_that_changed_while_it_was_read_is_left_for_the_next_look
     read, written = shifted(router, 1.0), shifted(router, 2.0)
     written.save(tmp_path)
     before = [worker.score for worker in engine.workers]
-    with pytest.raises(CheckpointError, match="replaced while it was read"):
+    with pytest.raises(CheckpointError, match="replaced while the gateway read it"):
         await load_everywhere(engine.collective_rpc, tmp_path, read)
     assert [worker.score for worker in engine.workers] == before
 

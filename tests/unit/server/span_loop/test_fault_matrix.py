@@ -1,9 +1,9 @@
 """Every fault of a teacher, on every way there is to it: the table in docs/budgets.md.
 
 The span loop, the pool and the client are the real ones, over a scripted student and a teacher that fails
-on demand. Whatever goes wrong, the student writes the completion to its end; what the teacher had written
-stays and is paid, and nothing else is: not in the request's budget, not in the shared one, no place at the
-teacher.
+on demand. Whatever goes wrong, the student writes the completion to its end. What the teacher had written
+stays and is paid. Nothing else is: not in the request's budget, not in the shared one, and no place at the
+teacher stays taken.
 """
 
 import asyncio

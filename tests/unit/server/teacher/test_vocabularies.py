@@ -53,7 +53,7 @@ async def test_it_is_found_out_or_set(theirs: list[PreTrainedTokenizerFast], wan
     [
         ([THEIRS], "same", "has a different vocabulary from the student: "),
         ([OURS, THEIRS], "auto", "a different vocabulary"),
-        ([THEIRS, byte_level(["and a third one, with a third one's words"], 290)], "auto", "than the one at"),
+        ([THEIRS, byte_level(["and a third one, with a third one's words"], 290)], "auto", "from the one at"),
     ],
 )
 async def test_others_are_refused(theirs: list[PreTrainedTokenizerFast], wanted: str, problem: str) -> None:
