@@ -143,7 +143,7 @@ class Bucket:
         return self._length(self.spent + self.ask_tokens, fraction)
 
     def _length(self, tokens: int, fraction: float) -> int | None:
-        """Completion length whose fraction, with a call behind it, covers this many teacher tokens."""
+        """Completion length whose fraction, with a call after it, covers this many teacher tokens."""
         length = tokens / fraction - self.ask_tokens - EPSILON
         if length <= 0:
             return 0  # also of a fraction so small that the length is minus infinity

@@ -88,7 +88,7 @@ class RouterConfig(BaseModel):
     """Per gate: (fraction, spare price that makes it the realised rate), see `router.policy.Policy`."""
     fingerprints: Fingerprints
     budget_prompt: str | None = None
-    """Template of a budget prompt, with the one field `{percent}`: the rendered text stands in front of the
+    """Template of a budget prompt, with the one field `{percent}`: the rendered text is in front of the
     prompt that the student reads, and never in the teacher's. Where there is one, the calibration holds for
     prompts that have it.
     """

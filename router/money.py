@@ -76,7 +76,7 @@ class KindCosts(BaseModel):
 
 
 class TokenPrices(BaseModel):
-    """What a million tokens of one model cost. Digits behind the sixth are rounded up."""
+    """What a million tokens of one model cost. Digits after the sixth are rounded up."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

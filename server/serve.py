@@ -17,8 +17,8 @@ def main(argv: list[str]) -> int:
         WheelsError: the gateway cannot start, or cannot go on.
     """
     config = load(argv)
-    # From now on, because the first process of a container ignores what it does not handle, until the HTTP
-    # server has handlers of its own.
+    # The first process of a container ignores signals without a handler. So handle this one from now on,
+    # until the HTTP server has handlers of its own.
     signal.signal(signal.SIGTERM, _end_at_once)
     config = _with_directories(config)
     # vLLM takes seconds to import: a wrong flag or name is reported before.

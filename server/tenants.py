@@ -167,7 +167,7 @@ class Tenants:
         inline = "\n" in source or source.lstrip().startswith("{")
         self._inline = source if inline else None
         self._path = None if inline else Path(source)
-        # Keys are looked up by a hash that no client can compute, so that the time it takes tells nothing.
+        # No client can compute this hash of a key, so the time of a look-up tells nothing about keys.
         self._secret = os.urandom(32)
         self._seen = self._stat()
         self._use(self._read())

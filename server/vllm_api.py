@@ -210,8 +210,8 @@ class UnsupportedVllm(ConfigError):
     """This vLLM has no longer what the gateway reaches into; the message is one line for the operator."""
 
 
-# Where vLLM computes the scores that it reports, by model runner. None of these places has a hook, and all
-# see the logits before any processor does. A module that imports a function has a name of its own for it.
+# Where each model runner of vLLM computes the scores that it reports. None of these places has a hook.
+# All see the logits before any processor does. A module that imports a function has a name of its own for it.
 REPORTS_V1 = (
     ("vllm.v1.sample.sampler", "Sampler.compute_logprobs"),
     ("vllm.v1.sample.sampler", "Sampler.gather_logprobs"),
@@ -226,7 +226,8 @@ REPORTS_V2 = (
 )
 
 
-# Where vLLM looks at what a request wrote, by model runner, and the argument that tells it from the prompt.
+# Where each model runner of vLLM looks at what a request wrote. The last name is the argument that separates
+# it from the prompt.
 COUNTS_V1 = (
     ("vllm.v1.sample.sampler", "apply_all_penalties", "output_token_ids"),
     ("vllm.v1.sample.sampler", "apply_bad_words", "past_tokens_ids"),

@@ -38,7 +38,7 @@ class TokenizerConfig(Frozen):
     """Trained on the task (`size`), or a ready one (`pretrained`)."""
 
     size: PositiveInt | None = None
-    """Ids that the tokenizer knows; the models add the reserved rows behind them."""
+    """Ids that the tokenizer knows; the models add the reserved rows after them."""
     examples: PositiveInt = 20_000
     """Training examples that the merges are learned on."""
     pretrained: str | None = None

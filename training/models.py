@@ -73,7 +73,7 @@ def build(
 
 
 def new_model(shape: Shape, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """Freshly initialised, with the reserved rows behind the tokenizer's ids."""
+    """Freshly initialised, with the reserved rows after the tokenizer's ids."""
     torch.manual_seed(seed)
     end = tokenizer.eos_token_id
     config = LlamaConfig(

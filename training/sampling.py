@@ -37,7 +37,7 @@ def sampled(
 
 
 def room(model: PreTrainedModel, prompts: list[list[int]], longest: int) -> int:
-    """Tokens that fit behind the longest prompt of all processes, at least 1 and at most `longest`."""
+    """Tokens that fit after the longest prompt of all processes, at least 1 and at most `longest`."""
     free = context_of(model) - max(map(len, prompts))
     return int(parallel.smallest(max(1, min(longest, free))))
 

@@ -15,7 +15,7 @@ class Account:
     """What `router.ledger.scripts` does inside Redis, in one process; times are ms of one clock.
 
     The window is the current sub-window and the 60 before it: never shorter than asked for. A lease
-    counts wherever the window stands, and its tokens are charged when they are settled, so after the
+    counts wherever the window is, and its tokens are charged when they are settled, so after the
     last of them was written. Hence any interval of the window's length holds no more than the limit:
     what was written in it is, at its last reservation, still leased or charged to a sub-window that
     the window still covers.

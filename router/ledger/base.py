@@ -471,7 +471,7 @@ def check_reservation(tokens: int, at_least: int | None, student_tokens: int) ->
     """The least number of tokens to grant. Raises ValueError where the numbers make no sense."""
     at_least = tokens if at_least is None else at_least
     if not 1 <= at_least <= tokens or student_tokens < 0:
-        raise ValueError(f"cannot reserve {tokens} tokens, at least {at_least}, behind {student_tokens}")
+        raise ValueError(f"cannot reserve {tokens} tokens, at least {at_least}, after {student_tokens}")
     return at_least
 
 

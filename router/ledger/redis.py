@@ -111,7 +111,7 @@ class RedisLedger:
         cls, url: str, *, cluster: bool = False, timeout: float = 1.0, connections: int = 16, **options: Any
     ) -> "RedisLedger":
         """A ledger at ``url`` (redis://, rediss://, unix://), which need not be up yet."""
-        # The client must not try again by itself, a record is not idempotent; nor does it keep the time.
+        # The client must not try again by itself: a record is not idempotent. It has no timeouts either.
         kind: type[Redis] | type[RedisCluster] = RedisCluster if cluster else Redis
         client = kind.from_url(
             url,

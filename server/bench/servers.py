@@ -200,7 +200,7 @@ async def in_turn(
 
 
 def _resettable(service: Service) -> Service:
-    # Only the first opens vLLM's endpoint that empties the prefix cache. With the second, vLLM's own server
+    # The first opens vLLM's endpoint that empties the prefix cache. With the second, vLLM's own server
     # keeps idle connections for as long as the gateway does.
     ours = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_SECONDS)}
     return replace(service, environment={**service.environment, **ours})

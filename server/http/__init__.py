@@ -1,1 +1,1 @@
-"""What stands around vLLM's HTTP server: our fields, keys, limits, routes, and how it ends."""
+"""What is around vLLM's HTTP server: our fields, keys, limits, routes, and how it ends."""

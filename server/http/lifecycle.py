@@ -66,7 +66,7 @@ class Lifecycle:
         if self._drain is not None:
             if scope["type"] == "websocket":
                 return await send({"type": "websocket.close", "code": 1012})
-            # Probes and scrapers are answered to the end, but for the question whether to send more.
+            # Probes and scrapers get answers to the end. Only `/ready` fails: nobody should send more.
             if route_path(scope) == "/ready" or (self._refuses and scope["method"] not in READS):
                 error = ApiError(503, "the gateway is shutting down and takes no new requests")
                 return await refuse(scope, send, error, {"retry-after": "1", "connection": "close"})

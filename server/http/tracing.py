@@ -37,7 +37,7 @@ class Traces:
             if not span.is_recording():
                 return await self.app(scope, receive, send)
             carrier: dict[str, str] = {}
-            propagate.inject(carrier)  # vLLM takes the parent of a segment from the request's headers
+            propagate.inject(carrier)  # vLLM takes a segment's parent from the request's headers
             headers = [pair for pair in scope["headers"] if pair[0].decode("latin-1") not in carrier]
 
             async def observe(message: Message) -> None:

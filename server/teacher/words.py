@@ -20,7 +20,7 @@ LEADS = ("", "\n", "a", ".")
 """What a text may be encoded after; the first that works is used."""
 
 STARTS = ("x", " x", ".", "\n", "9", "The", "  x")
-"""How texts begin that have to fit behind another."""
+"""How texts begin that have to fit after another one."""
 
 BASE = "Hello"
 
@@ -230,7 +230,7 @@ def _text_of(answer: Mapping[str, Any]) -> str:
 
 
 async def _continues(ask: AsksTokenizer, base: list[int], lead: str, lead_ids: list[int]) -> bool:
-    """Whether a text that is encoded after this lead fits behind another."""
+    """Whether a text that is encoded after this lead fits after another one."""
     for start in STARTS:
         ids = await _tokens(ask, lead + start)
         if ids[: len(lead_ids)] != lead_ids:

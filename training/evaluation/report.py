@@ -175,7 +175,7 @@ class Evaluation:
     def query_level(self, worth: torch.Tensor) -> list[Row]:
         """Whole requests to the teacher, those of most worth (requests,) first."""
         mixed = query_level(self.alone, self.taught, worth, QUERY_SHARES)
-        # Whole completions: a fraction of 1 for the requests that have it, no price.
+        # The teacher writes these completions whole: a fraction of 1, and no price.
         return [self.row(run, Setting("query", 0.0, 1.0, 1)) for run in mixed]
 
     def curves(self, spans: Sequence[int]) -> dict[str, list[Row]]:

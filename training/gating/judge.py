@@ -38,7 +38,7 @@ class Judge:
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._count = drawn
-        self._examples = list(examples)  # behind them those that the teacher wrote
+        self._examples = list(examples)  # after them, those that the teacher wrote
         self._scorer = Scorer(task, tokenizer, self._examples)
         self._drawn: dict[int, range] = {}
 

@@ -77,7 +77,7 @@ def rollout_prompts(
 
 
 class Trees:
-    """The closed loop of `sources` at each budget: one tree for all unless budgets stand in the prompt."""
+    """The closed loop of `sources` at each budget: one tree for all unless budgets are in the prompt."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """Rounds of closed-loop rollouts, each followed by a fit of the gate on all of them.
 
-What a round gave is written to a file: a killed run goes on behind its last whole round, as if nothing had
+What a round gave is written to a file: a killed run goes on after its last whole round, as if nothing had
 happened.
 """
 

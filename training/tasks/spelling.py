@@ -1,7 +1,7 @@
 """English values with digits, and all the ways in which German spells them out.
 
 Each kind draws `(english, german alternatives)`. Spelling is num2words', names of months and days are
-Babel's; what stands here is only the grammar around them (Uhr, halb, Viertel vor, Komma, inflected ordinals).
+Babel's; what is here is only the grammar around them (Uhr, halb, Viertel vor, Komma, inflected ordinals).
 """
 
 import random
