@@ -1,8 +1,9 @@
 """Budgets of teacher tokens, and the bucket that holds one request to its budget."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -25,8 +26,12 @@ def _whole(value: Any) -> Any:
 Count = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_whole)]
 
 
-class Budget(BaseModel):
-    """A bound on the teacher: every part that is set holds.
+TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+PARTS = ("fraction", "tokens", "calls", "cost")
+
+
+class Bounds(BaseModel):
+    """A bound on one teacher, or on all together: every part that is set holds.
 
     - fraction: teacher tokens / completion tokens, in [0, 1]; exceeded by at most one span.
     - tokens: teacher tokens, never exceeded.
@@ -49,15 +54,113 @@ class Budget(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _bounds_something(self) -> "Budget":
-        if all(part is None for part in (self.fraction, self.tokens, self.calls, self.cost)):
+    def _bounds_something(self) -> Self:
+        if not self._is_bound:
             raise ValueError("set at least one of fraction, tokens, calls, cost")
         return self
+
+    @property
+    def _is_bound(self) -> bool:
+        return any(getattr(self, part) is not None for part in PARTS)
 
     @property
     def is_zero(self) -> bool:
         """True when not a single teacher token may be spent."""
         return 0 in (self.fraction, self.tokens, self.calls, self.cost)
+
+    def parts(self) -> dict[str, float]:
+        """The parts that are set."""
+        return {part: getattr(self, part) for part in PARTS if getattr(self, part) is not None}
+
+    def exceeded_by(self, wanted: "Bounds") -> list[str]:
+        """What of ``wanted`` is more than this, in words."""
+        most = self.parts()
+        return [
+            f"{part} {asked:g} is more than this key's maximum of {most[part]:g}"
+            for part, asked in wanted.parts().items()
+            if asked > most.get(part, asked)
+        ]
+
+
+def _by_name(value: Any) -> Any:
+    """A list of names as an object in which none has a budget of its own."""
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        return value
+    if len(set(value)) < len(value):
+        raise ValueError("one of them is named twice")
+    return dict.fromkeys(value)
+
+
+class Budget(Bounds):
+    """What a request may have of its teachers."""
+
+    teachers: (
+        Annotated[dict[TeacherName, Bounds | None], BeforeValidator(_by_name), Field(min_length=1)] | None
+    ) = None
+    """Those that may be asked, and what each may have of it, if that is less; None: all of them."""
+
+    @property
+    def _is_bound(self) -> bool:
+        return super()._is_bound or (self.teachers is not None and None not in self.teachers.values())
+
+    @property
+    def is_zero(self) -> bool:
+        """True when not a single teacher token may be spent."""
+        if super().is_zero:
+            return True
+        return self.teachers is not None and all(own and own.is_zero for own in self.teachers.values())
+
+    @property
+    def in_money(self) -> bool:
+        """Whether a part of it is a cost."""
+        owns = () if self.teachers is None else self.teachers.values()
+        return self.cost is not None or any(own is not None and own.cost is not None for own in owns)
+
+    def own(self, teacher: str) -> Bounds | None:
+        """What one teacher may have, if that is bound by itself."""
+        return None if self.teachers is None else self.teachers.get(teacher)
+
+    def exceeded_by(self, wanted: Bounds) -> list[str]:
+        """As of `Bounds`; also teachers that are not among these."""
+        exceeded = super().exceeded_by(wanted)
+        if not isinstance(wanted, Budget):
+            return exceeded
+        for name, asked in (wanted.teachers or {}).items():
+            own = self.own(name)
+            if self.teachers is not None and name not in self.teachers:
+                exceeded.append(f"the teacher {name} is not for this key")
+            elif own is not None and asked is not None:
+                exceeded += [f"{name}: {problem}" for problem in own.exceeded_by(asked)]
+        return exceeded
+
+    def within(self, maximum: "Budget") -> "Budget":
+        """What of this and of the maximum is less, part by part."""
+        parts: dict[str, Any] = _least(self, maximum)
+        if self.teachers is None or maximum.teachers is None:
+            both = self.teachers or maximum.teachers
+        else:
+            names = [name for name in self.teachers if name in maximum.teachers]
+            if not names:
+                return Budget(tokens=0)
+            both = {name: _less(self.teachers[name], maximum.teachers[name]) for name in names}
+        return Budget(**parts, teachers=both)
+
+    def unknown(self, known: Collection[str]) -> str | None:
+        """A teacher that it names and nobody knows."""
+        return next((name for name in self.teachers or () if name not in known), None)
+
+
+def _least(one: Bounds, other: Bounds) -> dict[str, float]:
+    parts = other.parts()
+    for part, value in one.parts().items():
+        parts[part] = min(value, parts.get(part, value))
+    return parts
+
+
+def _less(one: Bounds | None, other: Bounds | None) -> Bounds | None:
+    if one is None or other is None:
+        return one or other
+    return Bounds.model_validate(_least(one, other))
 
 
 @dataclass
@@ -67,6 +170,8 @@ class Grant:
     tokens: int
     cost: int | None = None
     """Picos that reading and writing may cost; None without such a budget."""
+    planned: int = 0
+    """What the bucket's own prices make of that."""
     settled: bool = False
 
 
@@ -84,12 +189,13 @@ class Bucket:
 
     def __init__(
         self,
-        budget: Budget,
+        budget: Bounds,
         span_tokens: int,
         ask_tokens: int | None = None,
         spent: int = 0,
         calls: int = 0,
         prices: TokenPrices | None = None,
+        least: TokenPrices | None = None,
     ) -> None:
         """Open an account.
 
@@ -99,7 +205,8 @@ class Bucket:
             ask_tokens: tokens of one teacher call; None for a whole span.
             spent: teacher tokens so far.
             calls: teacher calls so far.
-            prices: the teacher's; needed by a budget of a cost.
+            prices: the teacher's, of several the dearest one's; needed by a budget of a cost.
+            least: the cheapest teacher's; None for ``prices``.
 
         Raises:
             ValueError: a call is longer than a span, or shorter than a token; or there are no prices.
@@ -115,7 +222,7 @@ class Bucket:
         if budget.cost is not None:
             if prices is None:
                 raise ValueError("a budget of a cost needs prices")
-            self._priced = _Priced(prices, picos(budget.cost))
+            self._priced = _Priced(prices, picos(budget.cost), least or prices)
 
     def earliest(self, reads: int = 0) -> int | None:
         """Completion length from which a span may start; None when none may any more.
@@ -125,7 +232,7 @@ class Bucket:
         budget = self.budget
         if budget.is_zero or self.tokens_left == 0 or self.calls_left == 0:
             return None
-        if self._priced is not None and self._priced.affordable(reads, at_most=1) < 1:
+        if self._priced is not None and self._priced.least.affordable(self._priced.left, reads, 1) < 1:
             return None
         if budget.fraction is None or budget.fraction == 1.0:
             return 0
@@ -155,7 +262,13 @@ class Bucket:
         return fraction * completion_tokens + self.span_tokens - self.spent
 
     def reserve(
-        self, completion_tokens: int, at_most: int, *, always: bool = False, reads: int = 0
+        self,
+        completion_tokens: int,
+        at_most: int,
+        *,
+        always: bool = False,
+        reads: int = 0,
+        prices: TokenPrices | None = None,
     ) -> Grant | None:
         """Reserve a teacher call's tokens after ``completion_tokens`` of the completion.
 
@@ -166,6 +279,7 @@ class Bucket:
             at_most: tokens that the completion has left.
             always: the teacher writes on for as long as it may: all tokens that are left are one call's.
             reads: tokens that the call reads.
+            prices: of the teacher that is called; None for the bucket's.
 
         Returns:
             What is granted; None when the budget has no room for it.
@@ -175,13 +289,17 @@ class Bucket:
             return None
         left = at_most if self.tokens_left is None else min(at_most, self.tokens_left)
         if self._priced is not None:
-            left = self._priced.affordable(reads, at_most=left)
+            left = self._priced.affordable(reads, at_most=left, prices=prices)
+            if left < 1:
+                return None  # another teacher may be cheaper
         one_call = self.budget.fraction in (None, 1.0) and self.budget.calls is None
         if not one_call or not (always or left == at_most):
             left = min(left, self.ask_tokens)
         self.spent += left
         self.calls += 1
-        return Grant(left, None if self._priced is None else self._priced.reserve(reads, left))
+        if self._priced is None:
+            return Grant(left)
+        return self._priced.reserve(reads, left, prices)
 
     def settle(self, grant: Grant, used: int, cost: int | None = None) -> None:
         """Give back what ``grant`` reserved and the teacher did not use.
@@ -199,7 +317,7 @@ class Bucket:
         if grant.settled:
             return
         if self._priced is not None and grant.cost is not None:
-            self._priced.settle(grant.cost, grant.cost if cost is None else cost)
+            self._priced.settle(grant, grant.cost if cost is None else cost)
         grant.settled = True
         self.spent -= grant.tokens - used
 
@@ -237,25 +355,27 @@ class Bucket:
 class _Priced:
     """The part of a bucket that counts money, in picos. A call is reserved at the most that it may cost."""
 
-    def __init__(self, prices: TokenPrices, limit: int) -> None:
+    def __init__(self, prices: TokenPrices, limit: int, least: TokenPrices) -> None:
         self.prices = prices
+        self.least = least
         self.left = limit
         self._reserved = 0
         self._charged = 0
 
-    def affordable(self, reads: int, at_most: int) -> int:
-        return self.prices.affordable(self.left, reads, at_most)
+    def affordable(self, reads: int, at_most: int, prices: TokenPrices | None) -> int:
+        return (prices or self.prices).affordable(self.left, reads, at_most)
 
-    def reserve(self, reads: int, writes: int) -> int:
-        cost = self.prices.most(reads, writes)
+    def reserve(self, reads: int, writes: int, prices: TokenPrices | None) -> Grant:
+        cost = (prices or self.prices).most(reads, writes)
         self.left -= cost
-        return cost
+        return Grant(writes, cost, self.prices.most(reads, writes))
 
-    def settle(self, reserved: int, cost: int) -> None:
+    def settle(self, grant: Grant, cost: int) -> None:
+        reserved = grant.cost or 0
         if not 0 <= cost <= reserved:
             raise ValueError(f"a call of at most {reserved} picos cannot have cost {cost}")
         self.left += reserved - cost
-        self._reserved += reserved
+        self._reserved += grant.planned
         self._charged += cost
 
     def expected(self, reads: int, to_write: int, ask_tokens: int) -> float:

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 PICOS = 10**12
 """A unit of money in the parts in which a request counts. A price of 1 for a million tokens is a million."""
@@ -74,6 +74,14 @@ class KindCosts(BaseModel):
         """Of all kinds."""
         return self.input + self.cached_input + self.output
 
+    @classmethod
+    def of_all(cls, costs: Iterable["KindCosts"]) -> "KindCosts":
+        """The sum of several."""
+        whole = (0, 0, 0)
+        for each in costs:
+            whole = (whole[0] + each.input, whole[1] + each.cached_input, whole[2] + each.output)
+        return cls(input=whole[0], cached_input=whole[1], output=whole[2])
+
 
 class TokenPrices(BaseModel):
     """What a million tokens of one model cost. Digits after the sixth are rounded up."""
@@ -90,6 +98,11 @@ class TokenPrices(BaseModel):
         if self.cached_input is not None and self.cached_input > self.input:
             raise ValueError("cached_input is more than input")
         return self
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """By this, models are ordered from the cheapest to the dearest."""
+        return self.output, self.input
 
     @cached_property
     def of_one(self) -> KindCosts:
@@ -123,13 +136,35 @@ class TokenPrices(BaseModel):
         return at_most if each == 0 else min(at_most, left // each)
 
 
+FREE = TokenPrices(input=0.0, output=0.0)
+
+
 class PriceList(BaseModel):
     """Prices of both models, in any one currency."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     student: TokenPrices
-    teacher: TokenPrices
+    teacher: Annotated[
+        Annotated[TokenPrices, Tag("(one)")] | Annotated[dict[str, TokenPrices], Tag("(named)")],
+        Discriminator(lambda value: "(named)" if _has_names(value) else "(one)"),
+    ]
+    """Of the teacher; of several by their names. A tool without prices costs nothing."""
+
+    def of_teacher(self, name: str) -> TokenPrices | None:
+        """The prices of a teacher; None if it has none."""
+        return self.teacher if isinstance(self.teacher, TokenPrices) else self.teacher.get(name)
+
+    @cached_property
+    def dearest(self) -> TokenPrices:
+        """Of the teacher whose tokens cost the most."""
+        if isinstance(self.teacher, TokenPrices):
+            return self.teacher
+        return max(self.teacher.values(), key=lambda prices: prices.rank)
+
+
+def _has_names(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(entry, dict | TokenPrices) for entry in value.values())
 
 
 def _each(price: float) -> int:

@@ -24,6 +24,10 @@ class Terms:
     not_before: int = 0
     spare_price: float | None = None
     spare_from: int = 0
+    dearer: tuple[float, ...] = ()
+    """Prices above ``price``, none below the one before it: a score above the first is worth the second
+    cheapest teacher, and so on.
+    """
 
     @property
     def never(self) -> bool:
@@ -125,18 +129,28 @@ class Policy:
         ceiling: float = 1.0,
         pause: int = 0,
         reads: int = 0,
+        caps: Sequence[float] = (1.0,),
     ) -> Terms:
         """Terms for a request that has written ``completion_tokens`` of at most ``max_tokens``.
 
-        ``ceiling`` is the rate that shared limits leave to aim at; for ``pause`` tokens it may not ask. A
-        call would now read ``reads`` tokens.
+        Args:
+            bucket: of the request.
+            completion_tokens: tokens so far.
+            max_tokens: the most that it may have.
+            ceiling: the rate that shared limits leave to aim at.
+            pause: for this many tokens it may not ask.
+            reads: tokens that a call would now read.
+            caps: the rate that each teacher may have of it, from the cheapest to the dearest.
         """
         earliest = bucket.earliest(reads)
         if earliest is None or earliest >= max_tokens:
             return NEVER
+        ceiling = min(ceiling, sum(caps))
         planned = self._planned(bucket, completion_tokens, max_tokens, reads)
         rate = min(ceiling, self._fraction(bucket, completion_tokens), planned)
         terms = Terms(self.calibration.price(rate), max(0, earliest - completion_tokens, pause))
+        if len(caps) > 1:
+            terms = replace(terms, dearer=self._dearer(terms.price, rate, caps))
         spare_from = bucket.spare_from()
         if self.spare is None or spare_from is None:
             return terms
@@ -147,6 +161,28 @@ class Policy:
             spare_price=min(terms.price, self.spare.price(rate)),
             spare_from=max(terms.not_before, spare_from - completion_tokens),
         )
+
+    def rate(self, bucket: Bucket, completion_tokens: int, max_tokens: int, reads: int = 0) -> float:
+        """The rate at which a bucket is spent by plan; arguments as of `terms`."""
+        planned = self._planned(bucket, completion_tokens, max_tokens, reads)
+        return min(1.0, self._fraction(bucket, completion_tokens), planned)
+
+    def _dearer(self, price: float, rate: float, caps: Sequence[float]) -> tuple[float, ...]:
+        """The prices of all teachers but the cheapest.
+
+        Each of n teachers gets a share of rate / n, or its cap if that is less: the dearest one what scores
+        highest, the next one what comes next. If a price is not above the first one, nobody knows the
+        difference, and that teacher is not asked by its score.
+        """
+        prices: list[float] = []
+        share = 0.0
+        above = math.inf
+        for place, cap in enumerate(reversed(caps[1:]), start=1):
+            share = min(share + cap, rate * place / len(caps))
+            own = self.calibration.price(share)
+            above = min(above, own) if own > price else above
+            prices.append(above)
+        return tuple(reversed(prices))
 
     def observe(
         self, bucket: Bucket, teacher_tokens: int, completion_tokens: int, *, ceiling: float, running: int

@@ -1,27 +1,26 @@
 """One completion being written, with what the span loop needs to know of it."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from router.budget import Bucket
 from router.money import TokenUsage
 from server.completion import Completion, Piece
-from server.exchange import Purse, Report, Source
+from server.exchange import Purse, Report
 from server.grammar.constraint import Constraint
 from server.metrics import ESCALATIONS
 from server.original_prompt import OriginalPrompt
 from server.sessions import OpenSession
 from server.shared_budgets import Share
+from server.sources import STUDENT, Source
+from server.standing import PAUSE_TOKENS, Refusal, Standing
 from server.teacher.carried import MOST_BIASES, penalises
-from server.teacher_view import TeacherView
+from server.teacher.teachers import NamedTeacher
 from server.tenants import Tenant
 from server.thinking import Thinking
 from server.vllm_api import CompletionOutput, RequestOutputKind, SamplingParams
-
-PAUSE_TOKENS = 32
-"""After a refused span, a choice does not ask again for this many tokens."""
 
 
 class Step(NamedTuple):
@@ -57,6 +56,8 @@ class Choice:
     """Further arguments of `AsyncLLM.generate`, passed on to every student segment."""
     completion: Completion
     purse: Purse
+    teachers: Sequence[NamedTeacher]
+    """Those that its request may ask."""
     tenant: Tenant | None
     single_tokens: bool
     """Whether its reader gets one token at a time: see `single_tokens`."""
@@ -68,15 +69,12 @@ class Choice:
     """Of structured output: what may be written next, whoever writes it."""
     share: Share = field(init=False)
     """Its part in the budgets that requests share; set by the span loop."""
-    view: TeacherView = field(init=False)
-    """What the teacher sees of it; set by the span loop."""
+    standings: list[Standing] = field(default_factory=list)
+    """With its teachers: tools, then from the cheapest to the dearest; set by the span loop."""
+    ranked: list[Standing] = field(default_factory=list)
+    """Those that the terms of the last segment were made for, by price."""
     steps: asyncio.Queue[Step | None] = field(default_factory=asyncio.Queue)
     """What the reader has not taken yet; None at the end."""
-    may_ask: bool = True
-    ask_from: int = 0
-    """Length of the completion from which it may ask again."""
-    losses: int = 0
-    """How often the teacher was lost since it last wrote something."""
     told: Written = field(default_factory=Written)
     """What `news` has told so far."""
     thinking: Thinking | None = None
@@ -147,9 +145,50 @@ class Choice:
         return f"{self.request_id}-{self.report.calls}"
 
     @property
+    def may_ask(self) -> bool:
+        """Whether there is a teacher that it may ask, now or later."""
+        return any(standing.may_ask for standing in self.standings)
+
+    @property
     def pause(self) -> int:
         """Tokens to write before it may ask again."""
-        return max(0, self.ask_from - len(self.completion))
+        ask_from = [standing.ask_from for standing in self.standings if standing.may_ask]
+        return max(0, min(ask_from, default=0) - len(self.completion))
+
+    @property
+    def models(self) -> list[Standing]:
+        """The teachers that are models; the tools, if there are no models."""
+        models = [standing for standing in self.standings if not standing.teacher.is_tool]
+        return models or self.standings
+
+    @property
+    def losses(self) -> int:
+        """How often all its teachers were lost since one last wrote something."""
+        return min((standing.losses for standing in self.models), default=0)
+
+    @property
+    def lost(self) -> bool:
+        """Whether all that it may ask are down."""
+        return all(standing.teacher.pool.down for standing in self.standings if standing.may_ask)
+
+    def order(self, level: int, *, dearest: bool) -> list[Standing]:
+        """Whom to ask, one after the other.
+
+        Tools come first. Of the models that the terms were made for, the first is the cheapest one, or by the
+        ``level`` a dearer one; then come dearer ones, then cheaper ones. ``dearest``: from the dearest down.
+        """
+        tools = [standing for standing in self.standings if standing.teacher.is_tool]
+        place = min(len(self.ranked) - 1, level) if not dearest else len(self.ranked) - 1
+        ranked = self.ranked[max(place, 0) :] + self.ranked[: max(place, 0)][::-1]
+        others = [standing for standing in self.standings if standing not in (*tools, *ranked)]
+        length = len(self.completion)
+        order = [*tools, *(standing for standing in ranked if standing not in tools), *others]
+        return [standing for standing in order if standing.may_ask and standing.ask_from <= length]
+
+    @property
+    def reads(self) -> int:
+        """The most tokens that a teacher would read now."""
+        return max((standing.view.reads for standing in self.standings), default=0)
 
     @property
     def min_tokens(self) -> int:
@@ -205,7 +244,7 @@ class Choice:
 
     def extend(self, piece: Piece, source: Source) -> int:
         """Append what ``source`` wrote and hand it to the reader; returns how many tokens are kept."""
-        if source == "teacher" and self.thinking is not None:
+        if source != STUDENT and self.thinking is not None:
             piece = piece.up_to(self.thinking.room(piece.token_ids))
         start = len(self.completion)
         kept = 0
@@ -220,34 +259,31 @@ class Choice:
             self.thinking = self.thinking.after(self.completion.token_ids[start:])
         return kept
 
-    def open_span(self, usage: TokenUsage) -> None:
-        """The teacher is called now; the span, and what the teacher uses, grow as it writes."""
-        self.report.calls += 1
-        self.report.spans.append([len(self.completion)] * 2)
-        self.report.sheet.teacher.append(usage)
+    def open_span(self, name: str, usage: TokenUsage) -> None:
+        """A teacher is called now; the span, and what the teacher uses, grow as it writes."""
+        self.report.open_span(name)
+        self.report.sheet.teacher_called(name, usage)
         ESCALATIONS.labels("granted", "gate").inc()
-
-    def deny(self, reason: str, *, degraded: bool) -> None:
-        """The student writes the rest alone."""
-        self.may_ask = False
-        self._denied(reason, degraded=degraded)
 
     def wait(self, tokens: int) -> None:
         """The student writes this many tokens before it may ask again."""
-        self.ask_from = max(self.ask_from, len(self.completion) + tokens)
+        for standing in self.standings:
+            standing.wait(len(self.completion) + tokens)
 
     def put_off(self, reason: str, *, degraded: bool, tokens: int = PAUSE_TOKENS) -> None:
         """The student writes on alone for a while: what others share may have room again."""
-        self.ask_from = len(self.completion) + tokens
-        self._denied(reason, degraded=degraded)
+        self.wait(tokens)
+        self.denied([Refusal(reason, degraded)])
 
-    def lose_teacher(self, reason: str, *, degraded: bool) -> None:
-        """As `put_off`, and twice as long each time: a teacher that stays away costs little."""
-        self.put_off(reason, degraded=degraded)
-        self.ask_from += PAUSE_TOKENS * ((1 << self.losses) - 1)
-        self.losses += 1
+    def deny(self, reason: str, *, degraded: bool) -> None:
+        """The student writes the rest alone."""
+        for standing in self.standings:
+            standing.may_ask = False
+        self.denied([Refusal(reason, degraded)])
 
-    def _denied(self, reason: str, *, degraded: bool) -> None:
-        self.report.denied[reason] += 1
-        self.report.degraded |= degraded
-        ESCALATIONS.labels("denied", reason).inc()
+    def denied(self, refusals: Sequence[Refusal]) -> None:
+        """The student goes on alone, for these reasons."""
+        for reason in dict.fromkeys(refusal.reason for refusal in refusals if refusal.reason):
+            self.report.denied[reason] += 1
+            ESCALATIONS.labels("denied", reason).inc()
+        self.report.degraded |= any(refusal.degraded for refusal in refusals)

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from server.exchange import Report, Source
+from server.exchange import Report
+from server.sources import STUDENT, Source
 from server.vllm_api import (
     CompletionOutput,
     EngineCoreRequest,
@@ -29,6 +30,8 @@ class Piece:
     stop_reason: int | str | None = None
     asks: bool = False
     """The student asks for the teacher after these tokens."""
+    level: int = 0
+    """With several teachers: how many of the dearer ones' prices its score exceeds."""
     text: str = ""
     """Whole characters, where a teacher writes in tokens of its own."""
 
@@ -141,9 +144,8 @@ class Completion:
         elif self.tokens_left <= 0:
             self.finish_reason = "length"
         self.report.completion_tokens = len(self)
-        if source == "teacher":
-            self.report.tokens += kept
-            self.report.spans[-1][1] = len(self)
+        if source != STUDENT:
+            self.report.taught(source, kept, len(self))
         return kept
 
     def _up_to_the_end(self, piece: Piece) -> Piece:

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import (
     AfterValidator,
-    AnyHttpUrl,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -30,7 +29,9 @@ from router.budget import Budget
 from router.errors import UnusableInput
 from router.gate_names import GATE_NAMES, GateName
 from router.ledger import LedgerConfig, Limit, MemoryLedgerConfig
-from router.money import PriceList
+from router.money import PriceList, TokenPrices
+from server.sources import TEACHER
+from server.teacher_settings import Setting, TeacherSettings, check_names, words
 from server.vllm_flags import read_flags, setting_name
 
 ENVIRONMENT_PREFIX = "WHEELS_"
@@ -107,15 +108,10 @@ def _vllm_settings(value: Any) -> Any:
     return value
 
 
-def _several(value: Any) -> Any:
-    """One, or several: as a list, or as text with commas between them."""
-    values = (
-        value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    )
-    values = [entry.strip() if isinstance(entry, str) else entry for entry in values]
-    if len(set(map(str, values))) < len(values):
-        raise ValueError("a value is given twice")
-    return values
+def _teacher(value: Any) -> Any:
+    """Flags and variables come as text: addresses, or JSON by name."""
+    value = words(value)
+    return _structure(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
 
 
 Checkpoint = Annotated[Path, BeforeValidator(_checkpoint)]
@@ -131,8 +127,9 @@ class ServeConfig(BaseModel):
     student: Checkpoint = Field(
         description="student checkpoint, a Hugging Face directory or hub name: OWNER/NAME[@REVISION]"
     )
-    teacher: Annotated[tuple[AnyHttpUrl, ...], BeforeValidator(_several), Field(min_length=1)] = Field(
-        description="base URL of the teacher's vLLM server, without /v1; replicas with commas between them"
+    teacher: Annotated[Setting, BeforeValidator(_teacher)] = Field(
+        description="base URL of the teacher's vLLM server, without /v1; replicas with commas "
+        "between them; with several teachers NAME=URL for each, see docs/budgets.md"
     )
     router: Checkpoint | None = Field(
         None,
@@ -234,17 +231,73 @@ class ServeConfig(BaseModel):
                 raise ValueError(f"{name!r} is the served_model_name, whose budget is default_budget")
         return models
 
+    @field_validator("teacher")
+    @classmethod
+    def _have_usable_names(cls, teacher: Any) -> Any:
+        if isinstance(teacher, dict):
+            check_names(teacher)
+        return teacher
+
     @model_validator(mode="after")
     def _money_has_prices(self) -> "ServeConfig":
         if self.prices is None:
-            named = {"default_budget": self.default_budget}
-            named |= {f"models.{name}": budget for name, budget in self.models.items()}
-            for name, budget in named.items():
-                if budget.cost is not None:
+            for name, budget in self._budgets.items():
+                if budget.in_money:
                     raise ValueError(f"{name}.cost needs prices (--prices)")
             if any(limit.in_money for limit in self.limits):
                 raise ValueError("limits: one of type cost needs prices (--prices)")
         return self
+
+    @model_validator(mode="after")
+    def _settings_of_one_teacher(self) -> "ServeConfig":
+        if isinstance(self.teacher, dict):
+            for name in ("model", "vocabulary", "api_key"):
+                if f"teacher_{name}" in self.model_fields_set:
+                    raise ValueError(f"teacher_{name}: with named teachers, each has a {name} of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_are_known(self) -> "ServeConfig":
+        names = self.teachers.keys()
+        for setting, budget in self._budgets.items():
+            if (stranger := budget.unknown(names)) is not None:
+                raise ValueError(f"{setting}.teachers: no teacher is named {stranger!r}")
+        for limit in self.limits:
+            if limit.teacher not in (None, *names):
+                raise ValueError(f"limits: no teacher is named {limit.teacher!r}")
+        if self.prices is not None:
+            self._check_prices(self.prices)
+        return self
+
+    def _check_prices(self, prices: PriceList) -> None:
+        if isinstance(prices.teacher, TokenPrices):
+            if isinstance(self.teacher, dict):
+                raise ValueError("prices.teacher: with named teachers, prices have their names too")
+            return
+        for name in prices.teacher:
+            if name not in self.teachers:
+                raise ValueError(f"prices.teacher: no teacher is named {name!r}")
+        for name, settings in self.teachers.items():
+            if settings.tool is None and name not in prices.teacher:
+                raise ValueError(f"prices.teacher: {name} has none")
+
+    @property
+    def _budgets(self) -> dict[str, Budget]:
+        named = {"default_budget": self.default_budget}
+        return named | {f"models.{name}": budget for name, budget in self.models.items()}
+
+    @property
+    def teachers(self) -> dict[str, TeacherSettings]:
+        """All teachers by name."""
+        if isinstance(self.teacher, dict):
+            return self.teacher
+        only = TeacherSettings(
+            url=self.teacher,
+            model=self.teacher_model,
+            vocabulary=self.teacher_vocabulary,
+            api_key=self.teacher_api_key,
+        )
+        return {TEACHER: only}
 
     @property
     def vllm_settings(self) -> dict[str, Any]:
@@ -292,7 +345,9 @@ def add_settings(parser: argparse._ActionsContainer) -> None:
     for name, field in ServeConfig.model_fields.items():
         if name != "vllm":
             default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
-            parser.add_argument(f"--{name.replace('_', '-')}", help=(field.description or "") + default)
+            action = "append" if name == "teacher" else "store"
+            flag = f"--{name.replace('_', '-')}"
+            parser.add_argument(flag, action=action, help=(field.description or "") + default)
 
 
 def read_settings(flags: dict[str, Any]) -> dict[str, Any]:
@@ -336,8 +391,9 @@ def _problem(entry: Any) -> str:
     if not entry["loc"]:  # it is about several settings
         return str(entry["msg"].removeprefix("Value error, "))
     name = entry["loc"][0]
-    path = ".".join(map(str, entry["loc"]))
-    if entry["type"] == "missing":
+    # What stands in parentheses is a kind of value, not a part of the setting.
+    path = ".".join(str(part) for part in entry["loc"] if not str(part).startswith("("))
+    if entry["type"] == "missing" and len(entry["loc"]) == 1:
         return f"{name} is required (--{name.replace('_', '-')})"
     if entry["type"] == "extra_forbidden":
         return f"unknown setting {path}"

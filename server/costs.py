@@ -1,5 +1,6 @@
 """What a completion cost: both models' tokens by kind, and what the teacher alone would have cost."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -10,9 +11,17 @@ class Costs(NamedTuple):
     """In picos."""
 
     student: KindCosts
-    teacher: KindCosts
+    teachers: Mapping[str, KindCosts]
+    """Of each teacher that was called, by its name."""
     alone: int
-    """By the teacher alone, with as much of the prompt in its cache as the first model to read it had."""
+    """By the teacher alone (of several the dearest one), with as much of the prompt in its cache as the
+    first model to read it had.
+    """
+
+    @property
+    def teacher(self) -> KindCosts:
+        """Of all teachers."""
+        return KindCosts.of_all(self.teachers.values())
 
     @property
     def saved(self) -> int:
@@ -31,8 +40,8 @@ class CostSheet:
     """Of the prompt, those in the student's prefix cache; None if the student has not read it."""
     student: TokenUsage = field(default_factory=TokenUsage)
     """What it wrote is left out: it wrote what the teacher did not."""
-    teacher: list[TokenUsage] = field(default_factory=list)
-    """One for each span; they grow while the teacher writes."""
+    teachers: dict[str, list[TokenUsage]] = field(default_factory=dict)
+    """By the teacher's name, one for each of its spans; they grow while it writes."""
 
     def student_reads(self, tokens: int, cached: int) -> None:
         """The student begins a segment after this many tokens."""
@@ -40,27 +49,38 @@ class CostSheet:
             self.prompt_cached = min(cached, self.prompt_tokens)
         self.student = TokenUsage.total([self.student, TokenUsage.of(tokens, cached)])
 
+    def teacher_called(self, name: str, usage: TokenUsage) -> None:
+        """A teacher is called, and will count what it uses."""
+        self.teachers.setdefault(name, []).append(usage)
+
     def add(self, other: "CostSheet") -> None:
         """Add another choice of the same request."""
         self.prices = other.prices
         self.prompt_tokens += other.prompt_tokens
         self.prompt_cached = (self.prompt_cached or 0) + other._cached
         self.student = TokenUsage.total([self.student, other.student])
-        self.teacher += other.teacher
+        for name, usages in other.teachers.items():
+            self.teachers.setdefault(name, []).extend(usages)
 
     def costs(self, completion_tokens: int, student_tokens: int) -> Costs | None:
         """What it cost, of which the student wrote ``student_tokens``; None without prices."""
         if self.prices is None:
             return None
         alone = TokenUsage.of(self.prompt_tokens, self._cached, completion_tokens)
+        teachers = {}
+        for name, usages in self.teachers.items():
+            prices = self.prices.of_teacher(name)
+            if prices is not None:
+                teachers[name] = prices.costs(TokenUsage.total(usages))
         return Costs(
             student=self.prices.student.costs(replace(self.student, output=student_tokens)),
-            teacher=self.prices.teacher.costs(TokenUsage.total(self.teacher)),
-            alone=self.prices.teacher.cost(alone),
+            teachers=teachers,
+            alone=self.prices.dearest.cost(alone),
         )
 
     @property
     def _cached(self) -> int:
         if self.prompt_cached is not None:
             return self.prompt_cached
-        return self.teacher[0].cached_input if self.teacher else 0
+        first = next(iter(self.teachers.values()), ())
+        return first[0].cached_input if first else 0

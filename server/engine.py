@@ -2,7 +2,7 @@
 
 import asyncio
 from array import array
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,25 +10,24 @@ from hashlib import blake2b
 from typing import Any, Literal
 
 from router.budget import Bucket, Budget
-from router.money import PriceList
+from router.money import FREE, PriceList
 from router.policy import Policy
 from router.reserved import ReservedRows
 from server.choice import Choice, Step
 from server.completion import Completion
 from server.engine_limits import check_engine_limits
-from server.exchange import EXCHANGE, NO_PRICES, Exchange, Report
+from server.exchange import EXCHANGE, NO_PRICES, Exchange, Purse, Report
 from server.gate_processor import TERMS, visible_rows_of
 from server.grammar.constraint import Grammars
 from server.metrics import counted
+from server.original_prompt import OriginalPrompt
 from server.parameters import check_reserved_rows, unsupported
 from server.recorder import Recorder
 from server.shared_budgets import SharedBudgets
 from server.single_tokens import SingleTokens
 from server.span_loop import SpanLoop
 from server.student import StudentEngine
-from server.teacher.pool import TeacherPool
-from server.teacher.translation import Translator, untranslatable
-from server.teacher_view import SameTokens
+from server.teacher.teachers import NamedTeacher, Teachers
 from server.tenants import BudgetRefused, Tenant
 from server.thinking import Thinking
 from server.vllm_api import (
@@ -52,7 +51,7 @@ PRIORITIES = 2**60
 class Cooperation:
     """All that the engine needs to work with a teacher."""
 
-    teacher: TeacherPool
+    teachers: Teachers
     policy: Policy
     reserved: ReservedRows
     span_tokens: int
@@ -70,8 +69,6 @@ class Cooperation:
     """What tokens cost; None where nobody has set it."""
     parsers: bool = False
     """Whether vLLM's HTTP layer parses reasoning or tool calls out of what is streamed."""
-    translator: Translator | None = None
-    """What text crosses by, where the teacher has another vocabulary."""
 
 
 class CooperativeEngine(AsyncLLM):
@@ -147,13 +144,10 @@ class Cooperator:
         self._cooperation = cooperation
         self._loop = SpanLoop(
             student.segment,
-            cooperation.teacher,
             cooperation.policy,
             cooperation.shared,
             cooperation.span_tokens,
             cooperation.on_teacher_error,
-            prices=None if cooperation.prices is None else cooperation.prices.teacher,
-            view=SameTokens if cooperation.translator is None else cooperation.translator.view,
         )
 
     @property
@@ -259,8 +253,11 @@ class Cooperator:
         if exchange.writes_nothing:
             return Budget(tokens=0)
         parameter = exchange.unsupported or unsupported(prompt, params)
-        if parameter is None and self._cooperation.translator is not None:
-            parameter = untranslatable(exchange.original(prompt), params)
+        if parameter is None and not self._teachers(budget, exchange.original(prompt), params):
+            obstacles = (
+                teacher.obstacle(exchange.original(prompt), params) for teacher in self._allowed_by(budget)
+            )
+            parameter = next(obstacles)
         if parameter is None:
             return budget
         if exchange.budget is None:
@@ -270,13 +267,32 @@ class Cooperator:
             f"{parameter} cannot be honoured with a teacher_budget above 0", parameter=parameter
         )
 
+    def _allowed_by(self, budget: Budget) -> list[NamedTeacher]:
+        """The teachers that a budget names; all, if it names none."""
+        return [
+            teacher
+            for teacher in self._cooperation.teachers
+            if budget.teachers is None or teacher.name in budget.teachers
+        ]
+
+    def _teachers(
+        self, budget: Budget, original: OriginalPrompt | None, params: SamplingParams
+    ) -> list[NamedTeacher]:
+        """Of those that the budget allows, the ones that can honour all parameters."""
+        allowed = self._allowed_by(budget)
+        return [teacher for teacher in allowed if teacher.obstacle(original, params) is None]
+
     def _allowed(self, exchange: Exchange) -> Budget:
         """What the request asks for, by a budget or by the name of its model, within its tenant's maximum."""
         default = self._cooperation.default_budget
         asked = exchange.budget or self._cooperation.models.get(exchange.model)
-        if asked is not None and asked.cost is not None and self._cooperation.prices is None:
-            name = exchange.budget_name
+        name = exchange.budget_name
+        if asked is not None and asked.in_money and self._cooperation.prices is None:
             raise VLLMValidationError(f"{name}.cost: {NO_PRICES}", parameter=name)
+        if asked is not None and (stranger := asked.unknown(self._cooperation.teachers.names)) is not None:
+            known = ", ".join(self._cooperation.teachers.names)
+            problem = f"{name}.teachers: no teacher is named {stranger!r}; there are: {known}"
+            raise VLLMValidationError(problem, parameter=name)
         if exchange.tenant is None:
             return asked or default
         try:
@@ -312,13 +328,7 @@ class Cooperator:
         options: dict[str, Any],
     ) -> Choice:
         digest = blake2b(array("I", prompt["prompt_token_ids"]).tobytes(), digest_size=16)
-        prices = self._cooperation.prices
-        bucket = Bucket(
-            budget,
-            self._cooperation.span_tokens,
-            self._cooperation.ask_tokens,
-            prices=None if prices is None else prices.teacher,
-        )
+        teachers = self._teachers(budget, exchange.original(prompt), completion.params)
         choice_id = f"{request_id}-{completion.index}"
         return Choice(
             prompt=prompt,
@@ -327,7 +337,8 @@ class Cooperator:
             affinity=digest.digest(),
             options=options,
             completion=completion,
-            purse=exchange.purse(completion.index, bucket),
+            purse=exchange.purse(completion.index, self._purse(budget, teachers)),
+            teachers=teachers,
             tenant=exchange.tenant,
             session=exchange.session,
             single_tokens=self._parsed(completion.params),
@@ -337,6 +348,21 @@ class Cooperator:
                 choice_id, prompt["prompt_token_ids"], completion.params, options
             ),
         )
+
+    def _purse(self, budget: Budget, teachers: Sequence[NamedTeacher]) -> Purse:
+        """What a request may have of all its teachers, and of each."""
+        lengths = (self._cooperation.span_tokens, self._cooperation.ask_tokens)
+        models = [
+            teacher.prices for teacher in teachers if teacher.prices is not None and not teacher.is_tool
+        ]
+        dearest = models[-1] if models else FREE
+        own: dict[str, Bucket] = {}
+        for teacher in teachers:
+            bounds = budget.own(teacher.name)
+            if bounds is not None:
+                own[teacher.name] = Bucket(bounds, *lengths, prices=teacher.prices or FREE)
+        least = models[0] if len(models) == len(teachers) else FREE
+        return Purse(Bucket(budget, *lengths, prices=dearest, least=least), own)
 
     def _thinking(self, params: SamplingParams, prompt_ids: list[int]) -> Thinking | None:
         budget = params.thinking_token_budget
@@ -352,7 +378,10 @@ class Cooperator:
         segment.skip_clone = True
         segment.prompt_logprobs = None  # they are read once, see `StudentEngine.read_prompt`
         segment.skip_reading_prefix_cache = False
-        segment.stop_token_ids = [*(params.stop_token_ids or ()), reserved.escalation]
+        asks = range(
+            reserved.escalation, reserved.escalation + max(1, len(self._cooperation.teachers.models))
+        )
+        segment.stop_token_ids = [*(params.stop_token_ids or ()), *asks]
         if params.allowed_token_ids is not None:
             # The gate reads the reserved rows, and masks them afterwards.
             segment.allowed_token_ids = [*params.allowed_token_ids, *range(reserved.start, reserved.end)]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal, NotRequired
+from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -14,10 +14,19 @@ from router.money import PICOS
 from server.costs import Costs, CostSheet
 from server.original_prompt import OriginalPrompt
 from server.sessions import OpenSession, SessionBudget, SessionFields
+from server.sources import STUDENT, TEACHER, Source
 from server.tenants import Tenant
 
-Source = Literal["student", "teacher"]
 NO_PRICES = "this gateway has no prices; its operator sets them by --prices"
+
+
+class PartFields(TypedDict):
+    """What one of several teachers did."""
+
+    tokens: int
+    calls: int
+    spans: list[list[int]]
+    cost: NotRequired[float]
 
 
 class ReportFields(TypedDict):
@@ -38,6 +47,17 @@ class ReportFields(TypedDict):
     """What the teacher alone would have cost, less what both models did; below 0 if that was more."""
     own_tokens: NotRequired[int]
     """What the teacher wrote in tokens of its own, where its vocabulary is not the student's."""
+    teachers: NotRequired[dict[str, PartFields]]
+    """Where teachers have names: what each of those did that were called."""
+
+
+@dataclass
+class Part:
+    """What one teacher did for a choice."""
+
+    tokens: int = 0
+    calls: int = 0
+    spans: list[list[int]] = field(default_factory=list)
 
 
 @dataclass
@@ -55,7 +75,9 @@ class Report:
     """The key's maximum was less than the budget asked for."""
     own_tokens: int | None = None
     """What the teacher wrote in tokens of its own; None where its vocabulary is the student's."""
-    source: Source = "student"
+    parts: dict[str, Part] = field(default_factory=dict)
+    """By the name of each teacher that was called."""
+    source: Source = STUDENT
     """Who wrote the tokens handed out last."""
     finished: bool = False
     sheet: CostSheet = field(default_factory=CostSheet)
@@ -65,13 +87,28 @@ class Report:
         """What the choice has cost so far; None without prices."""
         return self.sheet.costs(self.completion_tokens, self.completion_tokens - self.tokens)
 
+    def open_span(self, name: str) -> None:
+        """A teacher is called at the end of the completion."""
+        span = [self.completion_tokens] * 2
+        part = self.parts.setdefault(name, Part())
+        part.calls += 1
+        part.spans.append(span)
+        self.calls += 1
+        self.spans.append(span)
+
+    def taught(self, name: str, tokens: int, end: int) -> None:
+        """The last call brought tokens, up to this offset."""
+        self.tokens += tokens
+        self.parts[name].tokens += tokens
+        self.spans[-1][1] = end
+
     def as_dict(self) -> ReportFields:
         """The report, as a response has it."""
         fields: ReportFields = {
             "tokens": self.tokens,
             "calls": self.calls,
             "rate": round(self.tokens / self.completion_tokens, 6) if self.completion_tokens else 0.0,
-            "spans": [span for span in self.spans if span[0] < span[1]],
+            "spans": _written(self.spans),
             "denied": dict(self.denied),
             "degraded": self.degraded,
             "clamped": self.clamped,
@@ -81,7 +118,22 @@ class Report:
             fields["saved"] = costs.saved / PICOS
         if self.own_tokens is not None:
             fields["own_tokens"] = self.own_tokens
+        if self.parts and self.parts.keys() != {TEACHER}:
+            fields["teachers"] = self._parts(costs)
         return fields
+
+    def _parts(self, costs: Costs | None) -> dict[str, PartFields]:
+        parts: dict[str, PartFields] = {}
+        for name, part in self.parts.items():
+            parts[name] = {"tokens": part.tokens, "calls": part.calls, "spans": _written(part.spans)}
+            if costs is not None and name in costs.teachers:
+                parts[name]["cost"] = costs.teachers[name].total / PICOS
+        return parts
+
+
+def _written(spans: list[list[int]]) -> list[list[int]]:
+    """Spans with a token."""
+    return [span for span in spans if span[0] < span[1]]
 
 
 @dataclass
@@ -93,6 +145,8 @@ class Purse:
     """
 
     bucket: Bucket
+    own: dict[str, Bucket] = field(default_factory=dict)
+    """What single teachers may have of it, by their names."""
     written: int = 0
     """Tokens of the completions that ended, whoever wrote them."""
     in_use: bool = False
@@ -166,12 +220,12 @@ class Exchange:
         self.reports.append(Report())
         return self.reports[-1]
 
-    def purse(self, index: int, bucket: Bucket) -> Purse:
-        """The budget of a choice: one that an earlier call of the engine has left, or a new ``bucket``."""
+    def purse(self, index: int, new: Purse) -> Purse:
+        """The budget of a choice: one that an earlier call of the engine has left, or a ``new`` one."""
         purses = self.purses.setdefault(index, [])
         purse = next((purse for purse in purses if not purse.in_use), None)
         if purse is None:
-            purse = Purse(bucket)
+            purse = new
             purses.append(purse)
         purse.in_use = True
         return purse
@@ -200,6 +254,10 @@ class Exchange:
             whole.degraded |= report.degraded
             whole.clamped |= report.clamped
             whole.sheet.add(report.sheet)
+            for name, part in report.parts.items():
+                sums = whole.parts.setdefault(name, Part())
+                sums.tokens += part.tokens
+                sums.calls += part.calls
             if report.own_tokens is not None:
                 whole.own_tokens = (whole.own_tokens or 0) + report.own_tokens
         return whole

@@ -44,7 +44,8 @@ PRICE = "wheels_price"
 NOT_BEFORE = "wheels_not_before"
 SPARE_PRICE = "wheels_spare_price"
 SPARE_FROM = "wheels_spare_from"
-TERMS = frozenset({PRICE, NOT_BEFORE, SPARE_PRICE, SPARE_FROM, WRITTEN, GRAMMAR_FROM})
+DEARER = "wheels_dearer"
+TERMS = frozenset({PRICE, NOT_BEFORE, SPARE_PRICE, SPARE_FROM, DEARER, WRITTEN, GRAMMAR_FROM})
 """What a client must not say: it is between the span loop and the engine."""
 
 PIECE_ON_CPU = 2**20
@@ -62,6 +63,7 @@ def gate_settings(
     visible: int | None = None,
     *,
     sketch: bool = False,
+    teachers: int = 1,
 ) -> dict[str, Any]:
     """The engine's ``additional_config`` from which its process builds the gate.
 
@@ -71,6 +73,7 @@ def gate_settings(
         router: checkpoint of a learned gate.
         visible: see `router.reserved.visible_rows`; default: all rows before the reserved ones.
         sketch: keep the scores, for a price that is learned from them.
+        teachers: how many there are, each with a price of its own.
     """
     settings: dict[str, Any] = {
         "reserved": [reserved.start, reserved.count],
@@ -79,6 +82,8 @@ def gate_settings(
     }
     if sketch:
         settings["sketch"] = True
+    if teachers > 1:
+        settings["teachers"] = teachers
     if visible is not None:
         settings["visible"] = visible
     return {SETTINGS: settings}
@@ -90,11 +95,13 @@ def visible_rows_of(additional_config: Any) -> int:
     return int(settings.get("visible", settings["reserved"][0]))
 
 
-def terms_args(terms: Terms) -> dict[str, float | int]:
+def terms_args(terms: Terms) -> dict[str, Any]:
     """The ``extra_args`` that carry a segment's terms to the engine's process."""
-    args: dict[str, float | int] = {PRICE: terms.price, NOT_BEFORE: terms.not_before}
+    args: dict[str, Any] = {PRICE: terms.price, NOT_BEFORE: terms.not_before}
     if terms.spare_price is not None:
         args |= {SPARE_PRICE: terms.spare_price, SPARE_FROM: terms.spare_from}
+    if terms.dearer:
+        args[DEARER] = list(terms.dearer)
     return args
 
 
@@ -107,28 +114,56 @@ def price_steps(args: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 def decide(
-    gate: Gate, logits: Tensor, price: Tensor, rows: Tensor | None = None, visible: int | None = None
+    gate: Gate,
+    logits: Tensor,
+    price: Tensor,
+    rows: Tensor | None = None,
+    visible: int | None = None,
+    dearer: Tensor | None = None,
 ) -> Tensor:
     """Force the escalation token where the gate's score exceeds the price, mask what no token has.
+
+    With several teachers, the row after the escalation token says that the first of the dearer prices is
+    exceeded too, the next one that the second is, and so on.
 
     Returns the scores of ``rows``.
 
     logits: (B, V) float32, changed in place; price: (B,) float32, inf where asking is forbidden;
-    rows: those that may ask, where others are not worth a look; visible: as in `mask_reserved`.
+    rows: those that may ask, where others are not worth a look; visible: as in `mask_reserved`;
+    dearer: (B, teachers - 1) float32, with several teachers.
     """
     scored = scores(gate, logits, rows)
     ask = scored > (price if rows is None else price[rows])
+    levels = None
+    if dearer is not None:
+        levels = (scored[:, None] > (dearer if rows is None else dearer[rows])).sum(1)
     mask_reserved(logits, gate.reserved, visible)
     if logits.device.type == "cpu":  # where it costs nothing to know which
         asking = ask.nonzero().squeeze(-1) if rows is None else rows[ask]
         logits.index_fill_(0, asking, -math.inf)
-        logits[asking, gate.reserved.escalation] = 0.0
-        return scored
-    if rows is not None:
-        ask = torch.zeros_like(price, dtype=torch.bool).index_copy_(0, rows, ask)
-    logits.masked_fill_(ask[:, None], -math.inf)
-    logits[:, gate.reserved.escalation].masked_fill_(ask, 0.0)
+        logits[asking, gate.reserved.escalation + (0 if levels is None else levels[ask])] = 0.0
+    else:
+        force(logits, gate.reserved.escalation, ask, rows, levels)
     return scored
+
+
+def force(
+    logits: Tensor, escalation: int, ask: Tensor, rows: Tensor | None = None, levels: Tensor | None = None
+) -> None:
+    """Leave those that ask nothing but the escalation token, without a wait for the device.
+
+    Arguments as of `decide`; ask, levels: of ``rows``. All reserved rows are masked already.
+    """
+    if rows is not None:
+        ask = torch.zeros_like(logits[:, 0], dtype=torch.bool).index_copy_(0, rows, ask)
+    logits.masked_fill_(ask[:, None], -math.inf)
+    if levels is None:
+        logits[:, escalation].masked_fill_(ask, 0.0)
+        return
+    if rows is not None:
+        levels = torch.zeros_like(ask, dtype=levels.dtype).index_copy_(0, rows, levels)
+    forced = torch.where(ask, 0.0, -math.inf).to(logits)
+    logits.scatter_(1, (escalation + levels)[:, None], forced[:, None])
 
 
 def scores(gate: Gate, logits: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -167,6 +202,7 @@ class Decider:
             gate = RouterCheckpoint.load(Path(settings["router"])).build_gate(settings["gate"])
         self.gate = gate.to(self.device)
         self.visible = visible_rows_of(vllm_config.additional_config)
+        self.dearer_prices: int = settings.get("teachers", 1) - 1
         self.sketch = ScoreSketch(self.device) if settings.get("sketch") else None
         hide_from_reports(slice(self.visible, reserved.end), v2=v2)
         keep_from_adapters(slice(reserved.start, reserved.end))
@@ -176,8 +212,14 @@ class Decider:
         mask_reserved(logits, self.gate.reserved, self.visible)
         return logits
 
-    def _decide(self, logits: Tensor, price: Tensor, rows: Tensor | None) -> Tensor:
-        scored = decide(self.gate, logits, price, rows, self.visible)
+    def _new_dearer(self, rows: int) -> Tensor | None:
+        """The dearer prices of every request; (rows, teachers - 1), or None with one teacher."""
+        return torch.full((rows, self.dearer_prices), math.inf) if self.dearer_prices else None
+
+    def _decide(
+        self, logits: Tensor, price: Tensor, rows: Tensor | None, dearer: Tensor | None = None
+    ) -> Tensor:
+        scored = decide(self.gate, logits, price, rows, self.visible, dearer)
         if self.sketch is not None:
             forbidden = (price if rows is None else price[rows]) == math.inf
             self.sketch.add(scored.masked_fill(forbidden, math.nan))
@@ -271,6 +313,8 @@ class GateProcessor(Decider, LogitsProcessor):
         rows = vllm_config.scheduler_config.max_num_seqs
         self.prices = torch.full((rows,), math.inf)
         self.device_prices = self.prices.to(device)
+        self.dearer = self._new_dearer(rows)
+        self.device_dearer = None if self.dearer is None else self.dearer.to(device)
         self.finite: set[int] = set()
         self.waiting: dict[int, Waiting] = {}  # by row
         self.changed = False
@@ -292,6 +336,8 @@ class GateProcessor(Decider, LogitsProcessor):
                 self._set(row, math.inf)
                 self.written.set(row, params, prompt_ids)
                 self._advance(row, price_steps(params.extra_args or {}), output_ids)
+                if self.dearer is not None:
+                    self.dearer[row] = dearer_row(params, self.dearer_prices)
             for first, second, direction in batch_update.moved:
                 swap = direction == MoveDirectionality.SWAP
                 self._move(first, second, swap=swap)
@@ -326,6 +372,8 @@ class GateProcessor(Decider, LogitsProcessor):
         second_price = self.prices[second].item()
         second_waiting = self.waiting.get(second)
         self._restore(second, first_price, first_waiting)
+        if self.dearer is not None:  # without a swap, the row that is left has no price
+            self.dearer[[first, second]] = self.dearer[[second, first]]
         if swap:
             self._restore(first, second_price, second_waiting)
         else:
@@ -349,8 +397,17 @@ class GateProcessor(Decider, LogitsProcessor):
             return self._mask(logits)
         if self.changed:
             self.device_prices.copy_(self.prices, non_blocking=True)
+            if self.dearer is not None and self.device_dearer is not None:
+                self.device_dearer.copy_(self.dearer, non_blocking=True)
             self.changed = False
-        return self._decide(logits, self.device_prices[:batch], self.rows)
+        dearer = None if self.device_dearer is None else self.device_dearer[:batch]
+        return self._decide(logits, self.device_prices[:batch], self.rows, dearer)
+
+
+def dearer_row(params: SamplingParams, count: int) -> Tensor:
+    """The dearer prices of a request, inf where it has none; (count,)."""
+    prices = (params.extra_args or {}).get(DEARER, ())
+    return torch.tensor([*prices, *[math.inf] * count][:count])
 
 
 def rows_to_read(asking: Sequence[int], batch: int, device: torch.device) -> Tensor | None:
@@ -375,6 +432,8 @@ class GateProcessorV2(Decider, LogitsProcessorV2):
         # two steps (from, price) of every slot
         self.terms = torch.zeros(2, 2, req_states.max_num_reqs)
         self.device_terms = self.terms.to(req_states.device)
+        self.dearer = self._new_dearer(req_states.max_num_reqs)
+        self.device_dearer = None if self.dearer is None else self.dearer.to(req_states.device)
         self.changed = False
         self.asks_from = np.full(req_states.max_num_reqs, NEVER_ASKS, dtype=np.int64)
         """Tokens of its segment from which a slot's request may ask; on the host, so that nobody waits."""
@@ -387,6 +446,8 @@ class GateProcessorV2(Decider, LogitsProcessorV2):
         self.asks_from[req_idx] = min(
             (start for start, price in steps if price < math.inf), default=NEVER_ASKS
         )
+        if self.dearer is not None:
+            self.dearer[req_idx] = dearer_row(sampling_params, self.dearer_prices)
         self.changed = True
         self.written.set(req_idx, sampling_params)
         return True
@@ -395,6 +456,8 @@ class GateProcessorV2(Decider, LogitsProcessorV2):
         """Copy changed terms to the device."""
         if self.changed:
             self.device_terms.copy_(self.terms, non_blocking=True)
+            if self.dearer is not None and self.device_dearer is not None:
+                self.device_dearer.copy_(self.dearer, non_blocking=True)
             self.changed = False
 
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
@@ -413,4 +476,5 @@ class GateProcessorV2(Decider, LogitsProcessorV2):
         rows = None
         if len(requests) == len(logits):  # no drafts: a row is a request
             rows = rows_to_read(asking.tolist(), len(logits), self.device)
-        return self._decide(logits, price, rows)
+        dearer = None if self.device_dearer is None else self.device_dearer[slots]
+        return self._decide(logits, price, rows, dearer)

@@ -37,13 +37,8 @@ from server.router_reload import RouterReload, load_everywhere
 from server.served_pair import ServedPair
 from server.sessions import SessionLimits
 from server.shared_budgets import SharedBudgets
-from server.teacher.breaker import Breaker
-from server.teacher.client import Teacher
-from server.teacher.errors import TeacherError
-from server.teacher.pool import TeacherPool
-from server.teacher.translation import Translator
-from server.teacher.vocabulary import Vocabularies
-from server.teacher.words import StudentWords, TeacherWords, UnusableTokenizer
+from server.teacher.teachers import Teachers
+from server.teachers_start import build_teachers, introduce
 from server.tenants import Tenants
 from server.vllm_api import (
     AsyncEngineArgs,
@@ -103,37 +98,34 @@ def _vllm_arguments(config: ServeConfig, pair: ServedPair) -> Namespace:
 
 async def _serve(config: ServeConfig, pair: ServedPair) -> int:
     arguments = _vllm_arguments(config, pair)
-    tenants = None if config.tenants is None else Tenants(config.tenants, priced=config.prices is not None)
+    tenants = _tenants(config)
     deadline = time.monotonic() + config.teacher_wait
-    async with _teacher(config, pair.visible) as teacher:
+    async with build_teachers(config, pair.visible) as teachers:
         if not config.teacher_wait:
-            await teacher.connect()  # the engine takes a while: say at once what is missing
+            await teachers.connect()  # the engine takes a while: say at once what is missing
         http = HttpLayer()
         http.prepare(arguments)
         address, socket = http.listen(arguments)
         engine = _engine(arguments)
         try:
-            await _connect(teacher, deadline)
-            translator = await _translator(config, pair, teacher, engine)
-            cooperation = _cooperation(config, pair, teacher, engine)
-            engine.cooperation = replace(
-                cooperation, parsers=parses_streams(arguments), translator=translator
-            )
+            await teachers.connect(deadline)
+            await introduce(teachers, config, engine.renderer.get_tokenizer(), pair.reserved.start)
+            cooperation = _cooperation(config, pair, teachers, engine)
+            engine.cooperation = replace(cooperation, parsers=parses_streams(arguments))
             app = await _app(config, engine, tenants, arguments, http)
             lifecycle = wrap_app(
                 app, lambda stack: Lifecycle(Traces(stack), drain_seconds=config.drain_seconds)
             )
             wrap_app(app, RequestIds)
             shared = engine.cooperation.shared
-            works = [shared.steer(), teacher.watch(config.teacher_probe)]
+            works = [shared.steer(), teachers.watch(config.teacher_probe)]
             works += [] if tenants is None else [tenants.watch()]
             if (follower := _price_follower(pair, engine)) is not None:
                 works.append(follower.follow())
             if (reload := await _router_reload(pair, engine)) is not None:
                 works.append(reload.watch())
             async with aclosing(shared), _background(works):  # at the end, every span is settled
-                words = "" if translator is None else ", which has a vocabulary of its own"
-                print(f"wheels serve: {address}, teacher {teacher}{words}", flush=True)
+                print(f"wheels serve: {address}, {teachers}", flush=True)
                 options = http.serve_options(arguments, keep_alive_seconds=KEEP_ALIVE_SECONDS)
                 serving = http.serve_http(
                     app, sock=socket, timeout_graceful_shutdown=CUT_OFF_SECONDS, **options
@@ -149,21 +141,10 @@ async def _serve(config: ServeConfig, pair: ServedPair) -> int:
     return 1 if lifecycle.cut_off else 0
 
 
-def _teacher(config: ServeConfig, visible: int) -> TeacherPool:
-    key = config.teacher_api_key
-    replicas = [
-        Teacher(
-            str(url),
-            model=config.teacher_model,
-            api_key=key.get_secret_value() if key else None,
-            timeout=config.teacher_timeout,
-            span_timeout=config.span_timeout,
-            breaker=Breaker(config.breaker_failures, config.breaker_seconds),
-            vocabulary=visible,
-        )
-        for url in config.teacher
-    ]
-    return TeacherPool(replicas, concurrency=config.teacher_concurrency, queue_seconds=config.teacher_queue)
+def _tenants(config: ServeConfig) -> Tenants | None:
+    if config.tenants is None:
+        return None
+    return Tenants(config.tenants, priced=config.prices is not None, teachers=config.teachers)
 
 
 def _engine(arguments: Namespace) -> CooperativeEngine:
@@ -188,41 +169,13 @@ def _engine(arguments: Namespace) -> CooperativeEngine:
     return cast(CooperativeEngine, engine)
 
 
-async def _connect(teacher: TeacherPool, deadline: float) -> None:
-    """Connect, trying again until the deadline while the teacher is not up yet."""
-    while True:
-        try:
-            return await teacher.connect()
-        except TeacherError as error:
-            if error.reason not in ("unreachable", "timeout") or time.monotonic() >= deadline:
-                raise
-            await asyncio.sleep(0.5)
-
-
-async def _translator(
-    config: ServeConfig, pair: ServedPair, teacher: TeacherPool, engine: CooperativeEngine
-) -> Translator | None:
-    """Check the teacher's vocabulary; what text crosses by, if it is not the student's."""
-    tokenizer = engine.renderer.get_tokenizer()
-    words = TeacherWords()
-    vocabularies = Vocabularies(tokenizer, pair.reserved.start, words, config.teacher_vocabulary)
-    await teacher.check_vocabulary(vocabularies)
-    if vocabularies.found != "other":
-        return None
-    logger.warning("student and teacher exchange text, not token ids: %s", vocabularies.difference)
-    try:
-        return Translator(StudentWords(tokenizer), words, tokenizer)
-    except UnusableTokenizer as error:
-        raise ConfigError(f"student: {error}, and the teacher has another vocabulary") from error
-
-
 def _cooperation(
-    config: ServeConfig, pair: ServedPair, teacher: TeacherPool, engine: CooperativeEngine
+    config: ServeConfig, pair: ServedPair, teachers: Teachers, engine: CooperativeEngine
 ) -> Cooperation:
     policy = pair.policy(engine.model_config.max_model_len)
     _publish_price(config, policy)
     return Cooperation(
-        teacher=teacher,
+        teachers=teachers,
         policy=policy,
         reserved=pair.reserved,
         span_tokens=pair.spans.span_tokens,
@@ -322,7 +275,7 @@ async def _app(
         wrap_app(app, access)
     document(app)
     await http.init_app_state(engine, app.state, arguments, tasks)
-    if engine.cooperation.translator is not None:
+    if engine.cooperation.teachers.may_translate:
         keep_originals(engine.renderer, app.state.online_renderer.chat_template, _note_original)
     answer_by_name(app.state, _model_of_request)
     return app

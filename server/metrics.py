@@ -13,11 +13,14 @@ REQUESTS = Counter(
     "wheels_requests", "Choices by how they ended: finished, degraded, aborted, error", ["outcome"]
 )
 COMPLETION_TOKENS = Counter(
-    "wheels_completion_tokens", "Completion tokens by who wrote them: student, teacher", ["source"]
+    "wheels_completion_tokens",
+    "Completion tokens by who wrote them: student, teacher (of several, its name)",
+    ["source"],
 )
 COST = Counter(
     "wheels_cost",
-    "What tokens cost, by the configured prices: of student and teacher, by input, cached_input, output",
+    "What tokens cost, by the configured prices: of student and teacher (of several, its name), by input, "
+    "cached_input, output",
     ["model", "kind"],
 )
 ALONE_COST = Counter(
@@ -26,12 +29,12 @@ ALONE_COST = Counter(
 TEACHER_CALLS = Counter(
     "wheels_teacher_calls",
     "Teacher calls by outcome: ok, aborted, unreachable, timeout, saturated, status, nonsense",
-    ["replica", "outcome"],
+    ["teacher", "replica", "outcome"],
 )
 TEACHER_CALL_SECONDS = Histogram(
     "wheels_teacher_call_seconds",
     "Duration of a teacher call",
-    ["replica"],
+    ["teacher", "replica"],
     buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30),
 )
 ESCALATIONS = Counter(
@@ -69,9 +72,11 @@ BUDGET_PRICE = Gauge(
     "wheels_budget_price", "Price that a shared limit makes, in the gate's units", SHARED_LIMIT
 )
 LEDGER_AVAILABLE = Gauge("wheels_ledger_available", "1 while the ledger of shared limits answers")
-BREAKER_OPEN = Gauge("wheels_breaker_open", "1 while the replica's last calls failed", ["replica"])
-TEACHER_UP = Gauge("wheels_teacher_up", "1 while the replica answers when it is probed", ["replica"])
-TEACHER_RUNNING = Gauge("wheels_teacher_running", "Calls under way", ["replica"])
+REPLICA = ["teacher", "replica"]
+"""The teacher's name is empty where there is one without a name: for Prometheus, no label."""
+BREAKER_OPEN = Gauge("wheels_breaker_open", "1 while the replica's last calls failed", REPLICA)
+TEACHER_UP = Gauge("wheels_teacher_up", "1 while the replica answers when it is probed", REPLICA)
+TEACHER_RUNNING = Gauge("wheels_teacher_running", "Calls under way", REPLICA)
 
 
 @contextmanager
@@ -94,7 +99,8 @@ def counted(reports: Sequence[Report], *, budgeted: bool, refusal: type[Exceptio
             finished = "degraded" if report.degraded else "finished"
             REQUESTS.labels(finished if report.finished else unfinished).inc()
             COMPLETION_TOKENS.labels("student").inc(report.completion_tokens - report.tokens)
-            COMPLETION_TOKENS.labels("teacher").inc(report.tokens)
+            for name, part in report.parts.items():
+                COMPLETION_TOKENS.labels(name).inc(part.tokens)
             if budgeted and report.completion_tokens:
                 TEACHER_RATE.observe(report.tokens / report.completion_tokens)
             if report.costs is not None:
@@ -102,7 +108,7 @@ def counted(reports: Sequence[Report], *, budgeted: bool, refusal: type[Exceptio
 
 
 def _count_costs(costs: Costs) -> None:
-    for model, kinds in (("student", costs.student), ("teacher", costs.teacher)):
+    for model, kinds in (("student", costs.student), *costs.teachers.items()):
         for kind, cost in kinds:
             COST.labels(model, kind).inc(cost / PICOS)
     ALONE_COST.inc(costs.alone / PICOS)

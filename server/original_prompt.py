@@ -17,8 +17,8 @@ class OriginalPrompt:
     body: dict[str, Any]
     obstacle: str | None = None
     """A parameter by which the student reads something else, if there is one."""
-    teacher_ids: list[int] = field(default_factory=list)
-    """What the teacher made of it, once it was asked: all choices of a request begin there."""
+    teacher_ids: dict[str, list[int]] = field(default_factory=dict)
+    """What each teacher made of it, once it was asked: all choices of a request begin there."""
 
     @classmethod
     def of_messages(

@@ -49,6 +49,11 @@ class ServedPair:
         rows = vocabulary_rows(config.student)
         router, student = _merged(config)
         reserved = router.reserved if router is not None else _free_rows(student)
+        models = sum(settings.tool is None for settings in config.teachers.values())
+        if models > reserved.count:
+            raise ConfigError(
+                f"teacher: the student has rows for {reserved.count} teachers, not for {models}"
+            )
         return cls(
             config=config,
             student=student,
@@ -74,7 +79,10 @@ class ServedPair:
     def gate_settings(self) -> dict[str, Any]:
         """The engine's ``additional_config``."""
         router = None if self.router is None else self.student / MERGED_ROUTER
-        return gate_settings(self.reserved, self.gate, router, self.visible, sketch=self.learns_its_price)
+        models = sum(settings.tool is None for settings in self.config.teachers.values())
+        return gate_settings(
+            self.reserved, self.gate, router, self.visible, sketch=self.learns_its_price, teachers=models
+        )
 
     @property
     def gate(self) -> str:

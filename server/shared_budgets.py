@@ -103,7 +103,8 @@ class SharedBudgets:
     def _publish(self, status: Status) -> None:
         scope = status.scope
         limit = scope.limit
-        labels = (scope.kind, scope.key, f"{limit.type}/{limit.window_seconds:g}s")
+        of = "" if scope.teacher is None else f"/{scope.teacher}"
+        labels = (scope.kind, scope.key, f"{limit.type}/{limit.window_seconds:g}s{of}")
         BUDGET_LIMIT.labels(*labels).set(
             limit.fraction if limit.type == "fraction" else shown(limit, limit.size)
         )
@@ -176,39 +177,75 @@ class Share:
     @property
     def rate(self) -> float:
         """The teacher rate that the shared limits leave to aim at; 1 where none binds."""
-        return self.budgets.prices.rate(self.scopes, self.weight)
+        return self.rate_of(None)
+
+    def rate_of(self, teacher: str | None) -> float:
+        """The rate that the limits of one teacher leave it; None: those of all together."""
+        scopes = [scope for scope in self.scopes if scope.teacher == teacher]
+        return self.budgets.prices.rate(scopes, self.weight)
+
+    def scopes_of(self, teacher: str | None) -> tuple[Scope, ...]:
+        """The limits that hold for a teacher: its own, and those of all."""
+        return tuple(scope for scope in self.scopes if scope.teacher in (None, teacher))
 
     @property
     def in_money(self) -> bool:
-        """Whether one of the limits is: every call then has a lease of its own, as each reads anew."""
-        return any(scope.limit.in_money for scope in self.scopes)
+        """Whether a limit of the lease is: every call then has a lease of its own, as each reads anew."""
+        return self.lease is not None and any(scope.limit.in_money for scope in self.lease.scopes)
 
     async def reserve(
-        self, tokens: int, student_tokens: int, *, ahead: int = 0, charge: Charge = FREE
+        self,
+        tokens: int,
+        student_tokens: int,
+        *,
+        ahead: int = 0,
+        charge: Charge = FREE,
+        teacher: str | None = None,
     ) -> Draw | Denial:
         """Up to ``tokens`` for a choice of which the student has written ``student_tokens``.
 
         Where the lease at hand does not have them, a new one is taken, of ``ahead`` tokens if that is more.
-        ``charge`` is what the call costs at most.
+        ``charge`` is what the call of the ``teacher`` costs at most.
         """
-        if not self.scopes:
+        scopes = self.scopes_of(teacher)
+        if not scopes:
+            self.release()
             return Draw(tokens, math.inf)
         self._keep()
-        if self.lease is None or self.lease.tokens - self.used < tokens or time.monotonic() >= self.renew_at:
+        if not self._covers(scopes, tokens):
             self.release()
             self.budgets.use(self.scopes)
-            new = self._unrecorded(student_tokens)
-            wanted = tokens if self.in_money else max(tokens, ahead)
-            lease = await self.budgets.ledger.reserve(
-                self.scopes, wanted, at_least=1, student_tokens=new, charge=charge
+            new = self._record_others(scopes, student_tokens)
+            in_money = any(scope.limit.in_money for scope in scopes)
+            wanted = tokens if in_money else max(tokens, ahead)
+            reserved = await self.budgets.ledger.reserve(
+                scopes, wanted, at_least=1, student_tokens=new, charge=charge
             )
-            if isinstance(lease, Denial):
-                return lease
-            self.lease = lease
+            if isinstance(reserved, Denial):
+                return reserved
+            self.lease = reserved
             self.used = self.cost = 0
-            self.renew_at = (time.monotonic() + lease.deadline) / 2
-        cost = self.lease.cost * (PICOS // NANOS) if self.in_money else None
-        return Draw(min(tokens, self.lease.tokens - self.used), self.lease.deadline, cost)
+            self.renew_at = (time.monotonic() + reserved.deadline) / 2
+        lease = self.lease
+        if lease is None:
+            raise RuntimeError("a lease is missing")
+        cost = lease.cost * (PICOS // NANOS) if self.in_money else None
+        return Draw(min(tokens, lease.tokens - self.used), lease.deadline, cost)
+
+    def _covers(self, scopes: tuple[Scope, ...], tokens: int) -> bool:
+        """Whether the lease at hand has this many tokens under these limits."""
+        lease = self.lease
+        if lease is None or lease.scopes != scopes:
+            return False
+        return lease.tokens - self.used >= tokens and time.monotonic() < self.renew_at
+
+    def _record_others(self, scopes: tuple[Scope, ...], student_tokens: int) -> int:
+        """New tokens of the student, for a reservation under these limits; the others are told too."""
+        new = self._unrecorded(student_tokens)
+        others = [scope for scope in self.scopes if scope not in scopes]
+        if others and new:
+            self.budgets.in_background(self.budgets.ledger.record(others, new))
+        return new
 
     def settle(self, used: int, cost: int | None = 0) -> None:
         """This many tokens of what was reserved last were written, at a cost in picos; None for all of it."""

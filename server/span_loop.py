@@ -1,22 +1,22 @@
-"""The span loop: the student writes, and asks the teacher for the next tokens if its gate wants them."""
+"""The span loop: the student writes, and asks a teacher for the next tokens if its gate wants them."""
 
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal
 
-from router.budget import Grant
+from router.budget import Bucket, Grant
 from router.ledger import Denial
-from router.money import TokenPrices
 from router.policy import NEVER, Policy, Terms
 from server.choice import Choice
 from server.completion import Piece
 from server.shared_budgets import Draw, SharedBudgets, charge_of
+from server.sources import STUDENT
+from server.standing import PAUSE_TOKENS, UNNOTICED, Refusal, Standing
 from server.teacher.errors import TeacherError
 from server.teacher.meter import Meter
-from server.teacher.pool import Slot, TeacherPool
-from server.teacher_view import SameTokens, ViewOf
+from server.teacher.pool import Slot
 from server.vllm_api import GracefulHTTPError
 
 logger = logging.getLogger(__name__)
@@ -27,33 +27,36 @@ LEASE_TOKENS = 64
 Student = Callable[[Choice, Terms], AsyncGenerator[Piece, None]]
 """Continues a choice's prefix by one segment, on these terms; the last piece may ask for the teacher."""
 
+DOWN = TeacherError("breaker", "it counts as down")
+
 
 @dataclass
 class Span:
-    """What was reserved for a span: in the request's own budget, in the shared ones, at the teacher."""
+    """What was reserved for a span: in the request's own budgets, in the shared ones, at the teacher."""
 
-    grant: Grant
+    standing: Standing
+    grants: list[tuple[Bucket, Grant]]
     draw: Draw
     slot: Slot
     meter: Meter
     used: int = 0
     """Tokens of it that are in the completion."""
 
+    def settle(self) -> None:
+        """Give back what the teacher did not use of the request's budgets."""
+        for bucket, grant in self.grants:
+            bucket.settle(grant, self.used, self.meter.cost)
+
 
 @dataclass
 class SpanLoop:
-    """Lets two models write one completion."""
+    """Lets several models write one completion."""
 
     student: Student
-    teacher: TeacherPool
     policy: Policy
     shared: SharedBudgets
     span_tokens: int
     on_teacher_error: Literal["degrade", "error"] = "degrade"
-    prices: TokenPrices | None = None
-    """The teacher's."""
-    view: ViewOf = SameTokens
-    """What the teacher sees of a choice."""
     running: int = 0
     """Completions that are being written."""
 
@@ -64,15 +67,17 @@ class SpanLoop:
             GracefulHTTPError: the teacher failed, and the gateway is to fail with it.
         """
         choice.share = self.shared.share(choice.tenant, choice.session)
-        choice.view = self.view(self.teacher, choice)
+        choice.standings = [
+            Standing(teacher, teacher.view(choice), choice.purse.own.get(teacher.name))
+            for teacher in choice.teachers
+        ]
         self.running += 1
         try:
             while not choice.finished:
                 terms = self._terms(choice)
-                if terms.always or await self._ask(choice, terms):
-                    span = await self._reserve(choice, terms)
-                    if span is not None:
-                        await self._teach(choice, span)
+                level = 0 if terms.always else await self._ask(choice, terms)
+                if level is not None:
+                    await self._teach(choice, terms, level)
                 self._learn(choice)
         finally:
             self.running -= 1
@@ -80,23 +85,36 @@ class SpanLoop:
 
     def _terms(self, choice: Choice) -> Terms:
         """On which terms the student may ask in its next segment."""
+        length = len(choice.completion)
+        for standing in choice.standings:
+            standing.follow_budget(choice.length, length)
         if not choice.may_ask or choice.thinking_ends:
             return NEVER
         if choice.bias_room < 1:
             choice.deny("penalty", degraded=False)
             return NEVER
+        choice.ranked = [standing for standing in choice.models if standing.can_be_asked(length)]
         terms = self.policy.terms(
             choice.bucket,
             choice.length,
             choice.length + choice.completion.tokens_left,
             ceiling=choice.share.rate,
             pause=choice.pause,
-            reads=choice.view.reads,
+            reads=choice.reads,
+            caps=[self._cap(choice, standing) for standing in choice.ranked] or (1.0,),
         )
-        if terms.never or choice.pause or not self.teacher.down:
+        if terms.never or choice.pause or not choice.lost:
             return terms
-        self._lose_teacher(choice, TeacherError("breaker", "it counts as down"))
+        self._give_up(choice, [self._lose(choice, standing, DOWN) for standing in choice.standings])
         return self._terms(choice)
+
+    def _cap(self, choice: Choice, standing: Standing) -> float:
+        """The rate that a teacher may have of the request, by its own budget and limits."""
+        shared = choice.share.rate_of(standing.name)
+        if standing.bucket is None:
+            return shared
+        end = choice.length + choice.completion.tokens_left
+        return min(shared, self.policy.rate(standing.bucket, choice.length, end, standing.view.reads))
 
     def _learn(self, choice: Choice) -> None:
         """Show the policy what came of its price since the last time."""
@@ -110,101 +128,181 @@ class SpanLoop:
                 running=self.running,
             )
 
-    async def _ask(self, choice: Choice, terms: Terms) -> bool:
-        """Let the student write a segment; whether it asks for the teacher at its end."""
-        asks = False
+    async def _ask(self, choice: Choice, terms: Terms) -> int | None:
+        """Let the student write a segment; None, or how many of the dearer prices it exceeds at its end."""
+        level = None
         async with aclosing(self.student(choice, terms)) as pieces:
             async for piece in pieces:
-                choice.extend(piece, "student")
-                asks = piece.asks
+                choice.extend(piece, STUDENT)
+                level = piece.level if piece.asks else None
                 if choice.finished:  # by a stop string, which the engine does not know
-                    return False
-        return asks and not choice.thinking_ends
+                    return None
+        return None if choice.thinking_ends else level
 
-    async def _reserve(self, choice: Choice, terms: Terms) -> Span | None:
-        """Reserve the next span in every budget, or let the choice ask later, or never again."""
-        constraint = choice.constraint
-        if constraint is not None and not await constraint.catch_up(choice.completion.token_ids):
-            choice.deny("grammar", degraded=False)
-            return None
-        if choice.view.half_written:
+    async def _teach(self, choice: Choice, terms: Terms, level: int) -> None:
+        """Let the first teacher that can write a span, or let the choice ask later, or never again."""
+        refusals: list[Refusal] = []
+        for standing in choice.order(level, dearest=terms.always):
+            refusal = await self._call(choice, terms, standing)
+            if refusal is None:
+                return
+            refusals.append(refusal)
+            if refusal.for_all:
+                break
+        if not refusals:
             choice.wait(1)
-            return None
-        try:
-            room = await self._room(choice)
-        except TeacherError as error:
-            logger.warning("request %s lost the teacher: %s", choice.request_id, error)
-            self._lose_teacher(choice, error)
-            return None
-        if room < 1:
-            choice.deny("context" if choice.bias_room > 0 else "penalty", degraded=False)
-            return None
+        self._give_up(choice, refusals)
+
+    async def _call(self, choice: Choice, terms: Terms, standing: Standing) -> Refusal | None:
+        """Let one teacher write a span; None if it was called, and what it wrote is there."""
+        span = await self._reserve(choice, terms, standing)
+        if isinstance(span, Refusal):
+            return span
+        refusal = await self._fill(choice, span)
+        if refusal is None or not span.used:
+            return refusal
+        self._give_up(choice, [refusal])  # in the middle of a span
+        return None
+
+    async def _reserve(self, choice: Choice, terms: Terms, standing: Standing) -> Span | Refusal:
+        """Reserve the next span in every budget, and a place at the teacher."""
+        room = await self._room(choice, standing)
+        if isinstance(room, Refusal):
+            return room
         at_most = room
         if choice.share.scopes:  # what one holds, no other can have
             at_most = min(room, LEASE_TOKENS if choice.share.rate >= 1.0 else self.span_tokens)
-        reads = choice.view.reads
-        grant = choice.bucket.reserve(choice.length, at_most, always=terms.always, reads=reads)
-        if grant is None:
-            choice.deny("budget", degraded=False)
-            return None
-        ahead = min(room, self.span_tokens)
+        grants = self._grants(choice, terms, standing, at_most)
+        if isinstance(grants, Refusal):
+            return grants
+        prices = standing.teacher.prices
         draw = await choice.share.reserve(
-            grant.tokens, choice.student_tokens, ahead=ahead, charge=charge_of(self.prices, reads)
+            min(grant.tokens for _, grant in grants),
+            choice.student_tokens,
+            ahead=min(room, self.span_tokens),
+            charge=charge_of(prices, standing.view.reads),
+            teacher=standing.name,
         )
         if isinstance(draw, Denial):
-            choice.bucket.cancel(grant)
-            choice.put_off(draw.label, degraded=draw.reason == "unavailable")
-            return None
+            _cancel(grants)
+            return self._denied(choice, standing, draw)
         try:
-            slot = await self.teacher.admit(choice.affinity)  # last: it may be a breaker's only trial
+            pool = standing.teacher.pool
+            slot = await pool.admit(choice.affinity)  # last: it may be a breaker's only trial
         except BaseException as error:
-            choice.bucket.cancel(grant)
+            _cancel(grants)
             choice.share.settle(0)
             if not isinstance(error, TeacherError):
                 raise
-            self._lose_teacher(choice, error)
-            return None
-        bounds = [cost for cost in (grant.cost, draw.cost) if cost is not None]
-        return Span(grant, draw, slot, Meter(self.prices, min(bounds, default=None)))
+            return self._lose(choice, standing, error)
+        bounds = [grant.cost for _, grant in grants] + [draw.cost]
+        most = min((bound for bound in bounds if bound is not None), default=None)
+        return Span(standing, grants, draw, slot, Meter(prices, most))
 
-    async def _room(self, choice: Choice) -> int:
+    def _grants(
+        self, choice: Choice, terms: Terms, standing: Standing, at_most: int
+    ) -> list[tuple[Bucket, Grant]] | Refusal:
+        """The next span in the budget that the request gives this teacher, and in what it gives all."""
+        grants: list[tuple[Bucket, Grant]] = []
+        for bucket in (standing.bucket, choice.bucket):
+            if bucket is None:
+                continue
+            grant = bucket.reserve(
+                choice.length,
+                at_most,
+                always=terms.always,
+                reads=standing.view.reads,
+                prices=standing.teacher.prices,
+            )
+            if grant is None:
+                _cancel(grants)
+                standing.may_ask = False
+                return Refusal("budget")
+            grants.append((bucket, grant))
+            at_most = grant.tokens
+        return grants
+
+    def _denied(self, choice: Choice, standing: Standing, denial: Denial) -> Refusal:
+        """A limit that requests share has no room: of one teacher, or of all."""
+        refusal = Refusal(denial.label, denial.reason == "unavailable", for_all=denial.scope.teacher is None)
+        if refusal.for_all:
+            choice.wait(PAUSE_TOKENS)
+        else:
+            standing.wait(len(choice.completion) + PAUSE_TOKENS)
+        return refusal
+
+    async def _room(self, choice: Choice, standing: Standing) -> int | Refusal:
         """Tokens that the completion, its thinking, the teacher's biases and its context have left."""
+        constraint = choice.constraint
+        if constraint is not None and not await constraint.catch_up(choice.completion.token_ids):
+            for each in choice.standings:
+                each.may_ask = False
+            return Refusal("grammar", for_all=True)
+        if standing.view.half_written:
+            standing.wait(len(choice.completion) + 1)
+            return UNNOTICED
+        try:
+            context = await standing.view.room()
+        except TeacherError as error:
+            logger.warning("request %s lost the teacher: %s", choice.request_id, error)
+            return self._lose(choice, standing, error)
         room = min(choice.completion.tokens_left, choice.bias_room)
         if choice.thinking is not None and choice.thinking.left is not None:
             room = min(room, choice.thinking.left)
-        context = await choice.view.room()
-        return room if context is None else min(room, context)
+        room = room if context is None else min(room, context)
+        if room < 1:
+            standing.may_ask = False
+            return Refusal("context" if choice.bias_room > 0 else "penalty")
+        return room
 
-    async def _teach(self, choice: Choice, span: Span) -> None:
-        """Let the teacher write a span, and settle what it wrote."""
-        choice.open_span(span.meter.usage)
+    async def _fill(self, choice: Choice, span: Span) -> Refusal | None:
+        """Let the teacher write a span, and settle what it wrote; why it broke off, if it did."""
+        refusal = None
+        choice.open_span(span.standing.name, span.meter.usage)
         try:
             await self._take(choice, span)
         except TeacherError as error:
             logger.warning("request %s lost the teacher: %s", choice.request_id, error)
-            self._lose_teacher(choice, error)
+            refusal = self._lose(choice, span.standing, error)
         finally:
             span.slot.release()
-            choice.bucket.settle(span.grant, span.used, span.meter.cost)
+            span.settle()
             choice.share.settle(span.used, span.meter.cost)
         if not span.used:  # a character that is longer than the grant, or all was refused by a grammar
-            choice.wait(1)
+            span.standing.wait(len(choice.completion) + 1)
+        return refusal
 
     async def _take(self, choice: Choice, span: Span) -> None:
-        pieces = choice.view.write(span.slot, span.draw.tokens, span.draw.deadline, span.meter)
+        standing = span.standing
+        pieces = standing.view.write(span.slot, span.draw.tokens, span.draw.deadline, span.meter)
         async with aclosing(pieces):
             async for piece in pieces:
-                span.used += choice.extend(piece, "teacher")
-                choice.losses = 0
+                span.used += choice.extend(piece, standing.name)
+                standing.losses = 0
                 if choice.finished or choice.thinking_ends:  # by a stop string: the teacher would write on
                     return
 
-    def _lose_teacher(self, choice: Choice, error: TeacherError) -> None:
+    def _lose(self, choice: Choice, standing: Standing, error: TeacherError) -> Refusal:
+        """A teacher did not write what it was asked for: it is left alone for a while, or for good."""
+        length = len(choice.completion)
         if error.reason == "saturated":  # busy, not lost
-            choice.put_off(error.reason, degraded=False)
-        elif self.on_teacher_error == "error":
-            raise GracefulHTTPError(error.explanation, error.http_status) from error
-        elif error.refused:  # a longer prefix would fare no better
-            choice.deny(error.reason, degraded=True)
+            standing.wait(length + PAUSE_TOKENS)
+            return Refusal(error.reason)
+        if error.refused:  # a longer prefix would fare no better
+            standing.may_ask = False
         else:
-            choice.lose_teacher(error.reason, degraded=True)
+            standing.lose(length)
+        return Refusal(error.reason, degraded=True, error=error)
+
+    def _give_up(self, choice: Choice, refusals: Sequence[Refusal]) -> None:
+        """Nobody writes the span: the student goes on alone, or the gateway fails with its teacher."""
+        lost = next((refusal.error for refusal in refusals if refusal.error is not None), None)
+        if lost is not None and self.on_teacher_error == "error":
+            raise GracefulHTTPError(lost.explanation, lost.http_status) from lost
+        choice.denied(refusals)
+
+
+def _cancel(grants: Sequence[tuple[Bucket, Grant]]) -> None:
+    """The call is not made."""
+    for bucket, grant in grants:
+        bucket.cancel(grant)

@@ -96,8 +96,9 @@ class StudentEngine:
 
     def _piece(self, output: RequestOutput) -> Piece:
         (new,) = output.outputs
-        if new.token_ids and new.token_ids[-1] == self.reserved.escalation:
-            return Piece(new.token_ids[:-1], new.logprobs, asks=True)
+        if new.token_ids and new.token_ids[-1] >= self.reserved.escalation:
+            level = new.token_ids[-1] - self.reserved.escalation
+            return Piece(new.token_ids[:-1], new.logprobs, asks=True, level=level)
         return Piece(new.token_ids, new.logprobs, new.finish_reason, new.stop_reason)
 
     def _params(self, choice: Choice, terms: Terms) -> SamplingParams:

@@ -1,6 +1,6 @@
 """What the teacher sees of a choice: its prompt, and how its reply becomes the student's tokens."""
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Protocol
 
 from server.completion import Piece
@@ -66,7 +66,3 @@ class SameTokens:
             adapter=choice.adapter,
         )
         return self._teacher.write(slot, ask, request_id=choice.call_id, deadline=deadline)
-
-
-ViewOf = Callable[[TeacherPool, "Choice"], TeacherView]
-"""Makes the view of a choice."""

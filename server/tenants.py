@@ -23,6 +23,7 @@ import hmac
 import logging
 import os
 from collections import Counter
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -35,11 +36,11 @@ from router.errors import BadRequest
 from router.ledger import Limit, Scope
 from server.config import ConfigError, read_yaml
 from server.file_state import FileState
+from server.sources import TEACHER
 
 logger = logging.getLogger(__name__)
 
 KeyHash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of an API key, in hex")]
-PARTS = ("fraction", "tokens", "calls", "cost")
 
 
 class BudgetRefused(BadRequest):
@@ -74,7 +75,11 @@ class Tenant(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Tenant":
-        if self.default_budget and self.maximum_budget and self._exceeded(self.default_budget):
+        if (
+            self.default_budget
+            and self.maximum_budget
+            and self.maximum_budget.exceeded_by(self.default_budget)
+        ):
             raise ValueError("default_budget is more than maximum_budget")
         if len({scope.id for scope in self.scopes}) < len(self.limits):
             raise ValueError("two limits have the same type and window: keep the smaller one")
@@ -90,9 +95,16 @@ class Tenant(BaseModel):
         """A setting that is an amount of money; None if there is none."""
         for name in ("default_budget", "maximum_budget"):
             budget = getattr(self, name)
-            if budget is not None and budget.cost is not None:
+            if budget is not None and budget.in_money:
                 return f"{name}.cost"
         return "limits" if any(limit.in_money for limit in self.limits) else None
+
+    def unknown_teacher(self, known: Collection[str]) -> str | None:
+        """A teacher that a budget or a limit names and nobody knows."""
+        for budget in (self.default_budget, self.maximum_budget):
+            if budget is not None and (stranger := budget.unknown(known)) is not None:
+                return stranger
+        return next((limit.teacher for limit in self.limits if limit.teacher not in (None, *known)), None)
 
     def resolve(self, requested: Budget | None, server_default: Budget) -> Resolved:
         """The budget of a request that names ``requested``, or none.
@@ -106,28 +118,10 @@ class Tenant(BaseModel):
         budget = requested or self.default_budget or server_default
         if self.maximum_budget is None:
             return Resolved(budget, clamped=False)
-        exceeded = self._exceeded(budget)
+        exceeded = self.maximum_budget.exceeded_by(budget)
         if requested and exceeded and self.over_maximum == "refuse":
-            part = exceeded[0]
-            raise BudgetRefused(
-                "teacher_budget",
-                f"{part} {getattr(budget, part):g} is more than this key's maximum of "
-                f"{getattr(self.maximum_budget, part):g}",
-            )
-        parts = self.maximum_budget.model_dump(exclude_none=True)
-        for part, wanted in budget.model_dump(exclude_none=True).items():
-            parts[part] = min(wanted, parts.get(part, wanted))
-        return Resolved(Budget(**parts), clamped=bool(requested and exceeded))
-
-    def _exceeded(self, budget: Budget) -> list[str]:
-        """The parts of a budget that are more than the maximum's."""
-        exceeded = []
-        for part in PARTS:
-            most = getattr(self.maximum_budget, part)
-            wanted = getattr(budget, part)
-            if most is not None and wanted is not None and wanted > most:
-                exceeded.append(part)
-        return exceeded
+            raise BudgetRefused("teacher_budget", exceeded[0])
+        return Resolved(budget.within(self.maximum_budget), clamped=bool(requested and exceeded))
 
 
 class TenantList(BaseModel):
@@ -161,9 +155,19 @@ class Tenants:
     a line break or begins with a brace.
     """
 
-    def __init__(self, source: str, *, priced: bool = False) -> None:
-        """``priced``: whether the gateway has prices. Raises ConfigError if the source is not usable."""
+    def __init__(self, source: str, *, priced: bool = False, teachers: Collection[str] = (TEACHER,)) -> None:
+        """Read the tenants.
+
+        Args:
+            source: see the class.
+            priced: whether the gateway has prices.
+            teachers: their names.
+
+        Raises:
+            ConfigError: the source is not usable.
+        """
         self._priced = priced
+        self._teachers = teachers
         inline = "\n" in source or source.lstrip().startswith("{")
         self._inline = source if inline else None
         self._path = None if inline else Path(source)
@@ -256,6 +260,9 @@ class Tenants:
         for tenant in () if self._priced else tenants.tenants:
             if (setting := tenant.in_money) is not None:
                 raise ConfigError(f"{where}: {tenant.name}: {setting} needs prices (--prices)")
+        for tenant in tenants.tenants:
+            if (stranger := tenant.unknown_teacher(self._teachers)) is not None:
+                raise ConfigError(f"{where}: {tenant.name}: no teacher is named {stranger!r}")
         return tenants
 
 

@@ -12,8 +12,10 @@ TRACER = trace.get_tracer("training-wheels")
 class CallSpan:
     """The span of one teacher call, below that of the request in whose context it is made."""
 
-    def __init__(self, replica: str, tokens: int) -> None:
+    def __init__(self, replica: str, tokens: int, teacher: str = "") -> None:
         attributes: dict[str, str | int] = {"server.address": replica, "wheels.tokens.asked": tokens}
+        if teacher:
+            attributes["wheels.teacher"] = teacher
         self._span = TRACER.start_span("teacher call", kind=SpanKind.CLIENT, attributes=attributes)
         self.headers: dict[str, str] = {}
         """They make the teacher's own spans, if it has any, part of the trace."""

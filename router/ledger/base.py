@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from router.budget import Count, Fraction
+from router.budget import Count, Fraction, TeacherName
 from router.money import NANOS, Money, nanos
 
 SUB_WINDOWS = 60
@@ -68,6 +68,8 @@ class TokensPerWindow(BaseModel):
     type: Literal["tokens"] = "tokens"
     tokens: Count
     window_seconds: Window
+    teacher: TeacherName | None = None
+    """Of several, the only one that counts; None: all do."""
 
     @property
     def size(self) -> int:
@@ -88,6 +90,7 @@ class FractionOfTraffic(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     in_money: ClassVar[bool] = False
+    teacher: ClassVar[None] = None
 
     type: Literal["fraction"] = "fraction"
     fraction: Fraction
@@ -126,6 +129,8 @@ class CostPerWindow(BaseModel):
     type: Literal["cost"] = "cost"
     cost: Money
     window_seconds: Window
+    teacher: TeacherName | None = None
+    """As of `TokensPerWindow`."""
 
     @cached_property
     def size(self) -> int:
@@ -144,6 +149,7 @@ class InAll:
     type: Literal["tokens", "cost"]
     size: int
     window_seconds: ClassVar[float] = inf
+    teacher: ClassVar[None] = None
 
     @property
     def in_money(self) -> bool:
@@ -183,7 +189,13 @@ class Scope:
     @cached_property
     def id(self) -> str:
         """Name of the scope's state. Another window is another state; another size of the limit is not."""
-        return f"{self.kind}:{self.key}:{self.limit.type}:{self.window_ms}"
+        of = "" if self.teacher is None else f":{self.teacher}"
+        return f"{self.kind}:{self.key}:{self.limit.type}:{self.window_ms}{of}"
+
+    @property
+    def teacher(self) -> str | None:
+        """The one whose tokens count; None: all teachers' do."""
+        return self.limit.teacher
 
     @cached_property
     def window_ms(self) -> int:

@@ -103,7 +103,7 @@ class EngineGrammars(GrammarManager):
 
     def accept_tokens(self, request: Any, new_token_ids: list[int]) -> bool:
         """Advance the grammar by what was sampled, save the escalation token that ends a segment."""
-        if new_token_ids and new_token_ids[-1] == self.reserved.escalation:
+        if new_token_ids and new_token_ids[-1] >= self.reserved.escalation:
             new_token_ids = new_token_ids[:-1]
         return bool(super().accept_tokens(request, new_token_ids))
 

@@ -72,7 +72,7 @@ def _budget(status: Status, prices: PriceController | None) -> BudgetView:
     return {
         "scope": "tenant" if scope.kind == "tenant" else "global",
         "tenant": scope.key if scope.kind == "tenant" else None,
-        "limit": cast(Limit, cast(Any, scope.limit).model_dump()),  # as JSON has it
+        "limit": cast(Limit, cast(Any, scope.limit).model_dump(exclude_none=True)),  # as JSON has it
         "spent": shown(scope.limit, status.spent),
         "reserved": shown(scope.limit, status.reserved),
         "remaining": shown(scope.limit, status.remaining),

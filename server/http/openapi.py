@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from router.budget import Budget
+from router.budget import PARTS, Budget
 from server.exchange import ReportFields
 from server.http.errors import speaks_anthropic
 from server.http.fields import FIELD, HEADER, PATHS, SESSION_FIELD, SESSION_HEADER, STREAMED
@@ -26,16 +26,18 @@ def document(app: Any) -> None:
     def openapi() -> dict[str, Any]:
         document: dict[str, Any] = vllms()
         schemas = document["components"]["schemas"]
+        budget_schema = _budget()
         schemas["TeacherBudget"] = {
             "title": "Teacher budget",
             "description": "Bound on teacher tokens: a fraction of the completion, or parts that all hold.",
-            "anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, _BUDGET, {"type": "null"}],
+            "anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, budget_schema, {"type": "null"}],
         }
         schemas["TeacherSession"] = {
             "title": "Teacher session",
             "description": "A session whose requests share one budget, which the first of them sets.",
             "anyOf": [{"type": "string"}, SessionBudget.model_json_schema(), {"type": "null"}],
         }
+        schemas |= budget_schema.pop("$defs", {})
         report = TypeAdapter(ReportFields).json_schema(ref_template="#/components/schemas/{model}")
         schemas |= report.pop("$defs")
         schemas["Teacher"] = report
@@ -63,10 +65,23 @@ def document(app: Any) -> None:
     app.openapi = openapi
 
 
-# A budget of no part is refused, which its own schema does not say.
-_BUDGET = Budget.model_json_schema() | {
-    "anyOf": [{"required": [part], "properties": {part: {"type": "number"}}} for part in Budget.model_fields]
-}
+def _budget() -> dict[str, Any]:
+    """A budget of no part is refused, which its own schema does not say."""
+    some = [{"required": [part], "properties": {part: {"type": "number"}}} for part in PARTS]
+    owns = {"additionalProperties": {"type": ["number", "object"]}, "type": "object"}
+    some.append({"required": ["teachers"], "properties": {"teachers": owns}})
+    schema = Budget.model_json_schema(ref_template="#/components/schemas/{model}") | {"anyOf": some}
+    names = {"type": "array", "items": {"type": "string"}, "minItems": 1, "uniqueItems": True}
+    bounds = {"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, _REF, {"type": "null"}]}
+    each = {"type": "object", "additionalProperties": bounds, "minProperties": 1}
+    schema["properties"]["teachers"] = {
+        "description": "Those that may be asked, by name; and what each may have, if it has a budget.",
+        "anyOf": [names, each, {"type": "null"}],
+    }
+    return schema
+
+
+_REF = {"$ref": "#/components/schemas/Bounds"}
 
 
 _HEADERS = [
@@ -93,7 +108,8 @@ def _answer(content: dict[str, Any], *, streams: bool) -> dict[str, Any]:
     body = {"type": "object", "properties": {"teacher": report}, "required": ["teacher"]}
     content = {**content, "application/json": {"schema": body}}
     if streams:
-        chunk = {"source": {"enum": ["student", "teacher"]}, "teacher": report}
+        source = {"type": "string", "description": "student, teacher, or the name of one of several teachers"}
+        chunk = {"source": source, "teacher": report}
         described = "Server-sent events: JSON with who wrote what is new in it, in the last one the report."
         content["text/event-stream"] = {"schema": {"description": described, "properties": chunk}}
     return content

@@ -1,7 +1,7 @@
 """The gateway's own routes, next to those of vLLM: readiness, budgets, prices and the playground."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse
@@ -11,6 +11,7 @@ from measuring.examples import load_sources
 from server.http.access import owner_of
 from server.http.budgets import BudgetsView, answer
 from server.http.prices import PricesView, view
+from server.teacher.teachers import Teachers
 from server.tenants import Tenants
 
 PLAYGROUND = Path(__file__).with_name("playground.html")
@@ -27,6 +28,8 @@ class Ready(TypedDict):
     student: bool
     teacher: bool
     teacher_vocabulary: Literal["same", "other"]
+    teachers: NotRequired[dict[str, bool]]
+    """Who of several answers."""
 
 
 def routes(examples: Path | None, tenants: Tenants | None) -> APIRouter:
@@ -39,9 +42,13 @@ def routes(examples: Path | None, tenants: Tenants | None) -> APIRouter:
         """200 when the student's engine and a teacher that may be asked answer, else 503 and who does not."""
         engine: Any = request.app.state.engine_client
         student = engine.is_running and not engine.errored
-        teacher = await engine.cooperation.teacher.healthy()
-        vocabulary = "same" if engine.cooperation.translator is None else "other"
-        state = {"student": student, "teacher": teacher, "teacher_vocabulary": vocabulary}
+        teachers: Teachers = engine.cooperation.teachers
+        each = await teachers.healthy()
+        teacher = any(each[model.name] for model in teachers.models or teachers)
+        others = any(model.translator is not None for model in teachers.models)
+        state = Ready(student=student, teacher=teacher, teacher_vocabulary="other" if others else "same")
+        if teachers.have_names:
+            state["teachers"] = each
         return JSONResponse(state, status_code=200 if student and teacher else 503)
 
     @router.get("/budgets")

@@ -297,6 +297,7 @@ class Teacher:
         span_timeout: float = 20.0,
         breaker: Breaker,
         vocabulary: int,
+        of: str = "",
     ) -> None:
         """Describe the server; entering the client opens it.
 
@@ -308,6 +309,7 @@ class Teacher:
             span_timeout: longest wait for 64 tokens, and for what is left of them, in seconds.
             breaker: counts its failures.
             vocabulary: the student has the ids below this.
+            of: the teacher's name in metrics, where there are several.
 
         Raises:
             TeacherError: there are two kinds of credentials.
@@ -323,7 +325,8 @@ class Teacher:
         self.timeout = timeout
         self.span_timeout = span_timeout
         self.breaker = breaker
-        BREAKER_OPEN.labels(self.name).set_function(lambda: breaker.tripped)
+        self.of = of
+        BREAKER_OPEN.labels(of, self.name).set_function(lambda: breaker.tripped)
         self.vocabulary = vocabulary
         self._headers = _credentials(self.name, parts.username, parts.password, api_key)
         self._session: aiohttp.ClientSession | None = None
@@ -430,7 +433,7 @@ class Teacher:
         called = time.monotonic()
         outcome = "aborted"
         blamed = False
-        span = CallSpan(self.name, ask.tokens)
+        span = CallSpan(self.name, ask.tokens, self.of)
         headers = {"X-Request-Id": request_id, **span.headers}
         try:
             async with aclosing(self._pieces(ask, headers, patience)) as pieces:
@@ -451,8 +454,8 @@ class Teacher:
                 self.breaker.failed()
 
     def _count(self, outcome: str, seconds: float) -> None:
-        TEACHER_CALLS.labels(self.name, outcome).inc()
-        TEACHER_CALL_SECONDS.labels(self.name).observe(seconds)
+        TEACHER_CALLS.labels(self.of, self.name, outcome).inc()
+        TEACHER_CALL_SECONDS.labels(self.of, self.name).observe(seconds)
         if outcome == "ok":
             self.breaker.succeeded()
 

@@ -44,8 +44,8 @@ class Replica:
         """Whether it is known to serve the right model with the right vocabulary."""
         self.out_for = ""
         """Why it answers and stays out all the same; logged once."""
-        TEACHER_RUNNING.labels(teacher.name).set_function(lambda: self.running)
-        TEACHER_UP.labels(teacher.name).set_function(lambda: self.up)
+        TEACHER_RUNNING.labels(teacher.of, teacher.name).set_function(lambda: self.running)
+        TEACHER_UP.labels(teacher.of, teacher.name).set_function(lambda: self.up)
 
     @property
     def down(self) -> bool:

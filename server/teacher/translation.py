@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from server.completion import Piece, new_detokenizer
 from server.original_prompt import OriginalPrompt
+from server.sources import TEACHER
 from server.teacher.client import Ask
 from server.teacher.delivery import Delivery, last_border
 from server.teacher.errors import TeacherError
@@ -48,8 +49,11 @@ UNSUPPORTED = {
 class Translator:
     """What all choices of a pair share."""
 
-    def __init__(self, student: StudentWords, teacher: TeacherWords, tokenizer: Any) -> None:
-        """``tokenizer``: the student's, as its engine has it."""
+    def __init__(
+        self, student: StudentWords, teacher: TeacherWords, tokenizer: Any, name: str = TEACHER
+    ) -> None:
+        """``tokenizer``: the student's, as its engine has it; ``name``: the teacher's."""
+        self.name = name
         self.student = student
         self.teacher = teacher
         self.tokenizer = tokenizer
@@ -75,6 +79,7 @@ class Translation:
     def __init__(self, translator: Translator, pool: TeacherPool, choice: "Choice") -> None:
         self._student = translator.student
         self._teacher = translator.teacher
+        self._name = translator.name
         self._pool = pool
         self._choice = choice
         reading = SamplingParams(output_kind=RequestOutputKind.DELTA)  # without stop strings
@@ -112,7 +117,7 @@ class Translation:
     def reads(self) -> int:
         """Its prompt and the completion in its own tokens; before it was asked for them, the student's."""
         prompt = self._choice.original
-        if prompt is None or not prompt.teacher_ids:
+        if prompt is None or self._name not in prompt.teacher_ids:
             return self._choice.prefix_tokens
         return len(self._prefix)
 
@@ -179,7 +184,7 @@ class Translation:
         prompt = self._choice.original
         if prompt is None:
             raise RuntimeError("a prompt that no teacher can read was to be written by one")
-        return [*prompt.teacher_ids, *self._settled, *self._tail, *self._own]
+        return [*prompt.teacher_ids[self._name], *self._settled, *self._tail, *self._own]
 
     def _ask(self, tokens: int, meter: Meter) -> Ask | None:
         """What the teacher is asked for, to deliver ``tokens`` of the student's; None if its context is full.
@@ -223,8 +228,8 @@ class Translation:
     async def _prepare(self) -> None:
         """Bring the teacher's ids up to the completion's text."""
         prompt = self._choice.original
-        if prompt is not None and not prompt.teacher_ids:
-            prompt.teacher_ids = ids_of(await self._question("/tokenize", prompt.body))
+        if prompt is not None and self._name not in prompt.teacher_ids:
+            prompt.teacher_ids[self._name] = ids_of(await self._question("/tokenize", prompt.body))
         self._read()
         if self._last_writer_at == len(self._choice.completion):
             if self._own and not self._over and not self._text.endswith(UNFINISHED):

@@ -52,6 +52,8 @@ class ScriptedTeacher:
     refuses: str | None = None
     caches: float = 0.0
     """Share of every prompt that it reports as cached."""
+    first: str = "A"
+    """What it writes at the begin of a completion; at other places, what comes after it."""
     calls: list[Call] = field(default_factory=list)
     asks: list[Ask] = field(default_factory=list)
     hanging: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
@@ -113,7 +115,7 @@ class ScriptedTeacher:
             with contextlib.suppress(asyncio.CancelledError if self.writes_on else ()):
                 await asyncio.Event().wait()
         ends = place == self.ends_at
-        token = EOS if ends else letter(place, "A")
+        token = EOS if ends else letter(place, self.first)
         logprobs = None if params.logprobs is None else [{token: Logprob(-0.5)}]
         return Piece([token], logprobs, "stop" if ends else "length" if full else None)
 
@@ -185,7 +187,13 @@ async def write(engine: Engine, budget: object = None, **params: Any) -> Result:
 
 
 def count(name: str, **labels: str) -> float:
-    return REGISTRY.get_sample_value(name, labels) or 0.0
+    """The sum of the series that have these labels."""
+    total = 0.0
+    for metric in REGISTRY.collect():
+        for sample in metric.samples:
+            if sample.name == name and labels.items() <= sample.labels.items():
+                total += sample.value
+    return total
 
 
 def spent(engine: Engine) -> tuple[int, int]:

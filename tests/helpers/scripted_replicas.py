@@ -21,6 +21,7 @@ class Replica:
     def __init__(self, number: int) -> None:
         self.url = f"http://replica-{number}:8000"
         self.name = f"replica-{number}:8000"
+        self.of = ""
         self.model = "big"
         self.max_model_len: int | None = None
         self.breaker = Breaker(2, 60.0)

@@ -62,7 +62,10 @@ class Segment:
 
 
 class ScriptedLLM:
-    """vLLM's engine: asks at some places where its terms allow it, ends at one."""
+    """vLLM's engine: asks at some places where its terms allow it, ends at one.
+
+    With several teachers, ``ask_at`` has for each place how many of the dearer prices are exceeded there.
+    """
 
     def __init__(self, tokenizer: Any, ask_at: Collection[int], ends_at: int | None) -> None:
         self.tokenizer = get_cached_tokenizer(tokenizer)
@@ -100,7 +103,8 @@ class ScriptedLLM:
     def _next(self, segment: Segment, written: int) -> tuple[int, str | None]:
         place = len(segment.prefix) - len(PROMPT_IDS) + written
         if place in self.ask_at and segment.price < INF and written >= segment.not_before:
-            return RESERVED.escalation, "stop"
+            level = self.ask_at[place] if isinstance(self.ask_at, dict) else 0
+            return RESERVED.escalation + level, "stop"
         if place == self.ends_at and written >= segment.params.min_tokens:
             return EOS, "stop"
         full = written + 1 == segment.params.max_tokens

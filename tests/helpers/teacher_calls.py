@@ -48,7 +48,7 @@ async def failure(pieces: AsyncIterator[Piece]) -> TeacherError:
 
 
 def calls(teacher: Teacher, outcome: str) -> float:
-    labels = {"replica": teacher.name, "outcome": outcome}
+    labels = {"teacher": teacher.of, "replica": teacher.name, "outcome": outcome}
     return REGISTRY.get_sample_value("wheels_teacher_calls_total", labels) or 0.0
 
 

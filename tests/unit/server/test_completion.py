@@ -35,7 +35,7 @@ def student(completion: Completion, text: str | bytes, **ending: object) -> Comp
 
 def teacher(completion: Completion, text: str | bytes, **ending: object) -> CompletionOutput:
     """One call, one piece."""
-    completion.report.spans.append([len(completion)] * 2)
+    completion.report.open_span("teacher")
     completion.extend(piece(text, **ending), "teacher")
     return completion.output()
 
@@ -208,7 +208,7 @@ def test_outputs_are_deltas_or_grow(begin, kind, texts, ids):
 def test_a_final_output_holds_everything(begin):
     completion = begin(output_kind=FINAL_ONLY, stop=["!"])
     completion.extend(piece("ab"), "student")
-    completion.report.spans.append([2, 2])
+    completion.report.open_span("teacher")
     completion.extend(piece("cd!e"), "teacher")
     output = completion.output()
     assert (output.text, output.token_ids) == ("abcd", list(b"abcd!"))

@@ -22,6 +22,7 @@ from server.gate_processor import GateProcessor, RouterLoader, gate_settings, wr
 from server.gateway import _router_reload
 from server.router_reload import RouterReload, load_everywhere
 from server.served_pair import ServedPair, Spans
+from server.teacher.teachers import Teachers
 from server.vllm_api import find_reports
 
 CPU = torch.device("cpu")
@@ -301,7 +302,7 @@ class Gateway:
         self.refuses = ""
         self.model_config = SimpleNamespace(max_model_len=400)
         self.cooperation = Cooperation(
-            teacher=None,
+            teachers=Teachers.alone(None),
             policy=self.pair.policy(400),
             reserved=router.reserved,
             span_tokens=4,

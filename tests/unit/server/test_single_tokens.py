@@ -27,6 +27,7 @@ from server.gate_processor import NOT_BEFORE, PRICE
 from server.shared_budgets import SharedBudgets
 from server.single_tokens import SingleTokens
 from server.teacher.client import Ask
+from server.teacher.teachers import Teachers
 from server.vllm_api import CompletionOutput, Logprob, RequestOutput, SamplingParams
 from tests.helpers.scripted_student import DELTA, INF, RESERVED, cooperator
 
@@ -154,7 +155,7 @@ class Recital:
 async def streamed(recital: Recital, budget: float, **params: Any) -> list[tuple[CompletionOutput, str]]:
     """What the HTTP layer gets, and who wrote it."""
     cooperation = Cooperation(
-        teacher=recital,
+        teachers=Teachers.alone(recital),
         policy=Policy(CALIBRATION, expected_tokens=20),
         reserved=RESERVED,
         span_tokens=8,

@@ -37,9 +37,10 @@ def test_the_budget_is_documented_where_there_is_a_body(documented):
     schemas = documented["components"]["schemas"]
     number, parts, nothing = schemas["TeacherBudget"]["anyOf"]
     assert (number["minimum"], number["maximum"]) == (0, 1)
-    assert parts["properties"].keys() == {"fraction", "tokens", "calls", "cost"}
+    assert parts["properties"].keys() == {"fraction", "tokens", "calls", "cost", "teachers"}
     required = [some["required"] for some in parts["anyOf"]]
-    assert required == [["fraction"], ["tokens"], ["calls"], ["cost"]]
+    assert required == [["fraction"], ["tokens"], ["calls"], ["cost"], ["teachers"]]
+    assert schemas["Bounds"]["properties"].keys() == {"fraction", "tokens", "calls", "cost"}
     assert nothing == {"type": "null"}
     bodies = [schema for name, schema in schemas.items() if name.startswith("Request")]
     assert len(bodies) == len(PATHS) - 1
@@ -82,7 +83,8 @@ def test_a_document_that_is_asked_for_again_is_the_same():
 def test_the_report_is_documented_on_every_path(documented):
     assert documented["paths"].keys() == {*PATHS} - {ALONE[-1]}
     report = documented["components"]["schemas"]["Teacher"]
-    assert report["properties"].keys() == {*Report(own_tokens=0).as_dict().keys(), "cost", "saved", "session"}
+    fields = {*Report(own_tokens=0).as_dict().keys(), "cost", "saved", "session", "teachers"}
+    assert report["properties"].keys() == fields
     assert set(report["required"]) == Report().as_dict().keys()
     assert report["properties"]["session"]["$ref"] == "#/components/schemas/SessionFields"
     session = documented["components"]["schemas"]["SessionFields"]

@@ -12,6 +12,7 @@ from router.money import PriceList
 from router.policy import Policy
 from server.engine import Cooperation
 from server.shared_budgets import SharedBudgets
+from server.teacher.teachers import Teachers
 from tests.helpers.scripted_pair import CALIBRATION, Engine, ScriptedTeacher
 from tests.helpers.scripted_student import RESERVED, ScriptedLLM
 
@@ -35,7 +36,7 @@ def pair(tokenizer):
         **teacher: Any,
     ) -> tuple[Engine, ScriptedTeacher]:
         cooperation = Cooperation(
-            teacher=ScriptedTeacher(**teacher),
+            teachers=Teachers.alone(scripted := ScriptedTeacher(**teacher), prices),
             policy=Policy(CALIBRATION, expected_tokens=20),
             reserved=RESERVED,
             span_tokens=span_tokens,
@@ -47,6 +48,6 @@ def pair(tokenizer):
             prices=prices,
         )
         engine = Engine(ScriptedLLM(tokenizer, ask_at, ends_at), cooperation, **(student or {}))
-        return engine, cooperation.teacher
+        return engine, scripted
 
     return pair

@@ -26,6 +26,7 @@ from server.shared_budgets import SharedBudgets
 from server.teacher.breaker import Breaker
 from server.teacher.client import STREAM_ABOVE, Teacher
 from server.teacher.pool import TeacherPool
+from server.teacher.teachers import Teachers
 from server.vllm_api import SamplingParams
 from tests.helpers.fake_teacher import Answer, Server, begin_events, body, choice, event
 from tests.helpers.scripted_student import (
@@ -139,7 +140,7 @@ class Gateway:
         ledger, prices = MemoryLedger(clock=time.monotonic), PriceController(CALIBRATION, span_tokens)
         self.shared = SharedBudgets(ledger, prices, [limit])
         cooperation = Cooperation(
-            teacher=self.pool,
+            teachers=Teachers.alone(self.pool),
             policy=Policy(CALIBRATION, expected_tokens=20),
             reserved=RESERVED,
             span_tokens=span_tokens,

@@ -54,7 +54,7 @@ async def test_failed_calls_open_the_breaker_and_a_good_one_closes_it(server):
         assert not teacher.breaker.open
         await failure(write(teacher, SHORT))
         assert teacher.breaker.open
-        labels = {"replica": teacher.name}
+        labels = {"teacher": "", "replica": teacher.name}
         assert REGISTRY.get_sample_value("wheels_breaker_open", labels) == 1
         await collect(write(teacher, SHORT))
         assert not teacher.breaker.open
@@ -91,7 +91,8 @@ async def test_a_call_is_counted_once_by_its_outcome(server, teacher, answer, ou
 
 def seconds_counted(teacher: Teacher) -> float:
     """Durations that were observed; a port, and with it a label, may come again."""
-    return REGISTRY.get_sample_value("wheels_teacher_call_seconds_count", {"replica": teacher.name}) or 0.0
+    labels = {"teacher": "", "replica": teacher.name}
+    return REGISTRY.get_sample_value("wheels_teacher_call_seconds_count", labels) or 0.0
 
 
 # A teacher that takes its time

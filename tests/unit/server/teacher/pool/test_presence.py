@@ -84,7 +84,7 @@ async def test_a_probe_finds_a_dead_replica_before_a_request_does():
     watching = asyncio.create_task(pool.watch(0.01))
     await asyncio.sleep(0.05)
     assert [replica.up for replica in pool.replicas] == [False, True]
-    assert REGISTRY.get_sample_value("wheels_teacher_up", {"replica": "replica-0:8000"}) == 0
+    assert REGISTRY.get_sample_value("wheels_teacher_up", {"teacher": "", "replica": "replica-0:8000"}) == 0
     absent(pool, 0, error=None)
     await asyncio.sleep(0.05)
     assert [replica.up for replica in pool.replicas] == [True, True]
@@ -118,7 +118,7 @@ async def test_the_shortest_context_counts():
 async def test_calls_under_way_are_counted_by_replica():
     pool = await pool_of(1)
     slot = await pool.admit(KEYS[0])
-    running = ("wheels_teacher_running", {"replica": "replica-0:8000"})
+    running = ("wheels_teacher_running", {"teacher": "", "replica": "replica-0:8000"})
     assert REGISTRY.get_sample_value(*running) == 1
     slot.release()
     assert REGISTRY.get_sample_value(*running) == 0

@@ -22,6 +22,7 @@ from server.student import StudentEngine
 from server.teacher.breaker import Breaker
 from server.teacher.client import Teacher
 from server.teacher.pool import TeacherPool
+from server.teacher.teachers import Teachers
 from server.teacher.translation import Translator
 from server.teacher.vocabulary import Vocabularies
 from server.teacher.words import StudentWords, TeacherWords
@@ -69,12 +70,11 @@ class Pair:
         ledger, prices = MemoryLedger(), PriceController(CALIBRATION, 4)
         self.shared = SharedBudgets(ledger, prices, limits)
         cooperation = Cooperation(
-            teacher=pool,
+            teachers=Teachers.alone(pool, translator=translator),
             policy=Policy(CALIBRATION, expected_tokens=400),
             reserved=RESERVED,
             default_budget=Budget(fraction=0.5),
             shared=self.shared,
-            translator=translator,
             **{"span_tokens": 4, **settings},
         )
         student = StudentEngine(vllm.generate, vllm.check, vllm.tokenizer, 2000, RESERVED)

@@ -116,7 +116,7 @@ async def test_the_teachers_prompt_has_no_special_token_of_what_was_written(
 async def test_characters_that_the_student_cannot_write_are_left_to_it(pair: Any, tokenizer: Any) -> None:
     student = RecitingLLM(tokenizer, "s", ask_at={1})
     async with pair(f"ab{FACE}", vllm=student, span_tokens=8) as (engine, _):
-        words = engine.engine.cooperation.translator.student
+        words = engine.engine.cooperation.teachers.models[0].translator.student
         words._special_ids = words._special_ids | {FACE.encode()[1]}  # a student without this byte
         written = await engine.write({"calls": 1}, max_tokens=20)
     assert written.by_teacher == "ab"
@@ -147,7 +147,7 @@ async def test_a_full_context_of_the_teacher_is_no_loss(pair: Any, tokenizer: An
     student = RecitingLLM(tokenizer, "s", ask_at={3})
     async with pair("TEACHER", vllm=student) as (engine, teacher):
         prompt = len(teacher.tokenizer.encode(f"<|im_start|>user\nHi {END}{END}\n<|im_start|>assistant\n"))
-        engine.engine.cooperation.teacher.replicas[0].teacher.max_model_len = prompt + 3
+        engine.engine.cooperation.teachers.models[0].pool.replicas[0].teacher.max_model_len = prompt + 3
         written = await engine.write({"calls": 1}, max_tokens=9)
     assert written.text == "s" * 9
     assert (written.report.denied, written.report.degraded) == ({"context": 1}, False)

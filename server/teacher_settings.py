@@ -1,0 +1,109 @@
+"""How the configuration names teachers: one by its address, or several by name."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AnyHttpUrl,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveFloat,
+    SecretStr,
+    Tag,
+    model_validator,
+)
+
+from router.budget import TeacherName
+from server.sources import STUDENT, TEACHER
+
+NAMED = re.compile(r"([A-Za-z0-9._-]{1,64})=(.*)", re.DOTALL)
+"""A word of the command line: a name and an address."""
+MOST_MODELS = 8
+"""Each has a row of the student's vocabulary, by which the student asks for it."""
+
+
+def several(value: Any) -> Any:
+    """One, or several: as a list, or as text with commas between them."""
+    values = (
+        value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    )
+    values = [entry.strip() if isinstance(entry, str) else entry for entry in values]
+    if len(set(map(str, values))) < len(values):
+        raise ValueError("a value is given twice")
+    return values
+
+
+Addresses = Annotated[tuple[AnyHttpUrl, ...], BeforeValidator(several), Field(min_length=1)]
+
+
+class TeacherSettings(BaseModel):
+    """One of several teachers: a model at its replicas, or a tool."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: Addresses | None = None
+    """Base URLs of its replicas, without /v1."""
+    tool: Addresses | None = None
+    """In place of ``url``: where an HTTP function is called, at each of its replicas."""
+    model: str | None = None
+    """Model name at the teacher; default: its first one."""
+    vocabulary: Literal["auto", "same", "other"] = "auto"
+    api_key: SecretStr | None = None
+    """Sent as a bearer token."""
+    timeout: PositiveFloat | None = None
+    """As ``teacher_timeout``, which is its default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _address_is_url(cls, value: Any) -> Any:
+        return value if isinstance(value, dict | TeacherSettings) else {"url": value}
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> "TeacherSettings":
+        if (self.url is None) == (self.tool is None):
+            raise ValueError("set either url or tool")
+        if self.tool is not None and (self.model is not None or self.vocabulary != "auto"):
+            raise ValueError("a tool has no model and no vocabulary")
+        return self
+
+
+def words(value: Any) -> Any:
+    """What the flag brings, once or several times: addresses, NAME=ADDRESS, or JSON."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        return value
+    if not any(map(NAMED.match, value)):
+        return ",".join(value)
+    named: dict[str, Any] = {}
+    for word in value:
+        match = NAMED.match(word)
+        name, address = (TEACHER, word) if match is None else match.groups()
+        if name in named:
+            raise ValueError(f"two teachers are named {name!r}")
+        named[name] = address
+    return named
+
+
+def _kind(value: Any) -> str:
+    return "(named)" if isinstance(value, dict) else "(addresses)"
+
+
+Named = dict[TeacherName, TeacherSettings]
+Setting = Annotated[
+    Annotated[Addresses, Tag("(addresses)")] | Annotated[Named, Field(min_length=1), Tag("(named)")],
+    Discriminator(_kind),
+]
+"""The replicas of one teacher, or teachers by name."""
+
+
+def check_names(named: Named) -> None:
+    """Raises ValueError: a name has another meaning, or there are too many."""
+    if STUDENT in named:
+        raise ValueError(f"{STUDENT!r} is no name for a teacher")
+    models = [name for name, settings in named.items() if settings.tool is None]
+    if len(models) > MOST_MODELS:
+        raise ValueError(f"at most {MOST_MODELS} teachers can be models, not {len(models)}")

@@ -1,0 +1,105 @@
+"""Teachers in the configuration: one by its address, several by name."""
+
+import json
+
+import pytest
+
+from server.config import load
+from tests.helpers.settings import refusal
+
+
+def test_a_teacher_given_again_is_a_replica(needed):
+    config = load([*needed, "--teacher", "http://b:2"])
+    assert [str(url) for url in config.teacher] == ["http://127.0.0.1:8001/", "http://b:2/"]
+    assert list(config.teachers) == ["teacher"]
+
+
+def test_teachers_have_names(needed):
+    config = load([*needed[:2], "--teacher", "small=http://a:1", "--teacher", "big=http://b:1,http://b:2"])
+    urls = {name: [str(url) for url in teacher.url] for name, teacher in config.teachers.items()}
+    assert urls == {"small": ["http://a:1/"], "big": ["http://b:1/", "http://b:2/"]}
+
+
+def test_one_without_a_name_is_the_teacher(needed):
+    config = load([*needed, "--teacher", "big=http://b:1"])
+    assert list(config.teachers) == ["teacher", "big"]
+
+
+def test_named_teachers_can_stand_in_a_file_and_in_a_variable(needed, write, environment):
+    named = {
+        "small": "http://a:1",
+        "big": {"url": ["http://b:1"], "model": "org/Big", "vocabulary": "other", "api_key": "sk-secret"},
+        "calculator": {"tool": "http://c:1/calculate", "timeout": 2},
+    }
+    environment.setenv("WHEELS_TEACHER", json.dumps(named))
+    for flags in (write({"teacher": named}), []):
+        config = load([*needed[:2], *flags])
+        big, calculator = config.teachers["big"], config.teachers["calculator"]
+        assert (big.model, big.vocabulary, big.timeout) == ("org/Big", "other", None)
+        assert str(calculator.tool[0]) == "http://c:1/calculate"
+        assert "sk-secret" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        ({}, "teacher: Dictionary should have at least 1 item"),
+        ({"student": "http://a"}, "teacher: 'student' is no name for a teacher"),
+        ({"a b": "http://a"}, "teacher.a b"),
+        ({"a": "b:1"}, "teacher.a.url.0: URL"),
+        ({"a": {"url": "http://a", "tool": "http://b"}}, "teacher.a: set either url or tool"),
+        ({"a": {"model": "x"}}, "teacher.a: set either url or tool"),
+        ({"a": {"tool": "http://a", "model": "x"}}, "teacher.a: a tool has no model and no vocabulary"),
+        ({"a": {"url": "http://a", "port": 1}}, "unknown setting teacher.a.port"),
+        ({str(n): "http://a" for n in range(9)}, "teacher: at most 8 teachers can be models, not 9"),
+    ],
+)
+def test_teachers_that_cannot_be_are_refused(needed, teacher, said):
+    assert refusal([*needed[:2], "--teacher", json.dumps(teacher)]).startswith(said)
+
+
+def test_a_name_stands_for_one_teacher(needed):
+    words = ["--teacher", "a=http://a:1", "--teacher", "a=http://a:2"]
+    assert refusal([*needed[:2], *words]) == "teacher: two teachers are named 'a'"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--teacher-model", "x"], "teacher_model: with named teachers, each has a model of its own"),
+        (["--teacher-api-key", "x"], "teacher_api_key: with named teachers, each has a api_key of its own"),
+        (
+            ["--default-budget", '{"fraction": 0.1, "teachers": ["b"]}'],
+            "default_budget.teachers: no teacher is named 'b'",
+        ),
+        (["--models", '{"m": {"teachers": {"b": 0.1}}}'], "models.m.teachers: no teacher is named 'b'"),
+        (
+            ["--limits", '[{"type": "tokens", "tokens": 9, "window_seconds": 9, "teacher": "b"}]'],
+            "limits: no teacher is named 'b'",
+        ),
+        (
+            ["--prices", '{"student": {"input": 1, "output": 1}, "teacher": {"input": 1, "output": 1}}'],
+            "prices.teacher: with named teachers, prices have their names too",
+        ),
+        (
+            [
+                "--prices",
+                '{"student": {"input": 1, "output": 1}, "teacher": {"b": {"input": 1, "output": 1}}}',
+            ],
+            "prices.teacher: no teacher is named 'b'",
+        ),
+        (
+            ["--prices", '{"student": {"input": 1, "output": 1}, "teacher": {"a": {"input": 1}}}'],
+            "prices.teacher.a.output: Field required",
+        ),
+    ],
+)
+def test_settings_go_with_the_names(needed, flags, said):
+    assert refusal([*needed[:2], "--teacher", "a=http://a:1", *flags]) == said
+
+
+def test_every_model_has_a_price_or_none(needed):
+    prices = {"student": {"input": 1, "output": 1}, "teacher": {"a": {"input": 1, "output": 1}}}
+    words = [*needed[:2], "--teacher", "a=http://a:1", "--prices", json.dumps(prices)]
+    assert load(words).prices.of_teacher("a").output == 1
+    assert refusal([*words, "--teacher", "b=http://b:1"]) == "prices.teacher: b has none"
