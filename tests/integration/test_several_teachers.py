@@ -1,0 +1,100 @@
+"""One gateway with two teachers in real engines: the demo's teacher, and its student as the cheap one."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from openai import AsyncOpenAI, BadRequestError
+
+from server.local.pair import Serving
+from tests.helpers.client import chat, excess, metric, openai_client
+from tests.helpers.gateways import StartGateway
+
+PRICES = {
+    "student": {"input": 0.1, "output": 0.4},
+    "teacher": {"teacher": {"input": 2, "output": 10}, "small": {"input": 0.5, "output": 2}},
+}
+
+
+@pytest.fixture(scope="module")
+def both(
+    gateway: StartGateway, twins: Serving, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Serving]:
+    """The teacher without a name is called "teacher"."""
+    flags = ("--teacher", f"small={twins.teacher}", "--prices", json.dumps(PRICES))
+    with gateway(tmp_path_factory.mktemp("both"), *flags) as serving:
+        yield serving
+
+
+@pytest.fixture
+async def two(both: Serving) -> AsyncIterator[AsyncOpenAI]:
+    async with openai_client(both.gateway) as client:
+        yield client
+
+
+async def test_each_teacher_writes_some_and_every_bound_holds(
+    two: AsyncOpenAI, both: Serving, sources: list[str], span_tokens: int
+) -> None:
+    replies = await asyncio.gather(*(chat(two, source, 0.4) for source in sources[:40]))
+    tokens = {"small": 0, "teacher": 0}
+    for reply in replies:
+        report = reply.teacher
+        parts = report.get("teachers", {})
+        assert excess(reply, 0.4, span_tokens) <= 1e-9
+        assert sum(part["tokens"] for part in parts.values()) == report["tokens"]
+        assert sum(part["cost"] for part in parts.values()) == pytest.approx(report["cost"])
+        assert sorted(span for part in parts.values() for span in part["spans"]) == report["spans"]
+        for name, part in parts.items():
+            tokens[name] += part["tokens"]
+    assert min(tokens.values()) > 0
+    for name, count in tokens.items():
+        assert metric(both.gateway, "wheels_completion_tokens_total", source=name) >= count
+        assert metric(both.gateway, "wheels_teacher_calls_total", teacher=name, outcome="ok") > 0
+
+
+async def test_a_budget_of_one_is_the_dear_teacher_alone(
+    two: AsyncOpenAI, client: AsyncOpenAI, sources: list[str]
+) -> None:
+    for source in sources[:4]:
+        alone = await chat(client, source, 1)
+        reply = await chat(two, source, 1)
+        assert reply.choices[0].token_ids == alone.choices[0].token_ids
+        assert reply.teacher["teachers"].keys() == {"teacher"}
+
+
+async def test_a_request_names_who_may_be_asked(two: AsyncOpenAI, sources: list[str]) -> None:
+    budget = {"fraction": 0.5, "teachers": {"small": None, "teacher": {"tokens": 3}}}
+    asked = [(source, budget) for source in sources[:8]]
+    asked += [(source, {"fraction": 0.5, "teachers": ["small"]}) for source in sources[:8]]
+    replies = await asyncio.gather(*(chat(two, source, budget) for source, budget in asked))
+    for reply in replies[:8]:
+        assert reply.teacher.get("teachers", {}).get("teacher", {"tokens": 0})["tokens"] <= 3
+    for reply in replies[8:]:
+        assert reply.teacher.get("teachers", {}).keys() <= {"small"}
+
+
+async def test_chunks_name_the_teacher(two: AsyncOpenAI, sources: list[str]) -> None:
+    seen: set[str] = set()
+    for name in ("small", "teacher"):
+        budget: dict[str, Any] = {"fraction": 0.9, "teachers": [name]}
+        stream = await chat(two, sources[0], budget, stream=True)
+        chunks = [chunk async for chunk in stream]
+        here = {chunk.source for chunk in chunks}
+        assert here <= {"student", name}
+        seen |= here
+    assert {"small", "teacher"} <= seen
+
+
+async def test_an_unknown_name_is_refused(two: AsyncOpenAI) -> None:
+    with pytest.raises(BadRequestError, match="no teacher is named 'huge'; there are: small, teacher") as e:
+        await chat(two, "Hi", {"fraction": 0.5, "teachers": ["huge"]})
+    assert e.value.body["param"] == "teacher_budget"
+
+
+async def test_the_gateway_says_who_is_there(both: Serving) -> None:
+    async with httpx.AsyncClient(base_url=both.gateway) as http:
+        ready = (await http.get("/ready")).json()
+    assert ready["teachers"] == {"small": True, "teacher": True}
