@@ -127,7 +127,7 @@ def evaluation_parser() -> argparse.ArgumentParser:
         type=fraction,
         nargs="+",
         default=BUDGETS,
-        help="budgets to measure, in addition to 0 and 1 (default: %(default)s)",
+        help=f"budgets to measure, 0 and 1 always with them (default: {' '.join(map(str, BUDGETS))})",
     )
     served.add_argument(
         "--concurrency", type=positive, default=16, help="requests at once (default: %(default)s)"
