@@ -3,4 +3,6 @@
 from typing import Literal, get_args
 
 GateName = Literal["learned", "random", "entropy", "margin", "max_probability"]
+UNTRAINED_GATE: GateName = "entropy"
+"""Of a pair without a router: the best on the real pair of docs/results/synopses.md."""
 GATE_NAMES: tuple[GateName, ...] = get_args(GateName)

@@ -27,7 +27,7 @@ from pydantic import (
 from measuring.examples import load_sources
 from router.budget import Budget
 from router.errors import UnusableInput
-from router.gate_names import GATE_NAMES, GateName
+from router.gate_names import GATE_NAMES, UNTRAINED_GATE, GateName
 from router.ledger import LedgerConfig, Limit, MemoryLedgerConfig
 from router.money import PriceList, TokenPrices
 from server.sources import TEACHER
@@ -172,7 +172,7 @@ class ServeConfig(BaseModel):
     )
     gate: GateName | None = Field(
         None,
-        description=f"what decides: {', '.join(GATE_NAMES)}; default: learned with a router, else margin",
+        description=f"what decides: {', '.join(GATE_NAMES)}; default: learned with a router, else {UNTRAINED_GATE}",
     )
     price: FiniteFloat | None = Field(
         None, description="fixed price; default: the router's calibration, or learned while serving"

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from router.adaptive import AdaptiveCalibration
 from router.checkpoint import MERGED_ROUTER, CheckpointError, RouterCheckpoint, fingerprint, vocabulary
+from router.gate_names import UNTRAINED_GATE
 from router.policy import Calibration, Policy
 from router.reserved import ReservedRows, visible_rows
 from router.rows import MODEL_CONFIG, append_rows, check_decoder, vocabulary_rows
@@ -25,8 +26,6 @@ class Spans(NamedTuple):
 
 UNTRAINED_SPANS = Spans(span_tokens=4, ask_tokens=1)
 """Without a router: a token a call, and a bucket that may run four tokens ahead of its fraction."""
-DEFAULT_GATE = "margin"
-"""Without a router; the best of the untrained gates on natural language, see docs/log.md."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class ServedPair:
         """The configured gate; by default the learned one where there is a router."""
         if self.config.gate is not None:
             return self.config.gate
-        return "learned" if self.router is not None else DEFAULT_GATE
+        return "learned" if self.router is not None else UNTRAINED_GATE
 
     @property
     def learns_its_price(self) -> bool:

@@ -112,7 +112,7 @@ def test_a_measured_or_fixed_price_is_not_learned(router, tmp_path):
 
 
 def test_without_a_router_the_gate_is_one_that_needs_no_training(router, tmp_path):
-    assert pair_of(tmp_path, None).gate == "margin"
+    assert pair_of(tmp_path, None).gate == "entropy"
 
 
 def test_with_a_router_the_gate_is_the_learned_one(router, tmp_path):
