@@ -31,7 +31,9 @@ class TaskConfig(Frozen):
     """What the pair is trained for, see `training.tasks`."""
 
     name: str
+    """`numbers`, `jsonl` or `dataset`."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """The task's own options, such as `directory` and `metric`; see training.md."""
 
 
 class TokenizerConfig(Frozen):
@@ -64,12 +66,17 @@ class Shape(Frozen):
     """A Llama of this size, trained from scratch."""
 
     hidden: PositiveInt
+    """Width of the hidden state."""
     layers: PositiveInt
+    """Number of layers."""
     heads: PositiveInt
+    """Attention heads of a layer."""
     feed_forward: PositiveInt
+    """Width inside a layer's feed-forward part."""
     head_dim: PositiveInt = 32
     """32 is the least that vLLM's CPU attention takes."""
     context: PositiveInt = 512
+    """Longest text, in tokens."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Of the embeddings and of what each block adds, while training: for little data."""
 
@@ -78,17 +85,23 @@ class Schedule(Frozen):
     """Warm-up, constant, then linear decay to zero (WSD), so that a run can be prolonged before its decay."""
 
     steps: PositiveInt
+    """Optimizer steps."""
     batch: PositiveInt
     """Examples of one optimizer step, over all processes."""
     accumulate: PositiveInt = 1
     """Passes that a process splits its share of the batch into: less memory, the same gradient."""
     learning_rate: PositiveFloat
+    """The rate after the warm-up and before the decay."""
     warmup: NonNegativeInt = 100
+    """Steps until the full learning rate."""
     decay: Rate = 0.5
     """Share of the steps that decay."""
     weight_decay: float = 0.0
+    """The optimizer's weight decay."""
     clip: PositiveFloat = 1.0
+    """Largest norm of the gradient; a larger one is scaled down to it."""
     optimizer: Literal["adamw", "muon"] = "muon"
+    """muon is for models that are trained in whole, adamw for adapters."""
     compile: bool = True
     """Compile the decoder: nearly twice as fast for small models on a CPU, after half a minute."""
     gradient_checkpointing: bool = False
@@ -98,10 +111,13 @@ class Schedule(Frozen):
     weights and optimizer stay float32.
     """
     checkpoint_every: PositiveInt = 250
+    """Steps between two checkpoints."""
     log_every: PositiveInt = 25
+    """Steps between two lines of the log."""
     validate_every: NonNegativeInt = 0
     """Steps between greedy completions of validation examples, scored by the task; 0: never."""
     validate_examples: PositiveInt = 100
+    """Validation examples that are completed each time."""
     keep: Literal["last", "best"] = "last"
     """Which weights are exported: those of the last step, or of the best validation."""
     patience: NonNegativeInt = 0
@@ -191,6 +207,7 @@ class PCLConfig(MethodBase):
     clip: PositiveFloat = 4.0
     """Residuals count linearly beyond this, nats."""
     on_policy: float = Field(default=0.5, ge=0, le=1)
+    """Share of the steps on the student's own completions."""
 
     @property
     def needs_references(self) -> bool:
@@ -234,6 +251,7 @@ class RolloutConfig(Frozen):
     """The model's own completions are written by a vLLM server of it; see `training.rollout_server`."""
 
     url: str
+    """Address of the vLLM server, without /v1."""
     directory: Path | None = None
     """Where the weights are handed over, readable by both; None: `rollouts` in the model's work directory."""
     every: PositiveInt = 1
@@ -246,9 +264,13 @@ class ScratchConfig(Frozen):
     is_ready: ClassVar[bool] = False
     dtype: ClassVar[str] = "float32"
     shape: Shape
+    """Its size."""
     method: MethodConfig
+    """How it learns."""
     schedule: Schedule
+    """How long, and with which optimizer."""
     rollouts: RolloutConfig | None = None
+    """A vLLM server that writes its own completions; None: the trainer does."""
 
     @property
     def plan(self) -> TrainingPlan:
@@ -260,8 +282,11 @@ class LoraConfig(Frozen):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) are trained instead of the weights."""
 
     rank: PositiveInt = 16
+    """Rank of each adapter."""
     alpha: PositiveFloat = 32
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of the adapters' inputs, while training."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Names of the modules that get an adapter; by default all linear ones but the output matrix."""
 
@@ -274,9 +299,13 @@ class PretrainedConfig(Frozen):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights; keep float32 for what is trained."""
     lora: LoraConfig | None = None
+    """Adapters that are trained instead of the weights; None: all weights are."""
     method: MethodConfig | None = None
+    """How it is trained further; None: it is taken as it is."""
     schedule: Schedule | None = None
+    """How long, and with which optimizer; goes with `method`."""
     rollouts: RolloutConfig | None = None
+    """A vLLM server that writes its own completions; None: the trainer does."""
 
     @property
     def is_ready(self) -> bool:
@@ -311,11 +340,15 @@ class PrunedConfig(Frozen):
 
     is_ready: ClassVar[bool] = False
     prune: PruneConfig
+    """How much of the teacher it keeps."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights."""
     method: MethodConfig
+    """How it learns."""
     schedule: Schedule
+    """How long, and with which optimizer."""
     rollouts: RolloutConfig | None = None
+    """A vLLM server that writes its own completions; None: the trainer does."""
 
     @property
     def plan(self) -> TrainingPlan:
@@ -330,6 +363,7 @@ class ServedConfig(Frozen):
     method: ClassVar[None] = None
     plan: ClassVar[None] = None
     url: str
+    """Address of the vLLM server, without /v1."""
     model: str | None = None
     """The name it is served by; None: the only one there."""
     top_logprobs: int = Field(default=20, ge=2)
@@ -366,7 +400,9 @@ class Recipe(Frozen):
     work: Path
     """Checkpoints and logs; a second run with the same recipe goes on where the first one ended."""
     seed: int = 0
+    """Of everything that is drawn at random."""
     threads: PositiveInt = 1
+    """Threads of a CPU that torch computes with."""
     max_tokens: PositiveInt = 64
     """Longest completion in rollouts, calibration and evaluation."""
     max_length: PositiveInt | None = None
@@ -374,14 +410,19 @@ class Recipe(Frozen):
     teacher_cache: NonNegativeInt = 1024
     """Megabytes of the teacher's answers that are kept in `work`, for later epochs; 0: none."""
     task: TaskConfig
+    """What the pair is trained for."""
     tokenizer: TokenizerConfig | None = None
     """None: the pretrained student's, or else the pretrained teacher's."""
     chat: ChatConfig = ChatConfig()
+    """How a prompt is made of messages."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Where the scalars of training go, besides `log.jsonl`."""
     teacher: TeacherConfig
+    """The large model: trained from nothing, ready, trained further, or behind a URL."""
     student: StudentConfig
+    """The small model: trained from nothing, ready, trained further, or a part of the teacher."""
     router: GateConfig
+    """The gate, and how its prices are measured."""
 
     def model(self, role: Role) -> ModelConfig | ServedConfig:
         """The configuration of teacher or student."""

@@ -129,9 +129,11 @@ class GateConfig(Frozen):
     """The gate over the frozen pair, and its calibration."""
 
     span_tokens: PositiveInt
+    """Longest span: the credit that a fraction starts with."""
     ask_tokens: PositiveInt
     """Tokens of one teacher call, at most a span."""
     width: PositiveInt = 64
+    """Width of the gate's hidden layers."""
     gain: Gain
     """What asking gains, which the score is taught."""
     objective: Objective = DifferenceObjective()
@@ -147,12 +149,17 @@ class GateConfig(Frozen):
     explore: float = Field(default=0.1, ge=0, lt=1)
     """Share of the later rounds' decisions that are turned round."""
     epochs: PositiveInt = 8
+    """Passes over the positions of the rollouts in each fit."""
     batch: PositiveInt = 2048
+    """Positions of one optimizer step."""
     learning_rate: PositiveFloat = 3e-3
+    """Highest learning rate of the gate's fit."""
     weight_decay: float = 1e-4
+    """Weight decay of the gate's fit."""
     budgets: tuple[Rate, ...] = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.9)
     """Fractions that a price is calibrated for, increasing."""
     calibration_examples: PositiveInt = 500
+    """Validation examples that prices are measured on."""
 
     @property
     def template(self) -> str | None:

@@ -76,7 +76,9 @@ def recipe() -> str:
         meanings = docstrings_of(model)
         for name, field in model.model_fields.items():
             kind = type_of(field.annotation)
-            meaning = cell(field.description or meanings.get(name, ""))
+            meaning = cell(
+                field.description or meanings.get(name, "Chooses this one." if name == "type" else "")
+            )
             lines.append(f"| `{name}` | {kind} | {default_of(field)} | {meaning} |")
     return "\n".join(lines) + "\n"
 
