@@ -172,7 +172,8 @@ class ServeConfig(BaseModel):
     )
     gate: GateName | None = Field(
         None,
-        description=f"what decides: {', '.join(GATE_NAMES)}; default: learned with a router, else {UNTRAINED_GATE}",
+        description=f"what decides: {', '.join(GATE_NAMES)}; "
+        f"default: learned with a router, else {UNTRAINED_GATE}",
     )
     price: FiniteFloat | None = Field(
         None, description="fixed price; default: the router's calibration, or learned while serving"
