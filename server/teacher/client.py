@@ -129,6 +129,8 @@ class Ask:
     """The ids are the teacher's own; its text is what is wanted, and the call is closed when it is enough."""
     constraint: Constraint | None = None
     """Of structured output. It has to be at the end of the prompt, and advances with what is written."""
+    grammar: Mapping[str, Any] = field(default_factory=dict)
+    """Of structured output that is checked elsewhere: fields of the request, for the teacher to keep to."""
     adapter: str | None = None
     """The student's LoRA adapter: the teacher uses its own of that name, if it has one."""
 
@@ -185,8 +187,10 @@ class _Progress:
     @property
     def grammar(self) -> dict[str, Any]:
         """The grammar for a teacher that is asked from its beginning on."""
-        if self.ask.constraint is None or self.banned or not self.takes_grammar:
+        if self.banned or not self.takes_grammar:
             return {}
+        if self.ask.constraint is None:
+            return {} if self.written else dict(self.ask.grammar)
         return self.ask.constraint.fields
 
     def take(self, reply: Reply) -> None:
@@ -534,7 +538,7 @@ class Teacher:
     ) -> AsyncGenerator[Reply]:
         """The replies to one request, up to an ending or to where the teacher is to be asked again."""
         ask = progress.ask
-        screen = Screen.of(ask.params, progress.completion)
+        screen = Screen() if ask.as_text else Screen.of(ask.params, progress.completion)
         body = _body(progress, screen, self.adapters.model_for(ask.adapter, self.model), allowed)
         longest = LONGEST + ECHOED * len(body["prompt"])
         room = body["max_tokens"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from server.completion import Piece, new_detokenizer
 from server.original_prompt import OriginalPrompt
 from server.sources import TEACHER
+from server.teacher.carried import Screen
 from server.teacher.client import Ask
 from server.teacher.delivery import Delivery, last_border
 from server.teacher.errors import TeacherError
@@ -34,16 +35,11 @@ UNSUPPORTED = {
     "logprob_token_ids": None,
     "logit_bias": None,
     "allowed_token_ids": None,
-    "stop_token_ids": None,
-    "ignore_eos": False,
     "thinking_token_budget": None,
-    "repetition_detection": None,
     "frequency_penalty": 0.0,
     "presence_penalty": 0.0,
-    "bad_words": None,
-    "structured_outputs": None,
 }
-"""What speaks of one vocabulary's ids, with the value that leaves it unused."""
+"""What a model has to know of each token that it may write, with the value that leaves it unused."""
 
 
 class Translator:
@@ -140,16 +136,35 @@ class Translation:
         delivery = Delivery(self._student, tokens, to_the_end=tokens >= choice.completion.tokens_left)
         async with aclosing(self._delivered(slot, delivery, deadline, meter)) as parts:
             async for ids in parts:
-                if ids:
-                    yield Piece(ids)
+                kept = self._kept(ids)
+                if kept:
+                    yield Piece(kept)
+                if len(kept) < len(ids):
+                    return  # the student, who knows the rules, writes the next token
         if delivery.stuck:
             choice.put_off("characters", degraded=False, tokens=1)
         elif self._over and not (delivery.rest or delivery.full):
-            if not choice.min_tokens:
+            if self._may_end:
                 yield Piece(choice.end_ids, finish_reason="stop")
         else:
             self._ahead = delivery.rest
             self._last_writer_at = start + tokens - delivery.left
+
+    def _kept(self, ids: list[int]) -> list[int]:
+        """The student's ids up to one that ends a bad word, or that a grammar refuses."""
+        choice = self._choice
+        screen = Screen(bad_words=choice.params.bad_words_token_ids or ())
+        before = choice.completion.token_ids[-screen.reach :] if screen.reach else ()
+        kept = list(screen.apply(Piece(ids), before).piece.token_ids)
+        return kept if choice.constraint is None else kept[: choice.constraint.take(kept)]
+
+    @property
+    def _may_end(self) -> bool:
+        """Whether the completion may end where the teacher's sequence does."""
+        choice = self._choice
+        if choice.min_tokens:
+            return False
+        return choice.constraint is None or all(map(choice.constraint.allows, choice.end_ids))
 
     async def _delivered(
         self, slot: Slot, delivery: Delivery, deadline: float, meter: Meter
@@ -211,6 +226,7 @@ class Translation:
             cache_salt=choice.prompt.get("cache_salt"),
             meter=meter,
             as_text=True,
+            grammar={} if choice.constraint is None else choice.constraint.fields,
             adapter=choice.adapter,
         )
 

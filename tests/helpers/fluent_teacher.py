@@ -83,6 +83,8 @@ class FluentTeacher(Server):
         ids = self.tokenizer.encode(self.after(prompt), add_special_tokens=False)
         if self.ends:
             ids.append(self.tokenizer.eos_token_id)
+        while asked.get("ignore_eos") and len(ids) < asked["max_tokens"]:
+            ids += [*self.tokenizer.encode(self.text, add_special_tokens=False), self.tokenizer.eos_token_id]
         ids = ids[: asked["max_tokens"]]
         sent: list[int] = []
         self.written.append(sent)
@@ -94,7 +96,8 @@ class FluentTeacher(Server):
             if text.endswith("\ufffd"):
                 text = shown
             last = len(sent) == len(ids)
-            finish = "stop" if token_id == self.tokenizer.eos_token_id else "length" if last else None
+            end = token_id == self.tokenizer.eos_token_id and not asked.get("ignore_eos")
+            finish = "stop" if end else "length" if last else None
             await response.write(event(choice([token_id], finish, text=text[len(shown) :])))
             shown = text
         await response.write(event("[DONE]"))

@@ -79,6 +79,7 @@ class ScriptedLLM:
         params.verify(config, None, None, self.tokenizer)
         params = params.clone()
         params.update_from_generation_config({}, EOS)
+        params.update_from_tokenizer(self.tokenizer)
         return params
 
     async def generate(

@@ -1,6 +1,9 @@
 """The demo's student with a teacher of another tokenizer, chat template and end token, in real engines."""
 
 import asyncio
+import json
+import re
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -129,14 +132,89 @@ async def test_bounds_hold_and_no_border_is_within_a_character(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("logprobs", True), ("logit_bias", {"9": 1}), ("stop_token_ids", [9]), ("ignore_eos", True)],
+    [("logprobs", True), ("logit_bias", {"9": 1}), ("allowed_token_ids", [9]), ("presence_penalty", 1)],
 )
-async def test_what_speaks_of_ids_is_refused_by_name(gateway: AsyncOpenAI, name: str, value: Any) -> None:
+async def test_what_only_the_students_logits_have_is_refused_by_name(
+    gateway: AsyncOpenAI, name: str, value: Any
+) -> None:
     with pytest.raises(BadRequestError) as error:
         await chat(gateway, "Hi", 0.5, extra_body={name: value})
     assert error.value.body["param"] == name
     alone = await chat(gateway, "Hi", None, extra_body={name: value}, max_tokens=8)
     assert alone.teacher["calls"] == 0
+
+
+ANSWERS = {
+    "type": "object",
+    "properties": {"answer": {"enum": ["yes indeed", "not at all"]}, "sure": {"type": "boolean"}},
+    "required": ["answer", "sure"],
+    "additionalProperties": False,
+}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "answers", "schema": ANSWERS}}
+
+
+@pytest.mark.parametrize("budget", [0.3, {"calls": 2}, 1])
+async def test_a_grammar_holds_for_both_models(gateway: AsyncOpenAI, sources: list[str], budget: Any) -> None:
+    taught = 0
+    for source in sources[:4]:
+        reply = await chat(gateway, source, budget, response_format=SCHEMA)
+        answer = json.loads(reply.choices[0].message.content)
+        assert answer["answer"] in ("yes indeed", "not at all")
+        assert answer["sure"] in (True, False)
+        taught += reply.teacher["tokens"]
+        regex = {"structured_outputs": {"regex": "[a-z]{6} [0-9]{3}"}}
+        reply = await chat(gateway, source, budget, extra_body=regex)
+        assert re.fullmatch("[a-z]{6} [0-9]{3}", reply.choices[0].message.content)
+        taught += reply.teacher["tokens"]
+        assert reply.teacher["degraded"] is False
+        if budget == 1:
+            assert (reply.teacher["rate"], reply.teacher["calls"]) == (1, 1)
+    assert taught > 0
+
+
+async def test_no_end_of_either_model_ends_it_if_that_is_to_be_ignored(
+    gateway: AsyncOpenAI, sources: list[str]
+) -> None:
+    for budget in (0.3, 1):
+        reply = await chat(gateway, sources[1], budget, max_tokens=90, extra_body={"ignore_eos": True})
+        assert len(reply.choices[0].token_ids) == 90
+        assert reply.teacher["tokens"] > 0
+
+
+@pytest.mark.parametrize("budget", [0.3, 1])
+async def test_stop_tokens_and_bad_words_hold_for_the_teachers_text(
+    gateway: AsyncOpenAI, pair: Pair, budget: float
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pair.student)
+
+    async def written(**extra: Any) -> Any:
+        reply = await chat(gateway, "What is 17 plus 4?", budget, max_tokens=LENGTH, extra_body=extra)
+        return reply.choices[0]
+
+    usual = Counter((await written()).token_ids).most_common()
+    token, word = next(
+        (token, word)
+        for token, word in ((token, tokenizer.decode([token])) for token, _ in usual)
+        if word.strip() and tokenizer.encode(word, add_special_tokens=False) == [token]
+    )
+    stopped = await written(stop_token_ids=[token])
+    assert token not in stopped.token_ids[:-1]
+    if stopped.token_ids[-1] == token:
+        assert (stopped.finish_reason, stopped.stop_reason) == ("stop", token)
+    assert token not in (await written(bad_words=[word])).token_ids
+
+
+async def test_the_prompts_log_probabilities_are_the_students(
+    gateway: AsyncOpenAI, sources: list[str]
+) -> None:
+    asked = {"max_tokens": 20, "extra_body": {"prompt_logprobs": 1}}
+    alone = await chat(gateway, sources[0], 0, **asked)
+    together = await chat(gateway, sources[0], 1, **asked)
+    assert together.teacher["rate"] == 1
+    for ours, theirs in zip(together.prompt_logprobs[1:], alone.prompt_logprobs[1:], strict=True):
+        assert {token: pytest.approx(entry["logprob"], abs=1e-4) for token, entry in ours.items()} == {
+            token: entry["logprob"] for token, entry in theirs.items()
+        }
 
 
 async def test_a_prompt_of_ids_is_the_students(gateway: AsyncOpenAI) -> None:

@@ -169,8 +169,8 @@ async def test_the_prompts_log_probabilities_are_the_students(
 async def test_an_echo_has_the_log_probabilities_of_prompt_and_completion(
     stack: Serving, sources: list[str], budget: float, stream: bool
 ) -> None:
-    body = {"model": "wheels", "prompt": sources[2], "max_tokens": 24, "temperature": 0, "n": 2, "seed": 1}
-    body |= {"echo": True, "logprobs": 1}
+    body = {"model": "wheels", "prompt": sources[2], "max_tokens": 24, "n": 2, "seed": 1}
+    body |= {"echo": True, "logprobs": 1, "ignore_eos": True}
     async with httpx.AsyncClient(base_url=stack.gateway, timeout=PATIENCE) as http:
 
         async def scores(**more: Any) -> dict[int, list[float]]:

@@ -67,6 +67,7 @@ class Pair:
 
     def __init__(self, vllm: Any, pool: TeacherPool, translator: Translator, **settings: Any) -> None:
         limits = settings.pop("limits", ())
+        options = settings.pop("student", {})
         ledger, prices = MemoryLedger(), PriceController(CALIBRATION, 4)
         self.shared = SharedBudgets(ledger, prices, limits)
         cooperation = Cooperation(
@@ -77,12 +78,13 @@ class Pair:
             shared=self.shared,
             **{"span_tokens": 4, **settings},
         )
-        student = StudentEngine(vllm.generate, vllm.check, vllm.tokenizer, 2000, RESERVED)
+        student = StudentEngine(vllm.generate, vllm.check, vllm.tokenizer, 2000, RESERVED, **options)
         self.engine = Cooperator(student, cooperation)
 
     async def write(
         self, budget: Any, *, prompt: Any = PROMPT, original: Any = USER, **params: Any
     ) -> Written:
+        options = params.pop("options", {})
         exchange = Exchange(None if budget is None else Budget.model_validate(budget))
         prompt = dict(prompt)
         if original is not None:
@@ -90,7 +92,7 @@ class Pair:
         token = EXCHANGE.set(exchange)
         try:
             sampling = SamplingParams(**{"max_tokens": 400, "output_kind": DELTA} | params)
-            outputs = self.engine.generate(prompt, sampling, "r")
+            outputs = self.engine.generate(prompt, sampling, "r", **options)
         finally:
             EXCHANGE.reset(token)
         collected = [output async for output in outputs]
