@@ -18,7 +18,7 @@ from tests.helpers.paths import DEMO
 PRICE = -0.5
 """The margin gate asks where the best two log-probabilities are nearer to each other than this."""
 BUDGETS = '{"tuned": 1, "student-only": 0.5}'
-LORA = ("--enable-lora", "--max-loras", "3", "--max-cpu-loras", "3")
+FLAGS = ("--enable-lora", "--max-loras", "3", "--max-cpu-loras", "3", "--max-logprobs", "-1")
 RUNTIME = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
 
@@ -32,7 +32,7 @@ class Adapted:
 
 def with_adapters(service: Service, **adapters: Path) -> Service:
     modules = [f"{name.replace('_', '-')}={directory}" for name, directory in adapters.items()]
-    command = (*service.command, *LORA, "--lora-modules", *modules)
+    command = (*service.command, *FLAGS, "--lora-modules", *modules)
     return dataclasses.replace(service, command=command, environment={**service.environment, **RUNTIME})
 
 
@@ -156,6 +156,26 @@ def rounded(prompt_logprobs: list[Any]) -> dict[tuple[int, str], float]:
         for token, values in entry.items():
             found[place, token] = values["logprob"]
     return found
+
+
+@pytest.mark.parametrize("budget", [0, 0.3, 1])
+async def test_all_log_probabilities_are_those_of_stock_vllm(
+    gateway: AsyncOpenAI, stock: AsyncOpenAI, sources: list[str], budget: float
+) -> None:
+    """Of every token of prompt and completion, of every token that the tokenizer has, and of no other row."""
+    extra = {"prompt_logprobs": -1, "return_tokens_as_token_ids": True}
+    asked = {"max_tokens": 12, "logprobs": True, "top_logprobs": -1, "extra_body": extra}
+    expected = await own(stock, sources[1], "tuned", **asked)
+    found = await chat(gateway, sources[1], budget, model="tuned", **asked)
+    assert rounded(found.prompt_logprobs) == pytest.approx(rounded(expected.prompt_logprobs), abs=1e-3)
+    rows = len(found.prompt_logprobs[-1])
+    for ours, theirs in zip(
+        found.choices[0].logprobs.content, expected.choices[0].logprobs.content, strict=True
+    ):
+        assert len(ours.top_logprobs) == len(theirs.top_logprobs) == rows
+        assert {top.token: top.logprob for top in ours.top_logprobs} == pytest.approx(
+            {top.token: top.logprob for top in theirs.top_logprobs}, abs=1e-3
+        )
 
 
 async def test_an_adapters_name_may_have_a_budget(
