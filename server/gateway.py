@@ -274,7 +274,10 @@ async def _app(
         )
         wrap_app(app, access)
     document(app)
-    await http.init_app_state(engine, app.state, arguments, tasks)
+    try:
+        await http.init_app_state(engine, app.state, arguments, tasks)
+    except ValueError as error:  # an adapter that cannot be loaded
+        raise ConfigError(f"vllm: {one_line(error)}") from error
     if engine.cooperation.teachers.may_translate:
         keep_originals(engine.renderer, app.state.online_renderer.chat_template, _note_original)
     answer_by_name(app.state, _model_of_request)
