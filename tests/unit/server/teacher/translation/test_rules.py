@@ -140,6 +140,7 @@ async def test_a_repetition_in_the_teachers_text_is_found(pair: Any) -> None:
 async def test_the_teacher_is_told_of_the_students_adapter(pair: Any) -> None:
     async with pair("WELL") as (engine, teacher):
         teacher.models = {"data": [{"id": "big"}, {"id": "tuned"}]}
-        await engine.engine.cooperation.teacher.replicas[0].teacher.connect()
+        (named,) = engine.engine.cooperation.teachers.models
+        await named.pool.replicas[0].teacher.connect()
         await engine.write(1, options={"lora_request": SimpleNamespace(lora_name="tuned")})
     assert [sent["model"] for sent in teacher.bodies] == ["tuned"]
