@@ -168,7 +168,7 @@ class Cooperator:
         """As `AsyncLLM.generate`; the budget and the reports travel in the context's `Exchange`.
 
         Raises:
-            VLLMValidationError: a parameter cannot be honoured with a budget above 0, or names a
+            VLLMValidationError: a parameter cannot be used with a budget above 0, or names a
                 reserved row.
         """
         exchange = EXCHANGE.get(None) or Exchange()
@@ -246,7 +246,7 @@ class Cooperator:
         return 2 * max(-PRIORITIES, min(wanted, PRIORITIES)) + 1
 
     def _budget(self, exchange: Exchange, prompt: Any, params: SamplingParams) -> Budget:
-        """The request's budget, or that of its model or the default one where these can be honoured."""
+        """The request's budget, or that of its model or the default one if these can hold."""
         budget = self._allowed(exchange)
         if budget.is_zero:
             return budget
@@ -264,7 +264,8 @@ class Cooperator:
             return Budget(tokens=0)
         parameter = exchange.names.get(parameter, parameter)
         raise VLLMValidationError(
-            f"{parameter} cannot be honoured with a teacher_budget above 0", parameter=parameter
+            f"{parameter} cannot be used with a teacher_budget above 0: leave it out, or set the budget to 0",
+            parameter=parameter,
         )
 
     def _allowed_by(self, budget: Budget) -> list[NamedTeacher]:

@@ -9,7 +9,7 @@ from server.vllm_api import SamplingParams, VLLMValidationError
 
 
 def unsupported(prompt: Any, params: SamplingParams) -> str | None:
-    """Name of a parameter that cannot be honoured by two models, if the request has one."""
+    """Name of a parameter that cannot be used by two models, if the request has one."""
     if not isinstance(prompt, dict) or prompt.get("type") != "token":
         return "prompt"
     if params.repetition_penalty != 1.0:

@@ -19,7 +19,7 @@ STUDENT_ALONE = {"use_beam_search": True}
 @pytest.mark.parametrize("parameter", STUDENT_ALONE)
 async def test_student_alone(client: AsyncOpenAI, sources: list[str], parameter: str) -> None:
     extra = {parameter: STUDENT_ALONE[parameter]}
-    with pytest.raises(BadRequestError, match=f"{parameter} cannot be honoured") as error:
+    with pytest.raises(BadRequestError, match=f"{parameter} cannot be used") as error:
         await chat(client, sources[0], 0.1, extra_body=extra)
     assert error.value.body["param"] == parameter
     alone = await chat(client, sources[0], None, max_tokens=8, extra_body=extra)

@@ -88,7 +88,7 @@ async def test_a_parameter_that_two_models_cannot_honour_is_refused(pair):
 
 async def test_a_refusal_names_the_parameter_as_it_was_sent(pair):
     engine, _ = pair()
-    with pytest.raises(VLLMValidationError, match="messages cannot be honoured") as error:
+    with pytest.raises(VLLMValidationError, match="messages cannot be used") as error:
         start(engine, 0.5, prompt={"type": "multimodal"}, names={"prompt": "messages"})
     assert error.value.parameter == "messages"
 

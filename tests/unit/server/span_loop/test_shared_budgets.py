@@ -172,7 +172,7 @@ async def test_a_name_refuses_no_parameter(pair):
 async def test_a_budget_in_a_header_refuses_like_one_in_the_body(pair):
     engine, _ = pair(models=MODELS)
     header = {"model": "wheels-fast", "budget_name": "X-Teacher-Budget"}
-    with pytest.raises(VLLMValidationError, match="cannot be honoured") as error:
+    with pytest.raises(VLLMValidationError, match="cannot be used") as error:
         start(engine, 0.5, unsupported="use_beam_search", **header)
     assert error.value.parameter == "use_beam_search"
 
