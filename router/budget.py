@@ -269,6 +269,7 @@ class Bucket:
         always: bool = False,
         reads: int = 0,
         prices: TokenPrices | None = None,
+        whole: bool = False,
     ) -> Grant | None:
         """Reserve a teacher call's tokens after ``completion_tokens`` of the completion.
 
@@ -280,6 +281,7 @@ class Bucket:
             always: the teacher writes on for as long as it may: all tokens that are left are one call's.
             reads: tokens that the call reads.
             prices: of the teacher that is called; None for the bucket's.
+            whole: all that the budget has now is one call's, not only ``ask_tokens``.
 
         Returns:
             What is granted; None when the budget has no room for it.
@@ -292,14 +294,27 @@ class Bucket:
             left = self._priced.affordable(reads, at_most=left, prices=prices)
             if left < 1:
                 return None  # another teacher may be cheaper
+        if whole:
+            left = min(left, self._room(completion_tokens, left))
+            if left < 1:
+                return None
         one_call = self.budget.fraction in (None, 1.0) and self.budget.calls is None
-        if not one_call or not (always or left == at_most):
+        if not whole and (not one_call or not (always or left == at_most)):
             left = min(left, self.ask_tokens)
         self.spent += left
         self.calls += 1
         if self._priced is None:
             return Grant(left)
         return self._priced.reserve(reads, left, prices)
+
+    def _room(self, completion_tokens: int, at_most: int) -> int:
+        """Tokens that a call may have if the fraction is to hold at its end."""
+        fraction = self.budget.fraction
+        if fraction is None or fraction == 1.0:
+            return at_most
+        # spent + n <= fraction * (length + n) + span
+        room = (fraction * completion_tokens + self.span_tokens - self.spent) / (1 - fraction)
+        return min(at_most, math.floor(room + EPSILON))
 
     def settle(self, grant: Grant, used: int, cost: int | None = None) -> None:
         """Give back what ``grant`` reserved and the teacher did not use.

@@ -41,6 +41,8 @@ class Span:
     meter: Meter
     used: int = 0
     """Tokens of it that are in the completion."""
+    opened: bool = False
+    """Whether it counts as a call: a tool may have nothing to say."""
 
     def settle(self) -> None:
         """Give back what the teacher did not use of the request's budgets."""
@@ -172,6 +174,8 @@ class SpanLoop:
         at_most = room
         if choice.share.scopes:  # what one holds, no other can have
             at_most = min(room, LEASE_TOKENS if choice.share.rate >= 1.0 else self.span_tokens)
+        if standing.teacher.is_tool:  # its answer comes whole
+            at_most = min(room, LEASE_TOKENS)
         grants = self._grants(choice, terms, standing, at_most)
         if isinstance(grants, Refusal):
             return grants
@@ -213,6 +217,7 @@ class SpanLoop:
                 always=terms.always,
                 reads=standing.view.reads,
                 prices=standing.teacher.prices,
+                whole=standing.teacher.is_tool,
             )
             if grant is None:
                 _cancel(grants)
@@ -258,7 +263,8 @@ class SpanLoop:
     async def _fill(self, choice: Choice, span: Span) -> Refusal | None:
         """Let the teacher write a span, and settle what it wrote; why it broke off, if it did."""
         refusal = None
-        choice.open_span(span.standing.name, span.meter.usage)
+        if not span.standing.teacher.is_tool:
+            self._open(choice, span)
         try:
             await self._take(choice, span)
         except TeacherError as error:
@@ -266,17 +272,30 @@ class SpanLoop:
             refusal = self._lose(choice, span.standing, error)
         finally:
             span.slot.release()
-            span.settle()
-            choice.share.settle(span.used, span.meter.cost)
+            if span.opened:
+                span.settle()
+                choice.share.settle(span.used, span.meter.cost)
+            else:
+                _cancel(span.grants)
+                choice.share.settle(0)
+        if not span.opened and refusal is None:
+            refusal = UNNOTICED  # the tool leaves it to others
         if not span.used:  # a character that is longer than the grant, or all was refused by a grammar
             span.standing.wait(len(choice.completion) + 1)
         return refusal
+
+    @staticmethod
+    def _open(choice: Choice, span: Span) -> None:
+        choice.open_span(span.standing.name, span.meter.usage)
+        span.opened = True
 
     async def _take(self, choice: Choice, span: Span) -> None:
         standing = span.standing
         pieces = standing.view.write(span.slot, span.draw.tokens, span.draw.deadline, span.meter)
         async with aclosing(pieces):
             async for piece in pieces:
+                if not span.opened:
+                    self._open(choice, span)
                 span.used += choice.extend(piece, standing.name)
                 standing.losses = 0
                 if choice.finished or choice.thinking_ends:  # by a stop string: the teacher would write on

@@ -1,5 +1,6 @@
 """How the configuration names teachers: one by its address, or several by name."""
 
+import json
 import re
 from typing import Annotated, Any, Literal
 
@@ -84,8 +85,18 @@ def words(value: Any) -> Any:
         name, address = (TEACHER, word) if match is None else match.groups()
         if name in named:
             raise ValueError(f"two teachers are named {name!r}")
-        named[name] = address
+        named[name] = _described(name, address)
     return named
+
+
+def _described(name: str, text: str) -> Any:
+    """An address, or JSON."""
+    if not text.startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: not JSON: {text!r}") from error
 
 
 def _kind(value: Any) -> str:

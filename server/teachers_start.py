@@ -10,6 +10,7 @@ from server.teacher.client import Teacher
 from server.teacher.errors import TeacherError
 from server.teacher.pool import TeacherPool
 from server.teacher.teachers import NamedTeacher, Teachers
+from server.teacher.tool import NamedTool, Tool
 from server.teacher.translation import Translator
 from server.teacher.vocabulary import Vocabularies
 from server.teacher.words import StudentWords, TeacherWords, UnusableTokenizer
@@ -24,7 +25,10 @@ def build_teachers(config: ServeConfig, visible: int) -> Teachers:
     each = []
     for name, settings in config.teachers.items():
         own = None if prices is None else prices.of_teacher(name)
-        each.append(NamedTeacher(name, _pool(config, name, settings, visible), own))
+        if settings.tool is None:
+            each.append(NamedTeacher(name, _pool(config, name, settings, visible), own))
+        else:
+            each.append(NamedTool(name, _tool_pool(config, name, settings), own))
     return Teachers(each, priced=prices is not None)
 
 
@@ -46,6 +50,21 @@ def _pool(config: ServeConfig, name: str, settings: TeacherSettings, visible: in
     return TeacherPool(replicas, concurrency=config.teacher_concurrency, queue_seconds=config.teacher_queue)
 
 
+def _tool_pool(config: ServeConfig, name: str, settings: TeacherSettings) -> TeacherPool:
+    key = settings.api_key
+    replicas = [
+        Tool(
+            str(url),
+            api_key=key.get_secret_value() if key else None,
+            timeout=settings.timeout or config.teacher_timeout,
+            breaker=Breaker(config.breaker_failures, config.breaker_seconds),
+            of=name,
+        )
+        for url in settings.tool or ()
+    ]
+    return TeacherPool(replicas, concurrency=config.teacher_concurrency, queue_seconds=config.teacher_queue)
+
+
 async def introduce(teachers: Teachers, config: ServeConfig, tokenizer: Any, rows: int) -> None:
     """Compare the vocabulary of every teacher that is there with the student's; later ones follow.
 
@@ -60,6 +79,10 @@ async def introduce(teachers: Teachers, config: ServeConfig, tokenizer: Any, row
             student cannot take another model's text.
     """
     student = _WordsOfStudent(tokenizer)
+    for tool in teachers.tools:
+        if isinstance(tool, NamedTool):
+            tool.student_words = student
+            tool.tokenizer = tokenizer
     for teacher in teachers.models:
         crossing = _Crossing(teacher.name, tokenizer, rows, config.teachers[teacher.name].vocabulary, student)
         teacher.find_translator = crossing.translator

@@ -605,7 +605,7 @@ class Teacher:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         response = await self._send(method, path, patience, body, headers or {})
         try:
-            if response.status != 200:
+            if response.status not in (200, 204):
                 detail = (await self._read(response, patience, LONGEST)).decode(errors="replace")
                 message = f"{self.name}{path} answered {response.status}: {quoted(detail)}"
                 refused = response.status in REFUSALS

@@ -10,25 +10,24 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from server.completion import Piece, new_detokenizer
+from server.completion import Piece
 from server.original_prompt import OriginalPrompt
 from server.sources import TEACHER
 from server.teacher.carried import Screen
 from server.teacher.client import Ask
+from server.teacher.completion_text import BYTES_OF_A_CHARACTER, CompletionText
 from server.teacher.delivery import Delivery, last_border
 from server.teacher.errors import TeacherError
 from server.teacher.meter import Meter
 from server.teacher.pool import Slot, TeacherPool
 from server.teacher.words import UNFINISHED, StudentWords, TeacherWords, ids_of
-from server.vllm_api import RequestOutputKind, SamplingParams
+from server.vllm_api import SamplingParams
 
 if TYPE_CHECKING:
     from server.choice import Choice
 
 UNSETTLED = 256
 """Characters of the completion that are encoded again for the teacher, at most."""
-
-BYTES_OF_A_CHARACTER = 4
 
 UNSUPPORTED = {
     "logprobs": None,
@@ -65,6 +64,11 @@ def untranslatable(original: OriginalPrompt | None, params: SamplingParams) -> s
         return "prompt"
     if original.obstacle is not None:
         return original.obstacle
+    return of_one_vocabulary(params)
+
+
+def of_one_vocabulary(params: SamplingParams) -> str | None:
+    """Name of a parameter that speaks of one vocabulary's ids, if the request has one."""
     used = (name for name, unused in UNSUPPORTED.items() if getattr(params, name) not in (None, [], unused))
     return next(used, None)
 
@@ -78,14 +82,7 @@ class Translation:
         self._name = translator.name
         self._pool = pool
         self._choice = choice
-        reading = SamplingParams(output_kind=RequestOutputKind.DELTA)  # without stop strings
-        self._reader = new_detokenizer(translator.tokenizer, choice.prompt_ids, reading)
-        self._known = 0
-        """The student's ids that were read."""
-        self._text = ""
-        """The completion so far, up to the last whole character."""
-        self._unread = 0
-        """The student's ids at the end that are not in the text."""
+        self._written = CompletionText(translator.student, translator.tokenizer, choice)
         self._settled: list[int] = []
         """The teacher's ids of the text up to `_border`; they stay."""
         self._border = 0
@@ -103,11 +100,7 @@ class Translation:
     @property
     def half_written(self) -> bool:
         """Whether the student's last tokens are a part of a character."""
-        self._read()
-        if not 0 < self._unread < BYTES_OF_A_CHARACTER:
-            return False  # a longer run is no character, however it goes on
-        ids = self._choice.completion.token_ids[-self._unread :]
-        return self._student.decode(ids).endswith(UNFINISHED)
+        return self._written.half_written
 
     @property
     def reads(self) -> int:
@@ -230,35 +223,25 @@ class Translation:
             adapter=choice.adapter,
         )
 
-    def _read(self) -> None:
-        """Take in what was written since the last time."""
-        written = self._choice.completion.token_ids
-        unread = written[self._known :]
-        self._known = len(written)
-        for token_id in unread:
-            self._reader.update([token_id], False)
-            text = self._reader.get_next_output_text(False, True)
-            self._text += text
-            self._unread = 0 if text else self._unread + 1
-
     async def _prepare(self) -> None:
         """Bring the teacher's ids up to the completion's text."""
         prompt = self._choice.original
         if prompt is not None and self._name not in prompt.teacher_ids:
             prompt.teacher_ids[self._name] = ids_of(await self._question("/tokenize", prompt.body))
-        self._read()
+        self._written.read()
+        text = self._written.text
         if self._last_writer_at == len(self._choice.completion):
-            if self._own and not self._over and not self._text.endswith(UNFINISHED):
+            if self._own and not self._over and not text.endswith(UNFINISHED):
                 self._own = await self._teacher.whole(self._question, self._own)
             return
         self._own = []
         self._ahead = ""
         self._over = False
-        border = self._border + last_border(self._text[self._border :])
+        border = self._border + last_border(text[self._border :])
         if border - self._border > UNSETTLED // 2:
-            self._settled += await self._encode(self._text[self._border : border])
+            self._settled += await self._encode(text[self._border : border])
             self._border = border
-        self._tail = await self._encode(self._text[self._border :])
+        self._tail = await self._encode(text[self._border :])
 
     async def _encode(self, text: str) -> list[int]:
         return await self._teacher.encode(self._question, text) if text else []

@@ -2,14 +2,16 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
 import pytest
 from openai import AsyncOpenAI, BadRequestError
 
-from server.local.pair import Serving
+from server.local.pair import HOST, Serving
 from tests.helpers.client import chat, excess, metric, openai_client
 from tests.helpers.gateways import StartGateway
 
@@ -19,12 +21,38 @@ PRICES = {
 }
 
 
+class Stamp(BaseHTTPRequestHandler):
+    """A tool that has something to say at the begin of a completion only."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        answer = json.dumps({} if asked["text"] else {"text": "Nr. 7: "}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def tool() -> Iterator[str]:
+    """Where the tool is called."""
+    server = ThreadingHTTPServer((HOST, 0), Stamp)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://{HOST}:{server.server_port}/stamp"
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture(scope="module")
 def both(
-    gateway: StartGateway, twins: Serving, tmp_path_factory: pytest.TempPathFactory
+    gateway: StartGateway, twins: Serving, tool: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Serving]:
     """The teacher without a name is called "teacher"."""
-    flags = ("--teacher", f"small={twins.teacher}", "--prices", json.dumps(PRICES))
+    named = ("--teacher", f"small={twins.teacher}", "--teacher", f"stamp={json.dumps({'tool': tool})}")
+    flags = (*named, "--prices", json.dumps(PRICES))
     with gateway(tmp_path_factory.mktemp("both"), *flags) as serving:
         yield serving
 
@@ -38,7 +66,8 @@ async def two(both: Serving) -> AsyncIterator[AsyncOpenAI]:
 async def test_each_teacher_writes_some_and_every_bound_holds(
     two: AsyncOpenAI, both: Serving, sources: list[str], span_tokens: int
 ) -> None:
-    replies = await asyncio.gather(*(chat(two, source, 0.4) for source in sources[:40]))
+    budget = {"fraction": 0.4, "teachers": ["small", "teacher"]}
+    replies = await asyncio.gather(*(chat(two, source, budget) for source in sources[:40]))
     tokens = {"small": 0, "teacher": 0}
     for reply in replies:
         report = reply.teacher
@@ -60,7 +89,7 @@ async def test_a_budget_of_one_is_the_dear_teacher_alone(
 ) -> None:
     for source in sources[:4]:
         alone = await chat(client, source, 1)
-        reply = await chat(two, source, 1)
+        reply = await chat(two, source, {"fraction": 1, "teachers": ["small", "teacher"]})
         assert reply.choices[0].token_ids == alone.choices[0].token_ids
         assert reply.teacher["teachers"].keys() == {"teacher"}
 
@@ -89,7 +118,9 @@ async def test_chunks_name_the_teacher(two: AsyncOpenAI, sources: list[str]) -> 
 
 
 async def test_an_unknown_name_is_refused(two: AsyncOpenAI) -> None:
-    with pytest.raises(BadRequestError, match="no teacher is named 'huge'; there are: small, teacher") as e:
+    with pytest.raises(
+        BadRequestError, match="no teacher is named 'huge'; there are: stamp, small, teacher"
+    ) as e:
         await chat(two, "Hi", {"fraction": 0.5, "teachers": ["huge"]})
     assert e.value.body["param"] == "teacher_budget"
 
@@ -97,4 +128,13 @@ async def test_an_unknown_name_is_refused(two: AsyncOpenAI) -> None:
 async def test_the_gateway_says_who_is_there(both: Serving) -> None:
     async with httpx.AsyncClient(base_url=both.gateway) as http:
         ready = (await http.get("/ready")).json()
-    assert ready["teachers"] == {"small": True, "teacher": True}
+    assert ready["teachers"] == {"stamp": True, "small": True, "teacher": True}
+
+
+async def test_a_tool_writes_whole_answers(two: AsyncOpenAI, sources: list[str]) -> None:
+    """At a budget of 1 it is asked before the teacher, which then writes the rest."""
+    reply = await chat(two, sources[0], 1)
+    assert reply.choices[0].message.content.startswith("Nr. 7: ")
+    assert reply.teacher["teachers"].keys() == {"stamp", "teacher"}
+    assert reply.teacher["teachers"]["stamp"]["calls"] == 1
+    assert reply.teacher["rate"] == 1

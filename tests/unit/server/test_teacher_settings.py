@@ -103,3 +103,9 @@ def test_every_model_has_a_price_or_none(needed):
     words = [*needed[:2], "--teacher", "a=http://a:1", "--prices", json.dumps(prices)]
     assert load(words).prices.of_teacher("a").output == 1
     assert refusal([*words, "--teacher", "b=http://b:1"]) == "prices.teacher: b has none"
+
+
+def test_a_tool_can_be_named_by_a_flag(needed):
+    config = load([*needed, "--teacher", 'calculator={"tool": "http://c:1/add"}'])
+    assert [name for name, teacher in config.teachers.items() if teacher.tool] == ["calculator"]
+    assert refusal([*needed, "--teacher", "calculator={"]) == "teacher: calculator: not JSON: '{'"
