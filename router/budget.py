@@ -111,10 +111,14 @@ class Budget(Bounds):
         return self.teachers is not None and all(own and own.is_zero for own in self.teachers.values())
 
     @property
+    def owns(self) -> list[Bounds]:
+        """What single teachers may have of it."""
+        return [own for own in (self.teachers or {}).values() if own is not None]
+
+    @property
     def in_money(self) -> bool:
         """Whether a part of it is a cost."""
-        owns = () if self.teachers is None else self.teachers.values()
-        return self.cost is not None or any(own is not None and own.cost is not None for own in owns)
+        return any(part.cost is not None for part in (self, *self.owns))
 
     def own(self, teacher: str) -> Bounds | None:
         """What one teacher may have, if that is bound by itself."""

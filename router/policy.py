@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from router.adaptive import AdaptiveCalibration
-from router.budget import Bucket
+from router.budget import Bucket, Budget
 
 REFILL_TOKENS = 10
 """A bucket that takes longer to gain a call raises its price less: the price stays for the whole segment."""
@@ -201,6 +201,8 @@ class Policy:
         budget = bucket.budget
         others = (budget.tokens, budget.calls, budget.cost)
         if budget.fraction is None or any(part is not None for part in others):
+            return
+        if isinstance(budget, Budget) and budget.owns:
             return
         if ceiling >= budget.fraction and isinstance(self.calibration, AdaptiveCalibration):
             self.calibration.observe(budget.fraction, teacher_tokens, completion_tokens, running=running)

@@ -167,6 +167,12 @@ class Choice:
         return min((standing.losses for standing in self.models), default=0)
 
     @property
+    def used_tool(self) -> bool:
+        """Whether a part of it is a tool's."""
+        tools = {teacher.name for teacher in self.teachers if teacher.is_tool}
+        return not tools.isdisjoint(self.report.parts)
+
+    @property
     def lost(self) -> bool:
         """Whether all that it may ask are down."""
         return all(standing.teacher.pool.down for standing in self.standings if standing.may_ask)

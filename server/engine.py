@@ -471,8 +471,9 @@ class Cooperator:
                 while (step := await choice.steps.get()) is not None:
                     yield step
                 await writing
-                if self._cooperation.recorder is not None and choice.adapter is None:
-                    self._cooperation.recorder.note(choice)  # a router learns from the student as it is
+                as_is = choice.adapter is None and not choice.used_tool
+                if self._cooperation.recorder is not None and as_is:
+                    self._cooperation.recorder.note(choice)  # a router learns from both models as they are
             finally:  # and counted only after the last token is written
                 writing.cancel()
                 await asyncio.wait([writing])

@@ -122,11 +122,12 @@ class SpanLoop:
         """Show the policy what came of its price since the last time."""
         news = choice.news()
         if choice.may_ask and not choice.losses and not choice.pause:
+            own = [choice.share.rate_of(standing.name) for standing in choice.standings]
             self.policy.observe(
                 choice.bucket,
                 news.teacher_tokens,
                 news.completion_tokens,
-                ceiling=choice.share.rate,
+                ceiling=min(choice.share.rate, *own),
                 running=self.running,
             )
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
+from router.money import FREE
 from server.config import ServeConfig
 from server.teacher.breaker import Breaker
 from server.teacher.client import Teacher
@@ -28,6 +29,7 @@ def build_teachers(config: ServeConfig, visible: int) -> Teachers:
         if settings.tool is None:
             each.append(NamedTeacher(name, _pool(config, name, settings, visible), own))
         else:
+            own = FREE if prices is not None and own is None else own
             each.append(NamedTool(name, _tool_pool(config, name, settings), own))
     return Teachers(each, priced=prices is not None)
 

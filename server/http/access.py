@@ -57,7 +57,8 @@ class Access:
         if owner == "admin" or not owner.scopes or scope.get("method") != "POST":
             return await self.app(scope, receive, send)
         if owner.exhausted == "refuse":
-            used_up = _used_up(await self.ledger.status(owner.scopes) or ())
+            shared = [scope for scope in owner.scopes if scope.teacher is None]  # another one has room
+            used_up = _used_up(await self.ledger.status(shared) or ())
             if used_up is not None:
                 told = headers([used_up.status]) | retry_after(used_up.status.retry_after_seconds)
                 return await refuse(scope, send, ApiError(429, used_up.message), told)

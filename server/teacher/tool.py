@@ -50,6 +50,7 @@ class Tool(Teacher):
         parts = urlsplit(url)
         super().__init__(
             urlunsplit(parts._replace(path="", query="", fragment="")),
+            model="a tool",
             api_key=api_key,
             timeout=timeout,
             span_timeout=timeout,

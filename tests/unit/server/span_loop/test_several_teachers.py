@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from router.adaptive import AdaptiveCalibration
 from router.budget import Budget
 from router.controller import PriceController
 from router.ledger import MemoryLedger, TokensPerWindow
@@ -297,6 +298,20 @@ async def test_a_limit_of_all_and_one_of_a_teacher_hold_together(trio):
     everybody, big = await three.shared.ledger.status(three.shared.everybody)
     assert (everybody.spent, big.spent) == (5, 2)
     assert three.report["denied"] == {"global_tokens": 1}
+
+
+@pytest.mark.parametrize("budget", [{"fraction": 0.2, "teachers": {"small": None, "big": 0.1}}, 0.2])
+async def test_a_price_is_learned_from_budgets_of_all_only(trio, budget):
+    class Watched(AdaptiveCalibration):
+        seen = 0
+
+        def observe(self, *_: Any, **__: Any) -> None:
+            self.seen += 1
+
+    three = trio({2: 0})
+    watched = three.engine.cooperator._loop.policy = Policy(Watched("margin", 2), expected_tokens=20)
+    await three.text(budget)
+    assert (watched.calibration.seen > 0) == (budget == 0.2)
 
 
 # Terms

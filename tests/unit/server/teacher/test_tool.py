@@ -16,6 +16,7 @@ from tokenizers import pre_tokenizers
 from router.budget import Budget
 from router.controller import PriceController
 from router.ledger import MemoryLedger, TokensPerWindow
+from router.money import FREE, PriceList
 from router.policy import Calibration, Policy
 from server.engine import Cooperation
 from server.exchange import Exchange
@@ -32,6 +33,9 @@ from tests.helpers.scripted_student import DELTA, PROMPT, RESERVED, RecitingLLM
 from tests.helpers.tiny_router import byte_tokenizer
 
 CALIBRATION = Calibration(((0.5, 1.0),))
+PRICES = PriceList.model_validate(
+    {"student": {"input": 0, "output": 0}, "teacher": {"big": {"input": 1, "output": 2}}}
+)
 SUM = re.compile(r"(\d+)\+(\d+)=$")
 
 
@@ -103,11 +107,12 @@ def desk() -> Open:
             pool = TeacherPool([tool], concurrency=8, queue_seconds=5.0)
             await stack.enter_async_context(pool)
             await pool.connect()
-            named = NamedTool("calculator", pool)
+            prices = settings.get("prices")
+            named = NamedTool("calculator", pool, prices and FREE)
             words = StudentWords(tokenizer)
             named.student_words, named.tokenizer = lambda: words, tokenizer
             big = ScriptedTeacher()
-            each = [NamedTeacher("big", big), named]
+            each = [NamedTeacher("big", big, prices and prices.of_teacher("big")), named]
             vllm = RecitingLLM(tokenizer, text, ask_at)
             shared = SharedBudgets(MemoryLedger(), PriceController(CALIBRATION, 4), limits)
             cooperation = Cooperation(
@@ -154,6 +159,29 @@ async def test_at_a_budget_of_one_the_tool_comes_first(desk: Open) -> None:
         table.calculator.answer = lambda _: web.json_response({"text": "tool "})
         assert (await table.text({"fraction": 1, "teachers": ["calculator"]}, max_tokens=10)) == "tool tool "
         assert (await table.text({"fraction": 1, "teachers": ["big"]}, max_tokens=4)) == "ABCD"
+
+
+async def test_a_tool_without_prices_is_free(desk: Open) -> None:
+    """The teacher reads 10 tokens and writes two: 14 millionths."""
+    async with desk("13+29=?", {6, 8}, prices=PRICES) as table:
+        assert await table.text({"cost": 15e-6}, max_tokens=10) == "13+29=42IJ"
+        assert table.report["cost"] == pytest.approx(14e-6)
+        assert "cost" not in table.report["teachers"]["calculator"]
+
+
+async def test_what_a_tool_wrote_is_not_recorded(desk: Open) -> None:
+    class Notes:
+        def __init__(self) -> None:
+            self.noted: list[Any] = []
+
+        def note(self, choice: Any) -> None:
+            self.noted.append(choice)
+
+    for text, noted in (("13+29=?", 0), ("abcdef?", 1)):
+        notes = Notes()
+        async with desk(text, {6}, recorder=notes) as table:
+            await table.text(0.5)
+        assert len(notes.noted) == noted
 
 
 async def test_it_reads_the_chat(desk: Open) -> None:
