@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from server.choice import Choice
 
 
+ABSENT_BEHIND_A_PROXY = (502, 503, 504)
+"""What a proxy answers if there is nobody."""
+
+
 class _Answer(msgspec.Struct):
     text: str | None = None
 
@@ -70,11 +74,11 @@ class Tool(Teacher):
             raise TeacherError("unreachable", f"the tool at {self.name} does not answer")
 
     async def healthy(self) -> bool | None:
-        """Whether its server answers `/health`, whatever it says but an error of its own."""
+        """Whether its server answers `/health`, whatever it says: a tool need not know that path."""
         try:
             async with asyncio.timeout(min(PROBE_SECONDS, self.timeout)):
                 async with self._open.get(f"{self.url}/health") as response:
-                    return response.status < 500
+                    return response.status not in ABSENT_BEHIND_A_PROXY
         except TimeoutError:
             return None
         except (aiohttp.ClientError, OSError, ValueError):

@@ -248,7 +248,7 @@ async def test_a_parameter_of_ids_leaves_the_tool_out(desk: Open) -> None:
         assert (await table.text(0.5, logit_bias={5: 1.0}))[:5] == "1+1=E"
         assert table.calculator.asked == []
     async with desk("1+1=", {4}, alone=True) as table:
-        with pytest.raises(VLLMValidationError, match="logit_bias cannot be honoured"):
+        with pytest.raises(VLLMValidationError, match="logit_bias cannot be used"):
             await table.text(0.5, logit_bias={5: 1.0})
 
 
