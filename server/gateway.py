@@ -273,7 +273,7 @@ async def _app(
             metrics_key=None if metrics_key is None else metrics_key.get_secret_value(),
         )
         wrap_app(app, access)
-    document(app)
+    document(app, engine.cooperation.teachers.names)
     try:
         await http.init_app_state(engine, app.state, arguments, tasks)
     except ValueError as error:  # an adapter that cannot be loaded

@@ -1,14 +1,16 @@
 """Our fields in the OpenAPI document of vLLM's app."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from router.budget import PARTS, Budget
+from router.budget import PARTS, Bounds
 from server.exchange import ReportFields
 from server.http.errors import speaks_anthropic
 from server.http.fields import FIELD, HEADER, PATHS, SESSION_FIELD, SESSION_HEADER, STREAMED
 from server.sessions import SessionBudget
+from server.sources import TEACHER
 
 # Statuses of the gateway's own, next to vLLM's.
 REFUSALS = {
@@ -19,25 +21,27 @@ REFUSALS = {
 }
 
 
-def document(app: Any) -> None:
-    """Put ours into the app's OpenAPI document: `teacher_budget`, its header, `teacher` and `source`."""
+def document(app: Any, teachers: Sequence[str] = (TEACHER,)) -> None:
+    """Put ours into the app's OpenAPI document: `teacher_budget`, its header, `teacher` and `source`.
+
+    ``teachers``: their names.
+    """
     vllms = app.openapi
 
     def openapi() -> dict[str, Any]:
         document: dict[str, Any] = vllms()
         schemas = document["components"]["schemas"]
-        budget_schema = _budget()
+        schemas["Bounds"] = _bounds()
         schemas["TeacherBudget"] = {
             "title": "Teacher budget",
             "description": "Bound on teacher tokens: a fraction of the completion, or parts that all hold.",
-            "anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, budget_schema, {"type": "null"}],
+            "anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, _budget(teachers), {"type": "null"}],
         }
         schemas["TeacherSession"] = {
             "title": "Teacher session",
             "description": "A session whose requests share one budget, which the first of them sets.",
             "anyOf": [{"type": "string"}, SessionBudget.model_json_schema(), {"type": "null"}],
         }
-        schemas |= budget_schema.pop("$defs", {})
         report = TypeAdapter(ReportFields).json_schema(ref_template="#/components/schemas/{model}")
         schemas |= report.pop("$defs")
         schemas["Teacher"] = report
@@ -65,23 +69,29 @@ def document(app: Any) -> None:
     app.openapi = openapi
 
 
-def _budget() -> dict[str, Any]:
-    """A budget of no part is refused, which its own schema does not say."""
+def _bounds() -> dict[str, Any]:
+    """Bounds of no part are refused, which their own schema does not say."""
     some = [{"required": [part], "properties": {part: {"type": "number"}}} for part in PARTS]
-    owns = {"additionalProperties": {"type": ["number", "object"]}, "type": "object"}
-    some.append({"required": ["teachers"], "properties": {"teachers": owns}})
-    schema = Budget.model_json_schema(ref_template="#/components/schemas/{model}") | {"anyOf": some}
-    names = {"type": "array", "items": {"type": "string"}, "minItems": 1, "uniqueItems": True}
-    bounds = {"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, _REF, {"type": "null"}]}
-    each = {"type": "object", "additionalProperties": bounds, "minProperties": 1}
-    schema["properties"]["teachers"] = {
+    return Bounds.model_json_schema() | {"anyOf": some}
+
+
+def _budget(names: Sequence[str]) -> dict[str, Any]:
+    """Bounds of all teachers together, and of some."""
+    bounds = _bounds()
+    number = {"type": "number", "minimum": 0, "maximum": 1}
+    own = {"anyOf": [number, {"$ref": "#/components/schemas/Bounds"}, {"type": "null"}]}
+    listed = {"type": "array", "items": {"enum": list(names)}, "minItems": 1, "uniqueItems": True}
+    each = {"type": "object", "properties": dict.fromkeys(names, own), "additionalProperties": False}
+    teachers = {
         "description": "Those that may be asked, by name; and what each may have, if it has a budget.",
-        "anyOf": [names, each, {"type": "null"}],
+        "anyOf": [listed, {**each, "minProperties": 1}, {"type": "null"}],
     }
-    return schema
-
-
-_REF = {"$ref": "#/components/schemas/Bounds"}
+    all_bound = {"type": "object", "additionalProperties": {"type": ["number", "object"]}}
+    return bounds | {
+        "title": "Budget",
+        "properties": {**bounds["properties"], "teachers": teachers},
+        "anyOf": [*bounds["anyOf"], {"required": ["teachers"], "properties": {"teachers": all_bound}}],
+    }
 
 
 _HEADERS = [

@@ -4,7 +4,10 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
+from pydantic import ValidationError
 
+from router.budget import Budget
 from server.exchange import Report
 from server.http.fields import ALONE, PATHS, STREAMED
 from server.http.openapi import document
@@ -46,6 +49,42 @@ def test_the_budget_is_documented_where_there_is_a_body(documented):
     assert len(bodies) == len(PATHS) - 1
     for field in ("teacher_budget", "teacher_session"):
         assert sum(field in schema["properties"] for schema in bodies) == len(bodies) - 1
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        0.5,
+        {"fraction": 0.5},
+        {"fraction": 0.5, "teachers": ["teacher"]},
+        {"fraction": 0.5, "teachers": {"teacher": None}},
+        {"teachers": {"teacher": 0.5}},
+        {"teachers": {"teacher": {"calls": 2}}, "tokens": None},
+        {},
+        {"teachers": ["teacher"]},
+        {"teachers": {"teacher": None}},
+        {"teachers": {}, "tokens": 1},
+        {"teachers": [], "tokens": 1},
+        {"teachers": ["teacher", "teacher"], "tokens": 1},
+        {"teachers": {"teacher": {}}},
+        {"teachers": {"teacher": 2}},
+        {"teachers": {"teacher": {"teachers": ["teacher"]}}},
+    ],
+)
+def test_the_document_allows_what_is_honoured(documented, budget):
+    schema = {"$ref": "#/components/schemas/TeacherBudget", "components": documented["components"]}
+    try:
+        Budget.model_validate(budget)
+        honoured = True
+    except ValidationError:
+        honoured = False
+    assert Draft202012Validator(schema).is_valid(budget) == honoured
+
+
+def test_other_names_are_not_in_the_document(documented):
+    schema = {"$ref": "#/components/schemas/TeacherBudget", "components": documented["components"]}
+    for teachers in (["big"], {"big": 0.1}):
+        assert not Draft202012Validator(schema).is_valid({"fraction": 0.1, "teachers": teachers})
 
 
 def test_a_session_is_documented(documented):
