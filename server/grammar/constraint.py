@@ -52,7 +52,9 @@ class Constraint:
         """The grammar as a field of a request to a stock server; empty once it has taken a token."""
         if self._start not in (None, self._fed) or not self.unfinished:
             return {}
-        return {"structured_outputs": grammar_fields(self._request.sampling_params)}
+        fields = grammar_fields(self._request.sampling_params)
+        tag = self._manager.structural_tag(self._request.sampling_params)
+        return {"structured_outputs": fields if tag is None else fields | {"structural_tag": tag}}
 
     @property
     def unfinished(self) -> bool:

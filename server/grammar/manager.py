@@ -6,12 +6,14 @@ wherever the grammar has not ended.
 """
 
 import threading
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from router.reserved import ReservedRows
 from server.gate_processor import SETTINGS
+from server.grammar.white_space import with_little_white_space
 from server.vllm_api import StructuredOutputManager, backend_name, grammar_backend
 from server.written import GRAMMAR_FROM
 
@@ -49,8 +51,19 @@ class GrammarManager(StructuredOutputManager):
             self.backend = self.backend_of(request)  # it allocates the bitmask, which has one form for all
         super().grammar_init(request)
 
+    def structural_tag(self, params: Any) -> str | None:
+        """The format of text with tool calls that a request is held to, if it has one.
+
+        With `disable_any_whitespace` their JSON has little white space too.
+        """
+        tag: str | None = params.structured_outputs.structural_tag
+        if tag is not None and self.vllm_config.structured_outputs_config.disable_any_whitespace:
+            return with_little_white_space(tag)
+        return tag
+
     def _create_grammar(self, request: Any) -> Any:
         kind, text = request.structured_output_request.structured_output_key
+        text = self.structural_tag(request.sampling_params) or text
         stop_token_ids = request.sampling_params.all_stop_token_ids
         return self.backend_of(request).compile_grammar(kind, text, stop_token_ids=stop_token_ids)
 
@@ -124,9 +137,18 @@ def _may_only_end(request: Any, bitmask: Any) -> bool:
 
 def open_rows(bitmask: Any, reserved: ReservedRows) -> None:
     """Allow the reserved rows at every position; bitmask: (positions, words) int32, changed in place."""
-    bits = bitmask.view(np.uint32)
+    first, bits = _bits_of(reserved)
+    bitmask.view(np.uint32)[:, first : first + len(bits)] |= bits
+
+
+@cache
+def _bits_of(reserved: ReservedRows) -> tuple[int, Any]:
+    """The first word of a mask that has reserved rows, and the bits to set from there on."""
+    first = reserved.start // 32
+    bits = np.zeros((reserved.end - 1) // 32 + 1 - first, np.uint32)
     for row in range(reserved.start, reserved.end):
-        bits[:, row // 32] |= np.uint32(1 << row % 32)
+        bits[row // 32 - first] |= np.uint32(1 << row % 32)
+    return first, bits
 
 
 def scheduler(*, vllm_config: Any, structured_output_manager: Any, **options: Any) -> Any:

@@ -1,5 +1,6 @@
 """Grammars in the student's engine, whose requests are segments of a completion."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -131,6 +132,23 @@ def test_every_request_has_the_backend_that_its_schema_needs(config):
     grammar = compiled(manager, segment(second))
     assert grammar.accept_tokens("r-0", ids("4"))
     assert (grammar.validate_tokens(ids("2")), grammar.validate_tokens(ids("3"))) == (ids("2"), [])
+
+
+def test_the_operators_word_on_white_space_holds_for_tool_calls_too(config):
+    """vLLM alone applies it to plain JSON."""
+    content = {"type": "json_schema", "json_schema": PERSON}
+    call = {"type": "tag", "begin": "<call>", "content": content, "end": "</call>"}
+    tag = json.dumps({"type": "structural_tag", "format": call})
+    params = checked(config, structural_tag=tag)
+    texts = {spaces: f'<call>{{{" " * spaces}"name": "Ann"' for spaces in range(4)}
+    for forbidden, expected in ((False, [0, 1, 2, 3]), (True, [0, 1])):
+        settings = {"backend": "xgrammar", "disable_any_whitespace": forbidden}
+        manager = engine_grammars(engine_config(structured_outputs_config=settings))
+        accepted = []
+        for spaces, text in texts.items():
+            if compiled(manager, segment(params)).accept_tokens("r-0", ids(text)):
+                accepted.append(spaces)
+        assert accepted == expected
 
 
 @pytest.mark.parametrize("theirs", [None, "types.SimpleNamespace"])
