@@ -27,6 +27,9 @@ def pattern(regex: str) -> Schema:
     return {"type": "string", "pattern": regex}
 
 
+CLOCK = pattern("^([01][0-9]|2[0-3]):[0-5][0-9]$")
+"""Not `"format": "time"`, whose fractions of a second have no end."""
+
 SCALARS: list[Schema] = [
     SHORT,
     SMALL,
@@ -56,7 +59,7 @@ STRINGS: list[Schema] = [
     pattern("^[ÄÖÜäöüß]{1,4}$"),
     pattern("^(yes|no)$"),
     {"type": "string", "format": "date"},
-    {"type": "string", "format": "time"},
+    CLOCK,
     {"type": "string", "format": "ipv4"},
     {"type": "string", "format": "uuid"},
     {"enum": ["größer", "kleiner", "日本", "emoji 😀"]},
@@ -102,14 +105,13 @@ OBJECTS: list[Schema] = [
     record({"people": items(record({"name": SHORT, "age": SMALL}), 1, 2)}),
     record({"matrix": items(items(SMALL, 2, 2), 2, 2)}),
     record({"config": record({"debug": FLAG, "level": {"enum": ["info", "warn"]}}, "debug")}),
-    {"type": "object", "additionalProperties": SMALL, "maxProperties": 2},
     {
         "type": "object",
-        "properties": {"a": SMALL},
-        "required": ["a"],
-        "additionalProperties": SMALL,
-        "maxProperties": 3,
+        "propertyNames": pattern("^[A-Z]{2}$"),
+        "additionalProperties": FLAG,
+        "maxProperties": 1,
     },
+    record({"a": SMALL, "b": items(record({"c": SHORT}, "c"), 0, 1)}, "b"),
     {
         "type": "object",
         "patternProperties": {"^[a-z]{1,3}$": SMALL},
@@ -151,7 +153,7 @@ REFERENCES: list[Schema] = [
         {"points": items({"$ref": "#/$defs/point"}, 1, 2)},
         **{"$defs": {"point": record({"x": SMALL, "y": SMALL})}},
     ),
-    record({"a": {"$ref": "#/definitions/word"}}, **{"definitions": {"word": SHORT}}),
+    items({"$ref": "#/definitions/word"}, 1, 2) | {"definitions": {"word": SHORT}},
     record({"level": {"$ref": "#/$defs/level"}}, **{"$defs": {"level": {"enum": ["low", "high"]}}}),
     record(
         {"outer": {"$ref": "#/$defs/outer"}},
@@ -194,8 +196,8 @@ REAL: list[Schema] = [
     ),
     record(
         {
-            "start": {"type": "string", "format": "time"},
-            "end": {"type": "string", "format": "time"},
+            "start": CLOCK,
+            "end": CLOCK,
             "room": SHORT,
         }
     ),
@@ -209,7 +211,17 @@ REAL: list[Schema] = [
             "return": {"anyOf": [{"type": "string", "format": "date"}, {"type": "null"}]},
         }
     ),
-    record({"labels": {"type": "object", "additionalProperties": SHORT, "maxProperties": 2}, "open": FLAG}),
+    record(
+        {
+            "labels": {
+                "type": "object",
+                "propertyNames": pattern("^[a-z]{1,6}$"),
+                "additionalProperties": SHORT,
+                "maxProperties": 2,
+            },
+            "open": FLAG,
+        }
+    ),
     record({"version": {"const": 1}, "data": {"anyOf": [record({"n": SMALL}), record({"s": SHORT})]}}),
 ]
 
@@ -228,6 +240,5 @@ TOOLS: list[dict[str, Any]] = [
     tool(f"tool_{number}", schema) for number, schema in enumerate(_PARAMETERS)
 ] + [
     tool(f"{verb}_{noun}", record({noun: SHORT, "count": SMALL}))
-    for verb in ("get", "set")
-    for noun in ("item", "user")
+    for verb, noun in (("get", "item"), ("get", "user"), ("set", "item"), ("set", "user"), ("find", "place"))
 ]

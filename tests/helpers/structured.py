@@ -51,13 +51,15 @@ async def ask_for_schema(
 async def ask_for_tool(
     client: AsyncOpenAI, tool: dict[str, Any], budget: Any, seed: int, max_tokens: int = 200
 ) -> Answer:
-    """A tool that has to be called, by its name."""
+    """A tool that has to be called: by its name, or with an odd seed as one of those that there are."""
     function = tool["function"]
+    named = {"type": "function", "function": {"name": function["name"]}}
     reply = await client.chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": "Call the tool."}],
         tools=[tool],
-        tool_choice={"type": "function", "function": {"name": function["name"]}},
+        tool_choice="required" if seed % 2 else named,
+        parallel_tool_calls=False,
         max_tokens=max_tokens,
         seed=seed,
         extra_body={"teacher_budget": budget},

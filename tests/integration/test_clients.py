@@ -1,5 +1,8 @@
-"""Official clients of other surfaces than OpenAI's, unchanged, with a budget and without."""
+"""Official clients, unchanged, with a budget and without, and as the documents use them."""
 
+import asyncio
+import re
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -8,7 +11,8 @@ import pytest
 from anthropic import AsyncAnthropic
 
 from server.local.pair import Serving
-from tests.helpers.client import MODEL, PATIENCE
+from tests.helpers.client import MODEL, PATIENCE, metric
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture
@@ -54,3 +58,16 @@ async def test_anthropics_client_counts_tokens(claude: AsyncAnthropic, sources: 
     request = asked(sources[0])
     counted = await claude.messages.count_tokens(model=MODEL, messages=request["messages"])
     assert counted.input_tokens == (await claude.messages.create(**request)).usage.input_tokens
+
+
+@pytest.mark.parametrize("package", ["openai", "anthropic"])
+async def test_the_examples_of_the_documents_run(stack: Serving, package: str) -> None:
+    page = (ROOT / "docs" / "clients.md").read_text()
+    (example,) = re.findall(rf"```python\n(from {package} import .*?)```", page, re.DOTALL)
+    code = example.replace("http://127.0.0.1:8000", stack.gateway)
+    before = metric(stack.gateway, "wheels_requests_total")
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
+    printed, _ = await process.communicate()
+    assert process.returncode == 0
+    assert b"'spans'" in printed
+    assert metric(stack.gateway, "wheels_requests_total") == before + 1

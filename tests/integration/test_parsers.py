@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI
 
-from server.local.pair import HOST, Pair, free_port, gateway_service, teacher_service
+from server.local.pair import HOST, Pair, Serving, free_port, gateway_service, teacher_service
 from server.local.processes import running
 from tests.helpers.client import MODEL, UNHURRIED, openai_client
 from tests.helpers.reciter import save_reciter
+from tests.helpers.replies import comparable
 
 REASONING, CONTENT = "Two cities, so two calls.", "Let me look."
 CITIES = ["Zürich", "Genf"]
@@ -53,10 +54,11 @@ TOOL = {
     },
 }
 PARSERS = "vllm: {enable-auto-tool-choice: true, tool-call-parser: hermes, reasoning-parser: deepseek_r1}"
+STOCK = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "deepseek_r1")
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """A gateway whose two models know the same text by heart, and that asks at random."""
     directory = tmp_path_factory.mktemp("reciter")
     model, config = directory / "model", directory / "gateway.yaml"
@@ -67,13 +69,20 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     service = gateway_service(Pair(model, model, model), teacher, gateway, directory, flags)
     at = service.command.index("--router")  # it has none
     service = replace(service, command=service.command[:at] + service.command[at + 2 :])
-    with running([teacher_service(model, teacher, directory), service], timeout=300):
-        yield gateway
+    stock = teacher_service(model, teacher, directory, flags=STOCK)
+    with running([stock, service], timeout=300) as (teacher_process, gateway_process):
+        yield Serving(teacher, gateway, teacher_process, gateway_process)
 
 
 @pytest.fixture
-async def client(url: str) -> AsyncIterator[AsyncOpenAI]:
-    async with openai_client(url) as client:
+async def client(servers: Serving) -> AsyncIterator[AsyncOpenAI]:
+    async with openai_client(servers.gateway) as client:
+        yield client
+
+
+@pytest.fixture
+async def stock(servers: Serving) -> AsyncIterator[AsyncOpenAI]:
+    async with openai_client(servers.teacher) as client:
         yield client
 
 
@@ -160,3 +169,50 @@ async def test_a_budget_for_thinking_counts_what_both_write(
     assert (choice.message.reasoning or "") == "".join(PIECES[1:7][:tokens])
     assert choice.message.content.strip() == CONTENT
     assert [call.function.name for call in choice.message.tool_calls] == ["weather"] * 2
+
+
+FUNCTION = TOOL["function"]
+STRICT = {"type": "function", "function": FUNCTION | {"strict": True}}
+FORCED = {
+    "required": "required",
+    "named": {"type": "function", "function": {"name": FUNCTION["name"]}},
+    "auto": "auto",
+}
+
+
+def one_call(choice: str, **more: Any) -> dict[str, Any]:
+    """A request for one call; vLLM holds the text to a grammar of the parser's own format."""
+    asked = request(None, tools=[STRICT], tool_choice=FORCED[choice], parallel_tool_calls=False)
+    return asked | {"max_tokens": 60} | more
+
+
+@pytest.mark.parametrize("choice", FORCED)
+@pytest.mark.parametrize("budget", [0, 0.3, 0.6, 1])
+async def test_a_strict_call_after_the_reasoning(
+    client: AsyncOpenAI, stock: AsyncOpenAI, budget: float, choice: str
+) -> None:
+    """The models would write more, before a call that is forced, and after a single one."""
+    theirs = await stock.chat.completions.create(**one_call(choice, model="teacher"))
+    extra = {"teacher_budget": budget, "return_token_ids": True}
+    ours = await client.chat.completions.create(**one_call(choice, extra_body=extra))
+    assert comparable(ours.to_dict()) == comparable(theirs.to_dict())
+    assert ours.choices[0].message.reasoning == REASONING
+    (call,) = ours.choices[0].message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": CITIES[0]})
+    assert ours.teacher["tokens"] > 0 or budget < 1
+
+
+@pytest.mark.parametrize("choice", FORCED)
+@pytest.mark.parametrize("budget", [0, 0.3, 0.6, 1])
+async def test_deltas_of_a_strict_call(
+    client: AsyncOpenAI, stock: AsyncOpenAI, budget: float, choice: str
+) -> None:
+    extra = {"return_token_ids": True}
+    theirs = await stock.chat.completions.create(**one_call(choice, model="teacher"))
+    ours = one_call(choice, extra_body=extra | {"teacher_budget": budget}, stream=True)
+    result = Streamed()
+    async for chunk in await client.chat.completions.create(**ours):
+        result.add(chunk)
+    assert (result.reasoning, result.names) == (REASONING, {0: "weather"})
+    assert json.loads(result.arguments[0]) == {"city": CITIES[0]}
+    assert result.finish == theirs.choices[0].finish_reason
