@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 from measuring.trajectories import Trajectory, TrajectoryFile, file_of
+from router.budget import Budget
 from server.choice import Choice
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ class Recorder:
         if self._file is None or self._draw.random() >= self._share or not choice.completion.token_ids:
             return
         budget = choice.bucket.budget
-        whole = budget.tokens is None and budget.calls is None
+        of_each = isinstance(budget, Budget) and bool(budget.owns)
+        whole = budget.tokens is None and budget.calls is None and not of_each
         trajectory = Trajectory(
             prompt=list(choice.prompt_ids),
             tokens=list(choice.completion.token_ids),

@@ -273,3 +273,34 @@ def test_every_budget_that_is_allowed_has_terms(max_tokens):
             assert not math.isnan(terms.price), (budget, spans)
             grant = bucket.reserve(completion_tokens, at_most=8)
             assert grant is None or grant.tokens >= 1, (budget, spans)
+
+
+# Several teachers
+
+RATES = Calibration(((0.1, 6.0), (0.2, 5.0), (0.3, 4.0), (0.4, 3.0), (0.6, 1.0)))
+
+
+def prices(fraction: float, *caps: float) -> list[float]:
+    """The price of asking at all, and those of the dearer teachers."""
+    terms = Policy(RATES, 100.0).terms(Bucket(Budget(fraction=fraction), 4), 40, 400, caps=caps)
+    return [terms.price, *terms.dearer]
+
+
+def test_each_of_several_teachers_has_an_equal_share_of_the_rate():
+    assert prices(0.4, 1.0, 1.0) == [3.0, 5.0]  # of .4 and of .2
+    assert prices(0.3, 1.0, 1.0, 1.0) == pytest.approx([4.0, 5.0, 6.0])  # of .3, .2 and .1
+
+
+def test_what_a_teacher_may_not_have_is_for_cheaper_ones():
+    assert prices(0.4, 1.0, 0.1) == [3.0, 6.0]
+    assert prices(0.6, 1.0, 1.0, 0.1) == pytest.approx([1.0, 3.0, 6.0])  # of .6, .4 and .1
+
+
+def test_the_rate_is_not_more_than_all_may_have():
+    assert prices(0.6, 0.2, 0.1) == pytest.approx([4.0, 6.0])
+
+
+def test_a_price_that_is_not_above_the_first_asks_nobody():
+    """Below the calibrated range nobody knows the difference: the cheapest is asked."""
+    assert prices(0.1, 1.0, 1.0) == [6.0, math.inf]
+    assert prices(0.15, 1.0, 1.0, 1.0) == pytest.approx([5.5, 6.0, 6.0])
