@@ -20,6 +20,7 @@ from server.teacher.errors import TeacherError
 from server.teacher.meter import Meter
 from server.teacher.patience import Patience
 from server.teacher.pool import Slot, TeacherPool
+from server.teacher.rules import allowed_ids
 from server.teacher.teachers import NamedTeacher
 from server.teacher.translation import of_one_vocabulary
 from server.teacher.words import StudentWords
@@ -122,7 +123,7 @@ class ToolView:
     async def write(
         self, slot: Slot, tokens: int, deadline: float, meter: Meter
     ) -> AsyncGenerator[Piece, None]:
-        """The answer in the student's tokens: all of it, or nothing if it does not fit."""
+        """The answer in the student's tokens: all of it, or nothing if it does not fit or may not stay."""
         choice = self._choice
         self._written.read()
         ask = ToolAsk((), tokens, choice.params, meter=meter, as_text=True, question=self._question(tokens))
@@ -133,7 +134,7 @@ class ToolView:
                 answer += piece.text
         delivery = Delivery(self._words, tokens, to_the_end=tokens >= choice.completion.tokens_left)
         ids = [*delivery.add(answer), *delivery.flush()]
-        if ids and not delivery.rest:
+        if ids and not delivery.rest and allowed_ids(choice, ids) == ids:
             meter.wrote(len(ids))
             yield Piece(ids)
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from server.completion import Piece
 from server.original_prompt import OriginalPrompt
 from server.sources import TEACHER
-from server.teacher.carried import Screen
 from server.teacher.client import Ask
 from server.teacher.completion_text import BYTES_OF_A_CHARACTER, CompletionText
 from server.teacher.delivery import Delivery, last_border
 from server.teacher.errors import TeacherError
 from server.teacher.meter import Meter
 from server.teacher.pool import Slot, TeacherPool
+from server.teacher.rules import allowed_ids, may_end
 from server.teacher.words import UNFINISHED, StudentWords, TeacherWords, ids_of
 from server.vllm_api import SamplingParams
 
@@ -68,7 +68,7 @@ def untranslatable(original: OriginalPrompt | None, params: SamplingParams) -> s
 
 
 def of_one_vocabulary(params: SamplingParams) -> str | None:
-    """Name of a parameter that speaks of one vocabulary's ids, if the request has one."""
+    """Name of a parameter that needs the logits of the student's tokens, if the request has one."""
     used = (name for name, unused in UNSUPPORTED.items() if getattr(params, name) not in (None, [], unused))
     return next(used, None)
 
@@ -129,7 +129,7 @@ class Translation:
         delivery = Delivery(self._student, tokens, to_the_end=tokens >= choice.completion.tokens_left)
         async with aclosing(self._delivered(slot, delivery, deadline, meter)) as parts:
             async for ids in parts:
-                kept = self._kept(ids)
+                kept = allowed_ids(choice, ids)
                 if kept:
                     yield Piece(kept)
                 if len(kept) < len(ids):
@@ -137,27 +137,11 @@ class Translation:
         if delivery.stuck:
             choice.put_off("characters", degraded=False, tokens=1)
         elif self._over and not (delivery.rest or delivery.full):
-            if self._may_end:
+            if may_end(choice):
                 yield Piece(choice.end_ids, finish_reason="stop")
         else:
             self._ahead = delivery.rest
             self._last_writer_at = start + tokens - delivery.left
-
-    def _kept(self, ids: list[int]) -> list[int]:
-        """The student's ids up to one that ends a bad word, or that a grammar refuses."""
-        choice = self._choice
-        screen = Screen(bad_words=choice.params.bad_words_token_ids or ())
-        before = choice.completion.token_ids[-screen.reach :] if screen.reach else ()
-        kept = list(screen.apply(Piece(ids), before).piece.token_ids)
-        return kept if choice.constraint is None else kept[: choice.constraint.take(kept)]
-
-    @property
-    def _may_end(self) -> bool:
-        """Whether the completion may end where the teacher's sequence does."""
-        choice = self._choice
-        if choice.min_tokens:
-            return False
-        return choice.constraint is None or all(map(choice.constraint.allows, choice.end_ids))
 
     async def _delivered(
         self, slot: Slot, delivery: Delivery, deadline: float, meter: Meter

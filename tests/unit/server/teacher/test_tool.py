@@ -128,6 +128,12 @@ def desk() -> Open:
     return desk
 
 
+async def test_an_answer_that_the_request_rules_out_is_none(desk: Open) -> None:
+    async with desk("13+29=?", {6}, alone=True) as table:
+        assert (await table.text(0.5, bad_words=["42"]))[:7] == "13+29=?"
+        assert (table.report["tokens"], len(table.calculator.asked)) == (0, 1)
+
+
 async def test_a_tool_writes_what_it_knows(desk: Open) -> None:
     """The whole answer, although a call of a teacher has one token."""
     async with desk("13+29=?", {6}) as table:
