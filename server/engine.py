@@ -379,9 +379,9 @@ class Cooperator:
         segment.skip_clone = True
         segment.prompt_logprobs = None  # they are read once, see `StudentEngine.read_prompt`
         segment.skip_reading_prefix_cache = False
-        asks = range(
-            reserved.escalation, reserved.escalation + max(1, len(self._cooperation.teachers.models))
-        )
+        # With `min_tokens`, vLLM masks what ends a completion before the gate reads the rows after the first.
+        levels = 1 if params.min_tokens else max(1, len(self._cooperation.teachers.models))
+        asks = range(reserved.escalation, reserved.escalation + levels)
         segment.stop_token_ids = [*(params.stop_token_ids or ()), *asks]
         if params.allowed_token_ids is not None:
             # The gate reads the reserved rows, and masks them afterwards.

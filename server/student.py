@@ -3,7 +3,7 @@
 import copy
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from router.policy import Terms
@@ -107,6 +107,8 @@ class StudentEngine:
         # vLLM masks what ends a completion before the gate runs, so the student may still ask.
         params.min_tokens = min(choice.min_tokens, params.max_tokens)
         params.seed = choice.seed
+        if choice.params.min_tokens:
+            terms = replace(terms, dearer=())  # see `Cooperator._segment_params`
         written = written_args(params, len(choice.completion))
         params.extra_args = {**(params.extra_args or {}), **terms_args(terms), **written}
         return params

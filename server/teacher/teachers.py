@@ -8,8 +8,8 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from router.money import PriceList, TokenPrices
-from server.metrics import COMPLETION_TOKENS
+from router.money import KindCosts, PriceList, TokenPrices
+from server.metrics import COMPLETION_TOKENS, COST
 from server.original_prompt import OriginalPrompt
 from server.sources import TEACHER
 from server.teacher.errors import TeacherError
@@ -71,8 +71,10 @@ class Teachers:
         self.tools = tuple(teacher for teacher in ordered if teacher.is_tool)
         self.models = tuple(teacher for teacher in ordered if not teacher.is_tool)
         self._stack = AsyncExitStack()
-        for teacher in each:
+        for teacher in each:  # a series is there before anything is counted
             COMPLETION_TOKENS.labels(teacher.name)
+            for kind in KindCosts.model_fields if teacher.prices is not None else ():
+                COST.labels(teacher.name, kind)
 
     @classmethod
     def alone(

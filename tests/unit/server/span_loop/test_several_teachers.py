@@ -334,6 +334,15 @@ async def test_a_small_budget_of_the_dear_teacher_makes_it_dearer(trio):
     assert three.engine.segments[0].params.extra_args[DEARER] == [3.0]
 
 
+async def test_with_min_tokens_there_is_one_price(trio):
+    """vLLM would mask the rows of the others, which the gate reads."""
+    three = trio({2: 0})
+    assert await three.text({"fraction": 0.5}, min_tokens=4) == "abCDefgh"
+    for segment in three.engine.segments:
+        assert DEARER not in segment.params.extra_args
+        assert RESERVED.escalation + 1 not in segment.params.stop_token_ids
+
+
 async def test_who_is_down_has_no_price(trio):
     three = trio({})
     three.big.breaker.failed()
