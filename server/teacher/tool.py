@@ -134,9 +134,13 @@ class ToolView:
                 answer += piece.text
         delivery = Delivery(self._words, tokens, to_the_end=tokens >= choice.completion.tokens_left)
         ids = [*delivery.add(answer), *delivery.flush()]
-        if ids and not delivery.rest and allowed_ids(choice, ids) == ids:
+        if not ids or delivery.rest:
+            return
+        if allowed_ids(choice, ids) == ids:
             meter.wrote(len(ids))
             yield Piece(ids)
+        elif choice.constraint is not None:  # it has taken a part of what does not stay
+            await choice.constraint.catch_up(choice.completion.token_ids)
 
     def _question(self, tokens: int) -> dict[str, Any]:
         original = self._choice.original

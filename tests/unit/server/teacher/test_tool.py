@@ -20,6 +20,7 @@ from router.money import FREE, PriceList
 from router.policy import Calibration, Policy
 from server.engine import Cooperation
 from server.exchange import Exchange
+from server.grammar.constraint import Continuation
 from server.original_prompt import OriginalPrompt
 from server.shared_budgets import SharedBudgets
 from server.teacher.breaker import Breaker
@@ -114,6 +115,7 @@ def desk() -> Open:
             big = ScriptedTeacher()
             each = [NamedTeacher("big", big, prices and prices.of_teacher("big")), named]
             vllm = RecitingLLM(tokenizer, text, ask_at)
+            student = settings.pop("student", {})
             shared = SharedBudgets(MemoryLedger(), PriceController(CALIBRATION, 4), limits)
             cooperation = Cooperation(
                 teachers=Teachers(each[alone:]),
@@ -123,7 +125,7 @@ def desk() -> Open:
                 shared=shared,
                 **{"span_tokens": 4, "ask_tokens": 1, **settings},
             )
-            yield Desk(Engine(vllm, cooperation), calculator, big, shared)
+            yield Desk(Engine(vllm, cooperation, **student), calculator, big, shared)
 
     return desk
 
@@ -188,6 +190,30 @@ async def test_what_a_tool_wrote_is_not_recorded(desk: Open) -> None:
         async with desk(text, {6}, recorder=notes) as table:
             await table.text(0.5)
         assert len(notes.noted) == noted
+
+
+async def test_a_grammar_that_refuses_a_part_of_an_answer_forgets_the_rest_of_it(desk: Open) -> None:
+    class OneToken:
+        """A grammar that takes the first token of an answer."""
+
+        fed = 0
+
+        async def catch_up(self, token_ids: list[int]) -> bool:
+            self.fed = len(token_ids)
+            return True
+
+        def take(self, token_ids: list[int]) -> int:
+            self.fed += 1
+            return 1
+
+        def continuation(self, prompt_tokens: int) -> Continuation:
+            return Continuation({}, {})
+
+    grammar = OneToken()
+    student = {"constrain": lambda *_: grammar}
+    async with desk("13+29=?", {6}, alone=True, student=student) as table:
+        assert await table.text(0.5, max_tokens=8) == "13+29=?1"
+    assert grammar.fed == 6
 
 
 async def test_it_reads_the_chat(desk: Open) -> None:
