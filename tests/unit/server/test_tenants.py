@@ -247,6 +247,21 @@ def test_over_the_maximum_may_be_refused() -> None:
     assert lowered == Resolved(Budget(fraction=0.3, tokens=40), clamped=False)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"default_budget": {"fraction": 0.1, "teachers": ["huge"]}},
+        {"maximum_budget": {"fraction": 0.1, "teachers": ["huge"]}},
+        {"limits": [LIMIT | {"teacher": "huge"}]},
+    ],
+)
+def test_a_teacher_that_nobody_knows_is_refused(settings: dict[str, object]) -> None:
+    content = json.dumps({"tenants": [{"name": "acme", "keys": [hash_key("a")], **settings}]})
+    Tenants(content, teachers=["small", "huge"])
+    with pytest.raises(ConfigError, match="the tenants: acme: no teacher is named 'huge'"):
+        Tenants(content, teachers=["small", "big"])
+
+
 def test_scopes() -> None:
     limits = [LIMIT, {"type": "fraction", "fraction": 0.2, "window_seconds": 60}]
     first, second = tenant(limits=limits).scopes

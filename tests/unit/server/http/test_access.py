@@ -216,3 +216,13 @@ async def test_a_limit_in_money_is_told_and_used_up_when_a_hundredth_is_left() -
     response = await ask(access, "strict")
     assert response.status_code == 429
     assert response.json()["error"]["message"] == "a teacher's cost of 0.01 in 60 s is used up"
+
+
+async def test_a_limit_of_one_teacher_refuses_nobody() -> None:
+    """Another teacher may have room."""
+    limits = [LIMITED["limits"][0] | {"teacher": "big"}]
+    content = json.dumps({"tenants": [STRICT | {"limits": limits}]})
+    access = Access(app, Tenants(content, teachers=["small", "big"]), MemoryLedger())
+    await spend(access, "strict", 100)
+    response = await ask(access, "strict")
+    assert (response.status_code, response.headers["x-ratelimit-remaining-teacher-tokens"]) == (200, "0")
