@@ -117,7 +117,7 @@ class Evaluation:
         self.router.check_student(pair / "student")
         tokenizer = load_tokenizer(pair / "student")
         config = self.router.config
-        self.spans = (config.span_tokens, config.ask_tokens or config.span_tokens)
+        self.spans = spans_of(self.router)
         frozen = FrozenPair(pair / "teacher", pair / "student", tokenizer, *self.spans, max_tokens)
         loop = frozen.load()
         install_taps(loop, Head.of(loop.student, self.router))
@@ -129,9 +129,11 @@ class Evaluation:
         self.tree = self.trees(0.0)
         self.tree.add("oracle", regret)
         self.tree.add("oracle_kl", kl)
-        self.others = list(others)
+        self.others: dict[str, RouterCheckpoint] = {}
         for name, directory in others.items():
-            self.tree.add(name, further_gate(directory, pair / "student", loop.student))
+            router = further_router(directory, pair / "student")
+            self.others[name] = router
+            self.tree.add(name, gate_of(router, loop.student))
         self.scorer = Scorer(task, tokenizer, examples)
         self.alone, self.taught = self.tree.run(ends(LEARNED))
         self.student = self.scorer(self.alone).quality
@@ -212,6 +214,11 @@ class Evaluation:
                 spare = spares.price(budget)
                 settings.append(Setting(LEARNED, prices.price(budget), budget, *self.spans, spare=spare))
             rows[SPENT] = self.at_budgets(settings)
+        for name, router in self.others.items():
+            if LEARNED in router.config.calibration:
+                prices = router.calibration()
+                spans = spans_of(router)
+                rows[name] = self.rows([Setting(name, prices.price(b), b, *spans) for b in BUDGETS])
         return rows
 
     def at_budgets(self, settings: Sequence[Setting]) -> list[Row]:
@@ -231,8 +238,14 @@ def kl(positions: Positions) -> Tensor:
     return positions.kl
 
 
-def further_gate(directory: Path, student: Path, model: PreTrainedModel) -> Callable[[Positions], Tensor]:
-    """The scores of another router's gate over the same student.
+def spans_of(router: RouterCheckpoint) -> tuple[int, int]:
+    """(span_tokens, ask_tokens) that it was trained for."""
+    config = router.config
+    return config.span_tokens, config.ask_tokens or config.span_tokens
+
+
+def further_router(directory: Path, student: Path) -> RouterCheckpoint:
+    """Another router of the same student.
 
     Raises:
         CheckpointError: it is for another student, or its budgets are prompted.
@@ -241,7 +254,12 @@ def further_gate(directory: Path, student: Path, model: PreTrainedModel) -> Call
     checkpoint.check_student(student)
     if checkpoint.config.budget_prompt is not None:
         raise CheckpointError(f"{directory}: its budgets are prompted; evaluate a pair that holds it")
-    head = Head.of(model, checkpoint)
+    return checkpoint
+
+
+def gate_of(router: RouterCheckpoint, student: PreTrainedModel) -> Callable[[Positions], Tensor]:
+    """The scores of its learned gate, whose taps need not be in the student."""
+    head = Head.of(student, router)
     return lambda positions: head.scores(positions.states)
 
 

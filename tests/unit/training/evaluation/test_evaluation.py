@@ -2,6 +2,7 @@
 
 import math
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,16 @@ from router.gate import EntropyGate
 from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 from training.evaluation.baselines import hesitation, query_level
 from training.evaluation.gateway import measure
-from training.evaluation.report import QualityReport, area, at_rate, gateway_report, joined, table
+from training.evaluation.report import (
+    BUDGETS,
+    QualityReport,
+    area,
+    at_rate,
+    evaluate_pair,
+    gateway_report,
+    joined,
+    table,
+)
 from training.evaluation.scoring import runs, teacher_positions
 from training.gating.calibration import spare_prices, teacher_rate
 from training.gating.rollout import ClosedLoop, Rollout
@@ -103,6 +113,14 @@ def test_a_gateway_stands_beside_what_was_computed_in_process():
     assert (both.student, both.curves.keys()) == (0.1, {"learned", "gateway"})
     (row,) = (line for line in table(both).splitlines() if line.startswith("gateway") and "(" in line)
     assert row.split() == ["gateway", "0.67", "(0.400)"]  # of the budgets in the table's head it has one
+
+
+def test_a_further_router_has_rows_under_the_bucket_at_its_own_prices():
+    demo = Path("deploy/demo")
+    report = evaluate_pair(demo, make_task("numbers"), EXAMPLES, [1], 64, {"again": demo / "router"})
+    rows = report.budgets["again"]
+    assert [row["budget"] for row in rows] == list(BUDGETS)
+    assert rows == report.budgets["learned"]
 
 
 def test_the_area_and_the_curve_between_its_points():
