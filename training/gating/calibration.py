@@ -6,7 +6,9 @@ The spare price spends the rest of a fraction, for those who want a rate and not
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
+from operator import add
 
 import torch
 
@@ -82,18 +84,52 @@ def calibrate(
         others: further prices that are compared with the aim.
     """
     scores = tree.scores(gate).double()
-    points: list[tuple[float, float]] = []
+    common = [*others, *torch.quantile(scores, torch.tensor(SHARES, dtype=torch.float64)).tolist()]
+    choices = []
     for budget, aim in zip(budgets, price_at_rate(tree, gate, budgets, spans), strict=True):
-        prices = [aim, *others, *torch.quantile(scores, torch.tensor(SHARES, dtype=torch.float64)).tolist()]
-        runs = tree.run([Setting(gate, price, budget, *spans) for price in prices])
+        runs = tree.run([Setting(gate, price, budget, *spans) for price in (aim, *common)])
         qualities = []
         for run in runs:
             qualities.append(quality(run) if teacher_rate(run) <= budget else -1.0)
         best = qualities.index(max(qualities))
         needed = max(TOLERANCE, ERRORS * noise(runs[0], runs[best]))
-        price = aim if qualities[0] >= qualities[best] - needed else prices[best]
-        points.append((budget, min(price, points[-1][1]) if points else price))
+        price = aim if qualities[0] >= qualities[best] - needed else (aim, *common)[best]
+        choices.append(Choice([budget], price, qualities[1:]))
+    points = []
+    for choice in not_rising(choices, common):
+        points += [(budget, choice.price) for budget in choice.budgets]
     return points
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The price of some neighbouring budgets."""
+
+    budgets: list[float]
+    price: float
+    qualities: list[float]
+    """At prices that are the same for all choices, summed over the budgets."""
+
+
+def not_rising(choices: Sequence[Choice], common: Sequence[float]) -> list[Choice]:
+    """With prices that do not rise with the budget: where one would, both get the one that is best for both.
+
+    It is the pool of adjacent violators (Ayer et al. 1955) with quality in place of squares.
+
+    Args:
+        choices: of increasing budgets.
+        common: the prices of their qualities.
+    """
+    pools: list[Choice] = []
+    for choice in choices:
+        pool = choice
+        while pools and pools[-1].price < pool.price:
+            before = pools.pop()
+            qualities = list(map(add, before.qualities, pool.qualities))
+            price = common[qualities.index(max(qualities))]
+            pool = Choice([*before.budgets, *pool.budgets], price, qualities)
+        pools.append(pool)
+    return pools
 
 
 def spare_prices(
