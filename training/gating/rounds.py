@@ -86,7 +86,7 @@ class Rounds:
     branches: list[Branches] = field(default_factory=list)
     """Of the same, for a constrained objective."""
     best: Best | None = None
-    """So far, of a constrained objective's own rounds."""
+    """So far, of a constrained objective: of its own rounds, and the last one of the regression."""
 
     def __post_init__(self) -> None:
         objective = self.config.objective
@@ -134,6 +134,17 @@ class Rounds:
         if isinstance(objective, ConstrainedObjective) and len(self.seen) > objective.start_rounds:
             return objective
         return None
+
+    @property
+    def _is_judged(self) -> bool:
+        """Whether the round that is played is one of the policy's, or the regression that it starts from.
+
+        So no policy is exported that is worse than its start. A trial of one round has no policy.
+        """
+        objective = self.config.objective
+        if not isinstance(objective, ConstrainedObjective):
+            return False
+        return len(self.seen) >= objective.start_rounds < self.config.rounds
 
     def _requests(self, prompts: Prompts, alone: int) -> list[Request]:
         """The first `alone` never ask, the others at the prices of the rates that they aim at."""
@@ -185,13 +196,21 @@ class Rounds:
         scores = self.head.scores(torch.cat([taught.states for taught in self.seen])[-RECENT:])
         objective = self.config.objective
         tokens = self.config.ask_tokens
+        metrics = {}
         if not isinstance(objective, ConstrainedObjective) or len(self.seen) == 1:
             for rate in self.prices:
                 share = asking_share(rate, tokens)
                 self.prices[rate] = torch.quantile(scores, 1 - share).item()
-            return {}
+        else:
+            metrics = self._ascend(asked, aims, scores)
+        if self._is_judged:
+            metrics["judged"] = self._judge()
+        return metrics
+
+    def _ascend(self, asked: Sequence[Rollout], aims: Sequence[float], scores: Tensor) -> dict[str, float]:
+        """Move every dual variable by what its rollouts spent too much; scalars to log."""
         metrics = {}
-        step = len(self.seen) - 1
+        step = (len(self.seen) - 1) ** -0.5
         by_aim: dict[float, list[Rollout]] = defaultdict(list)
         for completion, aim in zip(asked, aims, strict=True):
             by_aim[aim].append(completion)
@@ -199,9 +218,7 @@ class Rounds:
             realised = wanted_rate(completions)
             metrics[f"dual/{aim:g}"] = self.prices[aim]
             metrics[f"realised/{aim:g}"] = realised
-            self.prices[aim] = ascended(self.prices[aim], realised, aim, scores, step**-0.5, tokens)
-        if self._constrained:
-            metrics["judged"] = self._judge()
+            self.prices[aim] = ascended(self.prices[aim], realised, aim, scores, step, self.config.ask_tokens)
         return metrics
 
     def _judge(self) -> float:

@@ -147,6 +147,18 @@ def test_every_budget_has_a_dual_variable_and_the_best_round_is_exported(sources
     assert (trained.round, second["judged"], third["judged"]) == (2, 0, -1)
 
 
+def test_no_policy_is_exported_that_is_worse_than_the_regression_that_it_started_from(sources, tmp_path):
+    config = CONFIG.model_copy(update={"objective": ConstrainedObjective(type="constrained", start_rounds=2)})
+    prompts = rollout_prompts(Letters(), sources, config, 0)
+    played = rounds(config, prompts)
+    played.judged = lambda gate: -float(len(played.seen))
+    trained = train_gate(played, prompts, Letters(), tmp_path, "pair")
+    first, *later = log_of(tmp_path)[: config.rounds]
+    assert "judged" not in first
+    assert [line["judged"] for line in later] == [-2, -3]
+    assert trained.round == 2
+
+
 def test_what_another_run_left_is_not_taken(sources, tmp_path):
     one = CONFIG.model_copy(update={"rounds": 1})
     prompts = rollout_prompts(Letters(), sources, one, 0)
