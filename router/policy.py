@@ -172,8 +172,10 @@ class Policy:
 
         Each of n teachers gets a share of rate / n, or its cap if that is less: the dearest one what scores
         highest, the next one what comes next. If a price is not above the first one, nobody knows the
-        difference, and that teacher is not asked by its score.
+        difference, and that teacher is not asked by its score. A price that is the same for several rates
+        realises the lowest of them.
         """
+        rate = min([rate, *(measured for measured, at in self.calibration.points if at <= price)])
         prices: list[float] = []
         share = 0.0
         above = math.inf

@@ -304,3 +304,10 @@ def test_a_price_that_is_not_above_the_first_asks_nobody():
     """Below the calibrated range nobody knows the difference: the cheapest is asked."""
     assert prices(0.1, 1.0, 1.0) == [6.0, math.inf]
     assert prices(0.15, 1.0, 1.0, 1.0) == pytest.approx([5.5, 6.0, 6.0])
+
+
+def test_where_more_teacher_tokens_do_not_help_the_shares_are_of_what_is_realised():
+    """The price of .3 is that of .1, which is realised. Half of it is the dear one's: the price of .05."""
+    flat = Calibration(((0.05, 5.0), (0.1, 3.0), (0.3, 3.0), (0.5, 1.0)))
+    terms = Policy(flat, 100.0).terms(Bucket(Budget(fraction=0.3), 4), 40, 400, caps=(1.0, 1.0))
+    assert (terms.price, terms.dearer) == (3.0, (5.0,))
