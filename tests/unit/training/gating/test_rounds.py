@@ -19,6 +19,7 @@ from training.gate_config import (
     RatioGain,
     RegretGain,
 )
+from training.gating import duals
 from training.gating.head import Head
 from training.gating.prompts import Prompts, Trees, rollout_prompts
 from training.gating.rollout import ClosedLoop, Rollout
@@ -34,8 +35,8 @@ CONFIG = GateConfig(
     gain=RegretGain(type="regret"),
     conditioning=PriceConditioning(rate=RATE),
     rounds=3,
-    prompts=60,
-    epochs=6,
+    prompts=40,
+    epochs=4,
     batch=128,
     budgets=(0.1, 0.3),  # RATE on average
     calibration_examples=20,
@@ -98,6 +99,7 @@ def log_of(directory):
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.type)
 def test_a_killed_run_goes_on_behind_its_last_round(objective, sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(duals, "SETTLING", 2)
     config = CONFIG.model_copy(update={"objective": objective})
     prompts = rollout_prompts(Letters(), sources, config, 0)
     straight = train_gate(rounds(config, prompts), prompts, Letters(), tmp_path / "a", "pair")
@@ -147,7 +149,10 @@ def test_every_budget_has_a_dual_variable_and_the_best_round_is_exported(sources
     assert (trained.round, second["judged"], third["judged"]) == (2, 0, -1)
 
 
-def test_no_policy_is_exported_that_is_worse_than_the_regression_that_it_started_from(sources, tmp_path):
+def test_no_policy_is_exported_that_is_worse_than_the_regression_that_it_started_from(
+    sources, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(duals, "SETTLING", 1)
     config = CONFIG.model_copy(update={"objective": ConstrainedObjective(type="constrained", start_rounds=2)})
     prompts = rollout_prompts(Letters(), sources, config, 0)
     played = rounds(config, prompts)
