@@ -13,7 +13,7 @@ def with_little_white_space(structural_tag: str) -> str:
     vLLM's setting `disable_any_whitespace` is for grammars of plain JSON alone.
     """
     tag = json.loads(structural_tag)
-    _bound(tag)
+    _bound(tag.get("format"))
     return json.dumps(tag)
 
 
