@@ -210,6 +210,7 @@ class Cooperator:
 
     def _open(self, exchange: Exchange, prompt: Any) -> Report:
         report = exchange.open()
+        report.named = self._cooperation.teachers.have_names
         report.sheet.prices = self._cooperation.prices
         report.sheet.prompt_tokens = len(_ids(prompt) or ())
         return report

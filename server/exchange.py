@@ -14,7 +14,7 @@ from router.money import PICOS
 from server.costs import Costs, CostSheet
 from server.original_prompt import OriginalPrompt
 from server.sessions import OpenSession, SessionBudget, SessionFields
-from server.sources import STUDENT, TEACHER, Source
+from server.sources import STUDENT, Source
 from server.tenants import Tenant
 
 NO_PRICES = "this gateway has no prices; its operator sets them by --prices"
@@ -77,6 +77,8 @@ class Report:
     """What the teacher wrote in tokens of its own; None where its vocabulary is the student's."""
     parts: dict[str, Part] = field(default_factory=dict)
     """By the name of each teacher that was called."""
+    named: bool = False
+    """Whether the operator gave teachers names, which the report then has."""
     source: Source = STUDENT
     """Who wrote the tokens handed out last."""
     finished: bool = False
@@ -118,7 +120,7 @@ class Report:
             fields["saved"] = costs.saved / PICOS
         if self.own_tokens is not None:
             fields["own_tokens"] = self.own_tokens
-        if self.parts and self.parts.keys() != {TEACHER}:
+        if self.parts and self.named:
             fields["teachers"] = self._parts(costs)
         return fields
 
@@ -254,6 +256,7 @@ class Exchange:
             whole.degraded |= report.degraded
             whole.clamped |= report.clamped
             whole.sheet.add(report.sheet)
+            whole.named |= report.named
             for name, part in report.parts.items():
                 sums = whole.parts.setdefault(name, Part())
                 sums.tokens += part.tokens

@@ -41,9 +41,10 @@ class Trio:
         self.small = ScriptedTeacher(**options.pop("small", {}))
         self.big = ScriptedTeacher(first="0", **options.pop("big", {}))
         prices = options.pop("prices", None)
+        names = options.pop("names", ("small", "big"))
         each = [
             NamedTeacher(name, pool, None if prices is None else prices.of_teacher(name))
-            for name, pool in (("small", self.small), ("big", self.big))
+            for name, pool in zip(names, (self.small, self.big), strict=True)
         ]
         span_tokens = options.pop("span_tokens", 2)
         self.shared = SharedBudgets(
@@ -85,6 +86,13 @@ async def test_the_cheap_teacher_is_asked_first_and_the_dear_one_by_the_score(tr
     }
     assert (three.report["tokens"], three.report["calls"]) == (4, 2)
     assert three.report["spans"] == [[2, 4], [5, 7]]
+
+
+async def test_a_report_has_the_names_whichever_teacher_was_called(tokenizer):
+    """Also where one of several is called as the only one would be."""
+    three = Trio(tokenizer, {2: 0}, names=("teacher", "big"))
+    await three.text()
+    assert three.report["teachers"].keys() == {"teacher"}
 
 
 async def test_every_step_names_who_wrote_it(trio):
