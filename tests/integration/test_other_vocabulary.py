@@ -13,7 +13,7 @@ from openai import AsyncOpenAI, BadRequestError
 from transformers import AutoTokenizer
 
 from server.local.pair import Pair, Serving, serving
-from tests.helpers.client import chat, excess, openai_client
+from tests.helpers.client import MODEL, chat, excess, openai_client
 from tests.helpers.tiny_models import save_teacher_of_other_words
 
 LENGTH = 60
@@ -173,10 +173,14 @@ async def test_no_end_of_either_model_ends_it_if_that_is_to_be_ignored(
 async def test_stop_tokens_and_bad_words_hold_for_the_teachers_text(
     gateway: AsyncOpenAI, pair: Pair, budget: float
 ) -> None:
+    """In a completion: this teacher repeats how its prompt ends, and a chat ends with a newline, no word."""
     tokenizer = AutoTokenizer.from_pretrained(pair.student)
 
     async def written(**extra: Any) -> Any:
-        reply = await chat(gateway, "What is 17 plus 4?", budget, max_tokens=LENGTH, extra_body=extra)
+        extra |= {"teacher_budget": budget, "return_token_ids": True}
+        reply = await gateway.completions.create(
+            model=MODEL, prompt="The number is four", temperature=0, max_tokens=LENGTH, extra_body=extra
+        )
         return reply.choices[0]
 
     whole = (await written()).token_ids
@@ -196,9 +200,9 @@ def word_of(tokenizer: Any, ids: list[int]) -> str:
         for start in range(len(ids) - length):
             part = ids[start : start + length]
             word = str(tokenizer.decode(part))
-            if word == word.strip() and tokenizer.encode(word, add_special_tokens=False) == part:
+            if word.strip() == word and tokenizer.encode(word, add_special_tokens=False) == part:
                 return word
-    raise AssertionError("no word")
+    raise AssertionError(f"no word in {tokenizer.decode(ids)!r}")
 
 
 def occurs(part: list[int], ids: list[int]) -> bool:
