@@ -546,9 +546,9 @@ def grammar_backend(name: str, vllm_config: Any, tokenizer: Any) -> Any:
     return getattr(import_module(module), backend)(vllm_config, tokenizer=tokenizer, vocab_size=vocab_size)
 
 
-def backend_name(request: Any) -> str:
-    """The backend that vLLM chose for a checked request with structured output."""
-    return str(request.sampling_params.structured_outputs._backend)
+def backend_name(params: Any) -> str:
+    """The backend that vLLM chose when it checked the parameters of a request with structured output."""
+    return str(params.structured_outputs._backend)
 
 
 def grammar_start(manager: StructuredOutputManager, request: Any, new_ids: Sequence[int]) -> int:

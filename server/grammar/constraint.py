@@ -53,8 +53,7 @@ class Constraint:
         if self._start not in (None, self._fed) or not self.unfinished:
             return {}
         fields = grammar_fields(self._request.sampling_params)
-        tag = self._manager.structural_tag(self._request.sampling_params)
-        return {"structured_outputs": fields if tag is None else fields | {"structural_tag": tag}}
+        return {"structured_outputs": fields | self._manager.repaired(self._request.sampling_params)}
 
     @property
     def unfinished(self) -> bool:

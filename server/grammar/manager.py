@@ -5,6 +5,7 @@ grammar of a segment takes what is written already before vLLM masks the first l
 wherever the grammar has not ended.
 """
 
+import json
 import threading
 from functools import cache
 from typing import Any
@@ -13,10 +14,12 @@ import numpy as np
 
 from router.reserved import ReservedRows
 from server.gate_processor import SETTINGS
+from server.grammar.strings import without_control_characters
 from server.grammar.white_space import with_little_white_space
 from server.vllm_api import StructuredOutputManager, backend_name, grammar_backend
 from server.written import GRAMMAR_FROM
 
+XGRAMMAR = "xgrammar"
 SCHEDULER = "scheduler"
 """Of the engine's settings: the operator's own scheduler, if there is one."""
 
@@ -39,7 +42,7 @@ class GrammarManager(StructuredOutputManager):
 
     def backend_of(self, request: Any) -> Any:
         """The backend that vLLM chose when it checked this request; built at its first use."""
-        name = backend_name(request)
+        name = backend_name(request.sampling_params)
         with self.building:
             if name not in self.backends:
                 self.backends[name] = grammar_backend(name, self.vllm_config, self.tokenizer)
@@ -51,19 +54,29 @@ class GrammarManager(StructuredOutputManager):
             self.backend = self.backend_of(request)  # it allocates the bitmask, which has one form for all
         super().grammar_init(request)
 
-    def structural_tag(self, params: Any) -> str | None:
-        """The format of text with tool calls that a request is held to, if it has one.
+    def repaired(self, params: Any) -> dict[str, str]:
+        """The fields of a request's structured output that are not used as they were sent, by name.
 
-        With `disable_any_whitespace` their JSON has little white space too.
+        A string's length is a pattern, see `server.grammar.strings`. With `disable_any_whitespace` the JSON
+        of tool calls has little white space too.
         """
-        tag: str | None = params.structured_outputs.structural_tag
-        if tag is not None and self.vllm_config.structured_outputs_config.disable_any_whitespace:
-            return with_little_white_space(tag)
-        return tag
+        outputs = params.structured_outputs
+        if backend_name(params) != XGRAMMAR:
+            return {}
+        if outputs.structural_tag is not None:
+            tag = json.dumps(without_control_characters(json.loads(outputs.structural_tag)))
+            if self.vllm_config.structured_outputs_config.disable_any_whitespace:
+                tag = with_little_white_space(tag)
+            return {"structural_tag": tag}
+        if outputs.json is not None:
+            schema = json.loads(outputs.json) if isinstance(outputs.json, str) else outputs.json
+            sound = without_control_characters(schema)
+            return {} if sound == schema else {"json": json.dumps(sound)}
+        return {}
 
     def _create_grammar(self, request: Any) -> Any:
         kind, text = request.structured_output_request.structured_output_key
-        text = self.structural_tag(request.sampling_params) or text
+        (text,) = self.repaired(request.sampling_params).values() or (text,)
         stop_token_ids = request.sampling_params.all_stop_token_ids
         return self.backend_of(request).compile_grammar(kind, text, stop_token_ids=stop_token_ids)
 

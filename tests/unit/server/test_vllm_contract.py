@@ -471,7 +471,7 @@ def test_every_backend_of_grammars_is_known():
 def test_a_grammar_is_sent_as_the_http_layer_takes_it():
     params = SamplingParams(structured_outputs=StructuredOutputsParams(json={"type": "null"}))
     params.structured_outputs._backend = "xgrammar"
-    assert vllm_api.backend_name(SimpleNamespace(sampling_params=params)) == "xgrammar"
+    assert vllm_api.backend_name(params) == "xgrammar"
     fields = vllm_api.grammar_fields(params)
     assert fields == {"json": {"type": "null"}}
     request = CompletionRequest(prompt=[1], structured_outputs=fields)

@@ -16,6 +16,7 @@ from server.grammar.manager import (
     open_rows,
     scheduler,
 )
+from server.grammar.strings import CHARACTER, without_control_characters
 from server.vllm_api import EngineRequest, StructuredOutputManager
 from server.written import GRAMMAR_FROM
 from tests.helpers.grammars import ANN, PERSON, PROMPT_IDS, checked, engine_config, ids, segment
@@ -149,6 +150,32 @@ def test_the_operators_word_on_white_space_holds_for_tool_calls_too(config):
             if compiled(manager, segment(params)).accept_tokens("r-0", ids(text)):
                 accepted.append(spaces)
         assert accepted == expected
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["json", "tool call"])
+@pytest.mark.parametrize(
+    ("text", "accepted"),
+    [("abc", True), ("a\u00e4", True), ("abcd", False), ("a", False), ("a\tb", False), ("a\x01", False)],
+)
+def test_no_string_of_a_bounded_length_has_control_characters(config, manager, called, text, accepted):
+    """xgrammar alone takes the tab, which no JSON parser does."""
+    schema = {"type": "object", "properties": {"a": {"type": "string", "minLength": 2, "maxLength": 3}}}
+    content = {"type": "json_schema", "json_schema": schema | {"required": ["a"]}}
+    tag = {"type": "tag", "begin": "", "content": content, "end": ""}
+    sent = {"structural_tag": json.dumps({"type": "structural_tag", "format": tag})}
+    params = checked(config, **(sent if called else {"json": schema | {"required": ["a"]}}))
+    grammar = compiled(manager, segment(params))
+    assert grammar.accept_tokens("r-0", ids(f'{{"a": "{text}"')) is accepted
+
+
+def test_values_that_look_like_schemas_stay_as_they_are():
+    looks = {"type": "string", "maxLength": 2}
+    schema = {"enum": [looks], "properties": {"a": {"const": looks}, "b": looks, "c": {"type": "string"}}}
+    pattern = f"^{CHARACTER}{{0,2}}$"
+    expected = {"a": {"const": looks}, "b": {"type": "string", "pattern": pattern}, "c": {"type": "string"}}
+    assert without_control_characters(schema) == {"enum": [looks], "properties": expected}
+    for left in ({"pattern": "a"}, {"minLength": 3}, {"minLength": "1"}, {"format": "date"}):
+        assert without_control_characters(looks | left) == looks | left
 
 
 @pytest.mark.parametrize("theirs", [None, "types.SimpleNamespace"])
