@@ -22,6 +22,8 @@ CHAT, COMPLETIONS, RESPONSES, MESSAGES = (
 )
 SURFACES = (CHAT, COMPLETIONS, RESPONSES, MESSAGES)
 FLAGS = (
+    "--gate",
+    "random",
     *("--on-teacher-error", "error", "--teacher-timeout", "1", "--span-timeout", "1"),
     # The gateway is not to notice on its own that the teacher is away.
     *("--teacher-probe", "3600", "--breaker-failures", "1000"),
@@ -92,14 +94,19 @@ async def test_a_stream_that_loses_its_teacher_ends_with_an_error(
 ) -> None:
     expected = anthropic.APIStatusError if path == MESSAGES else openai.APIError
     seen: list[Any] = []
-    for source in sources[:30]:  # the student may ask before its first token
-        with pytest.raises(expected, match="The teacher did not answer in time") as error:
+    for source in sources[:30]:  # the student may ask before its first token, or end without asking
+        seen.clear()
+        try:
             await read(gpt, claude, path, source, 0.5, seen)
-        if seen:
-            break
-    assert seen
-    assert not isinstance(error.value, openai.APIConnectionError | openai.APIStatusError)
-    assert getattr(error.value, "status_code", 200) == 200
+        except expected as error:
+            lost: Exception = error
+            if seen:
+                break
+    else:
+        pytest.fail("no stream began and then lost its teacher")
+    assert "The teacher did not answer in time" in str(lost)
+    assert not isinstance(lost, openai.APIConnectionError | openai.APIStatusError)
+    assert getattr(lost, "status_code", 200) == 200
 
 
 @pytest.mark.parametrize("path", SURFACES)

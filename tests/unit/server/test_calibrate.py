@@ -138,7 +138,7 @@ def test_a_gateway_of_our_own_has_all_settings_but_those_for_its_users(
     assert own is not None
     assert own.settings == {
         "student": str(tmp_path),
-        "teacher": "http://127.0.0.1:9",
+        "teacher": ["http://127.0.0.1:9"],
         "cache": str(tmp_path / "cache"),
         "gate": "margin",
         "span_tokens": "8",

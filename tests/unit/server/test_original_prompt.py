@@ -66,11 +66,8 @@ def test_a_prompt_that_was_never_text_is_named() -> None:
         {"logprobs": 0},
         {"logit_bias": {1: 1.0}},
         {"allowed_token_ids": [1]},
-        {"stop_token_ids": [1]},
-        {"ignore_eos": True},
         {"frequency_penalty": 0.1},
         {"presence_penalty": 0.1},
-        {"bad_words": ["x"]},
     ],
 )
 def test_parameters_that_speak_of_ids_are_named(given: dict[str, Any]) -> None:
@@ -86,6 +83,9 @@ def test_other_parameters_cross() -> None:
         min_p=0.1,
         seed=1,
         stop=["x"],
+        stop_token_ids=[1],
+        ignore_eos=True,
+        bad_words=["x"],
         repetition_penalty=1.1,
         min_tokens=2,
     )
