@@ -1,6 +1,7 @@
 """Structured answers: how they are asked for, and whether they are what was asked for."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,15 @@ class Answer:
         except (ValueError, jsonschema.ValidationError) as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
         return None
+
+
+def check_all(answers: Sequence[Answer], budget: float) -> None:
+    """Each is what was asked for or cut, at most half are cut, and the teacher wrote its part."""
+    faults = [(answer.text, answer.fault()) for answer in answers if not answer.cut and answer.fault()]
+    assert faults == []
+    assert sum(answer.cut for answer in answers) <= len(answers) // 2
+    written = sum(answer.tokens for answer in answers)
+    assert sum(answer.teacher["tokens"] for answer in answers) >= 0.5 * budget * written
 
 
 async def ask_for_schema(

@@ -15,7 +15,7 @@ from server.local.pair import HOST, Pair, Serving, free_port, gateway_service
 from server.local.processes import running
 from tests.helpers.client import MODEL, openai_client
 from tests.helpers.schemas import SCHEMAS, SHORT, SMALL, record
-from tests.helpers.structured import ask_for_schema
+from tests.helpers.structured import ask_for_schema, check_all
 
 # The shipped models know no JSON, and would fill it with spaces.
 CONFIG = """
@@ -159,11 +159,7 @@ async def test_schemas_of_many_kinds(client: AsyncOpenAI, budget: float) -> None
     """Some of those in `tests/benchmarks/bench_structured.py`, which has all."""
     asked = [ask_for_schema(client, schema, budget, place) for place, schema in enumerate(SCHEMAS[::12])]
     answers = await asyncio.gather(*asked)
-    faults = [(answer.text, answer.fault()) for answer in answers if not answer.cut and answer.fault()]
-    assert faults == []
-    assert sum(answer.cut for answer in answers) <= len(answers) // 2
-    written = sum(answer.tokens for answer in answers)
-    assert sum(answer.teacher["tokens"] for answer in answers) >= 0.5 * budget * written
+    check_all(answers, budget)
 
 
 async def test_choices_log_probabilities_and_a_stop_string(client: AsyncOpenAI) -> None:

@@ -20,7 +20,7 @@ from server.local.processes import running
 from tests.helpers.client import MODEL, PATIENCE, UNHURRIED, openai_client
 from tests.helpers.replies import comparable
 from tests.helpers.schemas import FLAG, SHORT, SMALL, TOOLS, items, record
-from tests.helpers.structured import ask_for_tool
+from tests.helpers.structured import ask_for_tool, check_all
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 # The shipped models know no JSON, and would fill it with spaces. This parser takes plain JSON.
@@ -210,8 +210,4 @@ async def test_tools_of_many_kinds(client: AsyncOpenAI, budget: float) -> None:
     """Some of those in `tests/benchmarks/bench_structured.py`, which has all."""
     calls = [ask_for_tool(client, tool, budget, place) for place, tool in enumerate(TOOLS[::8])]
     answers = await asyncio.gather(*calls)
-    faults = [(answer.text, answer.fault()) for answer in answers if not answer.cut and answer.fault()]
-    assert faults == []
-    assert sum(answer.cut for answer in answers) <= len(answers) // 2
-    written = sum(answer.tokens for answer in answers)
-    assert sum(answer.teacher["tokens"] for answer in answers) >= 0.5 * budget * written
+    check_all(answers, budget)
