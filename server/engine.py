@@ -254,11 +254,10 @@ class Cooperator:
         if exchange.writes_nothing:
             return Budget(tokens=0)
         parameter = exchange.unsupported or unsupported(prompt, params)
-        if parameter is None and not self._teachers(budget, exchange.original(prompt), params):
-            obstacles = (
-                teacher.obstacle(exchange.original(prompt), params) for teacher in self._allowed_by(budget)
-            )
-            parameter = next(obstacles)
+        if parameter is None:
+            original = exchange.original(prompt)
+            obstacles = [teacher.obstacle(original, params) for teacher in self._allowed_by(budget)]
+            parameter = obstacles[0] if all(obstacles) else None
         if parameter is None:
             return budget
         if exchange.budget is None:

@@ -20,8 +20,6 @@ from vllm import SamplingParams, envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.logprobs import Logprob
-from vllm.lora.layers import LogitsProcessorWithLoRA
-from vllm.lora.lora_model import LoRAModel
 from vllm.model_executor.layers.logits_processor import LogitsProcessor as LogitsComputation
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -331,6 +329,10 @@ def keep_from_adapters(rows: slice) -> None:
 
     An adapter of the original model may have no such rows, where they were appended.
     """
+    # Here, as only the engine's process needs them: they take a second to import.
+    from vllm.lora.layers import LogitsProcessorWithLoRA
+    from vllm.lora.lora_model import LoRAModel
+
     scores: Any = LogitsProcessorWithLoRA
     adapter: Any = LoRAModel
     set_output = getattr(scores.set_lora, "original", scores.set_lora)
@@ -376,6 +378,8 @@ def output_matrix(model: Any, hidden_size: int) -> Any:
         UnsupportedVllm: the model computes its logits in a way of its own.
     """
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    from vllm.lora.layers import LogitsProcessorWithLoRA
+
     kinds = (LogitsComputation, LogitsProcessorWithLoRA)  # with adapters the second stands for the first
     processors = [module for module in modules if isinstance(module, kinds)]
     output = _seen_by(processors, model, hidden_size) if processors else getattr(model, "lm_head", None)

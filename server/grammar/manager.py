@@ -76,7 +76,7 @@ class GrammarManager(StructuredOutputManager):
 
     def _create_grammar(self, request: Any) -> Any:
         kind, text = request.structured_output_request.structured_output_key
-        (text,) = self.repaired(request.sampling_params).values() or (text,)
+        text = next(iter(self.repaired(request.sampling_params).values()), text)
         stop_token_ids = request.sampling_params.all_stop_token_ids
         return self.backend_of(request).compile_grammar(kind, text, stop_token_ids=stop_token_ids)
 
