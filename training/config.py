@@ -475,20 +475,26 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def _override(data: dict[str, Any], override: str) -> None:
-    """Set one `key=value`, whose key may have dots."""
+    """Set one `key=value`, whose key may have dots; null takes away what the recipe says."""
     key, equals, value = override.partition("=")
     if not equals:
         raise RecipeError(f"override {override!r}: want key=value")
     *parents, last = key.split(".")
     place = data
     for parent in parents:
-        place = place.setdefault(parent, {})
-        if not isinstance(place, dict):
+        inner = place.get(parent, {})
+        if not isinstance(inner, dict):
             raise RecipeError(f"override {override!r}: {parent} is a value and has no fields")
+        place[parent] = dict(inner)  # an alias of YAML shares it with another place
+        place = place[parent]
     try:
-        place[last] = _yaml(value)
+        read = _yaml(value)
     except ValueError as error:
         raise RecipeError(f"override {override!r}: {error}") from error
+    if read is None:
+        place.pop(last, None)
+    else:
+        place[last] = read
 
 
 def _yaml(text: str) -> Any:

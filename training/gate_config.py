@@ -80,6 +80,11 @@ class InProcessRollouts(Frozen):
 
     type: Literal["in_process"] = "in_process"
 
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Fields of the router that do nothing with these rollouts."""
+        return ()
+
 
 class RecordedRollouts(Frozen):
     """Completions that gateways recorded (`wheels serve --record`)."""
@@ -87,6 +92,11 @@ class RecordedRollouts(Frozen):
     type: Literal["recorded"]
     directory: Path
     """All files in it are read."""
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Nothing is asked for, and nothing is measured."""
+        return ("prompts", "rounds", "explore", "budgets", "calibration_examples")
 
 
 class GatewayRollouts(Frozen):
@@ -99,6 +109,11 @@ class GatewayRollouts(Frozen):
     """Requests at once."""
     batch: PositiveInt = 50
     """Prompts asked with one budget, drawn from `budgets`; a stopped run goes on after the last batch."""
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """A gateway decides by its own gate, and keeps it."""
+        return ("rounds", "explore", "calibration_examples")
 
 
 Gain = Annotated[RegretGain | RatioGain | QualityGain, Field(discriminator="type")]
@@ -208,6 +223,13 @@ class GateConfig(Frozen):
             raise ValueError(f"objective {self.objective.type} is for rollouts in_process, not {rollouts}")
         if not isinstance(self.conditioning, PriceConditioning):
             raise ValueError(f"conditioning prompt is for rollouts in_process, not {rollouts}")
+        idle = [name for name in self.rollouts.idle if name in self.model_fields_set]
+        if "rate" in self.conditioning.model_fields_set:
+            idle.append("conditioning.rate")
+        if idle:
+            raise ValueError(
+                f"rollouts {rollouts} make no use of {', '.join(idle)}: leave them out, or set them to null"
+            )
 
     def _check_policy(self, objective: ConstrainedObjective) -> None:
         if self.rounds <= objective.start_rounds:

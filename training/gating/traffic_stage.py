@@ -216,8 +216,8 @@ class Asked:
         """
         directory.mkdir(parents=True, exist_ok=True)
         done = list(read_trajectories(directory)) if any(directory.glob(f"*{SUFFIX}")) else []
-        wanted = self.config.prompts * self.config.rounds
-        return done + asyncio.run(self._rest(directory / f"{len(done)}{SUFFIX}", len(done), wanted))
+        file = directory / f"{len(done)}{SUFFIX}"
+        return done + asyncio.run(self._rest(file, len(done), self.config.prompts))
 
     async def _rest(self, file: Path, done: int, wanted: int) -> list[Trajectory]:
         stream = self.task.router(self.seed)

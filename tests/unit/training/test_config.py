@@ -32,6 +32,17 @@ router: {span_tokens: 1, ask_tokens: 1, gain: {type: regret}}
 def test_overrides(recipe):
     loaded = load_recipe(recipe, ["teacher.schedule.steps=7", "router.gain.type=ratio"])
     assert (loaded.teacher.schedule.steps, loaded.router.gain.type) == (7, "ratio")
+    assert loaded.student.schedule.steps == 10, "what an alias shares is changed in one place"
+
+
+def test_null_takes_away_what_the_recipe_sets(recipe):
+    recipe.write_text(recipe.read_text().replace("ask_tokens: 1,", "ask_tokens: 1, rounds: 5,"))
+    assert load_recipe(recipe).router.rounds == 5
+    recorded = "router.rollouts={type: recorded, directory: traffic}"
+    with pytest.raises(RecipeError, match="rollouts recorded make no use of rounds"):
+        load_recipe(recipe, [recorded])
+    assert load_recipe(recipe, [recorded, "router.rounds=null"]).router.rounds == 2
+    assert load_recipe(recipe, ["router.rounds=null", "router.width=null"]).router.width == 64
 
 
 @pytest.mark.parametrize(

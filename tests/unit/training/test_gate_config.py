@@ -81,6 +81,33 @@ def test_what_does_not_go_together_is_refused(changes, problem):
         GateConfig.model_validate(LEAST | changes)
 
 
+RECORDED = {"rollouts": {"type": "recorded", "directory": "traffic"}}
+GATEWAY = {"rollouts": {"type": "gateway", "url": "http://there"}}
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "changes", "named"),
+    [
+        (RECORDED, {"rounds": 2, "prompts": 4000, "epochs": 1}, "recorded make no use of prompts, rounds:"),
+        (RECORDED, {"explore": 0.1, "budgets": [0.1]}, "recorded make no use of explore, budgets:"),
+        (RECORDED, {"calibration_examples": 500}, "recorded make no use of calibration_examples:"),
+        (GATEWAY, {"rounds": 1, "prompts": 10, "budgets": [0.1]}, "gateway make no use of rounds:"),
+        (GATEWAY, {"explore": 0.0}, "gateway make no use of explore:"),
+        (
+            GATEWAY,
+            {"conditioning": {"type": "price", "rate": 0.15}},
+            "gateway make no use of conditioning.rate:",
+        ),
+    ],
+)
+def test_fields_that_do_nothing_with_served_completions_are_named(rollouts, changes, named):
+    """Also those that say what is so by default."""
+    GateConfig.model_validate(LEAST | rollouts)
+    GateConfig.model_validate(LEAST | changes)
+    with pytest.raises(ValidationError, match=f"rollouts {named} leave them out"):
+        GateConfig.model_validate(LEAST | rollouts | changes)
+
+
 def test_what_is_not_said_is_the_difference_form_by_price():
     config = GateConfig.model_validate(LEAST)
     assert (config.objective.type, config.conditioning.type) == ("difference", "price")

@@ -164,6 +164,8 @@ def test_a_record_that_cannot_be_learned_from_is_refused(recipe, tmp_path, capsy
             "router.conditioning={type: prompt}",
             "conditioning prompt is for rollouts in_process, not recorded",
         ),
+        ("router.prompts=4", "rollouts recorded make no use of prompts: leave them out, or set them to null"),
+        ("router.conditioning={type: price, rate: 0.1}", "make no use of conditioning.rate"),
     ],
 )
 def test_what_needs_rollouts_in_process_says_so(recipe, capsys, override, problem):
@@ -200,7 +202,6 @@ def asked(gateway, tmp_path, prompts: int):
         gain=RegretGain(type="regret"),
         rollouts=GatewayRollouts(type="gateway", url="http://there", batch=3),
         prompts=prompts,
-        rounds=1,
     )
     transport = httpx.AsyncClient(transport=httpx.MockTransport(gateway))
     task = make_task("numbers")
