@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import aiohttp
@@ -22,7 +23,7 @@ from server.local.arguments import EXAMPLES, PAIR_HELP, SHIPPED_PAIR, complete_p
 from server.local.pair import Pair
 from server.local.processes import ServiceError, exit_at_sigterm
 
-SECTIONS = ("overhead", "cooperation", "speculative", "quality", "capacity", "peers")
+SECTIONS = ("overhead", "cooperation", "speculative", "quality", "capacity", "peers", "gpu-model")
 
 
 def main(argv: list[str]) -> int:
@@ -73,13 +74,18 @@ def _measure(plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
     stored: dict[str, Any] = {}
     for name in options.section or SECTIONS:
         start = time.monotonic()
-        section: Section = importlib.import_module(f"server.bench.{name}").run(plan)
+        section: Section = _module(name).run(plan)
         stored[name] = section.as_dict()
         _say(section.markdown(name), options.json)
         _say(f"({name}: {time.monotonic() - start:.0f} s)\n", options.json)
         if options.out:
             _write(section, name, options.out)
     return stored
+
+
+def _module(name: str) -> ModuleType:
+    """A section's module."""
+    return importlib.import_module(f"server.bench.{name.replace('-', '_')}")
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

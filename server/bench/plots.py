@@ -109,6 +109,25 @@ def _overhead(pyplot: Any, section: Section) -> Any:
     return _streams(pyplot, _grouped(section.tables["client"].rows, itemgetter("server")))
 
 
+def _gpu_model(pyplot: Any, section: Section) -> Any:
+    """One panel for each pair, one line for each way to use it."""
+    pairs = _grouped(section.tables["speed"].rows, itemgetter("pair"))
+    figure, panels = pyplot.subplots(1, len(pairs), figsize=(5 * len(pairs), 4))
+    for axes, (pair, rows) in zip(panels, pairs.items(), strict=True):
+        for column in rows[0]:
+            if column in ("pair", "streams", "running", "drafts"):
+                continue
+            line = "-" if column.startswith("cooperation") else "--"
+            axes.plot(_numbers(rows, "streams"), _numbers(rows, column), line, marker="o", label=column)
+        axes.set(xlabel="streams", title=pair, xscale="log", yscale="log")
+        _plain_numbers(pyplot, axes.xaxis, base=2)
+        _plain_numbers(pyplot, axes.yaxis)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("tokens/s")
+    panels[-1].legend(bbox_to_anchor=(1.01, 1), loc="upper left", fontsize=8)
+    return figure
+
+
 def _streams(pyplot: Any, lines: Mapping[str, Sequence[Row]]) -> Any:
     """Tokens/s against streams, with the range over the rounds."""
     figure, axes = pyplot.subplots(figsize=(6, 4))
@@ -136,6 +155,7 @@ DRAWN: Mapping[str, Callable[[Any, Section], Any]] = {
     "cooperation": _shares,
     "capacity": _capacity,
     "overhead": _overhead,
+    "gpu-model": _gpu_model,
 }
 
 
