@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple, TypeAlias
 
 from measuring.json_lines import DataError, Row, is_text
+from router.words import turn_of_words
 
 ROLES = ("system", "user", "assistant")
 
@@ -29,6 +30,17 @@ def messages_of(source: Source) -> list[dict[str, str]]:
 def shown(source: Source) -> str:
     """For people: the text, or what was said last."""
     return source if isinstance(source, str) else source[-1].content
+
+
+def with_words(source: Source, words: str) -> Source:
+    """The same with a budget in words, which begin the turn of `router.words.turn_of_words`."""
+    if isinstance(source, str):
+        return words + source
+    place = turn_of_words([turn.role for turn in source])
+    if place is None:
+        return source
+    turn = source[place]
+    return (*source[:place], Turn(turn.role, words + turn.content), *source[place + 1 :])
 
 
 def turns(value: Any) -> tuple[Turn, ...]:

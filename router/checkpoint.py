@@ -12,8 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from string import Formatter
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -23,6 +22,7 @@ from pydantic import (
     PositiveInt,
     ValidationError,
     field_validator,
+    model_validator,
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -32,6 +32,7 @@ from router.gate import GATES, Gate, LearnedGate
 from router.policy import Calibration
 from router.reserved import RESERVED_ROWS, ReservedRows
 from router.rows import VOCABULARY_TENSORS, CheckpointError, VocabularyTensors, copied, opened
+from router.words import BudgetWords, check_budget_prompt
 
 CONFIG_FILE = "router.json"
 TENSORS_FILE = "router.safetensors"
@@ -88,9 +89,8 @@ class RouterConfig(BaseModel):
     """Per gate: (fraction, spare price that makes it the realised rate), see `router.policy.Policy`."""
     fingerprints: Fingerprints
     budget_prompt: str | None = None
-    """Template of a budget prompt, with the one field `{percent}`: the rendered text is in front of the
-    prompt that the student reads, and never in the teacher's. Where there is one, the calibration holds for
-    prompts that have it.
+    """Template of budgets in words, see `router.words`. Where there is one, the calibration of the learned
+    gate holds for prompts that have the words.
     """
     training: dict[str, Fact] = Field(default_factory=dict)
     """What trained it: objective, gain, seed, data. Nothing here is read when serving."""
@@ -100,25 +100,18 @@ class RouterConfig(BaseModel):
     def _has_percent(cls, template: str | None) -> str | None:
         return template if template is None else check_budget_prompt(template)
 
-    def budget_text(self, fraction: float) -> str:
-        """What the student reads in front of its prompt; empty where budgets are not prompted."""
-        return "" if self.budget_prompt is None else budget_text(self.budget_prompt, fraction)
+    @model_validator(mode="after")
+    def _words_have_prices(self) -> Self:
+        if self.budget_prompt is not None and not self.calibration.get("learned"):
+            raise ValueError("budget_prompt: the learned gate has no calibration")
+        return self
 
-
-def check_budget_prompt(template: str) -> str:
-    """Returns it. Raises ValueError where it has not the field `{percent}`, or another one."""
-    try:
-        fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
-    except ValueError as error:
-        raise ValueError(f"budget_prompt {template!r}: {error}") from error
-    if fields != {"percent"}:
-        raise ValueError(f"budget_prompt {template!r}: it must have exactly one field, {{percent}}")
-    return template
-
-
-def budget_text(template: str, fraction: float) -> str:
-    """fraction: of completion tokens that the teacher may write, in [0, 1]."""
-    return template.format(percent=f"{100 * fraction:g}")
+    @property
+    def words(self) -> BudgetWords | None:
+        """The budgets in words that the student wants to read; None where a price says it all."""
+        if self.budget_prompt is None:
+            return None
+        return BudgetWords(self.budget_prompt, [fraction for fraction, _ in self.calibration["learned"]])
 
 
 @dataclass(frozen=True)
@@ -327,8 +320,6 @@ __all__ = [
     "Fingerprints",
     "RouterCheckpoint",
     "RouterConfig",
-    "budget_text",
-    "check_budget_prompt",
     "fingerprint",
     "tokenizer_fingerprint",
     "vocabulary",

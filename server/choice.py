@@ -79,6 +79,8 @@ class Choice:
     """What `news` has told so far."""
     thinking: Thinking | None = None
     """What is left of `thinking_token_budget` after prompt and completion."""
+    read_by_student: list[int] | None = None
+    """The prompt with a budget in words, which the student reads in its place, if it does."""
     cached_tokens: int | None = None
     """Of the first segment's prompt, those that vLLM had in its prefix cache."""
 
@@ -133,6 +135,11 @@ class Choice:
     def prefix(self) -> list[int]:
         """Prompt and completion so far, as token ids; no trace of an escalation is in it."""
         return self.prompt_ids + self.completion.token_ids
+
+    @property
+    def student_prompt(self) -> list[int]:
+        """Token ids of the prompt as the student reads it."""
+        return self.prompt_ids if self.read_by_student is None else self.read_by_student
 
     @property
     def prefix_tokens(self) -> int:
@@ -237,7 +244,7 @@ class Choice:
         """The student has read the prefix, of which its cache had this many tokens."""
         if self.cached_tokens is None:
             self.cached_tokens = cached
-        self.report.sheet.student_reads(self.prefix_tokens, cached or 0)
+        self.report.sheet.student_reads(len(self.student_prompt) + len(self.completion), cached or 0)
 
     def news(self) -> Written:
         """What was written since the last call."""

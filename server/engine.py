@@ -13,6 +13,7 @@ from router.budget import Bucket, Budget
 from router.money import FREE, PriceList
 from router.policy import Policy
 from router.reserved import ReservedRows
+from router.words import BudgetWords
 from server.choice import Choice, Step
 from server.completion import Completion
 from server.engine_limits import check_engine_limits
@@ -42,6 +43,7 @@ from server.vllm_api import (
     reasoning_markers,
 )
 from server.whole_vocabulary import reports_all, tokens_only
+from server.words import say_budget
 
 PRIORITIES = 2**60
 """Client priorities are clamped to ± this, so doubling them fits an int64."""
@@ -69,6 +71,13 @@ class Cooperation:
     """What tokens cost; None where nobody has set it."""
     parsers: bool = False
     """Whether vLLM's HTTP layer parses reasoning or tool calls out of what is streamed."""
+    words: BudgetWords | None = None
+    """Budgets in words, which the student reads."""
+
+    @property
+    def wants_originals(self) -> bool:
+        """Whether it matters what a prompt was before it was rendered."""
+        return self.words is not None or self.teachers.may_translate
 
 
 class CooperativeEngine(AsyncLLM):
@@ -482,6 +491,8 @@ class Cooperator:
     async def _write(self, choice: Choice, reading: asyncio.Task[Any] | None) -> None:
         if reading is not None:
             await reading
+        if (words := self._cooperation.words) is not None:
+            await say_budget(choice, words, self._cooperation.policy, self._student.max_model_len)
         await self._loop.write(choice)
 
 

@@ -192,6 +192,7 @@ def _cooperation(
         ),
         on_teacher_error=config.on_teacher_error,
         recorder=_recorder(config),
+        words=pair.words,
     )
 
 
@@ -231,6 +232,7 @@ async def _router_reload(pair: ServedPair, engine: CooperativeEngine) -> RouterR
             policy=policy,
             span_tokens=changed.spans.span_tokens,
             ask_tokens=ask_tokens,
+            words=changed.words,
         )
         _publish_price(config, policy)
 
@@ -278,8 +280,8 @@ async def _app(
         await http.init_app_state(engine, app.state, arguments, tasks)
     except ValueError as error:  # an adapter that cannot be loaded
         raise ConfigError(f"vllm: {one_line(error)}") from error
-    if engine.cooperation.teachers.may_translate:
-        keep_originals(engine.renderer, app.state.online_renderer.chat_template, _note_original)
+    template = app.state.online_renderer.chat_template
+    keep_originals(engine.renderer, template, _note_original, lambda: engine.cooperation.wants_originals)
     answer_by_name(app.state, _model_of_request)
     return app
 

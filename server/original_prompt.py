@@ -1,10 +1,15 @@
-"""What a prompt was before the student's template and tokenizer: a teacher with others starts from there."""
+"""What a prompt was before the student's template and tokenizer.
 
-from collections.abc import Iterable, Mapping, Sequence
+A teacher with others starts from there, and so do budgets in words.
+"""
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel
+
+from router.words import turn_of_words
 
 OURS_ALONE = ("tokenize", "return_dict")
 """Arguments of the student's template that say how it is rendered, not what."""
@@ -19,6 +24,8 @@ class OriginalPrompt:
     """A parameter by which the student reads something else, if there is one."""
     teacher_ids: dict[str, list[int]] = field(default_factory=dict)
     """What each teacher made of it, once it was asked: all choices of a request begin there."""
+    render: Callable[[str], Awaitable[list[int] | None]] | None = None
+    """Token ids of the student's prompt with these words in it; none where it has no place for them."""
 
     @classmethod
     def of_messages(
@@ -53,6 +60,38 @@ def _truncated(tokenizing: Any) -> str | None:
     if tokenizing is None or tokenizing.truncate_prompt_tokens is None:
         return None
     return "truncate_prompt_tokens"
+
+
+def begun_with(messages: Sequence[Any], words: str) -> list[Any] | None:
+    """A conversation with words at the beginning of the turn that `turn_of_words` names; None without one."""
+    changed = list(messages)
+    place = turn_of_words([_role(message) for message in changed])
+    if place is None:
+        return None
+    message = plain(changed[place])
+    message["content"] = _content(message.get("content"), words)
+    changed[place] = message
+    return changed
+
+
+def _role(message: Any) -> str:
+    role = message.get("role") if isinstance(message, Mapping) else getattr(message, "role", "")
+    return str(role)
+
+
+def _content(content: Any, words: str) -> Any:
+    """A message's text, or its parts."""
+    if not isinstance(content, list):
+        return words + (content or "")
+    parts = list(content)
+    for place, part in enumerate(parts):
+        if isinstance(part, str):
+            parts[place] = words + part
+            return parts
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            parts[place] = {**part, "text": words + part["text"]}
+            return parts
+    return [{"type": "text", "text": words}, *parts]
 
 
 def plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from router.gate_names import UNTRAINED_GATE
 from router.policy import Calibration, Policy
 from router.reserved import ReservedRows, visible_rows
 from router.rows import MODEL_CONFIG, append_rows, check_decoder, vocabulary_rows
+from router.words import BudgetWords
 from server.config import ConfigError, ServeConfig
 from server.gate_processor import gate_settings
 
@@ -91,6 +92,11 @@ class ServedPair:
         return "learned" if self.router is not None else UNTRAINED_GATE
 
     @property
+    def words(self) -> BudgetWords | None:
+        """What the student reads of a request's budget, for a gate that was trained with it."""
+        return self.router.config.words if self.router is not None and self.gate == "learned" else None
+
+    @property
     def learns_its_price(self) -> bool:
         """Whether nobody has measured which price gives which rate, so that serving has to find out."""
         return self.config.price is None and not self._is_calibrated and self.gate != "random"
@@ -103,11 +109,6 @@ class ServedPair:
         """
         config = self.config
         router = self.router
-        if router is not None and router.config.budget_prompt is not None:
-            raise ConfigError(
-                "the router wants budgets in words in the prompt, which the gateway does not write: "
-                "train one with router.conditioning price"
-            )
         expected = router.config.expected_tokens if router else max_len / 4
         if config.aim == "rate" and (config.price is not None or router is None):
             raise ConfigError("aim rate needs a router checkpoint with its calibration, and no fixed price")

@@ -51,11 +51,11 @@ class StudentEngine:
         if choice.constraint is not None and (choice.completion or choice.report.calls):
             await choice.constraint.catch_up(choice.completion.token_ids)
         if choice.constraint is not None and choice.completion:
-            continuation = choice.constraint.continuation(len(choice.prompt_ids))
+            continuation = choice.constraint.continuation(len(choice.student_prompt))
             params.extra_args = {**(params.extra_args or {}), **continuation.extra_args}
             options |= continuation.options
         outputs = self.generate(
-            {**choice.prompt, "prompt_token_ids": choice.prefix},
+            {**choice.prompt, "prompt_token_ids": choice.student_prompt + choice.completion.token_ids},
             params,
             f"{choice.request_id}-{len(choice.completion)}-{choice.report.calls}",
             **options,

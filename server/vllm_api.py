@@ -10,9 +10,9 @@ import os
 import socket
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, reduce, wraps
+from functools import cache, partial, reduce, wraps
 from importlib import import_module
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ from vllm.v1.worker.gpu.sample.logit_bias import (
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
 from server.config import ConfigError
-from server.original_prompt import OriginalPrompt
+from server.original_prompt import OriginalPrompt, begun_with
 from server.vllm_arguments import check_arguments, check_fixed, one_line
 from server.vllm_flags import write_flags
 
@@ -490,7 +490,10 @@ def answer_by_name(state: Any, model_of_request: Callable[[], str]) -> None:
 
 
 def keep_originals(
-    renderer: Any, default_template: str | None, note: Callable[[Any, OriginalPrompt], None]
+    renderer: Any,
+    default_template: str | None,
+    note: Callable[[Any, OriginalPrompt], None],
+    wanted: Callable[[], bool] = lambda: True,
 ) -> None:
     """Have vLLM's renderer tell what every prompt was before its template and tokenizer.
 
@@ -500,6 +503,7 @@ def keep_originals(
         renderer: of the engine.
         default_template: the chat template of requests that bring none.
         note: is given the prompt that goes to the engine, and what it was.
+        wanted: whether anybody wants to know.
     """
     render_chat = renderer.render_chat_async
     render_text = renderer.render_cmpl_async
@@ -508,9 +512,20 @@ def keep_originals(
     async def chat(
         conversations: Any, chat_params: Any, tok_params: Any = None, **options: Any
     ) -> tuple[Any, Any]:
+        async def with_words(messages: Any, words: str) -> list[int] | None:
+            begun = begun_with(messages, words)
+            if begun is None:
+                return None
+            _, (prompt,) = await render_chat([begun], chat_params, tok_params, **options)
+            return cast(list[int], prompt["prompt_token_ids"])
+
+        if not wanted():
+            return cast(tuple[Any, Any], await render_chat(conversations, chat_params, tok_params, **options))
         originals = []
         for messages in conversations:
-            originals.append(OriginalPrompt.of_messages(messages, chat_params, tok_params, default_template))
+            original = OriginalPrompt.of_messages(messages, chat_params, tok_params, default_template)
+            original.render = partial(with_words, messages)
+            originals.append(original)
         rendered, prompts = await render_chat(conversations, chat_params, tok_params, **options)
         for prompt, original in zip(prompts, originals, strict=True):
             note(prompt, original)
@@ -518,11 +533,17 @@ def keep_originals(
 
     @wraps(render_text)
     async def text(prompts: Any, tok_params: Any = None, **options: Any) -> Any:
+        async def with_words(written: str, words: str) -> list[int]:
+            (prompt,) = await render_text([{"prompt": words + written}], tok_params, **options)
+            return cast(list[int], prompt["prompt_token_ids"])
+
         texts = [prompt.get("prompt") if isinstance(prompt, dict) else None for prompt in prompts]
         rendered = await render_text(prompts, tok_params, **options)
         for prompt, written in zip(rendered, texts, strict=True):
-            if isinstance(written, str):
-                note(prompt, OriginalPrompt.of_text(written, tok_params))
+            if isinstance(written, str) and wanted():
+                original = OriginalPrompt.of_text(written, tok_params)
+                original.render = partial(with_words, written)
+                note(prompt, original)
         return rendered
 
     renderer.render_chat_async = chat

@@ -1,7 +1,7 @@
 """Demonstrations as padded batches, addressed by step: what makes a resumed run repeat itself exactly."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple, Self
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from measuring.chats import Source
 from measuring.examples import Example, sources_of
 from measuring.json_lines import DataError
 from training.tasks import Task
@@ -30,6 +31,8 @@ class Batch:
     """(B, T) bool, True at t where the model at t predicts a token of the answer, ids[:, t + 1]."""
     comes_again: bool = False
     """Its rows come again in later epochs, so that a teacher's answer is worth keeping."""
+    sources: Sequence[Source] = ()
+    """What each row asks, where it is known."""
 
     @property
     def targets(self) -> Tensor:
@@ -65,16 +68,13 @@ class Batch:
         lengths = self.answer.int().argmax(1) + 1
         return [row[:n] for row, n in zip(self.ids.tolist(), lengths.tolist(), strict=True)]
 
-    def prefixed(self, prefixes: list[list[int]], pad: int) -> "Batch":
-        """Rows with these ids in front; their answer positions keep their order."""
-        prompts = self.prompts()
+    def with_prompts(self, prompts: list[list[int]], pad: int) -> "Batch":
+        """The same answers after other prompts; their positions keep their order."""
         counts = self.answer.sum(1).tolist()
-        longer = []
         answers = []
-        for row, prefix, prompt, count in zip(self.ids.tolist(), prefixes, prompts, counts, strict=True):
-            longer.append(prefix + prompt)
+        for row, prompt, count in zip(self.ids.tolist(), self.prompts(), counts, strict=True):
             answers.append(row[len(prompt) : len(prompt) + count])
-        return Batch.of(longer, answers, pad).to(self.ids.device)
+        return Batch.of(prompts, answers, pad).to(self.ids.device)
 
     def to(self, device: torch.device) -> "Batch":
         """On this device."""
@@ -84,9 +84,13 @@ class Batch:
         """`count` batches of equally many rows. Raises ValueError where that does not come out even."""
         if len(self.ids) % count:
             raise ValueError(f"a batch of {len(self.ids)} does not split into {count} equal parts")
+        size = len(self.ids) // count
         parts = []
-        for ids, answer in zip(self.ids.chunk(count), self.answer.chunk(count), strict=True):
-            parts.append(replace(self, ids=ids, answer=answer))
+        for first in range(0, len(self.ids), size):
+            rows = slice(first, first + size)
+            parts.append(
+                replace(self, ids=self.ids[rows], answer=self.answer[rows], sources=self.sources[rows])
+            )
         return parts
 
     @classmethod
@@ -152,6 +156,7 @@ class Demonstration(NamedTuple):
 
     prompt: list[int]
     answer: list[int]
+    source: Source
 
     @property
     def tokens(self) -> int:
@@ -199,9 +204,9 @@ class Demonstrations:
         rows = sorted(self._rows(self._task.train(seed), rng), key=lambda row: row.tokens)
         batches = []
         for first in range(0, len(rows), self._batch):
-            prompts, answers = zip(*rows[first : first + self._batch], strict=True)
+            prompts, answers, sources = zip(*rows[first : first + self._batch], strict=True)
             batch = Batch.of(list(prompts), list(answers), self._tokenizer.eos_token_id)
-            batches.append(replace(batch, comes_again=self._task.is_finite))
+            batches.append(replace(batch, comes_again=self._task.is_finite, sources=sources))
         rng.shuffle(batches)
         return batches
 
@@ -215,9 +220,10 @@ class Demonstrations:
         rows: list[Demonstration] = []
         for _ in range(DRAWS):
             examples = list(islice(stream, wanted))
-            prompts = encode_prompts(self._tokenizer, sources_of(examples))
+            sources = sources_of(examples)
+            prompts = encode_prompts(self._tokenizer, sources)
             answers = encode_answers(self._tokenizer, [_answer(example, rng) for example in examples])
-            rows += filter(self._fits, map(Demonstration, prompts, answers))
+            rows += filter(self._fits, map(Demonstration, prompts, answers, sources))
             if len(rows) >= wanted:
                 return rows[:wanted]
         raise DataError(f"too few examples have at most {self._longest} tokens, prompt and answer together")

@@ -68,11 +68,11 @@ class PriceConditioning(Frozen):
 
 
 class PromptConditioning(Frozen):
-    """A budget reaches student and gate in words too, in front of the prompt; each rollout draws its own."""
+    """A budget reaches student and gate in words too, inside the prompt; each rollout draws its own."""
 
     type: Literal["prompt"]
     words: BudgetPrompt = "Use the teacher for at most {percent} % of the answer. "
-    """The teacher does not read them."""
+    """They begin the user's last message. The teacher does not read them."""
 
 
 class InProcessRollouts(Frozen):

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from router.checkpoint import check_budget_prompt
+from router.words import check_budget_prompt
 
 
 class Frozen(BaseModel):

@@ -151,8 +151,10 @@ class _Paths:
                 found[row, step] = [theirs]
                 if theirs != self.end:
                     going.append((row, step))
-                    prefix = [*prompts.ids[row], *path[:step], theirs]
-                    requests.append(Request(prefix, -math.inf, 1.0, prompts.hidden[row]))
+                    written = [*path[:step], theirs]
+                    prefix = [*prompts.ids[row], *written]
+                    teacher_prefix = [*prompts.teacher_ids[row], *written]
+                    requests.append(Request(prefix, -math.inf, 1.0, teacher_prefix))
         if ask_tokens > 1:
             teacher = replace(loop, explore=0.0, max_tokens=ask_tokens - 1)
             for place, completion in zip(going, teacher.write(requests), strict=True):

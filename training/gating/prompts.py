@@ -1,4 +1,4 @@
-"""Prompts of the rollouts: as they are, or with a budget in words in front, which only the student reads."""
+"""Prompts of the rollouts: as they are, or with a budget in words, which only the student reads."""
 
 import hashlib
 import json
@@ -9,8 +9,8 @@ from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
-from measuring.chats import Source
-from router.checkpoint import budget_text
+from measuring.chats import Source, with_words
+from router.words import budget_text
 from training.gate_config import ConstrainedObjective, GateConfig, PriceConditioning
 from training.gating.rollout import ClosedLoop
 from training.gating.tree import ScoreGate, Tree
@@ -25,8 +25,8 @@ class Prompts:
     """As the student reads them."""
     rates: list[float]
     """Teacher rate that each one's rollout aims at."""
-    hidden: list[int]
-    """First tokens of each that the teacher does not see."""
+    teacher_ids: list[list[int]]
+    """As the teacher reads them: without the words."""
     sources: list[int]
     """Number of each one's source: a source that comes again has the number that it had."""
 
@@ -36,18 +36,21 @@ class Prompts:
     def part(self, number: int, size: int) -> "Prompts":
         """One of the parts of `size`, by its number from 0."""
         cut = slice(number * size, (number + 1) * size)
-        return Prompts(self.ids[cut], self.rates[cut], self.hidden[cut], self.sources[cut])
+        return Prompts(self.ids[cut], self.rates[cut], self.teacher_ids[cut], self.sources[cut])
 
     def digest(self) -> str:
         """Of prompts, rates and sources."""
         return hashlib.sha256(json.dumps([self.ids, self.rates, self.sources]).encode()).hexdigest()
 
 
-def prefix_ids(tokenizer: PreTrainedTokenizerBase, template: str | None, fraction: float) -> list[int]:
-    """Token ids of the budget prompt; none where there is no template."""
-    if template is None:
-        return []
-    return tokenizer(budget_text(template, fraction), add_special_tokens=False)["input_ids"]
+def prompts_with_words(
+    tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source], template: str | None, fraction: float
+) -> list[list[int]]:
+    """Token ids of each source's prompt, with the budget in words where there is a template and a budget."""
+    if template is not None and fraction > 0:
+        words = budget_text(template, fraction)
+        sources = [with_words(source, words) for source in sources]
+    return encode_prompts(tokenizer, list(sources))
 
 
 def rollout_prompts(
@@ -65,15 +68,13 @@ def rollout_prompts(
         if isinstance(config.objective, ConstrainedObjective):
             aims = list(config.budgets)
         rates = list(islice(cycle(aims), len(prompts)))
-        return Prompts(prompts, rates, [0] * len(prompts), numbers)
+        return Prompts(prompts, rates, prompts, numbers)
     rates = Random(seed).choices(config.budgets, k=len(prompts))
-    prefixes = {rate: prefix_ids(tokenizer, config.template, rate) for rate in config.budgets}
-    prefixed = Prompts([], rates, [], numbers)
-    for rate, prompt in zip(rates, prompts, strict=True):
-        prefix = prefixes[rate]
-        prefixed.ids.append(prefix + prompt)
-        prefixed.hidden.append(len(prefix))
-    return prefixed
+    worded = [
+        with_words(source, budget_text(config.conditioning.words, rate))
+        for source, rate in zip(sources, rates, strict=True)
+    ]
+    return Prompts(encode_prompts(tokenizer, worded), rates, prompts, numbers)
 
 
 class Trees:
@@ -91,6 +92,7 @@ class Trees:
         self._gates = dict(gates)
         self._tokenizer = tokenizer
         self._template = template
+        self._sources = sources
         self._prompts = encode_prompts(tokenizer, list(sources))
         self._trees: dict[float, Tree] = {}
 
@@ -104,7 +106,8 @@ class Trees:
         """At 0 there is nothing to say, and the prompts are as they are."""
         key = budget if self._template else 0.0
         if key not in self._trees:
-            prefix = prefix_ids(self._tokenizer, self._template, key) if key else []
-            prompts = [prefix + prompt for prompt in self._prompts]
-            self._trees[key] = Tree(self._loop, prompts, self._gates, len(prefix))
+            prompts = self._prompts
+            if key:
+                prompts = prompts_with_words(self._tokenizer, self._sources, self._template, key)
+            self._trees[key] = Tree(self._loop, prompts, self._gates, self._prompts)
         return self._trees[key]

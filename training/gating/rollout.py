@@ -42,8 +42,8 @@ class Request:
     """Ask if score > price."""
     fraction: float = 0.0
     """Of the bucket that holds the request to its budget."""
-    hidden: int = 0
-    """First tokens of the prompt that the teacher does not see, its budget in words."""
+    teacher_prompt: list[int] | None = None
+    """What the teacher reads; None: the same. The student may read a budget in words besides."""
 
 
 @dataclass
@@ -195,8 +195,8 @@ class ClosedLoop:
         device = self.student.device
         asked = [requests[number] for number in rows]
         ids, mask = left_padded([request.prompt for request in asked], self.end, device)
-        hidden = torch.tensor([request.hidden for request in asked], device=device)
-        seen = mask * (mask.cumsum(-1) > hidden[:, None])  # by the teacher
+        read_by_teacher = [request.teacher_prompt or request.prompt for request in asked]
+        teacher_ids, seen = left_padded(read_by_teacher, self.end, device)
         row = torch.tensor(rows, device=device)
         price = torch.tensor([request.price for request in asked], device=device)
         drafts = {number: self._draft(requests[number].fraction, done[number]) for number in rows}
@@ -205,7 +205,7 @@ class ClosedLoop:
         teacher = Stepper(self.teacher)
         for length in range(self.max_tokens):
             states, logits = student.step(ids, mask)
-            _, teacher_logits = teacher.step(ids, seen)
+            _, teacher_logits = teacher.step(teacher_ids, seen)
             own = self._choose(logits[:, : self.visible])
             theirs = teacher_logits[:, : self.visible]
             if watch is not None:
@@ -229,7 +229,7 @@ class ClosedLoop:
                 mask = mask[kept]
                 seen = seen[kept]
                 alive = alive[kept]
-            ids = token[:, None]
+            ids = teacher_ids = token[:, None]
             mask = torch.cat((mask, torch.ones_like(ids)), dim=1)
             seen = torch.cat((seen, torch.ones_like(ids)), dim=1)
 

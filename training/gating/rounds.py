@@ -149,12 +149,12 @@ class Rounds:
     def _requests(self, prompts: Prompts, alone: int) -> list[Request]:
         """The first `alone` never ask, the others at the prices of the rates that they aim at."""
         requests = []
-        for number, (ids, hidden) in enumerate(zip(prompts.ids, prompts.hidden, strict=True)):
+        for number, (ids, teacher_ids) in enumerate(zip(prompts.ids, prompts.teacher_ids, strict=True)):
             if number < alone:
-                requests.append(Request(ids, hidden=hidden))
+                requests.append(Request(ids, teacher_prompt=teacher_ids))
             else:
                 price = self.prices[prompts.rates[number]]
-                requests.append(Request(ids, price, FREE, hidden))
+                requests.append(Request(ids, price, FREE, teacher_ids))
         return requests
 
     def _fit(self) -> dict[str, float]:

@@ -99,7 +99,7 @@ class Tree:
         loop: must decode greedily.
         prompts: as the student reads them.
         gates: that score the nodes, by name.
-        hidden: first tokens of every prompt that the teacher does not see.
+        teacher_prompts: as the teacher reads them; None: the same.
     """
 
     def __init__(
@@ -107,13 +107,13 @@ class Tree:
         loop: ClosedLoop,
         prompts: Sequence[list[int]],
         gates: Mapping[str, ScoreGate],
-        hidden: int = 0,
+        teacher_prompts: Sequence[list[int]] | None = None,
     ) -> None:
         if loop.temperature or loop.explore:
             raise ValueError("the tree holds greedy decoding only")
         self._loop = loop
         self._prompts = prompts
-        self._hidden = hidden
+        self._teacher_prompts = prompts if teacher_prompts is None else teacher_prompts
         self._seen: list[Positions] = []
         self._scores: dict[str, list[float]] = {}
         self._gates: dict[str, ScoreGate] = {}
@@ -129,7 +129,7 @@ class Tree:
     @property
     def prompt_tokens(self) -> list[int]:
         """Of the prompts as the teacher reads them."""
-        return [len(prompt) - self._hidden for prompt in self._prompts]
+        return list(map(len, self._teacher_prompts))
 
     @property
     def positions(self) -> Positions:
@@ -203,7 +203,8 @@ class Tree:
         requests = []
         for prefix in prefixes:
             ids = [*self._prompts[prefix.prompt], *prefix.tokens]
-            requests.append(Request(ids, hidden=self._hidden))
+            teacher_ids = [*self._teacher_prompts[prefix.prompt], *prefix.tokens]
+            requests.append(Request(ids, teacher_prompt=teacher_ids))
         seen: list[Positions] = []
         self._loop.write(requests, watch=seen.append)
         new = concatenate(seen)

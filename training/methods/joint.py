@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from router.checkpoint import RouterCheckpoint, budget_text
+from measuring.chats import with_words
+from router.checkpoint import RouterCheckpoint
 from router.features import confidence
+from router.words import budget_text
 from training.batches import Batch, BatchLoss
 from training.config import JointConfig
 from training.methods.base import Method
@@ -22,12 +24,13 @@ from training.pieces import in_pieces
 from training.reading import Readout, bias_of
 from training.sampling import MAX_TOKENS
 from training.teacher import Teacher
+from training.tokenizer import encode_prompts
 
 
 class Joint(Method[JointConfig]):
     """Every row is trained for a budget drawn from `rates`, by its price.
 
-    With a template the budget is in words too, in front of the student's prompt. Raises ValueError for a
+    With a template the budget is in words too, which the student alone reads. Raises ValueError for a
     teacher behind a URL.
     """
 
@@ -89,10 +92,10 @@ class Joint(Method[JointConfig]):
         return ((gate.score(x.float()) - price) / self.config.temperature).sigmoid()
 
     def _prompted(self, batch: Batch, drawn: Tensor) -> Batch:
-        if self.config.budget_prompt is None:
+        template = self.config.budget_prompt
+        if template is None:
             return batch
-        texts = []
-        for rate in self.rates:
-            texts.append(budget_text(self.config.budget_prompt, rate) if rate else "")
-        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return batch.prefixed([ids[number] for number in drawn.tolist()], self.end)
+        words = [budget_text(template, rate) if rate else "" for rate in self.rates]
+        read = zip(batch.sources, drawn.tolist(), strict=True)
+        sources = [with_words(source, words[number]) for source, number in read]
+        return batch.with_prompts(encode_prompts(self.tokenizer, sources), self.end)

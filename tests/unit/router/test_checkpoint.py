@@ -18,6 +18,7 @@ from router.checkpoint import (
     tokenizer_fingerprint,
 )
 from router.gate import GATES
+from router.words import BudgetWords
 
 # The pair of the `reserved` and `router` fixtures: 10 visible rows, 4 reserved ones, 4 hidden units.
 ROWS, HIDDEN, START = 14, 4, 10
@@ -458,11 +459,15 @@ def test_a_budget_prompt_has_one_field(router, template):
         RouterConfig.model_validate(router.config.model_dump() | {"budget_prompt": template})
 
 
-def test_a_budget_is_rendered_in_percent(router):
-    assert router.config.budget_text(0.1) == ""
-    config = router.config.model_copy(update={"budget_prompt": "At most {percent} %. "})
-    assert [config.budget_text(f) for f in (0.075, 0.1, 1)] == [
-        "At most 7.5 %. ",
-        "At most 10 %. ",
-        "At most 100 %. ",
-    ]
+def test_budgets_in_words_are_those_that_the_gate_was_calibrated_for(router):
+    assert router.config.words is None
+    points = [(0.05, 1.0), (0.1, 0.5)]
+    update = {"budget_prompt": "At most {percent} %. ", "calibration": {"learned": points}}
+    words = router.config.model_copy(update=update).words
+    assert words == BudgetWords("At most {percent} %. ", [0.05, 0.1])
+
+
+def test_budgets_in_words_need_a_calibration(router):
+    update = {"budget_prompt": "At most {percent} %. ", "calibration": {}}
+    with pytest.raises(ValidationError, match="budget_prompt: the learned gate has no calibration"):
+        RouterConfig.model_validate(router.config.model_dump() | update)

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from vllm.renderers import ChatParams, TokenizeParams
 
-from server.original_prompt import OriginalPrompt, plain
+from server.original_prompt import OriginalPrompt, begun_with, plain
 from server.teacher.translation import untranslatable
 from server.vllm_api import SamplingParams, keep_originals
 
@@ -121,3 +121,58 @@ async def test_the_renderer_tells_what_every_prompt_was() -> None:
     assert noted[0][1].body["messages"] == MESSAGES
     assert noted[1][1].body == {"prompt": "Hi", "add_special_tokens": True}
     assert ids == {"prompt_token_ids": [2]}
+
+
+async def test_a_prompt_can_be_rendered_again_with_words() -> None:
+    noted: list[OriginalPrompt] = []
+
+    async def render_chat(conversations: Any, chat: Any, tokenizing: Any = None, **options: Any) -> Any:
+        ids = [{"prompt_token_ids": list(messages[-1]["content"].encode())} for messages in conversations]
+        return conversations, ids
+
+    async def render_text(prompts: Any, tokenizing: Any = None, **_: Any) -> Any:
+        return [{"prompt_token_ids": list(prompt["prompt"].encode())} for prompt in prompts]
+
+    renderer = SimpleNamespace(render_chat_async=render_chat, render_cmpl_async=render_text)
+    keep_originals(renderer, "ours", lambda prompt, original: noted.append(original))
+    await renderer.render_chat_async([[{"role": "user", "content": "Hi"}]], ChatParams("ours"))
+    await renderer.render_chat_async([[{"role": "assistant", "content": "Hi"}]], ChatParams("ours"))
+    await renderer.render_cmpl_async([{"prompt": "Ho"}])
+    rendered = [await original.render("At most 5 %. ") for original in noted if original.render]
+    assert rendered == [list(b"At most 5 %. Hi"), None, list(b"At most 5 %. Ho")]
+
+
+async def test_what_nobody_wants_is_not_kept() -> None:
+    async def render_chat(conversations: Any, chat: Any, tokenizing: Any = None, **_: Any) -> Any:
+        return conversations, [{"prompt_token_ids": [1]}]
+
+    renderer = SimpleNamespace(render_chat_async=render_chat, render_cmpl_async=render_chat)
+    noted: list[Any] = []
+    keep_originals(renderer, "ours", lambda *both: noted.append(both), lambda: False)
+    assert await renderer.render_chat_async([MESSAGES], ChatParams("ours")) == (
+        [MESSAGES],
+        [{"prompt_token_ids": [1]}],
+    )
+    assert noted == []
+
+
+@pytest.mark.parametrize(
+    ("content", "with_words"),
+    [
+        ("Hi", "W Hi"),
+        (None, "W "),
+        ([{"type": "text", "text": "Hi"}], [{"type": "text", "text": "W Hi"}]),
+        (
+            [{"type": "image_url"}, {"type": "text", "text": "Hi"}],
+            [{"type": "image_url"}, {"type": "text", "text": "W Hi"}],
+        ),
+        ([{"type": "image_url"}], [{"type": "text", "text": "W "}, {"type": "image_url"}]),
+        (["Hi"], ["W Hi"]),
+    ],
+)
+def test_words_begin_the_text_of_the_users_last_message(content: Any, with_words: Any) -> None:
+    messages = [{"role": "user", "content": "before"}, {"role": "assistant", "content": "yes"}]
+    messages.append({"role": "user", "content": content})
+    changed = begun_with(messages, "W ")
+    assert changed == [*messages[:2], {"role": "user", "content": with_words}]
+    assert messages[2]["content"] == content

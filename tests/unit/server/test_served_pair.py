@@ -129,10 +129,14 @@ def test_learned_prices_are_kept_apart_by_gate_and_spans(tmp_path):
     assert len(files) == 4
 
 
-def test_a_router_that_wants_budgets_in_words_is_refused(router, tmp_path):
+def test_a_router_that_wants_budgets_in_words_gets_them_with_its_own_gate(router, tmp_path):
     config = router.config.model_copy(update={"budget_prompt": "At most {percent} %. "})
-    with pytest.raises(ConfigError, match="budgets in words"):
-        pair_of(tmp_path, replace(router, config=config)).policy(512)
+    worded = replace(router, config=config)
+    words = pair_of(tmp_path, worded).words
+    assert words is not None
+    assert words.text(0.1) == "At most 10 %. "
+    assert pair_of(tmp_path, worded, gate="margin").words is None
+    assert pair_of(tmp_path, router).words is None
 
 
 def test_a_calibration_is_for_its_own_spans(router, tmp_path):

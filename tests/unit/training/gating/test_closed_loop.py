@@ -202,13 +202,12 @@ def test_the_worth_until_the_end_by_hand(pair, prompts):
     assert any(sum(completion.by_teacher) for completion in completions)
 
 
-def test_the_teacher_does_not_see_what_is_hidden_from_it(pair, prompts):
-    """Its completions are those of the rest of the prompt, the student's are not."""
-    shown = [[7, 9, 11][: 1 + i % 3] + p for i, p in enumerate(prompts)]
-    hidden = [1 + i % 3 for i in range(len(prompts))]
+def test_the_teacher_reads_its_own_prompt(pair, prompts):
+    """Its completions are those of the plain prompt, the student's are not."""
+    shown = [p[:1] + [7, 9, 11][: 1 + i % 3] + p[1:] for i, p in enumerate(prompts)]
     for price, fraction, same in ((-math.inf, 1.0, True), (math.inf, 0.0, False)):
         plain = pair.write([Request(p, price, fraction) for p in prompts], batch=16)
         prompted = pair.write(
-            [Request(p, price, fraction, n) for p, n in zip(shown, hidden, strict=True)], batch=16
+            [Request(p, price, fraction, q) for p, q in zip(shown, prompts, strict=True)], batch=16
         )
         assert (plain == prompted) is same

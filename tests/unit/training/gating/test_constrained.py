@@ -38,7 +38,8 @@ def pair() -> ClosedLoop:
 def prompts() -> Prompts:
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(2, VISIBLE, (3 + i % 5,), generator=generator).tolist() for i in range(12)]
-    return Prompts(ids, [0.3] * 12, [i % 3 for i in range(12)], list(range(12)))
+    read_by_teacher = [prompt[i % 3 :] for i, prompt in enumerate(ids)]
+    return Prompts(ids, [0.3] * 12, read_by_teacher, list(range(12)))
 
 
 @pytest.mark.parametrize("ask", [1, 3])
@@ -46,7 +47,8 @@ def test_both_ways_lead_where_plain_decoding_leads(pair, prompts, ask):
     torch.manual_seed(0)
     loop = replace(pair, ask_tokens=ask)
     requests = [
-        Request(ids, 0.7, FREE, hidden) for ids, hidden in zip(prompts.ids, prompts.hidden, strict=True)
+        Request(ids, 0.7, FREE, teacher_ids)
+        for ids, teacher_ids in zip(prompts.ids, prompts.teacher_ids, strict=True)
     ]
     seen, completions = collect(loop, requests)
     ways = both_ways(loop, prompts, seen, completions, ask)
@@ -56,7 +58,7 @@ def test_both_ways_lead_where_plain_decoding_leads(pair, prompts, ask):
     for i, (row, step) in enumerate(zip(at.row.tolist(), at.step.tolist(), strict=True)):
         prompt = prompts.ids[row]
         path = completions[row].tokens[:step]
-        called = teachers(loop, prompt, path, prompts.hidden[row], ask)
+        called = teachers(loop, prompts.teacher_ids[row], path, ask)
         for number, tokens in ((ways.after_own[i], [at.own[i].item()]), (ways.after_call[i], called)):
             whole = path + tokens
             if whole[-1] == END or len(whole) == MAX_TOKENS:
@@ -68,11 +70,11 @@ def test_both_ways_lead_where_plain_decoding_leads(pair, prompts, ask):
     assert forked > 10
 
 
-def teachers(loop: ClosedLoop, prompt: list[int], path: list[int], hidden: int, count: int) -> list[int]:
+def teachers(loop: ClosedLoop, prompt: list[int], path: list[int], count: int) -> list[int]:
     """The teacher's next tokens, by plain forward passes."""
     tokens: list[int] = []
     while len(tokens) < count and len(path) + len(tokens) < MAX_TOKENS and END not in tokens:
-        ids = torch.tensor([prompt[hidden:] + path + tokens])
+        ids = torch.tensor([prompt + path + tokens])
         tokens.append(int(loop.teacher(ids).logits[0, -1, :VISIBLE].argmax()))
     return tokens
 

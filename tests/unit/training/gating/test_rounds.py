@@ -26,6 +26,7 @@ from training.gating.rollout import ClosedLoop, Rollout
 from training.gating.rounds import Rounds, correlation, marked, train_gate
 from training.gating.router_stage import origin
 from training.tasks import make_task
+from training.tokenizer import encode_prompts
 
 torch.set_num_threads(1)
 RATE = 0.2
@@ -238,14 +239,15 @@ def test_the_teachers_part_is_marked():
     assert (styled.end, "yellow" in styled.style) == (4, True)
 
 
-def test_a_budget_in_words_stands_in_front_of_the_prompt_and_the_teacher_does_not_see_it(sources):
+def test_a_budget_in_words_begins_the_message_and_the_teacher_does_not_see_it(sources):
     config = CONFIG.model_copy(update={"conditioning": WORDS})
     prompts = rollout_prompts(Letters(), sources, config, 0)
     assert set(prompts.rates) == {0.1, 0.3}
     words = {0.1: "10!", 0.3: "30!"}
-    for ids, rate, hidden, source in zip(prompts.ids, prompts.rates, prompts.hidden, sources, strict=True):
-        assert ids == Letters()(words[rate] + "@" + source, False)["input_ids"]
-        assert hidden == 3
+    read = zip(prompts.ids, prompts.rates, prompts.teacher_ids, sources, strict=True)
+    for ids, rate, teacher_ids, source in read:
+        assert ids == encode_prompts(Letters(), [words[rate] + source])[0]
+        assert teacher_ids == encode_prompts(Letters(), [source])[0]
 
     trees = Trees(
         rounds(config, prompts).loop,

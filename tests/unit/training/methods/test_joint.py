@@ -101,9 +101,9 @@ def test_a_budget_in_words_is_the_students_alone(task, tokenizer, student, tmp_p
     assert loss.item() > 1e-4
 
 
-def test_prefixed_rows_keep_their_answers():
+def test_answers_go_after_other_prompts():
     batch = Batch.of([[5, 6], [7]], [[1, 2], [3, 4, 1]], pad=0)
-    longer = batch.prefixed([[], [8, 9]], pad=0)
+    longer = batch.with_prompts([[5, 6], [8, 9, 7]], pad=0)
     assert longer.ids[:, :6].tolist() == [[5, 6, 1, 2, 0, 0], [8, 9, 7, 3, 4, 1]]
     assert longer.targets.equal(batch.targets)
 

@@ -1,0 +1,62 @@
+"""Budgets in words: what a student reads about its budget, and where in its prompt the words stand.
+
+Training and gateway follow the same rules, so a student reads what it was trained on. A teacher never reads
+the words.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from string import Formatter
+
+
+@dataclass(frozen=True)
+class BudgetWords:
+    """The words of one router."""
+
+    template: str
+    """With the one field `{percent}`."""
+    fractions: Sequence[float]
+    """Those that the router was calibrated for: it knows no other words."""
+
+    def __post_init__(self) -> None:
+        check_budget_prompt(self.template)
+        if not self.fractions:
+            raise ValueError("budgets in words: no fraction was calibrated")
+
+    def text(self, rate: float) -> str | None:
+        """What the student reads where the teacher may write this share of the tokens.
+
+        The fraction of the words is the nearest one that they were trained for. Nothing is said where nothing
+        is to be decided: at 0 and at 1.
+        """
+        if not 0 < rate < 1:
+            return None
+        return budget_text(self.template, min(self.fractions, key=lambda fraction: abs(fraction - rate)))
+
+
+def check_budget_prompt(template: str) -> str:
+    """Returns it. Raises ValueError where it has not the field `{percent}`, or another one."""
+    try:
+        fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"budget_prompt {template!r}: {error}") from error
+    if fields != {"percent"}:
+        raise ValueError(f"budget_prompt {template!r}: it must have exactly one field, {{percent}}")
+    return template
+
+
+def budget_text(template: str, fraction: float) -> str:
+    """fraction: of completion tokens that the teacher may write, in [0, 1]."""
+    return template.format(percent=f"{100 * fraction:g}")
+
+
+def turn_of_words(roles: Sequence[str]) -> int | None:
+    """The turn of a conversation that begins with the words: the user's last one, else the system's.
+
+    None where the conversation has neither.
+    """
+    for role in ("user", "system"):
+        places = [place for place, each in enumerate(roles) if each == role]
+        if places:
+            return places[-1]
+    return None
