@@ -15,8 +15,10 @@ from training.evaluation.gateway import BUDGETS, RunningGateway, measure
 from training.evaluation.report import METHODS, evaluate_pair, gateway_report, joined, plot, table
 from training.hub import check_hub, push
 from training.pipeline import run, task_of
+from training.turns import take_turns
 from training.workspace import STAGES, Stage
 
+TURNS = "turns"
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -39,7 +41,9 @@ def training_parser() -> argparse.ArgumentParser:
         metavar="key=value",
         help="change a field of the recipe, e.g. teacher.schedule.steps=100",
     )
-    parser.add_argument("--stage", choices=STAGES, action="append", help="run only this stage (repeatable)")
+    parser.add_argument(
+        "--stage", choices=(*STAGES, TURNS), action="append", help="run only this stage (repeatable)"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print shapes, memory and a time estimate; keep nothing"
     )
@@ -66,23 +70,32 @@ def train(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.dry_run and (args.restart or args.push_to_hub):
         parser.error("--dry-run keeps nothing: leave out --restart and --push-to-hub")
+    if args.dry_run and args.stage == [TURNS]:
+        parser.error("--dry-run: a turn takes what the stages student and router take")
     transformers.utils.logging.disable_progress_bar()
     recipe = load_recipe(find_recipe(args.recipe), args.overrides)
-    stages = tuple(args.stage or STAGES)
+    wanted = args.stage or [*STAGES, *([TURNS] if recipe.turns is not None else [])]
+    if TURNS in wanted and recipe.turns is None:
+        raise RecipeError("--stage turns: the recipe has no turns")
+    stages = tuple(stage for stage in STAGES if stage in wanted)
     if args.dry_run:
         dry_run(recipe, stages)
     else:
-        train_and_push(recipe, stages, args.restart, args.push_to_hub)
+        train_and_push(recipe, stages, TURNS in wanted, args.restart, args.push_to_hub)
     return 0
 
 
-def train_and_push(recipe: Recipe, stages: tuple[Stage, ...], restart: bool, repository: str | None) -> None:
+def train_and_push(
+    recipe: Recipe, stages: tuple[Stage, ...], turns: bool, restart: bool, repository: str | None
+) -> None:
     """What cannot be pushed is refused before anything is trained."""
     if repository is not None:
         check_hub(repository, HfApi())
-    run(recipe, stages, restart)
+    if stages:
+        run(recipe, stages, restart)
+    pair = take_turns(recipe, restart) if turns else recipe.output
     if repository is not None and int(os.environ.get("RANK", "0")) == 0:
-        for pushed in push(recipe.output, repository, HfApi()):
+        for pushed in push(pair, repository, HfApi()):
             print(f"pushed to {pushed}")
 
 

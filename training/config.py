@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from router.errors import UnusableInput
-from training.gate_config import GateConfig
+from training.gate_config import GateConfig, InProcessRollouts
 from training.settings import BudgetPrompt, Frozen, Rate
 
 Role = Literal["teacher", "student"]
@@ -247,6 +247,21 @@ class TrainingPlan(NamedTuple):
     schedule: Schedule
 
 
+class TurnsConfig(Frozen):
+    """Student and gate in turns after the router's stage, as long as validation gets better."""
+
+    most: PositiveInt = 3
+    """Turns at most; each trains the student by `joint` and then a router for it."""
+    rates: tuple[Rate, ...] = (0.05, 0.1, 0.2, 0.3)
+    """As of method `joint`."""
+    temperature: PositiveFloat = 0.2
+    """As of method `joint`."""
+    anchor: float = Field(default=0.1, ge=0)
+    """As of method `joint`."""
+    schedule: Schedule
+    """Of the student in each turn."""
+
+
 class RolloutConfig(Frozen):
     """The model's own completions are written by a vLLM server of it; see `training.rollout_server`."""
 
@@ -423,6 +438,8 @@ class Recipe(Frozen):
     """The small model: trained from nothing, ready, trained further, or a part of the teacher."""
     router: GateConfig
     """The gate, and how its prices are measured."""
+    turns: TurnsConfig | None = None
+    """Student and gate in turns after that; None: each once."""
 
     def model(self, role: Role) -> ModelConfig | ServedConfig:
         """The configuration of teacher or student."""
@@ -445,6 +462,16 @@ class Recipe(Frozen):
                 "student.prune: the layers of a teacher behind a URL are not known here; give the teacher's "
                 "directory or hub name as teacher.pretrained, or a ready student as student.pretrained"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _in_turns(self) -> Self:
+        if self.turns is None:
+            return self
+        if isinstance(self.teacher, ServedConfig):
+            raise ValueError("turns: method joint needs the teacher in process, not behind a URL")
+        if not isinstance(self.router.rollouts, InProcessRollouts):
+            raise ValueError(f"turns: for rollouts in_process, not {self.router.rollouts.type}")
         return self
 
     @model_validator(mode="after")

@@ -227,6 +227,15 @@ class Evaluation:
             return self.rows(settings)
         return [self.prompted(setting.fraction, setting) for setting in settings]
 
+    def served_qualities(self, budgets: Sequence[float]) -> Tensor:
+        """(examples,) quality under the bucket at calibrated prices, mean over these budgets."""
+        prices = self.router.calibration()
+        qualities = []
+        for budget in budgets:
+            setting = Setting(LEARNED, prices.price(budget), budget, *self.spans)
+            qualities.append(self.scorer.qualities(self.trees(budget).run([setting])[0]))
+        return torch.stack(qualities).mean(0)
+
     def asked(self, budget: float = 0.1) -> list[float]:
         """Share of the learned gate's calls in each tenth of the completion."""
         setting = Setting(LEARNED, self.router.calibration().price(budget), budget, *self.spans)

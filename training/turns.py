@@ -1,0 +1,113 @@
+"""Student and gate in turns.
+
+In a turn the student learns where its gate does not ask, then a new gate learns the student. A turn is a
+recipe of its own, made of the one before. Turns end with the first one that is no better on validation data.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from training.config import JointConfig, PretrainedConfig, Recipe, RecipeError, TurnsConfig
+from training.evaluation.report import Evaluation
+from training.export import remove
+from training.pipeline import run, task_of
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A pair that was trained, and what it is worth."""
+
+    pair: Path
+    """Directory of teacher, student and router."""
+    qualities: Tensor
+    """(examples,) of the validation split, mean over the budgets, under the bucket at calibrated prices."""
+
+    @property
+    def quality(self) -> float:
+        """Mean over the examples."""
+        return self.qualities.mean().item()
+
+    def is_better(self, other: "Turn") -> bool:
+        """By more than one standard error of the examples' differences."""
+        gains = self.qualities - other.qualities
+        noise = gains.std().item() / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
+        return gains.mean().item() > noise
+
+
+def take_turns(recipe: Recipe, restart: bool = False) -> Path:
+    """After all stages of a recipe; goes on where it stopped.
+
+    Args:
+        recipe: with `turns`.
+        restart: forget first what earlier turns have done.
+
+    Returns:
+        The directory of the best pair: the recipe's `output`, or that with the number of a turn.
+
+    Raises:
+        RecipeError: the recipe has no turns, or there are several processes.
+        Stopped: as `pipeline.run` does.
+    """
+    turns = recipe.turns
+    if turns is None:
+        raise RecipeError("turns: the recipe has none")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("turns: a router is trained by one process, so start without torchrun")
+    if restart:
+        for number in range(1, turns.most + 1):
+            remove(output_of(recipe, number))
+            remove(work_of(recipe, number))
+    best = Turn(recipe.output, worth(recipe, recipe.output))
+    print(f"turn 0: {best.quality:.4f} on validation data ({best.pair})", flush=True)
+    for number in range(1, turns.most + 1):
+        run(recipe_of(recipe, turns, number, best.pair))
+        turn = Turn(output_of(recipe, number), worth(recipe, output_of(recipe, number)))
+        better = turn.is_better(best)
+        shown = "better" if better else "no better: turns end here"
+        print(f"turn {number}: {turn.quality:.4f} ({turn.pair}), {shown}", flush=True)
+        if not better:
+            break
+        best = turn
+    print(f"the best pair is in {best.pair}", flush=True)
+    return best.pair
+
+
+def worth(recipe: Recipe, pair: Path) -> Tensor:
+    """`Turn.qualities` of a pair."""
+    examples = task_of(recipe).valid()[: recipe.router.calibration_examples]
+    evaluation = Evaluation(pair, task_of(recipe), examples, recipe.max_tokens, {})
+    return evaluation.served_qualities(recipe.router.budgets)
+
+
+def recipe_of(recipe: Recipe, turns: TurnsConfig, number: int, before: Path) -> Recipe:
+    """The recipe of a turn, which goes on from a pair."""
+    method = JointConfig(
+        type="joint",
+        router=before / "router",
+        rates=turns.rates,
+        temperature=turns.temperature,
+        anchor=turns.anchor,
+        budget_prompt=recipe.router.template,
+    )
+    student = PretrainedConfig(pretrained=str(before / "student"), method=method, schedule=turns.schedule)
+    bfloat16 = isinstance(recipe.teacher, PretrainedConfig) and recipe.teacher.dtype == "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16" if bfloat16 else "float32"
+    teacher = PretrainedConfig(pretrained=str(recipe.output / "teacher"), dtype=dtype)
+    update = {"teacher": teacher, "student": student, "tokenizer": None, "turns": None}
+    places = {"output": output_of(recipe, number), "work": work_of(recipe, number)}
+    return recipe.model_copy(update=update | places)
+
+
+def output_of(recipe: Recipe, number: int) -> Path:
+    """Of a turn's pair, next to the recipe's own."""
+    return recipe.output.with_name(f"{recipe.output.name}-turn{number}")
+
+
+def work_of(recipe: Recipe, number: int) -> Path:
+    """Of a turn's checkpoints."""
+    return recipe.work / f"turn{number}"
