@@ -59,6 +59,8 @@ class GatewayPrices(msgspec.Struct, frozen=True):
     """Whether its traffic moves them."""
     prices: list[GatewayPrice]
     """By rate, increasing."""
+    router: str | None = None
+    """Digest of the router in use."""
 
 
 class GatewayClient:

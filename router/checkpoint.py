@@ -9,6 +9,7 @@ the result is a plain Hugging Face directory that stock vLLM serves.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,12 +160,16 @@ class RouterCheckpoint:
         return Calibration(tuple(points[name]))
 
     def save(self, directory: Path) -> None:
-        """Write both files into the directory."""
+        """Write both files into the directory, each of them whole, and `router.json` last."""
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {"taps": self.taps}
         tensors |= {f"gate.{name}": tensor for name, tensor in self.gate.items()}
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, directory / TENSORS_FILE)
-        (directory / CONFIG_FILE).write_text(self.config.model_dump_json(indent=1) + "\n")
+        scratch = directory / f"{TENSORS_FILE}.tmp"
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, scratch)
+        os.replace(scratch, directory / TENSORS_FILE)
+        scratch = directory / f"{CONFIG_FILE}.tmp"
+        scratch.write_text(self.config.model_dump_json(indent=1) + "\n")
+        os.replace(scratch, directory / CONFIG_FILE)
 
     @classmethod
     def load(cls, directory: Path) -> "RouterCheckpoint":

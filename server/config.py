@@ -133,7 +133,8 @@ class ServeConfig(BaseModel):
     )
     router: Checkpoint | None = Field(
         None,
-        description="router checkpoint, a directory or hub name; default: the one merged into the student",
+        description="router checkpoint, a directory or hub name; an empty directory: one that is still to "
+        "come; default: the one merged into the student",
     )
     teacher_model: str | None = Field(
         None, description="name of the model at the teacher's server; default: its first one"

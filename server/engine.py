@@ -61,6 +61,8 @@ class Cooperation:
     shared: SharedBudgets
     on_teacher_error: Literal["degrade", "error"] = "degrade"
     ask_tokens: int | None = None
+    router: str | None = None
+    """Digest of the router in use; None where there is none."""
     models: Mapping[str, Budget] = field(default_factory=dict)
     """Budgets of requests that name one of these models, and no budget."""
     client_priority: bool = False

@@ -258,15 +258,17 @@ class RouterLoader:
                 return processor.sketch.read()
         return None
 
-    def load_router(self, directory: str) -> None:
+    def load_router(self, directory: str, gate_name: str) -> None:
         """Take taps and gate from the prepared router, else from the directory, between two steps."""
         router = vars(self).pop(PENDING, None) or RouterCheckpoint.load(Path(directory))
-        gate = router.build_gate(self.vllm_config.additional_config[SETTINGS]["gate"])  # type: ignore[attr-defined]
+        gate = router.build_gate(gate_name)
         output = _output(self, router.taps.shape[1])
         if output is not None:
             write_taps(output, router)
         for processor in PROCESSORS:
             processor.gate = gate.to(processor.device)
+            if processor.sketch is not None:  # its scores are another gate's
+                processor.sketch = ScoreSketch(processor.device)
 
 
 def _output(worker: Any, hidden_size: int) -> Any:

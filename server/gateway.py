@@ -120,9 +120,10 @@ async def _serve(config: ServeConfig, pair: ServedPair) -> int:
             shared = engine.cooperation.shared
             works = [shared.steer(), teachers.watch(config.teacher_probe)]
             works += [] if tenants is None else [tenants.watch()]
-            if (follower := _price_follower(pair, engine)) is not None:
+            follower = _price_follower(pair, engine)
+            if follower is not None:
                 works.append(follower.follow())
-            if (reload := await _router_reload(pair, engine)) is not None:
+            if (reload := await _router_reload(pair, engine, follower)) is not None:
                 works.append(reload.watch())
             async with aclosing(shared), _background(works):  # at the end, every span is settled
                 print(f"wheels serve: {address}, {teachers}", flush=True)
@@ -180,6 +181,7 @@ def _cooperation(
         reserved=pair.reserved,
         span_tokens=pair.spans.span_tokens,
         ask_tokens=pair.spans.ask_tokens,
+        router=None if pair.router is None else pair.router.digest(),
         client_priority=config.vllm_settings.get("scheduling-policy") == "priority",
         default_budget=config.default_budget,
         models=config.models,
@@ -206,15 +208,21 @@ def _recorder(config: ServeConfig) -> Recorder | None:
         raise ConfigError(f"record: {error}") from error
 
 
-async def _router_reload(pair: ServedPair, engine: CooperativeEngine) -> RouterReload | None:
-    """Follows the configured router; None where there is none, or the running student cannot take another."""
+async def _router_reload(
+    pair: ServedPair, engine: CooperativeEngine, follower: PriceFollower | None
+) -> RouterReload | None:
+    """Follows the configured router; None where there is none, or the running student cannot take another.
+
+    ``follower``: None where no price is learned.
+    """
     config = pair.config
-    running = pair.router
     directory = config.router
-    if directory is None or running is None:
+    if directory is None:
         return None
+    if pair.router is None:
+        logger.info("no router in %s yet: the gate is %s until there is one", directory, pair.gate)
     try:
-        await engine.collective_rpc("check_router", args=(running.taps.shape[1],))
+        await engine.collective_rpc("check_router", args=(engine.model_config.get_hidden_size(),))
     except Exception as error:  # of whatever kind: it comes from the engine's processes as text
         logger.warning("a new router needs a restart, because its directory is not watched: %s", error)
         return None
@@ -222,9 +230,10 @@ async def _router_reload(pair: ServedPair, engine: CooperativeEngine) -> RouterR
     async def use(new: RouterCheckpoint) -> None:
         changed = pair.with_router(new)
         policy = changed.checked_policy(engine.model_config.max_model_len)
-        if changed.learns_its_price:  # and goes on with what it has learned
-            policy = replace(policy, calibration=engine.cooperation.policy.calibration)
-        await load_everywhere(engine.collective_rpc, directory.resolve(), new)
+        await load_everywhere(engine.collective_rpc, directory.resolve(), new, changed.gate)
+        if isinstance(policy.calibration, AdaptiveCalibration) and follower is not None:
+            learned = follower.switch(policy.calibration, changed.price_file)
+            policy = replace(policy, calibration=learned)
         ask_tokens = changed.spans.ask_tokens
         engine.cooperation.shared.prices.calibrate(policy.calibration, ask_tokens)
         engine.cooperation = replace(
@@ -233,10 +242,11 @@ async def _router_reload(pair: ServedPair, engine: CooperativeEngine) -> RouterR
             span_tokens=changed.spans.span_tokens,
             ask_tokens=ask_tokens,
             words=changed.words,
+            router=new.digest(),
         )
         _publish_price(config, policy)
 
-    return RouterReload(directory, config.student, running, use)
+    return RouterReload(directory, config.student, pair.router, pair.reserved, use)
 
 
 def _price_follower(pair: ServedPair, engine: CooperativeEngine) -> PriceFollower | None:

@@ -46,6 +46,24 @@ class PriceFollower:
         """The last one that was logged: it may come again every second."""
         self._restore()
 
+    def switch(self, calibration: AdaptiveCalibration, file: Path) -> AdaptiveCalibration:
+        """Follow another gate; what is learned of the one that is followed goes on where it is the same.
+
+        Args:
+            calibration: of the gate, which knows nothing yet.
+            file: where its state is kept.
+
+        Returns:
+            The calibration that is followed from now on.
+        """
+        if file != self._file:
+            self._save()
+            self._calibration = calibration
+            self._file = file
+            self._taken = 0
+            self._restore()
+        return self._calibration
+
     async def follow(self, seconds: float = 1.0) -> None:
         """Update every so often, forever; saves at the end. An engine without traffic is left alone."""
         try:

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from router.checkpoint import CONFIG_FILE, CheckpointError, RouterCheckpoint
+from router.reserved import ReservedRows
 from server.file_state import FileState
 
 logger = logging.getLogger(__name__)
 
 
 async def load_everywhere(
-    call: Callable[..., Awaitable[Sequence[Any]]], directory: Path, router: RouterCheckpoint
+    call: Callable[..., Awaitable[Sequence[Any]]], directory: Path, router: RouterCheckpoint, gate: str
 ) -> None:
     """Put a router into every process of the engine, or into none.
 
-    ``call``: vLLM's ``collective_rpc``.
+    ``call``: vLLM's ``collective_rpc``; ``gate``: the one that decides from now on.
 
     Raises:
         CheckpointError: the directory's router is another one by now.
@@ -25,7 +26,7 @@ async def load_everywhere(
     digests = set(await call("prepare_router", args=(str(directory),)))
     if digests != {router.digest()}:
         raise CheckpointError("it was replaced while the gateway read it; the new one is read next")
-    await call("load_router", args=(str(directory),))
+    await call("load_router", args=(str(directory), gate))
 
 
 class RouterReload:
@@ -39,15 +40,20 @@ class RouterReload:
         self,
         directory: Path,
         student: Path,
-        running: RouterCheckpoint,
+        running: RouterCheckpoint | None,
+        reserved: ReservedRows,
         use: Callable[[RouterCheckpoint], Awaitable[None]],
     ) -> None:
-        """``use`` puts a checkpoint for this student into the engine and the policy."""
+        """``use`` puts a checkpoint for this student into the engine and the policy.
+
+        ``running``: None where the directory is empty so far; ``reserved``: the running student's.
+        """
         self._file = directory / CONFIG_FILE
         self._student = student
         self._running = running
+        self._reserved = reserved
         self._use = use
-        self._seen = self._stat()
+        self._seen: FileState | None = None  # what came while the gateway started is taken too
 
     async def watch(self, seconds: float = 2.0) -> None:
         """Look every so often, for ever; an unusable router is logged and changes nothing."""
@@ -71,7 +77,7 @@ class RouterReload:
             return False
         self._seen = seen
         router = await asyncio.to_thread(self._load)
-        if router.digest() == self._running.digest():
+        if self._running is not None and router.digest() == self._running.digest():
             return False
         await self._use(router)
         logger.info("router reloaded: %s", router.digest()[:12])
@@ -81,8 +87,8 @@ class RouterReload:
     def _load(self) -> RouterCheckpoint:
         router = RouterCheckpoint.load(self._file.parent)
         router.check_student(self._student)
-        if (router.reserved, router.taps.shape) != (self._running.reserved, self._running.taps.shape):
-            raise CheckpointError("its reserved rows differ from those of the running router")
+        if router.reserved != self._reserved:
+            raise CheckpointError("its reserved rows differ from those of the running student")
         return router
 
     def _stat(self) -> FileState | None:

@@ -163,12 +163,13 @@ class _Merged(NamedTuple):
 def _merged(config: ServeConfig) -> _Merged:
     """The router, if there is one, in a student that the engine loads."""
     merged_router = config.student / MERGED_ROUTER
-    if config.router is None:
+    if config.router is None or _is_awaited(config.router):
         if merged_router.is_dir():
             return _Merged(RouterCheckpoint.load(merged_router), config.student)
         if config.gate == "learned":
+            found = "--router" if config.router is None else f"{config.router} is empty"
             raise ConfigError(
-                "the learned gate needs a router checkpoint (--router). "
+                f"the learned gate needs a router checkpoint ({found}). "
                 "without --gate one is taken that needs no training"
             )
         return _Merged(None, _with_rows(config))
@@ -178,6 +179,11 @@ def _merged(config: ServeConfig) -> _Merged:
     if not merged.is_dir():
         router.merge(config.student, merged)
     return _Merged(router, merged)
+
+
+def _is_awaited(router: Path) -> bool:
+    """Whether a router is still to come: its directory is there, and empty."""
+    return not any(router.iterdir())
 
 
 def _with_rows(config: ServeConfig) -> Path:

@@ -24,6 +24,8 @@ class RealisedView(TypedDict):
 class PricesView(TypedDict):
     """The whole answer."""
 
+    router: str | None
+    """Digest of the router in use; null where there is none."""
     learned: bool
     """Whether the traffic moves the prices; if not, they were measured with the router or set."""
     prices: list[PriceView]
@@ -32,12 +34,15 @@ class PricesView(TypedDict):
     """Only where the prices are learned."""
 
 
-def view(calibration: Prices) -> PricesView:
-    """The answer as JSON knows it."""
+def view(calibration: Prices, router: str | None) -> PricesView:
+    """The answer as JSON knows it.
+
+    ``router``: digest of the one in use.
+    """
     prices: list[PriceView] = [{"rate": rate, "price": price} for rate, price in calibration.points]
     if not isinstance(calibration, AdaptiveCalibration):
-        return {"learned": False, "prices": prices, "realised": []}
+        return {"router": router, "learned": False, "prices": prices, "realised": []}
     realised: list[RealisedView] = []
     for aim, rate, completion_tokens in calibration.realised:
         realised.append({"aim": aim, "rate": rate, "completion_tokens": completion_tokens})
-    return {"learned": True, "prices": prices, "realised": realised}
+    return {"router": router, "learned": True, "prices": prices, "realised": realised}

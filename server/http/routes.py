@@ -61,7 +61,7 @@ def routes(examples: Path | None, tenants: Tenants | None) -> APIRouter:
     async def prices(request: Request) -> PricesView:
         """The price of a teacher token at each rate, and what the rates realised."""
         engine: Any = request.app.state.engine_client
-        return view(engine.cooperation.policy.calibration)
+        return view(engine.cooperation.policy.calibration, engine.cooperation.router)
 
     @router.get("/", include_in_schema=False)
     async def playground() -> FileResponse:

@@ -33,7 +33,7 @@ class LearningGateway:
     def answer(self, path: str, body: bytes) -> Any:
         if path == "/prices":
             self.traffic.show_scores()
-            return {**view(self.traffic.calibration), "learned": self._learned}
+            return {**view(self.traffic.calibration, None), "learned": self._learned}
         if path == "/v1/models":
             return {"data": [{"id": "wheels"}]}
         with self._lock:

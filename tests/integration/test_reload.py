@@ -5,6 +5,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
+
 from router.checkpoint import RouterCheckpoint
 from server.local.pair import Pair, Serving, free_port, gateway_service
 from server.local.processes import running
@@ -16,10 +18,11 @@ BUDGET = 0.2
 async def test_another_router_takes_over_without_a_lost_request(
     stack: Serving, pair: Pair, sources: list[str], tmp_path: Path
 ) -> None:
-    """One that looks at nothing (taps of zero) and never asks, then the shipped one again."""
+    """None at first, then the shipped one, one without taps that never asks, and the shipped one again."""
     router = tmp_path / "router"
-    router.symlink_to(pair.router)
-    shipped = RouterCheckpoint.load(router)
+    (tmp_path / "empty").mkdir()
+    router.symlink_to(tmp_path / "empty")
+    shipped = RouterCheckpoint.load(pair.router)
     silent = replace(
         shipped,
         taps=shipped.taps * 0,
@@ -28,7 +31,7 @@ async def test_another_router_takes_over_without_a_lost_request(
     url = f"http://127.0.0.1:{free_port()}"
     service = gateway_service(replace(pair, router=router), stack.teacher, url, tmp_path)
     with running([service], timeout=300):
-        async with openai_client(url) as client:
+        async with openai_client(url) as client, httpx.AsyncClient(base_url=url) as http:
 
             async def calls() -> list[int]:
                 replies = await asyncio.gather(*(chat(client, source, BUDGET) for source in sources[:16]))
@@ -47,6 +50,16 @@ async def test_another_router_takes_over_without_a_lost_request(
                     await asyncio.sleep(0.25)
                 raise AssertionError(f"after a minute there are still {now} calls")
 
+            async def until_taken(checkpoint: RouterCheckpoint) -> None:
+                for _ in range(240):
+                    if (await http.get("/prices")).json()["router"] == checkpoint.digest():
+                        return
+                    await asyncio.sleep(0.25)
+                raise AssertionError("after a minute the router is not in use")
+
+            assert sum(await calls()) > 0, "by an untrained gate"
+            put(shipped, "shipped")
+            await until_taken(shipped)
             before = await calls()
             assert sum(before) > 16
             put(silent, "silent")

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from vllm.model_executor.models.utils import PPMissingLayer
 
+from router.adaptive import AdaptiveCalibration
 from router.checkpoint import CheckpointError, RouterCheckpoint
 from router.controller import PriceController
 from router.ledger import FractionOfTraffic, Scope, Status
@@ -20,6 +22,7 @@ from server.config import ServeConfig
 from server.engine import Cooperation
 from server.gate_processor import GateProcessor, RouterLoader, gate_settings, write_taps
 from server.gateway import _router_reload
+from server.price_follower import PriceFollower
 from server.router_reload import RouterReload, load_everywhere
 from server.served_pair import ServedPair, Spans
 from server.teacher.teachers import Teachers
@@ -46,7 +49,7 @@ class Reloads:
         self.refuses: Exception | None = None
         self.tried = asyncio.Event()
         router.save(directory)
-        self.watcher = RouterReload(directory, Path("student"), router, self.use)
+        self.watcher = RouterReload(directory, Path("student"), router, router.reserved, self.use)
 
     async def use(self, router: RouterCheckpoint) -> None:
         self.tried.set()
@@ -173,9 +176,11 @@ def test_a_copy_for_the_cpus_kernels_is_made_again(router):
 class Worker(RouterLoader):
     """One process of the engine, with a part of the output matrix or none, and a gate."""
 
-    def __init__(self, directory: Path, reserved: ReservedRows, output: object) -> None:
+    def __init__(self, directory: Path | None, reserved: ReservedRows, output: object) -> None:
         self.vllm_config = SimpleNamespace(
-            additional_config=gate_settings(reserved, "learned", directory),
+            additional_config=gate_settings(
+                reserved, "entropy" if directory is None else "learned", directory, sketch=True
+            ),
             scheduler_config=SimpleNamespace(max_num_seqs=2),
         )
         self.processor = GateProcessor(self.vllm_config, CPU, False)
@@ -218,9 +223,19 @@ async def test_every_process_takes_taps_and_gate(engine, router, tmp_path):
     new = shifted(router, 3.0)
     new.save(tmp_path)
     before = [worker.score for worker in engine.workers]
-    await load_everywhere(engine.collective_rpc, tmp_path, new)
+    await load_everywhere(engine.collective_rpc, tmp_path, new, "learned")
     assert [worker.score for worker in engine.workers] == pytest.approx([score + 3.0 for score in before])
     assert torch.equal(engine.workers[1].output.weight[11:], new.taps)
+
+
+async def test_an_engine_that_began_with_an_untrained_gate_takes_the_learned_one(engine, router, tmp_path):
+    worker = Worker(None, router.reserved, output_matrix(0, 14))
+    worker.processor.sketch.add(torch.ones(5))
+    assert worker.processor.sketch.read().positions == 5
+    await load_everywhere(Engine(worker).collective_rpc, tmp_path, router, "learned")
+    assert worker.score == pytest.approx(engine.workers[0].score)
+    assert torch.equal(worker.output.weight[11:], router.taps)
+    assert worker.processor.sketch.read().positions == 0, "what was seen are another gate's scores"
 
 
 async def test_a_process_that_refuses_keeps_all_others_from_it(engine, router, tmp_path):
@@ -231,7 +246,7 @@ async def test_a_process_that_refuses_keeps_all_others_from_it(engine, router, t
     new.save(tmp_path)
     before = [worker.score for worker in engine.workers]
     with pytest.raises(CheckpointError, match="the output matrix is quantised"):
-        await load_everywhere(engine.collective_rpc, tmp_path, new)
+        await load_everywhere(engine.collective_rpc, tmp_path, new, "learned")
     assert [worker.score for worker in engine.workers] == before
     assert not engine.workers[0].output.weight.any()
 
@@ -241,7 +256,7 @@ async def test_a_router_that_changed_while_it_was_read_is_left_for_the_next_look
     written.save(tmp_path)
     before = [worker.score for worker in engine.workers]
     with pytest.raises(CheckpointError, match="replaced while the gateway read it"):
-        await load_everywhere(engine.collective_rpc, tmp_path, read)
+        await load_everywhere(engine.collective_rpc, tmp_path, read, "learned")
     assert [worker.score for worker in engine.workers] == before
 
 
@@ -252,7 +267,7 @@ async def test_a_router_is_taken_as_it_was_checked(engine, router, tmp_path):
     before = worker.score
     worker.prepare_router(str(tmp_path))
     shifted(router, 9.0).save(tmp_path)
-    worker.load_router(str(tmp_path))
+    worker.load_router(str(tmp_path), "learned")
     assert worker.score == pytest.approx(before + 3.0)
 
 
@@ -300,7 +315,7 @@ class Gateway:
         self.pair = ServedPair(config, directory, router, router.reserved, 10, Spans(4, 4))
         self.calls: list[str] = []
         self.refuses = ""
-        self.model_config = SimpleNamespace(max_model_len=400)
+        self.model_config = SimpleNamespace(max_model_len=400, get_hidden_size=lambda: 4)
         self.cooperation = Cooperation(
             teachers=Teachers.alone(None),
             policy=self.pair.policy(400),
@@ -321,7 +336,7 @@ class Gateway:
 async def test_the_gateway_takes_spans_and_policy_of_another_router(router, other, tmp_path):
     router.save(tmp_path)
     gateway = Gateway(tmp_path, router)
-    reload = await _router_reload(gateway.pair, gateway)
+    reload = await _router_reload(gateway.pair, gateway, None)
     longer = replace(other, config=other.config.model_copy(update={"span_tokens": 8, "ask_tokens": 2}))
     longer.save(tmp_path)
     await reload._use(longer)
@@ -330,10 +345,38 @@ async def test_the_gateway_takes_spans_and_policy_of_another_router(router, othe
     assert gateway.cooperation.policy.calibration == other.calibration()
 
 
+async def test_a_gateway_without_a_router_begins_with_one_that_comes_later(
+    router, reserved, tmp_path, monkeypatch
+):
+    """First one whose prices are learned, then one whose prices were measured, then the first again."""
+    monkeypatch.setattr(RouterCheckpoint, "check_student", lambda *_: None)
+    directory = tmp_path / "router"
+    directory.mkdir()
+    gateway = Gateway(directory, router)
+    gateway.pair = replace(gateway.pair, student=tmp_path, router=None)
+    save_file({"lm_head.weight": torch.zeros(14, 4)}, tmp_path / "model.safetensors")
+    first = AdaptiveCalibration("entropy", 4)
+    gateway.cooperation = replace(gateway.cooperation, policy=gateway.pair.policy(400), router=None)
+    follower = PriceFollower(first, gateway.collective_rpc, gateway.pair.price_file)
+    reload = await _router_reload(gateway.pair, gateway, follower)
+    assert not await reload.reload()
+    unmeasured = replace(router, config=router.config.model_copy(update={"calibration": {}}))
+    unmeasured.save(directory)
+    assert await reload.reload()
+    learned = gateway.cooperation.policy.calibration
+    assert (learned.gate, gateway.cooperation.router) == ("learned", unmeasured.digest())
+    router.save(directory)
+    assert await reload.reload()
+    assert gateway.cooperation.policy.calibration == router.calibration()
+    unmeasured.save(directory)
+    assert await reload.reload()
+    assert gateway.cooperation.policy.calibration is learned, "it goes on with what it has learned"
+
+
 async def test_a_router_that_the_engine_refuses_changes_nothing_in_the_gateway(router, other, tmp_path):
     router.save(tmp_path)
     gateway = Gateway(tmp_path, router)
-    reload, before = await _router_reload(gateway.pair, gateway), gateway.cooperation
+    reload, before = await _router_reload(gateway.pair, gateway, None), gateway.cooperation
     gateway.refuses = "prepare_router"
     with pytest.raises(RuntimeError, match="quantised"):
         await reload._use(other)
@@ -349,7 +392,7 @@ async def test_a_student_that_takes_no_taps_is_served_without_following_its_rout
     router.save(tmp_path)
     gateway = Gateway(tmp_path, router)
     gateway.refuses = "check_router"
-    assert await _router_reload(gateway.pair, gateway) is None
+    assert await _router_reload(gateway.pair, gateway, None) is None
     assert said == [
         "a new router needs a restart, because its directory is not watched: the output matrix is quantised"
     ]

@@ -33,6 +33,12 @@ def pair_of(directory: Path, router: RouterCheckpoint | None = None, **settings:
     return ServedPair.of(configured(directory, **settings))
 
 
+def waiting_pair(directory: Path, router: Path, **settings: Any) -> ServedPair:
+    """Of a student like that of `pair_of`, and a directory for a router."""
+    pair_of(directory)
+    return ServedPair.of(configured(directory, router=router, **settings))
+
+
 def with_spans(router: RouterCheckpoint, span_tokens: int, ask_tokens: int | None) -> RouterCheckpoint:
     config = router.config.model_copy(update={"span_tokens": span_tokens, "ask_tokens": ask_tokens})
     return replace(router, config=config)
@@ -117,6 +123,20 @@ def test_without_a_router_the_gate_is_one_that_needs_no_training(router, tmp_pat
 
 def test_with_a_router_the_gate_is_the_learned_one(router, tmp_path):
     assert pair_of(tmp_path, router).gate == "learned"
+
+
+def test_an_empty_directory_is_of_a_router_that_is_still_to_come(router, tmp_path):
+    directory = tmp_path / "coming"
+    directory.mkdir()
+    pair = waiting_pair(tmp_path, directory)
+    assert (pair.gate, pair.learns_its_price) == ("entropy", True)
+    taken = pair.with_router(router)
+    assert (taken.gate, taken.learns_its_price) == ("learned", False)
+    with pytest.raises(ConfigError, match=r"learned gate needs a router checkpoint \(.*coming is empty\)"):
+        waiting_pair(tmp_path, directory, gate="learned")
+    (directory / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match=r"router\.json is missing"):
+        waiting_pair(tmp_path, directory)
 
 
 def test_learned_prices_are_kept_apart_by_gate_and_spans(tmp_path):
