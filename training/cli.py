@@ -11,10 +11,11 @@ from huggingface_hub import HfApi
 from router.checkpoint import RouterCheckpoint
 from training.config import Recipe, RecipeError, load_recipe
 from training.dry_run import dry_run
-from training.evaluation.gateway import BUDGETS, RunningGateway, measure
+from training.evaluation.gateway import BUDGETS, measure
 from training.evaluation.report import METHODS, evaluate_pair, gateway_report, joined, plot, table
 from training.hub import check_hub, push
 from training.pipeline import run, task_of
+from training.running_gateway import RunningGateway
 from training.turns import take_turns
 from training.workspace import STAGES, Stage
 

@@ -107,13 +107,17 @@ class GatewayRollouts(Frozen):
     """Without /v1."""
     concurrency: PositiveInt = 16
     """Requests at once."""
+    router: Path | None = None
+    """The directory that it serves with (`--router`): each new router is put there, and the gateway takes it.
+    None: it keeps its gate, so that there is one round and no calibration.
+    """
     batch: PositiveInt = 50
     """Prompts asked with one budget, drawn from `budgets`; a stopped run goes on after the last batch."""
 
     @property
     def idle(self) -> tuple[str, ...]:
-        """A gateway decides by its own gate, and keeps it."""
-        return ("rounds", "explore", "calibration_examples")
+        """A gateway decides by its gate alone."""
+        return ("explore",) if self.router is not None else ("rounds", "explore", "calibration_examples")
 
 
 Gain = Annotated[RegretGain | RatioGain | QualityGain, Field(discriminator="type")]

@@ -1,14 +1,12 @@
 """A running gateway, measured as its users see it: held-out sources through OpenAI's own client."""
 
-import asyncio
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from measuring.chats import Source
 from measuring.examples import Example, sources_of
-from measuring.gateway import GatewayClient, GatewayReply
+from measuring.gateway import GatewayReply
 from measuring.scores import recovered
 from training.evaluation.scoring import point
 from training.gating.calibration import teacher_rate
@@ -17,9 +15,6 @@ from training.gating.tree import Setting
 from training.tasks import Task
 
 BUDGETS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
-SECONDS = 300.0
-"""For one completion, however long the gateway lets it wait."""
-RETRIES = 2
 
 Row = dict[str, float]
 
@@ -29,38 +24,6 @@ class Replies(Protocol):
 
     def replies(self, sources: Sequence[Source], budget: float) -> list[GatewayReply]:
         """Greedy, in the order of the sources."""
-
-
-@dataclass(frozen=True)
-class RunningGateway:
-    """A gateway behind a URL. Its key is taken from OPENAI_API_KEY."""
-
-    url: str
-    """Without /v1."""
-    max_tokens: int
-    """Longest completion."""
-    concurrency: int = 16
-    """Requests at once."""
-
-    def replies(self, sources: Sequence[Source], budget: float) -> list[GatewayReply]:
-        """Greedy, in the order of the sources.
-
-        Raises:
-            GatewayError: the gateway is away, refuses, or is none.
-        """
-        return asyncio.run(self._replies(sources, budget))
-
-    async def _replies(self, sources: Sequence[Source], budget: float) -> list[GatewayReply]:
-        client = GatewayClient(
-            self.url,
-            concurrency=self.concurrency,
-            max_tokens=self.max_tokens,
-            api_key=os.environ.get("OPENAI_API_KEY", "none"),
-            timeout=SECONDS,
-            retries=RETRIES,
-        )
-        async with client:
-            return await client.ask_all(sources, budget)
 
 
 @dataclass(frozen=True)

@@ -1,48 +1,50 @@
 """The router from completions that were served: recorded by gateways, or asked of one for this purpose.
 
 No model writes here. Both read what was written, once, and the gate is fitted to that. So the teacher may be
-a server, and prompts need no right answers. Such a router has no calibration: its price is found while it
-serves, or by `wheels calibrate`.
+a server, and prompts need no right answers.
+
+Where the gateway takes routers, later rounds are written with the gate of the rounds before, and the prices
+of the budgets are found there too. Else the router has no calibration: its price is found while it serves, or
+by `wheels calibrate`.
 """
 
-import asyncio
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 
 import httpx
 import torch
-from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from measuring.chats import Source
 from measuring.examples import sources_of
-from measuring.gateway import GatewayClient
-from measuring.json_lines import DataError
-from measuring.trajectories import SUFFIX, Trajectory, TrajectoryFile, read_trajectories
+from measuring.trajectories import SUFFIX, Trajectory, read_trajectories
 from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig
-from training.gate_config import GateConfig, GatewayRollouts, QualityGain, RecordedRollouts
+from training.gate_config import GateConfig, GatewayRollouts, RecordedRollouts
+from training.gating.asked import Asked
+from training.gating.duals import asking_share
 from training.gating.fitting import fit
 from training.gating.head import Head
-from training.gating.lessons import Lessons, Trajectories, span_gain, teacher_view, token_gain
-from training.gating.opinions import Observer
-from training.gating.rounds import correlation
+from training.gating.lessons import Lessons
+from training.gating.room import Room
+from training.gating.rounds import LEARNED, RECENT, correlation
+from training.gating.served_calibration import Points, ServedCalibration
+from training.gating.traffic import HELD_OUT, TrafficReader
 from training.loop.progress import console
 from training.models import load_with_rows, reserved_rows
 from training.parallel import device, onto_device
-from training.reading import check_readout, context_of
+from training.reading import check_readout
+from training.running_gateway import RunningGateway
 from training.tasks import Task
 from training.teacher import Teacher
-from training.tokenizer import encode_prompts, visible_ids
 
-HELD_OUT = 10
-"""One prompt of this many tells how good the gate is, and is not learned from in that trial."""
-UNLIMITED = 2**62
 POSITIONS = 250_000
 """Most that the gate is fitted on: memory does not grow with the traffic."""
-ROWS = 16
-"""Completions that are read together."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class TrafficStage:
     max_tokens: int
     """Longest completion that a gateway is asked for."""
     seed: int
+    transport: Callable[[], httpx.AsyncClient] | None = None
+    """Makes an HTTP client in place of the gateway's own."""
 
     def run(self, work: Path, out: Path) -> RouterCheckpoint:
         """Write the router to `out`.
@@ -71,105 +75,114 @@ class TrafficStage:
             GatewayError: the gateway cannot be used.
             ServerError: the teacher's server cannot be used.
         """
-        model = load_with_rows(self.student, self.tokenizer).requires_grad_(False)
-        onto_device(model)
-        check_readout(model, "student")
-        trajectories = self.readable(self.trajectories(work), model)
-        lessons = self.lessons(model, trajectories)
-        self.report(model, lessons)
-        head = self.fitted(model, lessons)
-        expected = sum(len(trajectory.tokens) for trajectory in trajectories) / len(trajectories)
-        checkpoint = self.checkpoint(head, expected, len(trajectories))
+        rollouts = self.config.rollouts
+        if isinstance(rollouts, RecordedRollouts):
+            checkpoint = self.of_recorded(rollouts)
+        elif isinstance(rollouts, GatewayRollouts):
+            checkpoint = self.of_gateway(rollouts, work)
+        else:
+            raise ValueError(f"rollouts {rollouts.type} are not written by a gateway")
         checkpoint.save(out)
         return checkpoint
 
-    def trajectories(self, work: Path) -> list[Trajectory]:
-        """Recorded ones, or those that the gateway writes now."""
-        rollouts = self.config.rollouts
-        if isinstance(rollouts, RecordedRollouts):
-            return list(read_trajectories(rollouts.directory))
-        if isinstance(rollouts, GatewayRollouts):
-            asked = Asked(rollouts, self.tokenizer, self.task, self.config, self.max_tokens, self.seed)
-            return asked.trajectories(work / "trajectories")
-        raise ValueError(f"rollouts {rollouts.type} are not written by a gateway")
+    def of_recorded(self, rollouts: RecordedRollouts) -> RouterCheckpoint:
+        """From what gateways recorded."""
+        reader = self._reader
+        trajectories = reader.readable(list(read_trajectories(rollouts.directory)))
+        lessons = reader.lessons(trajectories, POSITIONS)
+        head = self.fitted(lessons)
+        self.report(lessons)
+        return self.checkpoint(head, trajectories)
 
-    def readable(self, trajectories: Sequence[Trajectory], model: PreTrainedModel) -> list[Trajectory]:
-        """Those that fit into the student's context.
+    def of_gateway(self, rollouts: GatewayRollouts, work: Path) -> RouterCheckpoint:
+        """From what a gateway writes, round by round; it serves with the result if it takes routers."""
+        gateway = RunningGateway(
+            rollouts.url, self.max_tokens, rollouts.concurrency, transport=self.transport
+        )
+        rounds = self.sources(rollouts)
+        self._forget_another_run(work, rounds)
+        router: RouterCheckpoint | None = None
+        taught: list[Lessons] = []
+        trajectories: list[Trajectory] = []
+        for number, sources in enumerate(rounds):
+            file = work / "trajectories" / str(number) / f"asked{SUFFIX}"
+            seed = self.seed + number
+            asked = Asked(gateway, self.tokenizer, sources, self.config.budgets, rollouts.batch, seed, file)
+            if router is not None and rollouts.router is not None and not asked.is_complete:
+                gateway.take(router, rollouts.router)
+            new = self._reader.readable(asked.trajectories())
+            trajectories += new
+            taught.append(self._reader.lessons(new, POSITIONS // len(rounds)))
+            head = self.fitted(Lessons.join(taught))
+            scores = head.scores(taught[-1].states[-RECENT:])
+            router = with_prices(self.checkpoint(head, trajectories), self._first_prices(scores))
+        self.report(Lessons.join(taught))
+        assert router is not None  # there is at least one round
+        if rollouts.router is None:
+            return with_prices(router, [])
+        return self.calibrated(gateway, router, rollouts.router, scores, work)
 
-        Raises:
-            DataError: there are none, or they have ids that the tokenizer does not.
+    def calibrated(
+        self, gateway: RunningGateway, router: RouterCheckpoint, directory: Path, scores: Tensor, work: Path
+    ) -> RouterCheckpoint:
+        """With the prices of the budgets that the gateway finds on validation prompts.
+
+        Args:
+            gateway: serves with the router in `directory`.
+            router: to be calibrated.
+            directory: where it takes routers from.
+            scores: (N,) of the router's gate.
+            work: of what is kept of the passes.
         """
-        longest = context_of(model)
-        visible = visible_ids(self.tokenizer)
-        kept = []
-        for trajectory in trajectories:
-            if max(*trajectory.prompt, *trajectory.tokens) >= visible:
-                raise DataError(
-                    f"the completions have token ids that the tokenizer does not: not of {self.student}?"
-                )
-            if len(trajectory.prompt) + len(trajectory.tokens) <= longest:
-                kept.append(trajectory)
-        if len(kept) < HELD_OUT:
-            raise DataError(f"{len(kept)} completions to learn from, want at least {HELD_OUT}")
-        return kept
+        examples = self._room.kept(self.task.valid()[: self.config.calibration_examples], "validation")
 
-    def lessons(self, model: PreTrainedModel, trajectories: Sequence[Trajectory]) -> Lessons:
-        """What asking gains at every position, or at `POSITIONS` of them drawn at random."""
-        visible = visible_ids(self.tokenizer)
-        observer = Observer(model, self.teacher, visible, self.tokenizer.eos_token_id)
-        total = sum(len(trajectory.tokens) for trajectory in trajectories)
-        generator = torch.Generator().manual_seed(self.seed)
-        numbers: dict[tuple[int, ...], int] = {}
-        parts = []
-        order = sorted(trajectories, key=lambda trajectory: len(trajectory.prompt) + len(trajectory.tokens))
-        for first in track(range(0, len(order), ROWS), "router: both models read", console=console):
-            rows = order[first : first + ROWS]
-            sources = [numbers.setdefault(tuple(row.prompt), len(numbers)) for row in rows]
-            part = self.lessons_of(observer.seen(rows), torch.tensor(sources))
-            drawn = torch.rand(len(part), generator=generator) < POSITIONS / total
-            parts.append(part.where(drawn))
-        return Lessons.join([part for part in parts if len(part)])
+        def put(points: Points) -> None:
+            gateway.take(with_prices(router, points), directory)
 
-    def lessons_of(self, seen: Trajectories, sources: Tensor) -> Lessons:
-        """Of completions whose rows come of these sources."""
-        gain = self.config.gain
-        if isinstance(gain, QualityGain):
-            raise ValueError("gain quality needs rollouts in process")
-        positions = seen.positions
-        target, known = span_gain(
-            token_gain(gain, positions), positions.row, seen.by_teacher, self.config.ask_tokens
-        )
-        view = teacher_view(positions)
-        lessons = Lessons(
-            positions.states, target, seen.by_teacher, positions.row, sources[positions.row], view
-        )
-        return lessons.where(known)
+        found = ServedCalibration(
+            gateway,
+            sources_of(examples),
+            self.config.budgets,
+            self.config.ask_tokens,
+            scores,
+            put,
+            work / "prices" / f"{with_prices(router, []).digest()[:16]}-{len(examples)}.json",
+        ).found()
+        return with_prices(router, found)
 
-    def report(self, model: PreTrainedModel, lessons: Lessons) -> None:
+    def sources(self, rollouts: GatewayRollouts) -> list[list[Source]]:
+        """Of each round. A gateway that keeps its gate writes one."""
+        count = self.config.prompts
+        rounds = self.config.rounds if rollouts.router is not None else 1
+        drawn = sources_of(self._room.drawn(self.task.router(self.seed), count * rounds))
+        return [drawn[number * count : (number + 1) * count] for number in range(rounds)]
+
+    def report(self, lessons: Lessons) -> None:
         """Print how well a gate that has not seen a tenth of the prompts tells what asking gains there."""
         held_out = lessons.source % HELD_OUT == 0
         if not held_out.any() or held_out.all():
             return
         unseen = lessons.where(held_out)
-        head = self.fitted(model, lessons.where(~held_out))
+        head = self.fitted(lessons.where(~held_out))
         found = correlation(head.scores(unseen.states), unseen.target)
         console.print(
             f"router: {len(lessons):,} positions of {int(lessons.source.max()) + 1:,} prompts; on those held "
             f"out, score and gain correlate by {found:.3f}"
         )
 
-    def fitted(self, model: PreTrainedModel, lessons: Lessons) -> Head:
+    def fitted(self, lessons: Lessons) -> Head:
         """Taps and gate."""
         torch.manual_seed(self.seed)
-        head = Head(model, reserved_rows(model, self.tokenizer), self.config.width).to(device())
+        head = Head(self._model, reserved_rows(self._model, self.tokenizer), self.config.width).to(device())
         head.start_from(lessons.states)
         fit(head, lessons, self.config, self.seed)
         return head.requires_grad_(False).eval()
 
-    def checkpoint(self, head: Head, expected_tokens: float, completions: int) -> RouterCheckpoint:
-        """All of it, as it is exported."""
+    def checkpoint(self, head: Head, trajectories: Sequence[Trajectory]) -> RouterCheckpoint:
+        """All of it but the prices."""
         config = self.config
         reserved = head.gate.reserved
+        tokens = sum(len(trajectory.tokens) for trajectory in trajectories)
         return RouterCheckpoint(
             config=RouterConfig(
                 reserved_start=reserved.start,
@@ -177,14 +190,14 @@ class TrafficStage:
                 gate_width=config.width,
                 span_tokens=config.span_tokens,
                 ask_tokens=config.ask_tokens,
-                expected_tokens=expected_tokens,
+                expected_tokens=tokens / len(trajectories),
                 calibration={},
                 fingerprints=Fingerprints.of(self.student, reserved, self.teacher_name),
                 training={
                     "gain": config.gain.type,
                     "objective": config.objective.type,
                     "rollouts": config.rollouts.type,
-                    "completions": completions,
+                    "completions": len(trajectories),
                     "seed": self.seed,
                     "task": self.task.name,
                 },
@@ -193,61 +206,59 @@ class TrafficStage:
             gate=head.gate.state_dict(),
         )
 
+    def _first_prices(self, scores: Tensor) -> Points:
+        """By the quantiles of the scores (N,), as if asking did not change what comes next."""
+        points = []
+        for budget in self.config.budgets:
+            share = asking_share(budget, self.config.ask_tokens)
+            points.append((budget, torch.quantile(scores.double(), 1 - share).item()))
+        return points
 
-@dataclass(frozen=True)
-class Asked:
-    """Completions that a gateway is asked for, at budgets drawn at random."""
-
-    gateway: GatewayRollouts
-    tokenizer: PreTrainedTokenizerBase
-    task: Task
-    config: GateConfig
-    max_tokens: int
-    seed: int
-    transport: httpx.AsyncClient | None = None
-    """In place of one of its own."""
-
-    def trajectories(self, directory: Path) -> list[Trajectory]:
-        """All of them; those that `directory` holds are not asked for again.
-
-        Raises:
-            GatewayError: the gateway cannot be used.
-            DataError: it makes other prompts of the sources than the tokenizer does.
-        """
-        directory.mkdir(parents=True, exist_ok=True)
-        done = list(read_trajectories(directory)) if any(directory.glob(f"*{SUFFIX}")) else []
-        file = directory / f"{len(done)}{SUFFIX}"
-        return done + asyncio.run(self._rest(file, len(done), self.config.prompts))
-
-    async def _rest(self, file: Path, done: int, wanted: int) -> list[Trajectory]:
-        stream = self.task.router(self.seed)
-        rng = random.Random(self.seed)
-        written = TrajectoryFile(file, UNLIMITED)
-        found = []
-        client = GatewayClient(
-            self.gateway.url,
-            concurrency=self.gateway.concurrency,
-            max_tokens=self.max_tokens,
-            retries=2,
-            transport=self.transport,
+    def _forget_another_run(self, work: Path, rounds: Sequence[Sequence[Source]]) -> None:
+        """What `work` holds is gone on with if it is of the same pair, prompts and settings."""
+        settings = self.config.model_dump(mode="json", exclude={"rollouts": {"url", "concurrency", "router"}})
+        reserved = reserved_rows(self._model, self.tokenizer)
+        run = json.dumps(
+            {
+                "pair": Fingerprints.of(self.student, reserved, self.teacher_name).model_dump(),
+                "router": settings,
+                "max_tokens": self.max_tokens,
+                "seed": self.seed,
+                "sources": sha256(json.dumps(rounds).encode()).hexdigest(),
+            }
         )
-        async with client:
-            for number in range(wanted // self.gateway.batch + 1):
-                examples = [next(stream) for _ in range(self.gateway.batch)]
-                budget = rng.choice(self.config.budgets)
-                first = number * self.gateway.batch
-                if first < done or first >= wanted:
-                    continue
-                sources = sources_of(examples)
-                replies = await client.ask_all(sources, budget)
-                prompts = encode_prompts(self.tokenizer, sources)
-                for prompt, reply in zip(prompts, replies, strict=True):
-                    if reply.prompt_tokens != len(prompt):
-                        raise DataError(
-                            f"the gateway reads {reply.prompt_tokens} tokens where the recipe's chat "
-                            f"template makes {len(prompt)}: does it serve the recipe's student?"
-                        )
-                    trajectory = Trajectory(prompt, reply.token_ids, reply.spans, budget)
-                    written.add(trajectory)
-                    found.append(trajectory)
-        return found
+        file = work / "run.json"
+        if not file.exists() or file.read_text() != run:
+            for name in ("trajectories", "prices"):
+                shutil.rmtree(work / name, ignore_errors=True)
+            work.mkdir(parents=True, exist_ok=True)
+            file.write_text(run)
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        model = load_with_rows(self.student, self.tokenizer).requires_grad_(False)
+        onto_device(model)
+        check_readout(model, "student")
+        return model
+
+    @cached_property
+    def _reader(self) -> TrafficReader:
+        return TrafficReader(self._model, self.teacher, self.tokenizer, self.config, self.seed)
+
+    @cached_property
+    def _room(self) -> Room:
+        models = [self._model.config]
+        if isinstance(self.teacher, PreTrainedModel):
+            models.append(self.teacher.config)
+        return Room.of(self.tokenizer, models, self.max_tokens)
+
+
+def with_prices(router: RouterCheckpoint, points: Points) -> RouterCheckpoint:
+    """With this calibration of the learned gate; none where there are no points.
+
+    A price that was found by the rate alone spends the whole fraction: it is the spare price as well.
+    """
+    calibration = {LEARNED: points} if points else {}
+    return replace(
+        router, config=router.config.model_copy(update={"calibration": calibration, "spare": calibration})
+    )

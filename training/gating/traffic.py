@@ -1,0 +1,92 @@
+"""What a gate learns from completions that were served: both models read them, and none writes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from measuring.json_lines import DataError
+from measuring.trajectories import Trajectory
+from training.gate_config import GateConfig, QualityGain
+from training.gating.lessons import Lessons, Trajectories, span_gain, teacher_view, token_gain
+from training.gating.opinions import Observer
+from training.loop.progress import console
+from training.reading import context_of
+from training.teacher import Teacher
+from training.tokenizer import visible_ids
+
+HELD_OUT = 10
+"""One prompt of this many tells how good the gate is, and is not learned from in that trial."""
+ROWS = 16
+"""Completions that are read together."""
+
+
+@dataclass
+class TrafficReader:
+    """Makes lessons of trajectories."""
+
+    model: PreTrainedModel
+    """The student."""
+    teacher: Teacher
+    tokenizer: PreTrainedTokenizerBase
+    config: GateConfig
+    seed: int
+    sources: dict[tuple[int, ...], int] = field(default_factory=dict)
+    """Numbers of the prompts so far: one that comes again has the number that it had."""
+
+    def readable(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """Those that fit into the student's context.
+
+        Raises:
+            DataError: there are hardly any, or they have ids that the tokenizer does not.
+        """
+        longest = context_of(self.model)
+        kept = []
+        for trajectory in trajectories:
+            if max(*trajectory.prompt, *trajectory.tokens) >= self._visible:
+                raise DataError(
+                    "the completions have token ids that the tokenizer does not: are they of another student?"
+                )
+            if len(trajectory.prompt) + len(trajectory.tokens) <= longest:
+                kept.append(trajectory)
+        if len(kept) < HELD_OUT:
+            raise DataError(f"{len(kept)} completions to learn from, want at least {HELD_OUT}")
+        return kept
+
+    def lessons(self, trajectories: Sequence[Trajectory], most: int) -> Lessons:
+        """What asking gains at every position, or at about `most` of them, drawn at random."""
+        observer = Observer(self.model, self.teacher, self._visible, self.tokenizer.eos_token_id)
+        total = sum(len(trajectory.tokens) for trajectory in trajectories)
+        generator = torch.Generator().manual_seed(self.seed)
+        parts = []
+        order = sorted(trajectories, key=lambda trajectory: len(trajectory.prompt) + len(trajectory.tokens))
+        for first in track(range(0, len(order), ROWS), "router: both models read", console=console):
+            rows = order[first : first + ROWS]
+            sources = [self.sources.setdefault(tuple(row.prompt), len(self.sources)) for row in rows]
+            part = self._lessons_of(observer.seen(rows), torch.tensor(sources))
+            drawn = torch.rand(len(part), generator=generator) < most / total
+            parts.append(part.where(drawn))
+        return Lessons.join([part for part in parts if len(part)])
+
+    def _lessons_of(self, seen: Trajectories, sources: Tensor) -> Lessons:
+        """Of completions whose rows come of these sources."""
+        gain = self.config.gain
+        if isinstance(gain, QualityGain):
+            raise ValueError("gain quality needs rollouts in process")
+        positions = seen.positions
+        target, known = span_gain(
+            token_gain(gain, positions), positions.row, seen.by_teacher, self.config.ask_tokens
+        )
+        view = teacher_view(positions)
+        lessons = Lessons(
+            positions.states, target, seen.by_teacher, positions.row, sources[positions.row], view
+        )
+        return lessons.where(known)
+
+    @cached_property
+    def _visible(self) -> int:
+        return visible_ids(self.tokenizer)
