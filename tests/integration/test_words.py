@@ -17,6 +17,7 @@ from tests.helpers.gateways import StartGateway
 
 WORDS = "At most {percent} %: "
 BUDGET = 0.2
+LONG = {"ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +76,7 @@ async def test_the_student_reads_its_budget_in_the_users_message(
 async def test_the_prompt_that_the_caller_sees_has_no_words(
     words_client: AsyncOpenAI, sources: list[str]
 ) -> None:
-    read, plain = await asyncio.gather(
-        *(chat(words_client, sources[0], budget, return_token_ids=True) for budget in (BUDGET, 0))
-    )
+    read, plain = await asyncio.gather(*(chat(words_client, sources[0], budget) for budget in (BUDGET, 0)))
     assert read.prompt_token_ids == plain.prompt_token_ids
     assert read.usage.prompt_tokens == plain.usage.prompt_tokens
 
@@ -97,8 +96,8 @@ async def test_a_full_context_leaves_the_words_their_room(
     words_client: AsyncOpenAI, sources: list[str]
 ) -> None:
     """Without `max_tokens` a completion may fill the context, of which the words take a part."""
-    reply = await chat(words_client, sources[0], BUDGET, ignore_eos=True, max_tokens=None)
-    words = await chat(words_client, f"At most 20 %: {sources[0]}", 0, ignore_eos=True, max_tokens=None)
+    reply = await chat(words_client, sources[0], BUDGET, max_tokens=None, extra_body=LONG)
+    words = await chat(words_client, f"At most 20 %: {sources[0]}", 0, max_tokens=None, extra_body=LONG)
     assert reply.usage.completion_tokens == words.usage.completion_tokens
     assert reply.choices[0].finish_reason == "length"
 

@@ -63,6 +63,21 @@ GATEWAY = "gateway"
 METHODS = (LEARNED, *CONFIDENCE_GATES, "oracle", "oracle_kl", PERIODIC, "query", "query_oracle", GATEWAY)
 """Names that no further router can have."""
 
+SHOWN = {
+    LEARNED: "learned gate",
+    "entropy": "entropy of the student",
+    "margin": "margin of the student's two best tokens",
+    "max_probability": "the student's highest probability",
+    "random": "at random",
+    PERIODIC: "evenly",
+    "query": "whole requests, the most hesitant first",
+    "query_oracle": "whole requests, knowing which gain most",
+    "oracle": "knowing the regret of every token",
+    "oracle_kl": "knowing the teacher's distribution",
+    GATEWAY: "gateway, measured",
+}
+"""Names of methods for people, in the legend's order; a further router has its own."""
+
 COSTS = {"calls": "teacher calls", "runs": "runs of calls", "positions": "teacher positions"}
 
 Row = dict[str, float]
@@ -433,14 +448,29 @@ def _plot_quality(report: QualityReport, file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 5))
-    axes.set_prop_cycle(color=pyplot.colormaps["tab20"](range(20)))
-    for name, rows in report.curves.items():
-        if "@" not in name:  # the router's own span length
-            axes.plot(column(rows, "rate"), column(rows, "quality"), marker=".", label=name)
-    for value in (report.student, report.teacher):
+    curves = {name: rows for name, rows in report.curves.items() if "@" not in name}  # the router's own calls
+    others = [name for name in curves if name not in SHOWN]
+    colours = iter(pyplot.colormaps["tab20"](range(20)))
+    for name in [name for name in (LEARNED, *others, *SHOWN) if name in curves]:
+        rows = curves.pop(name, None)
+        if rows is None:
+            continue
+        style = {"linestyle": "--"} if "oracle" in name else {"linewidth": 2.5 if name == LEARNED else 1.5}
+        axes.plot(
+            [100 * rate for rate in column(rows, "rate")],
+            column(rows, "quality"),
+            marker=".",
+            label=SHOWN.get(name, name),
+            color=next(colours),
+            **style,
+        )
+    for value, whose in ((report.student, "student alone"), (report.teacher, "teacher alone")):
         axes.axhline(value, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="realised teacher rate", ylabel="quality")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
+        axes.annotate(
+            whose, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey"
+        )
+    axes.set(xlabel="tokens that the teacher wrote, %", ylabel="quality")
+    axes.legend(title="when the teacher is asked", loc="upper left", bbox_to_anchor=(1.02, 1))
     figure.savefig(file, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
