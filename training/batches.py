@@ -68,13 +68,29 @@ class Batch:
         lengths = self.answer.int().argmax(1) + 1
         return [row[:n] for row, n in zip(self.ids.tolist(), lengths.tolist(), strict=True)]
 
+    @property
+    def answers(self) -> list[list[int]]:
+        """Token ids of each row's answer."""
+        lengths = self.answer.sum(1).tolist()
+        read = zip(self.ids.tolist(), self.prompts(), lengths, strict=True)
+        return [row[len(prompt) : len(prompt) + length] for row, prompt, length in read]
+
+    def rows(self, places: Sequence[int]) -> "Batch":
+        """Some of the rows."""
+        return Batch(self.ids[list(places)], self.answer[list(places)])
+
+    def replaced(self, places: Sequence[int], rows: "Batch", pad: int) -> "Batch":
+        """With other rows in these places."""
+        prompts = self.prompts()
+        answers = self.answers
+        for place, prompt, answer in zip(places, rows.prompts(), rows.answers, strict=True):
+            prompts[place] = prompt
+            answers[place] = answer
+        return Batch.of(prompts, answers, pad).to(self.ids.device)
+
     def with_prompts(self, prompts: list[list[int]], pad: int) -> "Batch":
         """The same answers after other prompts; their positions keep their order."""
-        counts = self.answer.sum(1).tolist()
-        answers = []
-        for row, prompt, count in zip(self.ids.tolist(), self.prompts(), counts, strict=True):
-            answers.append(row[len(prompt) : len(prompt) + count])
-        return Batch.of(prompts, answers, pad).to(self.ids.device)
+        return Batch.of(prompts, self.answers, pad).to(self.ids.device)
 
     def to(self, device: torch.device) -> "Batch":
         """On this device."""

@@ -207,11 +207,11 @@ class PCLConfig(MethodBase):
     clip: PositiveFloat = 4.0
     """Residuals count linearly beyond this, nats."""
     on_policy: float = Field(default=0.5, ge=0, le=1)
-    """Share of the steps on the student's own completions."""
+    """Share of each step's rows that hold the student's own completions; the others hold references."""
 
     @property
     def needs_references(self) -> bool:
-        """Only for the steps on references."""
+        """Only for the rows of references."""
         return self.on_policy < 1
 
 

@@ -7,7 +7,7 @@ The reward of a token is r = log p_T(a|s). The residual over a sub-path of d dec
 Changed here: V = 0, which is its value at the optimum pi = p_T (a learned V collapses: the policy turns
 deterministic and V memorises the path's log p_T), and clipped residuals. With `window` 0 the residual is
 taken for every action of every position instead of the sampled one, weighted by (pi + p_T) / 2: one step, no
-sampling noise, both modes.
+sampling noise, both modes. A batch holds own completions and references, which one loss sees together.
 """
 
 import torch
@@ -48,10 +48,21 @@ def half_square(residual: Tensor, clip: float) -> Tensor:
 class PCL(Method[PCLConfig]):
     """Path consistency over sub-paths of `window` decisions."""
 
-    @property
-    def on_policy(self) -> float:
-        """As the recipe says."""
-        return self.config.on_policy
+    def prepare(self, model: PreTrainedModel, batch: Batch) -> Batch:
+        """With the model's own completions in some of the rows: on- and off-policy paths are in one loss.
+
+        The rows are spread evenly from a random one on, so that every row is as often among them, and in all
+        processes the same.
+        """
+        share = self.config.on_policy
+        place = torch.rand(()).item()
+        own = [
+            row for row in range(len(batch.ids)) if int((row + 1) * share + place) > int(row * share + place)
+        ]
+        if not own:
+            return batch
+        drawn = self.sampler(model, batch.rows(own), self.visible, self.end, longest=self.longest)
+        return batch.replaced(own, drawn, self.end)
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> BatchLoss:
         """Half the mean squared residual."""

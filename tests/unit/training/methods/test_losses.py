@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from training.config import KDConfig
-from training.methods import KD
+from training.batches import Batch
+from training.config import KDConfig, PCLConfig
+from training.methods import KD, PCL
 from training.methods.gkd import generalised_jsd
 from training.methods.kd import forward_kl
 from training.methods.pcl import all_actions_loss, path_residuals
@@ -49,3 +50,24 @@ def test_forward_kl_by_hand():
 def test_a_method_without_its_teacher_is_refused():
     with pytest.raises(ValueError, match="needs a teacher"):
         KD(KDConfig(type="kd"), 300, None)
+
+
+@pytest.mark.parametrize(("share", "own"), [(0.0, {0}), (0.25, {2}), (0.3, {2, 3}), (1.0, {8})])
+def test_path_consistency_sees_own_completions_and_references_in_one_batch(share, own):
+    """Own completions are the one token 9; of 8 rows .3 are 2.4, so two or three."""
+    batch = Batch.of([[5 + row] for row in range(8)], [[3, 4]] * 8, pad=0)
+
+    def sampler(model, rows, visible, end, *, longest):
+        return Batch.of(rows.prompts(), [[9]] * len(rows.ids), end)
+
+    method = PCL(PCLConfig(type="pcl", on_policy=share), 10, object())
+    method.sampler = sampler
+    seen = torch.zeros(8)
+    for _ in range(40):
+        prepared = method.prepare(None, batch)
+        assert prepared.prompts() == batch.prompts()
+        answers = prepared.answers
+        assert answers.count([9]) in own
+        assert answers.count([9]) + answers.count([3, 4]) == 8
+        seen += torch.tensor([answer == [9] for answer in answers])
+    assert seen.min() > 0 or share == 0
