@@ -11,7 +11,7 @@ import pytest
 from measuring.examples import load_examples
 from measuring.gateway import GatewayClient
 from server.local.measure import answer_all
-from server.local.pair import Pair, Serving, free_port, gateway_service
+from server.local.pair import START_SECONDS, Pair, Serving, free_port, gateway_service
 from server.local.processes import running
 from tests.helpers.paths import DEMO
 
@@ -57,7 +57,9 @@ async def test_asking_where_the_router_says_beats_asking_at_random(
 ) -> None:
     url, examples = f"http://127.0.0.1:{free_port()}", load_examples(DEMO / "examples.jsonl")
     random = {budget: learned[budget] for budget in (0.0, 1.0)}
-    with running([gateway_service(pair, stack.teacher, url, tmp_path, ("--gate", "random"))], timeout=300):
+    with running(
+        [gateway_service(pair, stack.teacher, url, tmp_path, ("--gate", "random"))], timeout=START_SECONDS
+    ):
         async with GatewayClient(url, concurrency=16) as client:
             for budget in (0.05, 0.1, 0.2):
                 answered = await answer_all(client, examples, budget)

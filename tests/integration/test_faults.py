@@ -10,7 +10,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from router.checkpoint import RouterCheckpoint
-from server.local.pair import Pair, Serving, serving, teacher_service
+from server.local.pair import START_SECONDS, Pair, Serving, serving, teacher_service
 from server.local.processes import running
 from tests.helpers.client import PATIENCE, chat, metric, openai_client, settled
 
@@ -54,7 +54,7 @@ async def test_teacher_killed_in_mid_load(
     await asyncio.wait(requests, return_when=asyncio.FIRST_COMPLETED)
     other.teacher_process.signal(signal.SIGKILL)
     other.teacher_process.process.wait()
-    replies = await asyncio.wait_for(asyncio.gather(*requests), 300)
+    replies = await asyncio.wait_for(asyncio.gather(*requests), PATIENCE)
     assert all(reply.choices[0].finish_reason in ("stop", "length") for reply in replies)
     assert sum(reply.teacher["degraded"] for reply in replies) > 100
     assert metric(other.gateway, "wheels_breaker_open") == 1
@@ -65,7 +65,7 @@ async def test_teacher_killed_in_mid_load(
     assert after.teacher["calls"] <= 1  # the breaker's trial may be due
 
     # The teacher comes back at its address: the gateway finds it again by itself.
-    with running([teacher_service(pair.teacher, other.teacher, tmp_path)], timeout=120):
+    with running([teacher_service(pair.teacher, other.teacher, tmp_path)], timeout=START_SECONDS):
         for _ in range(300):
             if not (await chat(client, sources[0], 0.5)).teacher["degraded"]:
                 break

@@ -15,7 +15,7 @@ import pytest
 from openai import APIConnectionError
 
 from server.http.lifecycle import HAND_OVER_SECONDS
-from server.local.pair import Pair, Serving, free_port, gateway_service
+from server.local.pair import START_SECONDS, Pair, Serving, free_port, gateway_service
 from server.local.processes import Child, running
 from tests.helpers.client import PATIENCE, UNHURRIED, chat, openai_client
 
@@ -25,7 +25,9 @@ TOKENS = 250
 @contextmanager
 def gateway(pair: Pair, teacher: str, logs: Path, *flags: str) -> Iterator[tuple[str, Child]]:
     url = f"http://127.0.0.1:{free_port()}"
-    with running([gateway_service(pair, teacher, url, logs, (*UNHURRIED, *flags))], timeout=300) as (child,):
+    with running(
+        [gateway_service(pair, teacher, url, logs, (*UNHURRIED, *flags))], timeout=START_SECONDS
+    ) as (child,):
         yield url, child
 
 

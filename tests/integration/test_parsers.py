@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI
 
-from server.local.pair import HOST, Pair, Serving, free_port, gateway_service, teacher_service
+from server.local.pair import HOST, START_SECONDS, Pair, Serving, free_port, gateway_service, teacher_service
 from server.local.processes import running
 from tests.helpers.client import MODEL, UNHURRIED, openai_client
 from tests.helpers.reciter import save_reciter
@@ -70,7 +70,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     at = service.command.index("--router")  # it has none
     service = replace(service, command=service.command[:at] + service.command[at + 2 :])
     stock = teacher_service(model, teacher, directory, flags=STOCK)
-    with running([stock, service], timeout=300) as (teacher_process, gateway_process):
+    with running([stock, service], timeout=START_SECONDS) as (teacher_process, gateway_process):
         yield Serving(teacher, gateway, teacher_process, gateway_process)
 
 

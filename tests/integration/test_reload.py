@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 
 from router.checkpoint import RouterCheckpoint
-from server.local.pair import Pair, Serving, free_port, gateway_service
+from server.local.pair import START_SECONDS, Pair, Serving, free_port, gateway_service
 from server.local.processes import running
 from tests.helpers.client import chat, openai_client
 
@@ -30,7 +30,7 @@ async def test_another_router_takes_over_without_a_lost_request(
     )
     url = f"http://127.0.0.1:{free_port()}"
     service = gateway_service(replace(pair, router=router), stack.teacher, url, tmp_path)
-    with running([service], timeout=300):
+    with running([service], timeout=START_SECONDS):
         async with openai_client(url) as client, httpx.AsyncClient(base_url=url) as http:
 
             async def calls() -> list[int]:

@@ -9,8 +9,9 @@ import httpx
 import pytest
 import torch
 
-from server.local.pair import HOST, Pair, free_port, teacher_service
+from server.local.pair import HOST, START_SECONDS, Pair, free_port, teacher_service
 from server.local.processes import running
+from tests.helpers.client import PATIENCE
 from training.batches import Batch
 from training.models import answer_logits, load_model
 from training.rollout_server import RolloutServer
@@ -28,7 +29,7 @@ def directory(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def client() -> Iterator[httpx.Client]:
-    with httpx.Client(timeout=300) as client:
+    with httpx.Client(timeout=PATIENCE) as client:
         yield client
 
 
@@ -37,7 +38,7 @@ def url(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     url = f"http://{HOST}:{free_port()}"
     service = teacher_service(directory, url, tmp_path_factory.mktemp("logs"))
     service = replace(service, environment={**service.environment, "VLLM_SERVER_DEV_MODE": "1"})
-    with running([service], timeout=300):
+    with running([service], timeout=START_SECONDS):
         yield url
 
 

@@ -13,7 +13,7 @@ import aiohttp
 import psutil
 import pytest
 
-from server.local.pair import HOST, Pair, Serving, free_port, gateway_service
+from server.local.pair import HOST, START_SECONDS, Pair, Serving, free_port, gateway_service
 from server.local.processes import Child, running
 from tests.helpers.client import MODEL, UNHURRIED, metric, settled
 
@@ -134,7 +134,7 @@ def limited(stack: Serving, pair: Pair, tmp_path: Path) -> Iterator[tuple[str, C
     url = f"http://{HOST}:{free_port()}"
     flags = (*UNHURRIED, "--limits", json.dumps([LIMIT]))
     service = gateway_service(pair, stack.teacher, url, tmp_path, flags)
-    with running([service], timeout=300) as (child,):
+    with running([service], timeout=START_SECONDS) as (child,):
         yield url, child
 
 

@@ -11,9 +11,9 @@ import pytest
 from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI, BadRequestError
 
-from server.local.pair import HOST, Pair, Serving, free_port, gateway_service
+from server.local.pair import HOST, START_SECONDS, Pair, Serving, free_port, gateway_service
 from server.local.processes import running
-from tests.helpers.client import MODEL, openai_client
+from tests.helpers.client import MODEL, PATIENCE, openai_client
 from tests.helpers.schemas import SCHEMAS, SHORT, SMALL, record
 from tests.helpers.structured import ask_for_schema, check_all
 
@@ -43,7 +43,7 @@ def url(stack: Serving, pair: Pair, tmp_path_factory: pytest.TempPathFactory) ->
     config.write_text(CONFIG)
     gateway = f"http://{HOST}:{free_port()}"
     flags = ("--gate", "random", "--config", str(config))
-    with running([gateway_service(pair, stack.teacher, gateway, directory, flags)], timeout=300):
+    with running([gateway_service(pair, stack.teacher, gateway, directory, flags)], timeout=START_SECONDS):
         yield gateway
 
 
@@ -55,7 +55,7 @@ async def client(url: str) -> AsyncIterator[AsyncOpenAI]:
 
 @pytest.fixture
 async def claude(url: str) -> AsyncIterator[AsyncAnthropic]:
-    async with AsyncAnthropic(base_url=url, api_key="none", max_retries=0, timeout=60) as claude:
+    async with AsyncAnthropic(base_url=url, api_key="none", max_retries=0, timeout=PATIENCE) as claude:
         yield claude
 
 

@@ -15,7 +15,7 @@ import pytest
 from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 
-from server.local.pair import HOST, Pair, Serving, free_port, gateway_service, teacher_service
+from server.local.pair import HOST, START_SECONDS, Pair, Serving, free_port, gateway_service, teacher_service
 from server.local.processes import running
 from tests.helpers.client import MODEL, PATIENCE, UNHURRIED, openai_client
 from tests.helpers.replies import comparable
@@ -55,7 +55,7 @@ def servers(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         teacher_service(pair.student, stock, directory, flags=STOCK),
         gateway_service(twins, stock, gateway, directory, flags),
     )
-    with running(services, timeout=300) as (teacher, child):
+    with running(services, timeout=START_SECONDS) as (teacher, child):
         yield Serving(stock, gateway, teacher, child)
 
 

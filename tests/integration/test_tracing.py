@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from server.local.pair import Pair, Serving, free_port, gateway_service
+from server.local.pair import START_SECONDS, Pair, Serving, free_port, gateway_service
 from server.local.processes import running
 from tests.helpers.client import chat, openai_client
 
@@ -54,7 +54,7 @@ async def test_a_request_is_one_trace(
     config.write_text(f"vllm: {{otlp-traces-endpoint: '{endpoint}'}}")
     url = f"http://127.0.0.1:{free_port()}"
     service = gateway_service(pair, stack.teacher, url, tmp_path, ("--config", str(config)))
-    with running([service], timeout=300):
+    with running([service], timeout=START_SECONDS):
         async with openai_client(url) as client:
             headers = {"X-Request-Id": "order-7"}
             reply = await chat(client, sources[1], 0.5, extra_headers=headers)
