@@ -63,4 +63,4 @@ def test_a_command_of_the_tutorial_is_taken(command: str, tmp_path: Path, monkey
 
 def test_other_programs_of_the_tutorial_are_what_a_reader_has():
     first = {shlex.split(line)[0] for line in typed()}
-    assert first - {"wheels"} <= {"curl", "export", "python", "vllm"}
+    assert first - {"wheels"} <= {"curl", "export", "mkdir", "python", "vllm"}
