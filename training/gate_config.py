@@ -223,20 +223,24 @@ class GateConfig(Frozen):
         rollouts = self.rollouts.type
         if isinstance(self.gain, QualityGain):
             raise ValueError(f"gain quality is for rollouts in_process, not {rollouts}")
-        if not isinstance(self.objective, DifferenceObjective):
-            raise ValueError(f"objective {self.objective.type} is for rollouts in_process, not {rollouts}")
+        policy = isinstance(self.objective, ConstrainedObjective)
+        if policy and self.ask_tokens != 1:
+            raise ValueError(f"objective constrained is for ask_tokens 1 with rollouts {rollouts}")
         if not isinstance(self.conditioning, PriceConditioning):
             raise ValueError(f"conditioning prompt is for rollouts in_process, not {rollouts}")
         idle = [name for name in self.rollouts.idle if name in self.model_fields_set]
         if "rate" in self.conditioning.model_fields_set:
             idle.append("conditioning.rate")
+        if "start_rounds" in self.objective.model_fields_set:
+            idle.append("objective.start_rounds")
         if idle:
             raise ValueError(
                 f"rollouts {rollouts} make no use of {', '.join(idle)}: leave them out, or set them to null"
             )
 
     def _check_policy(self, objective: ConstrainedObjective) -> None:
-        if self.rounds <= objective.start_rounds:
+        in_process = isinstance(self.rollouts, InProcessRollouts)
+        if in_process and self.rounds <= objective.start_rounds:
             raise ValueError(
                 f"objective constrained: rounds {self.rounds} must be more than its start_rounds "
                 f"{objective.start_rounds}"

@@ -5,6 +5,7 @@ and the path itself goes there. The others are read by the student once more.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -12,7 +13,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from measuring.trajectories import Trajectory
 from training.batches import left_padded
 from training.gating.lessons import Trajectories
 from training.gating.prompts import Prompts
@@ -21,7 +24,12 @@ from training.reading import Stepper
 
 ENDED = -1
 """Number of the state after the end of a completion."""
-BATCH = 512
+TOKENS = 2**14
+"""That the student reads at once: 512 prefixes of 32."""
+
+
+Departures = dict[tuple[int, int], list[int]]
+"""By (row, step) at which the teacher would have written something else: what it would have written."""
 
 
 class Fork(NamedTuple):
@@ -87,23 +95,28 @@ def both_ways(
         completions: of the trajectories' rows.
         ask_tokens: tokens of one call.
     """
-    paths = _Paths.of(loop, trajectories, completions)
+    tokens = [completion.tokens for completion in completions]
+    paths = _Paths.of(tokens, trajectories, loop.end, [loop.max_tokens] * len(tokens))
     teacher = paths.departures(loop, prompts, ask_tokens)
-    own = []
-    called = []
-    tokens = []
-    for row, path in enumerate(paths.tokens):
-        for step in range(len(path)):
-            own.append(paths.after_own(row, step))
-            call = paths.after_call(row, step, ask_tokens, teacher)
-            called.append(call.state)
-            tokens.append(call.tokens)
-    states = states_after(loop, prompts, list(paths.forks), trajectories.positions.states)
-    return Branches(states, torch.tensor(own), torch.tensor(called), torch.tensor(tokens))
+    return paths.branches(teacher, ask_tokens, loop.student, prompts.ids, trajectories)
 
 
-Departures = dict[tuple[int, int], list[int]]
-"""By (row, step) at which the teacher would have written something else: what it would have written."""
+def one_token_ways(
+    student: PreTrainedModel, end: int, served: Sequence[Trajectory], trajectories: Trajectories
+) -> Branches:
+    """The branches of completions that were served, for calls of one token: no teacher has to write for them.
+
+    Args:
+        student: of the completions.
+        end: id of the end of a sequence.
+        served: the completions. One that has no end was cut off where it was the longest.
+        trajectories: their positions.
+    """
+    tokens = [trajectory.tokens for trajectory in served]
+    longest = [sys.maxsize if path[-1] == end else len(path) for path in tokens]
+    paths = _Paths.of(tokens, trajectories, end, longest)
+    prompts = [trajectory.prompt for trajectory in served]
+    return paths.branches(paths.disagreements(), 1, student, prompts, trajectories)
 
 
 class _Call(NamedTuple):
@@ -126,39 +139,68 @@ class _Paths:
     """The teacher's next token at each position."""
     end: int
     """Id of the end of a sequence."""
-    longest: int
-    """Tokens of a completion."""
+    longest: list[int]
+    """Most tokens of each row's completion."""
     forks: dict[Fork, int] = field(default_factory=dict)
     """The numbers of their states."""
 
     @classmethod
-    def of(cls, loop: ClosedLoop, trajectories: Trajectories, completions: Sequence[Rollout]) -> "_Paths":
+    def of(
+        cls, tokens: list[list[int]], trajectories: Trajectories, end: int, longest: list[int]
+    ) -> "_Paths":
         seen = trajectories.positions
-        tokens = [completion.tokens for completion in completions]
         first = [0, *accumulate(map(len, tokens))]
-        return cls(tokens, first, seen.own.tolist(), seen.theirs.tolist(), loop.end, loop.max_tokens)
+        return cls(tokens, first, seen.own.tolist(), seen.theirs.tolist(), end, longest)
 
-    def departures(self, loop: ClosedLoop, prompts: Prompts, ask_tokens: int) -> Departures:
-        """What a call would have brought, wherever the path took another token than the teacher's."""
+    def branches(
+        self,
+        teacher: Departures,
+        ask_tokens: int,
+        student: PreTrainedModel,
+        prompts: Sequence[list[int]],
+        trajectories: Trajectories,
+    ) -> Branches:
+        """Of all positions; the student reads the forks."""
+        own = []
+        called = []
+        tokens = []
+        for row, path in enumerate(self.tokens):
+            for step in range(len(path)):
+                own.append(self.after_own(row, step))
+                call = self.after_call(row, step, ask_tokens, teacher)
+                called.append(call.state)
+                tokens.append(call.tokens)
+        prefixes = [[*prompts[fork.row], *fork.tokens] for fork in self.forks]
+        states = states_after(student, self.end, prefixes, trajectories.positions.states)
+        return Branches(states, torch.tensor(own), torch.tensor(called), torch.tensor(tokens))
+
+    def disagreements(self) -> Departures:
+        """The teacher's one token, wherever the path took another."""
         found: Departures = {}
-        going = []
-        requests = []
         for row, path in enumerate(self.tokens):
             for step, token in enumerate(path):
                 theirs = self.theirs[self.first[row] + step]
-                if token == theirs:
-                    continue
-                found[row, step] = [theirs]
-                if theirs != self.end:
-                    going.append((row, step))
-                    written = [*path[:step], theirs]
-                    prefix = [*prompts.ids[row], *written]
-                    teacher_prefix = [*prompts.teacher_ids[row], *written]
-                    requests.append(Request(prefix, -math.inf, 1.0, teacher_prefix))
-        if ask_tokens > 1:
-            teacher = replace(loop, explore=0.0, max_tokens=ask_tokens - 1)
-            for place, completion in zip(going, teacher.write(requests), strict=True):
-                found[place] += completion.tokens
+                if token != theirs:
+                    found[row, step] = [theirs]
+        return found
+
+    def departures(self, loop: ClosedLoop, prompts: Prompts, ask_tokens: int) -> Departures:
+        """What a call would have brought, wherever the path took another token than the teacher's."""
+        found = self.disagreements()
+        if ask_tokens == 1:
+            return found
+        going = []
+        requests = []
+        for (row, step), theirs in found.items():
+            if theirs != [self.end]:
+                going.append((row, step))
+                written = [*self.tokens[row][:step], *theirs]
+                prefix = [*prompts.ids[row], *written]
+                teacher_prefix = [*prompts.teacher_ids[row], *written]
+                requests.append(Request(prefix, -math.inf, 1.0, teacher_prefix))
+        teacher = replace(loop, explore=0.0, max_tokens=ask_tokens - 1)
+        for place, completion in zip(going, teacher.write(requests), strict=True):
+            found[place] += completion.tokens
         return found
 
     def after_own(self, row: int, step: int) -> int:
@@ -172,7 +214,7 @@ class _Paths:
     def after_call(self, row: int, step: int, ask_tokens: int, teacher: Departures) -> _Call:
         """The state after a call, and the call's tokens."""
         path = self.tokens[row]
-        stop = min(step + ask_tokens, self.longest)
+        stop = min(step + ask_tokens, self.longest[row])
         for at in range(step, min(stop, len(path))):
             if (row, at) in teacher:
                 tokens = [*path[:at], *teacher[row, at]][:stop]
@@ -184,19 +226,27 @@ class _Paths:
         return self.first[row] + step if step < len(self.tokens[row]) else ENDED
 
     def _forked(self, row: int, tokens: list[int]) -> int:
-        if tokens[-1] == self.end or len(tokens) == self.longest:
+        if tokens[-1] == self.end or len(tokens) == self.longest[row]:
             return ENDED
         return self.forks.setdefault(Fork(row, tuple(tokens)), self.first[-1] + len(self.forks))
 
 
 @torch.no_grad()
-def states_after(loop: ClosedLoop, prompts: Prompts, forks: Sequence[Fork], like: Tensor) -> Tensor:
+def states_after(student: PreTrainedModel, end: int, prefixes: Sequence[list[int]], like: Tensor) -> Tensor:
     """The student's states (D, H) after these prefixes, on the CPU; `like` has their H and type."""
-    found = like.new_empty(len(forks), like.shape[1])
-    order = sorted(range(len(forks)), key=lambda i: len(prompts.ids[forks[i].row]) + len(forks[i].tokens))
-    for first in range(0, len(order), BATCH):
-        numbers = order[first : first + BATCH]
-        rows = [[*prompts.ids[forks[i].row], *forks[i].tokens] for i in numbers]
-        ids, mask = left_padded(rows, loop.end, loop.student.device)
-        found[numbers] = Stepper(loop.student).step(ids, mask).states.cpu()
+    found = like.new_empty(len(prefixes), like.shape[1])
+    numbers: list[int] = []
+    for number in sorted(range(len(prefixes)), key=lambda number: len(prefixes[number])):
+        if len(prefixes[number]) * (len(numbers) + 1) > TOKENS and numbers:
+            found[numbers] = _read(student, end, [prefixes[i] for i in numbers]).to(like)
+            numbers = []
+        numbers.append(number)
+    if numbers:
+        found[numbers] = _read(student, end, [prefixes[i] for i in numbers]).to(like)
     return found
+
+
+def _read(student: PreTrainedModel, end: int, rows: list[list[int]]) -> Tensor:
+    """States (rows, H) after the rows."""
+    ids, mask = left_padded(rows, end, student.device)
+    return Stepper(student).step(ids, mask).states

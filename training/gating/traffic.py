@@ -1,8 +1,10 @@
 """What a gate learns from completions that were served: both models read them, and none writes."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from rich.progress import track
@@ -11,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from measuring.json_lines import DataError
 from measuring.trajectories import Trajectory
-from training.gate_config import GateConfig, QualityGain
+from training.gate_config import ConstrainedObjective, GateConfig, QualityGain
+from training.gating.branches import Branches, one_token_ways
 from training.gating.lessons import Lessons, Trajectories, span_gain, teacher_view, token_gain
 from training.gating.opinions import Observer
 from training.loop.progress import console
@@ -23,6 +26,21 @@ HELD_OUT = 10
 """One prompt of this many tells how good the gate is, and is not learned from in that trial."""
 ROWS = 16
 """Completions that are read together."""
+
+
+class Taught(NamedTuple):
+    """What some completions taught."""
+
+    lessons: Lessons
+    branches: Branches | None
+    """Of the same positions; for a constrained objective."""
+
+    @classmethod
+    def join(cls, parts: Sequence["Taught"]) -> "Taught":
+        """All of them."""
+        branches = [part.branches for part in parts if part.branches is not None]
+        lessons = Lessons.join([part.lessons for part in parts])
+        return cls(lessons, Branches.join(branches) if branches else None)
 
 
 @dataclass
@@ -57,20 +75,33 @@ class TrafficReader:
             raise DataError(f"{len(kept)} completions to learn from, want at least {HELD_OUT}")
         return kept
 
-    def lessons(self, trajectories: Sequence[Trajectory], most: int) -> Lessons:
-        """What asking gains at every position, or at about `most` of them, drawn at random."""
+    def taught(self, trajectories: Sequence[Trajectory], most: int) -> Taught:
+        """What asking gains at every position of the completions, or of some that have `most` at most."""
         observer = Observer(self.model, self.teacher, self._visible, self.tokenizer.eos_token_id)
-        total = sum(len(trajectory.tokens) for trajectory in trajectories)
-        generator = torch.Generator().manual_seed(self.seed)
-        parts = []
-        order = sorted(trajectories, key=lambda trajectory: len(trajectory.prompt) + len(trajectory.tokens))
+        lessons = []
+        branches = []
+        order = sorted(self._drawn(trajectories, most), key=_length)
         for first in track(range(0, len(order), ROWS), "router: both models read", console=console):
             rows = order[first : first + ROWS]
             sources = [self.sources.setdefault(tuple(row.prompt), len(self.sources)) for row in rows]
-            part = self._lessons_of(observer.seen(rows), torch.tensor(sources))
-            drawn = torch.rand(len(part), generator=generator) < most / total
-            parts.append(part.where(drawn))
-        return Lessons.join([part for part in parts if len(part)])
+            seen = observer.seen(rows)
+            lessons.append(self._lessons_of(seen, torch.tensor(sources)))
+            if isinstance(self.config.objective, ConstrainedObjective):
+                branches.append(one_token_ways(self.model, observer.end, rows, seen))
+        return Taught(Lessons.join(lessons), Branches.join(branches) if branches else None)
+
+    def _drawn(self, trajectories: Sequence[Trajectory], most: int) -> list[Trajectory]:
+        """All, or some at random."""
+        if sum(len(trajectory.tokens) for trajectory in trajectories) <= most:
+            return list(trajectories)
+        mixed = random.Random(self.seed).sample(trajectories, len(trajectories))
+        drawn = []
+        for trajectory in mixed:
+            most -= len(trajectory.tokens)
+            if most < 0:
+                break
+            drawn.append(trajectory)
+        return drawn
 
     def _lessons_of(self, seen: Trajectories, sources: Tensor) -> Lessons:
         """Of completions whose rows come of these sources."""
@@ -90,3 +121,7 @@ class TrafficReader:
     @cached_property
     def _visible(self) -> int:
         return visible_ids(self.tokenizer)
+
+
+def _length(trajectory: Trajectory) -> int:
+    return len(trajectory.prompt) + len(trajectory.tokens)

@@ -25,8 +25,9 @@ from measuring.chats import Source
 from measuring.examples import sources_of
 from measuring.trajectories import SUFFIX, Trajectory, read_trajectories
 from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig
-from training.gate_config import GateConfig, GatewayRollouts, RecordedRollouts
+from training.gate_config import ConstrainedObjective, GateConfig, GatewayRollouts, RecordedRollouts
 from training.gating.asked import Asked
+from training.gating.constrained import Choices, Critic, fit_constrained
 from training.gating.duals import asking_share
 from training.gating.fitting import fit
 from training.gating.head import Head
@@ -34,7 +35,7 @@ from training.gating.lessons import Lessons
 from training.gating.room import Room
 from training.gating.rounds import LEARNED, RECENT, correlation
 from training.gating.served_calibration import Points, ServedCalibration
-from training.gating.traffic import HELD_OUT, TrafficReader
+from training.gating.traffic import HELD_OUT, Taught, TrafficReader
 from training.loop.progress import console
 from training.models import load_with_rows, reserved_rows
 from training.parallel import device, onto_device
@@ -89,9 +90,9 @@ class TrafficStage:
         """From what gateways recorded."""
         reader = self._reader
         trajectories = reader.readable(list(read_trajectories(rollouts.directory)))
-        lessons = reader.lessons(trajectories, POSITIONS)
-        head = self.fitted(lessons)
-        self.report(lessons)
+        taught = reader.taught(trajectories, POSITIONS)
+        head = self.fitted(taught)
+        self.report(taught.lessons)
         return self.checkpoint(head, trajectories)
 
     def of_gateway(self, rollouts: GatewayRollouts, work: Path) -> RouterCheckpoint:
@@ -102,7 +103,7 @@ class TrafficStage:
         rounds = self.sources(rollouts)
         self._forget_another_run(work, rounds)
         router: RouterCheckpoint | None = None
-        taught: list[Lessons] = []
+        taught: list[Taught] = []
         trajectories: list[Trajectory] = []
         for number, sources in enumerate(rounds):
             file = work / "trajectories" / str(number) / f"asked{SUFFIX}"
@@ -112,11 +113,11 @@ class TrafficStage:
                 gateway.take(router, rollouts.router)
             new = self._reader.readable(asked.trajectories())
             trajectories += new
-            taught.append(self._reader.lessons(new, POSITIONS // len(rounds)))
-            head = self.fitted(Lessons.join(taught))
-            scores = head.scores(taught[-1].states[-RECENT:])
+            taught.append(self._reader.taught(new, POSITIONS // len(rounds)))
+            head = self.fitted(Taught.join(taught))
+            scores = head.scores(taught[-1].lessons.states[-RECENT:])
             router = with_prices(self.checkpoint(head, trajectories), self._first_prices(scores))
-        self.report(Lessons.join(taught))
+        self.report(Taught.join(taught).lessons)
         assert router is not None  # there is at least one round
         if rollouts.router is None:
             return with_prices(router, [])
@@ -163,15 +164,26 @@ class TrafficStage:
         if not held_out.any() or held_out.all():
             return
         unseen = lessons.where(held_out)
-        head = self.fitted(lessons.where(~held_out))
+        head = self.regressed(lessons.where(~held_out))
         found = correlation(head.scores(unseen.states), unseen.target)
         console.print(
             f"router: {len(lessons):,} positions of {int(lessons.source.max()) + 1:,} prompts; on those held "
             f"out, score and gain correlate by {found:.3f}"
         )
 
-    def fitted(self, lessons: Lessons) -> Head:
-        """Taps and gate."""
+    def fitted(self, taught: Taught) -> Head:
+        """Taps and gate: the regression, or the policy that starts from it."""
+        head = self.regressed(taught.lessons)
+        objective = self.config.objective
+        if isinstance(objective, ConstrainedObjective) and taught.branches is not None:
+            critic = Critic(len(head.gate.mean), self.config.width, objective.prices).to(head.taps.device)
+            head.requires_grad_(True).train()
+            choices = Choices(taught.lessons, taught.branches)
+            fit_constrained(head, critic, choices, self.config, objective, self.seed)
+        return head.requires_grad_(False).eval()
+
+    def regressed(self, lessons: Lessons) -> Head:
+        """Taps and gate whose score is a regression on the gain."""
         torch.manual_seed(self.seed)
         head = Head(self._model, reserved_rows(self._model, self.tokenizer), self.config.width).to(device())
         head.start_from(lessons.states)

@@ -108,6 +108,13 @@ def test_fields_that_do_nothing_with_served_completions_are_named(rollouts, chan
         GateConfig.model_validate(LEAST | rollouts | changes)
 
 
+def test_a_policy_of_longer_calls_needs_a_teacher_that_writes():
+    longer = LEAST | {"objective": {"type": "constrained"}, "ask_tokens": 2}
+    GateConfig.model_validate(longer)
+    with pytest.raises(ValidationError, match="constrained is for ask_tokens 1 with rollouts recorded"):
+        GateConfig.model_validate(longer | RECORDED)
+
+
 def test_what_is_not_said_is_the_difference_form_by_price():
     config = GateConfig.model_validate(LEAST)
     assert (config.objective.type, config.conditioning.type) == ("difference", "price")

@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from measuring.trajectories import Trajectory
 from router.gate import RandomGate
 from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 from training.gate_config import ConstrainedObjective, GateConfig, RegretGain
-from training.gating.branches import ENDED, Branches, both_ways
+from training.gating import branches
+from training.gating.branches import ENDED, Branches, both_ways, one_token_ways
 from training.gating.constrained import Ahead, Choices, Critic, difference, fit_constrained, residuals
 from training.gating.duals import ascended, wanted_rate
 from training.gating.head import Head
@@ -68,6 +70,32 @@ def test_both_ways_lead_where_plain_decoding_leads(pair, prompts, ask):
                 forked += number.item() >= len(seen)
         assert ways.tokens[i] == len(called)
     assert forked > 10
+
+
+def test_completions_that_were_served_lead_to_the_same_places(pair, prompts):
+    """For calls of one token nobody has to write. Those that were cut off end where they are the longest."""
+    torch.manual_seed(0)
+    requests = [Request(ids, 0.7, FREE) for ids in prompts.ids]
+    loop = replace(pair, end=pair.write(requests)[0].tokens[4])  # a token that they have
+    seen, completions = collect(loop, requests)
+    assert {completion.tokens[-1] == loop.end for completion in completions} == {True, False}
+    expected = both_ways(loop, replace(prompts, teacher_ids=prompts.ids), seen, completions, 1)
+    served = []
+    for prompt, completion in zip(prompts.ids, completions, strict=True):
+        served.append(Trajectory(prompt, completion.tokens))
+    found = one_token_ways(loop.student, loop.end, served, seen)
+    torch.testing.assert_close(found.states, expected.states)
+    for name in ("after_own", "after_call", "tokens"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+def test_prefixes_are_read_some_at_a_time(pair, monkeypatch):
+    prefixes = [list(range(2, 2 + length)) for length in (9, 3, 7, 3, 20)]
+    like = torch.zeros(0, 32)
+    whole = branches.states_after(pair.student, END, prefixes, like)
+    monkeypatch.setattr(branches, "TOKENS", 14)
+    torch.testing.assert_close(branches.states_after(pair.student, END, prefixes, like), whole)
+    assert len(branches.states_after(pair.student, END, [], like)) == 0
 
 
 def teachers(loop: ClosedLoop, prompt: list[int], path: list[int], count: int) -> list[int]:

@@ -22,6 +22,7 @@ from training.gating.lessons import collect
 from training.gating.opinions import Observer, of_all, of_likeliest
 from training.gating.rollout import FREE, ClosedLoop, Request
 from training.gating.served_calibration import ServedCalibration
+from training.gating.traffic import TrafficReader
 from training.gating.traffic_stage import TrafficStage, with_prices
 from training.models import load_model
 from training.running_gateway import RunningGateway
@@ -144,6 +145,28 @@ def test_a_router_learns_from_what_gateways_recorded(recipe, tmp_path, capsys):
     assert gate.scale.std() > 0  # it was fitted: the features are standardised
 
 
+def test_a_policy_is_fitted_to_completions_that_were_served(recipe, tmp_path):
+    record(tmp_path / "record", 30)
+    assert train([recipe]) == 0
+    assert train([recipe, "router.objective={type: constrained}", f"output={tmp_path}/policy"]) == 0
+    regression = RouterCheckpoint.load(tmp_path / "out" / "router")
+    policy = RouterCheckpoint.load(tmp_path / "policy" / "router")
+    assert policy.config.training["objective"] == "constrained"
+    assert not torch.equal(policy.taps, regression.taps)
+
+
+def test_of_too_many_completions_some_are_read(untrained_pair):
+    """20 of 3 tokens each: at most 25 tokens are in 8 of them."""
+    student = untrained_pair / "student"
+    tokenizer = load_tokenizer(student)
+    config = GateConfig(span_tokens=1, ask_tokens=1, gain=RegretGain(type="regret"))
+    models = load_model(student), load_model(untrained_pair / "teacher")
+    reader = TrafficReader(*models, tokenizer, config, 0)
+    served = [Trajectory([5, 6 + number], [7, 8, 9]) for number in range(20)]
+    assert len(reader.taught(served, 60).lessons) == 60
+    assert len(reader.taught(served, 25).lessons) == 24
+
+
 @pytest.mark.parametrize(
     ("prompts", "highest", "problem"),
     [
@@ -163,8 +186,8 @@ def test_a_record_that_cannot_be_learned_from_is_refused(recipe, tmp_path, capsy
     [
         ("router.gain={type: quality}", "gain quality is for rollouts in_process, not recorded"),
         (
-            "router.objective={type: constrained}",
-            "objective constrained is for rollouts in_process, not recorded",
+            "router.objective={type: constrained, start_rounds: 1}",
+            "rollouts recorded make no use of objective.start_rounds",
         ),
         (
             "router.conditioning={type: prompt}",
