@@ -31,6 +31,7 @@ from torch import Tensor
 
 from router.gate import GATES, Gate, LearnedGate
 from router.policy import Calibration
+from router.problems import problems
 from router.reserved import RESERVED_ROWS, ReservedRows
 from router.rows import VOCABULARY_TENSORS, CheckpointError, VocabularyTensors, copied, opened
 from router.words import BudgetWords, check_budget_prompt
@@ -182,7 +183,7 @@ class RouterCheckpoint:
         try:
             config = RouterConfig.model_validate_json(config_file.read_bytes())
         except ValidationError as error:
-            raise CheckpointError(f"{config_file}: {error}") from error
+            raise CheckpointError(f"{config_file}: {problems(error)}") from error
         try:
             tensors = load_file(tensors_file)
         except SafetensorError as error:
@@ -205,7 +206,8 @@ class RouterCheckpoint:
                 checkpoint.spare(name)
             checkpoint.build_gate()
         except (ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{directory}: {error}") from error
+            problem = " ".join(str(error).split())  # torch's is drawn over several lines
+            raise CheckpointError(f"{directory}: {problem}") from error
         return checkpoint
 
     def digest(self) -> str:

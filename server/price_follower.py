@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from router.adaptive import AdaptiveCalibration, SavedState, SeenScores
+from router.problems import problems
 from server.metrics import AIMED_COMPLETION_TOKENS, REALISED_RATE
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,8 @@ class PriceFollower:
         except FileNotFoundError:
             return
         except (OSError, ValidationError) as error:
-            logger.warning("the learned prices cannot be read, and are learned again: %s", error)
+            problem = f"{self._file}: {problems(error)}" if isinstance(error, ValidationError) else error
+            logger.warning("the learned prices cannot be read, and are learned again: %s", problem)
             return
         if self._calibration.restore(state):
             logger.info("learned prices read from %s", self._file)

@@ -34,6 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 from router.budget import Budget
 from router.errors import BadRequest
 from router.ledger import Limit, Scope
+from router.problems import problems
 from server.config import ConfigError, read_yaml
 from server.file_state import FileState
 from server.sources import TEACHER
@@ -249,11 +250,7 @@ class Tenants:
             content = read_yaml(text)
             tenants = TenantList.model_validate({} if content is None else content)
         except ValidationError as error:
-            problems = (
-                f"{'.'.join(map(str, entry['loc']))}: {entry['msg'].removeprefix('Value error, ')}"
-                for entry in error.errors()
-            )
-            raise ConfigError(f"{where}: {'; '.join(problems)}") from error
+            raise ConfigError(f"{where}: {problems(error)}") from error
         except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
             problem = " ".join(str(error).split())  # YAML's errors are drawn over several lines
             raise ConfigError(f"cannot read {where}: {problem}") from error

@@ -42,11 +42,17 @@ def _a_worker_has_one_core() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _our_loggers_have_a_level_of_their_own() -> None:
-    """A library that vLLM imports sets the root's to ERROR, and warnings would reach no test after that."""
-    for name in ("server", "router", "training"):
-        logging.getLogger(name).setLevel(logging.INFO)
+@pytest.fixture(autouse=True)
+def _lines_of_every_logger_arrive() -> None:
+    """Undo what an earlier test did to logging, or a library that it imported: one sets the root to ERROR."""
+    logging.disable(logging.NOTSET)
+    logging.getLogger().setLevel(logging.WARNING)
+    for name in ("server", "router", "training", "measuring"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.setLevel(logging.INFO)
+        logger.propagate = True
+        logger.disabled = False
 
 
 @pytest.fixture(scope="session")

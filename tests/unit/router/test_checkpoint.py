@@ -202,6 +202,7 @@ def test_a_malformed_checkpoint_is_refused_by_name(router, tmp_path, case):
     with pytest.raises(CheckpointError, match=named) as refusal:
         RouterCheckpoint.load(tmp_path)
     assert str(tmp_path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_directory_that_is_not_there_is_refused(tmp_path):

@@ -93,7 +93,8 @@ async def test_a_broken_file_is_no_obstacle(tmp_path, content, caplog):
     before = calibration.points
     follower(calibration, Engine(), tmp_path)
     assert calibration.points == before
-    assert "the learned prices cannot be read" in caplog.text
+    (line,) = caplog.text.splitlines()
+    assert f"the learned prices cannot be read, and are learned again: {tmp_path}/prices/one.json: " in line
 
 
 async def test_an_engine_that_fails_is_asked_again(tmp_path):

@@ -1,0 +1,13 @@
+"""What pydantic finds wrong with a value, in one line. Its own account takes several."""
+
+from pydantic import ValidationError
+
+
+def problems(error: ValidationError) -> str:
+    """Each problem with its place in the value, with semicolons between them."""
+    found = []
+    for entry in error.errors():
+        place = ".".join(map(str, entry["loc"]))
+        problem = entry["msg"].removeprefix("Value error, ")
+        found.append(f"{place}: {problem}" if place else problem)
+    return "; ".join(found)
