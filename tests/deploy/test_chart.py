@@ -1,34 +1,40 @@
 """The Helm chart: linted, rendered, validated, compared with what it was, and refused where it should be."""
 
 import json
-from importlib import import_module
+import re
+import sys
+from functools import cache
+from importlib.metadata import distribution
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
-from pydantic import BaseModel, TypeAdapter
+from pydantic import AnyHttpUrl, BaseModel, TypeAdapter
 
 from router.ledger import LedgerConfig
 from server.config import ENVIRONMENT_PREFIX, ServeConfig, load
+from server.teacher_settings import TeacherSettings
 from tests.helpers import helm
 
 # The oldest Kubernetes that the chart admits, and the newest that there are schemas of.
 KUBERNETES = ("1.30", "1.37")
-# Modules of the models of custom resources. Each takes seconds to import, so only what checks one imports it.
 CUSTOM = {
-    "ScaledObject": "cloudcoil.models.keda.v1alpha1",
-    "ServiceMonitor": "cloudcoil.models.prometheus_operator.v1",
-    "PrometheusRule": "cloudcoil.models.prometheus_operator.v1",
+    "ScaledObject": ("keda", "v1alpha1"),
+    "ServiceMonitor": ("prometheus_operator", "v1"),
+    "PrometheusRule": ("prometheus_operator", "v1"),
 }
+"""Packages of models of custom resources, and the version in use."""
 MONITORING = "--set=" + ",".join(
     f"monitoring.{part}.enabled=true" for part in ("serviceMonitor", "rules", "dashboards")
 )
 
 
 def manifests(text: str) -> list[dict[str, Any]]:
-    return [manifest for manifest in yaml.safe_load_all(text) if manifest]
+    return [manifest for manifest in yaml.load_all(text, yaml.CSafeLoader) if manifest]
 
 
 def of_kind(text: str, kind: str, component: str = "gateway") -> dict[str, Any]:
@@ -40,11 +46,24 @@ def of_kind(text: str, kind: str, component: str = "gateway") -> dict[str, Any]:
     return found
 
 
+@cache
+def models(package: str, version: str) -> ModuleType:
+    """The models of one version, without the package's others: each takes seconds to import."""
+    files = distribution(f"cloudcoil.models.{package}")
+    path = str(files.locate_file(f"cloudcoil/models/{package}/{version}.py"))
+    spec = spec_from_file_location(f"{package}_{version}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def check(manifest: dict[str, Any]) -> None:
     """Raises where a field is unknown, missing or of the wrong type."""
     kind = manifest["kind"]
-    if module := CUSTOM.get(kind):
-        model: type[BaseModel] = getattr(import_module(module), kind)
+    if place := CUSTOM.get(kind):
+        model: type[BaseModel] = getattr(models(*place), kind)
         parsed = model.model_validate(manifest)
         assert not unknown(manifest["spec"], parsed.spec)
     else:
@@ -156,6 +175,62 @@ def test_the_gateway_takes_its_configuration(case: str, tmp_path: Path) -> None:
     assert load(["--config", str(file)]).default_budget.fraction == 0.1
 
 
+def of_teachers(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, TeacherSettings]:
+    """The teachers that a gateway takes from its file and its variables; each Secret holds its own name."""
+    file = tmp_path / "config.yaml"
+    config = of_kind(text, "ConfigMap")["data"]["config.yaml"]
+    file.write_text(config.replace("/opt/demo", str(helm.ROOT / "deploy" / "demo")))
+    held: dict[str, str] = {}
+    for variable in of_kind(text, "Deployment")["spec"]["template"]["spec"]["containers"][0]["env"]:
+        if "value" in variable:
+            value = re.sub(r"\$\((\w+)\)", lambda name: held[name[1]], variable["value"])
+        else:
+            value = variable["valueFrom"]["secretKeyRef"]["name"]
+        held[variable["name"]] = value
+        if variable["name"].startswith(ENVIRONMENT_PREFIX):
+            monkeypatch.setenv(variable["name"], value)
+    return load(["--config", str(file)]).teachers
+
+
+OWN = [AnyHttpUrl("http://wheels-teacher-0.wheels-teacher:8000")]
+
+
+def test_several_teachers_have_names_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teachers = of_teachers(helm.rendered("several-teachers"), tmp_path, monkeypatch)
+    assert teachers.keys() == {"small", "large", "lookup"}
+    assert list(teachers["small"].url) == OWN
+    assert teachers["small"].api_key is None
+    large = teachers["large"]
+    assert [url.host for url in large.url] == ["one.example.com", "two.example.com"]
+    assert (large.model, large.api_key.get_secret_value()) == ("org/Large", "large")
+    lookup = teachers["lookup"]
+    assert (lookup.tool[0].path, lookup.timeout, lookup.api_key) == ("/answer", 2.5, None)
+
+
+def test_without_keys_several_teachers_are_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = helm.template("--set", "teachers.a.url=http://a,teachers.b.tool={http://b/1,http://b/2}")
+    assert result.returncode == 0, result.stderr
+    config = yaml.safe_load(of_kind(result.stdout, "ConfigMap")["data"]["config.yaml"])
+    assert config["teacher"] == {"a": {"url": "http://a"}, "b": {"tool": ["http://b/1", "http://b/2"]}}
+    assert "WHEELS_TEACHER" not in dict(variables(result.stdout, "Deployment", "gateway"))
+    assert "StatefulSet" not in [manifest["kind"] for manifest in manifests(result.stdout)]
+    assert of_teachers(result.stdout, tmp_path, monkeypatch).keys() == {"a", "b"}
+
+
+def test_the_one_of_several_that_runs_here_wants_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keyed = "teachers.a.vocabulary=same,teachers.b.url=http://b,secrets.teacherApiKey.name=ours"
+    text = helm.template("--set", keyed).stdout
+    teachers = of_teachers(text, tmp_path, monkeypatch)
+    assert list(teachers["a"].url) == OWN
+    assert teachers["a"].api_key.get_secret_value() == "ours"
+    assert teachers["b"].api_key is None
+    assert "VLLM_API_KEY" in dict(variables(text, "StatefulSet", "teacher"))
+
+
 @pytest.mark.parametrize("case", helm.CASES)
 def test_variables_are_settings(case: str) -> None:
     """The gateway refuses variables that it does not know."""
@@ -170,28 +245,59 @@ def test_variables_are_settings(case: str) -> None:
         TypeAdapter(LedgerConfig).validate_python(json.loads(value))
 
 
+WRONG = {
+    "gateway.replica=3": "'/gateway': additional properties 'replica' not allowed",
+    "gateway.replicas=0": "'/gateway/replicas': minimum: got 0, want 1",
+    "gateway.config.gate=guess": "'/gateway/config/gate': value must be one of",
+    "gateway.config.default_budget=2": "'/gateway/config/default_budget': maximum: got 2, want 1",
+    "gateway.env.WHEELS_PORT=x": "invalid propertyName 'WHEELS_PORT'",
+    "gateway.config.spam=1": "'/gateway/config': additional properties 'spam' not allowed",
+    "gateway.config.limits[0].type=tokens": "'/gateway/config/limits/0': missing properties 'tokens', ",
+    "ledger.settings.url=redis://cache": "'/ledger/settings': additional properties 'url' not allowed",
+    "teacher.urls[0]=teacher:8000": "'/teacher/urls/0': 'teacher:8000' does not match pattern",
+    "teachers.a.url=http://a,teachers.a.tool=http://a": "'/teachers/a': 'not' failed",
+    "teachers.b.url=b:8000": "'/teachers/b/url': 'b:8000' does not match pattern",
+    "teachers.c.urls[0]=http://c": "'/teachers/c': additional properties 'urls' not allowed",
+}
+"""What the schema refuses: Helm names all of it at once."""
+
+
+@pytest.fixture(scope="module")
+def refused() -> str:
+    result = helm.template("--set", ",".join(WRONG))
+    assert result.returncode != 0
+    return result.stderr
+
+
+@pytest.mark.parametrize("values", WRONG)
+def test_wrong_values_are_refused(values: str, refused: str) -> None:
+    assert WRONG[values] in refused
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ("gateway.replica=3", "additional properties 'replica' not allowed"),
-        ("gateway.replicas=0", "minimum: got 0, want 1"),
-        ("gateway.config.gate=guess", "value must be one of"),
-        ("gateway.config.default_budget=2", "maximum: got 2, want 1"),
-        ("gateway.env.WHEELS_PORT=x", "invalid propertyName 'WHEELS_PORT'"),
-        ("gateway.config.spam=1", "additional properties 'spam' not allowed"),
         ("gateway.config.student=/s", "additional properties 'student' not allowed"),
-        ("gateway.config.limits[0].type=tokens,gateway.config.limits[0].tokens=5", "window_seconds"),
-        ("ledger.settings.url=redis://cache", "additional properties 'url' not allowed"),
-        ("teacher.urls[0]=teacher:8000", "does not match pattern"),
         ("secrets.tenants.name=tenants", "several gateways with limits or tenants need ledger.urlSecret"),
         (
             "secrets.tenants.name=tenants,secrets.apiKey.name=key,ledger.urlSecret.name=redis",
             "secrets.tenants and secrets.apiKey exclude each other",
         ),
         ("teacher.urls[0]=http://t,teacher.autoscaling.enabled=true", "teacher.autoscaling"),
+        ("teachers.a.url=http://a,teacher.urls[0]=http://b", "teacher.urls and teachers exclude each other"),
+        ("teachers.a.model=x,teachers.b.model=y", "teachers: only one can run here"),
+        ("teachers.a.secret.name=a", "teachers.a.secret: the key of the teacher that runs here"),
+        (
+            "teachers.a.url=http://a,secrets.teacherApiKey.name=key",
+            "secrets.teacherApiKey is for a teacher that runs here",
+        ),
+        (
+            "teachers.a.url=http://a,gateway.config.teacher_model=m",
+            "gateway.config.teacher_model: each of teachers has its own",
+        ),
     ],
 )
-def test_wrong_values_are_refused(values: str, message: str) -> None:
+def test_values_that_do_not_fit_together_are_refused(values: str, message: str) -> None:
     result = helm.template("--set", values)
     assert result.returncode != 0
     assert message in result.stderr
@@ -206,15 +312,19 @@ def variables(text: str, kind: str, component: str) -> list[tuple[str, Any]]:
     return [(variable["name"], variable.get("value")) for variable in pod["containers"][0]["env"]]
 
 
-@pytest.mark.parametrize(("kind", "component"), [("Deployment", "gateway"), ("StatefulSet", "teacher")])
-@pytest.mark.parametrize("name", ["HOME", "VLLM_API_KEY", "LEDGER_URL", "HF_TOKEN"])
-def test_a_variable_is_rendered_once_as_configured(kind: str, component: str, name: str) -> None:
-    result = helm.template("--set", f"{component}.env.{name}=/mine,{component}.env.OTHER=x")
+MINE = ("HOME", "VLLM_API_KEY", "LEDGER_URL", "HF_TOKEN")
+
+
+@pytest.mark.parametrize("names", [MINE, MINE[1:]], ids=["with HOME", "without"])
+def test_a_variable_is_rendered_once_as_configured(names: tuple[str, ...]) -> None:
+    components = {"gateway": "Deployment", "teacher": "StatefulSet"}
+    given = [f"{component}.env.{name}=/mine" for component in components for name in names]
+    result = helm.template("--set", ",".join(given))
     assert result.returncode == 0, result.stderr
-    found = variables(result.stdout, kind, component)
-    assert len({variable for variable, _ in found}) == len(found)
-    assert dict(found)[name] == "/mine"
-    assert dict(found)["HOME"] == ("/mine" if name == "HOME" else "/home/wheels")
+    for component, kind in components.items():
+        found = variables(result.stdout, kind, component)
+        assert len({variable for variable, _ in found}) == len(found)
+        assert dict(found) == {"HOME": "/home/wheels"} | dict.fromkeys(names, "/mine")
 
 
 @pytest.mark.parametrize(
@@ -230,7 +340,6 @@ def test_a_variable_that_a_secret_sets_is_refused(variable: str, secret: str) ->
     result = helm.template("--set", f"{variable}=mine,{secret}.name=theirs")
     assert result.returncode != 0
     assert f"{variable} and {secret} exclude each other" in result.stderr
-    assert helm.template("--set", f"{variable}=mine").returncode == 0
 
 
 BIG = 10_000_000

@@ -58,8 +58,9 @@ def template(*arguments: str) -> subprocess.CompletedProcess[str]:
     return helm("template", "wheels", str(CHART), "--namespace", "ai", *arguments)
 
 
+@cache
 def rendered(case: str) -> str:
-    """Manifests for one of the files in values/."""
+    """Manifests for one of the files in values/. Helm takes a fifth of a second for one."""
     result = template("--values", str(HERE / "values" / f"{case}.yaml"))
     assert result.returncode == 0, result.stderr
     return result.stdout

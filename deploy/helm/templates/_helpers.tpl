@@ -22,15 +22,68 @@ helm.sh/chart: {{ printf "%s-%s" (index . 0).Chart.Name (index . 0).Chart.Versio
 
 {{/* Every replica by its own name, so that the spans of a request go to the one that has its prefix in the cache.
 Those that autoscaling has not started are names of nobody, which gateways ask again now and then. */}}
-{{- define "wheels.teacherUrls" -}}
-{{- if .Values.teacher.urls }}
-{{- toYaml .Values.teacher.urls }}
-{{- else }}
+{{- define "wheels.ownUrls" -}}
 {{- $name := printf "%s-teacher" (include "wheels.name" .) }}
 {{- $scaling := .Values.teacher.autoscaling }}
 {{- range until (int (ternary $scaling.maxReplicas .Values.teacher.replicas $scaling.enabled)) }}
 - http://{{ $name }}-{{ . }}.{{ $name }}:8000
 {{- end }}
+{{- end }}
+
+{{/* Whether a teacher runs here: the only one, or one of several that has no address. */}}
+{{- define "wheels.runsTeacher" -}}
+{{- if .Values.teachers }}
+{{- range .Values.teachers }}{{ if not (or .url .tool) }}yes{{ end }}{{ end }}
+{{- else if not .Values.teacher.urls }}yes
+{{- end }}
+{{- end }}
+
+{{/* URLs of what runs elsewhere, teachers and tools. */}}
+{{- define "wheels.foreignUrls" -}}
+{{- $urls := .Values.teacher.urls }}
+{{- range .Values.teachers }}
+{{- $given := .url | default .tool }}
+{{- if kindIs "string" $given }}{{ $given = list $given }}{{ end }}
+{{- $urls = concat $urls ($given | default list) }}
+{{- end }}
+{{- toYaml $urls }}
+{{- end }}
+
+{{/* The Secret with the key of one of several teachers. Call: (list $ "name") */}}
+{{- define "wheels.teacherSecret" -}}
+{{- $teacher := index (index . 0).Values.teachers (index . 1) }}
+{{- if or $teacher.url $teacher.tool }}
+{{- toYaml ($teacher.secret | default dict) }}
+{{- else }}
+{{- toYaml (index . 0).Values.secrets.teacherApiKey }}
+{{- end }}
+{{- end }}
+
+{{/* The variable with the key of each of several teachers, by name, if it has one. */}}
+{{- define "wheels.teacherKeys" -}}
+{{- $keys := dict }}
+{{- range $number, $name := keys .Values.teachers | sortAlpha }}
+{{- if (fromYaml (include "wheels.teacherSecret" (list $ $name))).name }}
+{{- $_ := set $keys $name (printf "TEACHER_KEY_%d" $number) }}
+{{- end }}
+{{- end }}
+{{- toYaml $keys }}
+{{- end }}
+
+{{/* The gateway's setting `teacher`: addresses, or several teachers by name. */}}
+{{- define "wheels.teacher" -}}
+{{- if .Values.teachers }}
+{{- $named := dict }}
+{{- $variables := fromYaml (include "wheels.teacherKeys" .) }}
+{{- range $name, $given := .Values.teachers }}
+{{- $settings := omit $given "secret" }}
+{{- if not (or $given.url $given.tool) }}{{ $_ := set $settings "url" (fromYamlArray (include "wheels.ownUrls" $)) }}{{ end }}
+{{- with index $variables $name }}{{ $_ := set $settings "api_key" (printf "$(%s)" .) }}{{ end }}
+{{- $_ := set $named $name $settings }}
+{{- end }}
+{{- toYaml (dict "teacher" $named) }}
+{{- else }}
+{{- toYaml (dict "teacher" (.Values.teacher.urls | default (fromYamlArray (include "wheels.ownUrls" .)))) }}
 {{- end }}
 {{- end }}
 
@@ -50,7 +103,7 @@ data-parallel-size: {{ int64 .dataParallel }}
 {{- $_ := set $config "student" .Values.gateway.student }}
 {{- with .Values.gateway.router }}{{ $_ = set $config "router" . }}{{ end }}
 {{- $_ = set $config "drain_seconds" .Values.gateway.drainSeconds }}
-{{- $_ = set $config "teacher" (fromYamlArray (include "wheels.teacherUrls" .)) }}
+{{- if eq "{}" (include "wheels.teacherKeys" .) }}{{ $config = merge (fromYaml (include "wheels.teacher" .)) $config }}{{ end }}
 {{- with .Values.secrets.tenants }}{{ if .name }}{{ $_ = set $config "tenants" (printf "/etc/wheels/tenants/%s" .key) }}{{ end }}{{ end }}
 {{- with fromYaml (include "wheels.parallel" .Values.gateway) }}{{ $_ = set $config "vllm" (merge . ($config.vllm | default dict)) }}{{ end }}
 {{- toYaml $config }}
