@@ -2,7 +2,6 @@
 
 import ast
 import re
-import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,15 +10,14 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.paths import ROOT
+from tests.helpers.sources import SOURCES, docstrings_and_comments, statements
 
-PACKAGES = ("server", "router", "training", "measuring")
 DOCUMENTS = sorted(
     path
     for pattern in ("*.md", "docs/**/*.md", "deploy/**/*.md")
     for path in ROOT.glob(pattern)
     if path.name not in ("licences.md", "log.md")  # the log speaks of what was, under the names of its day
 )
-SOURCES = [path for package in (*PACKAGES, "tests") for path in sorted((ROOT / package).rglob("*.py"))]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 PATH = re.compile(r"(?:server|router|training|tests|deploy|docs)/[\w./*-]*")
@@ -66,18 +64,25 @@ def project_names() -> Names:
         names.modules[module] = set()
         for statement in tree.body:
             names.modules[module].update(_bound(statement))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                names.imported.update(alias.asname or alias.name for alias in node.names)
-            if isinstance(node, ast.ClassDef):
-                members = names.members.setdefault(node.name, set())
-                for inner in ast.walk(node):
-                    members.update(_bound(inner))
-                    if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store):
-                        members.add(inner.attr)
-                bases = names.bases.setdefault(node.name, set())
-                bases.update(base.id for base in node.bases if isinstance(base, ast.Name))
+        for statement in statements(tree):
+            if isinstance(statement, ast.Import | ast.ImportFrom):
+                names.imported.update(_bound(statement))
+            if isinstance(statement, ast.ClassDef):
+                members = names.members.setdefault(statement.name, set())
+                for inner in statements(statement):
+                    members.update(_bound(inner), _attributes(inner))
+                bases = names.bases.setdefault(statement.name, set())
+                bases.update(base.id for base in statement.bases if isinstance(base, ast.Name))
     return names
+
+
+def _attributes(statement: ast.stmt) -> set[str]:
+    """Names of the attributes that one statement sets."""
+    targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+    parts = (part for target in targets if target is not None for part in ast.walk(target))
+    return {
+        part.attr for part in parts if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store)
+    }
 
 
 def _bound(node: ast.AST) -> set[str]:
@@ -126,20 +131,6 @@ def wrong_names(text: str) -> Iterator[str]:
         member = MEMBER.fullmatch(cited)
         if member is not None and not names.has_member(member[1], member[2]):
             yield f"{cited}: no such member"
-
-
-def docstrings_and_comments(source: Path) -> str:
-    tree = ast.parse(source.read_text())
-    with source.open("rb") as stream:
-        texts = [
-            token.string for token in tokenize.tokenize(stream.readline) if token.type == tokenize.COMMENT
-        ]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            value = node.value.value  # a docstring, or the text below a field
-            if isinstance(value, str):
-                texts.append(value)
-    return "\n".join(texts)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

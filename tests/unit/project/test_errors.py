@@ -4,6 +4,7 @@ import ast
 import builtins
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import pytest
@@ -16,6 +17,7 @@ from server.http.errors import ApiError
 from server.teacher.errors import TeacherError
 from server.tenants import BudgetRefused
 from tests.helpers.paths import ROOT
+from tests.helpers.sources import PACKAGES, statements
 from training.export import ExportError
 from training.loop.stopping import Stopped
 
@@ -30,10 +32,10 @@ class Definition(NamedTuple):
 def definitions() -> Iterator[Definition]:
     """Every class of the project."""
     files = [ROOT / "wheels.py"]
-    for package in ("router", "measuring", "server", "training"):
+    for package in PACKAGES:
         files += (ROOT / package).rglob("*.py")
     for file in files:
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in statements(ast.parse(file.read_text())):
             if isinstance(node, ast.ClassDef):
                 yield Definition(node.name, tuple(ast.unparse(base).split(".")[-1] for base in node.bases))
 
@@ -43,6 +45,7 @@ def is_builtin_error(name: str) -> bool:
     return isinstance(found, type) and issubclass(found, BaseException)
 
 
+@cache
 def exceptions() -> dict[str, str]:
     """The public exceptions of the project, and the first base of each."""
     parents: dict[str, str] = {}

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.helpers.paths import ROOT
+from tests.helpers.sources import PACKAGES, statements
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
-PACKAGES = ("measuring", "router", "server", "training")
 
 
 def constraints() -> dict[str, str]:
@@ -34,14 +34,20 @@ def run(program: str, directory: Path) -> str:
     ).stdout.strip()
 
 
-def imports(package: str) -> Iterator[tuple[Path, str]]:
+@cache
+def imports(package: str) -> list[tuple[Path, str]]:
     """Top-level names of everything that a package's modules import, wherever in the file."""
+    found = []
     for file in (ROOT / package).rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in statements(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
-                yield from ((file, alias.name.split(".")[0]) for alias in node.names)
+                found += [(file, alias.name.split(".")[0]) for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                yield file, (node.module or "").split(".")[0]
+                found.append((file, (node.module or "").split(".")[0]))
+    return found
+
+
+distributions_by_package = cache(packages_distributions)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +60,7 @@ def test_every_import_is_declared(package: str, extras: list[str]) -> None:
         *(line for e in extras for line in PROJECT["optional-dependencies"][e]),
     ]
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
-    distributions = packages_distributions()
+    distributions = distributions_by_package()
     foreign = {name for _, name in imports(package)} - sys.stdlib_module_names - {*PACKAGES, "torch", "vllm"}
     undeclared = {
         name

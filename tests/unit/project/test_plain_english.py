@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from server.http.routes import PLAYGROUND
 from tests.helpers.paths import ROOT
-from tests.unit.project.test_documents import PACKAGES, SOURCES, docstrings_and_comments
+from tests.helpers.sources import PACKAGES, SOURCES, docstrings, docstrings_and_comments
 
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 LONGEST = 35
@@ -81,22 +82,18 @@ def test_docstrings_and_comments_use_words_in_their_usual_sense() -> None:
     assert found == []
 
 
-def docstrings(source: Path) -> Iterator[str]:
-    """Docstrings and the texts below fields, with each argument as an item of a list."""
-    for node in ast.walk(ast.parse(source.read_text())):
-        if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
-            continue
-        if isinstance(node.value.value, str):
-            prose, *sections = re.split(r"\n\n(?=[A-Z]\w+:\n)", inspect.cleandoc(node.value.value))
-            yield prose
-            for section in sections:
-                yield re.sub(r"\n +(\w+: )?", lambda name: f"\n- {name[1]}" if name[1] else "\n", section)
+def explained(docstring: str) -> Iterator[str]:
+    """A docstring in parts, with each argument as an item of a list."""
+    prose, *sections = re.split(r"\n\n(?=[A-Z]\w+:\n)", inspect.cleandoc(docstring))
+    yield prose
+    for section in sections:
+        yield re.sub(r"\n +(\w+: )?", lambda name: f"\n- {name[1]}" if name[1] else "\n", section)
 
 
 def test_sentences_of_docstrings_are_short() -> None:
     found = []
     for source in SOURCES:
-        for text in docstrings(source):
+        for text in itertools.chain.from_iterable(map(explained, docstrings(source))):
             long = [sentence for sentence in sentences(text) if length(sentence) > LONGEST]
             found += [f"{source.relative_to(ROOT)}: {sentence}" for sentence in long]
     assert found == []

@@ -120,7 +120,7 @@ def teacher(tmp_path_factory):
     return directory
 
 
-SCHEDULE = "{steps: 4, batch: 4, learning_rate: 1e-2, checkpoint_every: 2, log_every: 1, compile: false}"
+SCHEDULE = "{steps: 4, batch: 2, learning_rate: 1e-2, checkpoint_every: 2, log_every: 1, compile: false}"
 TRAINED = f"method: {{type: sft}}, schedule: {SCHEDULE}"
 
 
@@ -131,9 +131,12 @@ def recipe(teacher, tmp_path):
 output: {tmp_path}/out
 work: {tmp_path}/work
 task: {{name: numbers}}
+max_tokens: 16
 teacher: {{pretrained: {teacher}, {TRAINED}}}
 student: {{prune: {{layers: 2}}, method: {{type: kd}}, schedule: {SCHEDULE}}}
-router: {{span_tokens: 2, ask_tokens: 1, gain: {{type: regret}}, prompts: 8, calibration_examples: 4}}
+router:
+  {{span_tokens: 2, ask_tokens: 1, gain: {{type: regret}}, prompts: 8, calibration_examples: 4,
+   budgets: [0.2]}}
 """)
     return str(path)
 
@@ -151,7 +154,9 @@ def test_a_pair_is_made_of_one_model(recipe, tmp_path):
 
 def test_a_student_begins_as_the_trained_teacher(recipe, tmp_path):
     """With a learning rate of nearly nothing it keeps the teacher's weights."""
-    assert train([recipe, "student.schedule.learning_rate=1e-30", "student.schedule.optimizer=adamw"]) == 0
+    still = ["student.schedule.learning_rate=1e-30", "student.schedule.optimizer=adamw"]
+    for stage in ("teacher", "student"):
+        assert train([recipe, *still, "--stage", stage]) == 0
     teacher = load_file(tmp_path / "out" / "teacher" / "model.safetensors")
     student = load_file(tmp_path / "out" / "student" / "model.safetensors")
     assert torch.equal(

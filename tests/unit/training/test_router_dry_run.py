@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def recipe(untrained_pair, tmp_path):
-    schedule = "{steps: 4, batch: 4, learning_rate: 1e-2, compile: false}"
+    schedule = "{steps: 4, batch: 2, learning_rate: 1e-2, compile: false}"
     path = tmp_path / "recipe.yaml"
     path.write_text(f"""
 output: {tmp_path}/out

@@ -42,7 +42,7 @@ def tree() -> Tree:
         max_tokens=MAX_TOKENS,
     )
     generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(2, VISIBLE, (3 + i % 5,), generator=generator).tolist() for i in range(60)]
+    prompts = [torch.randint(2, VISIBLE, (3 + i % 5,), generator=generator).tolist() for i in range(30)]
     return Tree(pair, prompts, {"entropy": EntropyGate(RESERVED)})
 
 

@@ -39,7 +39,7 @@ def pair() -> ClosedLoop:
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(2, VISIBLE, (3 + i % 5,), generator=generator).tolist() for i in range(40)]
+    return [torch.randint(2, VISIBLE, (3 + i % 5,), generator=generator).tolist() for i in range(20)]
 
 
 def test_greedy_completions_are_the_models_own(pair, prompts):

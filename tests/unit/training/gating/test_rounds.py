@@ -70,7 +70,7 @@ def sources():
     return [chr(97 + i % 26) * (1 + i % 4) + chr(97 + i % 7) for i in range(CONFIG.prompts * CONFIG.rounds)]
 
 
-def rounds(config: GateConfig, prompts: Prompts) -> Rounds:
+def rounds(config: GateConfig, prompts: Prompts, max_tokens: int = 16) -> Rounds:
     student = model(0)
     pair = ClosedLoop(
         student=student,
@@ -78,7 +78,7 @@ def rounds(config: GateConfig, prompts: Prompts) -> Rounds:
         score=RandomGate(RESERVED),
         visible=VISIBLE,
         end=END,
-        max_tokens=24,
+        max_tokens=max_tokens,
     )
     prices = {rate: 1 - rate for rate in sorted(set(prompts.rates))}
     return Rounds(pair, Head(student, RESERVED, config.width), config, 0, prices, fewer_repeats, weight)
@@ -103,7 +103,7 @@ def test_a_killed_run_goes_on_behind_its_last_round(objective, sources, tmp_path
     monkeypatch.setattr(duals, "SETTLING", 2)
     config = CONFIG.model_copy(update={"objective": objective})
     prompts = rollout_prompts(Letters(), sources, config, 0)
-    straight = train_gate(rounds(config, prompts), prompts, Letters(), tmp_path / "a", "pair")
+    straight = train_gate(rounds(config, prompts, 24), prompts, Letters(), tmp_path / "a", "pair")
     with monkeypatch.context() as patch:
         save = Rounds.save
 
@@ -114,8 +114,8 @@ def test_a_killed_run_goes_on_behind_its_last_round(objective, sources, tmp_path
 
         patch.setattr(Rounds, "save", dies)
         with pytest.raises(Killed):
-            train_gate(rounds(config, prompts), prompts, Letters(), tmp_path / "b", "pair")
-    again = train_gate(rounds(config, prompts), prompts, Letters(), tmp_path / "b", "pair")
+            train_gate(rounds(config, prompts, 24), prompts, Letters(), tmp_path / "b", "pair")
+    again = train_gate(rounds(config, prompts, 24), prompts, Letters(), tmp_path / "b", "pair")
     assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
     assert (straight.prices, straight.round) == (again.prices, again.round)
     for name, tensor in straight.head.state_dict().items():
