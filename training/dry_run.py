@@ -33,8 +33,10 @@ from training.pipeline import (
     make_job,
     make_model,
     task_of,
+    traffic_stage,
 )
 from training.router_dry_run import RouterTrial, peak_memory, try_router
+from training.served_dry_run import ServedTrial, try_served_router
 from training.tasks import Task
 from training.tokenizer import visible_ids
 from training.workspace import Stage, Workspace
@@ -70,9 +72,9 @@ def dry_run(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
 def try_and_report_router(
     space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBase, trained: bool
 ) -> None:
-    """A small stage if its rollouts are written here."""
+    """A small stage, or pieces of one whose completions are served."""
     if not isinstance(space.recipe.router.rollouts, InProcessRollouts):
-        console.print("router: its completions come from gateways; its memory and time are not measured")
+        report_served_router(try_served_router(traffic_stage(space, task, tokenizer)))
         return
     pair = frozen_pair(space, tokenizer)
     report_router(try_router(space.recipe, pair, task, trained=trained), pair)
@@ -82,13 +84,12 @@ def with_stand_ins(
     space: Workspace, stages: tuple[Stage, ...], output: Path, task: Task, tokenizer: PreTrainedTokenizerBase
 ) -> Workspace:
     """The workspace itself, or one with the models that later stages need: what is there, else untrained."""
-    walks = "router" in stages and isinstance(space.recipe.router.rollouts, InProcessRollouts)
     needed: list[Role] = []
-    if "student" in stages or walks:
+    if {"student", "router"} & set(stages) and not isinstance(space.recipe.teacher, ServedConfig):
         needed.append("teacher")
-    if walks:
+    if "router" in stages:
         needed.append("student")
-    if isinstance(space.recipe.teacher, ServedConfig) or all(map(space.is_exported, needed)):
+    if all(map(space.is_exported, needed)):
         return space
     stand_in = Workspace(space.recipe.model_copy(update={"output": output}))
     for role in needed:
@@ -179,6 +180,31 @@ def report_router(run: RouterTrial, pair: FrozenPair) -> None:
         rows["calibration"] = f"{seconds(run.calibration)}"
         rows["in all"] = f"{seconds(run.rollouts + run.calibration)}"
     table = Table(title=f"router: on {parallel.device().type}", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def report_served_router(run: ServedTrial) -> None:
+    """Print a table of what the router's stage takes that learns from served completions."""
+    work = run.work
+    beyond = "not known on this system" if run.memory is None else megabytes(run.memory)
+    rows = {
+        "completions": f"{work.completions:,} in {work.rounds} rounds, at most {work.tokens:,} tokens; "
+        f"at most {work.asked:,} more for the prices",
+        "memory": f"models {megabytes(run.weights)}, completions that are read {beyond}, "
+        f"states of {run.positions:,} positions {megabytes(run.states)}",
+        "reading": f"at most {seconds(run.reading)}",
+        "fits": f"at most {seconds(run.fits)}",
+    }
+    if work.is_asked_for and run.completion is None:
+        rows["gateway"] = "does not answer yet: the time of its completions is known when it does"
+    elif run.completion is not None:
+        rows["gateway"] = (
+            f"rounds {seconds(work.completions * run.completion)}, "
+            f"prices at most {seconds(work.asked * run.completion)}"
+        )
+    table = Table(title=f"router: on {parallel.device().type}, from served completions", show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)

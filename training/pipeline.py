@@ -109,11 +109,18 @@ def make_router(space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBase
 
 def make_router_from_traffic(space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
     """Train and export a router from completions that gateways wrote."""
+    with replacing(space.exported("router")) as scratch:
+        traffic_stage(space, task, tokenizer).run(space.work("router"), scratch)
+        write_record(space.record("router"), scratch)
+
+
+def traffic_stage(space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBase) -> TrafficStage:
+    """The stage of a router whose completions gateways write."""
     recipe = space.recipe
     teacher = load_teacher(space)
     if isinstance(teacher, PreTrainedModel):
         parallel.onto_device(teacher)
-    stage = TrafficStage(
+    return TrafficStage(
         student=space.exported("student"),
         teacher=teacher,
         teacher_name=space.exported("teacher").name
@@ -125,9 +132,6 @@ def make_router_from_traffic(space: Workspace, task: Task, tokenizer: PreTrained
         max_tokens=recipe.max_tokens,
         seed=recipe.seed,
     )
-    with replacing(space.exported("router")) as scratch:
-        stage.run(space.work("router"), scratch)
-        write_record(space.record("router"), scratch)
 
 
 def frozen_pair(space: Workspace, tokenizer: PreTrainedTokenizerBase) -> FrozenPair:

@@ -88,7 +88,7 @@ class TrafficStage:
 
     def of_recorded(self, rollouts: RecordedRollouts) -> RouterCheckpoint:
         """From what gateways recorded."""
-        reader = self._reader
+        reader = self.reader
         trajectories = reader.readable(list(read_trajectories(rollouts.directory)))
         taught = reader.taught(trajectories, POSITIONS)
         head = self.fitted(taught)
@@ -97,9 +97,7 @@ class TrafficStage:
 
     def of_gateway(self, rollouts: GatewayRollouts, work: Path) -> RouterCheckpoint:
         """From what a gateway writes, round by round; it serves with the result if it takes routers."""
-        gateway = RunningGateway(
-            rollouts.url, self.max_tokens, rollouts.concurrency, transport=self.transport
-        )
+        gateway = self.gateway(rollouts)
         rounds = self.sources(rollouts)
         self._forget_another_run(work, rounds)
         router: RouterCheckpoint | None = None
@@ -111,9 +109,9 @@ class TrafficStage:
             asked = Asked(gateway, self.tokenizer, sources, self.config.budgets, rollouts.batch, seed, file)
             if router is not None and rollouts.router is not None and not asked.is_complete:
                 gateway.take(router, rollouts.router)
-            new = self._reader.readable(asked.trajectories())
+            new = self.reader.readable(asked.trajectories())
             trajectories += new
-            taught.append(self._reader.taught(new, POSITIONS // len(rounds)))
+            taught.append(self.reader.taught(new, POSITIONS // len(rounds)))
             head = self.fitted(Taught.join(taught))
             scores = head.scores(taught[-1].lessons.states[-RECENT:])
             router = with_prices(self.checkpoint(head, trajectories), self._first_prices(scores))
@@ -122,6 +120,10 @@ class TrafficStage:
         if rollouts.router is None:
             return with_prices(router, [])
         return self.calibrated(gateway, router, rollouts.router, scores, work)
+
+    def gateway(self, rollouts: GatewayRollouts) -> RunningGateway:
+        """The one that writes."""
+        return RunningGateway(rollouts.url, self.max_tokens, rollouts.concurrency, transport=self.transport)
 
     def calibrated(
         self, gateway: RunningGateway, router: RouterCheckpoint, directory: Path, scores: Tensor, work: Path
@@ -185,7 +187,7 @@ class TrafficStage:
     def regressed(self, lessons: Lessons) -> Head:
         """Taps and gate whose score is a regression on the gain."""
         torch.manual_seed(self.seed)
-        head = Head(self._model, reserved_rows(self._model, self.tokenizer), self.config.width).to(device())
+        head = Head(self.model, reserved_rows(self.model, self.tokenizer), self.config.width).to(device())
         head.start_from(lessons.states)
         fit(head, lessons, self.config, self.seed)
         return head.requires_grad_(False).eval()
@@ -229,7 +231,7 @@ class TrafficStage:
     def _forget_another_run(self, work: Path, rounds: Sequence[Sequence[Source]]) -> None:
         """What `work` holds is gone on with if it is of the same pair, prompts and settings."""
         settings = self.config.model_dump(mode="json", exclude={"rollouts": {"url", "concurrency", "router"}})
-        reserved = reserved_rows(self._model, self.tokenizer)
+        reserved = reserved_rows(self.model, self.tokenizer)
         run = json.dumps(
             {
                 "pair": Fingerprints.of(self.student, reserved, self.teacher_name).model_dump(),
@@ -247,19 +249,21 @@ class TrafficStage:
             file.write_text(run)
 
     @cached_property
-    def _model(self) -> PreTrainedModel:
+    def model(self) -> PreTrainedModel:
+        """The student, loaded once."""
         model = load_with_rows(self.student, self.tokenizer).requires_grad_(False)
         onto_device(model)
         check_readout(model, "student")
         return model
 
     @cached_property
-    def _reader(self) -> TrafficReader:
-        return TrafficReader(self._model, self.teacher, self.tokenizer, self.config, self.seed)
+    def reader(self) -> TrafficReader:
+        """Of all rounds."""
+        return TrafficReader(self.model, self.teacher, self.tokenizer, self.config, self.seed)
 
     @cached_property
     def _room(self) -> Room:
-        models = [self._model.config]
+        models = [self.model.config]
         if isinstance(self.teacher, PreTrainedModel):
             models.append(self.teacher.config)
         return Room.of(self.tokenizer, models, self.max_tokens)

@@ -7,11 +7,14 @@ from router.gate import RandomGate
 from router.reserved import ReservedRows
 from tests.helpers.commands import train
 from tests.helpers.numbers import tokenizer_of_numbers
+from tests.helpers.taking_gateway import TakingGateway, stage_of
 from training.config import Shape
 from training.gating import rollout
 from training.gating.rollout import ClosedLoop, Request, cache_bytes
 from training.models import load_model, new_model
 from training.router_dry_run import Timed, projected
+from training.served_dry_run import try_served_router
+from training.tokenizer import load_tokenizer
 
 torch.set_num_threads(1)
 
@@ -60,6 +63,26 @@ def test_a_dry_run_of_everything_has_a_table_for_each_stage_that_computes(recipe
     assert train([recipe, "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert told.index("student: kd on 1") < told.index("router: on cpu")
+
+
+def test_a_router_from_served_completions_is_tried_in_pieces(recipe, capsys):
+    """2 rounds of 100 completions of 8 tokens, and 40 examples at 3 budgets, 5 times. No gateway is there."""
+    rollouts = "router.rollouts={type: gateway, url: 'http://127.0.0.1:9', router: there}"
+    assert train([recipe, "--dry-run", "--stage", "router", rollouts, "router.budgets=[0.1, 0.2, 0.3]"]) == 0
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "200 in 2 rounds, at most 1,600 tokens; at most 600 more for the prices" in told
+    assert f"states of 1,600 positions {1600 * 64 * 4 / 1e6:.1f} MB" in told
+    assert "reading" in told
+    assert "does not answer yet" in told
+
+
+def test_a_gateway_that_answers_is_timed(untrained_pair, tmp_path):
+    gateway = TakingGateway(load_tokenizer(untrained_pair / "student"), directory=tmp_path)
+    run = try_served_router(stage_of(gateway, untrained_pair, rounds=2))
+    assert len(gateway.asked) == 32, "twice as many as at once"
+    assert run.completion is not None
+    assert run.completion > 0
+    assert (run.work.completions, run.work.asked) == (40, 2 * 2 * 5)
 
 
 def test_what_does_not_grow_is_spent_once_for_each_batch():

@@ -1,9 +1,7 @@
 """A router from completions that were served: what both models think of them, and what is learned."""
 
-import json
 from itertools import islice
 
-import httpx
 import pytest
 import torch
 
@@ -15,20 +13,20 @@ from router.gate import RandomGate
 from tests.helpers.commands import train
 from tests.helpers.numbers import tokenizer_of_numbers
 from tests.helpers.served_teacher import VLLM, client
+from tests.helpers.taking_gateway import TakingGateway, stage_of
 from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
-from training.gate_config import GateConfig, GatewayRollouts, RegretGain
+from training.gate_config import GateConfig, RegretGain
 from training.gating.asked import Asked
 from training.gating.lessons import collect
 from training.gating.opinions import Observer, of_all, of_likeliest
 from training.gating.rollout import FREE, ClosedLoop, Request
 from training.gating.served_calibration import ServedCalibration
 from training.gating.traffic import TrafficReader
-from training.gating.traffic_stage import TrafficStage, with_prices
+from training.gating.traffic_stage import with_prices
 from training.models import load_model
-from training.running_gateway import RunningGateway
 from training.served import ServedTeacher, VLLMServer
 from training.tasks import make_task
-from training.tokenizer import encode_prompts, load_tokenizer
+from training.tokenizer import load_tokenizer
 
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
 
@@ -202,62 +200,6 @@ def test_what_needs_rollouts_in_process_says_so(recipe, capsys, override, proble
     assert problem in capsys.readouterr().err
 
 
-class Gateway:
-    """A stand-in for a gateway: OpenAI's client reads its replies.
-
-    Its completions have ten tokens, whose scores are .1 to 1. With a router in its directory the teacher
-    writes those above the price, but two that a bucket holds back. Without one it writes one.
-    """
-
-    def __init__(self, tokenizer, longer: int = 0, directory=None) -> None:
-        self.tokenizer = tokenizer
-        self.longer = longer
-        self.directory = directory
-        self.asked = []
-        self.taken = []
-        self.goes_away_after = 10**6
-
-    def __call__(self, request):
-        if request.url.path.endswith("/models"):
-            return httpx.Response(200, json={"data": [{"id": "wheels"}]})
-        router = self.router()
-        if request.url.path == "/prices":
-            digest = None if router is None else router.digest()
-            if self.taken[-1:] != [digest]:
-                self.taken.append(digest)
-            return httpx.Response(200, json={"learned": router is None, "prices": [], "router": digest})
-        return self.completion(json.loads(request.content), router)
-
-    def completion(self, body, router):
-        if len(self.asked) >= self.goes_away_after:
-            raise KeyboardInterrupt
-        source = body["messages"][0]["content"]
-        budget = body["teacher_budget"]
-        self.asked.append((source, budget))
-        (prompt,) = encode_prompts(self.tokenizer, [source])
-        teacher = 1
-        if router is not None:
-            price = router.calibration().price(budget)
-            teacher = max(0, sum(place / 10 > price for place in range(1, 11)) - 2)
-        chat = {
-            "choices": [{"message": {"content": "x"}, "token_ids": list(range(9, 19))}],
-            "usage": {"prompt_tokens": len(prompt) + self.longer},
-            "teacher": {"spans": [[0, teacher]], "tokens": teacher, "calls": teacher, "degraded": False},
-        }
-        return httpx.Response(200, json=chat)
-
-    def router(self):
-        if self.directory is None or not (self.directory / "router.json").exists():
-            return None
-        return RouterCheckpoint.load(self.directory)
-
-    def client(self):
-        return httpx.AsyncClient(transport=httpx.MockTransport(self))
-
-    def running(self, patience: float = 60.0):
-        return RunningGateway("http://there", 8, patience=patience, transport=self.client)
-
-
 def asked(gateway, file, prompts: int):
     sources = [example.source for example in islice(make_task("numbers").router(0), prompts)]
     budgets = [0.1, 0.2, 0.3]
@@ -265,13 +207,13 @@ def asked(gateway, file, prompts: int):
 
 
 def test_a_gateway_is_asked_at_many_budgets_and_only_for_what_is_missing(tmp_path):
-    gateway = Gateway(tokenizer_of_numbers())
+    gateway = TakingGateway(tokenizer_of_numbers())
     first = asked(gateway, tmp_path / "0" / "asked.jsonl", prompts=7)
     assert len(first) == len(gateway.asked) == 7
     whole = asked(gateway, tmp_path / "0" / "asked.jsonl", prompts=12)
     assert whole[:7] == first
     assert len(gateway.asked) == 12, "five more"
-    again = Gateway(gateway.tokenizer)
+    again = TakingGateway(gateway.tokenizer)
     assert asked(again, tmp_path / "1" / "asked.jsonl", prompts=12) == whole
     assert sorted(again.asked) == sorted(gateway.asked)
     assert len({trajectory.budget for trajectory in whole}) > 1
@@ -280,7 +222,7 @@ def test_a_gateway_is_asked_at_many_budgets_and_only_for_what_is_missing(tmp_pat
 
 def test_a_gateway_of_another_student_is_refused(tmp_path):
     with pytest.raises(DataError, match="does it serve the recipe's student"):
-        asked(Gateway(tokenizer_of_numbers(), longer=1), tmp_path / "asked.jsonl", prompts=3)
+        asked(TakingGateway(tokenizer_of_numbers(), longer=1), tmp_path / "asked.jsonl", prompts=3)
 
 
 def calibration(gateway, router, budgets, file):
@@ -295,7 +237,7 @@ def calibration(gateway, router, budgets, file):
 
 def test_prices_are_corrected_by_what_they_realise(tmp_path, router):
     """A bucket holds back two tokens of ten, so a rate of .3 needs five positions above the price."""
-    gateway = Gateway(tokenizer_of_numbers(), directory=tmp_path / "router")
+    gateway = TakingGateway(tokenizer_of_numbers(), directory=tmp_path / "router")
     found = dict(calibration(gateway, router, (0.3, 0.6), tmp_path / "prices.json").found())
     assert 0.5 <= found[0.3] < 0.6
     assert 0.2 <= found[0.6] < 0.3
@@ -307,38 +249,13 @@ def test_prices_are_corrected_by_what_they_realise(tmp_path, router):
 
 
 def test_a_gateway_that_does_not_take_the_router_is_named(tmp_path, router):
-    gateway = Gateway(tokenizer_of_numbers(), directory=tmp_path / "another")
+    gateway = TakingGateway(tokenizer_of_numbers(), directory=tmp_path / "another")
     with pytest.raises(GatewayError, match=r"does not take the router in .*: start it with --router"):
         gateway.running(patience=0).take(router, tmp_path / "router")
 
 
-def stage_of(gateway, pair, rounds: int, seed: int = 0):
-    """Two rounds of 20 prompts, or one where the gateway takes no routers."""
-    config = GateConfig(
-        span_tokens=1,
-        ask_tokens=1,
-        gain=RegretGain(type="regret"),
-        rollouts=GatewayRollouts(type="gateway", url="http://there", batch=10, router=gateway.directory),
-        prompts=20,
-        epochs=1,
-        budgets=(0.1, 0.3),
-    )
-    few = {"rounds": rounds, "calibration_examples": 2}
-    return TrafficStage(
-        student=pair / "student",
-        teacher=load_model(pair / "teacher"),
-        teacher_name="teacher",
-        tokenizer=gateway.tokenizer,
-        task=make_task("numbers"),
-        config=config.model_copy(update=few),
-        max_tokens=12,
-        seed=seed,
-        transport=gateway.client,
-    )
-
-
 def test_later_rounds_are_written_with_the_router_of_the_rounds_before(untrained_pair, tmp_path):
-    gateway = Gateway(load_tokenizer(untrained_pair / "student"), directory=tmp_path / "router")
+    gateway = TakingGateway(load_tokenizer(untrained_pair / "student"), directory=tmp_path / "router")
     stage_of(gateway, untrained_pair, rounds=2).run(tmp_path / "work", tmp_path / "out")
     made = RouterCheckpoint.load(tmp_path / "out")
     assert [rate for rate, _ in made.calibration().points] == [0.1, 0.3]
@@ -347,14 +264,14 @@ def test_later_rounds_are_written_with_the_router_of_the_rounds_before(untrained
     assert len(gateway.taken) >= 3, "before it the first round's, and the second's at its first prices"
     assert len({source for source, _ in gateway.asked[:40]}) == 40
 
-    again = Gateway(gateway.tokenizer, directory=tmp_path / "router")
+    again = TakingGateway(gateway.tokenizer, directory=tmp_path / "router")
     stage_of(again, untrained_pair, rounds=2).run(tmp_path / "work", tmp_path / "again")
     assert again.asked == [], "of a finished run nothing is asked for again"
     assert RouterCheckpoint.load(tmp_path / "again").digest() == made.digest()
 
 
 def test_a_killed_run_goes_on_within_a_round(untrained_pair, tmp_path):
-    gateway = Gateway(load_tokenizer(untrained_pair / "student"), directory=tmp_path / "router")
+    gateway = TakingGateway(load_tokenizer(untrained_pair / "student"), directory=tmp_path / "router")
     gateway.goes_away_after = 30  # half of the second round
     with pytest.raises(KeyboardInterrupt):
         stage_of(gateway, untrained_pair, rounds=2).run(tmp_path / "work", tmp_path / "out")
@@ -364,7 +281,7 @@ def test_a_killed_run_goes_on_within_a_round(untrained_pair, tmp_path):
 
 
 def test_what_another_run_asked_for_is_not_learned_from(untrained_pair, tmp_path):
-    gateway = Gateway(load_tokenizer(untrained_pair / "student"))
+    gateway = TakingGateway(load_tokenizer(untrained_pair / "student"))
     stage_of(gateway, untrained_pair, rounds=2).run(tmp_path / "work", tmp_path / "out")
     assert len(gateway.asked) == 20, "a gateway that takes no routers writes one round"
     assert RouterCheckpoint.load(tmp_path / "out").config.calibration == {}
