@@ -29,10 +29,10 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], a
 
 
 @pytest.fixture(autouse=True)
-def _one_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _one_clock(request: pytest.FixtureRequest) -> None:
     """In steady time, what asks the system for the time gets the loop's."""
     if request.node.get_closest_marker("steady_time") is not None:
-        monkeypatch.setattr(time, "monotonic", lambda: SteadyClock.now)
+        request.getfixturevalue("monkeypatch").setattr(time, "monotonic", lambda: SteadyClock.now)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -101,7 +101,7 @@ def log_of(directory):
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.type)
 def test_a_killed_run_goes_on_behind_its_last_round(objective, sources, tmp_path, monkeypatch):
     monkeypatch.setattr(duals, "SETTLING", 2)
-    config = CONFIG.model_copy(update={"objective": objective})
+    config = CONFIG.model_copy(update={"objective": objective, "calibration_examples": 5})
     prompts = rollout_prompts(Letters(), sources, config, 0)
     straight = train_gate(rounds(config, prompts, 24), prompts, Letters(), tmp_path / "a", "pair")
     with monkeypatch.context() as patch:

@@ -1,6 +1,7 @@
 """Data of one's own: files, datasets, conversations, prompts without answers, metrics and judges."""
 
 import json
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
@@ -215,6 +216,7 @@ def test_a_served_model_is_a_judge(judge, tmp_path):
         ServedJudge(judge).rate(["x"], ["eleven long"])
 
 
-def test_a_judge_that_is_away_is_named():
+def test_a_judge_that_is_away_is_named(monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)  # the client waits between its attempts
     with pytest.raises(JudgeError, match=r"the judge at http://127\.0\.0\.1:9: "):
         ServedJudge("http://127.0.0.1:9").rate(["x"], ["y"])

@@ -1,4 +1,4 @@
-"""The documents as a site: they build without a broken link, and those of settings are what the code says."""
+"""The documents as a site."""
 
 from pathlib import Path
 
@@ -6,7 +6,6 @@ import pytest
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
-from tests.helpers import reference
 from tests.helpers.paths import ROOT
 
 # MkDocs and its plugins parse with deprecated corners of the standard library.
@@ -20,14 +19,3 @@ def test_the_site_builds_without_a_broken_link(tmp_path) -> None:
     docs = ROOT / "docs"
     pages = {page.relative_to(tmp_path) for page in tmp_path.rglob("*.html")} - {Path("404.html")}
     assert pages == {document.relative_to(docs).with_suffix(".html") for document in docs.rglob("*.md")}
-
-
-def test_every_setting_is_in_the_document_as_the_code_has_it() -> None:
-    again = "python -m tests.helpers.reference writes it anew"
-    assert reference.configuration() == reference.CONFIGURATION.read_text(), again
-    assert reference.recipe() == reference.RECIPE.read_text(), again
-
-
-@pytest.mark.parametrize("document", [reference.CONFIGURATION, reference.RECIPE], ids=lambda path: path.name)
-def test_every_setting_has_a_meaning(document: Path) -> None:
-    assert [line for line in document.read_text().splitlines() if line.endswith("|  |")] == []
