@@ -22,18 +22,23 @@ def original(family, tmp_path_factory):
     return write(family, tmp_path_factory.mktemp("original"))
 
 
-def test_more_rows_change_no_logit_of_the_others(family, original, tmp_path):
+@pytest.fixture(scope="module")
+def model(family, original):
+    return load(family, original)
+
+
+def test_more_rows_change_no_logit_of_the_others(family, original, model, tmp_path):
     append_rows(original, tmp_path / "copy", APPENDED)
     assert vocabulary_rows(tmp_path / "copy") == APPENDED.end
     assert fingerprint(tmp_path / "copy", ROWS) == fingerprint(original, ROWS)
-    before, after = load(family, original)(IDS).logits, load(family, tmp_path / "copy")(IDS).logits
+    before, after = model(IDS).logits, load(family, tmp_path / "copy")(IDS).logits
     assert after.shape[-1] == APPENDED.end
     torch.testing.assert_close(after[..., :ROWS], before, atol=1e-5, rtol=1e-5)
     assert not after[..., ROWS:].any()
 
 
-def test_a_router_is_merged_into_rows_that_the_student_did_not_have(family, original, tmp_path):
-    model, router = load(family, original), router_for(original)
+def test_a_router_is_merged_into_rows_that_the_student_did_not_have(family, original, model, tmp_path):
+    router = router_for(original)
     router.merge(original, tmp_path / "merged")
     router.check_student(tmp_path / "merged")
     merged = load(family, tmp_path / "merged")
