@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Protocol
 
 from server.completion import Piece
-from server.teacher.client import Ask
+from server.teacher.ask import Ask, SpelledIds
 from server.teacher.meter import Meter
 from server.teacher.pool import Slot, TeacherPool
 
@@ -38,6 +38,7 @@ class SameTokens:
     def __init__(self, teacher: TeacherPool, choice: "Choice") -> None:
         self._teacher = teacher
         self._choice = choice
+        self._spelled = SpelledIds()
 
     @property
     def reads(self) -> int:
@@ -64,5 +65,6 @@ class SameTokens:
             meter=meter,
             constraint=choice.constraint,
             adapter=choice.adapter,
+            spelled=self._spelled,
         )
         return self._teacher.write(slot, ask, request_id=choice.call_id, deadline=deadline)

@@ -85,6 +85,7 @@ def serving(
     *,
     port: int | None = None,
     flags: Sequence[str] = (),
+    teacher_flags: Sequence[str] = (),
     timeout: float = START_SECONDS,
     watch: Callable[[list[Child]], None] = lambda children: None,
 ) -> Iterator[Serving]:
@@ -95,6 +96,7 @@ def serving(
         logs: a directory for one log file each.
         port: the gateway's; a free one if None.
         flags: further flags of `wheels serve`.
+        teacher_flags: further flags of the teacher's server.
         timeout: longest wait, in seconds.
         watch: called at every poll while waiting.
 
@@ -104,7 +106,7 @@ def serving(
     teacher = f"http://{HOST}:{free_port()}"
     gateway = f"http://{HOST}:{port or free_port()}"
     services = (
-        teacher_service(pair.teacher, teacher, logs),
+        teacher_service(pair.teacher, teacher, logs, flags=teacher_flags),
         gateway_service(pair, teacher, gateway, logs, flags),
     )
     with running(services, timeout=timeout, watch=watch) as (teacher_process, gateway_process):

@@ -7,9 +7,9 @@ import math
 import sys
 import time
 from base64 import b64encode
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -17,24 +17,21 @@ import aiohttp
 import msgspec
 
 from server.completion import Piece
-from server.grammar.constraint import Constraint
 from server.metrics import BREAKER_OPEN, TEACHER_CALL_SECONDS, TEACHER_CALLS
 from server.teacher.adapters import Adapters
+from server.teacher.ask import Ask, Progress
+from server.teacher.body import GENERATE, post
 from server.teacher.breaker import Breaker
-from server.teacher.carried import MOST_BIASES, Screen, carried_biases
-from server.teacher.constrained import constrained, next_ids
+from server.teacher.carried import Screen
+from server.teacher.constrained import constrained
 from server.teacher.errors import TeacherError as TeacherError
 from server.teacher.meter import Meter
 from server.teacher.patience import SPAN as SPAN
 from server.teacher.patience import Patience
 from server.teacher.replies import REFUSALS, Reply, quoted, read_reply, read_usage
 from server.tracing import CallSpan
-from server.vllm_api import SamplingParams
 
 logger = logging.getLogger(__name__)
-
-STREAM_ABOVE = 8
-"""Up to this many tokens a span comes as one JSON body: cheaper on both sides than a stream."""
 
 KEEP_ALIVE = 4
 """Idle connections are dropped after this many seconds, before the teacher does it (vLLM: 5 s)."""
@@ -53,19 +50,6 @@ REPORTED = 64
 
 REFUSED_IN_A_ROW = 8
 """A span ends with an error when the teacher draws an id that cannot stay this often."""
-
-FORWARDED = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "allowed_token_ids",
-    "ignore_eos",
-)
-"""Sampling parameters that vLLM's completions endpoint takes under the same name."""
 
 UNREAD = ("unreachable", "status")
 """What keeps a teacher from reading a prompt, unless it has begun to write."""
@@ -106,173 +90,7 @@ class _Models(msgspec.Struct):
     data: list[_Model]
 
 
-@dataclass(frozen=True)
-class Ask:
-    """What one call asks the teacher for."""
-
-    prompt_ids: Sequence[int]
-    """Prompt and completion so far."""
-    tokens: int
-    """The most that it may write."""
-    params: SamplingParams
-    """The caller's."""
-    written: int = 0
-    """Tokens at the end of ``prompt_ids`` that are the completion's."""
-    min_tokens: int = 0
-    seed: int | None = None
-    end_ids: Sequence[int] = ()
-    """Ids that end a completion of the student, its own end token first; the teacher may have others."""
-    cache_salt: str | None = None
-    meter: Meter = field(default_factory=Meter)
-    """Counts what the span costs, and may bound it."""
-    as_text: bool = False
-    """The ids are the teacher's own; its text is what is wanted, and the call is closed when it is enough."""
-    constraint: Constraint | None = None
-    """Of structured output. It has to be at the end of the prompt, and advances with what is written."""
-    grammar: Mapping[str, Any] = field(default_factory=dict)
-    """Of structured output that is checked elsewhere: fields of the request, for the teacher to keep to."""
-    adapter: str | None = None
-    """The student's LoRA adapter: the teacher uses its own of that name, if it has one."""
-
-    @property
-    def streamed(self) -> bool:
-        """Whether the span is long enough to be streamed, or may end earlier than the teacher knows."""
-        return self.as_text or self.tokens > STREAM_ABOVE or self.reports_all
-
-    @property
-    def reports_all(self) -> bool:
-        """Whether all of a token's log-probabilities are wanted: megabytes for each."""
-        return self.params.logprobs == -1
-
-
-@dataclass
-class _Progress:
-    """What an ask has brought so far."""
-
-    ask: Ask
-    written: list[int] = field(default_factory=list)
-    padded: set[int] = field(default_factory=set)
-    """Ids that the teacher drew and the student does not have."""
-    banned: set[int] = field(default_factory=set)
-    """Ids that the teacher drew for the next token: they end a bad word there, or a grammar refuses them."""
-    refused_in_a_row: int = 0
-    takes_grammar: bool = True
-    """Whether the teacher has not refused the grammar itself."""
-    ended: bool = False
-    """Whether the last piece had an ending."""
-
-    @property
-    def completion(self) -> list[int]:
-        """All that is written."""
-        start = len(self.ask.prompt_ids) - self.ask.written
-        return [*self.ask.prompt_ids[start:], *self.written]
-
-    def tail(self, tokens: int) -> list[int]:
-        """The last ``tokens`` of what is written, or all."""
-        here = self.written[max(0, len(self.written) - tokens) :]
-        before = min(tokens - len(here), self.ask.written)
-        return [*self.ask.prompt_ids[len(self.ask.prompt_ids) - before :], *here]
-
-    @property
-    def tokens_left(self) -> int:
-        """Tokens of the ask that are still to come."""
-        return self.ask.tokens - len(self.written)
-
-    def allowed(self) -> list[int] | None:
-        """What the grammar leaves for the next token, if that one is asked for alone, and they are few."""
-        if self.ask.constraint is None or not (self.banned or self.tokens_left == 1):
-            return None
-        return next_ids(self.ask.constraint, self.ask.params)
-
-    @property
-    def grammar(self) -> dict[str, Any]:
-        """The grammar for a teacher that is asked from its beginning on."""
-        if self.banned or not self.takes_grammar:
-            return {}
-        if self.ask.constraint is None:
-            return {} if self.written else dict(self.ask.grammar)
-        return self.ask.constraint.fields
-
-    def take(self, reply: Reply) -> None:
-        """Count what came."""
-        self.ended = reply.piece.finish_reason is not None
-        if reply.piece.token_ids:
-            self.written += reply.piece.token_ids
-            self.banned.clear()
-            self.refused_in_a_row = 0
-        if reply.padded is not None:
-            self.padded.add(reply.padded)
-        if reply.banned is not None:
-            self.banned.add(reply.banned)
-        self.refused_in_a_row += reply.padded is not None or reply.banned is not None
-
-
-def _body(
-    progress: _Progress, screen: Screen, model: str | None, allowed: Sequence[int] | None = None
-) -> dict[str, Any]:
-    """The request for what is left of an ask, or for its next token, where that is one of ``allowed``."""
-    ask = progress.ask
-    params = ask.params
-    written = progress.written
-    body: dict[str, Any] = {name: getattr(params, name) for name in FORWARDED}
-    tokens = 1 if progress.banned else progress.tokens_left  # a ban holds for the next token
-    min_tokens = max(0, min(ask.min_tokens - len(written), tokens))
-    if allowed is not None:
-        body["allowed_token_ids"] = allowed
-        min_tokens = 0  # an end may be all that the grammar leaves
-    body |= {
-        "model": model,
-        "prompt": [*ask.prompt_ids, *written],
-        "max_tokens": tokens,
-        "min_tokens": min_tokens,
-        "seed": _next_seed(ask.seed, progress),
-        "stream": ask.streamed,
-        "stop_token_ids": _stops(ask, () if min_tokens else screen.charged) or None,
-        "logit_bias": _biases(progress) or None,
-        "bad_words": params.bad_words or None,
-        "cache_salt": ask.cache_salt,
-        "return_token_ids": True,
-        "add_special_tokens": False,
-    }
-    if params.num_logprobs is not None:
-        body |= {"logprobs": params.num_logprobs, "return_tokens_as_token_ids": True}
-        body["logprob_token_ids"] = params.logprob_token_ids
-    if ask.streamed and ask.meter.prices is not None:
-        body["stream_options"] = {"include_usage": True}
-    if allowed is None:
-        body |= progress.grammar
-    return {name: value for name, value in body.items() if value is not None}
-
-
-def _stops(ask: Ask, charged: Collection[int]) -> list[int]:
-    """Where the teacher stops: at what ends the completion, and at what the screen would cut after.
-
-    With `min_tokens` vLLM would not write a stop token at all.
-    """
-    stops = list(ask.params.stop_token_ids or ())
-    ends = () if ask.params.ignore_eos else ask.end_ids
-    stops += [token_id for token_id in ends if token_id not in stops]
-    return stops + sorted(set(charged).difference(stops))
-
-
-def _next_seed(seed: int | None, progress: _Progress) -> int | None:
-    """A second request with the same seed would draw the same id again."""
-    if seed is None:
-        return None
-    refused = len(progress.padded) + len(progress.banned)
-    return (seed + refused * 0x9E3779B1 + len(progress.written)) % 2**63
-
-
-def _biases(progress: _Progress) -> dict[int, float]:
-    """The caller's and those of what is written, less the ids that the teacher must not write."""
-    biases = carried_biases(progress.ask.params, progress.completion)
-    for token_id in sorted(progress.padded):
-        if len(biases) < MOST_BIASES:
-            biases[token_id] = -100.0
-    return biases | dict.fromkeys(progress.banned, -100.0)
-
-
-def _screened(reply: Reply, screen: Screen, progress: _Progress) -> Reply:
+def _screened(reply: Reply, screen: Screen, progress: Progress) -> Reply:
     """A reply as far as it can stay, with the ending that the whole ask has there."""
     ask = progress.ask
     screened = screen.apply(reply.piece, progress.tail(screen.reach))
@@ -326,6 +144,8 @@ class Teacher:
         self.model = model
         self.adapters = Adapters()
         self.max_model_len: int | None = None
+        self.generates = False
+        """Whether it takes and gives token ids alone: much cheaper for it after a long prompt."""
         self.timeout = timeout
         self.span_timeout = span_timeout
         self.breaker = breaker
@@ -371,6 +191,16 @@ class Teacher:
             raise TeacherError("status", f"the teacher at {self.name} serves {served}, not {wanted!r}")
         self.model = wanted
         self.max_model_len = models.data[names.index(wanted)].max_model_len
+        self.generates = await self._takes_token_ids()
+
+    async def _takes_token_ids(self) -> bool:
+        """Whether the server has `GENERATE`: then it misses them in an empty request."""
+        patience = Patience(self.timeout, self.span_timeout)
+        try:
+            async with self._request("POST", GENERATE, patience, {}):
+                return False  # whatever it is, it is not vLLM's
+        except TeacherError as error:
+            return error.refused and "token_ids" in str(error)
 
     async def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The reply to a question that is no completion, such as one to ``/tokenize``.
@@ -486,7 +316,7 @@ class Teacher:
         self, ask: Ask, headers: Mapping[str, str], patience: Patience
     ) -> AsyncGenerator[Piece]:
         """An ask's pieces, of one request or of several."""
-        progress = _Progress(ask)
+        progress = Progress(ask)
         while not progress.ended:
             allowed = progress.allowed()
             stuck = progress.refused_in_a_row >= REFUSED_IN_A_ROW
@@ -507,7 +337,7 @@ class Teacher:
 
     async def _turn(
         self,
-        progress: _Progress,
+        progress: Progress,
         allowed: Sequence[int] | None,
         headers: Mapping[str, str],
         patience: Patience,
@@ -522,7 +352,10 @@ class Teacher:
                     if reply.piece.token_ids or not reply.again:
                         yield reply.piece
         except TeacherError as error:
-            if error.unknown_model and self.adapters.lost(progress.ask.adapter):
+            if error.status == 404 and self.adapters.lost(progress.ask.adapter):
+                progress.ask.meter.failed(reached=False)
+            elif error.status in (403, 404) and self.generates:  # it was started anew without it
+                self.generates = False
                 progress.ask.meter.failed(reached=False)
             elif error.refused and progress.grammar:
                 progress.takes_grammar = False
@@ -531,7 +364,7 @@ class Teacher:
 
     async def _replies(
         self,
-        progress: _Progress,
+        progress: Progress,
         allowed: Sequence[int] | None,
         headers: Mapping[str, str],
         patience: Patience,
@@ -539,13 +372,15 @@ class Teacher:
         """The replies to one request, up to an ending or to where the teacher is to be asked again."""
         ask = progress.ask
         screen = Screen() if ask.as_text else Screen.of(ask.params, progress.completion)
-        body = _body(progress, screen, self.adapters.model_for(ask.adapter, self.model), allowed)
-        longest = LONGEST + ECHOED * len(body["prompt"])
-        room = body["max_tokens"]
+        model = self.adapters.model_for(ask.adapter, self.model)
+        request = post(progress, screen, model, allowed, generates=self.generates)
+        reads = len(ask.prompt_ids) + len(progress.written)
+        longest = LONGEST + ECHOED * reads
+        room = request.tokens
         if ask.reports_all:
             longest += REPORTED * self.vocabulary * room
-        ask.meter.begin(len(body["prompt"]), room)
-        async with self._request("POST", "/v1/completions", patience, body, headers) as response:
+        ask.meter.begin(reads, room)
+        async with self._request("POST", request.path, patience, request.body, headers) as response:
             payloads = self._payloads(response, patience, longest, stream=ask.streamed)
             async with aclosing(payloads):
                 async for payload in payloads:
@@ -609,7 +444,7 @@ class Teacher:
                 detail = (await self._read(response, patience, LONGEST)).decode(errors="replace")
                 message = f"{self.name}{path} answered {response.status}: {quoted(detail)}"
                 refused = response.status in REFUSALS
-                raise TeacherError("status", message, refused=refused, unknown_model=response.status == 404)
+                raise TeacherError("status", message, refused=refused, status=response.status)
             yield response
         finally:
             # Read to the end, the connection goes back to the pool; cut short, this closes it.

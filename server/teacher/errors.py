@@ -30,7 +30,7 @@ class TeacherError(PeerError):
         *,
         refused: bool = False,
         well: bool = False,
-        unknown_model: bool = False,
+        status: int | None = None,
     ) -> None:
         """Describe the failure.
 
@@ -40,13 +40,13 @@ class TeacherError(PeerError):
             message: for the log.
             refused: the teacher would refuse the same call again.
             well: this does not speak against the teacher.
-            unknown_model: the server does not have the model that was asked for.
+            status: what the server answered with, if not 200.
         """
         super().__init__(message)
         self.reason: Reason = reason
         self.refused = refused
         self.well = well or refused
-        self.unknown_model = unknown_model
+        self.status = status
 
     @property
     def explanation(self) -> str:

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from server.completion import Piece
 from server.metrics import TEACHER_RUNNING, TEACHER_UP
-from server.teacher.client import Ask, Teacher
+from server.teacher.ask import Ask
+from server.teacher.client import Teacher
 from server.teacher.crowding import Crowding
 from server.teacher.errors import TeacherError
 

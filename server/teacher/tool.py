@@ -12,8 +12,9 @@ import msgspec
 
 from server.completion import Piece
 from server.original_prompt import OriginalPrompt
+from server.teacher.ask import Ask
 from server.teacher.breaker import Breaker
-from server.teacher.client import LONGEST, PROBE_SECONDS, Ask, Teacher
+from server.teacher.client import LONGEST, PROBE_SECONDS, Teacher
 from server.teacher.completion_text import CompletionText
 from server.teacher.delivery import Delivery
 from server.teacher.errors import TeacherError

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from server.completion import Piece
 from server.original_prompt import OriginalPrompt
 from server.sources import TEACHER
-from server.teacher.client import Ask
+from server.teacher.ask import Ask
 from server.teacher.completion_text import BYTES_OF_A_CHARACTER, CompletionText
 from server.teacher.delivery import Delivery, last_border
 from server.teacher.errors import TeacherError

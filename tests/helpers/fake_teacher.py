@@ -24,6 +24,10 @@ class Server:
         self.models: object = {"data": [{"id": "big", "max_model_len": 512}, {"id": "other"}]}
         self.tokenizer: Any = None
         """What /tokenize and /detokenize answer by."""
+        self.generates = 404
+        """What /inference/v1/generate answers an empty request with: 400 where it is served."""
+        self.missing = "1 validation error: {'type': 'missing', 'loc': 'body.token_ids'}"
+        """How it refuses that request."""
         self.health = 200
         self.health_seconds = 0.0
         self.url = ""
@@ -31,6 +35,7 @@ class Server:
     async def __aenter__(self) -> "Server":
         app = web.Application(client_max_size=2**26)
         app.router.add_post("/v1/completions", self._complete)
+        app.router.add_post("/inference/v1/generate", self._generate)
         app.router.add_get("/v1/models", self._list)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/detokenize", self._detokenize)
@@ -49,6 +54,11 @@ class Server:
         self.connections.add(request.transport.get_extra_info("peername"))
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         return await answer(request)
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        if self.generates == 400 and await request.json():
+            return await self._complete(request)
+        return web.json_response({"error": {"message": self.missing}}, status=self.generates)
 
     async def _list(self, _: web.Request) -> web.Response:
         return web.json_response(self.models)

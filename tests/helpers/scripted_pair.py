@@ -16,8 +16,8 @@ from server.completion import Piece
 from server.engine import Cooperation
 from server.exchange import EXCHANGE, Exchange, Report
 from server.shared_budgets import SharedBudgets
+from server.teacher.ask import Ask
 from server.teacher.breaker import Breaker
-from server.teacher.client import Ask
 from server.teacher.errors import TeacherError
 from server.vllm_api import CompletionOutput, Logprob, RequestOutput, SamplingParams
 from tests.helpers.scripted_student import DELTA, EOS, PROMPT, PROMPT_IDS, ScriptedLLM, cooperator, letter

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from server.completion import Piece
+from server.teacher.ask import Ask
 from server.teacher.breaker import Breaker
-from server.teacher.client import Ask
 from server.teacher.errors import TeacherError
 from server.teacher.pool import TeacherPool
 

@@ -8,8 +8,9 @@ from aiohttp import web
 from prometheus_client import REGISTRY
 
 from server.completion import Piece
+from server.teacher.ask import STREAM_ABOVE, Ask
 from server.teacher.breaker import Breaker
-from server.teacher.client import STREAM_ABOVE, Ask, Teacher
+from server.teacher.client import Teacher
 from server.teacher.errors import TeacherError
 from server.vllm_api import SamplingParams
 from tests.helpers.fake_teacher import Answer, body, stream

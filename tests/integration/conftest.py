@@ -63,9 +63,11 @@ def gateway(stack: Serving, pair: Pair) -> StartGateway:
 
 @pytest.fixture(scope="session")
 def twins(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """Teacher = student, and a gate that asks at random."""
+    """Teacher = student, a gate that asks at random, and a teacher that takes token ids alone."""
     twin = Pair(teacher=pair.student, student=pair.student, router=pair.router)
-    with serving(twin, tmp_path_factory.mktemp("twins"), flags=(*UNHURRIED, "--gate", "random")) as stack:
+    logs = tmp_path_factory.mktemp("twins")
+    flags = (*UNHURRIED, "--gate", "random")
+    with serving(twin, logs, flags=flags, teacher_flags=("--enable-scale-out",)) as stack:
         yield stack
 
 

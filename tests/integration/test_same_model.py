@@ -2,13 +2,33 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import NamedTuple
 
+import httpx
 import pytest
 from openai import AsyncOpenAI
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
 
 from server.local.pair import Pair, Serving
 from tests.helpers.client import chat, openai_client
+
+
+class Requests(NamedTuple):
+    """What the teacher's server has answered, by endpoint."""
+
+    generate: float
+    completions: float
+
+    @classmethod
+    def of(cls, url: str) -> "Requests":
+        found = dict.fromkeys(cls._fields, 0.0)
+        for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
+            for sample in family.samples:
+                endpoint = sample.labels.get("handler", "").rpartition("/")[2]
+                if sample.name == "http_requests_total" and endpoint in found:
+                    found[endpoint] += sample.value
+        return cls(**found)
 
 
 @pytest.fixture
@@ -29,6 +49,18 @@ async def test_token_for_token_at_every_budget(twin_client: AsyncOpenAI, sources
             assert two.usage.completion_tokens == one.usage.completion_tokens
             spans += len(two.teacher["spans"])
     assert spans > 600
+
+
+async def test_the_teacher_is_asked_by_token_ids_alone(
+    twins: Serving, twin_client: AsyncOpenAI, sources: list[str]
+) -> None:
+    """Other calls need the text of tokens: log-probabilities, for one."""
+    before = Requests.of(twins.teacher)
+    for extra in ({}, {"logprobs": True}):
+        reply = await chat(twin_client, sources[0], {"calls": 1, "tokens": 4}, **extra)
+        assert reply.teacher["calls"] == 1
+    now = Requests.of(twins.teacher)
+    assert (now.generate - before.generate, now.completions - before.completions) == (1, 1)
 
 
 COUNTING = {

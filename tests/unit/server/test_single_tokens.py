@@ -26,7 +26,7 @@ from server.exchange import EXCHANGE, Exchange
 from server.gate_processor import NOT_BEFORE, PRICE
 from server.shared_budgets import SharedBudgets
 from server.single_tokens import SingleTokens
-from server.teacher.client import Ask
+from server.teacher.ask import Ask
 from server.teacher.teachers import Teachers
 from server.vllm_api import CompletionOutput, Logprob, RequestOutput, SamplingParams
 from tests.helpers.scripted_student import DELTA, INF, RESERVED, cooperator

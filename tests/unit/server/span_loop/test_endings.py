@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from server.completion import Piece
-from server.teacher.client import Ask
+from server.teacher.ask import Ask
 from server.vllm_api import Logprob, ReasoningMarkers
 from server.written import WRITTEN
 from tests.helpers.scripted_pair import (

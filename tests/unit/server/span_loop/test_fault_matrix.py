@@ -23,8 +23,9 @@ from router.policy import Calibration, Policy
 from server.engine import Cooperation
 from server.exchange import EXCHANGE, Exchange, Report
 from server.shared_budgets import SharedBudgets
+from server.teacher.ask import STREAM_ABOVE
 from server.teacher.breaker import Breaker
-from server.teacher.client import STREAM_ABOVE, Teacher
+from server.teacher.client import Teacher
 from server.teacher.pool import TeacherPool
 from server.teacher.teachers import Teachers
 from server.vllm_api import SamplingParams

@@ -8,8 +8,9 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 
+from server.teacher.ask import Ask
 from server.teacher.breaker import Breaker
-from server.teacher.client import Ask, Teacher
+from server.teacher.client import Teacher
 from server.teacher.errors import TeacherError
 from server.teacher.pool import TeacherPool
 from server.vllm_api import SamplingParams

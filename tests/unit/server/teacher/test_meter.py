@@ -5,8 +5,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from router.money import TokenPrices, TokenUsage, picos
+from server.teacher.ask import Ask
 from server.teacher.breaker import Breaker
-from server.teacher.client import Ask, Teacher
+from server.teacher.client import Teacher
 from server.teacher.errors import TeacherError
 from server.teacher.meter import Meter
 from server.vllm_api import SamplingParams

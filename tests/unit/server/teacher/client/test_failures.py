@@ -9,7 +9,8 @@ from typing import get_args
 import pytest
 from aiohttp import web
 
-from server.teacher.client import STREAM_ABOVE, Teacher
+from server.teacher.ask import STREAM_ABOVE
+from server.teacher.client import Teacher
 from server.teacher.errors import EXPLANATIONS, Reason, TeacherError
 from server.teacher.patience import SPAN
 from tests.helpers.fake_teacher import begin_events, body, choice, event, stream
