@@ -17,8 +17,9 @@ MARKERS = {
     "teacher alone": "D",
     "speculative": "^",
     "cooperation": "o",
+    "cooperation on both cores": "P",
 }
-"""By the first word of a side."""
+"""By what comes first in a side."""
 
 
 def plot(name: str, section: Section, directory: Path) -> list[Path]:
@@ -64,7 +65,7 @@ def _panel(axes: Any, rows: Sequence[Row], column: str) -> None:
             continue
         line = ""
         place: dict[str, Any] = {"xytext": (0, 6)}
-        if kind == "cooperation":
+        if kind.startswith("cooperation"):
             line = "-"
             place = {"xytext": (-3, -5), "ha": "right", "va": "top"}
         x = _numbers(group, column)

@@ -33,9 +33,10 @@ def run(plan: Plan) -> Section:
             rows.append(_row(side, together, plan))
     about = (
         f"{together.rounds} rounds, other examples of the pair in each, greedy; quality over all of them, "
-        f"at {PARALLEL} streams. The teacher: {plan.heavy_size}. Cooperation: student on one core, teacher "
-        "on the other; speculative decoding has both for its one process. Forward passes and positions of "
-        "the teacher for each completion token, the prompt's included."
+        f"at {PARALLEL} streams. The teacher: {plan.heavy_size}. Every side has the same two cores in all. "
+        "*Cooperation*: student on one, teacher on the other. *On both cores*: the teacher has both, the "
+        "student shares one. Speculative decoding has both for its one process. Forward passes and positions "
+        "of the teacher for each completion token, the prompt's included."
     )
     return Section({"points": Table("Quality against speed", rows, about)})
 

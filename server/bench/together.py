@@ -1,7 +1,8 @@
 """One measurement for two sections: all ways to use one pair, in turn, on the same examples.
 
-The teacher is made heavy (`heavy.py`), and every way has both cores: student and teacher one each, or one
-process with two threads.
+The teacher is made heavy (`heavy.py`), and every way has the same two cores in all: student and teacher one
+each; the student one, and the teacher both, so that it has what the student leaves; or one process with two
+threads.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from server.bench.servers import (
     MeasuredServer,
     PairServers,
     Sample,
+    gateway,
     heavies,
     in_turn,
     measure,
@@ -30,6 +32,10 @@ STREAMS = (1, 16)
 STUDENT = "student alone"
 TEACHER = "teacher alone, 1 core"
 WIDE = "teacher alone, 2 cores"
+APART = "cooperation"
+"""Student and teacher have a core each."""
+SHARING = "cooperation on both cores"
+"""The teacher has both cores, and the student shares one with it."""
 READ = "read"
 """The teacher only reads prompts."""
 READ_PROMPT = 256
@@ -52,8 +58,8 @@ class Together:
 
     @property
     def cooperative(self) -> list[str]:
-        """Sides of two models in order of their budgets."""
-        return [side for side in self.samples[STREAMS[0]] if side.startswith("cooperation")]
+        """Sides of two models with a core each, in order of their budgets."""
+        return [side for side in self.samples[STREAMS[0]] if side.startswith(f"{APART}, ")]
 
 
 @dataclass(frozen=True)
@@ -63,20 +69,27 @@ class SideServers:
     pair: PairServers
     alone: dict[str, MeasuredServer]
     """Sides of one server."""
+    together: dict[str, PairServers]
+    """Sides of a teacher and a gateway."""
 
 
 def measured(plan: Plan) -> Together:
     """All sides, measured."""
     pair = plan.once(heavies)
     services: dict[str, Service] = {}
+    gateways: list[Service] = []
     if not plan.quick:
         services[WIDE] = stock(plan.heavy.teacher, plan.work, "teacher-2", BOTH)
+        gateways.append(gateway(plan.heavy, services[WIDE], plan.work, name="gateway-2"))
     for tokens in DRAFTS[1:2] if plan.quick else DRAFTS:
         services[f"speculative, {tokens} drafts"] = _speculative(plan, tokens)
-    with started(list(services.values())) as servers:
+    with started(list(services.values()), gateways) as servers:
         alone = {STUDENT: pair.gateway, TEACHER: pair.teacher}
-        alone.update(zip(services, servers, strict=True))
-        return asyncio.run(_all(SideServers(pair, alone), plan))
+        alone.update(zip(services, servers, strict=False))
+        together = {APART: pair}
+        if gateways:
+            together[SHARING] = PairServers(alone[WIDE], servers[-1])
+        return asyncio.run(_all(SideServers(pair, alone, together), plan))
 
 
 def _speculative(plan: Plan, tokens: int) -> Service:
@@ -109,7 +122,8 @@ def _sides(servers: SideServers, plan: Plan, count: int, streams: int) -> dict[s
     for side, server in servers.alone.items():
         sides[side] = partial(write, server, None)
     sides[READ] = read
-    for budget in BUDGETS[1:2] if plan.quick else BUDGETS:
-        gateway = servers.pair.gateway.with_budget(budget)
-        sides[f"cooperation, {budget:g}"] = partial(write, gateway, servers.pair.teacher)
+    for side, pair in servers.together.items():
+        for budget in BUDGETS[1:2] if plan.quick else BUDGETS:
+            asked = pair.gateway.with_budget(budget)
+            sides[f"{side}, {budget:g}"] = partial(write, asked, pair.teacher)
     return sides

@@ -33,6 +33,16 @@ def test_throughput_is_drawn_against_streams(name: str, table: str, lines: list[
     assert plot(name, Section({table: Table("", lines)}), tmp_path) == [tmp_path / f"{name}.png"]
 
 
+def test_every_way_to_use_a_pair_is_drawn(tmp_path: Path) -> None:
+    """Cooperation on a core each and on shared cores are lines of their own."""
+    sides = ("student alone", "cooperation, 0.1", "cooperation on both cores, 0.1", "speculative, 4 drafts")
+    points = [
+        {"side": side, "exact match": 0.9, "tokens/s, 1": 100.0, "tokens/s, 16": 200.0} for side in sides
+    ]
+    section = Section({"points": Table("", points)})
+    assert plot("speculative", section, tmp_path) == [tmp_path / "speculative.png"]
+
+
 def test_a_section_without_a_picture_writes_none(tmp_path: Path) -> None:
     assert plot("peers", Section({}), tmp_path) == []
     assert list(tmp_path.iterdir()) == []
