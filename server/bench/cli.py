@@ -15,15 +15,24 @@ from typing import Any
 
 import aiohttp
 
-from measuring.examples import load_examples
 from router.errors import WheelsError
 from server.bench.plan import Plan
 from server.bench.results import Section
-from server.local.arguments import EXAMPLES, PAIR_HELP, SHIPPED_PAIR, complete_pair, positive
+from server.local.arguments import EXAMPLES, SHIPPED_PAIR, bare_pair, positive
 from server.local.pair import Pair
 from server.local.processes import ServiceError, exit_at_sigterm
 
-SECTIONS = ("overhead", "cooperation", "speculative", "quality", "capacity", "peers", "gpu-model")
+SECTIONS = (
+    "overhead",
+    "cooperation",
+    "speculative",
+    "quality",
+    "capacity",
+    "peers",
+    "gate",
+    "teacher-call",
+    "gpu-model",
+)
 
 
 def main(argv: list[str]) -> int:
@@ -33,7 +42,7 @@ def main(argv: list[str]) -> int:
         WheelsError: a server did not start, died or refused a request. A note says where its log is.
     """
     options = _parse(argv)
-    pair = complete_pair(options.pair)
+    pair = bare_pair(options.pair)
     exit_at_sigterm()
     work = Path(tempfile.mkdtemp(prefix="wheels-bench-"))
     with _naming_logs(work), ExitStack() as shared:
@@ -60,7 +69,7 @@ def _naming_logs(directory: Path) -> Iterator[None]:
 def _plan(pair: Pair, options: argparse.Namespace, work: Path, shared: ExitStack) -> Plan:
     return Plan(
         pair=pair,
-        examples=load_examples(options.pair / EXAMPLES),
+        examples_file=options.pair / EXAMPLES,
         rounds=options.rounds or (1 if options.quick else 5),
         quick=options.quick,
         work=work,
@@ -98,7 +107,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         nargs="?",
         type=Path,
         default=SHIPPED_PAIR,
-        help=PAIR_HELP,
+        help="directory with teacher/ and student/, and for most sections router/ and examples.jsonl "
+        "(default: the shipped pair)",
     )
     parser.add_argument(
         "--section",

@@ -74,6 +74,17 @@ def deepen(source: Path, target: Path, shape: Deepening | None = None, seed: int
     return _size(weights)
 
 
+def lengthen(source: Path, target: Path, context: int) -> None:
+    """Write a checkpoint to ``target`` that is ``source`` with room for ``context`` tokens.
+
+    Rotary embeddings have no weights. What the model writes there is nonsense, and costs the same.
+    """
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    config["max_position_embeddings"] = context
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 def parameters(checkpoint: Path) -> int:
     """Parameters of a checkpoint in one safetensors file."""
     return _size(load_file(checkpoint / WEIGHTS))

@@ -1,4 +1,4 @@
-"""What the gateway costs when no teacher is asked, compared with vLLM's own server."""
+"""What the gateway costs when no teacher is asked, compared with vLLM's own server; its gate's cost."""
 
 import asyncio
 import json
@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 
+from server.bench import gate
 from server.bench.plan import Plan, synthetic
 from server.bench.results import Columns, Row, Section, Spread, Table, spreads
 from server.bench.servers import (
@@ -23,6 +25,9 @@ from server.local.processes import ServiceError
 STREAMS = (1, 8, 32, 64)
 PROMPT = 24
 LENGTH = 64
+BUDGET = 0.1
+"""At which the gate works too."""
+ASKING = f"gateway, budget {BUDGET:g}"
 # This is vLLM's own client; the console script `vllm bench serve` fails in the CPU build.
 VLLM_BENCH = (
     "from vllm.benchmarks.serve import add_cli_args, main\n"
@@ -60,7 +65,8 @@ def run(plan: Plan) -> Section:
             "Gateway at budget 0 compared with vLLM's own server",
             rows,
             f"Student on one core, prompts of {PROMPT} and completions of {LENGTH} tokens, streamed; "
-            f"{plan.rounds} rounds, sides in alternating order. Ratios are taken round by round.",
+            f"{plan.rounds} rounds, sides in alternating order. Ratios are taken round by round. "
+            "*Gate / step*: CPU time of the gate's decision for as many requests, over a step at budget 0.",
         )
     }
     if not plan.quick:
@@ -76,17 +82,26 @@ def _sides(servers: StudentServers) -> dict[str, MeasuredServer]:
     return {"gateway": servers.gateway, "vLLM": servers.stock}
 
 
+def _step_seconds(samples: Sequence[Sample]) -> float:
+    """Of the engine: between two tokens of a request."""
+    return median(
+        sample.work.decode_seconds / (sample.work.written - sample.work.requests) for sample in samples
+    )
+
+
 async def _all(servers: StudentServers, plan: Plan) -> list[Row]:
     rows: list[Row] = []
     for streams in STREAMS[::2] if plan.quick else STREAMS:
         count = streams * (2 if plan.quick else 6) + (4 if plan.quick else 10)
         sides = {}
-        for name, server in _sides(servers).items():
+        for name, server in {**_sides(servers), ASKING: servers.gateway.with_budget(BUDGET)}.items():
             await _load(server, streams, streams, 0)  # the first steps are slow
             sides[name] = partial(_load, server, streams, count)
         samples = await in_turn(sides, plan.rounds)
+        share = gate.seconds(plan.pair, streams) / _step_seconds(samples["gateway"])
         for name in sides:
-            rows.append(_row(name, streams, samples[name], samples["vLLM"]))
+            row = _row(name, streams, samples[name], samples["vLLM"])
+            rows.append({**row, "gate / step": share if name == ASKING else None})
     return rows
 
 

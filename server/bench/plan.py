@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from measuring.examples import Example
+from measuring.examples import Example, load_examples
 from server.bench.heavy import deepen
 from server.bench.load import BenchRequest
 from server.local.pair import Pair
@@ -28,7 +28,7 @@ class Plan:
     """The pair to measure, how much to measure, and what was made for it."""
 
     pair: Pair
-    examples: Sequence[Example]
+    examples_file: Path
     rounds: int
     quick: bool
     """Less of everything: to see that it works, not to report."""
@@ -40,6 +40,15 @@ class Plan:
     """A Python that has LiteLLM's proxy."""
     _made: dict[Any, Any] = field(default_factory=dict)
     """By the function that made it."""
+
+    @cached_property
+    def examples(self) -> Sequence[Example]:
+        """Of the pair.
+
+        Raises:
+            DataError: there are none.
+        """
+        return load_examples(self.examples_file)
 
     @cached_property
     def _deepened(self) -> Deepened:

@@ -1,6 +1,8 @@
 """Command-line arguments that the demo and the benchmarks share."""
 
 import argparse
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from router.errors import UnusableInput
@@ -33,6 +35,24 @@ def complete_pair(directory: Path) -> Pair:
     missing = pair.missing()
     if not (directory / EXAMPLES).exists():
         missing.append(directory / EXAMPLES)
-    if missing:
-        raise IncompletePair(f"not there: {', '.join(map(str, missing))}")
+    _refuse(missing)
     return pair
+
+
+def bare_pair(directory: Path) -> Pair:
+    """The pair in a directory that may have neither a router nor examples.
+
+    Raises:
+        IncompletePair: a model is missing.
+    """
+    pair = Pair.in_directory(directory)
+    if pair.router is not None and not pair.router.is_dir():
+        pair = replace(pair, router=None)
+    _refuse(pair.missing())
+    return pair
+
+
+def _refuse(missing: Iterable[Path]) -> None:
+    names = ", ".join(map(str, missing))
+    if names:
+        raise IncompletePair(f"not there: {names}")

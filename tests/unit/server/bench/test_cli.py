@@ -9,6 +9,8 @@ import pytest
 import wheels
 from server.bench import cli
 from server.bench.results import Section, Spread, Table, number
+from server.local.arguments import bare_pair
+from server.local.pair import Pair
 
 
 def test_a_section_as_json_and_as_markdown() -> None:
@@ -39,6 +41,14 @@ def test_no_measurement_has_no_spread() -> None:
 def test_a_pair_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert wheels.main(["bench", str(tmp_path), "--quick"]) == 1
     assert str(tmp_path / "teacher") in capsys.readouterr().err
+
+
+def test_a_pair_may_have_neither_router_nor_examples(tmp_path: Path) -> None:
+    for name in ("teacher", "student"):
+        (tmp_path / name).mkdir()
+    assert bare_pair(tmp_path) == Pair(tmp_path / "teacher", tmp_path / "student", None)
+    (tmp_path / "router").mkdir()
+    assert bare_pair(tmp_path).router == tmp_path / "router"
 
 
 def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

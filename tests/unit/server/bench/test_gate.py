@@ -1,0 +1,43 @@
+"""What gates cost over real vocabularies."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from router.gate import GATES, LearnedGate
+from router.gate_names import UNTRAINED_GATE
+from router.reserved import ReservedRows
+from server.bench import gate
+from server.local.pair import Pair
+from tests.helpers.paths import DEMO
+
+
+def test_every_gate_is_a_multiple_of_one_log_softmax() -> None:
+    row = gate._row(32, 49_184, {"log_softmax": 0.002, "amax": 0.0002, "learned": 0.004})
+    assert row["log_softmax, ms"] == 2.0
+    assert (row["rows"], row["vocabulary"]) == (32, 49_184)
+    assert row["amax"] == pytest.approx(0.1)
+    assert row["learned"] == 2.0
+
+
+def test_a_pairs_own_gate_is_timed() -> None:
+    assert gate._gate(Pair.in_directory(DEMO)).reserved == ReservedRows(480)
+    assert isinstance(gate._gate(Pair.in_directory(DEMO)), LearnedGate)
+    assert gate.seconds(Pair.in_directory(DEMO), 4, turns=1) > 0
+
+
+def test_a_pair_without_a_router_has_the_gate_that_the_gateway_takes() -> None:
+    """After the student's 512 rows come the reserved ones."""
+    untrained = gate._gate(replace(Pair.in_directory(DEMO), router=None))
+    assert isinstance(untrained, GATES[UNTRAINED_GATE])
+    assert untrained.reserved.start == 512
+
+
+def test_all_gates_are_timed_on_one_thread() -> None:
+    before = torch.get_num_threads()
+    with gate._one_thread(), torch.inference_mode():
+        assert torch.get_num_threads() == 1
+        best = gate._best(2, 2048, 1)
+    assert set(best) == {"log_softmax", "amax", *GATES}
+    assert torch.get_num_threads() == before
