@@ -110,6 +110,25 @@ def _overhead(pyplot: Any, section: Section) -> Any:
     return _streams(pyplot, _grouped(section.tables["client"].rows, itemgetter("server")))
 
 
+def _teacher_call(pyplot: Any, section: Section) -> Any:
+    """Two lines for each endpoint: the teacher's front end, and the gateway's own time."""
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for endpoint, rows in _grouped(section.tables["calls"].rows, itemgetter("endpoint")).items():
+        x = _numbers(rows, "prefix")
+        for part, line in (("teacher's front end", "-"), ("gateway", "--")):
+            y = _numbers(rows, part)
+            spread = _ranges(rows, part)
+            axes.errorbar(x, y, spread, linestyle=line, marker="o", capsize=3, label=f"{endpoint}: {part}")
+    axes.set(xlabel="tokens of the prefix", ylabel="ms of a call", xscale="log", yscale="log")
+    prefixes = sorted({int(_number(row["prefix"])) for row in section.tables["calls"].rows})
+    axes.set_xticks(prefixes, [f"{prefix:,}" for prefix in prefixes])
+    axes.xaxis.set_minor_formatter(pyplot.NullFormatter())
+    _plain_numbers(pyplot, axes.yaxis)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
 def _gpu_model(pyplot: Any, section: Section) -> Any:
     """One panel for each pair, one line for each way to use it."""
     pairs = _grouped(section.tables["speed"].rows, itemgetter("pair"))
@@ -156,6 +175,7 @@ DRAWN: Mapping[str, Callable[[Any, Section], Any]] = {
     "cooperation": _shares,
     "capacity": _capacity,
     "overhead": _overhead,
+    "teacher-call": _teacher_call,
     "gpu-model": _gpu_model,
 }
 

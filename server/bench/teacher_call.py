@@ -13,7 +13,7 @@ import msgspec
 from server.bench.engine_metrics import EngineWork, Scrape
 from server.bench.heavy import lengthen
 from server.bench.plan import Plan
-from server.bench.results import Columns, Row, Section, Spread, Table, spreads
+from server.bench.results import Columns, Row, Section, Table, spreads
 from server.bench.servers import FIRST, MeasuredServer, in_turn, started, stock
 from server.teacher.ask import Ask, SpelledIds
 from server.teacher.body import COMPLETIONS, GENERATE
@@ -179,13 +179,17 @@ async def _post(
 
 
 def _parts_row(prefix: int, sides: Sequence[Sequence[Calls]]) -> Row:
-    """What each request takes longer than the next one, round by round."""
-    echoed, plain, text, ids = [[1000 * calls.each for calls in side] for side in sides]
-    rounds = range(len(echoed))
+    """What each request takes longer than the one after it, each at its fastest."""
+    echoed, plain, text, ids = map(_fastest, sides)
     return {
         "prefix": prefix,
-        "echo": Spread.from_values(echoed[turn] - plain[turn] for turn in rounds),
-        "text": Spread.from_values(text[turn] - ids[turn] for turn in rounds),
-        "completion": Spread.from_values(echoed),
-        "token ids alone": Spread.from_values(ids),
+        "completion": echoed,
+        "echo": echoed - plain,
+        "text": text - ids,
+        "token ids alone": ids,
     }
+
+
+def _fastest(side: Sequence[Calls]) -> float:
+    """Milliseconds of the fastest call of all rounds."""
+    return 1000 * min(min(calls.seconds) for calls in side)

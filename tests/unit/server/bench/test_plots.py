@@ -43,6 +43,16 @@ def test_every_way_to_use_a_pair_is_drawn(tmp_path: Path) -> None:
     assert plot("speculative", section, tmp_path) == [tmp_path / "speculative.png"]
 
 
+def test_a_teacher_call_is_drawn_by_its_prefix(tmp_path: Path) -> None:
+    calls: list[Row] = []
+    for endpoint in ("completions", "token ids"):
+        for prefix in (100, 1000):
+            parts = {"teacher's front end": Spread(10.0, 9.0, 12.0), "gateway": Spread(1.0, 1.0, 1.0)}
+            calls.append({"prefix": prefix, "endpoint": endpoint, **parts})
+    section = Section({"calls": Table("", calls)})
+    assert plot("teacher-call", section, tmp_path) == [tmp_path / "teacher-call.png"]
+
+
 def test_a_section_without_a_picture_writes_none(tmp_path: Path) -> None:
     assert plot("peers", Section({}), tmp_path) == []
     assert list(tmp_path.iterdir()) == []
