@@ -14,6 +14,7 @@ WheelsError
 │   ├── IncompletePair            a pair's directory that lacks a file
 │   ├── NothingToLearn            a gateway whose prices prompts do not move
 │   ├── HeavyError                a student that the benchmarks cannot deepen
+│   ├── TooLarge                  models that leave a card of the benchmarks no memory
 │   ├── ImportFailed              a model in GGUF format
 │   ├── FetchError                a data set that cannot be made here
 │   └── TrackerError              a tracker that is not installed

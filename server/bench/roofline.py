@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from router.errors import UnusableInput
 from server.bench.cost_model import Traffic
 
 BF16 = 2
@@ -129,7 +130,7 @@ class Machine:
         return free / each if each else math.inf
 
 
-class TooLarge(ValueError):
+class TooLarge(UnusableInput):
     """The models leave no memory for one request."""
 
 

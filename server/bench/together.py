@@ -1,7 +1,7 @@
 """One measurement for two sections: all ways to use one pair, in turn, on the same examples.
 
-The teacher is made heavy (`heavy.py`), and every way has the same two cores in all: student and teacher one
-each; the student one, and the teacher both, so that it has what the student leaves; or one process with two
+The teacher is made heavy (`heavy.py`), and every way has the same two cores in all. Student and teacher have
+one each; or the teacher has both, so that it gets what the student leaves of its own; or one process has two
 threads.
 """
 
