@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from server.bench.heavy import Deepening, HeavyError, deepen, parameters
+from server.bench.heavy import Deepening, HeavyError, deepen, lengthen, parameters
 
 
 @pytest.fixture
@@ -35,6 +35,12 @@ def test_a_deepened_model_has_the_logits_of_its_source(source: Path, tmp_path: P
     assert (config["num_hidden_layers"], config["intermediate_size"]) == (5, 96)
     assert count == parameters(tmp_path / "heavy") > 2 * parameters(source)
     torch.testing.assert_close(logits(tmp_path / "heavy"), logits(source), rtol=1e-5, atol=1e-5)
+
+
+def test_a_lengthened_model_is_its_source_with_more_room(source: Path, tmp_path: Path) -> None:
+    lengthen(source, tmp_path / "long", 80_000)
+    assert json.loads((tmp_path / "long" / "config.json").read_text())["max_position_embeddings"] == 80_000
+    torch.testing.assert_close(logits(tmp_path / "long"), logits(source))
 
 
 def test_its_further_layers_compute(source: Path, tmp_path: Path) -> None:
