@@ -13,7 +13,7 @@ from measuring.examples import sources_of
 from measuring.gateway import GatewayError
 from measuring.trajectories import Trajectory, read_trajectories
 from training.gate_config import GatewayRollouts, RecordedRollouts
-from training.gating.served_calibration import PASSES
+from training.gating.served_calibration import passes_of
 from training.gating.traffic import ROWS, Taught
 from training.gating.traffic_stage import POSITIONS, TrafficStage
 from training.models import parameters
@@ -96,7 +96,7 @@ def work_of(stage: TrafficStage) -> Work:
     rounds = config.rounds if takes_routers else 1
     completions = rounds * config.prompts
     examples = min(config.calibration_examples, len(stage.task.valid())) if takes_routers else 0
-    asked = examples * len(config.budgets) * PASSES
+    asked = examples * passes_of(len(config.budgets))
     return Work(rounds, completions, completions * stage.max_tokens, asked, is_asked_for=True)
 
 

@@ -11,7 +11,7 @@ from server.bench.gpu_model import H100, QWEN_06, QWEN_8
 from server.bench.roofline import Load, Shape, cooperation
 from training.cli import find_recipe
 from training.config import GKDConfig, LoraConfig, PretrainedConfig, load_recipe
-from training.gating.served_calibration import PASSES
+from training.gating.served_calibration import passes_of
 from training.gating.traffic_stage import POSITIONS
 from training.pieces import PIECE
 
@@ -106,7 +106,7 @@ def router_stage() -> Stage:
     recipe = load_recipe(find_recipe("hf-pair"))
     config = recipe.router
     written = recipe.max_tokens * config.prompts * config.rounds
-    asked = recipe.max_tokens * config.calibration_examples * len(config.budgets) * PASSES
+    asked = recipe.max_tokens * config.calibration_examples * passes_of(len(config.budgets))
     read = config.prompts * config.rounds * (PROMPT + recipe.max_tokens)
     student = 2 * (QWEN_06.layer_weights + QWEN_06.matrix)
     teacher = 2 * (QWEN_8.layer_weights + QWEN_8.matrix)

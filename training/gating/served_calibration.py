@@ -3,14 +3,20 @@
 A price is first a quantile of the gate's scores: at the share of positions that a budget needs. The router
 goes to the gateway with these prices, and the gateway answers the prompts under each budget's bucket. Where
 another rate comes out, the share is corrected, and the router goes there again.
+
+A price that spends the whole budget may spend it on trifles. So where replies can be scored, each budget is
+tried at the prices of smaller ones too, as long as that gets no worse. If one is clearly better, it is taken.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from operator import sub
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
@@ -18,12 +24,15 @@ from rich.progress import track
 from torch import Tensor
 
 from measuring.chats import Source
+from training.gating.calibration import ERRORS, TOLERANCE
 from training.gating.duals import asking_share
 from training.loop.progress import console
 from training.running_gateway import RunningGateway
 
 PASSES = 5
-"""Most passes over the prompts for each budget."""
+"""Most passes over the prompts for each budget, in which a price is found that spends it."""
+HIGHER = 4
+"""Most passes at prices of smaller budgets, and so at most this many budgets below."""
 NEAR = 0.1
 """Share of a budget by which the realised rate may miss it, within `LEAST` and `MOST`."""
 LEAST = 0.003
@@ -33,8 +42,28 @@ STEP = 4.0
 
 Points = list[tuple[float, float]]
 """(fraction, price)."""
-Rates = dict[tuple[float, float], float]
-"""What was realised, by budget and price."""
+Qualities = Callable[[list[str]], list[float]]
+"""Of the answers to all prompts, in [0, 1]."""
+
+
+class Found(NamedTuple):
+    """The prices of the budgets; none is above that of a smaller budget."""
+
+    prices: Points
+    spares: Points
+    """Those that spend the whole budget."""
+
+
+class Measured(NamedTuple):
+    """The replies to all prompts at one budget and price."""
+
+    rate: float
+    qualities: list[float]
+    """Of each reply; empty where nothing scores them."""
+
+
+Kept = dict[tuple[float, float], Measured]
+"""By budget and price."""
 
 
 class Pass(NamedTuple):
@@ -96,50 +125,103 @@ class ServedCalibration:
     ask_tokens: int
     scores: Tensor
     """(N,) of the gate."""
-    put: Callable[[Points], None]
+    put: Callable[[Found], None]
     """Hands the router over with these prices."""
     file: Path
     """Of the passes so far: a stopped run goes on after the last one."""
+    qualities: Qualities | None = None
+    """Scores replies; None: prices are chosen by the rate alone."""
 
-    def found(self) -> Points:
-        """(budget, price), prices not rising; the gateway serves with them.
+    def found(self) -> Found:
+        """The gateway serves with the prices.
 
         Raises:
             GatewayError: the gateway cannot be used.
         """
+        kept = self._kept()
+        spending = self._spending(kept)
+        chosen = spending if self.qualities is None else self._better(spending, kept)
+        prices = list(zip(self.budgets, chosen, strict=True))
+        found = Found(prices, list(zip(self.budgets, spending, strict=True)))
+        self.put(found)
+        for budget, price in prices:
+            measured = kept.get((budget, price))
+            rate = "" if measured is None else f", rate {measured.rate:.3f}"
+            console.print(f"router: budget {budget:g} has price {price:.4g}{rate}")
+        return found
+
+    def _spending(self, kept: Kept) -> list[float]:
+        """The prices that spend the budgets."""
         searches = []
         for budget in self.budgets:
             searches.append(Search(budget, asking_share(budget, self.ask_tokens)))
-        kept = self._kept()
         for number in range(1, PASSES + 1):
             prices = self._prices(searches)
             waiting = [search for search in searches if not search.is_settled]
             if not waiting:
                 break
-            if any((search.budget, prices[search.budget]) not in kept for search in waiting):
-                self.put(list(prices.items()))
-            for search in track(waiting, f"router: prices, pass {number}", console=console):
-                price = prices[search.budget]
-                asked = (search.budget, price)
-                if asked not in kept:
-                    kept[asked] = self._measured(search.budget, price)
-                    self._keep(kept)
-                search.saw(Pass(self._share_above(price), price, kept[asked]))
-        found = self._prices(searches)
-        self.put(list(found.items()))
-        for search in searches:
-            console.print(
-                f"router: budget {search.budget:g} has price {found[search.budget]:.4g}, "
-                f"rate {search.best.rate:.3f}"
+            self._measure(
+                [search.budget for search in waiting], prices, kept, f"router: prices, pass {number}"
             )
-        return list(found.items())
+            for search in waiting:
+                price = prices[search.budget]
+                search.saw(Pass(self._share_above(price), price, kept[search.budget, price].rate))
+        return list(self._prices(searches).values())
+
+    def _better(self, spending: Sequence[float], kept: Kept) -> list[float]:
+        """For each budget its own price, or a higher one that is clearly better."""
+        least = TOLERANCE * self._gap(kept)
+        best = list(spending)
+        self._measure(self.budgets, self._by_budget(spending), kept, "router: found prices")
+        going = list(range(len(spending)))
+        for step in range(1, HIGHER + 1):
+            going = [number for number in going if number >= step]
+            shifted = [spending[max(number - step, 0)] for number in range(len(spending))]
+            budgets = [self.budgets[number] for number in going]
+            self._measure(budgets, self._by_budget(shifted), kept, f"router: higher prices, step {step}")
+            for number in list(going):
+                budget = self.budgets[number]
+                before = fmean(kept[budget, best[number]].qualities)
+                if fmean(kept[budget, shifted[number]].qualities) < before:
+                    going.remove(number)
+                else:
+                    best[number] = shifted[number]
+        chosen = []
+        for budget, own, price in zip(self.budgets, spending, best, strict=True):
+            gains = list(map(sub, kept[budget, price].qualities, kept[budget, own].qualities))
+            clearly = fmean(gains) > max(least, ERRORS * standard_error(gains))
+            chosen.append(price if clearly else own)
+        return list(accumulate(chosen, min))
+
+    def _gap(self, kept: Kept) -> float:
+        """Between student and teacher alone, by their mean qualities; 1 if there is none."""
+        for end in (0.0, 1.0):
+            if (end, 0.0) not in kept:
+                kept[end, 0.0] = self._answered(end)
+                self._keep(kept)
+        gap = fmean(kept[1.0, 0.0].qualities) - fmean(kept[0.0, 0.0].qualities)
+        return gap if gap > 0 else 1.0
+
+    def _measure(self, budgets: Sequence[float], prices: dict[float, float], kept: Kept, name: str) -> None:
+        """All prompts at these of the budgets, as far as it is not kept."""
+        missing = [budget for budget in budgets if (budget, prices[budget]) not in kept]
+        if not missing:
+            return
+        points = list(prices.items())
+        self.put(Found(points, points))
+        for budget in track(missing, name, console=console):
+            kept[budget, prices[budget]] = self._answered(budget)
+            self._keep(kept)
 
     def _prices(self, searches: Sequence[Search]) -> dict[float, float]:
         """By budget: what was found, else what is tried next; none is above that of a smaller budget."""
         prices = []
         for search in searches:
             prices.append(search.best.price if search.is_settled else self._price_at(search.share))
-        return dict(zip(self.budgets, accumulate(prices, min), strict=True))
+        return self._by_budget(list(accumulate(prices, min)))
+
+    def _by_budget(self, prices: Sequence[float]) -> dict[float, float]:
+        return dict(zip(self.budgets, prices, strict=True))
 
     def _price_at(self, share: float) -> float:
         return torch.quantile(self.scores.double(), 1 - share).item()
@@ -147,20 +229,36 @@ class ServedCalibration:
     def _share_above(self, price: float) -> float:
         return (self.scores.double() > price).double().mean().item()
 
-    def _measured(self, budget: float, price: float) -> float:
-        """The rate of all prompts."""
+    def _answered(self, budget: float) -> Measured:
+        """All prompts, at the price that the gateway has."""
         replies = self.gateway.replies(self.sources, budget)
         teacher_tokens = sum(reply.teacher_tokens for reply in replies)
-        return teacher_tokens / sum(len(reply.token_ids) for reply in replies)
+        rate = teacher_tokens / sum(len(reply.token_ids) for reply in replies)
+        return Measured(
+            rate, [] if self.qualities is None else self.qualities([reply.text for reply in replies])
+        )
 
-    def _kept(self) -> Rates:
+    def _kept(self) -> Kept:
         if not self.file.exists():
             return {}
-        return {(budget, price): rate for budget, price, rate in json.loads(self.file.read_text())}
+        rows = json.loads(self.file.read_text())
+        return {(budget, price): Measured(rate, qualities) for budget, price, rate, qualities in rows}
 
-    def _keep(self, rates: Rates) -> None:
+    def _keep(self, kept: Kept) -> None:
         """Whole or not at all."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         scratch = self.file.with_suffix(".tmp")
-        scratch.write_text(json.dumps([[*asked, rate] for asked, rate in rates.items()]))
+        scratch.write_text(json.dumps([[*asked, *measured] for asked, measured in kept.items()]))
         os.replace(scratch, self.file)
+
+
+def standard_error(differences: Sequence[float]) -> float:
+    """Of their mean; inf of one, which tells nothing about others."""
+    if len(differences) < 2:
+        return math.inf
+    return stdev(differences) / math.sqrt(len(differences))
+
+
+def passes_of(budgets: int) -> int:
+    """Most passes over all prompts for this many budgets: also those of student and teacher alone."""
+    return budgets * (PASSES + HIGHER) + 2

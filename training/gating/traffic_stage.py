@@ -34,7 +34,7 @@ from training.gating.head import Head
 from training.gating.lessons import Lessons
 from training.gating.room import Room
 from training.gating.rounds import LEARNED, RECENT, correlation
-from training.gating.served_calibration import Points, ServedCalibration
+from training.gating.served_calibration import Found, Points, ServedCalibration
 from training.gating.traffic import HELD_OUT, Taught, TrafficReader
 from training.loop.progress import console
 from training.models import load_with_rows, reserved_rows
@@ -114,11 +114,12 @@ class TrafficStage:
             taught.append(self.reader.taught(new, POSITIONS // len(rounds)))
             head = self.fitted(Taught.join(taught))
             scores = head.scores(taught[-1].lessons.states[-RECENT:])
-            router = with_prices(self.checkpoint(head, trajectories), self._first_prices(scores))
+            first = self._first_prices(scores)
+            router = with_prices(self.checkpoint(head, trajectories), first, first)
         self.report(Taught.join(taught).lessons)
         assert router is not None  # there is at least one round
         if rollouts.router is None:
-            return with_prices(router, [])
+            return with_prices(router, [], [])
         return self.calibrated(gateway, router, rollouts.router, scores, work)
 
     def gateway(self, rollouts: GatewayRollouts) -> RunningGateway:
@@ -139,9 +140,13 @@ class TrafficStage:
         """
         examples = self._room.kept(self.task.valid()[: self.config.calibration_examples], "validation")
 
-        def put(points: Points) -> None:
-            gateway.take(with_prices(router, points), directory)
+        def put(found: Found) -> None:
+            gateway.take(with_prices(router, *found), directory)
 
+        def qualities(answers: list[str]) -> list[float]:
+            return self.task.score(examples, answers).quality
+
+        scored = self.task.has_references or "judge" in self.task.options
         found = ServedCalibration(
             gateway,
             sources_of(examples),
@@ -149,9 +154,10 @@ class TrafficStage:
             self.config.ask_tokens,
             scores,
             put,
-            work / "prices" / f"{with_prices(router, []).digest()[:16]}-{len(examples)}.json",
+            work / "prices" / f"{with_prices(router, [], []).digest()[:16]}-{len(examples)}.json",
+            qualities if scored else None,
         ).found()
-        return with_prices(router, found)
+        return with_prices(router, *found)
 
     def sources(self, rollouts: GatewayRollouts) -> list[list[Source]]:
         """Of each round. A gateway that keeps its gate writes one."""
@@ -269,12 +275,10 @@ class TrafficStage:
         return Room.of(self.tokenizer, models, self.max_tokens)
 
 
-def with_prices(router: RouterCheckpoint, points: Points) -> RouterCheckpoint:
-    """With this calibration of the learned gate; none where there are no points.
-
-    A price that was found by the rate alone spends the whole fraction: it is the spare price as well.
-    """
-    calibration = {LEARNED: points} if points else {}
+def with_prices(router: RouterCheckpoint, prices: Points, spares: Points) -> RouterCheckpoint:
+    """With this calibration of the learned gate; none where there are no prices."""
+    calibration = {LEARNED: prices} if prices else {}
+    spare = {LEARNED: spares} if spares else {}
     return replace(
-        router, config=router.config.model_copy(update={"calibration": calibration, "spare": calibration})
+        router, config=router.config.model_copy(update={"calibration": calibration, "spare": spare})
     )

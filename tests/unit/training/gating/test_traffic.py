@@ -225,27 +225,57 @@ def test_a_gateway_of_another_student_is_refused(tmp_path):
         asked(TakingGateway(tokenizer_of_numbers(), longer=1), tmp_path / "asked.jsonl", prompts=3)
 
 
-def calibration(gateway, router, budgets, file):
+def calibration(gateway, router, budgets, file, qualities=None):
     """Of a gate whose positions score .1 to 1, in the gateway as here."""
 
-    def put(points):
-        gateway.running().take(with_prices(router, points), gateway.directory)
+    def put(found):
+        gateway.running().take(with_prices(router, *found), gateway.directory)
 
     scores = torch.arange(1, 11) / 10
-    return ServedCalibration(gateway.running(), ["one", "two"], budgets, 1, scores, put, file)
+    running = gateway.running()
+    return ServedCalibration(running, ["one", "two"], budgets, 1, scores, put, file, qualities)
 
 
 def test_prices_are_corrected_by_what_they_realise(tmp_path, router):
     """A bucket holds back two tokens of ten, so a rate of .3 needs five positions above the price."""
     gateway = TakingGateway(tokenizer_of_numbers(), directory=tmp_path / "router")
-    found = dict(calibration(gateway, router, (0.3, 0.6), tmp_path / "prices.json").found())
-    assert 0.5 <= found[0.3] < 0.6
-    assert 0.2 <= found[0.6] < 0.3
-    assert dict(gateway.router().calibration().points) == found
-    assert dict(gateway.router().spare().points) == found
+    found = calibration(gateway, router, (0.3, 0.6), tmp_path / "prices.json").found()
+    prices = dict(found.prices)
+    assert 0.5 <= prices[0.3] < 0.6
+    assert 0.2 <= prices[0.6] < 0.3
+    assert found.spares == found.prices
+    assert dict(gateway.router().calibration().points) == prices
+    assert dict(gateway.router().spare().points) == prices
     asked = len(gateway.asked)
-    assert dict(calibration(gateway, router, (0.3, 0.6), tmp_path / "prices.json").found()) == found
+    assert calibration(gateway, router, (0.3, 0.6), tmp_path / "prices.json").found() == found
     assert len(gateway.asked) == asked, "what was measured is not asked for again"
+
+
+@pytest.mark.parametrize(
+    ("worth", "best"),
+    [
+        ({0.1: 0.8, 0.2: 0.9, 0.4: 0.5}, {0.1: 0.1, 0.2: 0.2, 0.4: 0.2}),
+        ({0.1: 0.8, 0.2: 0.7, 0.4: 0.5}, {0.1: 0.1, 0.2: 0.1, 0.4: 0.1}),
+        ({0.1: 0.79, 0.2: 0.8, 0.4: 0.8}, {0.1: 0.1, 0.2: 0.2, 0.4: 0.4}),
+        ({0.1: 0.51, 0.2: 0.505, 0.4: 0.5}, {0.1: 0.1, 0.2: 0.2, 0.4: 0.4}),
+    ],
+)
+def test_a_budget_is_not_spent_where_that_makes_replies_worse(tmp_path, router, worth, best):
+    """Replies are worth this by the price that spends that much. The last is no clear difference."""
+    gateway = TakingGateway(tokenizer_of_numbers(), directory=tmp_path / "router")
+
+    def qualities(answers):
+        if gateway.asked[-1][1] in (0.0, 1.0):
+            return [gateway.asked[-1][1]] * 2  # student and teacher alone
+        price = gateway.router().calibration().price(gateway.asked[-1][1])
+        spent = (sum(place / 10 > price for place in range(1, 11)) - 2) / 10
+        return [worth.get(round(spent, 1), 0.0)] * len(answers)
+
+    file = tmp_path / "prices.json"
+    found = calibration(gateway, router, (0.1, 0.2, 0.4), file, qualities).found()
+    spares = dict(found.spares)
+    assert dict(found.prices) == {budget: spares[like] for budget, like in best.items()}
+    assert dict(gateway.router().spare().points) == spares
 
 
 def test_a_gateway_that_does_not_take_the_router_is_named(tmp_path, router):
