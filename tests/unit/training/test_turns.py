@@ -80,12 +80,18 @@ def test_turns_are_for_one_process(recipe, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("override", "problem"),
+    ("overrides", "problem"),
     [
-        ("teacher={url: 'http://127.0.0.1:9'}", "turns: method joint needs the teacher in process"),
-        ("router.rollouts={type: recorded, directory: x}", "turns: for rollouts in_process"),
+        (["teacher={url: 'http://127.0.0.1:9'}"], "turns: method joint needs the teacher in process"),
+        (
+            [
+                "router={span_tokens: 2, ask_tokens: 1, gain: {type: regret}}",
+                "router.rollouts={type: recorded, directory: x}",
+            ],
+            "turns: for rollouts in_process",
+        ),
     ],
 )
-def test_turns_need_both_models_here(recipe, capsys, override, problem):
-    assert train([str(recipe), override]) != 0
+def test_turns_need_both_models_here(recipe, capsys, overrides, problem):
+    assert train([str(recipe), *overrides]) != 0
     assert problem in capsys.readouterr().err
