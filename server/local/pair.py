@@ -17,7 +17,7 @@ HOST = "127.0.0.1"
 # vLLM's own console script fails in its CPU build; this is what it would run.
 STOCK_SERVER = (sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry")
 GATEWAY = (sys.executable, "-m", "wheels", "serve")
-START_SECONDS = 300.0
+START_SECONDS = 600.0
 SERVER_PORTS = range(16_384, 32_768)
 """Linux gives the ports from 32768 on to outgoing connections."""
 

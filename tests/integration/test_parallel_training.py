@@ -10,8 +10,11 @@ import torch
 
 from server.local.pair import free_port
 from tests.helpers import parallel_worker
+from tests.helpers.client import PATIENCE
 from tests.helpers.numbers import tokenizer_of_numbers
 from training.models import new_model
+
+torch.set_num_threads(1)  # as the two: sums in another order would differ
 
 
 def curve(directory):
@@ -33,7 +36,7 @@ def test_two_processes_follow_the_curve_of_one_through_a_kill(tmp_path, monkeypa
     for process in two:
         process.start()
     for process in two:
-        process.join(100)
+        process.join(PATIENCE)
     assert [process.exitcode for process in two] == [0, 0]
     expected, got = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert [step for step, *_ in got] == [1, 2, 3, 4, 5, 6]
