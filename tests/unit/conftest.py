@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import signal
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -38,6 +39,13 @@ def _one_clock(request: pytest.FixtureRequest) -> None:
     """In steady time, what asks the system for the time gets the loop's."""
     if request.node.get_closest_marker("steady_time") is not None:
         request.getfixturevalue("monkeypatch").setattr(time, "monotonic", lambda: SteadyClock.now)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_arrives() -> None:
+    """Also where a shell started the tests in the background: what it starts there ignores SIGINT."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
