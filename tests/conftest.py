@@ -1,13 +1,11 @@
 """By the place of this file, what lies next to it can be imported by every test."""
 
 import gc
-import logging
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.log_lines import LogLines
 from tests.helpers.redis_server import RedisServer
 
 
@@ -20,15 +18,6 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-@pytest.fixture
-def caplog() -> Iterator[LogLines]:
-    """In place of pytest's own, whose plugin goes through a thousand loggers six times in each test."""
-    lines = LogLines()
-    logging.getLogger().addHandler(lines)
-    yield lines
-    logging.getLogger().removeHandler(lines)
 
 
 @pytest.fixture

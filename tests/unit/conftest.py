@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 settings.register_profile("unit", derandomize=True, deadline=None, database=None)
 settings.load_profile("unit")
 
-LEVELS = {logging.root: logging.WARNING} | {
-    logging.getLogger(name): logging.INFO for name in ("server", "router", "training", "measuring")
-}
-"""The loggers that tests read, and their levels."""
-
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Tests marked `steady_time` get its loop, others Python's."""
@@ -58,13 +53,12 @@ def _a_worker_has_one_core() -> None:
 @pytest.fixture(autouse=True)
 def _lines_of_every_logger_arrive() -> None:
     """Undo what an earlier test did to logging, or a library that it imported: one sets the root to ERROR."""
-    if logging.root.manager.disable:
-        logging.disable(logging.NOTSET)
-    for logger, level in LEVELS.items():
-        if logger.level != level:  # to set one makes every logger look anew for its own
-            logger.setLevel(level)
-        if logger is not logging.root:
-            logger.handlers.clear()
+    logging.disable(logging.NOTSET)
+    logging.getLogger().setLevel(logging.WARNING)
+    for name in ("server", "router", "training", "measuring"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.setLevel(logging.INFO)
         logger.propagate = True
         logger.disabled = False
 

@@ -17,7 +17,6 @@ from server.teacher.client import Teacher
 from server.teacher.errors import TeacherError
 from server.teacher.vocabulary import SameVocabulary
 from tests.helpers.fake_teacher import Server
-from tests.helpers.log_lines import LogLines
 
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
 TEXTS = ["the lazy dog and the quick brown fox", "über die Straße, naïve façade", "你好世界 привет мир 🙂🙃"]
@@ -217,7 +216,7 @@ async def test_a_server_may_have_other_rows() -> None:
 
 @pytest.mark.parametrize("change", OTHER_WAYS, ids=lambda change: change.__name__)
 async def test_a_server_that_splits_text_otherwise_is_taken_with_a_warning(
-    change: Callable[[dict[str, Any]], None], caplog: LogLines
+    change: Callable[[dict[str, Any]], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     """A base model and its chat model, say, of which one puts a token in front of texts."""
     assert await refusal(tokenizer(change)) is None

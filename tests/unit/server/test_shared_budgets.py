@@ -19,7 +19,6 @@ from router.money import TokenPrices, picos
 from router.policy import Calibration
 from server.shared_budgets import Draw, SharedBudgets, charge_of
 from server.tenants import Tenant, hash_key
-from tests.helpers.log_lines import LogLines
 
 pytestmark = pytest.mark.steady_time
 
@@ -275,7 +274,7 @@ async def test_settlements_survive_their_request(prices: PriceController, tenant
 
 
 async def test_a_failed_settlement_is_logged(
-    prices: PriceController, tenant: Tenant, caplog: LogLines
+    prices: PriceController, tenant: Tenant, caplog: pytest.LogCaptureFixture
 ) -> None:
     ledger = SlowLedger()
     ledger.fails = True

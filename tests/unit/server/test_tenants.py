@@ -19,7 +19,6 @@ from server.http.budgets import view
 from server.http.ratelimit import duration, headers, retry_after
 from server.tenants import BudgetRefused, Resolved, Tenant, Tenants, hash_key
 from tests.helpers.ledger_machine import Clock
-from tests.helpers.log_lines import LogLines
 
 LIMIT = {"type": "tokens", "tokens": 100, "window_seconds": 60}
 SERVER_DEFAULT = Budget(fraction=0.1)
@@ -127,7 +126,7 @@ async def until(condition: Callable[[], bool]) -> None:
     raise AssertionError("it never came true")
 
 
-async def test_watch(tmp_path: Path, caplog: LogLines) -> None:
+async def test_watch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "tenants.yaml"
     write(path, entry("acme", "old"))
     tenants = Tenants(str(path))
@@ -149,7 +148,9 @@ async def test_watch(tmp_path: Path, caplog: LogLines) -> None:
     [b"tenants: [{name: \xff\xfe}]", b"tenants: 2024-13-45", b"[", b"[" * 5000, b"tenants: 5", b"\0"],
     ids=["not UTF-8", "no date", "no end", "deep", "a number", "no text"],
 )
-async def test_no_file_ends_the_watch(tmp_path: Path, caplog: LogLines, content: bytes) -> None:
+async def test_no_file_ends_the_watch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
     path = tmp_path / "tenants.yaml"
     write(path, entry("acme", "old"))
     tenants = Tenants(str(path))

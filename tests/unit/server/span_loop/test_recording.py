@@ -1,5 +1,6 @@
 """`--record`: what both models wrote is kept, and nothing goes wrong because of it."""
 
+import logging
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,6 @@ import pytest
 from measuring.json_lines import DataError
 from measuring.trajectories import Trajectory, read_trajectories
 from server.recorder import Recorder
-from tests.helpers.log_lines import LogLines
 from tests.helpers.scripted_pair import write
 from tests.helpers.scripted_student import FINAL_ONLY, PROMPT_IDS
 
@@ -60,19 +60,23 @@ async def test_about_a_share_of_the_completions_is_kept(pair, tmp_path: Path) ->
     assert 4 < len(list(read_trajectories(tmp_path))) < 40  # of 80, a quarter
 
 
-async def test_a_full_file_is_reported_once_and_harms_nobody(pair, tmp_path: Path, caplog: LogLines) -> None:
+async def test_a_full_file_is_reported_once_and_harms_nobody(
+    pair, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     engine, _ = pair()
     record(engine, tmp_path, max_bytes=200)
-    for _ in range(9):
-        assert (await write(engine, 0.5, max_tokens=10)).text() == "abcdefghij"
+    with caplog.at_level(logging.WARNING):
+        for _ in range(9):
+            assert (await write(engine, 0.5, max_tokens=10)).text() == "abcdefghij"
     assert len([text for text in caplog.messages if "it is full" in text]) == 1
     assert 0 < len(list(read_trajectories(tmp_path))) < 9
 
 
-async def test_a_disk_that_fails_harms_nobody(pair, tmp_path: Path, caplog: LogLines) -> None:
+async def test_a_disk_that_fails_harms_nobody(pair, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     engine, _ = pair()
     record(engine, tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    for _ in range(3):
-        assert (await write(engine, 0.5, max_tokens=3)).text() == "abc"
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert (await write(engine, 0.5, max_tokens=3)).text() == "abc"
     assert len([text for text in caplog.messages if "No such file" in text]) == 1

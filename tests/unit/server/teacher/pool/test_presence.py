@@ -7,7 +7,6 @@ from prometheus_client import REGISTRY
 
 from server.teacher.errors import TeacherError
 from server.teacher.pool import TeacherPool
-from tests.helpers.log_lines import LogLines
 from tests.helpers.scripted_replicas import DOWN, KEYS, Replica, pool_of, refusal, teachers, where
 
 pytestmark = pytest.mark.steady_time
@@ -125,7 +124,7 @@ async def test_calls_under_way_are_counted_by_replica():
     assert REGISTRY.get_sample_value(*running) == 0
 
 
-async def test_who_stays_out_is_not_healthy_and_is_told_of_once(caplog: LogLines):
+async def test_who_stays_out_is_not_healthy_and_is_told_of_once(caplog: pytest.LogCaptureFixture):
     pool = await pool_of(1)
     (replica,) = pool.replicas
     replica.teacher.vocabulary = "another"
