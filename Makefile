@@ -91,7 +91,7 @@ lint: setup  ## Style, format and types
 # As many processes as cores, but no more than four: each first imports torch and vLLM.
 WORKERS := -n logical --maxprocesses 4
 
-unit: packages setup  ## Unit tests: a minute and a half, no engine
+unit: packages setup  ## Unit tests: about a minute, no engine
 	$(BIN)/pytest tests/unit tests/deploy $(WORKERS) --dist worksteal $(ARGS)
 
 coverage: packages setup  ## Which lines the unit tests run: build/coverage/index.html
