@@ -27,7 +27,7 @@ def run(tokenizer, directory, *, kill_at=None):
     config = PCLConfig(type="pcl", on_policy=0.5)
     method = PCL(config, len(tokenizer), teacher, tokenizer.eos_token_id)
     schedule = Schedule(
-        steps=6, batch=8, accumulate=2, learning_rate=1e-2, warmup=2, checkpoint_every=2, log_every=1
+        steps=6, batch=8, accumulate=2, learning_rate=3e-3, warmup=2, checkpoint_every=2, log_every=1
     )
     batches = Demonstrations(make_task("numbers"), tokenizer, schedule.batch, seed=0)
     train(model, killing(method.loss, kill_at), batches, schedule, directory, prepare=method.prepare, seed=0)

@@ -41,8 +41,8 @@ def test_two_processes_follow_the_curve_of_one_through_a_kill(tmp_path, monkeypa
     expected, got = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert [step for step, *_ in got] == [1, 2, 3, 4, 5, 6]
     for a, b in zip(got, expected, strict=True):
-        assert a == pytest.approx(b, rel=1e-2)  # Muon orthogonalises in bfloat16
+        assert a == pytest.approx(b, rel=1e-3)  # Muon orthogonalises in bfloat16
     weights = torch.load(tmp_path / "two" / "weights.pt")
     start = new_model(parallel_worker.SHAPE, tokenizer, 0).state_dict()
     for name, tensor in one.state_dict().items():  # AdamW blows rounding errors of tiny gradients up
-        assert (weights[name] - tensor).norm() <= 0.2 * (tensor - start[name]).norm(), name
+        assert (weights[name] - tensor).norm() <= 0.1 * (tensor - start[name]).norm(), name
