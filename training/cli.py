@@ -16,7 +16,7 @@ from training.evaluation.report import METHODS, evaluate_pair, gateway_report, j
 from training.hub import check_hub, push
 from training.pipeline import run, task_of
 from training.running_gateway import RunningGateway
-from training.turns import take_turns
+from training.turns import take_turns, turns_of
 from training.workspace import STAGES, Stage
 
 TURNS = "turns"
@@ -76,8 +76,8 @@ def train(argv: list[str]) -> int:
     transformers.utils.logging.disable_progress_bar()
     recipe = load_recipe(find_recipe(args.recipe), args.overrides)
     wanted = args.stage or [*STAGES, *([TURNS] if recipe.turns is not None else [])]
-    if TURNS in wanted and recipe.turns is None:
-        raise RecipeError("--stage turns: the recipe has no turns")
+    if TURNS in wanted:
+        turns_of(recipe)  # before anything is trained
     stages = tuple(stage for stage in STAGES if stage in wanted)
     if args.dry_run:
         dry_run(recipe, stages)

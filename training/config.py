@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from router.errors import UnusableInput
+from router.problems import problems
 from training.gate_config import GateConfig, InProcessRollouts
 from training.settings import BudgetPrompt, Frozen, Rate
 
@@ -498,7 +499,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(f"{path}: {'; '.join(map(_problem, error.errors()))}") from error
+        raise RecipeError(f"{path}: {problems(error)}") from error
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -530,10 +531,3 @@ def _yaml(text: str) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from error
-
-
-def _problem(entry: Any) -> str:
-    """One of pydantic's errors, with the key that it is about."""
-    key = ".".join(map(str, entry["loc"]))
-    problem = entry["msg"].removeprefix("Value error, ")
-    return f"{key}: {problem}" if key else problem

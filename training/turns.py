@@ -4,7 +4,6 @@ In a turn the student learns where its gate does not ask, then a new gate learns
 recipe of its own, made of the one before. Turns end with the first one that is no better on validation data.
 """
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from training.config import JointConfig, PretrainedConfig, Recipe, RecipeError, TurnsConfig
 from training.evaluation.report import Evaluation
 from training.export import remove
+from training.gating.calibration import standard_error
 from training.pipeline import run, task_of
 
 
@@ -35,8 +35,7 @@ class Turn:
     def is_better(self, other: "Turn") -> bool:
         """By more than one standard error of the examples' differences."""
         gains = self.qualities - other.qualities
-        noise = gains.std().item() / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
-        return gains.mean().item() > noise
+        return gains.mean().item() > standard_error(gains)
 
 
 def take_turns(recipe: Recipe, restart: bool = False) -> Path:
@@ -50,14 +49,10 @@ def take_turns(recipe: Recipe, restart: bool = False) -> Path:
         The directory of the best pair: the recipe's `output`, or that with the number of a turn.
 
     Raises:
-        RecipeError: the recipe has no turns, or there are several processes.
+        RecipeError: as `turns_of` does.
         Stopped: as `pipeline.run` does.
     """
-    turns = recipe.turns
-    if turns is None:
-        raise RecipeError("turns: the recipe has none")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError("turns: a router is trained by one process, so start without torchrun")
+    turns = turns_of(recipe)
     if restart:
         for number in range(1, turns.most + 1):
             remove(output_of(recipe, number))
@@ -77,10 +72,20 @@ def take_turns(recipe: Recipe, restart: bool = False) -> Path:
     return best.pair
 
 
+def turns_of(recipe: Recipe) -> TurnsConfig:
+    """Raises RecipeError where there can be none: the recipe has none, or there are several processes."""
+    if recipe.turns is None:
+        raise RecipeError("--stage turns: the recipe has no turns")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("turns: a router is trained by one process, so start without torchrun")
+    return recipe.turns
+
+
 def worth(recipe: Recipe, pair: Path) -> Tensor:
     """`Turn.qualities` of a pair."""
-    examples = task_of(recipe).valid()[: recipe.router.calibration_examples]
-    evaluation = Evaluation(pair, task_of(recipe), examples, recipe.max_tokens, {})
+    task = task_of(recipe)
+    examples = task.valid()[: recipe.router.calibration_examples]
+    evaluation = Evaluation(pair, task, examples, recipe.max_tokens, {})
     return evaluation.served_qualities(recipe.router.budgets)
 
 

@@ -448,13 +448,13 @@ def _plot_quality(report: QualityReport, file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 5))
-    curves = {name: rows for name, rows in report.curves.items() if "@" not in name}  # the router's own calls
-    others = [name for name in curves if name not in SHOWN]
+    names = [name for name in report.curves if "@" not in name]  # the router's own calls
+    others = [name for name in names if name not in SHOWN]
     colours = iter(pyplot.colormaps["tab20"](range(20)))
-    for name in [name for name in (LEARNED, *others, *SHOWN) if name in curves]:
-        rows = curves.pop(name, None)
-        if rows is None:
+    for name in dict.fromkeys((LEARNED, *others, *SHOWN)):
+        if name not in names:
             continue
+        rows = report.curves[name]
         style = {"linestyle": "--"} if "oracle" in name else {"linewidth": 2.5 if name == LEARNED else 1.5}
         axes.plot(
             [100 * rate for rate in column(rows, "rate")],

@@ -35,14 +35,9 @@ class Asked:
     """Of what was asked for."""
 
     @property
-    def done(self) -> int:
-        """How many completions the file holds."""
-        return len(self._kept())
-
-    @property
     def is_complete(self) -> bool:
         """Whether nothing is left to ask for."""
-        return self.done >= len(self.sources)
+        return len(self._kept()) >= len(self.sources)
 
     def trajectories(self) -> list[Trajectory]:
         """All of them, in order; what the file holds is not asked for again.

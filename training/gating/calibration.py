@@ -5,12 +5,14 @@ can only be spent to its mean by emptying it on trifles. Then it is empty when i
 The spare price spends the rest of a fraction, for those who want a rate and not a bound.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import add
 
 import torch
+from torch import Tensor
 
 from training.gating.rollout import Rollout
 from training.gating.tree import Setting, Tree
@@ -56,6 +58,13 @@ def teacher_rate(completions: Sequence[Rollout]) -> float:
         by_teacher += completion.teacher_tokens
         tokens += len(completion.tokens)
     return by_teacher / tokens
+
+
+def standard_error(differences: Tensor) -> float:
+    """Of the mean of (N,) differences; inf of one, which tells nothing about others."""
+    if len(differences) < 2:
+        return math.inf
+    return differences.std().item() / math.sqrt(len(differences))
 
 
 def no_noise(_first: Run, _second: Run) -> float:

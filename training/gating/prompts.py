@@ -43,16 +43,6 @@ class Prompts:
         return hashlib.sha256(json.dumps([self.ids, self.rates, self.sources]).encode()).hexdigest()
 
 
-def prompts_with_words(
-    tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source], template: str | None, fraction: float
-) -> list[list[int]]:
-    """Token ids of each source's prompt, with the budget in words where there is a template and a budget."""
-    if template is not None and fraction > 0:
-        words = budget_text(template, fraction)
-        sources = [with_words(source, words) for source in sources]
-    return encode_prompts(tokenizer, list(sources))
-
-
 def rollout_prompts(
     tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source], config: GateConfig, seed: int
 ) -> Prompts:
@@ -107,7 +97,10 @@ class Trees:
         key = budget if self._template else 0.0
         if key not in self._trees:
             prompts = self._prompts
-            if key:
-                prompts = prompts_with_words(self._tokenizer, self._sources, self._template, key)
+            if self._template and key:
+                words = budget_text(self._template, key)
+                prompts = encode_prompts(
+                    self._tokenizer, [with_words(source, words) for source in self._sources]
+                )
             self._trees[key] = Tree(self._loop, prompts, self._gates, self._prompts)
         return self._trees[key]

@@ -9,14 +9,12 @@ tried at the prices of smaller ones too, as long as that gets no worse. If one i
 """
 
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from operator import sub
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -24,7 +22,7 @@ from rich.progress import track
 from torch import Tensor
 
 from measuring.chats import Source
-from training.gating.calibration import ERRORS, TOLERANCE
+from training.gating.calibration import ERRORS, TOLERANCE, standard_error
 from training.gating.duals import asking_share
 from training.loop.progress import console
 from training.running_gateway import RunningGateway
@@ -188,8 +186,8 @@ class ServedCalibration:
                     best[number] = shifted[number]
         chosen = []
         for budget, own, price in zip(self.budgets, spending, best, strict=True):
-            gains = list(map(sub, kept[budget, price].qualities, kept[budget, own].qualities))
-            clearly = fmean(gains) > max(least, ERRORS * standard_error(gains))
+            gains = _tensor(kept[budget, price].qualities) - _tensor(kept[budget, own].qualities)
+            clearly = gains.mean().item() > max(least, ERRORS * standard_error(gains))
             chosen.append(price if clearly else own)
         return list(accumulate(chosen, min))
 
@@ -252,13 +250,10 @@ class ServedCalibration:
         os.replace(scratch, self.file)
 
 
-def standard_error(differences: Sequence[float]) -> float:
-    """Of their mean; inf of one, which tells nothing about others."""
-    if len(differences) < 2:
-        return math.inf
-    return stdev(differences) / math.sqrt(len(differences))
-
-
 def passes_of(budgets: int) -> int:
     """Most passes over all prompts for this many budgets: also those of student and teacher alone."""
     return budgets * (PASSES + HIGHER) + 2
+
+
+def _tensor(qualities: Sequence[float]) -> Tensor:
+    return torch.tensor(qualities, dtype=torch.float64)

@@ -1,6 +1,5 @@
 """The closed loop on validation data: what gates and prices are worth there, in shares of the gap."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from measuring.examples import Example, sources_of
 from router.gate import Gate, RandomGate
 from router.reserved import ReservedRows
 from training.gate_config import GateConfig
-from training.gating.calibration import Run, teacher_rate
+from training.gating.calibration import Run, standard_error, teacher_rate
 from training.gating.prompts import Trees
 from training.gating.rollout import ClosedLoop
 from training.gating.rounds import LEARNED
@@ -42,10 +41,7 @@ class Gap:
 
     def noise(self, first: Run, second: Run) -> float:
         """By the examples' own qualities, also if the task's is not their mean."""
-        if len(first) < 2:
-            return math.inf  # one example tells nothing about others
-        differences = self.scorer.qualities(first) - self.scorer.qualities(second)
-        return differences.std().item() / math.sqrt(len(first)) / self.size
+        return standard_error(self.scorer.qualities(first) - self.scorer.qualities(second)) / self.size
 
 
 class Validation:

@@ -79,6 +79,15 @@ def test_turns_are_for_one_process(recipe, monkeypatch):
         take_turns(load_recipe(recipe))
 
 
+def test_turns_that_cannot_be_taken_are_refused_before_anything_is_trained(
+    recipe, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train([str(recipe)]) != 0
+    assert "without torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "pair").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
