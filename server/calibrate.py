@@ -22,6 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from measuring.gateway import GatewayClient, GatewayError
+from measuring.pair import GATEWAY, HOST, free_port
+from measuring.processes import Service, exit_at_sigterm, running
 from measuring.prompts import load_prompts
 from server.config import (
     ENVIRONMENT_PREFIX,
@@ -34,8 +36,6 @@ from server.config import (
 )
 from server.file_state import FileState
 from server.local.arguments import positive
-from server.local.pair import GATEWAY, HOST, free_port
-from server.local.processes import Service, exit_at_sigterm, running
 from server.local.rates import LEARNING_PASSES, NothingToLearn, RateFinder
 from server.vllm_flags import read_flags, setting_name
 

@@ -32,10 +32,10 @@ from tokenizers import Tokenizer
 from measuring.chats import messages_of, shown
 from measuring.examples import Example, load_examples
 from measuring.gateway import GatewayClient, GatewayError, GatewayReply
+from measuring.pair import START_SECONDS, Pair, Serving, free_port, serving
+from measuring.processes import Child, exit_at_sigterm
 from server.local.arguments import EXAMPLES, PAIR_HELP, SHIPPED_PAIR, complete_pair, positive
 from server.local.measure import Answered, BudgetResult, answer_all, gap_recovered
-from server.local.pair import START_SECONDS, Pair, Serving, free_port, serving
-from server.local.processes import Child, exit_at_sigterm
 
 BUDGETS = (0.0, 0.05, 0.1, 0.2, 1.0)
 SHOWN_BUDGETS = (0.1, 0.2)

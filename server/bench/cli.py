@@ -15,12 +15,12 @@ from typing import Any
 
 import aiohttp
 
+from measuring.pair import Pair
+from measuring.processes import ServiceError, exit_at_sigterm
 from router.errors import WheelsError
 from server.bench.plan import Plan
 from server.bench.results import Section
 from server.local.arguments import EXAMPLES, SHIPPED_PAIR, bare_pair, positive
-from server.local.pair import Pair
-from server.local.processes import ServiceError, exit_at_sigterm
 
 SECTIONS = (
     "overhead",

@@ -8,6 +8,7 @@ from statistics import median
 
 import torch
 
+from measuring.pair import Pair
 from router.checkpoint import RouterCheckpoint
 from router.gate import GATES, Gate
 from router.gate_names import UNTRAINED_GATE
@@ -16,7 +17,6 @@ from router.rows import vocabulary_rows
 from server.bench.plan import Plan
 from server.bench.results import Row, Section, Table, Value
 from server.gate_processor import decide
-from server.local.pair import Pair
 
 ROWS = (1, 32, 256)
 VOCABULARIES = (49_184, 128_288, 151_936)

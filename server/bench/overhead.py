@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+from measuring.processes import ServiceError
 from server.bench import gate
 from server.bench.plan import Plan, synthetic
 from server.bench.results import Columns, Row, Section, Spread, Table, spreads
@@ -20,7 +21,6 @@ from server.bench.servers import (
     measure,
     students,
 )
-from server.local.processes import ServiceError
 
 STREAMS = (1, 8, 32, 64)
 PROMPT = 24

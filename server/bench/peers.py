@@ -7,11 +7,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from measuring.pair import HOST, START_SECONDS, free_port
+from measuring.processes import Service, running
 from server.bench.plan import Plan
 from server.bench.results import Columns, Row, Section, Spread, Table, spreads
 from server.bench.servers import MeasuredServer, Sample, in_turn, measure, students
-from server.local.pair import HOST, START_SECONDS, free_port
-from server.local.processes import Service, running
 
 STREAMS = (1, 16)
 LENGTHS = (1, 16)

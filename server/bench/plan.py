@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from measuring.examples import Example, load_examples
+from measuring.pair import Pair
 from server.bench.heavy import deepen
 from server.bench.load import BenchRequest
-from server.local.pair import Pair
 
 T = TypeVar("T")
 

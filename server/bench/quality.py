@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from measuring.processes import ServiceError
 from server.bench.plan import Plan
 from server.bench.results import Row, Section, Table, Value
-from server.local.processes import ServiceError
 
 RATES = (0.05, 0.1, 0.2)
 UNDER_BUDGET = {

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from measuring.pair import HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
+from measuring.processes import Child, Service, running
 from server.bench.cpu import Usage, usage
 from server.bench.engine_metrics import EngineWork, Scrape
 from server.bench.load import BenchRequest, LoadRun, drive
 from server.bench.plan import Plan
 from server.http.lifecycle import KEEP_ALIVE_SECONDS
-from server.local.pair import HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
-from server.local.processes import Child, Service, running
 
 GATEWAY_MODEL = "wheels"
 FIRST = (0,)

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
+from measuring.processes import Service
 from server.bench.plan import Plan, synthetic
 from server.bench.servers import (
     BOTH,
@@ -24,7 +25,6 @@ from server.bench.servers import (
     started,
     stock,
 )
-from server.local.processes import Service
 
 BUDGETS = (0.05, 0.1, 0.2, 0.5)
 DRAFTS = (2, 4, 6)

@@ -1,1 +1,1 @@
-"""A pair of models served on this machine, and what it answers: for the demo, benchmarks and tests."""
+"""What a pair answers that is served on this machine: for the demo, benchmarks and tests."""

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from measuring.pair import Pair
 from router.errors import UnusableInput
-from server.local.pair import Pair
 
 SHIPPED_PAIR = Path(__file__).resolve().parents[2] / "deploy" / "demo"
 PAIR_HELP = "directory with teacher/, student/, router/ and examples.jsonl (default: the shipped pair)"

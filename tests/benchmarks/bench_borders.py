@@ -21,8 +21,8 @@ from statistics import median, quantiles
 from openai import AsyncOpenAI
 
 from measuring.examples import Example, load_examples
-from server.local.pair import GATEWAY, HOST, Pair, free_port, gateway_service, teacher_service
-from server.local.processes import Service, running
+from measuring.pair import GATEWAY, HOST, Pair, free_port, gateway_service, teacher_service
+from measuring.processes import Service, running
 from tests.helpers.paths import ROOT
 
 DEMO = ROOT / "deploy" / "demo"

@@ -20,8 +20,8 @@ import httpx
 from openai import AsyncOpenAI
 from transformers import AutoTokenizer
 
-from server.local.pair import HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
-from server.local.processes import running
+from measuring.pair import HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
+from measuring.processes import running
 from tests.helpers.client import PATIENCE, UNHURRIED, chat, excess
 from tests.helpers.paths import DEMO
 from tests.helpers.tiny_models import save_teacher_of_other_words

@@ -22,9 +22,9 @@ import httpx
 
 from measuring.examples import Example, load_examples
 from measuring.gateway import GatewayClient
+from measuring.pair import GATEWAY, HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
+from measuring.processes import Service, running
 from server.local.measure import BudgetResult, answer_all
-from server.local.pair import GATEWAY, HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
-from server.local.processes import Service, running
 from tests.helpers.paths import ROOT
 
 DEMO = ROOT / "deploy" / "demo"

@@ -22,8 +22,8 @@ from typing import Any
 import yaml
 from openai import AsyncOpenAI, BadRequestError
 
-from server.local.pair import HOST, Pair, Serving, free_port, gateway_service, teacher_service
-from server.local.processes import running
+from measuring.pair import HOST, Pair, Serving, free_port, gateway_service, teacher_service
+from measuring.processes import running
 from tests.helpers.client import UNHURRIED
 from tests.helpers.paths import DEMO
 from tests.helpers.schemas import REAL, SCHEMAS, TOOLS

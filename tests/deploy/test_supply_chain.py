@@ -8,7 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from server.local.pair import is_cpu_build
+from measuring.pair import is_cpu_build
 from tests.helpers.paths import ROOT
 
 # Not the same in the two builds, or removed again by the Makefile.

@@ -34,11 +34,11 @@ from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.models import ModelRegistry
 
+from measuring.pair import UNIPROC
 from router.checkpoint import MERGED_ROUTER
 from router.gate import Gate
 from router.reserved import ReservedRows
 from server.gate_processor import PRICE, PROCESSORS, gate_settings
-from server.local.pair import UNIPROC
 from tests.helpers.families import APPENDED, LOGITS, MERGED, ORIGINAL, ROWS, router_for, write
 
 TOKENS = 12

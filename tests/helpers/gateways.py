@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from server.local.pair import Serving
+from measuring.pair import Serving
 
 StartGateway = Callable[..., AbstractContextManager[Serving]]
 """Takes a directory for the log, and flags of `wheels serve`."""

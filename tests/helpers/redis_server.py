@@ -6,7 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from server.local.pair import free_port
+from measuring.pair import free_port
 
 
 class RedisServer:

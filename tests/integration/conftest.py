@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from openai import AsyncOpenAI
 
-from server.local.pair import HOST, START_SECONDS, Pair, Serving, free_port, gateway_service, serving
-from server.local.processes import running
+from measuring.pair import HOST, START_SECONDS, Pair, Serving, free_port, gateway_service, serving
+from measuring.processes import running
 from tests.helpers.client import PRICES, UNHURRIED, openai_client
 from tests.helpers.gateways import StartGateway
 from tests.helpers.paths import DEMO

@@ -9,8 +9,8 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 
-from server.local.pair import HOST, START_SECONDS, Pair, Serving, free_port, gateway_service, teacher_service
-from server.local.processes import Service, running
+from measuring.pair import HOST, START_SECONDS, Pair, Serving, free_port, gateway_service, teacher_service
+from measuring.processes import Service, running
 from tests.helpers.adapters import save_adapter, save_base
 from tests.helpers.client import PATIENCE, UNHURRIED, chat, openai_client, source_of_tokens
 from tests.helpers.paths import DEMO

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from measuring.pair import Pair, Serving
 from server.bench.overhead import vllm_bench
 from server.bench.servers import GATEWAY_MODEL, MeasuredServer
-from server.local.pair import Pair, Serving
 
 
 def test_vllms_own_client_works_unchanged(stack: Serving, pair: Pair, tmp_path: Path) -> None:

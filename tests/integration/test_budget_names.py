@@ -10,7 +10,7 @@ import pytest
 import yaml
 from openai import AsyncOpenAI
 
-from server.local.pair import Serving
+from measuring.pair import Serving
 from tests.helpers.client import PATIENCE, openai_client
 from tests.helpers.gateways import StartGateway
 

@@ -10,7 +10,7 @@ import anthropic
 import pytest
 from anthropic import AsyncAnthropic
 
-from server.local.pair import Serving
+from measuring.pair import Serving
 from tests.helpers.client import MODEL, PATIENCE, metric
 from tests.helpers.paths import ROOT
 

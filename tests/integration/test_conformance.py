@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.local.pair import Serving
+from measuring.pair import Serving
 from tests.helpers.client import MODEL, PATIENCE
 from tests.helpers.replies import comparable
 

@@ -8,7 +8,7 @@ import pytest
 from openai import AsyncOpenAI, BadRequestError
 from transformers import AutoTokenizer
 
-from server.local.pair import Pair, Serving
+from measuring.pair import Pair, Serving
 from tests.helpers.client import PATIENCE, chat, excess, metric, settled, source_of_tokens
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.5)

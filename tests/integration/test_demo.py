@@ -10,9 +10,9 @@ import pytest
 
 from measuring.examples import load_examples
 from measuring.gateway import GatewayClient
+from measuring.pair import START_SECONDS, Pair, Serving, free_port, gateway_service
+from measuring.processes import running
 from server.local.measure import answer_all
-from server.local.pair import START_SECONDS, Pair, Serving, free_port, gateway_service
-from server.local.processes import running
 from tests.helpers.paths import DEMO
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from server.local.pair import Serving
+from measuring.pair import Serving
 from tests.helpers.commands import evaluate
 from tests.helpers.paths import DEMO
 

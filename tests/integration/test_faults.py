@@ -9,9 +9,9 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 
+from measuring.pair import START_SECONDS, Pair, Serving, serving, teacher_service
+from measuring.processes import running
 from router.checkpoint import RouterCheckpoint
-from server.local.pair import START_SECONDS, Pair, Serving, serving, teacher_service
-from server.local.processes import running
 from tests.helpers.client import PATIENCE, chat, metric, openai_client, settled
 
 

@@ -16,8 +16,8 @@ import openai
 import pytest
 import yaml
 
-from server.local.pair import HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
-from server.local.processes import Child, Service, running
+from measuring.pair import HOST, START_SECONDS, Pair, free_port, gateway_service, teacher_service
+from measuring.processes import Child, Service, running
 from tests.helpers import promql
 from tests.helpers.client import PATIENCE, PRICES, UNHURRIED, chat, eventually, openai_client
 from tests.helpers.paths import ROOT

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI
 
-from server.local.pair import EXACT, QUIET, START_SECONDS, UNIPROC, Pair, Serving, free_port, gateway_service
-from server.local.processes import running
+from measuring.pair import EXACT, QUIET, START_SECONDS, UNIPROC, Pair, Serving, free_port, gateway_service
+from measuring.processes import running
 from tests.helpers.client import UNHURRIED, chat, excess, metric, openai_client
 from tests.helpers.paths import DEMO, ROOT
 

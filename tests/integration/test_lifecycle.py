@@ -14,9 +14,9 @@ import psutil
 import pytest
 from openai import APIConnectionError
 
+from measuring.pair import START_SECONDS, Pair, Serving, free_port, gateway_service
+from measuring.processes import Child, running
 from server.http.lifecycle import HAND_OVER_SECONDS
-from server.local.pair import START_SECONDS, Pair, Serving, free_port, gateway_service
-from server.local.processes import Child, running
 from tests.helpers.client import PATIENCE, UNHURRIED, chat, openai_client
 
 TOKENS = 250

@@ -9,7 +9,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from server.local.pair import Serving
+from measuring.pair import Serving
 from tests.helpers.client import PATIENCE, PRICES, chat, metric
 
 MILLIONTH = 1e-6

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import load_all_checks
 from schemathesis.specs.openapi.checks import positive_data_acceptance, status_code_conformance
 
+from measuring.pair import Serving
 from server.http.fields import HEADER, STREAMED
-from server.local.pair import Serving
 from tests.helpers.client import MODEL, PATIENCE
 
 EXAMPLES = 5

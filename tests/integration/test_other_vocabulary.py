@@ -12,7 +12,7 @@ from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI, BadRequestError
 from transformers import AutoTokenizer
 
-from server.local.pair import Pair, Serving, serving
+from measuring.pair import Pair, Serving, serving
 from tests.helpers.client import MODEL, chat, excess, openai_client
 from tests.helpers.tiny_models import save_teacher_of_other_words
 

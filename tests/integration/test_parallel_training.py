@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from server.local.pair import free_port
+from measuring.pair import free_port
 from tests.helpers import parallel_worker
 from tests.helpers.client import PATIENCE
 from tests.helpers.numbers import tokenizer_of_numbers

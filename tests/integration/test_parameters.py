@@ -9,7 +9,7 @@ import pytest
 from openai import AsyncOpenAI, BadRequestError
 from transformers import AutoTokenizer
 
-from server.local.pair import Pair, Serving
+from measuring.pair import Pair, Serving
 from tests.helpers.client import PATIENCE, chat, metric
 
 COUNTED = ("wheels_requests_total", "wheels_completion_tokens_total")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI
 
-from server.local.pair import HOST, START_SECONDS, Pair, Serving, free_port, gateway_service, teacher_service
-from server.local.processes import running
+from measuring.pair import HOST, START_SECONDS, Pair, Serving, free_port, gateway_service, teacher_service
+from measuring.processes import running
 from tests.helpers.client import MODEL, UNHURRIED, openai_client
 from tests.helpers.reciter import save_reciter
 from tests.helpers.replies import comparable

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Route, expect, sync_playwright
 
+from measuring.pair import Serving
 from server.http.routes import PLAYGROUND
-from server.local.pair import Serving
 
 # Chromium's own chatter would look for hosts that are not there.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]

@@ -11,7 +11,7 @@ import pytest
 from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 
-from server.local.pair import Pair, Serving, serving
+from measuring.pair import Pair, Serving, serving
 from tests.helpers.client import MODEL, PATIENCE, openai_client
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = (

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import httpx
 import pytest
 
+from measuring.pair import START_SECONDS, Pair, Serving, free_port, gateway_service
+from measuring.processes import running
 from router.checkpoint import RouterCheckpoint
-from server.local.pair import START_SECONDS, Pair, Serving, free_port, gateway_service
-from server.local.processes import running
 from tests.helpers.client import UNHURRIED, chat, openai_client
 from tests.helpers.paths import ROOT
 

@@ -10,7 +10,7 @@ from openai import AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
 
-from server.local.pair import Pair, Serving
+from measuring.pair import Pair, Serving
 from tests.helpers.client import chat, openai_client
 
 

@@ -9,8 +9,8 @@ import httpx
 import pytest
 import torch
 
-from server.local.pair import HOST, START_SECONDS, Pair, free_port, teacher_service
-from server.local.processes import running
+from measuring.pair import HOST, START_SECONDS, Pair, free_port, teacher_service
+from measuring.processes import running
 from tests.helpers.client import PATIENCE
 from training.batches import Batch
 from training.models import answer_logits, load_model

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from openai import AsyncOpenAI, BadRequestError
 
-from server.local.pair import HOST, Serving
+from measuring.pair import HOST, Serving
 from tests.helpers.client import chat, excess, metric, openai_client
 from tests.helpers.gateways import StartGateway
 

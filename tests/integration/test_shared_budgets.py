@@ -14,7 +14,7 @@ import pytest
 import yaml
 from openai import AsyncOpenAI
 
-from server.local.pair import Serving
+from measuring.pair import Serving
 from server.tenants import hash_key
 from tests.helpers.client import PATIENCE, chat, settled
 from tests.helpers.gateways import StartGateway

@@ -13,8 +13,8 @@ import aiohttp
 import psutil
 import pytest
 
-from server.local.pair import HOST, START_SECONDS, Pair, Serving, free_port, gateway_service
-from server.local.processes import Child, running
+from measuring.pair import HOST, START_SECONDS, Pair, Serving, free_port, gateway_service
+from measuring.processes import Child, running
 from tests.helpers.client import MODEL, UNHURRIED, metric, settled
 
 STREAMS = 500

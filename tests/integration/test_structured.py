@@ -11,8 +11,8 @@ import pytest
 from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI, BadRequestError
 
-from server.local.pair import HOST, START_SECONDS, Pair, Serving, free_port, gateway_service
-from server.local.processes import running
+from measuring.pair import HOST, START_SECONDS, Pair, Serving, free_port, gateway_service
+from measuring.processes import running
 from tests.helpers.client import MODEL, PATIENCE, openai_client
 from tests.helpers.schemas import SCHEMAS, SHORT, SMALL, record
 from tests.helpers.structured import ask_for_schema, check_all

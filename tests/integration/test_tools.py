@@ -15,8 +15,8 @@ import pytest
 from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 
-from server.local.pair import HOST, START_SECONDS, Pair, Serving, free_port, gateway_service, teacher_service
-from server.local.processes import running
+from measuring.pair import HOST, START_SECONDS, Pair, Serving, free_port, gateway_service, teacher_service
+from measuring.processes import running
 from tests.helpers.client import MODEL, PATIENCE, UNHURRIED, openai_client
 from tests.helpers.replies import comparable
 from tests.helpers.schemas import FLAG, SHORT, SMALL, TOOLS, items, record

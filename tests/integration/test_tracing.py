@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from server.local.pair import START_SECONDS, Pair, Serving, free_port, gateway_service
-from server.local.processes import running
+from measuring.pair import START_SECONDS, Pair, Serving, free_port, gateway_service
+from measuring.processes import running
 from tests.helpers.client import chat, openai_client
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI
 
+from measuring.pair import Pair, Serving
 from router.checkpoint import RouterCheckpoint
-from server.local.pair import Pair, Serving
 from tests.helpers.client import chat, excess, openai_client
 from tests.helpers.gateways import StartGateway
 

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 from redis import Redis as SyncRedis
 
+from measuring.pair import free_port
 from router.ledger import Lease, Scope
 from router.ledger.redis import RedisLedger
-from server.local.pair import free_port
 from tests.helpers import ledger_worker as worker
 from tests.helpers.ledger_machine import LEASE_SECONDS, Clock, LedgerMachine
 from tests.helpers.paths import ROOT

@@ -10,9 +10,9 @@ import yaml
 from rich.console import Console
 
 import wheels
+from measuring.processes import ServiceError
 from server.calibrate import _own_gateway, _parser, _served
 from server.config import CommandLine
-from server.local.processes import ServiceError
 from tests.helpers.commands import INTERRUPTED
 from tests.helpers.learning_gateway import LearningGateway
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import wheels
+from measuring.pair import Pair
 from server.bench import cli
 from server.bench.results import Section, Spread, Table, number
 from server.local.arguments import bare_pair
-from server.local.pair import Pair
 
 
 def test_a_section_as_json_and_as_markdown() -> None:

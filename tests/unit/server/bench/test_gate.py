@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from measuring.pair import Pair
 from router.gate import GATES, LearnedGate
 from router.gate_names import UNTRAINED_GATE
 from router.reserved import ReservedRows
 from server.bench import gate
-from server.local.pair import Pair
 from tests.helpers.paths import DEMO
 
 

@@ -4,10 +4,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from measuring.pair import Pair
 from server.bench.plan import Plan
 from server.bench.servers import MeasuredServer, PairServers
 from server.bench.together import APART, SHARING, STUDENT, TEACHER, SideServers, Together, _sides
-from server.local.pair import Pair
 
 NO_PROCESS: Any = None
 

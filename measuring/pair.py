@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from server.local.processes import Child, Service, running
+from measuring.processes import Child, Service, running
 
 HOST = "127.0.0.1"
 # vLLM's own console script fails in its CPU build; this is what it would run.

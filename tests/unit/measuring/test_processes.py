@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from server.local.pair import free_port
-from server.local.processes import Child, Service, ServiceError, running, stop
+from measuring.pair import free_port
+from measuring.processes import Child, Service, ServiceError, running, stop
 
 ANSWER = (
     "import sys\n"
