@@ -120,6 +120,7 @@ def teacher_service(
     name: str = "teacher",
     *,
     cores: Sequence[int] = (),
+    threads: int = 1,
     flags: Sequence[str] = (),
 ) -> Service:
     """A stock vLLM server of one model.
@@ -130,7 +131,8 @@ def teacher_service(
         logs: directory for the log.
         name: of the service, and of the model in requests.
         cores: without a GPU, where the model computes, in a process of its own (indices of our cores). By
-            default it computes on one thread in the engine's process, as on one GPU.
+            default it computes in the engine's process, as on one GPU.
+        threads: that it computes with there.
         flags: further flags of vLLM's server.
     """
     cpu = is_cpu_build()
@@ -141,7 +143,7 @@ def teacher_service(
         command=(*STOCK_SERVER, *arguments, *_address(url), *COUNTED, *EXACT, *device, *flags),
         ready_url=f"{url}/health",
         log=logs / f"{name}.log",
-        environment=QUIET | (_threads(cores) if cpu else {}),
+        environment=QUIET | (_threads(cores, threads) if cpu else {}),
     )
 
 
@@ -154,21 +156,35 @@ def gateway_service(
     name: str = "gateway",
     *,
     cores: Sequence[int] = (),
+    threads: int = 1,
+    engine_flags: Sequence[str] = (),
 ) -> Service:
-    """`wheels serve` for the pair; ``cores`` as in `teacher_service`."""
+    """`wheels serve` for the pair.
+
+    Args:
+        pair: the student and the router are of it.
+        teacher: base URL of its server.
+        url: base URL to serve at.
+        logs: directory for the log.
+        flags: further flags of `wheels serve`.
+        name: of the service.
+        cores: as in `teacher_service`.
+        threads: as in `teacher_service`.
+        engine_flags: further flags of vLLM's server, for the student.
+    """
     cpu = is_cpu_build()
     router = () if pair.router is None else ("--router", str(pair.router))
     models = ("--student", str(pair.student), *router)
     # Both start at once, so the gateway waits for its teacher instead of refusing to start.
     partner = ("--teacher", teacher, "--teacher-wait", f"{START_SECONDS:.0f}")
     device = _executor(cores) if cpu else GPU_SHARE
-    vllm = ("--", *EXACT, "--uvicorn-log-level", "warning", *device)
+    vllm = ("--", *EXACT, "--uvicorn-log-level", "warning", *device, *engine_flags)
     return Service(
         name=name,
         command=(*GATEWAY, *models, *partner, *_address(url), *flags, *vllm),
         ready_url=f"{url}/ready",
         log=logs / f"{name}.log",
-        environment=QUIET | (_threads(cores) if cpu else {}),
+        environment=QUIET | (_threads(cores, threads) if cpu else {}),
     )
 
 
@@ -213,10 +229,10 @@ def _executor(cores: Sequence[int]) -> tuple[str, ...]:
     return ("--distributed-executor-backend", UNIPROC, "--kv-cache-memory-bytes", "256M")
 
 
-def _threads(cores: Sequence[int]) -> dict[str, str]:
-    """Settings of vLLM for a tiny model: several threads would only wait for each other."""
+def _threads(cores: Sequence[int], threads: int) -> dict[str, str]:
+    """Settings of vLLM. A tiny model has one thread: several would only wait for each other."""
     if not cores:
-        return {"OMP_NUM_THREADS": "1"}
+        return {"OMP_NUM_THREADS": str(threads)}
     available = sorted(os.sched_getaffinity(0))
     chosen = [str(available[index]) for index in cores]
     return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(chosen)}

@@ -152,13 +152,15 @@ def _wait(children: list[Child], timeout: float, watch: Callable[[list[Child]], 
         time.sleep(POLL_SECONDS)
 
 
-def exit_at_sigterm() -> None:
-    """Make SIGTERM an exception, so that `running` ends the children."""
+def exit_at_signals() -> None:
+    """Make SIGTERM, and the end of the terminal, an exception, so that `running` ends the children."""
 
     def leave(number: int, _frame: object) -> None:
         sys.exit(128 + number)
 
     signal.signal(signal.SIGTERM, leave)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as `nohup` has it
+        signal.signal(signal.SIGHUP, leave)
 
 
 def stop(children: Sequence[Child], grace: float = GRACE_SECONDS) -> None:

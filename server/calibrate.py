@@ -23,7 +23,7 @@ from rich.table import Table
 
 from measuring.gateway import GatewayClient, GatewayError
 from measuring.pair import GATEWAY, HOST, free_port
-from measuring.processes import Service, exit_at_sigterm, running
+from measuring.processes import Service, exit_at_signals, running
 from measuring.prompts import load_prompts
 from server.config import (
     ENVIRONMENT_PREFIX,
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     own = _own_gateway(options, vllm_flags)
     prompts = load_prompts(options.prompts)
     console = Console(stderr=options.json)  # with --json, stdout is for the one object
-    exit_at_sigterm()
+    exit_at_signals()
     with _progress(console) as progress:
         start = partial(_start, progress, len(prompts))
         kept = {} if own is None else own.prices()

@@ -33,7 +33,7 @@ from measuring.chats import messages_of, shown
 from measuring.examples import Example, load_examples
 from measuring.gateway import GatewayClient, GatewayError, GatewayReply
 from measuring.pair import START_SECONDS, Pair, Serving, free_port, serving
-from measuring.processes import Child, exit_at_sigterm
+from measuring.processes import Child, exit_at_signals
 from server.local.arguments import EXAMPLES, PAIR_HELP, SHIPPED_PAIR, complete_pair, positive
 from server.local.measure import Answered, BudgetResult, answer_all, gap_recovered
 
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     pair = complete_pair(options.pair)
     examples = load_examples(options.pair / EXAMPLES)[: options.requests]
     logs = Path(tempfile.mkdtemp(prefix="wheels-demo-"))
-    exit_at_sigterm()
+    exit_at_signals()
     with _start(pair, logs, options, console) as servers:
         results = asyncio.run(_measure(servers, pair, examples, options.concurrency, console))
         _print_table(results.rows, console)

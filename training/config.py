@@ -17,7 +17,7 @@ from pydantic import (
 
 from router.errors import UnusableInput
 from router.problems import problems
-from training.gate_config import GateConfig, InProcessRollouts
+from training.gate_config import GateConfig, GatewayRollouts, InProcessRollouts
 from training.settings import BudgetPrompt, Frozen, Rate
 
 Role = Literal["teacher", "student"]
@@ -386,6 +386,11 @@ class ServedConfig(Frozen):
     """Likeliest tokens asked for at every position (the server's `--max-logprobs` bounds it); all others
     count as one event."""
 
+    @property
+    def known_as(self) -> str:
+        """What its answers are kept under."""
+        return self.url.rstrip("/")
+
 
 def _kind(value: Any) -> str | None:
     keys = value.keys() if isinstance(value, dict) else value.__dict__.keys()
@@ -463,6 +468,14 @@ class Recipe(Frozen):
                 "student.prune: the layers of a teacher behind a URL are not known here; give the teacher's "
                 "directory or hub name as teacher.pretrained, or a ready student as student.pretrained"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _started(self) -> Self:
+        rollouts = self.router.rollouts
+        flags = isinstance(rollouts, GatewayRollouts) and rollouts.teacher_flags
+        if flags and isinstance(self.teacher, ServedConfig):
+            raise ValueError("router.rollouts.teacher_flags: a teacher behind a URL is not started")
         return self
 
     @model_validator(mode="after")

@@ -37,6 +37,7 @@ from training.pipeline import (
 )
 from training.router_dry_run import RouterTrial, peak_memory, try_router
 from training.served_dry_run import ServedTrial, try_served_router
+from training.started_servers import with_addresses
 from training.tasks import Task
 from training.tokenizer import visible_ids
 from training.workspace import Stage, Workspace
@@ -74,7 +75,9 @@ def try_and_report_router(
 ) -> None:
     """A small stage, or pieces of one whose completions are served."""
     if not isinstance(space.recipe.router.rollouts, InProcessRollouts):
-        report_served_router(try_served_router(traffic_stage(space, task, tokenizer)))
+        with with_addresses(space) as served:
+            trial = try_served_router(traffic_stage(served, task, tokenizer))
+        report_served_router(trial, started=served is not space)
         return
     pair = frozen_pair(space, tokenizer)
     report_router(try_router(space.recipe, pair, task, trained=trained), pair)
@@ -185,8 +188,13 @@ def report_router(run: RouterTrial, pair: FrozenPair) -> None:
     console.print(table)
 
 
-def report_served_router(run: ServedTrial) -> None:
-    """Print a table of what the router's stage takes that learns from served completions."""
+def report_served_router(run: ServedTrial, *, started: bool) -> None:
+    """Print a table of what the router's stage takes that learns from served completions.
+
+    Args:
+        run: what was measured.
+        started: whether the stage starts the servers.
+    """
     work = run.work
     beyond = "not known on this system" if run.memory is None else megabytes(run.memory)
     rows = {
@@ -197,6 +205,8 @@ def report_served_router(run: ServedTrial) -> None:
         "reading": f"at most {seconds(run.reading)}",
         "fits": f"at most {seconds(run.fits)}",
     }
+    if started:
+        rows["servers"] = "started by the stage on this machine, as they were for this table"
     if work.is_asked_for and run.completion is None:
         rows["gateway"] = "does not answer yet: the time of its completions is known when it does"
     elif run.completion is not None:

@@ -100,25 +100,54 @@ class RecordedRollouts(Frozen):
 
 
 class GatewayRollouts(Frozen):
-    """Completions that a running gateway writes for this purpose."""
+    """Completions that a gateway writes for this purpose: one that runs, or one that the stage starts."""
 
     type: Literal["gateway"]
-    url: str
-    """Without /v1."""
+    url: str | None = None
+    """Without /v1. None: the stage starts the gateway on this machine, and the teacher's server too if the
+    teacher is not behind a URL.
+    """
     concurrency: PositiveInt = 16
     """Requests at once."""
     router: Path | None = None
-    """The directory that it serves with (`--router`): each new router is put there, and the gateway takes it.
-    None: it keeps its gate, so that there is one round and no calibration.
+    """The directory that the gateway behind `url` serves with (`--router`): each new router is put there, and
+    the gateway takes it. None: it keeps its gate, so that there is one round and no calibration. A gateway
+    that the stage starts has one anyway.
     """
     batch: PositiveInt = 50
     """Prompts asked with one budget, drawn from `budgets`; a stopped run goes on after the last batch."""
+    teacher_flags: tuple[str, ...] = ()
+    """More flags of vLLM for the teacher's server that the stage starts."""
+    student_flags: tuple[str, ...] = ()
+    """More flags of vLLM for the student in the gateway that the stage starts."""
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the stage starts the gateway."""
+        return self.url is None
+
+    @property
+    def takes_routers(self) -> bool:
+        """Whether the gateway takes new routers while it serves."""
+        return self.is_started or self.router is not None
 
     @property
     def idle(self) -> tuple[str, ...]:
         """A gateway decides by its gate alone."""
-        return ("explore",) if self.router is not None else ("rounds", "explore", "calibration_examples")
+        return ("explore",) if self.takes_routers else ("rounds", "explore", "calibration_examples")
 
+    @model_validator(mode="after")
+    def _one_gateway(self) -> Self:
+        if self.is_started and self.router is not None:
+            raise ValueError("router is for a gateway that runs (url): one that is started has a directory")
+        for name in ("teacher_flags", "student_flags"):
+            if not self.is_started and getattr(self, name):
+                raise ValueError(f"{name}: nothing is started where there is a url")
+        return self
+
+
+WHERE: dict[str, Any] = {"rollouts": {"url", "concurrency", "router", "teacher_flags", "student_flags"}}
+"""Fields of the router that do not change what it becomes, as pydantic's `exclude` takes them."""
 
 Gain = Annotated[RegretGain | RatioGain | QualityGain, Field(discriminator="type")]
 Objective = Annotated[DifferenceObjective | ConstrainedObjective, Field(discriminator="type")]

@@ -48,6 +48,7 @@ from training.pruning import check_layers, layers_of
 from training.reading import check_readout, check_steps, context_of
 from training.record import tokenizer_record, write_record
 from training.rollout_server import RolloutServer
+from training.started_servers import with_addresses
 from training.tasks import Task, make_task
 from training.teacher import Teacher
 from training.teacher_cache import TeacherCache
@@ -109,8 +110,8 @@ def make_router(space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBase
 
 def make_router_from_traffic(space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
     """Train and export a router from completions that gateways wrote."""
-    with replacing(space.exported("router")) as scratch:
-        traffic_stage(space, task, tokenizer).run(space.work("router"), scratch)
+    with replacing(space.exported("router")) as scratch, with_addresses(space) as served:
+        traffic_stage(served, task, tokenizer).run(space.work("router"), scratch)
         write_record(space.record("router"), scratch)
 
 

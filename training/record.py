@@ -20,6 +20,7 @@ from training.config import (
     SeqKDConfig,
     ServedConfig,
 )
+from training.gate_config import WHERE
 
 RECORD = "recipe.json"
 HOW = (
@@ -64,7 +65,7 @@ def router_record(recipe: Recipe) -> Record:
     """Of the gate over its pair."""
     return _plain(
         {
-            "router": recipe.router.model_dump(mode="json"),
+            "router": recipe.router.model_dump(mode="json", exclude=WHERE),
             "student": model_record(recipe, "student"),
             "teacher": model_record(recipe, "teacher"),
             "task": recipe.task.model_dump(mode="json"),

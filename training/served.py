@@ -176,12 +176,16 @@ class ServedTeacher:
         top: likeliest tokens whose log-probabilities are asked for at every position; at most the server's
             `--max-logprobs`.
         cache: keeps what it says of demonstrations.
+        known_as: what the cache keeps it under; None: the server's URL.
     """
 
     PATH = "/v1/completions"
 
-    def __init__(self, server: VLLMServer, top: int, cache: TeacherCache | None = None) -> None:
+    def __init__(
+        self, server: VLLMServer, top: int, cache: TeacherCache | None = None, known_as: str | None = None
+    ) -> None:
         self._server = server
+        self._known_as = known_as or server.url
         self.top = top
         self._cache = cache
         self._is_the_kept_one = False
@@ -235,7 +239,7 @@ class ServedTeacher:
         return rows
 
     def _kept_or_asked(self, cache: TeacherCache, rows: Sequence[ScoredRow]) -> list[View]:
-        keys = [key_of(self._server.url, self._server.model, self.top, *row) for row in rows]
+        keys = [key_of(self._known_as, self._server.model, self.top, *row) for row in rows]
         views = self._kept(cache, keys)
         if not self._is_the_kept_one and not self._still_says(rows, views):
             print(f"the teacher at {self._server.url} has changed: its cached answers are asked for again")

@@ -92,7 +92,7 @@ def work_of(stage: TrafficStage) -> Work:
     if isinstance(rollouts, RecordedRollouts):
         lengths = [len(trajectory.tokens) for trajectory in read_trajectories(rollouts.directory)]
         return Work(1, len(lengths), sum(lengths), 0, is_asked_for=False)
-    takes_routers = isinstance(rollouts, GatewayRollouts) and rollouts.router is not None
+    takes_routers = isinstance(rollouts, GatewayRollouts) and rollouts.takes_routers
     rounds = config.rounds if takes_routers else 1
     completions = rounds * config.prompts
     examples = min(config.calibration_examples, len(stage.task.valid())) if takes_routers else 0

@@ -108,7 +108,8 @@ def check_vocabulary(role: str, name: str, tokenizer: PreTrainedTokenizerBase) -
 
 def served_teacher(config: ServedConfig, cache: TeacherCache | None = None) -> ServedTeacher:
     """The teacher behind a URL; `cache` keeps what it says of demonstrations."""
-    return ServedTeacher(VLLMServer("teacher", config.url, config.model), config.top_logprobs, cache)
+    server = VLLMServer("teacher", config.url, config.model)
+    return ServedTeacher(server, config.top_logprobs, cache, config.known_as)
 
 
 def _load(name: str) -> PreTrainedTokenizerBase:

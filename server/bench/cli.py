@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 
 from measuring.pair import Pair
-from measuring.processes import ServiceError, exit_at_sigterm
+from measuring.processes import ServiceError, exit_at_signals
 from router.errors import WheelsError
 from server.bench.plan import Plan
 from server.bench.results import Section
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     """
     options = _parse(argv)
     pair = bare_pair(options.pair)
-    exit_at_sigterm()
+    exit_at_signals()
     work = Path(tempfile.mkdtemp(prefix="wheels-bench-"))
     with _naming_logs(work), ExitStack() as shared:
         stored = _measure(_plan(pair, options, work, shared), options)

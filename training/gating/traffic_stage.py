@@ -25,7 +25,7 @@ from measuring.chats import Source
 from measuring.examples import sources_of
 from measuring.trajectories import SUFFIX, Trajectory, read_trajectories
 from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig
-from training.gate_config import ConstrainedObjective, GateConfig, GatewayRollouts, RecordedRollouts
+from training.gate_config import WHERE, ConstrainedObjective, GateConfig, GatewayRollouts, RecordedRollouts
 from training.gating.asked import Asked
 from training.gating.constrained import Choices, Critic, fit_constrained
 from training.gating.duals import asking_share
@@ -124,6 +124,7 @@ class TrafficStage:
 
     def gateway(self, rollouts: GatewayRollouts) -> RunningGateway:
         """The one that writes."""
+        assert rollouts.url is not None  # one without an address was started before, see `with_addresses`
         return RunningGateway(rollouts.url, self.max_tokens, rollouts.concurrency, transport=self.transport)
 
     def calibrated(
@@ -236,7 +237,7 @@ class TrafficStage:
 
     def _forget_another_run(self, work: Path, rounds: Sequence[Sequence[Source]]) -> None:
         """What `work` holds is gone on with if it is of the same pair, prompts and settings."""
-        settings = self.config.model_dump(mode="json", exclude={"rollouts": {"url", "concurrency", "router"}})
+        settings = self.config.model_dump(mode="json", exclude=WHERE)
         reserved = reserved_rows(self.model, self.tokenizer)
         run = json.dumps(
             {

@@ -1,6 +1,8 @@
 """Child processes: ready or explained, and always ended."""
 
 import os
+import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -10,6 +12,7 @@ import pytest
 
 from measuring.pair import free_port
 from measuring.processes import Child, Service, ServiceError, running, stop
+from tests.helpers.paths import ROOT
 
 ANSWER = (
     "import sys\n"
@@ -80,6 +83,29 @@ def test_an_exception_inside_ends_the_children_too(tmp_path: Path) -> None:
     with pytest.raises(KeyError), running([service(tmp_path, ANSWER)], timeout=100) as (child,):
         raise KeyError
     assert not alive(child.process.pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_the_children_too(tmp_path: Path, number: signal.Signals) -> None:
+    program = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from measuring.processes import Service, exit_at_signals, running\n"
+        f"answers = Service('service', (sys.executable, '-c', {ANSWER!r}, sys.argv[1]),"
+        " f'http://127.0.0.1:{sys.argv[1]}/', Path(sys.argv[2]) / 'log')\n"
+        "exit_at_signals()\n"
+        "with running([answers], timeout=100) as (child,):\n"
+        "    print(child.process.pid, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", program, str(free_port()), str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert alive(child)
+        parent.send_signal(number)
+        parent.wait(100)
+    assert not alive(child)
 
 
 def test_what_ignores_sigterm_is_killed_with_its_own_children(tmp_path: Path) -> None:

@@ -108,6 +108,11 @@ def test_fields_that_do_nothing_with_served_completions_are_named(rollouts, chan
         GateConfig.model_validate(LEAST | rollouts | changes)
 
 
+def test_a_gateway_that_is_started_takes_routers():
+    changes = {"rollouts": {"type": "gateway"}, "rounds": 3, "calibration_examples": 10}
+    assert GateConfig.model_validate(LEAST | changes).rounds == 3
+
+
 def test_a_policy_of_longer_calls_needs_a_teacher_that_writes():
     longer = LEAST | {"objective": {"type": "constrained"}, "ask_tokens": 2}
     GateConfig.model_validate(longer)

@@ -96,6 +96,13 @@ def test_a_served_teacher_scores_a_demonstration_once(vllm, file):
         assert torch.equal(kept[1], log_probs)
 
 
+def test_what_is_kept_under_a_name_is_found_at_another_address(vllm, file):
+    for port, times in ((1, 2), (2, 3)):  # the second time one row, to see that it is the same teacher
+        server = VLLMServer("teacher", f"http://there:{port}", None, client(vllm))
+        ServedTeacher(server, 5, TeacherCache(file, MEGABYTE), "directory").likeliest(DEMONSTRATION)
+        assert asked(vllm) == times
+
+
 def test_own_completions_are_not_kept(vllm, file):
     own = teacher(vllm, file)
     own.likeliest(BATCH)
