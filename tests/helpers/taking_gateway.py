@@ -32,6 +32,7 @@ class TakingGateway:
         self.asked: list[tuple[str, float]] = []
         self.taken: list[str | None] = []
         self.goes_away_after = 10**6
+        self.trouble: dict[str, bool] = {}
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if request.url.path.endswith("/models"):
@@ -58,7 +59,8 @@ class TakingGateway:
         chat = {
             "choices": [{"message": {"content": "x"}, "token_ids": list(range(9, 19))}],
             "usage": {"prompt_tokens": len(prompt) + self.longer},
-            "teacher": {"spans": [[0, teacher]], "tokens": teacher, "calls": teacher, "degraded": False},
+            "teacher": {"spans": [[0, teacher]], "tokens": teacher, "calls": teacher, "degraded": False}
+            | self.trouble,
         }
         return httpx.Response(200, json=chat)
 

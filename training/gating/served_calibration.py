@@ -22,6 +22,7 @@ from rich.progress import track
 from torch import Tensor
 
 from measuring.chats import Source
+from measuring.gateway import GatewayError
 from training.gating.calibration import ERRORS, TOLERANCE, standard_error
 from training.gating.duals import asking_share
 from training.loop.progress import console
@@ -230,6 +231,15 @@ class ServedCalibration:
     def _answered(self, budget: float) -> Measured:
         """All prompts, at the price that the gateway has."""
         replies = self.gateway.replies(self.sources, budget)
+        if any(reply.clamped for reply in replies):
+            raise GatewayError(
+                f"the gateway at {self.gateway.url}: our key's maximum is less than the budget {budget:g}"
+            )
+        lost = sum(reply.degraded for reply in replies)
+        if lost:
+            console.print(
+                f"router: the teacher was lost in {lost} of {len(replies)} completions at budget {budget:g}"
+            )
         teacher_tokens = sum(reply.teacher_tokens for reply in replies)
         rate = teacher_tokens / sum(len(reply.token_ids) for reply in replies)
         return Measured(

@@ -251,6 +251,20 @@ def test_prices_are_corrected_by_what_they_realise(tmp_path, router):
     assert len(gateway.asked) == asked, "what was measured is not asked for again"
 
 
+def test_prices_under_a_smaller_maximum_are_none(tmp_path, router):
+    gateway = TakingGateway(tokenizer_of_numbers(), directory=tmp_path / "router")
+    gateway.trouble = {"clamped": True}
+    with pytest.raises(GatewayError, match=r"our key's maximum is less than the budget 0\.3"):
+        calibration(gateway, router, (0.3,), tmp_path / "prices.json").found()
+
+
+def test_completions_that_lost_their_teacher_are_counted(tmp_path, router, capsys):
+    gateway = TakingGateway(tokenizer_of_numbers(), directory=tmp_path / "router")
+    gateway.trouble = {"degraded": True}
+    calibration(gateway, router, (0.3,), tmp_path / "prices.json").found()
+    assert "the teacher was lost in 2 of 2 completions at budget 0.3" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("worth", "best"),
     [
