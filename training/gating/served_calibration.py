@@ -6,9 +6,11 @@ another rate comes out, the share is corrected, and the router goes there again.
 
 A price that spends the whole budget may spend it on trifles. So where replies can be scored, each budget is
 tried at the prices of smaller ones too, as long as that gets no worse. If one is clearly better, it is taken.
+Where prices would then rise with the budget, neighbouring budgets share the one that is best for all of them.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from measuring.chats import Source
 from measuring.gateway import GatewayError
-from training.gating.calibration import ERRORS, TOLERANCE, standard_error
+from training.gating.calibration import ERRORS, TOLERANCE, Choice, not_rising, standard_error
 from training.gating.duals import asking_share
 from training.loop.progress import console
 from training.running_gateway import RunningGateway
@@ -185,12 +187,22 @@ class ServedCalibration:
                     going.remove(number)
                 else:
                     best[number] = shifted[number]
-        chosen = []
+        choices = []
         for budget, own, price in zip(self.budgets, spending, best, strict=True):
             gains = _tensor(kept[budget, price].qualities) - _tensor(kept[budget, own].qualities)
             clearly = gains.mean().item() > max(least, ERRORS * standard_error(gains))
-            chosen.append(price if clearly else own)
-        return list(accumulate(chosen, min))
+            qualities = [self._quality(kept, budget, other) for other in spending]
+            choices.append(Choice([budget], price if clearly else own, qualities))
+        chosen = []
+        for choice in not_rising(choices, spending):
+            chosen += [choice.price] * len(choice.budgets)
+        return chosen
+
+    @staticmethod
+    def _quality(kept: Kept, budget: float, price: float) -> float:
+        """Mean of all prompts; -inf where this was not tried."""
+        measured = kept.get((budget, price))
+        return -math.inf if measured is None else fmean(measured.qualities)
 
     def _gap(self, kept: Kept) -> float:
         """Between student and teacher alone, by their mean qualities; 1 if there is none."""

@@ -292,6 +292,23 @@ def test_a_budget_is_not_spent_where_that_makes_replies_worse(tmp_path, router, 
     assert dict(gateway.router().spare().points) == spares
 
 
+def test_budgets_whose_prices_would_rise_share_the_best_of_both(tmp_path, router):
+    """.2 is no better at the price of .1, .4 is by far; both together are best there."""
+    gateway = TakingGateway(tokenizer_of_numbers(), directory=tmp_path / "router")
+    worth = {(0.1, 0.1): 0.8, (0.2, 0.2): 0.8, (0.2, 0.1): 0.81, (0.4, 0.4): 0.5, (0.4, 0.2): 0.7}
+
+    def qualities(answers):
+        budget = gateway.asked[-1][1]
+        if budget in (0, 1):
+            return [budget] * len(answers)
+        spent = sum(place / 10 > gateway.router().calibration().price(budget) for place in range(1, 11)) - 2
+        return [worth.get((budget, spent / 10), 0.9)] * len(answers)
+
+    found = calibration(gateway, router, (0.1, 0.2, 0.4), tmp_path / "prices.json", qualities).found()
+    cheapest = dict(found.spares)[0.1]
+    assert dict(found.prices) == {0.1: cheapest, 0.2: cheapest, 0.4: cheapest}
+
+
 def test_a_gateway_that_does_not_take_the_router_is_named(tmp_path, router):
     gateway = TakingGateway(tokenizer_of_numbers(), directory=tmp_path / "another")
     with pytest.raises(GatewayError, match=r"does not take the router in .*: start it with --router"):
