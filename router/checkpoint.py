@@ -10,10 +10,10 @@ the result is a plain Hugging Face directory that stock vLLM serves.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -23,14 +23,16 @@ from pydantic import (
     PositiveInt,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from router.gate import GATES, Gate, LearnedGate
-from router.policy import Calibration
+from router.budget import TeacherName
+from router.gate import GATES, Gate, LearnedGate, TeachersGate
+from router.policy import Calibration, GateOutput
 from router.problems import problems
 from router.reserved import RESERVED_ROWS, ReservedRows
 from router.rows import VOCABULARY_TENSORS, CheckpointError, VocabularyTensors, copied, opened
@@ -70,6 +72,19 @@ Fact = float | int | str | list[tuple[float, float]]
 """A setting, a figure, or pairs of (fraction, figure)."""
 
 
+class TeacherOutput(BaseModel):
+    """An output of the learned gate: one of several teachers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: TeacherName
+    """As the gateway's configuration has it."""
+    cost: PositiveFloat
+    """Of its token, in any one unit: its price is the common price times this."""
+    calibration: list[tuple[float, float]] = Field(default_factory=list)
+    """(teacher rate, price) if it is the only teacher that is asked; may be empty."""
+
+
 class RouterConfig(BaseModel):
     """The contents of router.json."""
 
@@ -96,6 +111,10 @@ class RouterConfig(BaseModel):
     """
     training: dict[str, Fact] = Field(default_factory=dict)
     """What trained it: objective, gain, seed, data. Nothing here is read when serving."""
+    teachers: tuple[TeacherOutput, ...] = ()
+    """In the order of the learned gate's outputs, from the cheapest to the dearest, who judged the others.
+    Empty: one output, for whichever teacher.
+    """
 
     @field_validator("budget_prompt")
     @classmethod
@@ -107,6 +126,26 @@ class RouterConfig(BaseModel):
         if self.budget_prompt is not None and not self.calibration.get("learned"):
             raise ValueError("budget_prompt: the learned gate has no calibration")
         return self
+
+    @field_validator("teachers")
+    @classmethod
+    def _are_several(cls, teachers: tuple[TeacherOutput, ...]) -> tuple[TeacherOutput, ...]:
+        if len(teachers) == 1:
+            raise ValueError("a single teacher has no entry")
+        if len({teacher.name for teacher in teachers}) < len(teachers):
+            raise ValueError("two teachers have one name")
+        costs = [teacher.cost for teacher in teachers]
+        if costs != sorted(costs):
+            raise ValueError("a teacher is cheaper than the one before it")
+        return teachers
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """A router of one output is written as it was before there were others."""
+        data = dump(self)
+        if not self.teachers:
+            data.pop("teachers", None)
+        return data
 
     @property
     def words(self) -> BudgetWords | None:
@@ -141,9 +180,27 @@ class RouterCheckpoint:
 
     def learned_gate(self) -> LearnedGate:
         """The gate that was trained with the taps, ready for inference."""
-        gate = LearnedGate(self.reserved, self.config.gate_width)
+        gate = new_gate(self.reserved, self.config.gate_width, [each.cost for each in self.config.teachers])
         gate.load_state_dict(self.gate)
         return gate.eval().requires_grad_(False)
+
+    @property
+    def outputs(self) -> tuple[GateOutput, ...]:
+        """Of the learned gate, one for each of several teachers; empty if it has one for all."""
+        outputs = []
+        for teacher in self.config.teachers:
+            alone = Calibration(tuple(teacher.calibration)) if teacher.calibration else None
+            outputs.append(GateOutput(teacher.name, teacher.cost, alone))
+        return tuple(outputs)
+
+    def check_teachers(self, names: Collection[str]) -> None:
+        """Raises CheckpointError where the learned gate was trained to choose between other teachers."""
+        trained = [teacher.name for teacher in self.config.teachers]
+        if trained and set(trained) != set(names):
+            raise CheckpointError(
+                f"the router chooses between the teachers {', '.join(trained)}, and here the models are "
+                f"{', '.join(names)}: give the teachers these names, or take a gate without training"
+            )
 
     def calibration(self, name: str = "learned") -> Calibration:
         """Raises CheckpointError where that gate was not calibrated."""
@@ -204,6 +261,7 @@ class RouterCheckpoint:
                 checkpoint.calibration(name)
             for name in config.spare:
                 checkpoint.spare(name)
+            _ = checkpoint.outputs
             checkpoint.build_gate()
         except (ValueError, RuntimeError) as error:
             problem = " ".join(str(error).split())  # torch's is drawn over several lines
@@ -253,6 +311,11 @@ class RouterCheckpoint:
             matrix[self.reserved.taps] = self.taps.to(matrix.dtype)
         with copied(student, out, tensors, vocab_size=vocab_size, without=[MERGED_ROUTER]) as scratch:
             self.save(scratch / MERGED_ROUTER)
+
+
+def new_gate(reserved: ReservedRows, width: int, costs: Sequence[float] = ()) -> LearnedGate:
+    """An untrained one; ``costs``: of each teacher's token, if it has an output for each of several."""
+    return TeachersGate(reserved, width, costs) if costs else LearnedGate(reserved, width)
 
 
 def fingerprint(model: Path, reserved_start: int) -> str:
@@ -327,7 +390,9 @@ __all__ = [
     "Fingerprints",
     "RouterCheckpoint",
     "RouterConfig",
+    "TeacherOutput",
     "fingerprint",
+    "new_gate",
     "tokenizer_fingerprint",
     "vocabulary",
 ]

@@ -5,6 +5,7 @@ A gate asks where its score exceeds the request's price. The learned gate is tra
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +32,14 @@ class LearnedGate(Gate):
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, reserved: ReservedRows, width: int = 64) -> None:
+    def __init__(self, reserved: ReservedRows, width: int = 64, outputs: int = 1) -> None:
         super().__init__(reserved)
         self.width = width
         size = n_features(reserved)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("scale", torch.ones(size))
         self.mlp = nn.Sequential(
-            nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)
+            nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs)
         )
 
     def forward(self, logits: Tensor) -> Tensor:
@@ -47,8 +48,52 @@ class LearnedGate(Gate):
 
     def score(self, x: Tensor) -> Tensor:
         """x: (..., F) features. Returns (...)."""
-        scores: Tensor = self.mlp((x - self.mean) * self.scale)
-        return scores.squeeze(-1)
+        return self.outputs(x).squeeze(-1)
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """x: (..., F) features. Returns (..., 1), or as many numbers as the network has outputs."""
+        outputs: Tensor = self.mlp((x - self.mean) * self.scale)
+        return outputs
+
+
+class TeachersGate(LearnedGate):
+    """A learned gate for several teachers: an output for each says what asking that one is worth.
+
+    A teacher's price is a common price times its cost. The score is the highest common price below which some
+    teacher is worth its price. So it is compared with the common price, as the score of any gate.
+    """
+
+    costs: Tensor
+
+    def __init__(self, reserved: ReservedRows, width: int, costs: Sequence[float]) -> None:
+        """``costs``: of a token of each teacher, in any one unit."""
+        super().__init__(reserved, width, len(costs))
+        self.register_buffer("costs", torch.tensor(costs), persistent=False)
+
+    def worth(self, logits: Tensor) -> Tensor:
+        """logits: (..., V). Returns what asking each of the K teachers is worth, (..., K)."""
+        return self.outputs(features(logits, self.reserved))
+
+    def score(self, x: Tensor) -> Tensor:
+        """x: (..., F) features. Returns (...)."""
+        return self.common(self.outputs(x))
+
+    def common(self, worth: Tensor) -> Tensor:
+        """The common price below which one of the teachers is asked; (..., K) to (...)."""
+        best = worth.amax(-1)
+        return torch.where(best > 0, (worth / self.costs).amax(-1), best)
+
+    def margins(self, worth: Tensor, price: Tensor, least: Tensor | None = None) -> Tensor:
+        """What each teacher is worth above its price; the largest one decides, if it is above 0.
+
+        worth: (..., K); price: (...), the common one; least: (..., K), no teacher's price is below it.
+        """
+        prices = self.prices(price)
+        return worth - (prices if least is None else torch.maximum(prices, least))
+
+    def prices(self, price: Tensor) -> Tensor:
+        """Of each teacher, by the common price: (...) to (..., K). Below 0, costs do not count."""
+        return torch.where(price[..., None] > 0, price[..., None] * self.costs, price[..., None])
 
 
 class RandomGate(Gate):

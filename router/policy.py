@@ -2,15 +2,22 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from router.adaptive import AdaptiveCalibration
 from router.budget import Bucket, Budget
 
 REFILL_TOKENS = 10
 """A bucket that takes longer to gain a call raises its price less: the price stays for the whole segment."""
+
+
+class LeastPrice(NamedTuple):
+    """A bound of one teacher's price."""
+
+    teacher: str
+    price: float
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,10 @@ class Terms:
     dearer: tuple[float, ...] = ()
     """Prices above ``price``, none below the one before it: a score above the first is worth the second
     cheapest teacher, and so on.
+    """
+    least: tuple[LeastPrice, ...] = ()
+    """For a gate with an output for each of several teachers, in the order of the outputs. ``price`` is the
+    common one then. A teacher that may not be asked has inf here.
     """
 
     @property
@@ -102,6 +113,28 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class GateOutput:
+    """What a gate with an output for each of several teachers says of one of them."""
+
+    teacher: str
+    cost: float
+    """Of its token: its price is the common price times this. Below 0, costs do not count."""
+    alone: Prices | None = None
+    """If it is the only teacher that is asked; None: nobody has measured that."""
+
+    def price(self, rate: float, common: Prices) -> float:
+        """At which it alone realises no more than a rate."""
+        if self.alone is not None:
+            return self.alone.price(rate)
+        price = common.price(rate)
+        return price * self.cost if price > 0 else price
+
+    def common(self, price: float) -> float:
+        """The common price at which this one is its own."""
+        return price / self.cost if price > 0 else price
+
+
+@dataclass(frozen=True)
 class Policy:
     """Prices the next student segment of a request.
 
@@ -119,6 +152,8 @@ class Policy:
     expected_tokens: float
     """Mean completion length on validation data."""
     spare: Calibration | None = None
+    outputs: tuple[GateOutput, ...] = ()
+    """Of a gate that has one for each of several teachers."""
 
     def terms(
         self,
@@ -130,6 +165,7 @@ class Policy:
         pause: int = 0,
         reads: int = 0,
         caps: Sequence[float] = (1.0,),
+        names: Sequence[str] = (),
     ) -> Terms:
         """Terms for a request that has written ``completion_tokens`` of at most ``max_tokens``.
 
@@ -141,6 +177,7 @@ class Policy:
             pause: for this many tokens it may not ask.
             reads: tokens that a call would now read.
             caps: the rate that each teacher may have of it, from the cheapest to the dearest.
+            names: of these teachers, for a gate with an output for each.
         """
         earliest = bucket.earliest(reads)
         if earliest is None or earliest >= max_tokens:
@@ -149,7 +186,9 @@ class Policy:
         planned = self._planned(bucket, completion_tokens, max_tokens, reads)
         rate = min(ceiling, self._fraction(bucket, completion_tokens), planned)
         terms = Terms(self.calibration.price(rate), max(0, earliest - completion_tokens, pause))
-        if len(caps) > 1:
+        if self.outputs:
+            terms = self._by_outputs(terms, rate, dict(zip(names, caps, strict=False)))
+        elif len(caps) > 1:
             terms = replace(terms, dearer=self._dearer(terms.price, rate, caps))
         spare_from = bucket.spare_from()
         if self.spare is None or spare_from is None:
@@ -185,6 +224,24 @@ class Policy:
             above = min(above, own) if own > price else above
             prices.append(above)
         return tuple(reversed(prices))
+
+    def _by_outputs(self, terms: Terms, rate: float, caps: Mapping[str, float]) -> Terms:
+        """Each teacher has the common price times its cost. One with a cap has no less than the cap's price.
+
+        A teacher that is alone has the price that was measured for it alone.
+        """
+        there = [output for output in self.outputs if output.teacher in caps]
+        if not there:  # tools, say
+            return terms
+        least = []
+        for output in self.outputs:
+            cap = caps.get(output.teacher, 0.0)
+            price = -math.inf if cap >= rate else output.price(cap, self.calibration)
+            least.append(LeastPrice(output.teacher, price))
+        if len(there) == 1:
+            (only,) = there
+            terms = replace(terms, price=only.common(only.price(rate, self.calibration)))
+        return replace(terms, least=tuple(least))
 
     def observe(
         self, bucket: Bucket, teacher_tokens: int, completion_tokens: int, *, ceiling: float, running: int

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from router.budget import Bucket
 from router.money import TokenUsage
+from router.policy import Terms
 from server.completion import Completion, Piece
 from server.exchange import Purse, Report
 from server.grammar.constraint import Constraint
@@ -184,19 +185,30 @@ class Choice:
         """Whether all that it may ask are down."""
         return all(standing.teacher.pool.down for standing in self.standings if standing.may_ask)
 
-    def order(self, level: int, *, dearest: bool) -> list[Standing]:
+    def order(self, level: int, terms: Terms) -> list[Standing]:
         """Whom to ask, one after the other.
 
-        Tools come first. Of the models that the terms were made for, the first is the cheapest one, or by the
-        ``level`` a dearer one; then come dearer ones, then cheaper ones. ``dearest``: from the dearest down.
+        Tools come first. Of the models that the terms were made for, the first is the one that the ``level``
+        of the row means, or the dearest if they are to ask always. Then come dearer ones, then cheaper ones.
         """
         tools = [standing for standing in self.standings if standing.teacher.is_tool]
-        place = min(len(self.ranked) - 1, level) if not dearest else len(self.ranked) - 1
-        ranked = self.ranked[max(place, 0) :] + self.ranked[: max(place, 0)][::-1]
+        place = self._place(level, terms)
+        ranked = self.ranked[place:] + self.ranked[:place][::-1]
         others = [standing for standing in self.standings if standing not in (*tools, *ranked)]
         length = len(self.completion)
         order = [*tools, *(standing for standing in ranked if standing not in tools), *others]
         return [standing for standing in order if standing.may_ask and standing.ask_from <= length]
+
+    def _place(self, level: int, terms: Terms) -> int:
+        """The place in `ranked` of who is meant."""
+        last = max(0, len(self.ranked) - 1)
+        if terms.always:
+            return last
+        if not terms.least:
+            return min(last, level)
+        names = [standing.name for standing in self.ranked]
+        name = terms.least[min(level, len(terms.least) - 1)].teacher  # of another router, just before
+        return names.index(name) if name in names else 0
 
     @property
     def reads(self) -> int:

@@ -31,7 +31,7 @@ class Piece:
     asks: bool = False
     """The student asks for the teacher after these tokens."""
     level: int = 0
-    """With several teachers: how many of the dearer ones' prices its score exceeds."""
+    """Of the row by which it asks: with several teachers it says which one is meant."""
     text: str = ""
     """Whole characters, where a teacher writes in tokens of its own."""
 

@@ -302,6 +302,11 @@ class ServeConfig(BaseModel):
         return {TEACHER: only}
 
     @property
+    def model_teachers(self) -> list[str]:
+        """Names of the teachers that are models, not tools."""
+        return [name for name, settings in self.teachers.items() if settings.tool is None]
+
+    @property
     def vllm_settings(self) -> dict[str, Any]:
         """``vllm``, by vLLM's own spelling of its flags."""
         return {setting_name(name): value for name, value in self.vllm.items()}

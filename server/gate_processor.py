@@ -7,9 +7,9 @@ request, whatever its terms.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from router.adaptive import SeenScores
 from router.checkpoint import CheckpointError, RouterCheckpoint
-from router.gate import GATES, Gate
+from router.gate import GATES, Gate, TeachersGate
 from router.policy import Terms
 from router.reserved import ReservedRows
 from router.sketch import ScoreSketch
@@ -45,7 +45,8 @@ NOT_BEFORE = "wheels_not_before"
 SPARE_PRICE = "wheels_spare_price"
 SPARE_FROM = "wheels_spare_from"
 DEARER = "wheels_dearer"
-TERMS = frozenset({PRICE, NOT_BEFORE, SPARE_PRICE, SPARE_FROM, DEARER, WRITTEN, GRAMMAR_FROM})
+LEAST = "wheels_least"
+TERMS = frozenset({PRICE, NOT_BEFORE, SPARE_PRICE, SPARE_FROM, DEARER, LEAST, WRITTEN, GRAMMAR_FROM})
 """What a client must not say: it is between the span loop and the engine."""
 
 PIECE_ON_CPU = 2**20
@@ -102,6 +103,8 @@ def terms_args(terms: Terms) -> dict[str, Any]:
         args |= {SPARE_PRICE: terms.spare_price, SPARE_FROM: terms.spare_from}
     if terms.dearer:
         args[DEARER] = list(terms.dearer)
+    if terms.least:
+        args[LEAST] = [least.price for least in terms.least]
     return args
 
 
@@ -119,32 +122,68 @@ def decide(
     price: Tensor,
     rows: Tensor | None = None,
     visible: int | None = None,
-    dearer: Tensor | None = None,
+    others: Tensor | None = None,
 ) -> Tensor:
     """Force the escalation token where the gate's score exceeds the price, mask what no token has.
 
-    With several teachers, the row after the escalation token says that the first of the dearer prices is
-    exceeded too, the next one that the second is, and so on.
+    With several teachers, one of the rows from the escalation token on is forced. With one score, it says how
+    many of the dearer prices are exceeded. With an output for each teacher, it is that of the largest margin.
 
     Returns the scores of ``rows``.
 
     logits: (B, V) float32, changed in place; price: (B,) float32, inf where asking is forbidden;
     rows: those that may ask, where others are not worth a look; visible: as in `mask_reserved`;
-    dearer: (B, teachers - 1) float32, with several teachers.
+    others: (B, teachers) float32, see `other_prices`.
     """
-    scored = scores(gate, logits, rows)
-    ask = scored > (price if rows is None else price[rows])
-    levels = None
-    if dearer is not None:
-        levels = (scored[:, None] > (dearer if rows is None else dearer[rows])).sum(1)
+    if rows is not None:
+        price = price[rows]
+        others = None if others is None else others[rows]
+    asked = ask_each(gate, logits, price, rows, others)
     mask_reserved(logits, gate.reserved, visible)
+    escalation = gate.reserved.escalation
+    ask, levels = asked.ask, asked.levels
     if logits.device.type == "cpu":  # where it costs nothing to know which
         asking = ask.nonzero().squeeze(-1) if rows is None else rows[ask]
         logits.index_fill_(0, asking, -math.inf)
-        logits[asking, gate.reserved.escalation + (0 if levels is None else levels[ask])] = 0.0
+        logits[asking, escalation + (0 if levels is None else levels[ask])] = 0.0
     else:
-        force(logits, gate.reserved.escalation, ask, rows, levels)
-    return scored
+        force(logits, escalation, ask, rows, levels)
+    return asked.scored
+
+
+class Asked(NamedTuple):
+    """What a gate says of R rows."""
+
+    scored: Tensor
+    """(R,) its scores."""
+    ask: Tensor
+    """(R,) bool."""
+    levels: Tensor | None
+    """(R,) of a row that asks: by which row after the escalation token. None: by the token itself."""
+
+
+def ask_each(gate: Gate, logits: Tensor, price: Tensor, rows: Tensor | None, others: Tensor | None) -> Asked:
+    """Arguments as of `decide`, but price and others of ``rows`` alone."""
+    if isinstance(gate, TeachersGate):
+        worth = in_pieces(gate.worth, logits, rows)
+        return ask_by_worth(gate, worth, price, others)
+    scored = in_pieces(gate, logits, rows)
+    levels = None if others is None else (scored[:, None] > others[:, :-1]).sum(1)
+    return Asked(scored, scored > price, levels)
+
+
+def ask_by_worth(gate: TeachersGate, worth: Tensor, price: Tensor, least: Tensor | None) -> Asked:
+    """Who asks, and whom, by what each teacher is worth; shapes as of `TeachersGate.margins`."""
+    scored = gate.common(worth)
+    if least is None:
+        return Asked(scored, scored > price, gate.margins(worth, price).argmax(-1))
+    unknown = least.isnan()
+    least = least.masked_fill(unknown, -math.inf)
+    ask = gate.margins(worth, price, least).amax(-1) > 0
+    # At a price of -inf every margin is inf: the largest worth decides then.
+    finite = torch.maximum(gate.prices(price), least)
+    best = (worth - finite.masked_fill(finite == -math.inf, 0.0)).argmax(-1)
+    return Asked(scored, ask, best.masked_fill(unknown.any(-1), 0))
 
 
 def force(
@@ -166,8 +205,8 @@ def force(
     logits.scatter_(1, (escalation + levels)[:, None], forced[:, None])
 
 
-def scores(gate: Gate, logits: Tensor, rows: Tensor | None = None) -> Tensor:
-    """The gate's scores of these rows (default: all), computed piece by piece.
+def in_pieces(read: Callable[[Tensor], Tensor], logits: Tensor, rows: Tensor | None = None) -> Tensor:
+    """What a gate makes of these rows (default: all), computed piece by piece.
 
     A gate makes tensors as large as what it reads. Pieces keep them small: in the caches of a CPU, and out of
     the way of what vLLM has left of a GPU's memory.
@@ -175,8 +214,8 @@ def scores(gate: Gate, logits: Tensor, rows: Tensor | None = None) -> Tensor:
     elements = PIECE_ON_CPU if logits.device.type == "cpu" else PIECE_ON_GPU
     size = max(1, elements // logits.shape[-1])
     if rows is None:
-        return torch.cat([gate(piece) for piece in torch.split(logits, size)])
-    return torch.cat([gate(logits[piece]) for piece in torch.split(rows, size)])
+        return torch.cat([read(piece) for piece in torch.split(logits, size)])
+    return torch.cat([read(logits[piece]) for piece in torch.split(rows, size)])
 
 
 def mask_reserved(logits: Tensor, reserved: ReservedRows, visible: int | None = None) -> None:
@@ -202,7 +241,7 @@ class Decider:
             gate = RouterCheckpoint.load(Path(settings["router"])).build_gate(settings["gate"])
         self.gate = gate.to(self.device)
         self.visible = visible_rows_of(vllm_config.additional_config)
-        self.dearer_prices: int = settings.get("teachers", 1) - 1
+        self.teachers: int = settings.get("teachers", 1)
         self.sketch = ScoreSketch(self.device) if settings.get("sketch") else None
         hide_from_reports(slice(self.visible, reserved.end), v2=v2)
         keep_from_adapters(slice(reserved.start, reserved.end))
@@ -212,14 +251,14 @@ class Decider:
         mask_reserved(logits, self.gate.reserved, self.visible)
         return logits
 
-    def _new_dearer(self, rows: int) -> Tensor | None:
-        """The dearer prices of every request; (rows, teachers - 1), or None with one teacher."""
-        return torch.full((rows, self.dearer_prices), math.inf) if self.dearer_prices else None
+    def _new_others(self, rows: int) -> Tensor | None:
+        """The `other_prices` of every request; (rows, teachers), or None with one teacher."""
+        return torch.full((rows, self.teachers), math.nan) if self.teachers > 1 else None
 
     def _decide(
-        self, logits: Tensor, price: Tensor, rows: Tensor | None, dearer: Tensor | None = None
+        self, logits: Tensor, price: Tensor, rows: Tensor | None, others: Tensor | None = None
     ) -> Tensor:
-        scored = decide(self.gate, logits, price, rows, self.visible, dearer)
+        scored = decide(self.gate, logits, price, rows, self.visible, others)
         if self.sketch is not None:
             forbidden = (price if rows is None else price[rows]) == math.inf
             self.sketch.add(scored.masked_fill(forbidden, math.nan))
@@ -315,8 +354,8 @@ class GateProcessor(Decider, LogitsProcessor):
         rows = vllm_config.scheduler_config.max_num_seqs
         self.prices = torch.full((rows,), math.inf)
         self.device_prices = self.prices.to(device)
-        self.dearer = self._new_dearer(rows)
-        self.device_dearer = None if self.dearer is None else self.dearer.to(device)
+        self.others = self._new_others(rows)
+        self.device_others = None if self.others is None else self.others.to(device)
         self.finite: set[int] = set()
         self.waiting: dict[int, Waiting] = {}  # by row
         self.changed = False
@@ -338,8 +377,8 @@ class GateProcessor(Decider, LogitsProcessor):
                 self._set(row, math.inf)
                 self.written.set(row, params, prompt_ids)
                 self._advance(row, price_steps(params.extra_args or {}), output_ids)
-                if self.dearer is not None:
-                    self.dearer[row] = dearer_row(params, self.dearer_prices)
+                if self.others is not None:
+                    self.others[row] = other_prices(params, self.teachers)
             for first, second, direction in batch_update.moved:
                 swap = direction == MoveDirectionality.SWAP
                 self._move(first, second, swap=swap)
@@ -374,8 +413,8 @@ class GateProcessor(Decider, LogitsProcessor):
         second_price = self.prices[second].item()
         second_waiting = self.waiting.get(second)
         self._restore(second, first_price, first_waiting)
-        if self.dearer is not None:  # without a swap, the row that is left has no price
-            self.dearer[[first, second]] = self.dearer[[second, first]]
+        if self.others is not None:  # without a swap, the row that is left has no price
+            self.others[[first, second]] = self.others[[second, first]]
         if swap:
             self._restore(first, second_price, second_waiting)
         else:
@@ -399,17 +438,22 @@ class GateProcessor(Decider, LogitsProcessor):
             return self._mask(logits)
         if self.changed:
             self.device_prices.copy_(self.prices, non_blocking=True)
-            if self.dearer is not None and self.device_dearer is not None:
-                self.device_dearer.copy_(self.dearer, non_blocking=True)
+            if self.others is not None and self.device_others is not None:
+                self.device_others.copy_(self.others, non_blocking=True)
             self.changed = False
-        dearer = None if self.device_dearer is None else self.device_dearer[:batch]
-        return self._decide(logits, self.device_prices[:batch], self.rows, dearer)
+        others = None if self.device_others is None else self.device_others[:batch]
+        return self._decide(logits, self.device_prices[:batch], self.rows, others)
 
 
-def dearer_row(params: SamplingParams, count: int) -> Tensor:
-    """The dearer prices of a request, inf where it has none; (count,)."""
-    prices = (params.extra_args or {}).get(DEARER, ())
-    return torch.tensor([*prices, *[math.inf] * count][:count])
+def other_prices(params: SamplingParams, count: int) -> Tensor:
+    """A request's prices besides the first, NaN where it has none; (count,).
+
+    Of a gate with one output, they are the prices of the dearer teachers. Of a gate with an output for each,
+    they are `router.policy.Terms.least`.
+    """
+    args = params.extra_args or {}
+    prices = args.get(LEAST) or args.get(DEARER, ())
+    return torch.tensor([*prices, *[math.nan] * count][:count])
 
 
 def rows_to_read(asking: Sequence[int], batch: int, device: torch.device) -> Tensor | None:
@@ -434,8 +478,8 @@ class GateProcessorV2(Decider, LogitsProcessorV2):
         # two steps (from, price) of every slot
         self.terms = torch.zeros(2, 2, req_states.max_num_reqs)
         self.device_terms = self.terms.to(req_states.device)
-        self.dearer = self._new_dearer(req_states.max_num_reqs)
-        self.device_dearer = None if self.dearer is None else self.dearer.to(req_states.device)
+        self.others = self._new_others(req_states.max_num_reqs)
+        self.device_others = None if self.others is None else self.others.to(req_states.device)
         self.changed = False
         self.asks_from = np.full(req_states.max_num_reqs, NEVER_ASKS, dtype=np.int64)
         """Tokens of its segment from which a slot's request may ask; on the host, so that nobody waits."""
@@ -448,8 +492,8 @@ class GateProcessorV2(Decider, LogitsProcessorV2):
         self.asks_from[req_idx] = min(
             (start for start, price in steps if price < math.inf), default=NEVER_ASKS
         )
-        if self.dearer is not None:
-            self.dearer[req_idx] = dearer_row(sampling_params, self.dearer_prices)
+        if self.others is not None:
+            self.others[req_idx] = other_prices(sampling_params, self.teachers)
         self.changed = True
         self.written.set(req_idx, sampling_params)
         return True
@@ -458,8 +502,8 @@ class GateProcessorV2(Decider, LogitsProcessorV2):
         """Copy changed terms to the device."""
         if self.changed:
             self.device_terms.copy_(self.terms, non_blocking=True)
-            if self.dearer is not None and self.device_dearer is not None:
-                self.device_dearer.copy_(self.dearer, non_blocking=True)
+            if self.others is not None and self.device_others is not None:
+                self.device_others.copy_(self.others, non_blocking=True)
             self.changed = False
 
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
@@ -478,5 +522,5 @@ class GateProcessorV2(Decider, LogitsProcessorV2):
         rows = None
         if len(requests) == len(logits):  # no drafts: a row is a request
             rows = rows_to_read(asking.tolist(), len(logits), self.device)
-        dearer = None if self.device_dearer is None else self.device_dearer[slots]
-        return self._decide(logits, price, rows, dearer)
+        others = None if self.device_others is None else self.device_others[slots]
+        return self._decide(logits, price, rows, others)

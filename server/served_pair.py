@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from router.adaptive import AdaptiveCalibration
 from router.checkpoint import MERGED_ROUTER, CheckpointError, RouterCheckpoint, fingerprint, vocabulary
 from router.gate_names import UNTRAINED_GATE
-from router.policy import Calibration, Policy
+from router.policy import Calibration, GateOutput, Policy
 from router.reserved import ReservedRows, visible_rows
 from router.rows import MODEL_CONFIG, append_rows, check_decoder, vocabulary_rows
 from router.words import BudgetWords
@@ -49,12 +49,12 @@ class ServedPair:
         rows = vocabulary_rows(config.student)
         router, student = _merged(config)
         reserved = router.reserved if router is not None else _free_rows(student)
-        models = sum(settings.tool is None for settings in config.teachers.values())
+        models = len(config.model_teachers)
         if models > reserved.count:
             raise ConfigError(
                 f"teacher: the student has rows for {reserved.count} teachers, not for {models}"
             )
-        return cls(
+        pair = cls(
             config=config,
             student=student,
             router=router,
@@ -62,6 +62,13 @@ class ServedPair:
             visible=min(_known_rows(student, reserved), rows, reserved.start),
             spans=_spans(config, router),
         )
+        pair.check_teachers()
+        return pair
+
+    def check_teachers(self) -> None:
+        """Raises CheckpointError where the gate that decides was trained for other teachers."""
+        if self.router is not None and self.gate == "learned":
+            self.router.check_teachers(self.config.model_teachers)
 
     def with_router(self, router: RouterCheckpoint) -> "ServedPair":
         """The pair with another router for the same student. Raises CheckpointError where it does not fit."""
@@ -69,6 +76,7 @@ class ServedPair:
             changed = replace(self, router=router, spans=_spans(self.config, router))
         except ConfigError as error:
             raise CheckpointError(str(error)) from error
+        changed.check_teachers()
         if changed.learns_its_price and not self.learns_its_price:
             raise CheckpointError(
                 f"it has no calibration for the gate {self.gate} and spans of {changed.spans.span_tokens}; "
@@ -79,9 +87,13 @@ class ServedPair:
     def gate_settings(self) -> dict[str, Any]:
         """The engine's ``additional_config``."""
         router = None if self.router is None else self.student / MERGED_ROUTER
-        models = sum(settings.tool is None for settings in self.config.teachers.values())
         return gate_settings(
-            self.reserved, self.gate, router, self.visible, sketch=self.learns_its_price, teachers=models
+            self.reserved,
+            self.gate,
+            router,
+            self.visible,
+            sketch=self.learns_its_price,
+            teachers=len(self.config.model_teachers),
         )
 
     @property
@@ -112,13 +124,14 @@ class ServedPair:
         expected = router.config.expected_tokens if router else max_len / 4
         if config.aim == "rate" and (config.price is not None or router is None):
             raise ConfigError("aim rate needs a router checkpoint with its calibration, and no fixed price")
+        outputs = self._outputs
         if config.price is not None:
-            return Policy(Calibration(((0.5, config.price),)), expected)
+            return Policy(Calibration(((0.5, config.price),)), expected, outputs=outputs)
         if router is not None and self._is_calibrated:
-            return Policy(router.calibration(self.gate), expected, self._spare(router))
+            return Policy(router.calibration(self.gate), expected, self._spare(router), outputs)
         if self.gate == "random":
             return Policy(Calibration.of_random_gate(self.spans.ask_tokens), expected)
-        return Policy(AdaptiveCalibration(self.gate, self.spans.ask_tokens), expected)
+        return Policy(AdaptiveCalibration(self.gate, self.spans.ask_tokens), expected, outputs=outputs)
 
     @property
     def price_file(self) -> Path:
@@ -142,6 +155,15 @@ class ServedPair:
             and self.gate in router.config.calibration
             and self.spans == _spans(None, router)
         )
+
+    @property
+    def _outputs(self) -> tuple[GateOutput, ...]:
+        """Of a gate with one for each of several teachers; their own prices hold as the common one does."""
+        if self.router is None or self.gate != "learned":
+            return ()
+        measured = self.config.price is None and self._is_calibrated
+        outputs = self.router.outputs
+        return outputs if measured else tuple(replace(output, alone=None) for output in outputs)
 
     def _spare(self, router: RouterCheckpoint) -> Calibration | None:
         if self.config.aim != "rate":

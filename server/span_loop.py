@@ -104,6 +104,7 @@ class SpanLoop:
             pause=choice.pause,
             reads=choice.reads,
             caps=[self._cap(choice, standing) for standing in choice.ranked] or (1.0,),
+            names=[standing.name for standing in choice.ranked],
         )
         if terms.never or choice.pause or not choice.lost:
             return terms
@@ -132,7 +133,7 @@ class SpanLoop:
             )
 
     async def _ask(self, choice: Choice, terms: Terms) -> int | None:
-        """Let the student write a segment; None, or how many of the dearer prices it exceeds at its end."""
+        """Let the student write a segment; None, or the level of the row by which it asks at its end."""
         level = None
         async with aclosing(self.student(choice, terms)) as pieces:
             async for piece in pieces:
@@ -145,7 +146,7 @@ class SpanLoop:
     async def _teach(self, choice: Choice, terms: Terms, level: int) -> None:
         """Let the first teacher that can write a span, or let the choice ask later, or never again."""
         refusals: list[Refusal] = []
-        for standing in choice.order(level, dearest=terms.always):
+        for standing in choice.order(level, terms):
             refusal = await self._call(choice, terms, standing)
             if refusal is None:
                 return

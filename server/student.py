@@ -108,7 +108,7 @@ class StudentEngine:
         params.min_tokens = min(choice.min_tokens, params.max_tokens)
         params.seed = choice.seed
         if choice.params.min_tokens:
-            terms = replace(terms, dearer=())  # see `Cooperator._segment_params`
+            terms = replace(terms, dearer=(), least=())  # see `Cooperator._segment_params`
         written = written_args(params, len(choice.completion))
         params.extra_args = {**(params.extra_args or {}), **terms_args(terms), **written}
         return params

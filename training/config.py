@@ -15,9 +15,17 @@ from pydantic import (
     model_validator,
 )
 
+from router.budget import TeacherName
 from router.errors import UnusableInput
 from router.problems import problems
-from training.gate_config import GateConfig, GatewayRollouts, InProcessRollouts
+from training.gate_config import (
+    DifferenceObjective,
+    GateConfig,
+    GatewayRollouts,
+    InProcessRollouts,
+    PriceConditioning,
+    QualityGain,
+)
 from training.settings import BudgetPrompt, Frozen, Rate
 
 Role = Literal["teacher", "student"]
@@ -392,6 +400,22 @@ class ServedConfig(Frozen):
         return self.url.rstrip("/")
 
 
+class CheaperReadyConfig(Frozen):
+    """A cheaper teacher in process, taken as it is."""
+
+    cost: float = Field(gt=0, le=1)
+    """Of its token, if one of `teacher` costs 1: its price is the common one times this."""
+    pretrained: str
+    """Directory, or hub name: OWNER/NAME, or OWNER/NAME@REVISION."""
+
+
+class CheaperServedConfig(ServedConfig):
+    """A cheaper teacher behind a vLLM server's URL."""
+
+    cost: float = Field(gt=0, le=1)
+    """Of its token, if one of `teacher` costs 1: its price is the common one times this."""
+
+
 def _kind(value: Any) -> str | None:
     keys = value.keys() if isinstance(value, dict) else value.__dict__.keys()
     for kind in ("shape", "pretrained", "prune", "url"):
@@ -411,6 +435,13 @@ WHICH = Discriminator(
 ModelConfig = ScratchConfig | PretrainedConfig | PrunedConfig
 StudentConfig = Annotated[Scratch | Pretrained | Pruned, WHICH]
 TeacherConfig = Annotated[Scratch | Pretrained | Annotated[ServedConfig, Tag("url")], WHICH]
+CheaperConfig = CheaperReadyConfig | CheaperServedConfig
+Cheaper = Annotated[
+    Annotated[CheaperReadyConfig, Tag("pretrained")] | Annotated[CheaperServedConfig, Tag("url")],
+    Discriminator(
+        _kind, custom_error_type="model", custom_error_message="a cheaper teacher has pretrained or url"
+    ),
+]
 
 
 class Recipe(Frozen):
@@ -440,6 +471,10 @@ class Recipe(Frozen):
     """Where the scalars of training go, besides `log.jsonl`."""
     teacher: TeacherConfig
     """The large model: trained from nothing, ready, trained further, or behind a URL."""
+    cheaper_teachers: dict[TeacherName, Cheaper] = Field(default_factory=dict, max_length=7)
+    """Further teachers by name, which the gate may ask in place of `teacher`, who judges them. The student
+    does not learn from them. `wheels serve` gets all of them by these names, and `teacher` by its own.
+    """
     student: StudentConfig
     """The small model: trained from nothing, ready, trained further, or a part of the teacher."""
     router: GateConfig
@@ -468,6 +503,39 @@ class Recipe(Frozen):
                 "student.prune: the layers of a teacher behind a URL are not known here; give the teacher's "
                 "directory or hub name as teacher.pretrained, or a ready student as student.pretrained"
             )
+        return self
+
+    @property
+    def cheaper(self) -> list[tuple[str, CheaperConfig]]:
+        """The further teachers, from the cheapest to the dearest."""
+        return sorted(self.cheaper_teachers.items(), key=lambda named: named[1].cost)
+
+    @model_validator(mode="after")
+    def _several_teachers(self) -> Self:
+        if not self.cheaper_teachers:
+            return self
+        for name in ("student", "teacher"):
+            if name in self.cheaper_teachers:
+                raise ValueError(f"cheaper_teachers.{name}: is another model's name")
+        router = self.router
+        is_started = isinstance(router.rollouts, GatewayRollouts) and router.rollouts.is_started
+        refused = {
+            f"router.objective {router.objective.type}": not isinstance(
+                router.objective, DifferenceObjective
+            ),
+            "router.gain quality": isinstance(router.gain, QualityGain),
+            "router.conditioning prompt": not isinstance(router.conditioning, PriceConditioning),
+            "turns": self.turns is not None,
+            "router.rollouts gateway without a url": is_started,
+        }
+        for name, is_set in refused.items():
+            if is_set:
+                raise ValueError(f"{name}: not for several teachers (cheaper_teachers)")
+        for name, config in self.cheaper:
+            if isinstance(config, ServedConfig) and isinstance(router.rollouts, InProcessRollouts):
+                raise ValueError(
+                    f"cheaper_teachers.{name}.url: router.rollouts in_process needs the teacher in process"
+                )
         return self
 
     @model_validator(mode="after")

@@ -19,6 +19,9 @@ from training import parallel
 from training.batches import Demonstrations
 from training.config import (
     ROLES,
+    CheaperConfig,
+    CheaperReadyConfig,
+    CheaperServedConfig,
     JointConfig,
     MethodConfig,
     ModelConfig,
@@ -34,6 +37,7 @@ from training.config import (
 )
 from training.export import export, export_examples, link_model, replacing, save
 from training.gate_config import InProcessRollouts
+from training.gating.cheaper import Cheaper
 from training.gating.router_stage import FrozenPair, RouterStage
 from training.gating.traffic_stage import TrafficStage
 from training.hub import directory_of
@@ -103,9 +107,17 @@ def make_router(space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBase
         make_router_from_traffic(space, task, tokenizer)
         return
     with replacing(space.exported("router")) as scratch:
+        link_cheaper(space)
         pair = frozen_pair(space, tokenizer)
         RouterStage(pair, task, recipe.router, recipe.seed).run(space.work("router"), scratch)
         write_record(space.record("router"), scratch)
+
+
+def link_cheaper(space: Workspace) -> None:
+    """Export the cheaper teachers that are in process, as they are."""
+    for name, config in space.recipe.cheaper:
+        if isinstance(config, CheaperReadyConfig):
+            link_model(config.pretrained, space.cheaper(name))
 
 
 def make_router_from_traffic(space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -132,7 +144,20 @@ def traffic_stage(space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBa
         config=recipe.router,
         max_tokens=recipe.max_tokens,
         seed=recipe.seed,
+        cheaper=[
+            Cheaper(name, config.cost, cheaper_teacher(space, config, name))
+            for name, config in recipe.cheaper
+        ],
     )
+
+
+def cheaper_teacher(space: Workspace, config: CheaperConfig, name: str) -> Teacher:
+    """One that reads what a gateway wrote."""
+    if isinstance(config, CheaperServedConfig):
+        return served_teacher(config, teacher_cache(space, f"teacher-{name}"), name)
+    model = load_model(directory_of(config.pretrained)).requires_grad_(False)
+    parallel.onto_device(model)
+    return model
 
 
 def frozen_pair(space: Workspace, tokenizer: PreTrainedTokenizerBase) -> FrozenPair:
@@ -145,6 +170,7 @@ def frozen_pair(space: Workspace, tokenizer: PreTrainedTokenizerBase) -> FrozenP
         span_tokens=recipe.router.span_tokens,
         ask_tokens=recipe.router.ask_tokens,
         max_tokens=recipe.max_tokens,
+        cheaper=tuple(Cheaper(name, config.cost, space.cheaper(name)) for name, config in recipe.cheaper),
     )
 
 
@@ -244,9 +270,12 @@ def check_joint(recipe: Recipe) -> None:
         if role == "teacher" or not isinstance(config, PretrainedConfig):
             raise RecipeError(f"{role}.method joint is for a pretrained student with a router of its own")
         try:
-            RouterCheckpoint.load(config.method.router).check_student(directory_of(config.pretrained))
+            router = RouterCheckpoint.load(config.method.router)
+            router.check_student(directory_of(config.pretrained))
         except CheckpointError as error:
             raise RecipeError(f"student.method.router: {error}") from error
+        if router.outputs:
+            raise RecipeError("student.method.router: method joint is for a router of one teacher")
 
 
 def ensure_tokenizer(space: Workspace, task: Task) -> PreTrainedTokenizerBase:
@@ -396,10 +425,10 @@ def load_teacher(space: Workspace) -> Teacher:
     return load_model(space.exported("teacher"), getattr(torch, config.dtype)).requires_grad_(False)
 
 
-def teacher_cache(space: Workspace) -> TeacherCache | None:
-    """Of the recipe's run; None if the recipe wants none."""
+def teacher_cache(space: Workspace, name: str = "teacher") -> TeacherCache | None:
+    """Of one teacher in the recipe's run; None if the recipe wants none."""
     megabytes = space.recipe.teacher_cache
-    return TeacherCache(space.recipe.work / "teacher.sqlite", megabytes * 1_000_000) if megabytes else None
+    return TeacherCache(space.recipe.work / f"{name}.sqlite", megabytes * 1_000_000) if megabytes else None
 
 
 def rollout_server(

@@ -33,7 +33,7 @@ HOW = (
     "validate_examples",
 )
 """Fields of a schedule that do not change what is learned."""
-WHOLE = ("options",)
+WHOLE = ("options", "cheaper_teachers")
 """Fields that are compared as one: keys that are missing count."""
 Record = dict[str, Any]
 
@@ -68,6 +68,7 @@ def router_record(recipe: Recipe) -> Record:
             "router": recipe.router.model_dump(mode="json", exclude=WHERE),
             "student": model_record(recipe, "student"),
             "teacher": model_record(recipe, "teacher"),
+            "cheaper_teachers": _cheaper(recipe),
             "task": recipe.task.model_dump(mode="json"),
             "max_tokens": recipe.max_tokens,
             "seed": recipe.seed,
@@ -129,6 +130,14 @@ def _kind(config: ModelConfig) -> str:
     if isinstance(config, ScratchConfig):
         return "scratch"
     return "pruned" if isinstance(config, PrunedConfig) else "pretrained"
+
+
+def _cheaper(recipe: Recipe) -> Record:
+    """Of all of them; where a server is does not matter."""
+    records = {}
+    for name, config in recipe.cheaper:
+        records[name] = config.model_dump(mode="json", exclude={"url"})
+    return records
 
 
 def _tokenizer(recipe: Recipe) -> Record:

@@ -70,6 +70,11 @@ def check_pair(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
             rows for a router and cannot get them.
         ServerError: a served teacher cannot be used.
     """
+    for name, further in recipe.cheaper:
+        if isinstance(further, ServedConfig):
+            served_teacher(further, of=name).check_vocabulary(tokenizer)
+        else:
+            check_vocabulary(f"teacher {name},", further.pretrained, tokenizer)
     for role in ROLES:
         config = recipe.model(role)
         if isinstance(config, ServedConfig):
@@ -106,9 +111,11 @@ def check_vocabulary(role: str, name: str, tokenizer: PreTrainedTokenizerBase) -
         print(f"the {role} {name} {OTHER_SPLIT}: {found.texts}")
 
 
-def served_teacher(config: ServedConfig, cache: TeacherCache | None = None) -> ServedTeacher:
-    """The teacher behind a URL; `cache` keeps what it says of demonstrations."""
-    server = VLLMServer("teacher", config.url, config.model)
+def served_teacher(
+    config: ServedConfig, cache: TeacherCache | None = None, of: str = "teacher"
+) -> ServedTeacher:
+    """The teacher behind a URL; `cache` keeps what it says of demonstrations, `of` names it in messages."""
+    server = VLLMServer(of, config.url, config.model)
     return ServedTeacher(server, config.top_logprobs, cache, config.known_as)
 
 

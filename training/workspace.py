@@ -21,6 +21,8 @@ from training.record import (
 
 Stage = Role | Literal["router"]
 STAGES: tuple[Stage, ...] = ("teacher", "student", "router")
+CHEAPER = "cheaper_teachers"
+"""Folder of an exported pair, with the cheaper teachers by name."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class Workspace:
     def exported(self, stage: Stage) -> Path:
         """What the stage leaves."""
         return self.recipe.output / stage
+
+    def cheaper(self, name: str) -> Path:
+        """The export of a cheaper teacher."""
+        return self.recipe.output / CHEAPER / name
 
     def is_exported(self, stage: Stage) -> bool:
         """Whether the stage is done."""

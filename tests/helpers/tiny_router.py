@@ -4,7 +4,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig
+from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, TeacherOutput, new_gate
 from router.gate import LearnedGate
 from router.reserved import ReservedRows
 
@@ -30,14 +30,6 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_router(reserved: ReservedRows) -> RouterCheckpoint:
     """A router whose gate scores a position by its first tap alone: score = logit of row 11."""
-    gate = LearnedGate(reserved, width=2)
-    for parameter in gate.parameters():
-        parameter.data.zero_()
-    first, second, last = gate.mlp[0], gate.mlp[2], gate.mlp[4]
-    # silu(x) - silu(-x) = x: two units carry a number through a layer unchanged.
-    first.weight.data[:, 0] = torch.tensor([1.0, -1.0])
-    second.weight.data[:] = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
-    last.weight.data[:] = torch.tensor([[1.0, -1.0]])
     return RouterCheckpoint(
         config=RouterConfig(
             reserved_start=reserved.start,
@@ -49,5 +41,30 @@ def tiny_router(reserved: ReservedRows) -> RouterCheckpoint:
             fingerprints=Fingerprints(student="0" * 64, tokenizer="1" * 64, teacher="big"),
         ),
         taps=torch.arange(3 * HIDDEN, dtype=torch.float32).reshape(3, HIDDEN),
-        gate=gate.state_dict(),
+        gate=_reading_taps(LearnedGate(reserved, width=2)).state_dict(),
     )
+
+
+def tiny_router_of_two(reserved: ReservedRows) -> RouterCheckpoint:
+    """The same for two teachers: small is worth the logit of row 11, big (twice as dear) that of row 12."""
+    one = tiny_router(reserved)
+    teachers = (
+        TeacherOutput(name="small", cost=0.5, calibration=[(0.1, 1.5), (0.3, 0.5)]),
+        TeacherOutput(name="big", cost=1.0, calibration=[(0.1, 5.0), (0.3, 3.0)]),
+    )
+    gate = _reading_taps(new_gate(reserved, 4, [0.5, 1.0]))
+    config = one.config.model_copy(update={"gate_width": 4, "teachers": teachers})
+    return RouterCheckpoint(config, one.taps, gate.state_dict())
+
+
+def _reading_taps(gate: LearnedGate) -> LearnedGate:
+    """Each output is a tap: silu(x) - silu(-x) = x, so two units carry a number through a layer unchanged."""
+    for parameter in gate.parameters():
+        parameter.data.zero_()
+    first, second, last = gate.mlp[0], gate.mlp[2], gate.mlp[4]
+    for output in range(len(last.weight)):
+        units = slice(2 * output, 2 * output + 2)
+        first.weight.data[units, output] = torch.tensor([1.0, -1.0])
+        second.weight.data[units, units] = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+        last.weight.data[output, units] = torch.tensor([1.0, -1.0])
+    return gate

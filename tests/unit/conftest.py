@@ -81,3 +81,10 @@ def router(reserved: ReservedRows) -> "RouterCheckpoint":
     from tests.helpers.tiny_router import tiny_router
 
     return tiny_router(reserved)
+
+
+@pytest.fixture
+def router_of_two(reserved: ReservedRows) -> "RouterCheckpoint":
+    from tests.helpers.tiny_router import tiny_router_of_two
+
+    return tiny_router_of_two(reserved)

@@ -19,6 +19,7 @@ from router.gate import CONFIDENCE_GATES
 from training.evaluation.baselines import hesitation, query_level
 from training.evaluation.gateway import Measured
 from training.evaluation.scoring import point
+from training.gating.cheaper import Cheaper
 from training.gating.head import Head
 from training.gating.lessons import regret
 from training.gating.prompts import Trees
@@ -31,6 +32,7 @@ from training.gating.tree import PERIODIC, Setting, ends
 from training.loop.progress import console
 from training.tasks import Example, Task
 from training.tokenizer import load_tokenizer
+from training.workspace import CHEAPER
 
 SHARES = (
     0.2,
@@ -133,12 +135,19 @@ class Evaluation:
         tokenizer = load_tokenizer(pair / "student")
         config = self.router.config
         self.spans = spans_of(self.router)
-        frozen = FrozenPair(pair / "teacher", pair / "student", tokenizer, *self.spans, max_tokens)
+        further = [
+            Cheaper(teacher.name, teacher.cost, pair / CHEAPER / teacher.name)
+            for teacher in config.teachers[:-1]
+        ]
+        frozen = FrozenPair(
+            pair / "teacher", pair / "student", tokenizer, *self.spans, max_tokens, tuple(further)
+        )
         loop = frozen.load()
         install_taps(loop, Head.of(loop.student, self.router))
         self.gates = [LEARNED, *CONFIDENCE_GATES]
         gates = {name: self.router.build_gate(name) for name in self.gates}
-        room = Room.of(tokenizer, [loop.student.config, loop.teacher.config], max_tokens)
+        models = (loop.student, loop.teacher, *loop.cheaper)
+        room = Room.of(tokenizer, [model.config for model in models], max_tokens)
         examples = room.kept(examples, "test")
         self.trees = Trees(loop, tokenizer, sources_of(examples), gates, config.budget_prompt)
         self.tree = self.trees(0.0)
@@ -272,12 +281,14 @@ def further_router(directory: Path, student: Path) -> RouterCheckpoint:
     """Another router of the same student.
 
     Raises:
-        CheckpointError: it is for another student, or its budgets are prompted.
+        CheckpointError: it is for another student or several teachers, or its budgets are prompted.
     """
     checkpoint = RouterCheckpoint.load(directory)
     checkpoint.check_student(student)
     if checkpoint.config.budget_prompt is not None:
         raise CheckpointError(f"{directory}: its budgets are prompted; evaluate a pair that holds it")
+    if checkpoint.outputs:
+        raise CheckpointError(f"{directory}: it has several teachers; evaluate a pair that holds it")
     return checkpoint
 
 

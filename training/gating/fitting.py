@@ -26,7 +26,8 @@ def fit(head: Head, lessons: Lessons, config: GateConfig, seed: int) -> dict[str
 
     def loss(chunk: Tensor) -> Tensor:
         x = head.features(states[chunk].to(device), confidence[chunk])
-        return mse_loss(head.gate.score(x), target[chunk].to(device))
+        predicted = head.gate.score(x) if target.ndim == 1 else head.gate.outputs(x)
+        return mse_loss(predicted, target[chunk].to(device))
 
     def epoch() -> Sequence[Tensor]:
         return torch.randperm(len(states), generator=generator).split(config.batch)

@@ -1,10 +1,12 @@
 """Taps and learned gate over a frozen student."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from router.checkpoint import RouterCheckpoint
+from router.checkpoint import RouterCheckpoint, new_gate
 from router.features import confidence
 from router.gate import LearnedGate
 from router.reserved import ReservedRows
@@ -20,9 +22,12 @@ class Head(nn.Module):
     bias: Tensor | None
     """Of the output matrix."""
 
-    def __init__(self, student: PreTrainedModel, reserved: ReservedRows, width: int) -> None:
+    def __init__(
+        self, student: PreTrainedModel, reserved: ReservedRows, width: int, costs: Sequence[float] = ()
+    ) -> None:
+        """``costs``: of each teacher's token, for a gate with an output for each."""
         super().__init__()
-        self.gate = LearnedGate(reserved, width)
+        self.gate: LearnedGate = new_gate(reserved, width, costs)
         output = student.get_output_embeddings()
         self.taps = nn.Parameter(torch.zeros(reserved.count - 1, output.weight.shape[1]))
         self.register_buffer("visible", output.weight[: reserved.start].detach().clone())
@@ -42,7 +47,8 @@ class Head(nn.Module):
     @classmethod
     def of(cls, student: PreTrainedModel, checkpoint: RouterCheckpoint) -> "Head":
         """What a checkpoint holds, over its student."""
-        head = cls(student, checkpoint.reserved, checkpoint.config.gate_width)
+        costs = [teacher.cost for teacher in checkpoint.config.teachers]
+        head = cls(student, checkpoint.reserved, checkpoint.config.gate_width, costs)
         head.taps.data.copy_(checkpoint.taps)
         head.gate.load_state_dict(checkpoint.gate)
         return head.requires_grad_(False).eval()

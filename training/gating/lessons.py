@@ -51,7 +51,7 @@ class Lessons:
     states: Tensor
     """(N, H) the student's."""
     target: Tensor
-    """(N,) nats, or points."""
+    """(N,) nats, or points. Of K teachers (N, K), from the cheapest to the dearest."""
     asked: Tensor
     """(N,) whether the teacher wrote there."""
     row: Tensor
@@ -102,17 +102,29 @@ def regret(seen: Positions) -> Tensor:
 
 
 def token_gain(config: RegretGain | RatioGain, seen: Positions) -> Tensor:
-    """(N,) what asking at a position would gain there."""
+    """(N,) what asking at a position would gain there.
+
+    (N, K) with K teachers. The dearest one judges the others: a cheaper one gains what its token loses less
+    than the student's. That is below 0 if its token is the worse one.
+    """
+    own = loss(config, regret(seen))
+    if not seen.lost.shape[1]:
+        return own
+    return torch.cat((own[:, None] - loss(config, seen.lost), own[:, None]), dim=1)
+
+
+def loss(config: RegretGain | RatioGain, lost: Tensor) -> Tensor:
+    """What a token loses, as the recipe counts it, by the nats that the teacher likes its own one more."""
     if isinstance(config, RatioGain):
-        return (1 - (-regret(seen)).exp()).clamp(min=0)
-    return regret(seen).clamp(0, config.clip)
+        return (1 - (-lost).exp()).clamp(min=0)
+    return lost.clamp(0, config.clip)
 
 
 class SpanGain(NamedTuple):
     """What a call of several tokens gains."""
 
     mean: Tensor
-    """(N,) over the student's own next tokens."""
+    """(N,) or (N, K) over the student's own next tokens."""
     known: Tensor
     """(N,) bool."""
 
@@ -124,7 +136,7 @@ def span_gain(gain: Tensor, row: Tensor, by_teacher: Tensor, span: int) -> SpanG
     over the end of the completion count the missing tokens as zero.
 
     Args:
-        gain: (N,) of one token.
+        gain: (N,) of one token, or (N, K) of each of K teachers.
         row: (N,) of each position, those of a row in order.
         by_teacher: (N,) who wrote there.
         span: tokens.
@@ -134,6 +146,7 @@ def span_gain(gain: Tensor, row: Tensor, by_teacher: Tensor, span: int) -> SpanG
     own = ~by_teacher
     for ahead in range(1, span):
         follows = row[ahead:] == row[:-ahead]
-        total[:-ahead] += torch.where(follows, gain[ahead:], 0.0)
+        part = follows if gain.ndim == 1 else follows[:, None]
+        total[:-ahead] += torch.where(part, gain[ahead:], 0.0)
         known[:-ahead] &= ~follows | own[ahead - 1 : -1]
     return SpanGain(total / span, known)

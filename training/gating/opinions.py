@@ -35,6 +35,8 @@ class Opinion(NamedTuple):
     """(n,) KL(pi || p_T)."""
     entropy: Tensor
     """(n,) of p_T."""
+    lost: Tensor
+    """(n, K - 1) log p_T of its likeliest token less that of each cheaper teacher's; at least, as above."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Observer:
     """Token ids below this may be written."""
     end: int
     """Id of the end of a sequence, to pad with."""
+    cheaper: Sequence[Teacher] = ()
+    """Further teachers, from the cheapest to the dearest."""
 
     @torch.no_grad()
     def seen(self, trajectories: Sequence[Trajectory]) -> Trajectories:
@@ -69,7 +73,8 @@ class Observer:
             flags += trajectory.by_teacher
         owns = []
         opinions = []
-        for own, opinion in self._opinions(batch, student):
+        cheaper = self._next_tokens(batch)
+        for own, opinion in self._opinions(batch, student, cheaper):
             owns.append(own)
             opinions.append(opinion)
         columns = [torch.cat(column) for column in zip(*opinions, strict=True)]
@@ -84,35 +89,56 @@ class Observer:
             best=opinion.best,
             kl=opinion.kl,
             entropy=opinion.entropy,
+            cheaper=cheaper,
+            lost=opinion.lost,
         )
         return Trajectories(positions.mapped(Tensor.cpu), torch.tensor(flags))
 
-    def _opinions(self, batch: Batch, student: Outputs) -> Iterator[tuple[Tensor, Opinion]]:
-        """The student's own tokens and the teacher's opinions, a piece of the positions at a time."""
+    def _pieces(self, batch: Batch) -> list[slice]:
         size = max(1, PIECE // self.visible)
-        pieces = [slice(first, first + size) for first in range(0, batch.positions, size)]
+        return [slice(first, first + size) for first in range(0, batch.positions, size)]
+
+    def _next_tokens(self, batch: Batch) -> Tensor:
+        """(n, K - 1) of the cheaper teachers."""
+        columns = [torch.empty(batch.positions, 0, dtype=torch.long, device=batch.ids.device)]
+        for teacher in self.cheaper:
+            if isinstance(teacher, ServedTeacher):
+                answer = teacher.likeliest(batch)
+                best = answer.ids.gather(1, answer.log_probs.argmax(-1, keepdim=True))
+            else:
+                outputs = answer_outputs(teacher, batch, self.visible)
+                best = torch.cat([outputs.logits(piece).argmax(-1) for piece in self._pieces(batch)])[:, None]
+            columns.append(best.to(columns[0]))
+        return torch.cat(columns, dim=1)
+
+    def _opinions(self, batch: Batch, student: Outputs, cheaper: Tensor) -> Iterator[tuple[Tensor, Opinion]]:
+        """The student's own tokens and the teacher's opinions, a piece of the positions at a time."""
+        pieces = self._pieces(batch)
         if isinstance(self.teacher, ServedTeacher):
             answer = self.teacher.likeliest(batch)
             check_masses(answer.log_probs)
             for piece in pieces:
                 log_pi = student.logits(piece).float().log_softmax(-1)
                 own = log_pi.argmax(-1)
-                yield own, of_likeliest(log_pi, own, answer.ids[piece], answer.log_probs[piece])
+                log_probs = answer.log_probs[piece]
+                yield own, of_likeliest(log_pi, own, answer.ids[piece], log_probs, cheaper[piece])
             return
         teacher = answer_outputs(self.teacher, batch, self.visible)
         for piece in pieces:
             log_pi = student.logits(piece).float().log_softmax(-1)
             own = log_pi.argmax(-1)
-            yield own, of_all(log_pi, own, teacher.logits(piece).float().log_softmax(-1))
+            log_p = teacher.logits(piece).float().log_softmax(-1)
+            yield own, of_all(log_pi, own, log_p, cheaper[piece])
 
 
-def of_all(log_pi: Tensor, own: Tensor, log_p: Tensor) -> Opinion:
+def of_all(log_pi: Tensor, own: Tensor, log_p: Tensor, cheaper: Tensor) -> Opinion:
     """Of a teacher whose log-probabilities are all known.
 
     Args:
         log_pi: (n, V) the student's.
         own: (n,) its token.
         log_p: (n, V) the teacher's.
+        cheaper: (n, K - 1) tokens of cheaper teachers.
     """
     best, theirs = log_p.max(-1)
     return Opinion(
@@ -121,10 +147,11 @@ def of_all(log_pi: Tensor, own: Tensor, log_p: Tensor) -> Opinion:
         surprisal=-log_p.gather(1, own[:, None]).squeeze(1),
         kl=(log_pi.exp() * (log_pi - log_p)).sum(-1),
         entropy=torch.special.entr(log_p.exp()).sum(-1),
+        lost=best[:, None] - log_p.gather(1, cheaper),
     )
 
 
-def of_likeliest(log_pi: Tensor, own: Tensor, ids: Tensor, log_probs: Tensor) -> Opinion:
+def of_likeliest(log_pi: Tensor, own: Tensor, ids: Tensor, log_probs: Tensor, cheaper: Tensor) -> Opinion:
     """Of a teacher whose likeliest tokens are known; all others count as one event.
 
     Args:
@@ -132,6 +159,7 @@ def of_likeliest(log_pi: Tensor, own: Tensor, ids: Tensor, log_probs: Tensor) ->
         own: (n,) its token.
         ids: (n, K) the teacher's likeliest.
         log_probs: (n, K) theirs.
+        cheaper: (n, M) tokens of M cheaper teachers.
     """
     ids = ids.to(log_pi.device)
     log_probs = log_probs.to(log_pi.device)
@@ -139,13 +167,16 @@ def of_likeliest(log_pi: Tensor, own: Tensor, ids: Tensor, log_probs: Tensor) ->
     best, place = log_probs.max(-1)
     # A token that is not among them is no likelier than the least of them, nor than the rest together.
     least = torch.minimum(log_probs.amin(-1), events[:, -1])
-    same = ids == own[:, None]
-    known = torch.where(same, log_probs, -torch.inf).amax(-1)
+    tokens = torch.cat((own[:, None], cheaper), dim=1)
+    same = ids[:, None] == tokens[:, :, None]
+    known = torch.where(same, log_probs[:, None], -torch.inf).amax(-1)
+    found = torch.where(same.any(-1), known, least[:, None])
     pi = lump(log_pi, ids)
     return Opinion(
         theirs=ids.gather(1, place[:, None]).squeeze(1),
         best=-best,
-        surprisal=-torch.where(same.any(-1), known, least),
+        surprisal=-found[:, 0],
         kl=(pi.exp() * (pi - events)).sum(-1),
         entropy=torch.special.entr(events.exp()).sum(-1),
+        lost=best[:, None] - found[:, 1:],
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from router.budget import Bucket, Budget
+from router.gate import RandomGate, TeachersGate
 from training.batches import left_padded
 from training.reading import Stepper
 
@@ -56,6 +57,8 @@ class Rollout:
     """Who wrote each token."""
     starts: list[int] = field(default_factory=list)
     """Places of the spans' first tokens."""
+    asked: list[int] = field(default_factory=list, compare=False)
+    """Number of each span's teacher, from the cheapest to the dearest. Not known of a gateway's replies."""
     wanted: list[bool] = field(default_factory=list, compare=False)
     """What the gate said at each token, before exploration. A tree does not keep it."""
 
@@ -75,24 +78,29 @@ class Draft:
     completion: Rollout
     span_left: int = 0
     """Tokens that the teacher still writes of the span that it was asked for."""
+    writer: int = 0
+    """Number of that teacher."""
 
-    def write(self, own: int, theirs: int, asks: bool) -> int:
+    def write(self, own: int, theirs: Sequence[int], asks: bool, whom: int) -> int:
         """Append the next token, and return it.
 
         Args:
             own: the student's.
-            theirs: the teacher's.
-            asks: whether the gate wants the teacher; inside a span it is not heard.
+            theirs: of each teacher, from the cheapest to the dearest.
+            asks: whether the gate wants a teacher; inside a span it is not heard.
+            whom: number of the teacher that it wants.
         """
         length = len(self.completion.tokens)
         if asks and self.span_left == 0:
             grant = self.bucket.reserve(length, self.longest - length)
             if grant is not None:
                 self.span_left = grant.tokens
+                self.writer = whom
                 self.completion.starts.append(length)
+                self.completion.asked.append(whom)
         by_teacher = self.span_left > 0
         self.span_left -= int(by_teacher)
-        token = theirs if by_teacher else own
+        token = theirs[self.writer] if by_teacher else own
         self.completion.tokens.append(token)
         self.completion.by_teacher.append(by_teacher)
         return token
@@ -120,6 +128,10 @@ class Positions:
     """(R,) KL(pi || p_T), nats."""
     entropy: Tensor
     """(R,) of p_T, nats."""
+    cheaper: Tensor
+    """(R, K - 1) the next token of each cheaper teacher, if there are K of them."""
+    lost: Tensor
+    """(R, K - 1) log p_T of the teacher's next token less that of theirs, nats: it judges the others."""
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Positions":
         """With every column changed alike."""
@@ -157,6 +169,8 @@ class ClosedLoop:
     """Of the student's own tokens, 0 is greedy; the teacher writes greedily."""
     explore: float = 0.0
     """Probability of asking if the gate would not, or of not asking if it would."""
+    cheaper: tuple[PreTrainedModel, ...] = ()
+    """Further teachers, from the cheapest to the dearest. `teacher` is dearer than all of them."""
 
     @torch.inference_mode()
     def write(
@@ -182,7 +196,7 @@ class ClosedLoop:
 
     def rows_of(self, prompt: int) -> int:
         """How many completions fit into CACHE, after prompts of this many tokens."""
-        token = cache_bytes(self.student) + cache_bytes(self.teacher)
+        token = sum(map(cache_bytes, (self.student, *self.cheaper, self.teacher)))
         return max(1, int(CACHE / (token * (prompt + self.max_tokens))))
 
     def _write(
@@ -202,27 +216,29 @@ class ClosedLoop:
         drafts = {number: self._draft(requests[number].fraction, done[number]) for number in rows}
         alive = torch.ones_like(row, dtype=torch.bool)
         student = Stepper(self.student)
-        teacher = Stepper(self.teacher)
+        teachers = [Stepper(model) for model in (*self.cheaper, self.teacher)]
         for length in range(self.max_tokens):
             states, logits = student.step(ids, mask)
-            _, teacher_logits = teacher.step(teacher_ids, seen)
+            theirs = [teacher.step(teacher_ids, seen)[1][:, : self.visible] for teacher in teachers]
+            next_tokens = torch.stack([written.argmax(-1) for written in theirs], dim=1)
             own = self._choose(logits[:, : self.visible])
-            theirs = teacher_logits[:, : self.visible]
             if watch is not None:
-                watch(observe(row, length, states, logits[:, : self.visible], own, theirs, alive))
-            wants = self.score(logits) > price
+                words = logits[:, : self.visible]
+                cheaper = next_tokens[:, :-1]
+                watch(observe(row, length, states, words, own, theirs[-1], alive, cheaper))
+            wants, whom = self._decided(logits, price)
             asks = wants
             if self.explore:
                 asks = wants ^ (torch.rand(wants.shape, device=device) < self.explore)
-            token = self._written(drafts, row, wants, asks, own, theirs.argmax(-1), alive)
+            token = self._written(drafts, row, wants, asks, whom, own, next_tokens, alive)
             alive &= token != self.end
             left = int(alive.sum())
             if left == 0:
                 return
             if left < COMPACT * len(alive):  # copying the caches at every step would cost more than it saves
                 kept = alive.nonzero().squeeze(1)
-                student.keep(kept)
-                teacher.keep(kept)
+                for stepper in (student, *teachers):
+                    stepper.keep(kept)
                 row = row[kept]
                 price = price[kept]
                 token = token[kept]
@@ -237,21 +253,36 @@ class ClosedLoop:
         bucket = Bucket(Budget(fraction=fraction), self.span_tokens, self.ask_tokens)
         return Draft(bucket, self.max_tokens, completion)
 
+    def _decided(self, logits: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether the gate asks (B,), and the number of the teacher (B,) that it means.
+
+        A gate without an output for each means the dearest one; at random, any of them.
+        """
+        if isinstance(self.score, TeachersGate):
+            worth = self.score.worth(logits)
+            return self.score.common(worth) > price, self.score.margins(worth, price).argmax(-1)
+        wants = self.score(logits) > price
+        if self.cheaper and isinstance(self.score, RandomGate):
+            return wants, torch.randint(len(self.cheaper) + 1, price.shape, device=price.device)
+        return wants, torch.full_like(price, len(self.cheaper), dtype=torch.long)
+
     @staticmethod
     def _written(
         drafts: dict[int, Draft],
         row: Tensor,
         wants: Tensor,
         asks: Tensor,
+        whom: Tensor,
         own: Tensor,
         theirs: Tensor,
         alive: Tensor,
     ) -> Tensor:
         """The next token (B,) of each draft that is alive; those that are not keep the student's."""
         tokens = []
-        columns = torch.stack((row, wants.to(row.dtype), asks.to(row.dtype), own, theirs), dim=1)
-        for number, wanted, asked, mine, foreign in columns[alive].tolist():
-            tokens.append(drafts[number].write(mine, foreign, bool(asked)))
+        columns = torch.stack((row, wants.to(row.dtype), asks.to(row.dtype), whom, own), dim=1)
+        columns = torch.cat((columns, theirs), dim=1)
+        for number, wanted, asked, meant, mine, *foreign in columns[alive].tolist():
+            tokens.append(drafts[number].write(mine, foreign, bool(asked), meant))
             drafts[number].completion.wanted.append(bool(wanted))
         written = own.clone()
         written[alive] = torch.tensor(tokens, device=own.device)
@@ -277,7 +308,14 @@ def with_gate(loop: ClosedLoop, score: ScoreFn, explore: float = 0.0) -> ClosedL
 
 
 def observe(
-    row: Tensor, length: int, states: Tensor, student: Tensor, own: Tensor, teacher: Tensor, alive: Tensor
+    row: Tensor,
+    length: int,
+    states: Tensor,
+    student: Tensor,
+    own: Tensor,
+    teacher: Tensor,
+    alive: Tensor,
+    cheaper: Tensor,
 ) -> Positions:
     """What a step saw, on the CPU: all positions of a run together outgrow a GPU.
 
@@ -289,9 +327,11 @@ def observe(
         own: (B,) the student's next token.
         teacher: (B, visible) logits.
         alive: (B,) the rows to report.
+        cheaper: (B, K - 1) the cheaper teachers' next tokens.
     """
     log_pi = student[alive].log_softmax(-1)
     log_p = teacher[alive].log_softmax(-1)
+    best = log_p.amax(-1)
     seen = Positions(
         row=row[alive],
         step=torch.full_like(row[alive], length),
@@ -299,8 +339,10 @@ def observe(
         own=own[alive],
         theirs=teacher[alive].argmax(-1),
         surprisal=-log_p.gather(1, own[alive][:, None]).squeeze(1),
-        best=-log_p.amax(-1),
+        best=-best,
         kl=(log_pi.exp() * (log_pi - log_p)).sum(-1),
         entropy=torch.special.entr(log_p.exp()).sum(-1),
+        cheaper=cheaper[alive],
+        lost=best[:, None] - log_p.gather(1, cheaper[alive]),
     )
     return seen.mapped(Tensor.cpu)

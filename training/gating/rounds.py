@@ -17,7 +17,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from router.gate import Gate, RandomGate
+from router.gate import Gate, RandomGate, TeachersGate
 from training.gate_config import ConstrainedObjective, GateConfig, QualityGain
 from training.gating.branches import Branches, both_ways
 from training.gating.constrained import Choices, Critic, fit_constrained
@@ -123,7 +123,9 @@ class Rounds:
             "kl": seen.kl.mean().item(),
             "entropy": seen.entropy.mean().item(),
             "gate_kl": correlation(self.head.scores(seen.states), seen.kl),
-            "gate_gain": correlation(self.head.scores(taught.states), taught.target),
+            "gate_gain": correlation(
+                self.head.scores(taught.states), score_of(self.head.gate, taught.target)
+            ),
         }
         return Played(metrics | self._priced(asked, aims), asked)
 
@@ -335,6 +337,11 @@ def settled(
 def install_taps(loop: ClosedLoop, head: Head) -> None:
     """In memory what `RouterCheckpoint.merge` does to the files."""
     loop.student.get_output_embeddings().weight.data[head.gate.reserved.taps] = head.taps.detach()
+
+
+def score_of(gate: Gate, gain: Tensor) -> Tensor:
+    """(N,) what a gate's score would be that knows the gain, (N,) or (N, K)."""
+    return gate.common(gain.to(gate.costs)).to(gain) if isinstance(gate, TeachersGate) else gain
 
 
 def correlation(a: Tensor, b: Tensor) -> float:

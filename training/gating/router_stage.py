@@ -20,11 +20,12 @@ from router.checkpoint import (
     RouterConfig,
     fingerprint,
 )
-from router.gate import CONFIDENCE_GATES, Gate, RandomGate
+from router.gate import CONFIDENCE_GATES, Gate, RandomGate, TeachersGate
 from router.reserved import ReservedRows
 from training.config import RecipeError
 from training.gate_config import GateConfig, QualityGain
 from training.gating.calibration import calibrate, spare_prices
+from training.gating.cheaper import TEACHER, Cheaper, costs_of, outputs_of
 from training.gating.duals import asking_share
 from training.gating.head import Head
 from training.gating.judge import Judge
@@ -32,6 +33,7 @@ from training.gating.prompts import Trees, rollout_prompts
 from training.gating.rollout import ClosedLoop
 from training.gating.room import Room
 from training.gating.rounds import LEARNED, Rounds, Trained, train_gate
+from training.gating.tree import Alone
 from training.gating.validation import Gap, Validation
 from training.models import load_model, load_with_rows, reserved_rows
 from training.parallel import device, onto_device
@@ -54,34 +56,50 @@ class FrozenPair:
     ask_tokens: int
     max_tokens: int
     """Longest completion."""
+    cheaper: tuple[Cheaper[Path], ...] = ()
+    """Further teachers, from the cheapest to the dearest; all are cheaper than `teacher`."""
 
     def load(self) -> ClosedLoop:
-        """Both models, asking at random.
+        """All models, asking at random.
 
         Raises:
             RecipeError: one of them is not there.
             UnreadableModel: one of them cannot be read as it computes.
         """
-        for path in (self.student, self.teacher):
+        for path in self.models:
             if not (path / "config.json").exists():
                 raise RecipeError(f"no model in {path}")
         student = load_with_rows(self.student, self.tokenizer).requires_grad_(False)
-        teacher = load_model(self.teacher).requires_grad_(False)
         onto_device(student)
-        onto_device(teacher)
         check_steps(student, "student")
-        check_steps(teacher, "teacher")
+        teachers = []
+        for name, path in self.teachers.items():
+            teacher = load_model(path).requires_grad_(False)
+            onto_device(teacher)
+            check_steps(teacher, name)
+            teachers.append(teacher)
         check_readout(student, "student")
         return ClosedLoop(
             student=student,
-            teacher=teacher,
+            teacher=teachers[-1],
             score=RandomGate(reserved_rows(student, self.tokenizer)),
             visible=visible_ids(self.tokenizer),
             end=self.tokenizer.eos_token_id,
             span_tokens=self.span_tokens,
             ask_tokens=self.ask_tokens,
             max_tokens=self.max_tokens,
+            cheaper=tuple(teachers[:-1]),
         )
+
+    @property
+    def teachers(self) -> dict[str, Path]:
+        """By name, from the cheapest to the dearest."""
+        return {**{each.name: each.model for each in self.cheaper}, TEACHER: self.teacher}
+
+    @property
+    def models(self) -> list[Path]:
+        """The directories of all."""
+        return [self.student, self.teacher, *(each.model for each in self.cheaper)]
 
 
 class Fitted(NamedTuple):
@@ -98,6 +116,8 @@ class Calibrated(NamedTuple):
     prices: Points
     spares: Points
     """Spare prices, see `router.policy.Policy`."""
+    alone: Points
+    """Prices of each of several teachers, if it is the only one."""
     expected_tokens: float
     """Mean length of the student's own completions."""
 
@@ -134,13 +154,15 @@ class RouterStage:
         examples = self._room.drawn(self.task.router(self.seed), config.prompts * config.rounds)
         prompts = rollout_prompts(tokenizer, sources_of(examples), config, self.seed)
         torch.manual_seed(self.seed)  # of the first weights
-        head = Head(self.loop.student, self._reserved, config.width).to(device())
+        costs = costs_of(self.pair.cheaper)
+        head = Head(self.loop.student, self._reserved, config.width, costs).to(device())
         drawn = config.gain.teacher_references if isinstance(config.gain, QualityGain) else 0
         judge = Judge(self.loop, self.task, tokenizer, examples, prompts.ids, drawn)
         # Random asking in the first round: with probability 1 - price.
         prices = {rate: 1 - asking_share(rate, config.ask_tokens) for rate in sorted(set(prompts.rates))}
         rounds = Rounds(self.loop, head, config, self.seed, prices, judge.worth, self._judged)
-        models = [fingerprint(path, self._reserved.start) for path in (self.pair.student, self.pair.teacher)]
+        models = [fingerprint(path, self._reserved.start) for path in self.pair.models]
+        models += [f"{each.name} {each.cost}" for each in self.pair.cheaper]
         from_what = origin(models, self.task, examples, self.pair.max_tokens)
         trained = train_gate(rounds, prompts, tokenizer, work, from_what)
         return Fitted(trained, sha256(f"{from_what} {prompts.digest()}".encode()).hexdigest())
@@ -162,13 +184,18 @@ class RouterStage:
             validation.trees.add(name, made)
         gap = validation.gap
         print(f"on validation data: student {gap.student:.3f}, teacher {gap.teacher:.3f}", flush=True)
-        calibrated = Calibrated({}, {}, validation.expected_tokens)
+        calibrated = Calibrated({}, {}, {}, validation.expected_tokens)
         for name in gates:
             points = calibrate_gate(validation.trees, name, gap, config, duals if name == LEARNED else ())
             calibrated.prices[name] = points.prices
             calibrated.spares[name] = points.spares
-            shown = " ".join(f"{budget:g}:{price:.4g}" for budget, price in points.prices)
-            print(f"calibrated {name}: {shown}", flush=True)
+            show_prices(name, points.prices)
+        if isinstance(gate, TeachersGate):
+            for number, teacher in enumerate(self.pair.teachers):
+                name = f"{LEARNED}, {teacher} alone"
+                validation.trees.add(name, Alone(gate, number))
+                calibrated.alone[teacher] = calibrate_gate(validation.trees, name, gap, config).prices
+                show_prices(name, calibrated.alone[teacher])
         return calibrated
 
     def checkpoint(self, fitted: Fitted, calibrated: Calibrated) -> RouterCheckpoint:
@@ -189,6 +216,7 @@ class RouterStage:
                 fingerprints=Fingerprints.of(self.pair.student, reserved, self.pair.teacher.name),
                 budget_prompt=config.template,
                 training=self._facts(fitted),
+                teachers=outputs_of(self.pair.cheaper, calibrated.alone),
             ),
             taps=head.taps,
             gate=head.gate.state_dict(),
@@ -232,8 +260,15 @@ class RouterStage:
 
     @cached_property
     def _room(self) -> Room:
-        models = [self.loop.student.config, self.loop.teacher.config]
+        loop = self.loop
+        models = [model.config for model in (loop.student, loop.teacher, *loop.cheaper)]
         return Room.of(self.pair.tokenizer, models, self.pair.max_tokens)
+
+
+def show_prices(name: str, points: Sequence[tuple[float, float]]) -> None:
+    """Print them."""
+    shown = " ".join(f"{budget:g}:{price:.4g}" for budget, price in points)
+    print(f"calibrated {name}: {shown}", flush=True)
 
 
 class GatePoints(NamedTuple):

@@ -53,6 +53,8 @@ class TrafficReader:
     tokenizer: PreTrainedTokenizerBase
     config: GateConfig
     seed: int
+    cheaper: Sequence[Teacher] = ()
+    """Further teachers, from the cheapest to the dearest."""
     sources: dict[tuple[int, ...], int] = field(default_factory=dict)
     """Numbers of the prompts so far: one that comes again has the number that it had."""
 
@@ -77,7 +79,8 @@ class TrafficReader:
 
     def taught(self, trajectories: Sequence[Trajectory], most: int) -> Taught:
         """What asking gains at every position of the completions, or of some that have `most` at most."""
-        observer = Observer(self.model, self.teacher, self._visible, self.tokenizer.eos_token_id)
+        end = self.tokenizer.eos_token_id
+        observer = Observer(self.model, self.teacher, self._visible, end, self.cheaper)
         lessons = []
         branches = []
         order = sorted(self._drawn(trajectories, most), key=_length)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
@@ -27,13 +28,14 @@ from measuring.trajectories import SUFFIX, Trajectory, read_trajectories
 from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig
 from training.gate_config import WHERE, ConstrainedObjective, GateConfig, GatewayRollouts, RecordedRollouts
 from training.gating.asked import Asked
+from training.gating.cheaper import Cheaper, costs_of, outputs_of
 from training.gating.constrained import Choices, Critic, fit_constrained
 from training.gating.duals import asking_share
 from training.gating.fitting import fit
 from training.gating.head import Head
 from training.gating.lessons import Lessons
 from training.gating.room import Room
-from training.gating.rounds import LEARNED, RECENT, correlation
+from training.gating.rounds import LEARNED, RECENT, correlation, score_of
 from training.gating.served_calibration import Found, Points, ServedCalibration
 from training.gating.traffic import HELD_OUT, Taught, TrafficReader
 from training.loop.progress import console
@@ -63,6 +65,8 @@ class TrafficStage:
     seed: int
     transport: Callable[[], httpx.AsyncClient] | None = None
     """Makes an HTTP client in place of the gateway's own."""
+    cheaper: Sequence[Cheaper[Teacher]] = ()
+    """Further teachers, from the cheapest to the dearest; all are cheaper than `teacher`."""
 
     def run(self, work: Path, out: Path) -> RouterCheckpoint:
         """Write the router to `out`.
@@ -174,7 +178,7 @@ class TrafficStage:
             return
         unseen = lessons.where(held_out)
         head = self.regressed(lessons.where(~held_out))
-        found = correlation(head.scores(unseen.states), unseen.target)
+        found = correlation(head.scores(unseen.states), score_of(head.gate, unseen.target))
         console.print(
             f"router: {len(lessons):,} positions of {int(lessons.source.max()) + 1:,} prompts; on those held "
             f"out, score and gain correlate by {found:.3f}"
@@ -194,7 +198,8 @@ class TrafficStage:
     def regressed(self, lessons: Lessons) -> Head:
         """Taps and gate whose score is a regression on the gain."""
         torch.manual_seed(self.seed)
-        head = Head(self.model, reserved_rows(self.model, self.tokenizer), self.config.width).to(device())
+        reserved = reserved_rows(self.model, self.tokenizer)
+        head = Head(self.model, reserved, self.config.width, costs_of(self.cheaper)).to(device())
         head.start_from(lessons.states)
         fit(head, lessons, self.config, self.seed)
         return head.requires_grad_(False).eval()
@@ -222,6 +227,7 @@ class TrafficStage:
                     "seed": self.seed,
                     "task": self.task.name,
                 },
+                teachers=outputs_of(self.cheaper, {}),
             ),
             taps=head.taps,
             gate=head.gate.state_dict(),
@@ -239,15 +245,16 @@ class TrafficStage:
         """What `work` holds is gone on with if it is of the same pair, prompts and settings."""
         settings = self.config.model_dump(mode="json", exclude=WHERE)
         reserved = reserved_rows(self.model, self.tokenizer)
-        run = json.dumps(
-            {
-                "pair": Fingerprints.of(self.student, reserved, self.teacher_name).model_dump(),
-                "router": settings,
-                "max_tokens": self.max_tokens,
-                "seed": self.seed,
-                "sources": sha256(json.dumps(rounds).encode()).hexdigest(),
-            }
-        )
+        of: dict[str, Any] = {
+            "pair": Fingerprints.of(self.student, reserved, self.teacher_name).model_dump(),
+            "router": settings,
+            "max_tokens": self.max_tokens,
+            "seed": self.seed,
+            "sources": sha256(json.dumps(rounds).encode()).hexdigest(),
+        }
+        if self.cheaper:
+            of["cheaper_teachers"] = [(each.name, each.cost) for each in self.cheaper]
+        run = json.dumps(of)
         file = work / "run.json"
         if not file.exists() or file.read_text() != run:
             for name in ("trajectories", "prices"):
@@ -266,13 +273,15 @@ class TrafficStage:
     @cached_property
     def reader(self) -> TrafficReader:
         """Of all rounds."""
-        return TrafficReader(self.model, self.teacher, self.tokenizer, self.config, self.seed)
+        cheaper = [each.model for each in self.cheaper]
+        return TrafficReader(self.model, self.teacher, self.tokenizer, self.config, self.seed, cheaper)
 
     @cached_property
     def _room(self) -> Room:
         models = [self.model.config]
-        if isinstance(self.teacher, PreTrainedModel):
-            models.append(self.teacher.config)
+        for teacher in (self.teacher, *(each.model for each in self.cheaper)):
+            if isinstance(teacher, PreTrainedModel):
+                models.append(teacher.config)
         return Room.of(self.tokenizer, models, self.max_tokens)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from router.budget import Bucket, Budget
-from router.gate import Gate
+from router.gate import Gate, TeachersGate
 from training.gating.rollout import ClosedLoop, Draft, Positions, Request, Rollout, concatenate
 from training.pieces import pieces_of
 from training.reading import Readout
@@ -32,8 +32,8 @@ class Node:
     """Of its row in the tree's tensors."""
     own: int
     """The student's next token."""
-    theirs: int
-    """The teacher's next token."""
+    theirs: list[int]
+    """The next token of each teacher, from the cheapest to the dearest."""
     next: dict[int, "Node"] = field(default_factory=dict)
 
 
@@ -44,6 +44,20 @@ class Prefix(NamedTuple):
     """Its number."""
     tokens: tuple[int, ...]
     """Of the completion so far."""
+
+
+class Alone(Gate):
+    """One output of a gate that has one for each of several teachers: what asking that one is worth."""
+
+    def __init__(self, gate: TeachersGate, number: int) -> None:
+        """``number``: of the teacher, from the cheapest to the dearest."""
+        super().__init__(gate.reserved)
+        self.gate = gate
+        self.number = number
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """The output."""
+        return self.gate.worth(logits)[..., self.number]
 
 
 PERIODIC = "periodic"
@@ -116,6 +130,7 @@ class Tree:
         self._teacher_prompts = prompts if teacher_prompts is None else teacher_prompts
         self._seen: list[Positions] = []
         self._scores: dict[str, list[float]] = {}
+        self._worth: dict[str, list[list[float]]] = {}
         self._gates: dict[str, ScoreGate] = {}
         self._roots: dict[int, Node] = {}
         self._size = 0
@@ -140,7 +155,9 @@ class Tree:
     def add(self, name: str, gate: ScoreGate) -> None:
         """Score all nodes, present and future; a gate of the same name is replaced."""
         self._gates[name] = gate
-        self._scores[name] = self._score(gate, self.positions)
+        self._scores[name] = []
+        self._worth[name] = []
+        self._score(name, self.positions)
 
     def scores(self, name: str) -> Tensor:
         """The gate's scores of all nodes: (nodes,)."""
@@ -170,22 +187,40 @@ class Tree:
         max_tokens = self._loop.max_tokens
         draft = Draft(bucket, max_tokens, done)
         for length in range(max_tokens):
-            asks = draft.span_left == 0 and self._wants(node, length, setting, bucket)
-            token = draft.write(node.own, node.theirs, asks)
+            whom = None
+            if draft.span_left == 0:
+                whom = self._asked(node, length, setting, bucket)
+            token = draft.write(node.own, node.theirs, whom is not None, whom or 0)
             if token == end or length + 1 == max_tokens:
                 return
             if token not in node.next:
                 yield
             node = node.next[token]
 
-    def _wants(self, node: Node, length: int, setting: Setting, bucket: Bucket) -> bool:
+    def _asked(self, node: Node, length: int, setting: Setting, bucket: Bucket) -> int | None:
+        """The number of the teacher that is asked; None if none is."""
+        dearest = len(node.theirs) - 1
         if setting.gate == PERIODIC:
             rate = 1 - setting.price
-            return math.floor((length + 1) * rate) > math.floor(length * rate)
+            return dearest if math.floor((length + 1) * rate) > math.floor(length * rate) else None
         price = setting.price
         if setting.spare is not None and length >= (bucket.spare_from() or 0):
             price = min(price, setting.spare)
-        return self._scores[setting.gate][node.index] > price
+        if not self._scores[setting.gate][node.index] > price:
+            return None
+        return self._meant(setting.gate, node, price) if price > -math.inf else dearest
+
+    def _meant(self, name: str, node: Node, price: float) -> int:
+        """The number of the teacher that a gate means at a price, if it asks."""
+        gate = self._gates[name]
+        if isinstance(gate, Alone):
+            return gate.number
+        if not isinstance(gate, TeachersGate):
+            return len(node.theirs) - 1
+        worth = self._worth[name][node.index]
+        costs = gate.costs.tolist() if price > 0 else [1.0] * len(worth)
+        margins = [value - price * cost for value, cost in zip(worth, costs, strict=True)]
+        return margins.index(max(margins))
 
     def path(self, prompt: int, tokens: Sequence[int]) -> list[int]:
         """Indices of the nodes at which these tokens, which the tree holds, were written."""
@@ -210,7 +245,8 @@ class Tree:
         new = concatenate(seen)
         self._seen.append(new)
         last: dict[int, Node] = {}  # of each row; `seen` is in order of time
-        for row, own, theirs in zip(new.row.tolist(), new.own.tolist(), new.theirs.tolist(), strict=True):
+        of_all = torch.cat((new.cheaper, new.theirs[:, None]), dim=1)
+        for row, own, theirs in zip(new.row.tolist(), new.own.tolist(), of_all.tolist(), strict=True):
             node = Node(self._size, own, theirs)
             self._size += 1
             if row in last:
@@ -218,8 +254,8 @@ class Tree:
             else:
                 self._attach(prefixes[row], node)
             last[row] = node
-        for name, gate in self._gates.items():
-            self._scores[name] += self._score(gate, new)
+        for name in self._gates:
+            self._score(name, new)
 
     def _attach(self, prefix: Prefix, node: Node) -> None:
         if not prefix.tokens:
@@ -230,10 +266,21 @@ class Tree:
             parent = parent.next[token]
         parent.next[prefix.tokens[-1]] = node
 
+    def _score(self, name: str, positions: Positions) -> None:
+        """Keep what a gate says of these positions."""
+        gate = self._gates[name]
+        if isinstance(gate, TeachersGate):
+            worth = self._read(gate, gate.worth, positions)
+            self._worth[name] += worth.tolist()
+            self._scores[name] += gate.common(worth).tolist()
+        elif isinstance(gate, Gate):
+            self._scores[name] += self._read(gate, gate, positions).tolist()
+        else:
+            self._scores[name] += gate(positions).tolist()
+
     @torch.no_grad()
-    def _score(self, gate: ScoreGate, positions: Positions) -> list[float]:
-        if not isinstance(gate, Gate):
-            return gate(positions).tolist()
+    def _read(self, gate: Gate, read: Callable[[Tensor], Tensor], positions: Positions) -> Tensor:
+        """What a part of the gate makes of the student's logits there."""
         student = self._loop.student
         output = student.get_output_embeddings()
         readout = Readout.of(student.config)
@@ -241,5 +288,5 @@ class Tree:
         scores = []
         for chunk in pieces_of(positions.states, len(output.weight)):
             logits = readout(chunk.to(student.device), output.weight, getattr(output, "bias", None))
-            scores.append(gate(logits))
-        return torch.cat(scores).tolist()
+            scores.append(read(logits))
+        return torch.cat(scores)

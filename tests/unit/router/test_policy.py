@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.budget import Bucket, Budget
-from router.policy import NEVER, Calibration, Policy, Terms
+from router.policy import NEVER, Calibration, GateOutput, Policy, Terms
 
 POINTS = Calibration(((0.1, 4.0), (0.3, 2.0), (0.5, -1.0)))
 # price = 11 - 10 * rate, so that a test can read the rate off the price
@@ -311,3 +311,57 @@ def test_where_more_teacher_tokens_do_not_help_the_shares_are_of_what_is_realise
     flat = Calibration(((0.05, 5.0), (0.1, 3.0), (0.3, 3.0), (0.5, 1.0)))
     terms = Policy(flat, 100.0).terms(Bucket(Budget(fraction=0.3), 4), 40, 400, caps=(1.0, 1.0))
     assert (terms.price, terms.dearer) == (3.0, (5.0,))
+
+
+# A gate with an output for each of several teachers
+
+SMALL = GateOutput("small", 0.25, Calibration(((0.1, 1.5), (0.3, 0.5))))
+BIG = GateOutput("big", 1.0)
+
+
+def by_outputs(fraction: float, **caps: float) -> Terms:
+    """Terms of two teachers; `RATES` are those of both together."""
+    policy = Policy(RATES, 100.0, outputs=(SMALL, BIG))
+    bucket = Bucket(Budget(fraction=fraction), 4)
+    return policy.terms(bucket, 40, 400, caps=list(caps.values()), names=list(caps))
+
+
+def test_all_outputs_have_a_common_price_and_none_has_a_bound():
+    terms = by_outputs(0.3, small=1.0, big=1.0)
+    assert (terms.price, terms.dearer) == (4.0, ())
+    assert terms.least == (("small", -math.inf), ("big", -math.inf))
+
+
+def test_a_teacher_that_is_not_there_is_never_asked():
+    """The big one costs 1, so its own price is the common one."""
+    terms = by_outputs(0.3, big=1.0)
+    assert terms.least == (("small", math.inf), ("big", -math.inf))
+    assert terms.price == 4.0
+
+
+def test_a_teacher_that_is_alone_has_the_price_that_was_measured_for_it():
+    """Of .3 it is .5, as a common price 2."""
+    terms = by_outputs(0.3, small=1.0)
+    assert terms.least == (("small", -math.inf), ("big", math.inf))
+    assert terms.price == 2.0
+
+
+def test_a_cap_is_a_least_price():
+    """Of .1 small's own price is 1.5. Big's is the common price of .2, at which both together realise it."""
+    terms = by_outputs(0.4, small=0.1, big=1.0)
+    assert terms.least == (("small", 1.5), ("big", -math.inf))
+    terms = by_outputs(0.4, small=1.0, big=0.2)
+    assert terms.least == (("small", -math.inf), ("big", 5.0))
+    assert terms.price == 3.0
+
+
+def test_without_a_model_the_score_alone_decides():
+    """A tool is no output of the gate."""
+    terms = by_outputs(0.3, calculator=1.0)
+    assert (terms.price, terms.least) == (4.0, ())
+
+
+def test_nothing_and_everything_are_what_they_were():
+    assert by_outputs(0.0, small=1.0, big=1.0).never
+    assert by_outputs(1.0, small=1.0, big=1.0).always
+    assert by_outputs(1.0, small=1.0).always

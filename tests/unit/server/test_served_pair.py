@@ -352,3 +352,49 @@ def test_an_aim_that_nothing_was_measured_for_is_refused(router, tmp_path):
         pair_of(tmp_path, router, aim="rate").policy(400)
     with pytest.raises(ConfigError, match="aim rate needs a router"):
         pair_of(tmp_path, None, aim="rate", gate="margin", price=1.0).policy(400)
+
+
+# Several teachers
+
+TWO = {"teacher": {"small": "http://small", "big": "http://big"}}
+
+
+def test_a_router_of_several_teachers_prices_each(router_of_two, tmp_path):
+    pair = pair_of(tmp_path, router_of_two, **TWO)
+    assert pair.gate_settings()["wheels"]["teachers"] == 2
+    policy = pair.policy(400)
+    assert policy.calibration == router_of_two.calibration()
+    assert policy.outputs == router_of_two.outputs
+    assert policy.outputs[0].alone == Calibration(((0.1, 1.5), (0.3, 0.5)))
+
+
+@pytest.mark.parametrize("settings", [{"price": 0.5}, {"ask_tokens": 2}])
+def test_without_the_routers_calibration_an_outputs_own_price_is_not_known(router_of_two, settings, tmp_path):
+    policy = pair_of(tmp_path, router_of_two, **TWO, **settings).policy(400)
+    assert [(output.teacher, output.alone) for output in policy.outputs] == [("small", None), ("big", None)]
+
+
+@pytest.mark.parametrize(
+    "teacher", ["http://teacher", {"small": "http://small", "huge": "http://huge"}, {"big": "http://big"}]
+)
+def test_a_router_of_other_teachers_is_refused(router_of_two, teacher, tmp_path):
+    with pytest.raises(CheckpointError, match="the router chooses between the teachers small, big, and here"):
+        pair_of(tmp_path, router_of_two, teacher=teacher)
+
+
+def test_tools_are_no_teachers_of_a_router(router_of_two, tmp_path):
+    teacher = {**TWO["teacher"], "calculator": {"tool": "http://calculator"}}
+    assert len(pair_of(tmp_path, router_of_two, teacher=teacher).policy(400).outputs) == 2
+
+
+def test_with_another_gate_the_routers_teachers_do_not_matter(router_of_two, tmp_path):
+    pair = pair_of(tmp_path, router_of_two, gate="margin")
+    assert pair.policy(400).outputs == ()
+
+
+def test_another_router_is_for_the_same_teachers(router, router_of_two, tmp_path):
+    with pytest.raises(CheckpointError, match="here the models are teacher"):
+        pair_of(tmp_path, router).with_router(router_of_two)
+    changed = pair_of(tmp_path, router, **TWO).with_router(router_of_two)
+    assert changed.policy(400).outputs == router_of_two.outputs
+    assert changed.with_router(router).policy(400).outputs == ()

@@ -14,6 +14,7 @@ from tests.helpers import v2_runner
 from tests.helpers.gate_steps import CPU, ESCALATION, ROWS, engine_config, margins, update
 
 INF = math.inf
+NO = math.nan
 
 
 def levels(logits: Tensor) -> list[int | None]:
@@ -32,15 +33,15 @@ def terms(price: float, *dearer: float) -> SamplingParams:
 def test_the_forced_row_counts_the_prices_below_the_score(reserved):
     logits = margins(2.0, 2.0, 2.0, 2.0, 2.0)  # scores of -2
     price = torch.tensor([-3.0, -3.0, -3.0, -1.0, INF])
-    dearer = torch.tensor([[-1.0, 0.0], [-2.5, -1.0], [-2.5, -2.1], [-2.5, -2.1], [-INF, -INF]])
-    decide(MarginGate(reserved), logits, price, dearer=dearer)
+    dearer = [[-1.0, 0.0, NO], [-2.5, -1.0, NO], [-2.5, -2.1, NO], [-2.5, -2.1, NO], [-INF, -INF, NO]]
+    decide(MarginGate(reserved), logits, price, others=torch.tensor(dearer))
     assert levels(logits) == [0, 1, 2, None, None]
 
 
 def test_rows_that_are_looked_at_have_their_own_prices(reserved):
     logits = margins(2.0, 2.0, 2.0)
-    dearer = torch.tensor([[-INF, -INF], [0.0, 0.0], [-3.0, 0.0]])
-    decide(MarginGate(reserved), logits, torch.full((3,), -3.0), torch.tensor([1, 2]), dearer=dearer)
+    dearer = torch.tensor([[-INF, -INF, NO], [0.0, 0.0, NO], [-3.0, 0.0, NO]])
+    decide(MarginGate(reserved), logits, torch.full((3,), -3.0), torch.tensor([1, 2]), others=dearer)
     assert levels(logits) == [None, 0, 1]
 
 

@@ -3,6 +3,7 @@
 The student writes small letters, the cheap teacher capitals, the dear one digits, all by their place.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,9 @@ from router.budget import Budget
 from router.controller import PriceController
 from router.ledger import MemoryLedger, TokensPerWindow
 from router.money import PriceList
-from router.policy import Calibration, Policy
+from router.policy import Calibration, GateOutput, Policy
 from server.engine import Cooperation
-from server.gate_processor import DEARER
+from server.gate_processor import DEARER, LEAST
 from server.shared_budgets import SharedBudgets
 from server.teacher.teachers import NamedTeacher, Teachers
 from server.vllm_api import GracefulHTTPError, VLLMValidationError
@@ -52,7 +53,7 @@ class Trio:
         )
         cooperation = Cooperation(
             teachers=Teachers(each, priced=prices is not None),
-            policy=Policy(CALIBRATION, expected_tokens=20),
+            policy=Policy(CALIBRATION, expected_tokens=20, outputs=options.pop("outputs", ())),
             reserved=RESERVED,
             span_tokens=span_tokens,
             default_budget=Budget(fraction=0.5),
@@ -356,3 +357,59 @@ async def test_who_is_down_has_no_price(trio):
     three.big.breaker.failed()
     await three.text({"fraction": 0.2})
     assert DEARER not in three.engine.segments[0].params.extra_args
+
+
+# A gate with an output for each
+
+OUTPUTS = (GateOutput("small", 0.25), GateOutput("big", 1.0))
+
+
+async def test_an_output_means_its_teacher(trio):
+    three = trio({2: 0, 5: 1}, outputs=OUTPUTS)
+    assert await three.text() == "abCDe56h"
+    extra = three.engine.segments[0].params.extra_args
+    assert (three.engine.segments[0].price, extra[LEAST]) == (1.0, [-math.inf, -math.inf])
+    assert DEARER not in extra
+
+
+async def test_an_output_means_its_teacher_in_whichever_order_they_are(trio):
+    """The router's order is its own: here the big one has the lower price."""
+    prices = {"student": {"input": 0, "output": 0}, "teacher": {}}
+    prices["teacher"] = {"small": {"input": 1, "output": 20}, "big": {"input": 2, "output": 10}}
+    three = trio({2: 0, 5: 1}, outputs=OUTPUTS, prices=PriceList.model_validate(prices))
+    assert await three.text() == "abCDe56h"
+
+
+async def test_whom_a_request_does_not_name_is_kept_from_the_gate(trio):
+    three = trio({2: 1, 5: 0}, outputs=OUTPUTS)
+    assert await three.text({"fraction": 0.5, "teachers": ["big"]}) == "ab23e56h"
+    assert three.engine.segments[0].params.extra_args[LEAST] == [math.inf, -math.inf]
+
+
+async def test_who_is_down_is_kept_from_the_gate(trio):
+    three = trio({2: 0}, outputs=OUTPUTS)
+    three.big.breaker.failed()
+    assert await three.text() == "abCDefgh"
+    assert three.engine.segments[0].params.extra_args[LEAST] == [-math.inf, math.inf]
+
+
+async def test_a_budget_of_the_dear_teacher_is_a_least_price(trio):
+    """The price of .1 is 3. When its two tokens are spent, nobody means it any more."""
+    three = trio({2: 1, 6: 0}, outputs=OUTPUTS)
+    budget = {"fraction": 0.5, "teachers": {"small": None, "big": {"fraction": 0.1, "tokens": 2}}}
+    assert await three.text(budget, max_tokens=10) == "ab23efGHij"
+    first, *_, last = [segment.params.extra_args[LEAST] for segment in three.engine.segments]
+    assert first == [-math.inf, 3.0]
+    assert last == [-math.inf, math.inf]
+
+
+async def test_with_min_tokens_the_outputs_have_one_row(trio):
+    three = trio({2: 0}, outputs=OUTPUTS)
+    assert await three.text({"fraction": 0.5}, min_tokens=4) == "abCDefgh"
+    for segment in three.engine.segments:
+        assert LEAST not in segment.params.extra_args
+
+
+async def test_a_budget_of_one_is_the_dearest_teacher_alone(trio):
+    three = trio({}, outputs=OUTPUTS)
+    assert await three.text(1) == "01234567"

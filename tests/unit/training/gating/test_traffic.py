@@ -41,6 +41,7 @@ def loop() -> ClosedLoop:
         end=END,
         span_tokens=1,
         max_tokens=MAX_TOKENS,
+        cheaper=(model(2),),
     )
 
 
@@ -58,7 +59,7 @@ def written(loop):
 
 def test_models_think_of_what_was_served_as_they_did_when_they_wrote_it(loop):
     expected, trajectories = written(loop)
-    seen = Observer(loop.student, loop.teacher, VISIBLE, END).seen(trajectories)
+    seen = Observer(loop.student, loop.teacher, VISIBLE, END, loop.cheaper).seen(trajectories)
     assert torch.equal(seen.by_teacher, expected.by_teacher)
     assert 0.1 < seen.by_teacher.float().mean() < 0.5
     for name, column in vars(expected.positions).items():
@@ -75,12 +76,17 @@ def test_a_served_teacher_that_names_all_tokens_thinks_as_the_one_in_process(loo
             for at in range(len(row) - 1):
                 yield {str(i): {"logprob": log_p[at, i].item()} for i in range(VISIBLE)}
 
-    server = VLLMServer("teacher", "http://there", None, client(Narrow(loop.teacher)))
-    served = Observer(loop.student, ServedTeacher(server, VISIBLE), VISIBLE, END).seen(trajectories).positions
-    local = Observer(loop.student, loop.teacher, VISIBLE, END).seen(trajectories).positions
-    for name in ("row", "step", "own", "theirs"):
+    def behind(model):
+        server = VLLMServer("teacher", "http://there", None, client(Narrow(model)))
+        return ServedTeacher(server, VISIBLE)
+
+    cheaper = [behind(loop.cheaper[0])]
+    observer = Observer(loop.student, behind(loop.teacher), VISIBLE, END, cheaper)
+    served = observer.seen(trajectories).positions
+    local = Observer(loop.student, loop.teacher, VISIBLE, END, loop.cheaper).seen(trajectories).positions
+    for name in ("row", "step", "own", "theirs", "cheaper"):
         assert torch.equal(getattr(served, name), getattr(local, name))
-    for name in ("surprisal", "best", "kl", "entropy"):
+    for name in ("surprisal", "best", "kl", "entropy", "lost"):
         torch.testing.assert_close(getattr(served, name), getattr(local, name), atol=1e-3, rtol=1e-3)
 
 
@@ -88,15 +94,18 @@ def test_a_token_that_a_server_does_not_name_is_at_most_as_likely_as_its_least()
     log_pi = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
     log_p = torch.tensor([[0.6, 0.25, 0.1, 0.05]]).log()
     own = torch.tensor([3])
-    whole = of_all(log_pi, own, log_p)
+    cheaper = torch.tensor([[1, 2]])  # of two cheaper teachers; only the first is named
+    whole = of_all(log_pi, own, log_p, cheaper)
     ids = torch.tensor([[1, 0]])  # the batch's own token first, then the likeliest
-    part = of_likeliest(log_pi, own, ids, log_p[:, [1, 0]])
+    part = of_likeliest(log_pi, own, ids, log_p[:, [1, 0]], cheaper)
     assert part.theirs.item() == whole.theirs.item() == 0
     assert part.best.item() == pytest.approx(-torch.tensor(0.6).log().item())
     # The two that it names leave 0.15, which is less than the least of them.
     assert part.surprisal.item() == pytest.approx(-torch.tensor(0.15).log().item(), rel=1e-4)
     assert part.surprisal < whole.surprisal
-    known = of_likeliest(log_pi, torch.tensor([1]), ids, log_p[:, [1, 0]])
+    assert whole.lost[0].exp().tolist() == pytest.approx([0.6 / 0.25, 0.6 / 0.1])
+    assert part.lost[0].exp().tolist() == pytest.approx([0.6 / 0.25, 0.6 / 0.15], rel=1e-4)
+    known = of_likeliest(log_pi, torch.tensor([1]), ids, log_p[:, [1, 0]], cheaper)
     assert known.surprisal.item() == pytest.approx(-torch.tensor(0.25).log().item())
 
 
