@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -48,19 +49,27 @@ def _a_worker_has_one_core() -> None:
     import torch
 
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 @pytest.fixture(autouse=True)
 def _lines_of_every_logger_arrive() -> None:
     """Undo what an earlier test did to logging, or a library that it imported: one sets the root to ERROR."""
-    logging.disable(logging.NOTSET)
-    logging.getLogger().setLevel(logging.WARNING)
+    if logging.root.manager.disable != logging.NOTSET:
+        logging.disable(logging.NOTSET)
+    set_level(logging.getLogger(), logging.WARNING)
     for name in ("server", "router", "training", "measuring"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
-        logger.setLevel(logging.INFO)
+        set_level(logger, logging.INFO)
         logger.propagate = True
         logger.disabled = False
+
+
+def set_level(logger: logging.Logger, level: int) -> None:
+    """Only if it is another: a new level makes thousands of loggers forget what they knew of theirs."""
+    if logger.level != level:
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
