@@ -28,11 +28,17 @@ def statements(node: ast.AST) -> Iterator[ast.stmt]:
 
 
 @cache
+def parsed(source: Path) -> ast.Module:
+    """The syntax tree of a file of the project, which nobody changes."""
+    return ast.parse(source.read_text())
+
+
+@cache
 def docstrings(source: Path) -> tuple[str, ...]:
     """Docstrings, and the texts below fields."""
     return tuple(
         statement.value.value
-        for statement in statements(ast.parse(source.read_text()))
+        for statement in statements(parsed(source))
         if isinstance(statement, ast.Expr)
         and isinstance(statement.value, ast.Constant)
         and isinstance(statement.value.value, str)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.paths import ROOT
-from tests.helpers.sources import SOURCES, docstrings_and_comments, statements
+from tests.helpers.sources import SOURCES, docstrings_and_comments, parsed, statements
 
 DOCUMENTS = sorted(
     path
@@ -60,7 +60,7 @@ def project_names() -> Names:
     names = Names()
     for path in [*SOURCES, ROOT / "wheels.py"]:
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        tree = ast.parse(path.read_text())
+        tree = parsed(path)
         names.modules[module] = set()
         for statement in tree.body:
             names.modules[module].update(_bound(statement))

@@ -17,7 +17,7 @@ from server.http.errors import ApiError
 from server.teacher.errors import TeacherError
 from server.tenants import BudgetRefused
 from tests.helpers.paths import ROOT
-from tests.helpers.sources import PACKAGES, statements
+from tests.helpers.sources import PACKAGES, parsed, statements
 from training.export import ExportError
 from training.loop.stopping import Stopped
 
@@ -35,7 +35,7 @@ def definitions() -> Iterator[Definition]:
     for package in PACKAGES:
         files += (ROOT / package).rglob("*.py")
     for file in files:
-        for node in statements(ast.parse(file.read_text())):
+        for node in statements(parsed(file)):
             if isinstance(node, ast.ClassDef):
                 yield Definition(node.name, tuple(ast.unparse(base).split(".")[-1] for base in node.bases))
 

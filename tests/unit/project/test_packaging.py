@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.helpers.paths import ROOT
-from tests.helpers.sources import PACKAGES, statements
+from tests.helpers.sources import PACKAGES, parsed, statements
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
@@ -39,7 +39,7 @@ def imports(package: str) -> list[tuple[Path, str]]:
     """Top-level names of everything that a package's modules import, wherever in the file."""
     found = []
     for file in (ROOT / package).rglob("*.py"):
-        for node in statements(ast.parse(file.read_text())):
+        for node in statements(parsed(file)):
             if isinstance(node, ast.Import):
                 found += [(file, alias.name.split(".")[0]) for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.level == 0:

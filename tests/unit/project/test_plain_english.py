@@ -11,7 +11,7 @@ import pytest
 
 from server.http.routes import PLAYGROUND
 from tests.helpers.paths import ROOT
-from tests.helpers.sources import PACKAGES, SOURCES, docstrings, docstrings_and_comments
+from tests.helpers.sources import PACKAGES, SOURCES, docstrings, docstrings_and_comments, parsed
 
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 LONGEST = 35
@@ -104,7 +104,7 @@ LOGGED = ("info", "warning", "error", "exception")
 
 def messages(source: Path) -> Iterator[str]:
     """What users read of a module: errors, log lines and help texts, with `Code` for what is filled in."""
-    for node in ast.walk(ast.parse(source.read_text())):
+    for node in ast.walk(parsed(source)):
         shown: list[ast.expr] = []
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             shown = node.exc.args
