@@ -4,12 +4,13 @@ import random
 from itertools import islice, pairwise, product
 
 import pytest
+from num2words import num2words
 from sacrebleu import corpus_bleu
 
 from measuring.examples import Example, References
 from training.tasks import make_task
 from training.tasks.numbers import split_of
-from training.tasks.spelling import cardinals, clock, price
+from training.tasks.spelling import cardinal, cardinals, clock, price
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,11 @@ def test_similarity_by_hand():
     assert references.similarity("abd") == pytest.approx(1 - 1 / 3)
     assert references.similarity("xyzc") == 1.0
     assert references.similarity("") == 0.0
+
+
+def test_thousands_are_spelled_as_num2words_does():
+    for n in (*range(1000, 1003), 1101, 2000, 6000, 7017, 16_016, 21_001, 30_030, 61_100, 99_999):
+        assert cardinal(n) == num2words(n, lang="de")
 
 
 def test_spelling():
