@@ -80,7 +80,8 @@ def check_pair(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
         if isinstance(config, ServedConfig):
             served_teacher(config).check_vocabulary(tokenizer)
         elif isinstance(config, PretrainedConfig):
-            check_vocabulary(role, config.pretrained, tokenizer)
+            if config.pretrained != recipe.ready_tokenizer:  # which is `tokenizer`
+                check_vocabulary(role, config.pretrained, tokenizer)
             if role == "student" or isinstance(recipe.student, PrunedConfig):
                 check_rows(config.pretrained, visible_ids(tokenizer))
 
