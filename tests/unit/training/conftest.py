@@ -1,8 +1,17 @@
 """Fixtures of the tests of training."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_examples_are_drawn_at_once() -> Iterator[None]:
+    """They take longer than the few steps of a test; the tests of batches are not of how many these are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.batches.SHARD_BATCHES", 8)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Stages: done once, by one recipe; exports are whole, and are what was trained; the hub at the end."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,12 +42,11 @@ def ready(tokenizer, tmp_path_factory):
     return directory
 
 
-@pytest.fixture
-def recipe(ready, tmp_path):
-    path = tmp_path / "recipe.yaml"
+def recipe_in(directory, ready):
+    path = directory / "recipe.yaml"
     path.write_text(f"""
-output: {tmp_path}/out
-work: {tmp_path}/work
+output: {directory}/out
+work: {directory}/work
 task: {{name: numbers}}
 max_tokens: 16
 teacher: {{pretrained: {ready}/teacher}}
@@ -61,7 +61,28 @@ router:
     return str(path)
 
 
+@pytest.fixture
+def recipe(ready, tmp_path):
+    return recipe_in(tmp_path, ready)
+
+
 STUDENT = ["--stage", "student"]
+
+
+@pytest.fixture(scope="module")
+def trained(ready, tmp_path_factory):
+    """A directory with a recipe, and what training its student has left."""
+    directory = tmp_path_factory.mktemp("trained")
+    assert train([recipe_in(directory, ready), *STUDENT]) == 0
+    return directory
+
+
+@pytest.fixture
+def done(trained, recipe, tmp_path):
+    """The recipe, whose student has been trained."""
+    for name in ("out", "work"):
+        shutil.copytree(trained / name, tmp_path / name, symlinks=True)
+    return recipe
 
 
 def student_of(tmp_path):
@@ -72,10 +93,9 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_layers_that_are_computed_twice_learn_the_same(recipe, tmp_path):
-    assert train([recipe, *STUDENT]) == 0
+def test_layers_that_are_computed_twice_learn_the_same(done, tmp_path):
     before = student_of(tmp_path)
-    assert train([recipe, *STUDENT, "--restart", "student.schedule.gradient_checkpointing=true"]) == 0
+    assert train([done, *STUDENT, "--restart", "student.schedule.gradient_checkpointing=true"]) == 0
     after = student_of(tmp_path)
     for name, weight in before.items():
         torch.testing.assert_close(after[name], weight, atol=1e-5, rtol=1e-4)
@@ -107,36 +127,32 @@ def test_prompts_without_answers_train_a_student_that_learns_from_its_teacher(re
     assert (tmp_path / "out" / "router" / "router.json").exists()
 
 
-def test_an_exported_stage_of_another_recipe_is_named_and_kept(recipe, tmp_path, capsys):
-    assert train([recipe, *STUDENT]) == 0
+def test_an_exported_stage_of_another_recipe_is_named_and_kept(done, tmp_path, capsys):
     before = student_of(tmp_path)
     capsys.readouterr()
-    assert train([recipe, *STUDENT, "student.schedule.steps=3", "student.method.temperature=2.0"]) == 2
+    assert train([done, *STUDENT, "student.schedule.steps=3", "student.method.temperature=2.0"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "student: the recipe has changed since" in line
     assert "method.temperature 1.0, now 2.0; schedule.steps 6, now 3; --restart" in line
     assert equal(student_of(tmp_path), before)
 
 
-def test_how_a_run_is_done_is_not_what_it_is(recipe, tmp_path):
-    assert train([recipe, *STUDENT]) == 0
+def test_how_a_run_is_done_is_not_what_it_is(done, tmp_path):
     same = ["student.schedule.log_every=3", "student.schedule.accumulate=2", "max_tokens=32", "threads=1"]
-    assert train([recipe, *STUDENT, *same]) == 0
+    assert train([done, *STUDENT, *same]) == 0
 
 
-def test_restart_begins_anew(recipe, tmp_path):
-    assert train([recipe, *STUDENT]) == 0
+def test_restart_begins_anew(done, tmp_path):
     before = student_of(tmp_path)
-    assert train([recipe, *STUDENT, "--restart", "seed=7"]) == 0
+    assert train([done, *STUDENT, "--restart", "seed=7"]) == 0
     assert not equal(student_of(tmp_path), before)
     assert json.loads((tmp_path / "out" / "student" / "recipe.json").read_text())["seed"] == 7
-    assert train([recipe, *STUDENT, "seed=7"]) == 0
+    assert train([done, *STUDENT, "seed=7"]) == 0
 
 
-def test_restart_deletes_nothing_for_a_recipe_that_cannot_work(recipe, tmp_path):
-    assert train([recipe, *STUDENT]) == 0
+def test_restart_deletes_nothing_for_a_recipe_that_cannot_work(done, tmp_path):
     before = student_of(tmp_path)
-    assert train([recipe, *STUDENT, "--restart", "student.schedule.accumulate=3"]) == 2
+    assert train([done, *STUDENT, "--restart", "student.schedule.accumulate=3"]) == 2
     assert equal(student_of(tmp_path), before)
 
 
@@ -173,10 +189,9 @@ def test_but_not_when_it_decays(interrupted, capsys):
     assert "schedule.steps 6, now 3" in capsys.readouterr().err
 
 
-def test_another_ready_teacher_is_noticed(recipe, ready, capsys):
-    assert train([recipe, *STUDENT]) == 0
-    assert train([recipe, *STUDENT, f"teacher.pretrained={ready}/gpt2"]) == 2
-    assert f"teacher: the recipe has changed: {recipe[:-12]}/out/teacher is" in capsys.readouterr().err
+def test_another_ready_teacher_is_noticed(done, ready, capsys):
+    assert train([done, *STUDENT, f"teacher.pretrained={ready}/gpt2"]) == 2
+    assert f"teacher: the recipe has changed: {done[:-12]}/out/teacher is" in capsys.readouterr().err
 
 
 def test_a_router_of_another_recipe_or_student_is_noticed(recipe, ready, tmp_path, tokenizer, capsys):

@@ -117,7 +117,7 @@ def test_a_gateway_stands_beside_what_was_computed_in_process():
 
 def test_a_further_router_has_rows_under_the_bucket_at_its_own_prices():
     demo = Path("deploy/demo")
-    report = evaluate_pair(demo, make_task("numbers"), EXAMPLES, [1], 64, {"again": demo / "router"})
+    report = evaluate_pair(demo, make_task("numbers"), EXAMPLES, [1], 24, {"again": demo / "router"})
     rows = report.budgets["again"]
     assert [row["budget"] for row in rows] == list(BUDGETS)
     assert rows == report.budgets["learned"]

@@ -190,14 +190,15 @@ def test_the_worth_until_the_end_by_hand(pair, prompts):
     differ = (at.own != at.theirs).nonzero().squeeze(1).tolist()
     assert len(differ) > 3
     (rows, own), (_, theirs) = asked
+    forks = []
     for i, row, without, taught in zip(differ, rows, own, theirs, strict=True):
         for token, whole in ((at.own[i], without), (at.theirs[i], taught)):
-            begun = [*completions[row].tokens[: at.step[i]], token.item()]
-            if token.item() != END and len(begun) < pair.max_tokens:
-                (rest,) = pair.write([Request(some[row] + begun)])
-                begun = (begun + rest.tokens)[: pair.max_tokens]
-            assert whole == begun
+            forks.append((row, [*completions[row].tokens[: at.step[i]], token.item()], whole))
         assert changed[i].item() == len(taught) - len(without)
+    rests = pair.write([Request(some[row] + begun) for row, begun, _ in forks])
+    for (_, begun, whole), rest in zip(forks, rests, strict=True):
+        ended = begun[-1] == END
+        assert whole == (begun if ended else (begun + rest.tokens)[: pair.max_tokens])
     assert changed.count_nonzero() <= len(differ)
     assert any(sum(completion.by_teacher) for completion in completions)
 

@@ -57,10 +57,11 @@ def test_both_ways_lead_where_plain_decoding_leads(pair, prompts, ask):
     at = seen.positions
     states = torch.cat((at.states, ways.states))
     forked = 0
+    plain = {}
     for i, (row, step) in enumerate(zip(at.row.tolist(), at.step.tolist(), strict=True)):
         prompt = prompts.ids[row]
         path = completions[row].tokens[:step]
-        called = teachers(loop, prompts.teacher_ids[row], path, ask)
+        called = teachers(loop, prompts.teacher_ids[row], path, ask, plain)
         for number, tokens in ((ways.after_own[i], [at.own[i].item()]), (ways.after_call[i], called)):
             whole = path + tokens
             if whole[-1] == END or len(whole) == MAX_TOKENS:
@@ -98,12 +99,16 @@ def test_prefixes_are_read_some_at_a_time(pair, monkeypatch):
     assert len(branches.states_after(pair.student, END, [], like)) == 0
 
 
-def teachers(loop: ClosedLoop, prompt: list[int], path: list[int], count: int) -> list[int]:
-    """The teacher's next tokens, by plain forward passes."""
+def teachers(
+    loop: ClosedLoop, prompt: list[int], path: list[int], count: int, known: dict[tuple[int, ...], int]
+) -> list[int]:
+    """The teacher's next tokens, by plain forward passes; each is computed once."""
     tokens: list[int] = []
     while len(tokens) < count and len(path) + len(tokens) < MAX_TOKENS and END not in tokens:
-        ids = torch.tensor([prompt + path + tokens])
-        tokens.append(int(loop.teacher(ids).logits[0, -1, :VISIBLE].argmax()))
+        ids = tuple(prompt + path + tokens)
+        if ids not in known:
+            known[ids] = int(loop.teacher(torch.tensor([ids])).logits[0, -1, :VISIBLE].argmax())
+        tokens.append(known[ids])
     return tokens
 
 
@@ -158,7 +163,7 @@ def test_a_single_decision_is_worth_its_gain_and_the_critic_is_convex_in_the_pri
     lessons = Lessons(states, gain, seen.by_teacher, *[torch.arange(count)] * 2, teacher_view(seen.positions))
     choices = Choices(lessons, Branches(states[:0], ended, ended, torch.ones(count)))
     config = GateConfig(
-        span_tokens=4, ask_tokens=1, gain=RegretGain(type="regret"), epochs=60, batch=64, objective=OBJECTIVE
+        span_tokens=4, ask_tokens=1, gain=RegretGain(type="regret"), epochs=60, batch=128, objective=OBJECTIVE
     )
     torch.manual_seed(0)
     head = Head(pair.student, RESERVED, 16)

@@ -1,13 +1,13 @@
 """Rounds of gate training: what they log, how they go on after a kill, budgets in words."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
 from router.gate import EntropyGate, Gate, RandomGate
-from tests.helpers.killing import Killed
 from tests.helpers.tiny_models import END, RESERVED, VISIBLE, model
 from training.gate_config import (
     ConstrainedObjective,
@@ -103,19 +103,19 @@ def test_a_killed_run_goes_on_behind_its_last_round(objective, sources, tmp_path
     monkeypatch.setattr(duals, "SETTLING", 2)
     config = CONFIG.model_copy(update={"objective": objective, "calibration_examples": 5})
     prompts = rollout_prompts(Letters(), sources, config, 0)
-    straight = train_gate(rounds(config, prompts, 24), prompts, Letters(), tmp_path / "a", "pair")
     with monkeypatch.context() as patch:
         save = Rounds.save
 
-        def dies(self, file, run):
+        def saves(self, file, run):
             save(self, file, run)
-            if len(self.seen) == 2:
-                raise Killed
+            if len(self.seen) == 2:  # what is on the disk if the run is killed here
+                shutil.copytree(tmp_path / "a", tmp_path / "b")
 
-        patch.setattr(Rounds, "save", dies)
-        with pytest.raises(Killed):
-            train_gate(rounds(config, prompts, 24), prompts, Letters(), tmp_path / "b", "pair")
-    again = train_gate(rounds(config, prompts, 24), prompts, Letters(), tmp_path / "b", "pair")
+        patch.setattr(Rounds, "save", saves)
+        straight = train_gate(rounds(config, prompts, 24), prompts, Letters(), tmp_path / "a", "pair")
+    killed = rounds(config, prompts, 24)
+    again = train_gate(killed, prompts, Letters(), tmp_path / "b", "pair")
+    assert len(killed.seen) == config.rounds
     assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
     assert (straight.prices, straight.round) == (again.prices, again.round)
     for name, tensor in straight.head.state_dict().items():
@@ -128,8 +128,9 @@ def test_a_killed_run_goes_on_behind_its_last_round(objective, sources, tmp_path
     assert ({"value", "value_cost", "residual"} <= last.keys()) is (objective.type == "constrained")
 
 
-def test_every_budget_has_a_dual_variable_and_the_best_round_is_exported(sources, tmp_path):
+def test_every_budget_has_a_dual_variable_and_the_best_round_is_exported(sources, tmp_path, monkeypatch):
     """Calls of two tokens; the first round is the plain regression, the second one is judged best."""
+    monkeypatch.setattr(duals, "SETTLING", 6)
     objective = ConstrainedObjective(type="constrained")
     calls = {"span_tokens": 2, "ask_tokens": 2, "calibration_examples": 60}
     config = CONFIG.model_copy(update={"objective": objective} | calls)
@@ -154,7 +155,8 @@ def test_no_policy_is_exported_that_is_worse_than_the_regression_that_it_started
     sources, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(duals, "SETTLING", 1)
-    config = CONFIG.model_copy(update={"objective": ConstrainedObjective(type="constrained", start_rounds=2)})
+    objective = ConstrainedObjective(type="constrained", start_rounds=2)
+    config = CONFIG.model_copy(update={"objective": objective, "prompts": 8, "calibration_examples": 4})
     prompts = rollout_prompts(Letters(), sources, config, 0)
     played = rounds(config, prompts)
     played.judged = lambda gate: -float(len(played.seen))
