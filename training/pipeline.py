@@ -57,7 +57,7 @@ from training.tasks import Task, make_task
 from training.teacher import Teacher
 from training.teacher_cache import TeacherCache
 from training.tokenizer import load_tokenizer, train_tokenizer, visible_ids
-from training.vocabulary import check_pair, ready_tokenizer, served_teacher
+from training.vocabulary import check_pair, check_vocabulary, ready_tokenizer, served_teacher
 from training.workspace import STAGES, Stage, Workspace
 
 TOKENIZER_SEED = -1  # a stream of training examples that no model is trained on
@@ -279,7 +279,11 @@ def check_joint(recipe: Recipe) -> None:
 
 
 def ensure_tokenizer(space: Workspace, task: Task) -> PreTrainedTokenizerBase:
-    """The pretrained one of the recipe, or one trained on the task."""
+    """The pretrained one of the recipe, or one trained on the task.
+
+    Raises:
+        RecipeError: a model that is there already has another vocabulary.
+    """
     recipe = space.recipe
     if recipe.ready_tokenizer is not None:
         return ready_tokenizer(recipe.ready_tokenizer, recipe.chat)
@@ -289,7 +293,11 @@ def ensure_tokenizer(space: Workspace, task: Task) -> PreTrainedTokenizerBase:
             tokenizer.save_pretrained(scratch)
             write_record(tokenizer_record(recipe), scratch)
     parallel.barrier()
-    return load_tokenizer(space.tokenizer)
+    tokenizer = load_tokenizer(space.tokenizer)
+    for role in ROLES:
+        if space.is_exported(role):  # it may have been put there with a tokenizer of its own
+            check_vocabulary(role, str(space.exported(role)), tokenizer)
+    return tokenizer
 
 
 def new_tokenizer(recipe: Recipe, task: Task) -> PreTrainedTokenizerBase:

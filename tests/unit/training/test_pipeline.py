@@ -194,6 +194,21 @@ def test_another_ready_teacher_is_noticed(done, ready, capsys):
     assert f"teacher: the recipe has changed: {done[:-12]}/out/teacher is" in capsys.readouterr().err
 
 
+def test_a_teacher_that_was_put_there_needs_the_vocabulary_of_the_recipe(recipe, ready, tmp_path, capsys):
+    """A tokenizer that is trained anew, with another seed say, gives the ids other texts."""
+    shutil.copytree(ready / "teacher", tmp_path / "out" / "teacher")
+    shape = "shape: {hidden: 32, layers: 2, heads: 1, feed_forward: 32}"
+    model = f"{{{shape}, method: {{type: sft}}, schedule: {{steps: 1, batch: 2, learning_rate: 1e-2}}}}"
+    other = [
+        f"teacher={model}",
+        f"student={model.replace('sft', 'kd')}",
+        "tokenizer={size: 300, examples: 50}",
+    ]
+    assert train([recipe, *STUDENT, *other]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"out/teacher has a different vocabulary from {tmp_path}/work/tokenizer: " in error
+
+
 def test_a_router_of_another_recipe_or_student_is_noticed(recipe, ready, tmp_path, tokenizer, capsys):
     pair = [recipe, f"student={{pretrained: {ready}/student}}"]
     assert train(pair) == 0
