@@ -248,7 +248,8 @@ class Policy:
     ) -> None:
         """Tell a calibration that learns what a stretch of a completion realised.
 
-        Only a plain fraction teaches: other budgets, and shared limits below it, aim at other rates.
+        Only a plain fraction teaches: other budgets, and shared limits below it, aim at other rates. With an
+        output for each teacher, it is the common price of all of them that is learned.
 
         Args:
             bucket: of the request.
@@ -261,7 +262,7 @@ class Policy:
         others = (budget.tokens, budget.calls, budget.cost)
         if budget.fraction is None or any(part is not None for part in others):
             return
-        if isinstance(budget, Budget) and budget.owns:
+        if isinstance(budget, Budget) and (budget.owns or (self.outputs and budget.teachers is not None)):
             return
         if ceiling >= budget.fraction and isinstance(self.calibration, AdaptiveCalibration):
             self.calibration.observe(budget.fraction, teacher_tokens, completion_tokens, running=running)

@@ -435,8 +435,7 @@ WHICH = Discriminator(
 ModelConfig = ScratchConfig | PretrainedConfig | PrunedConfig
 StudentConfig = Annotated[Scratch | Pretrained | Pruned, WHICH]
 TeacherConfig = Annotated[Scratch | Pretrained | Annotated[ServedConfig, Tag("url")], WHICH]
-CheaperConfig = CheaperReadyConfig | CheaperServedConfig
-Cheaper = Annotated[
+CheaperConfig = Annotated[
     Annotated[CheaperReadyConfig, Tag("pretrained")] | Annotated[CheaperServedConfig, Tag("url")],
     Discriminator(
         _kind, custom_error_type="model", custom_error_message="a cheaper teacher has pretrained or url"
@@ -471,7 +470,7 @@ class Recipe(Frozen):
     """Where the scalars of training go, besides `log.jsonl`."""
     teacher: TeacherConfig
     """The large model: trained from nothing, ready, trained further, or behind a URL."""
-    cheaper_teachers: dict[TeacherName, Cheaper] = Field(default_factory=dict, max_length=7)
+    cheaper_teachers: dict[TeacherName, CheaperConfig] = Field(default_factory=dict, max_length=7)
     """Further teachers by name, which the gate may ask in place of `teacher`, who judges them. The student
     does not learn from them. `wheels serve` gets all of them by these names, and `teacher` by its own.
     """
@@ -561,8 +560,8 @@ class Recipe(Frozen):
         if self.tokenizer is None and self.ready_tokenizer is None:
             raise ValueError("tokenizer: set size or pretrained")
         trained = self.tokenizer is not None and self.tokenizer.size is not None
-        both_new = isinstance(self.teacher, ScratchConfig) and not isinstance(self.student, PretrainedConfig)
-        if trained and not both_new:
+        ready = isinstance(self.student, PretrainedConfig) or bool(self.cheaper_teachers)
+        if trained and (ready or not isinstance(self.teacher, ScratchConfig)):
             raise ValueError("tokenizer.size: a ready model brings its own tokenizer")
         return self
 

@@ -161,8 +161,12 @@ def cheaper_teacher(space: Workspace, config: CheaperConfig, name: str) -> Teach
 
 
 def frozen_pair(space: Workspace, tokenizer: PreTrainedTokenizerBase) -> FrozenPair:
-    """The exported models, as the router's stage takes them."""
+    """The exported models, as the router's stage takes them, and the cheaper teachers in process."""
     recipe = space.recipe
+    cheaper = []
+    for name, config in recipe.cheaper:
+        if isinstance(config, CheaperReadyConfig):
+            cheaper.append(Cheaper(name, config.cost, directory_of(config.pretrained)))
     return FrozenPair(
         teacher=space.exported("teacher"),
         student=space.exported("student"),
@@ -170,7 +174,7 @@ def frozen_pair(space: Workspace, tokenizer: PreTrainedTokenizerBase) -> FrozenP
         span_tokens=recipe.router.span_tokens,
         ask_tokens=recipe.router.ask_tokens,
         max_tokens=recipe.max_tokens,
-        cheaper=tuple(Cheaper(name, config.cost, space.cheaper(name)) for name, config in recipe.cheaper),
+        cheaper=tuple(cheaper),
     )
 
 

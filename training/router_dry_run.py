@@ -47,7 +47,7 @@ class RouterTrial(NamedTuple):
     states: int
     """Bytes of the student's states there."""
     weights: int
-    """Bytes of both models."""
+    """Bytes of all models."""
 
 
 def try_router(recipe: Recipe, pair: FrozenPair, task: Task, *, trained: bool) -> RouterTrial:
@@ -65,7 +65,7 @@ def try_router(recipe: Recipe, pair: FrozenPair, task: Task, *, trained: bool) -
     loop = pair.load()
     rows = min(ROWS, loop.rows_of(max(map(len, prompts))), config.prompts)
     memory = memory_of(loop, prompts, rows)  # before anything else leaves memory that can be used again
-    weights = (parameters(loop.student) + parameters(loop.teacher)) * torch.float32.itemsize
+    weights = sum(map(parameters, (loop.student, loop.teacher, *loop.cheaper))) * torch.float32.itemsize
     width = loop.student.config.get_text_config().hidden_size
     del loop
     examples = EXAMPLES if trained else 0

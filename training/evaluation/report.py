@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from measuring.examples import sources_of
 from measuring.scores import recovered
 from router.checkpoint import CheckpointError, RouterCheckpoint
-from router.gate import CONFIDENCE_GATES
+from router.gate import CONFIDENCE_GATES, TeachersGate
 from training.evaluation.baselines import hesitation, query_level
 from training.evaluation.gateway import Measured
-from training.evaluation.scoring import point
+from training.evaluation.scoring import point, relative_cost
 from training.gating.cheaper import Cheaper
 from training.gating.head import Head
 from training.gating.lessons import regret
@@ -28,7 +28,7 @@ from training.gating.room import Room
 from training.gating.rounds import install_taps
 from training.gating.router_stage import FrozenPair
 from training.gating.scorer import Scorer
-from training.gating.tree import PERIODIC, Setting, ends
+from training.gating.tree import PERIODIC, Alone, Setting, ends
 from training.loop.progress import console
 from training.tasks import Example, Task
 from training.tokenizer import load_tokenizer
@@ -153,6 +153,10 @@ class Evaluation:
         self.tree = self.trees(0.0)
         self.tree.add("oracle", regret)
         self.tree.add("oracle_kl", kl)
+        learned = self.router.learned_gate()
+        if isinstance(learned, TeachersGate):
+            for number, output in enumerate(self.router.outputs):
+                self.tree.add(alone(output.teacher), Alone(learned, number))
         self.others: dict[str, RouterCheckpoint] = {}
         for name, directory in others.items():
             router = further_router(directory, pair / "student")
@@ -166,7 +170,10 @@ class Evaluation:
     def row(self, completions: Sequence[Rollout], setting: Setting) -> Row:
         """What a setting's completions come to."""
         measured = point(completions, self.tree.prompt_tokens, setting, *self.scorer(completions))
-        return asdict(measured) | {"pgr": recovered(measured.quality, self.student, self.teacher)}
+        row = asdict(measured) | {"pgr": recovered(measured.quality, self.student, self.teacher)}
+        if self.router.outputs:
+            row["cost"] = relative_cost(completions, [output.cost for output in self.router.outputs])
+        return row
 
     def rows(self, settings: Sequence[Setting]) -> list[Row]:
         """A row for each setting, of prompts without a budget in words."""
@@ -238,6 +245,10 @@ class Evaluation:
                 spare = spares.price(budget)
                 settings.append(Setting(LEARNED, prices.price(budget), budget, *self.spans, spare=spare))
             rows[SPENT] = self.at_budgets(settings)
+        for output in self.router.outputs:
+            if output.alone is not None:
+                name, own = alone(output.teacher), output.alone
+                rows[name] = self.rows([Setting(name, own.price(b), b, *self.spans) for b in BUDGETS])
         for name, router in self.others.items():
             if LEARNED in router.config.calibration:
                 prices = router.calibration()
@@ -264,6 +275,11 @@ class Evaluation:
         """Share of the learned gate's calls in each tenth of the completion."""
         setting = Setting(LEARNED, self.router.calibration().price(budget), budget, *self.spans)
         return where_asked(self.trees(budget).run([setting])[0])
+
+
+def alone(teacher: str) -> str:
+    """Name of the learned gate if one of several teachers is the only one."""
+    return f"{LEARNED}, {teacher} alone"
 
 
 def kl(positions: Positions) -> Tensor:
@@ -431,6 +447,13 @@ def _in_process(report: QualityReport) -> list[str]:
             if row["budget"] in shown:
                 shown[row["budget"]] = f"{row['pgr']:.2f} ({row['rate']:.3f})"
         lines.append(f"{name:<22}" + _cells(shown.values(), ">15"))
+    if "cost" in report.budgets[LEARNED][0]:
+        lines += [
+            "",
+            "and what the teachers wrote there, in tokens of the dearest per token of the completion",
+        ]
+        for name, rows in report.budgets.items():
+            lines.append(f"{name:<22}" + _cells(column(rows, "cost"), ">15.4f"))
     lines += ["", "what the learned gate's budgets cost per request"]
     for key, label in COSTS.items():
         lines.append(f"{label:<22}" + _cells(column(report.budgets[LEARNED], key), ">15.2f"))

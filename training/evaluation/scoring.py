@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import mul
 
 from measuring.scores import excess
 from training.gating.calibration import teacher_rate
@@ -67,6 +68,22 @@ def point(
         tokens=tokens / count,
         excess=max(excesses) - span,
     )
+
+
+def relative_cost(completions: Sequence[Rollout], costs: Sequence[float]) -> float:
+    """What teachers wrote per token of the completions, in tokens of the dearest one.
+
+    Args:
+        completions: of a setting.
+        costs: of each teacher's token, from the cheapest to the dearest.
+    """
+    spent = 0.0
+    tokens = 0
+    for completion in completions:
+        written = completion.written_by(len(costs))
+        spent += sum(map(mul, written, costs))
+        tokens += len(completion.tokens)
+    return spent / (tokens * costs[-1])
 
 
 def runs(completion: Rollout) -> int:

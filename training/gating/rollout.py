@@ -67,6 +67,16 @@ class Rollout:
         """How many tokens the teacher wrote."""
         return sum(self.by_teacher)
 
+    def written_by(self, teachers: int) -> list[int]:
+        """How many tokens each of several teachers wrote, from the cheapest to the dearest."""
+        counts = [0] * teachers
+        asked = dict(zip(self.starts, self.asked, strict=True))
+        writer = 0
+        for place, by_teacher in enumerate(self.by_teacher):
+            writer = asked.get(place, writer)
+            counts[writer] += by_teacher
+        return counts
+
 
 @dataclass
 class Draft:

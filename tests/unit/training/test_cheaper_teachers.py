@@ -62,6 +62,7 @@ def test_teachers_are_ordered_by_their_cost(recipe):
         ("cheaper_teachers.teacher={pretrained: there, cost: 0.5}", "cheaper_teachers.teacher: is another"),
         ("cheaper_teachers.small.cost=1.5", r"cheaper_teachers.small.*cost.*less than or equal to 1"),
         ("cheaper_teachers.small.cost=null", r"cheaper_teachers.small.*cost"),
+        ("tokenizer={size: 300}", "tokenizer.size: a ready model brings its own tokenizer"),
         ("cheaper_teachers.small={cost: 0.5}", "a cheaper teacher has pretrained or url"),
         ("cheaper_teachers={a name: {pretrained: there, cost: 0.5}}", "pattern"),
     ],
@@ -69,6 +70,11 @@ def test_teachers_are_ordered_by_their_cost(recipe):
 def test_what_cannot_be_is_refused_by_name(recipe, override, problem):
     with pytest.raises(RecipeError, match=problem):
         load_recipe(recipe, [override])
+
+
+def test_a_dry_run_needs_nothing_that_is_exported(recipe, tmp_path):
+    assert train([str(recipe), "--dry-run"]) == 0
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_cheaper_teacher_of_another_vocabulary_is_refused(recipe, tmp_path, capsys):
@@ -97,7 +103,11 @@ def test_the_router_has_an_output_for_each_and_is_evaluated_with_all(recipe, tmp
 
     examples = make_task("numbers").test()[:3]
     evaluation = Evaluation(tmp_path / "out", make_task("numbers"), examples, 4, {})
-    assert [row["budget"] for row in evaluation.budgets()["learned"]] == [0.05, 0.1, 0.2, 0.3, 0.5]
+    budgets = evaluation.budgets()
+    assert [row["budget"] for row in budgets["learned"]] == [0.05, 0.1, 0.2, 0.3, 0.5]
+    for name, cost in (("small", 0.125), ("middle", 0.5), ("teacher", 1.0)):
+        for row in budgets[f"learned, {name} alone"]:
+            assert row["cost"] == pytest.approx(cost * row["rate"])
 
     capsys.readouterr()
     assert train([str(recipe), "cheaper_teachers.small.cost=0.25"]) == 2

@@ -410,6 +410,22 @@ async def test_with_min_tokens_the_outputs_have_one_row(trio):
         assert LEAST not in segment.params.extra_args
 
 
+async def test_a_common_price_is_learned_from_those_who_may_ask_all(trio):
+    class Watched(AdaptiveCalibration):
+        seen = 0
+
+        def observe(self, *_: Any, **__: Any) -> None:
+            self.seen += 1
+
+    three = trio({2: 0})
+    watched = Watched("margin", 2)
+    three.engine.cooperator._loop.policy = Policy(watched, expected_tokens=20, outputs=OUTPUTS)
+    await three.text({"fraction": 0.2, "teachers": ["small"]})
+    assert watched.seen == 0
+    await three.text(0.2)
+    assert watched.seen > 0
+
+
 async def test_a_budget_of_one_is_the_dearest_teacher_alone(trio):
     three = trio({}, outputs=OUTPUTS)
     assert await three.text(1) == "01234567"

@@ -13,6 +13,7 @@ from router.budget import Bucket, Budget
 from router.gate import EntropyGate, RandomGate, TeachersGate
 from tests.helpers.table_models import NATS, model_of
 from tests.helpers.tiny_models import END, RESERVED, VISIBLE
+from training.evaluation.scoring import relative_cost
 from training.gate_config import GateConfig, PriceConditioning, RatioGain, RegretGain
 from training.gating.calibration import price_at_rate, teacher_rate
 from training.gating.head import Head
@@ -162,3 +163,6 @@ def test_a_span_is_one_teachers():
     meant = [(True, SMALL), (True, BIG), (True, BIG), (False, SMALL), (False, SMALL)]
     assert [draft.write(0, [10, 20], asks, whom) for asks, whom in meant] == [10, 10, 20, 20, 0]
     assert (draft.completion.starts, draft.completion.asked) == ([0, 2], [SMALL, BIG])
+    assert draft.completion.written_by(2) == [2, 2]
+    # Two tokens at a quarter and two at 1, of five.
+    assert relative_cost([draft.completion], COSTS) == pytest.approx(2.5 / 5)
