@@ -29,8 +29,11 @@ from training.gate_config import GatewayRollouts
 from training.loop.progress import console
 from training.workspace import Workspace
 
-CACHE = "1G" if is_cpu_build() else "4G"
-"""Of keys and values, of each engine."""
+ON_CPU = ("--kv-cache-memory-bytes", "1G")
+ON_GPU = ("--kv-cache-memory-bytes", "4G", "--no-enforce-eager")
+"""The cache of keys and values is fixed, as each engine would count the other's memory as its own."""
+READ_AT_ONCE = "2048"
+"""Tokens of prompts that the teacher reads in a step: log-probabilities of all of them exist at a time."""
 PATIENT = ("--teacher-timeout", "600", "--span-timeout", "600", "--teacher-queue", "600")
 """Nobody waits for these completions: a slow teacher is not lost."""
 DYING_SECONDS = 1.0
@@ -136,7 +139,8 @@ def to_start(space: Workspace, rollouts: GatewayRollouts) -> Servers:
     if not isinstance(teacher, ServedConfig):
         model = exported(space, "teacher")
         url = f"http://{HOST}:{free_port()}"
-        flags = (*engine_flags(teacher.dtype), *rollouts.teacher_flags)
+        reading = ("--max-num-batched-tokens", READ_AT_ONCE)
+        flags = (*engine_flags(teacher.dtype), *reading, *rollouts.teacher_flags)
         services.append(teacher_service(model, url, logs, threads=recipe.threads, flags=flags))
         teacher = StartedTeacher(url=url, model="teacher", directory=model)
     gateway = f"http://{HOST}:{free_port()}"
@@ -164,5 +168,6 @@ def exported(space: Workspace, role: Role) -> Path:
 
 
 def engine_flags(dtype: str) -> tuple[str, ...]:
-    """Of a model that computes as it does in training."""
-    return ("--dtype", dtype, "--kv-cache-memory-bytes", CACHE)
+    """Of a model that computes as in training. Its context is cut to what the cache holds."""
+    device = ON_CPU if is_cpu_build() else ON_GPU
+    return ("--dtype", dtype, "--max-model-len", "auto", *device)

@@ -14,6 +14,7 @@ from training.config import GKDConfig, LoraConfig, PretrainedConfig, load_recipe
 from training.gating.served_calibration import passes_of
 from training.gating.traffic_stage import POSITIONS
 from training.pieces import PIECE
+from training.started_servers import READ_AT_ONCE
 
 PROMPT = 500
 """Tokens, assumed."""
@@ -33,7 +34,11 @@ LOSS_COPIES = 8
 WORKSPACE = 4e9
 """CUDA's own memory, and what allocators lose, of three processes; assumed."""
 TEACHER_SHARE, STUDENT_SHARE = 0.35, 0.15
-"""Of the card, for the two engines (vLLM's --gpu-memory-utilization)."""
+"""Of the card, for the two engines of the evaluation (vLLM's --gpu-memory-utilization)."""
+CACHE = 4 * 2**30
+"""Bytes of keys and values of an engine that the router's stage starts, see `training.started_servers`."""
+SCORES = 3 * int(READ_AT_ONCE) * QWEN_8.vocabulary * FLOAT
+"""Bytes of logits and log-probabilities of what the teacher's engine reads in a step; assumed: 3 tensors."""
 CARD = 80e9
 
 
@@ -114,9 +119,8 @@ def router_stage() -> Stage:
     return Stage(
         "router",
         {
-            "teacher's engine": TEACHER_SHARE * CARD,
-            "gateway's engine": STUDENT_SHARE * CARD,
-            "teacher, which reads": weights(QWEN_8) * HALF,
+            "teacher's engine": weights(QWEN_8) * HALF + CACHE + SCORES,
+            "gateway's engine": weights(QWEN_06) * HALF + CACHE,
             "student, which reads": weights(QWEN_06) * FLOAT,
             "its output matrix in the gate's head": QWEN_06.matrix * FLOAT,
             "pieces of logits": LOSS_COPIES * PIECE * FLOAT,

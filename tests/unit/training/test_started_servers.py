@@ -82,7 +82,7 @@ def test_a_teacher_behind_a_url_is_not_started(recipe_file: Path) -> None:
 def test_flags_reach_the_engine_that_they_are_for(recipe_file: Path) -> None:
     rollouts = "{type: gateway, teacher_flags: [--max-model-len, '64'], student_flags: [--seed, '7']}"
     teacher, gateway = planned(workspace(recipe_file, f"router.rollouts={rollouts}")).services
-    assert values(teacher.command, "--max-model-len") == ["64"]
+    assert values(teacher.command, "--max-model-len")[-1] == "64"
     assert values(gateway.command[gateway.command.index("--") :], "--seed") == ["7"]
 
 
