@@ -32,7 +32,7 @@ from training.workspace import Workspace
 ON_CPU = ("--kv-cache-memory-bytes", "1G")
 ON_GPU = ("--kv-cache-memory-bytes", "4G", "--no-enforce-eager")
 """The cache of keys and values is fixed, as each engine would count the other's memory as its own."""
-READ_AT_ONCE = "2048"
+READ_AT_ONCE = "512"
 """Tokens of prompts that the teacher reads in a step: log-probabilities of all of them exist at a time."""
 PATIENT = ("--teacher-timeout", "600", "--span-timeout", "600", "--teacher-queue", "600")
 """Nobody waits for these completions: a slow teacher is not lost."""

@@ -4,7 +4,8 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +42,28 @@ def waiting(stack: Serving, pair: Pair, tmp_path_factory: pytest.TempPathFactory
         yield Waiting(url, router)
 
 
+def train(settings: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "wheels", "train", "demo", "--stage", "router", *settings],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+def processes_that_name(directory: Path) -> list[str]:
+    """Command lines of this machine with a path in a directory."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended by now
+            command = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if str(directory) in command:
+                found.append(command)
+    return found
+
+
 def test_a_router_is_learned_and_priced_through_both_servers(
     stack: Serving, pair: Pair, waiting: Waiting, tmp_path: Path
 ) -> None:
@@ -59,19 +82,37 @@ def test_a_router_is_learned_and_priced_through_both_servers(
         "router.calibration_examples=10",
         f"router.rollouts={{type: gateway, url: {waiting.url}, router: {waiting.router}, batch: 10}}",
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "wheels", "train", "demo", "--stage", "router", *settings],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    done = train(settings)
     assert done.returncode == 0, done.stderr
     made = RouterCheckpoint.load(tmp_path / "pair" / "router")
     assert [rate for rate, _ in made.calibration().points] == [0.1, 0.3]
     assert made.config.training["completions"] == 80
     assert httpx.get(f"{waiting.url}/prices").json()["router"] == made.digest()
+
+
+def test_the_routers_stage_starts_its_servers_and_ends_them(pair: Pair, tmp_path: Path) -> None:
+    """Teacher and gateway, from the directories of the pair."""
+    settings = (
+        f"output={tmp_path}/pair",
+        f"work={tmp_path}/work",
+        f"teacher={{pretrained: {pair.teacher}}}",
+        f"student={{pretrained: {pair.student}}}",
+        "tokenizer=null",
+        "router.objective=null",
+        "router.rounds=1",
+        "router.prompts=20",
+        "router.epochs=1",
+        "router.budgets=[0.2]",
+        "router.calibration_examples=4",
+        "router.rollouts={type: gateway, batch: 5}",
+    )
+    done = train(settings)
+    assert done.returncode == 0, done.stderr
+    assert "teacher and gateway ready" in done.stdout
+    made = RouterCheckpoint.load(tmp_path / "pair" / "router")
+    assert [rate for rate, _ in made.calibration().points] == [0.2]
+    assert made.config.fingerprints.teacher == "teacher"
+    assert processes_that_name(tmp_path) == []
 
 
 async def test_another_router_takes_over_without_a_lost_request(
