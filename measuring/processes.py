@@ -17,6 +17,18 @@ POLL_SECONDS = 0.2
 PROBE_SECONDS = 2.0
 GRACE_SECONDS = 8.0
 TAIL_LINES = 30
+GUARD = """
+import os, signal, sys, time
+from contextlib import suppress
+
+sys.stdin.read()  # ends when our parent does, however it ends
+for number in (signal.SIGTERM, signal.SIGKILL):
+    for group in map(int, sys.argv[2:]):
+        with suppress(ProcessLookupError):
+            os.killpg(group, number)
+    time.sleep(float(sys.argv[1]))
+"""
+"""A process that ends groups of processes when its parent is gone, also when that was killed."""
 
 
 class ServiceError(PeerError):
@@ -130,10 +142,24 @@ def running(
     try:
         for service in services:
             children.append(Child(service))
-        _wait(children, timeout, watch)
-        yield children
+        with _guarded(children):
+            _wait(children, timeout, watch)
+            yield children
     finally:
         stop(children)
+
+
+@contextmanager
+def _guarded(children: Sequence[Child]) -> Iterator[None]:
+    """Their groups also end if this process is killed in the block."""
+    groups = [str(child.process.pid) for child in children]
+    command = (sys.executable, "-c", GUARD, str(GRACE_SECONDS), *groups)
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        guard.kill()  # before the numbers of its groups can be others'
+        guard.communicate()
 
 
 def _wait(children: list[Child], timeout: float, watch: Callable[[list[Child]], None]) -> None:

@@ -85,7 +85,7 @@ def test_an_exception_inside_ends_the_children_too(tmp_path: Path) -> None:
     assert not alive(child.process.pid)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_ends_the_children_too(tmp_path: Path, number: signal.Signals) -> None:
     program = (
         "import sys, time\n"
@@ -105,6 +105,9 @@ def test_a_signal_ends_the_children_too(tmp_path: Path, number: signal.Signals) 
         assert alive(child)
         parent.send_signal(number)
         parent.wait(100)
+    deadline = time.monotonic() + (60 if number == signal.SIGKILL else 0)
+    while alive(child) and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert not alive(child)
 
 
