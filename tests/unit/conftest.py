@@ -52,6 +52,14 @@ def _a_worker_has_one_core() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _torch_passes_on_what_it_logs() -> None:
+    """As others do: to each of its 80 loggers that does not, pytest gives its handlers six times a test."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.split(".")[0] == "torch" and isinstance(logger, logging.Logger):
+            logger.propagate = True
+
+
 @pytest.fixture(autouse=True)
 def _lines_of_every_logger_arrive() -> None:
     """Undo what an earlier test did to logging, or a library that it imported: one sets the root to ERROR."""
