@@ -24,7 +24,7 @@ def test_every_gate_is_a_multiple_of_one_log_softmax() -> None:
 def test_a_pairs_own_gate_is_timed() -> None:
     assert gate._gate(Pair.in_directory(DEMO)).reserved == ReservedRows(480)
     assert isinstance(gate._gate(Pair.in_directory(DEMO)), LearnedGate)
-    assert gate.seconds(Pair.in_directory(DEMO), 4, turns=1) > 0
+    assert gate.seconds(Pair.in_directory(DEMO), 4, turns=5) > 0
 
 
 def test_a_pair_without_a_router_has_the_gate_that_the_gateway_takes() -> None:
