@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,9 +53,10 @@ def gateway(stack: Serving, pair: Pair) -> StartGateway:
     """`gateway(directory, *flags)` starts one more gateway, for the teacher that is there: half of a pair."""
 
     @contextmanager
-    def start(directory: Path, *flags: str) -> Iterator[Serving]:
+    def start(directory: Path, *flags: str, router: Path = pair.router) -> Iterator[Serving]:
         url = f"http://{HOST}:{free_port()}"
-        service = gateway_service(pair, stack.teacher, url, directory, (*UNHURRIED, *flags))
+        served = replace(pair, router=router)
+        service = gateway_service(served, stack.teacher, url, directory, (*UNHURRIED, *flags))
         with running([service], timeout=START_SECONDS) as (child,):
             yield Serving(stack.teacher, url, stack.teacher_process, child)
 

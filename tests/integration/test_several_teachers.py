@@ -4,14 +4,18 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from openai import AsyncOpenAI, BadRequestError
 
-from measuring.pair import HOST, Serving
+from measuring.pair import HOST, Pair, Serving
+from router.checkpoint import RouterCheckpoint, TeacherOutput
 from tests.helpers.client import chat, excess, metric, openai_client
 from tests.helpers.gateways import StartGateway
 
@@ -47,13 +51,21 @@ def tool() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
+def router(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's, in a directory of its own."""
+    directory = tmp_path_factory.mktemp("router")
+    RouterCheckpoint.load(pair.router).save(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
 def both(
-    gateway: StartGateway, twins: Serving, tool: str, tmp_path_factory: pytest.TempPathFactory
+    gateway: StartGateway, twins: Serving, tool: str, router: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Serving]:
     """The teacher without a name is called "teacher"."""
     named = ("--teacher", f"small={twins.teacher}", "--teacher", f"stamp={json.dumps({'tool': tool})}")
     flags = (*named, "--prices", json.dumps(PRICES))
-    with gateway(tmp_path_factory.mktemp("both"), *flags) as serving:
+    with gateway(tmp_path_factory.mktemp("both"), *flags, router=router) as serving:
         yield serving
 
 
@@ -138,3 +150,50 @@ async def test_a_tool_writes_whole_answers(two: AsyncOpenAI, sources: list[str])
     assert reply.teacher["teachers"].keys() == {"stamp", "teacher"}
     assert reply.teacher["teachers"]["stamp"]["calls"] == 1
     assert reply.teacher["rate"] == 1
+
+
+# A router with an output for each of them
+
+
+def of_two(demo: RouterCheckpoint, outputs: list[float]) -> RouterCheckpoint:
+    """Small and teacher are worth the demo's score times these; 0: less than nothing."""
+    gate = dict(demo.gate)
+    gate["mlp.4.weight"] = torch.cat([demo.gate["mlp.4.weight"] * share for share in outputs])
+    nothing = [0.0 if share else 1.0 for share in outputs]
+    gate["mlp.4.bias"] = torch.cat([demo.gate["mlp.4.bias"] * share for share in outputs]) - torch.tensor(
+        nothing
+    )
+    teachers = (TeacherOutput(name="small", cost=0.5), TeacherOutput(name="teacher", cost=1.0))
+    return replace(demo, config=demo.config.model_copy(update={"teachers": teachers}), gate=gate)
+
+
+async def taken(gateway: Serving, directory: Path, router: RouterCheckpoint) -> None:
+    """Wait until the gateway serves with it."""
+    router.save(directory)
+    async with httpx.AsyncClient(base_url=gateway.gateway) as http:
+        for _ in range(240):
+            if (await http.get("/prices")).json()["router"] == router.digest():
+                return
+            await asyncio.sleep(0.25)
+    raise AssertionError("after a minute the router is not in use")
+
+
+async def test_a_router_with_an_output_for_each_says_who_is_asked(
+    two: AsyncOpenAI, both: Serving, pair: Pair, router: Path, sources: list[str], span_tokens: int
+) -> None:
+    """It is taken while the gateway serves, and so is another one."""
+    demo = RouterCheckpoint.load(pair.router)
+    budget = {"fraction": 0.3, "teachers": ["small", "teacher"]}
+    try:
+        for outputs, names in (([1.0, 0.0], {"small"}), ([0.0, 1.0], {"teacher"})):
+            await taken(both, router, of_two(demo, outputs))
+            replies = await asyncio.gather(*(chat(two, source, budget) for source in sources[:20]))
+            assert sum(reply.teacher["tokens"] for reply in replies) > 20
+            assert {name for reply in replies for name in reply.teacher.get("teachers", {})} == names
+            for reply in replies:
+                assert excess(reply, 0.3, span_tokens) <= 1e-9
+        only = {"fraction": 0.3, "teachers": ["small"]}
+        reply = await chat(two, sources[0], only)  # the gate finds no use in it
+        assert reply.teacher["tokens"] == 0
+    finally:
+        await taken(both, router, demo)
