@@ -159,10 +159,8 @@ def of_two(demo: RouterCheckpoint, outputs: list[float]) -> RouterCheckpoint:
     """Small and teacher are worth the demo's score times these; 0: less than nothing."""
     gate = dict(demo.gate)
     gate["mlp.4.weight"] = torch.cat([demo.gate["mlp.4.weight"] * share for share in outputs])
-    nothing = [0.0 if share else 1.0 for share in outputs]
-    gate["mlp.4.bias"] = torch.cat([demo.gate["mlp.4.bias"] * share for share in outputs]) - torch.tensor(
-        nothing
-    )
+    bias = torch.cat([demo.gate["mlp.4.bias"] * share for share in outputs])
+    gate["mlp.4.bias"] = torch.where(torch.tensor(outputs) == 0, -1.0, bias)
     teachers = (TeacherOutput(name="small", cost=0.5), TeacherOutput(name="teacher", cost=1.0))
     return replace(demo, config=demo.config.model_copy(update={"teachers": teachers}), gate=gate)
 
