@@ -141,7 +141,9 @@ def to_start(space: Workspace, rollouts: GatewayRollouts) -> Servers:
         url = f"http://{HOST}:{free_port()}"
         reading = ("--max-num-batched-tokens", READ_AT_ONCE)
         flags = (*engine_flags(teacher.dtype), *reading, *rollouts.teacher_flags)
-        services.append(teacher_service(model, url, logs, threads=recipe.threads, flags=flags))
+        services.append(
+            teacher_service(model, url, logs, threads=threads_of_an_engine(recipe.threads), flags=flags)
+        )
         teacher = StartedTeacher(url=url, model="teacher", directory=model)
     gateway = f"http://{HOST}:{free_port()}"
     name = () if teacher.model is None else ("--teacher-model", teacher.model)
@@ -152,7 +154,7 @@ def to_start(space: Workspace, rollouts: GatewayRollouts) -> Servers:
             gateway,
             logs,
             (*PATIENT, *name),
-            threads=recipe.threads,
+            threads=threads_of_an_engine(recipe.threads),
             engine_flags=(*engine_flags(recipe.student.dtype), *rollouts.student_flags),
         )
     )
@@ -165,6 +167,11 @@ def exported(space: Workspace, role: Role) -> Path:
     if not space.is_exported(role):
         raise RecipeError(f"no {role} in {space.exported(role)}: train it first (--stage {role})")
     return space.exported(role)
+
+
+def threads_of_an_engine(threads: int) -> int:
+    """Half of the trainer's: both compute at once, and a thread without a core makes all others wait."""
+    return max(1, threads // 2)
 
 
 def engine_flags(dtype: str) -> tuple[str, ...]:

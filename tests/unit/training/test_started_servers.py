@@ -72,6 +72,12 @@ def test_teacher_and_gateway_are_those_of_the_output(recipe_file: Path, untraine
         assert "VLLM_API_KEY" in service.hidden
 
 
+@pytest.mark.parametrize(("threads", "each"), [(1, 1), (2, 1), (8, 4)])
+def test_both_engines_share_the_threads_of_the_recipe(recipe_file: Path, threads: int, each: int) -> None:
+    for service in planned(workspace(recipe_file, f"threads={threads}")).services:
+        assert service.environment["OMP_NUM_THREADS"] == str(each)
+
+
 def test_a_teacher_behind_a_url_is_not_started(recipe_file: Path) -> None:
     servers = planned(workspace(recipe_file, "teacher={url: 'http://there:8000', model: big}"))
     (gateway,) = servers.services
