@@ -2,18 +2,20 @@
 
 import asyncio
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from openai import AsyncOpenAI
 
 from measuring.pair import EXACT, QUIET, START_SECONDS, UNIPROC, Pair, Serving, free_port, gateway_service
 from measuring.processes import running
+from router.adaptive import MEMORY_TOKENS
 from tests.helpers.client import UNHURRIED, chat, excess, metric, openai_client
 from tests.helpers.paths import DEMO, ROOT
 
@@ -38,9 +40,29 @@ async def replies(client: AsyncOpenAI, sources: list[str], fraction: float) -> l
     return await asyncio.gather(*map(reply, sources))
 
 
+def completion_tokens(answers: list[Any]) -> int:
+    return sum(answer.usage.completion_tokens for answer in answers)
+
+
 def realised(answers: list[Any]) -> float:
-    teacher = sum(answer.teacher["tokens"] for answer in answers)
-    return teacher / sum(answer.usage.completion_tokens for answer in answers)
+    return sum(answer.teacher["tokens"] for answer in answers) / completion_tokens(answers)
+
+
+class Aimed(NamedTuple):
+    """What the metrics say of an aimed rate; what was learned before a restart is in it."""
+
+    rate: float
+    tokens: float
+
+    @classmethod
+    def of(cls, url: str, aim: float) -> "Aimed":
+        rate = metric(url, "wheels_realised_rate", aim=f"{aim:g}")
+        return cls(rate, metric(url, "wheels_aimed_completion_tokens", aim=f"{aim:g}"))
+
+    def since(self, before: "Aimed", tokens: int) -> float:
+        """The rate of the last so many tokens: those before have faded."""
+        faded = before.tokens * math.exp(-tokens / MEMORY_TOKENS)
+        return (self.rate * self.tokens - before.rate * faded) / (self.tokens - faded)
 
 
 @pytest.fixture
@@ -83,11 +105,11 @@ async def test_calibrated_prices_are_there_at_the_next_start(
     with running([gateway_service(untrained, stack.teacher, url, tmp_path, flags)], timeout=START_SECONDS):
         async with openai_client(url) as client:
             for fraction in FRACTIONS:
+                before = Aimed.of(url, fraction)
                 answers = await replies(client, sources[:MEASURED], fraction)
                 assert realised(answers) == pytest.approx(fraction, abs=NEAR), fraction
                 assert max(excess(answer, fraction, SPAN_TOKENS) for answer in answers) <= 1e-9
-        for fraction in FRACTIONS:
-            rate = metric(url, "wheels_realised_rate", aim=f"{fraction:g}")
-            assert rate == pytest.approx(fraction, abs=NEAR)
+                told = Aimed.of(url, fraction).since(before, completion_tokens(answers))
+                assert told == pytest.approx(realised(answers), abs=NEAR)
         rows = calibrated([0.15], prompts, "--gateway", url)
         assert rows[0.15]["realised"] == pytest.approx(0.15, abs=NEAR)
