@@ -27,8 +27,8 @@ EAGER_STEP = 30e-3
 """Seconds of a step of transformers for all rows, assumed: 28 layers, bound by launches."""
 ACTIVATIONS = 34
 """Bytes of a layer for each token and unit of width (Korthikanti et al. 2022, arXiv 2205.05198)."""
-READOUTS = 8
-"""Times that all positions are multiplied by the output matrix: features and scores, in each fit."""
+READOUTS = 1
+"""Times that all positions are multiplied by the output matrix for what the gate sees of the logits."""
 LOSS_COPIES = 8
 """Tensors of a piece of logits in a loss, see `training.pieces`."""
 WORKSPACE = 4e9

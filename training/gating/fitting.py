@@ -16,12 +16,17 @@ from training.gating.head import Head
 from training.gating.lessons import Lessons
 
 
-def fit(head: Head, lessons: Lessons, config: GateConfig, seed: int) -> dict[str, float]:
-    """Least squares of the score on the target; `loss` is the last epoch's mean."""
+def fit(
+    head: Head, lessons: Lessons, config: GateConfig, seed: int, known: Tensor | None = None
+) -> dict[str, float]:
+    """Least squares of the score on the target; `loss` is the last epoch's mean.
+
+    `known` is the confidence (N, 10) of the lessons' states, if it was computed before.
+    """
     device = head.taps.device
     states = lessons.states
     target = lessons.target
-    confidence = head.confidence(states)
+    confidence = head.confidence(states) if known is None else known.to(device)
     generator = torch.Generator().manual_seed(seed)
 
     def loss(chunk: Tensor) -> Tensor:

@@ -35,12 +35,16 @@ class Head(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self._readout = Readout.of(student.config)
 
-    def start_from(self, states: Tensor) -> None:
-        """Taps = the directions of most variance of states (N, H); features standardised on them."""
+    def start_from(self, states: Tensor, known: Tensor | None = None) -> None:
+        """Taps = the directions of most variance of states (N, H); features standardised on them.
+
+        `known` is their `confidence`, if it was computed before.
+        """
         _, _, directions = torch.pca_lowrank(states, q=min(self.taps.shape), niter=4)
         self.taps.data[: directions.shape[1]] = directions.T
         with torch.no_grad():
-            x = self.features(states.to(self.taps.device), self.confidence(states))
+            confidence = self.confidence(states) if known is None else known.to(self.taps.device)
+            x = self.features(states.to(self.taps.device), confidence)
         self.gate.mean.copy_(x.mean(0))
         self.gate.scale.copy_(1 / x.std(0).clamp(min=1e-3))
 
@@ -87,8 +91,11 @@ class Head(nn.Module):
         return self.gate(self.logits(states))
 
     @torch.no_grad()
-    def scores(self, states: Tensor) -> Tensor:
-        """(N,) of states (N, H), in pieces, on the CPU."""
+    def scores(self, states: Tensor, known: Tensor | None = None) -> Tensor:
+        """(N,) of states (N, H), on the CPU: in pieces, or from their `confidence` if it is known."""
+        if known is not None:
+            x = self.features(states.to(self.taps.device), known.to(self.taps.device))
+            return self.gate.score(x).cpu()
         return torch.cat(
             [self(chunk.to(self.taps.device)).cpu() for chunk in pieces_of(states, len(self.visible))]
         )

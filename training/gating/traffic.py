@@ -15,9 +15,12 @@ from measuring.json_lines import DataError
 from measuring.trajectories import Trajectory
 from training.gate_config import ConstrainedObjective, GateConfig, QualityGain
 from training.gating.branches import Branches, one_token_ways
+from training.gating.head import Head
 from training.gating.lessons import Lessons, Trajectories, span_gain, teacher_view, token_gain
 from training.gating.opinions import Observer
 from training.loop.progress import console
+from training.models import reserved_rows
+from training.parallel import device
 from training.reading import context_of
 from training.teacher import Teacher
 from training.tokenizer import visible_ids
@@ -34,13 +37,19 @@ class Taught(NamedTuple):
     lessons: Lessons
     branches: Branches | None
     """Of the same positions; for a constrained objective."""
+    confidence: Tensor
+    """(N, 10) of the same positions, see `Head.confidence`.
+
+    Computing it takes as long as reading, so all fits have it from here.
+    """
 
     @classmethod
     def join(cls, parts: Sequence["Taught"]) -> "Taught":
         """All of them."""
         branches = [part.branches for part in parts if part.branches is not None]
         lessons = Lessons.join([part.lessons for part in parts])
-        return cls(lessons, Branches.join(branches) if branches else None)
+        confidence = torch.cat([part.confidence for part in parts])
+        return cls(lessons, Branches.join(branches) if branches else None, confidence)
 
 
 @dataclass
@@ -91,7 +100,10 @@ class TrafficReader:
             lessons.append(self._lessons_of(seen, torch.tensor(sources)))
             if isinstance(self.config.objective, ConstrainedObjective):
                 branches.append(one_token_ways(self.model, observer.end, rows, seen))
-        return Taught(Lessons.join(lessons), Branches.join(branches) if branches else None)
+        joined = Lessons.join(lessons)
+        head = Head(self.model, reserved_rows(self.model, self.tokenizer), self.config.width).to(device())
+        confidence = head.confidence(joined.states).cpu()
+        return Taught(joined, Branches.join(branches) if branches else None, confidence)
 
     def _drawn(self, trajectories: Sequence[Trajectory], most: int) -> list[Trajectory]:
         """All, or some at random."""

@@ -96,7 +96,7 @@ class TrafficStage:
         trajectories = reader.readable(list(read_trajectories(rollouts.directory)))
         taught = reader.taught(trajectories, POSITIONS)
         head = self.fitted(taught)
-        self.report(taught.lessons)
+        self.report(taught)
         return self.checkpoint(head, trajectories)
 
     def of_gateway(self, rollouts: GatewayRollouts, work: Path) -> RouterCheckpoint:
@@ -117,10 +117,10 @@ class TrafficStage:
             trajectories += new
             taught.append(self.reader.taught(new, POSITIONS // len(rounds)))
             head = self.fitted(Taught.join(taught))
-            scores = head.scores(taught[-1].lessons.states[-RECENT:])
+            scores = head.scores(taught[-1].lessons.states[-RECENT:], taught[-1].confidence[-RECENT:])
             first = self._first_prices(scores)
             router = with_prices(self.checkpoint(head, trajectories), first, first)
-        self.report(Taught.join(taught).lessons)
+        self.report(Taught.join(taught))
         assert router is not None  # there is at least one round
         if rollouts.router is None:
             return with_prices(router, [], [])
@@ -171,14 +171,16 @@ class TrafficStage:
         drawn = sources_of(self._room.drawn(self.task.router(self.seed), count * rounds))
         return [drawn[number * count : (number + 1) * count] for number in range(rounds)]
 
-    def report(self, lessons: Lessons) -> None:
+    def report(self, taught: Taught) -> None:
         """Print how well a gate that has not seen a tenth of the prompts tells what asking gains there."""
+        lessons = taught.lessons
         held_out = lessons.source % HELD_OUT == 0
         if not held_out.any() or held_out.all():
             return
         unseen = lessons.where(held_out)
-        head = self.regressed(lessons.where(~held_out))
-        found = correlation(head.scores(unseen.states), score_of(head.gate, unseen.target))
+        head = self.regressed(lessons.where(~held_out), taught.confidence[~held_out])
+        scores = head.scores(unseen.states, taught.confidence[held_out])
+        found = correlation(scores, score_of(head.gate, unseen.target))
         console.print(
             f"router: {len(lessons):,} positions of {int(lessons.source.max()) + 1:,} prompts; on those held "
             f"out, score and gain correlate by {found:.3f}"
@@ -186,7 +188,7 @@ class TrafficStage:
 
     def fitted(self, taught: Taught) -> Head:
         """Taps and gate: the regression, or the policy that starts from it."""
-        head = self.regressed(taught.lessons)
+        head = self.regressed(taught.lessons, taught.confidence)
         objective = self.config.objective
         if isinstance(objective, ConstrainedObjective) and taught.branches is not None:
             critic = Critic(len(head.gate.mean), self.config.width, objective.prices).to(head.taps.device)
@@ -195,13 +197,13 @@ class TrafficStage:
             fit_constrained(head, critic, choices, self.config, objective, self.seed)
         return head.requires_grad_(False).eval()
 
-    def regressed(self, lessons: Lessons) -> Head:
-        """Taps and gate whose score is a regression on the gain."""
+    def regressed(self, lessons: Lessons, confidence: Tensor) -> Head:
+        """Taps and gate whose score is a regression on the gain; `confidence` is of the same positions."""
         torch.manual_seed(self.seed)
         reserved = reserved_rows(self.model, self.tokenizer)
         head = Head(self.model, reserved, self.config.width, costs_of(self.cheaper)).to(device())
-        head.start_from(lessons.states)
-        fit(head, lessons, self.config, self.seed)
+        head.start_from(lessons.states, confidence)
+        fit(head, lessons, self.config, self.seed, confidence)
         return head.requires_grad_(False).eval()
 
     def checkpoint(self, head: Head, trajectories: Sequence[Trajectory]) -> RouterCheckpoint:

@@ -17,6 +17,8 @@ from tests.helpers.taking_gateway import TakingGateway, stage_of
 from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 from training.gate_config import GateConfig, RegretGain
 from training.gating.asked import Asked
+from training.gating.fitting import fit
+from training.gating.head import Head
 from training.gating.lessons import collect
 from training.gating.opinions import Observer, of_all, of_likeliest
 from training.gating.rollout import FREE, ClosedLoop, Request
@@ -172,6 +174,21 @@ def test_of_too_many_completions_some_are_read(untrained_pair):
     served = [Trajectory([5, 6 + number], [7, 8, 9]) for number in range(20)]
     assert len(reader.taught(served, 60).lessons) == 60
     assert len(reader.taught(served, 25).lessons) == 24
+
+
+def test_what_the_gate_sees_of_the_logits_is_known_after_reading(untrained_pair, tmp_path):
+    gateway = TakingGateway(load_tokenizer(untrained_pair / "student"), directory=tmp_path)
+    stage = stage_of(gateway, untrained_pair, rounds=1)
+    taught = stage.reader.taught([Trajectory([5, 6, 7], [8 + i, 9, 10]) for i in range(20)], 60)
+    head = stage.fitted(taught)
+    states = taught.lessons.states
+    torch.testing.assert_close(taught.confidence, head.confidence(states))
+    torch.testing.assert_close(head.scores(states, taught.confidence), head.scores(states))
+    torch.manual_seed(stage.seed)
+    computed = Head(stage.model, head.gate.reserved, stage.config.width)
+    computed.start_from(states)
+    fit(computed, taught.lessons, stage.config, stage.seed)
+    torch.testing.assert_close(computed.taps, head.taps)
 
 
 @pytest.mark.parametrize(
