@@ -8,7 +8,7 @@ from playwright.sync_api import expect, sync_playwright
 from tests.helpers.paths import ROOT
 
 IMAGE = ROOT / "docs" / "images" / "playground.png"
-PROMPT = "As far as I know: Ida spent €5.12 on the painting. See you soon!"
+PROMPT = "The book has 695 pages and costs £89.56."
 BUDGET = 10
 """Percent."""
 FLAGS = ["--no-sandbox", "--disable-gpu"]
