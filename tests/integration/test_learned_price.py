@@ -60,7 +60,7 @@ class Aimed(NamedTuple):
         return cls(rate, metric(url, "wheels_aimed_completion_tokens", aim=f"{aim:g}"))
 
     def since(self, before: "Aimed", tokens: int) -> float:
-        """The rate of the last so many tokens: those before have faded."""
+        """The rate of the last `tokens` tokens: those before have faded."""
         faded = before.tokens * math.exp(-tokens / MEMORY_TOKENS)
         return (self.rate * self.tokens - before.rate * faded) / (self.tokens - faded)
 
