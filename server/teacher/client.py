@@ -395,8 +395,7 @@ class Teacher:
                     complete = reply.piece.finish_reason is not None
                     reply = _screened(reply, screen, progress)
                     if complete:
-                        patience.end()
-                        with suppress(TeacherError):  # nothing that is still needed
+                        with suppress(TeacherError), patience.ending():  # nothing that is still needed
                             async for payload in payloads:  # to the end, so that the connection is reused
                                 self._note_usage(ask.meter, payload)
                     elif reply.again and ask.streamed:

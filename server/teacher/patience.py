@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SPAN = 64
 """The teacher has ``span_timeout`` for this many tokens, and as long again for as many more."""
@@ -38,6 +40,7 @@ class Patience:
         self._timeout = timeout
         self._span_timeout = span_timeout
         self._deadline = deadline
+        self._end = math.inf
         longer = 1 + prompt_tokens / READING
         begun = now if started is None else started
         self._due = min(now + longer * timeout, begun + longer * span_timeout)
@@ -50,7 +53,7 @@ class Patience:
     @property
     def seconds(self) -> float:
         """What is left now; 0 or less when the time is up."""
-        return min(self._due, self._deadline) - time.monotonic()
+        return min(self._due, self._end, self._deadline) - time.monotonic()
 
     def came(self, tokens: int) -> None:
         """Count tokens that have come, and wait for the next ones."""
@@ -62,6 +65,11 @@ class Patience:
         span_due = self._first_token + self._span_timeout * (1 + self.written // SPAN)
         self._due = min(self.last_token + self._timeout, span_due)
 
-    def end(self) -> None:
-        """Nothing more is needed: wait for the end of the reply only."""
-        self._due = min(self._due, time.monotonic() + END_SECONDS)
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Nothing more is needed of this reply: wait for its end only. A further request has full time."""
+        self._end = time.monotonic() + END_SECONDS
+        try:
+            yield
+        finally:
+            self._end = math.inf

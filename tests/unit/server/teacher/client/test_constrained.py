@@ -1,15 +1,19 @@
 """A stock teacher under a grammar of the gateway's: what it is asked, and where its tokens end."""
 
+import asyncio
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from server.grammar.constraint import Constraint, Grammars
 from server.teacher import constrained
+from server.teacher.ask import STREAM_ABOVE
+from server.teacher.patience import END_SECONDS
 from server.vllm_api import Logprob, SamplingParams
-from tests.helpers.fake_teacher import body, choice, stream
+from tests.helpers.fake_teacher import begin_events, body, choice, event, stream
 from tests.helpers.grammars import PROMPT_IDS, checked, engine_config, ids
-from tests.helpers.teacher_calls import client, collect, write
+from tests.helpers.teacher_calls import PATIENCE, client, collect, write
 
 END = 1
 DIGITS = [ids(digit)[0] for digit in "0123456789"]
@@ -56,6 +60,28 @@ async def test_a_span_goes_on_after_a_token_that_the_grammar_refuses(config, gra
     assert second["prompt"] == [5, *ids("12")]
     assert (third["max_tokens"], "allowed_token_ids" in third) == (6, False)
     assert third["prompt"] == [5, *ids("123")]
+
+
+@pytest.mark.steady_time
+@pytest.mark.parametrize("tokens", [2, 20])
+async def test_a_further_request_has_as_long_as_the_first(config, grammars, server, teacher, tokens):
+    async def late(request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(0.9 * PATIENCE)
+        return await answer(choice(ids("3")))(request)
+
+    async def ends_late(request: web.Request) -> web.StreamResponse:
+        response = await begin_events(request)
+        await response.write(event(choice(ids("2x"))))
+        await asyncio.sleep(5 * END_SECONDS)
+        return response
+
+    constraint = await constraint_of(config, grammars, "1", regex="[0-9]{3}")
+    streamed = tokens > STREAM_ABOVE
+    answer = stream if streamed else body
+    first = ends_late if streamed else body(choice(ids("2x")))
+    server.answers = [first, late, stream(choice([END], "stop"))]
+    pieces = await collect(write(teacher, tokens, constraint=constraint))
+    assert [piece.token_ids for piece in pieces][:2] == [ids("2"), ids("3")]
 
 
 async def test_the_connection_of_a_stream_ends_with_the_refused_token(config, grammars, server, teacher):
