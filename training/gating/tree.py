@@ -217,10 +217,8 @@ class Tree:
             return gate.number
         if not isinstance(gate, TeachersGate):
             return len(node.theirs) - 1
-        worth = self._worth[name][node.index]
-        costs = gate.costs.tolist() if price > 0 else [1.0] * len(worth)
-        margins = [value - price * cost for value, cost in zip(worth, costs, strict=True)]
-        return margins.index(max(margins))
+        worth = torch.tensor(self._worth[name][node.index], device=gate.costs.device)
+        return int(gate.margins(worth, worth.new_tensor(price)).argmax())
 
     def path(self, prompt: int, tokens: Sequence[int]) -> list[int]:
         """Indices of the nodes at which these tokens, which the tree holds, were written."""
