@@ -1,24 +1,18 @@
-"""One completion being written, with what the span loop needs to know of it."""
+"""One completion being written: what both models read of it, and what they append."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from router.budget import Bucket
-from router.money import TokenUsage
-from router.policy import Terms
 from server.completion import Completion, Piece
 from server.exchange import Purse, Report
 from server.grammar.constraint import Constraint
-from server.metrics import ESCALATIONS
 from server.original_prompt import OriginalPrompt
 from server.sessions import OpenSession
-from server.shared_budgets import Share
 from server.sources import STUDENT, Source
-from server.standing import PAUSE_TOKENS, Refusal, Standing
 from server.teacher.carried import MOST_BIASES, penalises
-from server.teacher.teachers import NamedTeacher
 from server.tenants import Tenant
 from server.thinking import Thinking
 from server.vllm_api import CompletionOutput, RequestOutputKind, SamplingParams
@@ -29,13 +23,6 @@ class Step(NamedTuple):
 
     output: CompletionOutput
     source: Source
-
-
-class Written(NamedTuple):
-    """Tokens of a completion, or of a stretch of it."""
-
-    teacher_tokens: int = 0
-    completion_tokens: int = 0
 
 
 @dataclass
@@ -57,8 +44,6 @@ class Choice:
     """Further arguments of `AsyncLLM.generate`, passed on to every student segment."""
     completion: Completion
     purse: Purse
-    teachers: Sequence[NamedTeacher]
-    """Those that its request may ask."""
     tenant: Tenant | None
     single_tokens: bool
     """Whether its reader gets one token at a time: see `single_tokens`."""
@@ -68,16 +53,8 @@ class Choice:
     """What the prompt was before it was rendered, for a teacher with another vocabulary."""
     constraint: Constraint | None = None
     """Of structured output: what may be written next, whoever writes it."""
-    share: Share = field(init=False)
-    """Its part in the budgets that requests share; set by the span loop."""
-    standings: list[Standing] = field(default_factory=list)
-    """With its teachers: tools, then from the cheapest to the dearest; set by the span loop."""
-    ranked: list[Standing] = field(default_factory=list)
-    """Those that the terms of the last segment were made for, by price."""
     steps: asyncio.Queue[Step | None] = field(default_factory=asyncio.Queue)
     """What the reader has not taken yet; None at the end."""
-    told: Written = field(default_factory=Written)
-    """What `news` has told so far."""
     thinking: Thinking | None = None
     """What is left of `thinking_token_budget` after prompt and completion."""
     read_by_student: list[int] | None = None
@@ -153,69 +130,6 @@ class Choice:
         return f"{self.request_id}-{self.report.calls}"
 
     @property
-    def may_ask(self) -> bool:
-        """Whether there is a teacher that it may ask, now or later."""
-        return any(standing.may_ask for standing in self.standings)
-
-    @property
-    def pause(self) -> int:
-        """Tokens to write before it may ask again."""
-        ask_from = [standing.ask_from for standing in self.standings if standing.may_ask]
-        return max(0, min(ask_from, default=0) - len(self.completion))
-
-    @property
-    def models(self) -> list[Standing]:
-        """The teachers that are models; the tools, if there are no models."""
-        models = [standing for standing in self.standings if not standing.teacher.is_tool]
-        return models or self.standings
-
-    @property
-    def losses(self) -> int:
-        """How often all its teachers were lost since one last wrote something."""
-        return min((standing.losses for standing in self.models), default=0)
-
-    @property
-    def used_tool(self) -> bool:
-        """Whether a part of it is a tool's."""
-        tools = {teacher.name for teacher in self.teachers if teacher.is_tool}
-        return not tools.isdisjoint(self.report.parts)
-
-    @property
-    def lost(self) -> bool:
-        """Whether all that it may ask are down."""
-        return all(standing.teacher.pool.down for standing in self.standings if standing.may_ask)
-
-    def order(self, level: int, terms: Terms) -> list[Standing]:
-        """Whom to ask, one after the other.
-
-        Tools come first. Of the models that the terms were made for, the first is the one that the ``level``
-        of the row means, or the dearest if they are to ask always. Then come dearer ones, then cheaper ones.
-        """
-        tools = [standing for standing in self.standings if standing.teacher.is_tool]
-        place = self._place(level, terms)
-        ranked = self.ranked[place:] + self.ranked[:place][::-1]
-        others = [standing for standing in self.standings if standing not in (*tools, *ranked)]
-        length = len(self.completion)
-        order = [*tools, *(standing for standing in ranked if standing not in tools), *others]
-        return [standing for standing in order if standing.may_ask and standing.ask_from <= length]
-
-    def _place(self, level: int, terms: Terms) -> int:
-        """The place in `ranked` of who is meant."""
-        last = max(0, len(self.ranked) - 1)
-        if terms.always:
-            return last
-        if not terms.least:
-            return min(last, level)
-        names = [standing.name for standing in self.ranked]
-        name = terms.least[min(level, len(terms.least) - 1)].teacher  # of another router, just before
-        return names.index(name) if name in names else 0
-
-    @property
-    def reads(self) -> int:
-        """The most tokens that a teacher would read now."""
-        return max((standing.view.reads for standing in self.standings), default=0)
-
-    @property
     def min_tokens(self) -> int:
         """Tokens still to write before the completion may end."""
         return max(0, self.params.min_tokens - len(self.completion))
@@ -258,15 +172,6 @@ class Choice:
             self.cached_tokens = cached
         self.report.sheet.student_reads(len(self.student_prompt) + len(self.completion), cached or 0)
 
-    def news(self) -> Written:
-        """What was written since the last call."""
-        before = self.told
-        self.told = Written(self.report.tokens, len(self.completion))
-        return Written(
-            self.told.teacher_tokens - before.teacher_tokens,
-            self.told.completion_tokens - before.completion_tokens,
-        )
-
     def extend(self, piece: Piece, source: Source) -> int:
         """Append what ``source`` wrote and hand it to the reader; returns how many tokens are kept."""
         if source != STUDENT and self.thinking is not None:
@@ -283,32 +188,3 @@ class Choice:
         if self.thinking is not None:
             self.thinking = self.thinking.after(self.completion.token_ids[start:])
         return kept
-
-    def open_span(self, name: str, usage: TokenUsage) -> None:
-        """A teacher is called now; the span, and what the teacher uses, grow as it writes."""
-        self.report.open_span(name)
-        self.report.sheet.teacher_called(name, usage)
-        ESCALATIONS.labels("granted", "gate").inc()
-
-    def wait(self, tokens: int) -> None:
-        """The student writes this many tokens before it may ask again."""
-        for standing in self.standings:
-            standing.wait(len(self.completion) + tokens)
-
-    def put_off(self, reason: str, *, degraded: bool, tokens: int = PAUSE_TOKENS) -> None:
-        """The student writes on alone for a while: what others share may have room again."""
-        self.wait(tokens)
-        self.denied([Refusal(reason, degraded)])
-
-    def deny(self, reason: str, *, degraded: bool) -> None:
-        """The student writes the rest alone."""
-        for standing in self.standings:
-            standing.may_ask = False
-        self.denied([Refusal(reason, degraded)])
-
-    def denied(self, refusals: Sequence[Refusal]) -> None:
-        """The student goes on alone, for these reasons."""
-        for reason in dict.fromkeys(refusal.reason for refusal in refusals if refusal.reason):
-            self.report.denied[reason] += 1
-            ESCALATIONS.labels("denied", reason).inc()
-        self.report.degraded |= any(refusal.degraded for refusal in refusals)

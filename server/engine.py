@@ -213,11 +213,13 @@ class Cooperator:
             return self._plain(outputs, params, reports, exchange)
         # Before the teacher is asked for anything; and with the ids that end the student's completions.
         params = self._student.check(prompt, params, request_id, **options)
+        teachers = self._teachers(budget, exchange.original(prompt), params)
         choices = []
         for index, report in enumerate(reports):
             completion = self._completion(prompt, params, index, report)
-            choices.append(self._choice(completion, budget, exchange, prompt, request_id, options))
-        return self._hand_out(choices, exchange, request_id)
+            purse = exchange.purse(index, self._purse(budget, teachers))
+            choices.append(self._choice(completion, purse, exchange, prompt, request_id, options))
+        return self._hand_out(choices, teachers, exchange, request_id)
 
     def _open(self, exchange: Exchange, prompt: Any) -> Report:
         report = exchange.open()
@@ -333,14 +335,13 @@ class Cooperator:
     def _choice(
         self,
         completion: Completion,
-        budget: Budget,
+        purse: Purse,
         exchange: Exchange,
         prompt: dict[str, Any],
         request_id: str,
         options: dict[str, Any],
     ) -> Choice:
         digest = blake2b(array("I", prompt["prompt_token_ids"]).tobytes(), digest_size=16)
-        teachers = self._teachers(budget, exchange.original(prompt), completion.params)
         choice_id = f"{request_id}-{completion.index}"
         return Choice(
             prompt=prompt,
@@ -349,8 +350,7 @@ class Cooperator:
             affinity=digest.digest(),
             options=options,
             completion=completion,
-            purse=exchange.purse(completion.index, self._purse(budget, teachers)),
-            teachers=teachers,
+            purse=purse,
             tenant=exchange.tenant,
             session=exchange.session,
             single_tokens=self._parsed(completion.params),
@@ -441,12 +441,16 @@ class Cooperator:
             share.close(sum(report.completion_tokens for report in reports))
 
     async def _hand_out(
-        self, choices: list[Choice], exchange: Exchange, request_id: str
+        self,
+        choices: list[Choice],
+        teachers: Sequence[NamedTeacher],
+        exchange: Exchange,
+        request_id: str,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Cooperative completions as vLLM's outputs, in the kind that the caller wants."""
         final: list[CompletionOutput] = []
         reading = self._reading(choices[0])
-        written = [self._written(choice, exchange, reading) for choice in choices]
+        written = [self._written(choice, teachers, exchange, reading) for choice in choices]
         unread = {choice.completion.index for choice in choices}
         async with aclosing(merge_async_iterators(*written)) as steps:
             async for index, (output, source) in steps:
@@ -472,17 +476,21 @@ class Cooperator:
         return asyncio.create_task(self._student.read_prompt(choice))
 
     async def _written(
-        self, choice: Choice, exchange: Exchange, reading: asyncio.Task[Any] | None
+        self,
+        choice: Choice,
+        teachers: Sequence[NamedTeacher],
+        exchange: Exchange,
+        reading: asyncio.Task[Any] | None,
     ) -> AsyncGenerator[Step, None]:
         """What the span loop writes after the prompt is read, for a reader that may be slow, or leave."""
-        writing = asyncio.create_task(self._write(choice, reading))
+        writing = asyncio.create_task(self._write(choice, teachers, reading))
         writing.add_done_callback(lambda _: choice.steps.put_nowait(None))
         with exchange.noting_failure(), counted([choice.report], budgeted=True, refusal=VLLMValidationError):
             try:
                 while (step := await choice.steps.get()) is not None:
                     yield step
                 await writing
-                as_is = choice.adapter is None and not choice.used_tool
+                as_is = choice.adapter is None and not _used_tool(choice, teachers)
                 if self._cooperation.recorder is not None and as_is:
                     self._cooperation.recorder.note(choice)  # a router learns from both models as they are
             finally:  # and counted only after the last token is written
@@ -490,17 +498,24 @@ class Cooperator:
                 await asyncio.wait([writing])
                 choice.purse.close(len(choice.completion))
 
-    async def _write(self, choice: Choice, reading: asyncio.Task[Any] | None) -> None:
+    async def _write(
+        self, choice: Choice, teachers: Sequence[NamedTeacher], reading: asyncio.Task[Any] | None
+    ) -> None:
         if reading is not None:
             await reading
         if (words := self._cooperation.words) is not None:
             await say_budget(choice, words, self._cooperation.policy, self._student.max_model_len)
-        await self._loop.write(choice)
+        await self._loop.write(choice, teachers)
 
 
 def _ids(prompt: Any) -> list[int] | None:
     """Token ids of a prompt that vLLM has rendered; None if it has none."""
     return prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+
+
+def _used_tool(choice: Choice, teachers: Sequence[NamedTeacher]) -> bool:
+    """Whether a part of a choice is a tool's."""
+    return any(teacher.is_tool and teacher.name in choice.report.parts for teacher in teachers)
 
 
 def _request_output(choices: list[Choice], outputs: list[CompletionOutput], request_id: str) -> RequestOutput:

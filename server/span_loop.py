@@ -11,12 +11,14 @@ from router.ledger import Denial
 from router.policy import NEVER, Policy, Terms
 from server.choice import Choice
 from server.completion import Piece
+from server.metrics import ESCALATIONS
 from server.shared_budgets import Draw, SharedBudgets, charge_of
 from server.sources import STUDENT
-from server.standing import PAUSE_TOKENS, UNNOTICED, Refusal, Standing
+from server.standing import PAUSE_TOKENS, UNNOTICED, Refusal, Standing, Standings
 from server.teacher.errors import TeacherError
 from server.teacher.meter import Meter
 from server.teacher.pool import Slot
+from server.teacher.teachers import NamedTeacher
 from server.vllm_api import GracefulHTTPError
 
 logger = logging.getLogger(__name__)
@@ -62,73 +64,78 @@ class SpanLoop:
     running: int = 0
     """Completions that are being written."""
 
-    async def write(self, choice: Choice) -> None:
+    async def write(self, choice: Choice, teachers: Sequence[NamedTeacher]) -> None:
         """Write one completion to its end.
+
+        Args:
+            choice: that has just begun.
+            teachers: that it may ask: tools, then from the cheapest to the dearest.
 
         Raises:
             GracefulHTTPError: the teacher failed, and the gateway is to fail with it.
         """
-        choice.share = self.shared.share(choice.tenant, choice.session)
-        choice.standings = [
-            Standing(teacher, teacher.view(choice), choice.purse.own.get(teacher.name))
-            for teacher in choice.teachers
-        ]
+        share = self.shared.share(choice.tenant, choice.session)
+        standings = Standings.of(choice, teachers, share)
         self.running += 1
         try:
             while not choice.finished:
-                terms = self._terms(choice)
+                terms = self._terms(standings)
                 level = 0 if terms.always else await self._ask(choice, terms)
                 if level is not None:
-                    await self._teach(choice, terms, level)
-                self._learn(choice)
+                    await self._teach(standings, terms, level)
+                self._learn(standings)
         finally:
             self.running -= 1
-            choice.share.close(choice.student_tokens)
+            share.close(choice.student_tokens)
 
-    def _terms(self, choice: Choice) -> Terms:
+    def _terms(self, standings: Standings) -> Terms:
         """On which terms the student may ask in its next segment."""
+        choice = standings.choice
         length = len(choice.completion)
-        for standing in choice.standings:
+        for standing in standings.each:
             standing.follow_budget(choice.length, length)
-        if not choice.may_ask or choice.thinking_ends:
+        if not standings.may_ask or choice.thinking_ends:
             return NEVER
         if choice.bias_room < 1:
-            choice.deny("penalty", degraded=False)
+            standings.ask_no_more()
+            standings.denied([Refusal("penalty")])
             return NEVER
-        choice.ranked = [standing for standing in choice.models if standing.can_be_asked(length)]
+        standings.ranked = [standing for standing in standings.models if standing.can_be_asked(length)]
         terms = self.policy.terms(
             choice.bucket,
             choice.length,
             choice.length + choice.completion.tokens_left,
-            ceiling=choice.share.rate,
-            pause=choice.pause,
-            reads=choice.reads,
-            caps=[self._cap(choice, standing) for standing in choice.ranked] or (1.0,),
-            names=[standing.name for standing in choice.ranked],
+            ceiling=standings.share.rate,
+            pause=standings.pause,
+            reads=standings.reads,
+            caps=[self._cap(standings, standing) for standing in standings.ranked] or (1.0,),
+            names=[standing.name for standing in standings.ranked],
         )
-        if terms.never or choice.pause or not choice.lost:
+        if terms.never or standings.pause or not standings.lost:
             return terms
-        self._give_up(choice, [self._lose(choice, standing, DOWN) for standing in choice.standings])
-        return self._terms(choice)
+        self._give_up(standings, [self._lose(choice, standing, DOWN) for standing in standings.each])
+        return self._terms(standings)
 
-    def _cap(self, choice: Choice, standing: Standing) -> float:
+    def _cap(self, standings: Standings, standing: Standing) -> float:
         """The rate that a teacher may have of the request, by its own budget and limits."""
-        shared = choice.share.rate_of(standing.name)
+        choice = standings.choice
+        shared = standings.share.rate_of(standing.name)
         if standing.bucket is None:
             return shared
         end = choice.length + choice.completion.tokens_left
         return min(shared, self.policy.rate(standing.bucket, choice.length, end, standing.view.reads))
 
-    def _learn(self, choice: Choice) -> None:
+    def _learn(self, standings: Standings) -> None:
         """Show the policy what came of its price since the last time."""
-        news = choice.news()
-        if choice.may_ask and not choice.losses and not choice.pause:
-            own = [choice.share.rate_of(standing.name) for standing in choice.standings]
+        news = standings.news()
+        if standings.may_ask and not standings.losses and not standings.pause:
+            share = standings.share
+            own = [share.rate_of(standing.name) for standing in standings.each]
             self.policy.observe(
-                choice.bucket,
+                standings.choice.bucket,
                 news.teacher_tokens,
                 news.completion_tokens,
-                ceiling=min(choice.share.rate, *own),
+                ceiling=min(share.rate, *own),
                 running=self.running,
             )
 
@@ -143,46 +150,47 @@ class SpanLoop:
                     return None
         return None if choice.thinking_ends else level
 
-    async def _teach(self, choice: Choice, terms: Terms, level: int) -> None:
+    async def _teach(self, standings: Standings, terms: Terms, level: int) -> None:
         """Let the first teacher that can write a span, or let the choice ask later, or never again."""
         refusals: list[Refusal] = []
-        for standing in choice.order(level, terms):
-            refusal = await self._call(choice, terms, standing)
+        for standing in standings.order(level, terms):
+            refusal = await self._call(standings, terms, standing)
             if refusal is None:
                 return
             refusals.append(refusal)
             if refusal.for_all:
                 break
         if not refusals:
-            choice.wait(1)
-        self._give_up(choice, refusals)
+            standings.wait(1)
+        self._give_up(standings, refusals)
 
-    async def _call(self, choice: Choice, terms: Terms, standing: Standing) -> Refusal | None:
+    async def _call(self, standings: Standings, terms: Terms, standing: Standing) -> Refusal | None:
         """Let one teacher write a span; None if it was called, and what it wrote is there."""
-        span = await self._reserve(choice, terms, standing)
+        span = await self._reserve(standings, terms, standing)
         if isinstance(span, Refusal):
             return span
-        refusal = await self._fill(choice, span)
+        refusal = await self._fill(standings, span)
         if refusal is None or not span.used:
             return refusal
-        self._give_up(choice, [refusal])  # in the middle of a span
+        self._give_up(standings, [refusal])  # in the middle of a span
         return None
 
-    async def _reserve(self, choice: Choice, terms: Terms, standing: Standing) -> Span | Refusal:
+    async def _reserve(self, standings: Standings, terms: Terms, standing: Standing) -> Span | Refusal:
         """Reserve the next span in every budget, and a place at the teacher."""
-        room = await self._room(choice, standing)
+        choice, share = standings.choice, standings.share
+        room = await self._room(standings, standing)
         if isinstance(room, Refusal):
             return room
         at_most = room
-        if choice.share.scopes:  # what one holds, no other can have
-            at_most = min(room, LEASE_TOKENS if choice.share.rate >= 1.0 else self.span_tokens)
+        if share.scopes:  # what one holds, no other can have
+            at_most = min(room, LEASE_TOKENS if share.rate >= 1.0 else self.span_tokens)
         if standing.teacher.is_tool:  # its answer comes whole
             at_most = min(room, LEASE_TOKENS)
         grants = self._grants(choice, terms, standing, at_most)
         if isinstance(grants, Refusal):
             return grants
         prices = standing.teacher.prices
-        draw = await choice.share.reserve(
+        draw = await share.reserve(
             min(grant.tokens for _, grant in grants),
             choice.student_tokens,
             ahead=min(room, self.span_tokens),
@@ -191,13 +199,13 @@ class SpanLoop:
         )
         if isinstance(draw, Denial):
             _cancel(grants)
-            return self._denied(choice, standing, draw)
+            return self._denied(standings, standing, draw)
         try:
             pool = standing.teacher.pool
             slot = await pool.admit(choice.affinity)  # last: it may be a breaker's only trial
         except BaseException as error:
             _cancel(grants)
-            choice.share.settle(0)
+            share.settle(0)
             if not isinstance(error, TeacherError):
                 raise
             return self._lose(choice, standing, error)
@@ -229,21 +237,21 @@ class SpanLoop:
             at_most = grant.tokens
         return grants
 
-    def _denied(self, choice: Choice, standing: Standing, denial: Denial) -> Refusal:
+    def _denied(self, standings: Standings, standing: Standing, denial: Denial) -> Refusal:
         """A limit that requests share has no room: of one teacher, or of all."""
         refusal = Refusal(denial.label, denial.reason == "unavailable", for_all=denial.scope.teacher is None)
         if refusal.for_all:
-            choice.wait(PAUSE_TOKENS)
+            standings.wait(PAUSE_TOKENS)
         else:
-            standing.wait(len(choice.completion) + PAUSE_TOKENS)
+            standing.wait(len(standings.choice.completion) + PAUSE_TOKENS)
         return refusal
 
-    async def _room(self, choice: Choice, standing: Standing) -> int | Refusal:
+    async def _room(self, standings: Standings, standing: Standing) -> int | Refusal:
         """Tokens that the completion, its thinking, the teacher's biases and its context have left."""
+        choice = standings.choice
         constraint = choice.constraint
         if constraint is not None and not await constraint.catch_up(choice.completion.token_ids):
-            for each in choice.standings:
-                each.may_ask = False
+            standings.ask_no_more()
             return Refusal("grammar", for_all=True)
         if standing.view.half_written:
             standing.wait(len(choice.completion) + 1)
@@ -262,13 +270,17 @@ class SpanLoop:
             return Refusal("context" if choice.bias_room > 0 else "penalty")
         return room
 
-    async def _fill(self, choice: Choice, span: Span) -> Refusal | None:
+    async def _fill(self, standings: Standings, span: Span) -> Refusal | None:
         """Let the teacher write a span, and settle what it wrote; why it broke off, if it did."""
+        choice = standings.choice
         refusal = None
         if not span.standing.teacher.is_tool:
             self._open(choice, span)
         try:
             await self._take(choice, span)
+            if span.standing.view.stuck:
+                standings.wait(1)
+                standings.denied([Refusal("characters")])
         except TeacherError as error:
             logger.warning("request %s lost the teacher: %s", choice.request_id, error)
             refusal = self._lose(choice, span.standing, error)
@@ -276,10 +288,10 @@ class SpanLoop:
             span.slot.release()
             if span.opened:
                 span.settle()
-                choice.share.settle(span.used, span.meter.cost)
+                standings.share.settle(span.used, span.meter.cost)
             else:
                 _cancel(span.grants)
-                choice.share.settle(0)
+                standings.share.settle(0)
         if not span.opened and refusal is None:
             refusal = UNNOTICED  # the tool leaves it to others
         if not span.used:  # a character that is longer than the grant, or all was refused by a grammar
@@ -288,7 +300,11 @@ class SpanLoop:
 
     @staticmethod
     def _open(choice: Choice, span: Span) -> None:
-        choice.open_span(span.standing.name, span.meter.usage)
+        """A teacher is called now; the span, and what the teacher uses, grow as it writes."""
+        name = span.standing.name
+        choice.report.open_span(name)
+        choice.report.sheet.teacher_called(name, span.meter.usage)
+        ESCALATIONS.labels("granted", "gate").inc()
         span.opened = True
 
     async def _take(self, choice: Choice, span: Span) -> None:
@@ -315,12 +331,12 @@ class SpanLoop:
             standing.lose(length)
         return Refusal(error.reason, degraded=True, error=error)
 
-    def _give_up(self, choice: Choice, refusals: Sequence[Refusal]) -> None:
+    def _give_up(self, standings: Standings, refusals: Sequence[Refusal]) -> None:
         """Nobody writes the span: the student goes on alone, or the gateway fails with its teacher."""
         lost = next((refusal.error for refusal in refusals if refusal.error is not None), None)
         if lost is not None and self.on_teacher_error == "error":
             raise GracefulHTTPError(lost.explanation, lost.http_status) from lost
-        choice.denied(refusals)
+        standings.denied(refusals)
 
 
 def _cancel(grants: Sequence[tuple[Bucket, Grant]]) -> None:

@@ -1,15 +1,11 @@
 """What may stay of a text that came from elsewhere: rules that a request has for the student's tokens."""
 
-from typing import TYPE_CHECKING
-
+from server.choice import Choice
 from server.completion import Piece
 from server.teacher.carried import Screen
 
-if TYPE_CHECKING:
-    from server.choice import Choice
 
-
-def allowed_ids(choice: "Choice", ids: list[int]) -> list[int]:
+def allowed_ids(choice: Choice, ids: list[int]) -> list[int]:
     """The student's ids up to one that ends a bad word, or that a grammar refuses."""
     screen = Screen(bad_words=choice.params.bad_words_token_ids or ())
     before = choice.completion.token_ids[-screen.reach :] if screen.reach else ()
@@ -17,7 +13,7 @@ def allowed_ids(choice: "Choice", ids: list[int]) -> list[int]:
     return kept if choice.constraint is None else kept[: choice.constraint.take(kept)]
 
 
-def may_end(choice: "Choice") -> bool:
+def may_end(choice: Choice) -> bool:
     """Whether the completion may end here."""
     if choice.min_tokens:
         return False

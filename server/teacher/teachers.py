@@ -6,20 +6,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from router.money import KindCosts, PriceList, TokenPrices
+from server.choice import Choice
 from server.metrics import COMPLETION_TOKENS, COST
 from server.original_prompt import OriginalPrompt
 from server.sources import TEACHER
 from server.teacher.errors import TeacherError
 from server.teacher.pool import ABSENT, TeacherPool
 from server.teacher.translation import Translator, untranslatable
-from server.teacher_view import SameTokens, TeacherView
+from server.teacher.view import SameTokens, TeacherView
 from server.vllm_api import SamplingParams
-
-if TYPE_CHECKING:
-    from server.choice import Choice
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +50,7 @@ class NamedTeacher:
         """What text crosses by; None if the teacher has the student's vocabulary."""
         return self.find_translator()
 
-    def view(self, choice: "Choice") -> TeacherView:
+    def view(self, choice: Choice) -> TeacherView:
         """A choice as this teacher sees it."""
         translator = self.translator
         return SameTokens(self.pool, choice) if translator is None else translator.view(self.pool, choice)

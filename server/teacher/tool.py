@@ -4,12 +4,13 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
 import msgspec
 
+from server.choice import Choice
 from server.completion import Piece
 from server.original_prompt import OriginalPrompt
 from server.teacher.ask import Ask
@@ -26,10 +27,6 @@ from server.teacher.teachers import NamedTeacher
 from server.teacher.translation import of_one_vocabulary
 from server.teacher.words import StudentWords
 from server.vllm_api import SamplingParams
-
-if TYPE_CHECKING:
-    from server.choice import Choice
-
 
 ABSENT_BEHIND_A_PROXY = (502, 503, 504)
 """What a proxy answers if there is nobody."""
@@ -101,11 +98,12 @@ class Tool(Teacher):
 
 
 class ToolView:
-    """A choice as a tool sees it; a `server.teacher_view.TeacherView`."""
+    """A choice as a tool sees it; a `server.teacher.view.TeacherView`."""
 
     reads = 0
+    stuck = False
 
-    def __init__(self, words: StudentWords, tokenizer: Any, pool: TeacherPool, choice: "Choice") -> None:
+    def __init__(self, words: StudentWords, tokenizer: Any, pool: TeacherPool, choice: Choice) -> None:
         self._words = words
         self._tokenizer = tokenizer
         self._pool = pool
@@ -164,7 +162,7 @@ class NamedTool(NamedTeacher):
     tokenizer: Any = None
     is_tool = True
 
-    def view(self, choice: "Choice") -> ToolView:
+    def view(self, choice: Choice) -> ToolView:
         """A choice as this tool sees it."""
         if self.student_words is None:
             raise RuntimeError("the student's words are not known yet")

@@ -8,8 +8,9 @@ ids that it wrote itself, so that over several calls it goes on as it would in o
 import copy
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from server.choice import Choice
 from server.completion import Piece
 from server.original_prompt import OriginalPrompt
 from server.sources import TEACHER
@@ -22,9 +23,6 @@ from server.teacher.pool import Slot, TeacherPool
 from server.teacher.rules import allowed_ids, may_end
 from server.teacher.words import UNFINISHED, StudentWords, TeacherWords, ids_of
 from server.vllm_api import SamplingParams
-
-if TYPE_CHECKING:
-    from server.choice import Choice
 
 UNSETTLED = 256
 """Characters of the completion that are encoded again for the teacher, at most."""
@@ -53,7 +51,7 @@ class Translator:
         self.teacher = teacher
         self.tokenizer = tokenizer
 
-    def view(self, pool: TeacherPool, choice: "Choice") -> "Translation":
+    def view(self, pool: TeacherPool, choice: Choice) -> "Translation":
         """A choice as the teacher sees it."""
         return Translation(self, pool, choice)
 
@@ -74,11 +72,13 @@ def of_one_vocabulary(params: SamplingParams) -> str | None:
 
 
 class Translation:
-    """One choice as a teacher with another vocabulary sees it; a `server.teacher_view.TeacherView`."""
+    """One choice as a teacher with another vocabulary sees it; a `server.teacher.view.TeacherView`."""
 
-    def __init__(self, translator: Translator, pool: TeacherPool, choice: "Choice") -> None:
+    def __init__(self, translator: Translator, pool: TeacherPool, choice: Choice) -> None:
         self._student = translator.student
         self._teacher = translator.teacher
+        self.stuck = False
+        """Whether the last call ended at a character that the student has no tokens for."""
         self._name = translator.name
         self._pool = pool
         self._choice = choice
@@ -125,6 +125,7 @@ class Translation:
         """The teacher's text in the student's tokens, in pieces as they arrive."""
         choice = self._choice
         start = len(choice.completion)
+        self.stuck = False
         self._last_writer_at = -1  # until the end: a call may be cut off anywhere
         delivery = Delivery(self._student, tokens, to_the_end=tokens >= choice.completion.tokens_left)
         async with aclosing(self._delivered(slot, delivery, deadline, meter)) as parts:
@@ -134,9 +135,10 @@ class Translation:
                     yield Piece(kept)
                 if len(kept) < len(ids):
                     return  # the student, who knows the rules, writes the next token
-        if delivery.stuck:
-            choice.put_off("characters", degraded=False, tokens=1)
-        elif self._over and not (delivery.rest or delivery.full):
+        self.stuck = delivery.stuck
+        if self.stuck:
+            return  # the student writes the next token
+        if self._over and not (delivery.rest or delivery.full):
             if may_end(choice):
                 yield Piece(choice.end_ids, finish_reason="stop")
         else:

@@ -66,7 +66,7 @@ def segment_params(tokenizer: object, **params: object) -> SamplingParams:
     completion = Completion(tokenizer, [1], asked, 0, Report())
     purse = Purse(Bucket(Budget(fraction=0.5), 4))
     prompt = {"type": "token", "prompt_token_ids": [1]}
-    choice = Choice(prompt, segment, "r", b"", {"priority": 1}, completion, purse, (), None, False)
+    choice = Choice(prompt, segment, "r", b"", {"priority": 1}, completion, purse, None, False)
     choice.completion._detokenizer.update([65, 66], False)
     engine = StudentEngine(None, None, tokenizer, 200, RESERVED)
     made = engine._params(choice, PRICED)

@@ -1,15 +1,13 @@
 """What the teacher sees of a choice: its prompt, and how its reply becomes the student's tokens."""
 
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from server.choice import Choice
 from server.completion import Piece
 from server.teacher.ask import Ask, SpelledIds
 from server.teacher.meter import Meter
 from server.teacher.pool import Slot, TeacherPool
-
-if TYPE_CHECKING:
-    from server.choice import Choice
 
 
 class TeacherView(Protocol):
@@ -23,6 +21,10 @@ class TeacherView(Protocol):
     def reads(self) -> int:
         """Tokens of its own that the teacher reads in a call; after `room`, of the next one."""
 
+    @property
+    def stuck(self) -> bool:
+        """Whether the last call ended at a character that the student has no tokens for."""
+
     async def room(self) -> int | None:
         """Tokens that the teacher's context has left; None if it does not tell. Raises TeacherError."""
 
@@ -34,8 +36,9 @@ class SameTokens:
     """For a teacher with the student's vocabulary: it reads and writes the same ids."""
 
     half_written = False
+    stuck = False
 
-    def __init__(self, teacher: TeacherPool, choice: "Choice") -> None:
+    def __init__(self, teacher: TeacherPool, choice: Choice) -> None:
         self._teacher = teacher
         self._choice = choice
         self._spelled = SpelledIds()
