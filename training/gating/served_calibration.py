@@ -40,11 +40,13 @@ LEAST = 0.003
 MOST = 0.01
 STEP = 4.0
 """A share is multiplied or divided by no more than this."""
+TOGETHER = 50
+"""Prompts that are asked at every budget before the next ones: engines that keep prefixes read each once."""
 
 Points = list[tuple[float, float]]
 """(fraction, price)."""
-Qualities = Callable[[list[str]], list[float]]
-"""Of the answers to all prompts, in [0, 1]."""
+Qualities = Callable[[int, list[str]], list[float]]
+"""Number of a prompt, and the answers to it and to the prompts after it -> of each answer, in [0, 1]."""
 
 
 class Found(NamedTuple):
@@ -56,13 +58,30 @@ class Found(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """The replies to all prompts at one budget and price."""
+    """The replies to the first prompts, or to all of them, at one budget and price."""
 
-    rate: float
-    qualities: list[float]
+    replies: int = 0
+    tokens: int = 0
+    teacher_tokens: int = 0
+    qualities: tuple[float, ...] = ()
     """Of each reply; empty where nothing scores them."""
 
+    @property
+    def rate(self) -> float:
+        """The teacher's share of the tokens."""
+        return self.teacher_tokens / self.tokens
 
+    def then(self, more: "Measured") -> "Measured":
+        """With the replies to the next prompts."""
+        return Measured(
+            self.replies + more.replies,
+            self.tokens + more.tokens,
+            self.teacher_tokens + more.teacher_tokens,
+            self.qualities + more.qualities,
+        )
+
+
+NOTHING = Measured()
 Kept = dict[tuple[float, float], Measured]
 """By budget and price."""
 
@@ -129,7 +148,7 @@ class ServedCalibration:
     put: Callable[[Found], None]
     """Hands the router over with these prices."""
     file: Path
-    """Of the passes so far: a stopped run goes on after the last one."""
+    """Of the replies so far: a stopped run goes on after the last ones."""
     qualities: Qualities | None = None
     """Scores replies; None: prices are chosen by the rate alone."""
 
@@ -206,22 +225,33 @@ class ServedCalibration:
 
     def _gap(self, kept: Kept) -> float:
         """Between student and teacher alone, by their mean qualities; 1 if there is none."""
-        for end in (0.0, 1.0):
-            if (end, 0.0) not in kept:
-                kept[end, 0.0] = self._answered(end)
-                self._keep(kept)
-        gap = fmean(kept[1.0, 0.0].qualities) - fmean(kept[0.0, 0.0].qualities)
+        alone = (0.0, 0.0)
+        teacher = (1.0, 0.0)
+        self._ask([alone, teacher], kept, "router: both models alone")
+        gap = fmean(kept[teacher].qualities) - fmean(kept[alone].qualities)
         return gap if gap > 0 else 1.0
 
     def _measure(self, budgets: Sequence[float], prices: dict[float, float], kept: Kept, name: str) -> None:
         """All prompts at these of the budgets, as far as it is not kept."""
-        missing = [budget for budget in budgets if (budget, prices[budget]) not in kept]
-        if not missing:
+        points = [(budget, prices[budget]) for budget in budgets]
+        if all(self._is_whole(kept, point) for point in points):
             return
-        points = list(prices.items())
-        self.put(Found(points, points))
-        for budget in track(missing, name, console=console):
-            kept[budget, prices[budget]] = self._answered(budget)
+        put = list(prices.items())
+        self.put(Found(put, put))
+        self._ask(points, kept, name)
+
+    def _is_whole(self, kept: Kept, point: tuple[float, float]) -> bool:
+        return kept.get(point, NOTHING).replies == len(self.sources)
+
+    def _ask(self, points: Sequence[tuple[float, float]], kept: Kept, name: str) -> None:
+        """The prompts that are missing at these budgets, at the prices that the gateway has."""
+        parts = []
+        for first in range(0, len(self.sources), TOGETHER):
+            parts += [(first, point) for point in points if kept.get(point, NOTHING).replies <= first]
+        if not parts:
+            return
+        for first, point in track(parts, name, console=console):
+            kept[point] = kept.get(point, NOTHING).then(self._answered(first, point[0]))
             self._keep(kept)
 
     def _prices(self, searches: Sequence[Search]) -> dict[float, float]:
@@ -240,9 +270,9 @@ class ServedCalibration:
     def _share_above(self, price: float) -> float:
         return (self.scores.double() > price).double().mean().item()
 
-    def _answered(self, budget: float) -> Measured:
-        """All prompts, at the price that the gateway has."""
-        replies = self.gateway.replies(self.sources, budget)
+    def _answered(self, first: int, budget: float) -> Measured:
+        """The prompts from the first on, at the price that the gateway has."""
+        replies = self.gateway.replies(self.sources[first : first + TOGETHER], budget)
         if any(reply.clamped for reply in replies):
             raise GatewayError(
                 f"the gateway at {self.gateway.url}: our key's maximum is less than the budget {budget:g}"
@@ -252,23 +282,31 @@ class ServedCalibration:
             console.print(
                 f"router: the teacher was lost in {lost} of {len(replies)} completions at budget {budget:g}"
             )
-        teacher_tokens = sum(reply.teacher_tokens for reply in replies)
-        rate = teacher_tokens / sum(len(reply.token_ids) for reply in replies)
+        scored = [] if self.qualities is None else self.qualities(first, [reply.text for reply in replies])
         return Measured(
-            rate, [] if self.qualities is None else self.qualities([reply.text for reply in replies])
+            len(replies),
+            sum(len(reply.token_ids) for reply in replies),
+            sum(reply.teacher_tokens for reply in replies),
+            tuple(scored),
         )
 
     def _kept(self) -> Kept:
         if not self.file.exists():
             return {}
-        rows = json.loads(self.file.read_text())
-        return {(budget, price): Measured(rate, qualities) for budget, price, rate, qualities in rows}
+        kept = {}
+        for row in json.loads(self.file.read_text()):
+            replies, tokens, teacher_tokens, qualities = row["measured"]
+            kept[row["budget"], row["price"]] = Measured(replies, tokens, teacher_tokens, tuple(qualities))
+        return kept
 
     def _keep(self, kept: Kept) -> None:
         """Whole or not at all."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         scratch = self.file.with_suffix(".tmp")
-        scratch.write_text(json.dumps([[*asked, *measured] for asked, measured in kept.items()]))
+        rows = []
+        for (budget, price), measured in kept.items():
+            rows.append({"budget": budget, "price": price, "measured": measured})
+        scratch.write_text(json.dumps(rows))
         os.replace(scratch, self.file)
 
 

@@ -148,8 +148,8 @@ class TrafficStage:
         def put(found: Found) -> None:
             gateway.take(with_prices(router, *found), directory)
 
-        def qualities(answers: list[str]) -> list[float]:
-            return self.task.score(examples, answers).quality
+        def qualities(first: int, answers: list[str]) -> list[float]:
+            return self.task.score(examples[first : first + len(answers)], answers).quality
 
         scored = self.task.has_references or "judge" in self.task.options
         found = ServedCalibration(
@@ -159,7 +159,7 @@ class TrafficStage:
             self.config.ask_tokens,
             scores,
             put,
-            work / "prices" / f"{with_prices(router, [], []).digest()[:16]}-{len(examples)}.json",
+            work / "calibration" / f"{with_prices(router, [], []).digest()[:16]}-{len(examples)}.json",
             qualities if scored else None,
         ).found()
         return with_prices(router, *found)
@@ -259,7 +259,7 @@ class TrafficStage:
         run = json.dumps(of)
         file = work / "run.json"
         if not file.exists() or file.read_text() != run:
-            for name in ("trajectories", "prices"):
+            for name in ("trajectories", "calibration"):
                 shutil.rmtree(work / name, ignore_errors=True)
             work.mkdir(parents=True, exist_ok=True)
             file.write_text(run)

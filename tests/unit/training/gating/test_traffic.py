@@ -22,7 +22,7 @@ from training.gating.head import Head
 from training.gating.lessons import collect
 from training.gating.opinions import Observer, of_all, of_likeliest
 from training.gating.rollout import FREE, ClosedLoop, Request
-from training.gating.served_calibration import ServedCalibration
+from training.gating.served_calibration import TOGETHER, ServedCalibration
 from training.gating.traffic import TrafficReader
 from training.gating.traffic_stage import with_prices
 from training.models import load_model
@@ -251,7 +251,7 @@ def test_a_gateway_of_another_student_is_refused(tmp_path):
         asked(TakingGateway(tokenizer_of_numbers(), longer=1), tmp_path / "asked.jsonl", prompts=3)
 
 
-def calibration(gateway, router, budgets, file, qualities=None):
+def calibration(gateway, router, budgets, file, qualities=None, sources=("one", "two")):
     """Of a gate whose positions score .1 to 1, in the gateway as here."""
 
     def put(found):
@@ -259,7 +259,7 @@ def calibration(gateway, router, budgets, file, qualities=None):
 
     scores = torch.arange(1, 11) / 10
     running = gateway.running()
-    return ServedCalibration(running, ["one", "two"], budgets, 1, scores, put, file, qualities)
+    return ServedCalibration(running, sources, budgets, 1, scores, put, file, qualities)
 
 
 def test_prices_are_corrected_by_what_they_realise(tmp_path, router):
@@ -275,6 +275,24 @@ def test_prices_are_corrected_by_what_they_realise(tmp_path, router):
     asked = len(gateway.asked)
     assert calibration(gateway, router, (0.3, 0.6), tmp_path / "prices.json").found() == found
     assert len(gateway.asked) == asked, "what was measured is not asked for again"
+
+
+def test_a_prompt_is_asked_at_every_budget_before_the_next_prompts(tmp_path, router):
+    """So engines that keep prefixes read it once; and a stopped run goes on where it was."""
+    gateway = TakingGateway(tokenizer_of_numbers(), directory=tmp_path / "router")
+    sources = [f"prompt {number}" for number in range(TOGETHER + 2)]
+    file = tmp_path / "prices.json"
+    gateway.goes_away_after = 2 * TOGETHER
+    with pytest.raises(KeyboardInterrupt):
+        calibration(gateway, router, (0.3, 0.6), file, sources=sources).found()
+    gateway.goes_away_after = 10**6
+    calibration(gateway, router, (0.3, 0.6), file, sources=sources).found()
+    first, last = sources[:TOGETHER], sources[TOGETHER:]
+    in_order = iter(gateway.asked)
+    for part in (first, last):
+        for budget in (0.3, 0.6):
+            at = [(source, budget) for source in part]
+            assert sorted(islice(in_order, len(part))) == sorted(at), "nothing is asked for again"
 
 
 def test_prices_under_a_smaller_maximum_are_none(tmp_path, router):
@@ -304,7 +322,7 @@ def test_a_budget_is_not_spent_where_that_makes_replies_worse(tmp_path, router, 
     """Replies are worth this by the price that spends that much. The last is no clear difference."""
     gateway = TakingGateway(tokenizer_of_numbers(), directory=tmp_path / "router")
 
-    def qualities(answers):
+    def qualities(first, answers):
         if gateway.asked[-1][1] in (0.0, 1.0):
             return [gateway.asked[-1][1]] * 2  # student and teacher alone
         price = gateway.router().calibration().price(gateway.asked[-1][1])
@@ -323,7 +341,7 @@ def test_budgets_whose_prices_would_rise_share_the_best_of_both(tmp_path, router
     gateway = TakingGateway(tokenizer_of_numbers(), directory=tmp_path / "router")
     worth = {(0.1, 0.1): 0.8, (0.2, 0.2): 0.8, (0.2, 0.1): 0.81, (0.4, 0.4): 0.5, (0.4, 0.2): 0.7}
 
-    def qualities(answers):
+    def qualities(first, answers):
         budget = gateway.asked[-1][1]
         if budget in (0, 1):
             return [budget] * len(answers)
