@@ -22,15 +22,19 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "serve": Command("server.serve:main", "serve a student that asks its teacher, within a budget"),
-    "demo": Command("server.demo:main", "start the demo pair, measure it at several budgets, keep serving"),
-    "calibrate": Command("server.calibrate:main", "find the prices of teacher rates from a file of prompts"),
-    "train": Command("training.cli:train", "train a student and its router from a recipe", failure=2),
-    "evaluate": Command(
-        "training.cli:evaluate", "measure quality against the realised teacher rate", failure=2
+    "serve": Command(
+        "server.serve:main", "serve a student that asks its teacher for tokens, within a budget"
     ),
-    "import": Command("training.gguf:main", "turn a model in GGUF format into a Hugging Face directory"),
-    "fetch": Command("training.fetch.cli:main", "make a data set that a recipe needs from a public source"),
+    "demo": Command("server.demo:main", "start the demo pair, measure it at several budgets, keep serving"),
+    "calibrate": Command(
+        "server.calibrate:main", "find the price of each teacher rate, from a file of prompts"
+    ),
+    "train": Command(
+        "training.cli:train", "train a teacher, a student and a router from a recipe", failure=2
+    ),
+    "evaluate": Command("training.cli:evaluate", "measure quality at several teacher rates", failure=2),
+    "import": Command("training.gguf:main", "convert a GGUF model to a Hugging Face directory"),
+    "fetch": Command("training.fetch.cli:main", "create a data set for a recipe from a public source"),
     "bench": Command("server.bench.cli:main", "compare speed with vLLM, speculative decoding and LiteLLM"),
 }
 
@@ -42,7 +46,7 @@ def usage() -> str:
         rows += f"  {name:<10}{command.summary}\n"
     return (
         "usage: wheels COMMAND [options]\n\n"
-        "A small model writes and asks a big one for the tokens it would get wrong.\n\n"
+        "A small model writes, and asks a large one for the tokens that it would get wrong.\n\n"
         f"commands:\n{rows}\n"
         "`wheels COMMAND --help` lists a command's options; `wheels --version` prints the version."
     )
@@ -63,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"wheels {version('training-wheels')}")
         return 0
     if name not in COMMANDS:
-        problem = f"unknown command {name!r}" if name else "which command?"
+        problem = f"unknown command {name!r}" if name else "no command given"
         print(f"wheels: {problem} (one of: {', '.join(COMMANDS)}; see `wheels --help`)", file=sys.stderr)
         return 2
     return _run(name, arguments[1:])

@@ -58,7 +58,9 @@ def turns(value: Any) -> tuple[Turn, ...]:
         role = message.get("role")
         content = message.get("content")
         if role not in ROLES:
-            raise DataError(f"turn {number} of 'messages': the role is {role!r}, want {', '.join(ROLES)}")
+            raise DataError(
+                f"turn {number} of 'messages': the role is {role!r}, expected one of {', '.join(ROLES)}"
+            )
         if not isinstance(content, str) or not is_text(content):
             raise DataError(f"turn {number} of 'messages': the content is not text")
         found.append(Turn(role, content))

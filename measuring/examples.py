@@ -130,7 +130,9 @@ def load_examples(file: Path) -> list[Example]:
     for row in read_some_json_lines(file):
         forms = row.fields.get("references")
         if forms is None or not _is_grammar(forms):
-            raise row.error("'references' is not a list of forms of slots of alternatives")
+            raise row.error(
+                "'references' must be a list of forms, each a list of slots, each a list of alternatives"
+            )
         examples.append(Example(source_of(row), References.from_json(forms)))
     return examples
 

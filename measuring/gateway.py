@@ -177,7 +177,7 @@ class GatewayClient:
 
     def _reply(self, chat: "_Chat") -> GatewayReply:
         if chat.teacher is None:
-            raise self._error("its replies have no `teacher`: is it served by `wheels serve`?")
+            raise self._error("its replies have no `teacher`: was it started with `wheels serve`?")
         if len(chat.choices) != 1:
             raise self._error(f"it answered with {len(chat.choices)} choices to a request for one")
         choice = chat.choices[0]

@@ -39,7 +39,7 @@ def _prompt(row: Row) -> Source:
         return source_of(row)
     value = row.fields.get("prompt")
     if value is None:
-        raise row.error("has none of 'messages', 'source' and 'prompt'")
+        raise row.error("has no 'messages', 'source' or 'prompt'")
     if isinstance(value, str):
         return row.text("prompt")
     try:

@@ -87,7 +87,7 @@ def _by_name(value: Any) -> Any:
     if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
         return value
     if len(set(value)) < len(value):
-        raise ValueError("one of them is named twice")
+        raise ValueError("the list has a name twice")
     return dict.fromkeys(value)
 
 
@@ -225,7 +225,7 @@ class Bucket:
         self._priced: _Priced | None = None
         if budget.cost is not None:
             if prices is None:
-                raise ValueError("a budget of a cost needs prices")
+                raise ValueError("a budget with a cost needs prices")
             self._priced = _Priced(prices, picos(budget.cost), least or prices)
 
     def earliest(self, reads: int = 0) -> int | None:

@@ -131,12 +131,12 @@ class RouterConfig(BaseModel):
     @classmethod
     def _are_several(cls, teachers: tuple[TeacherOutput, ...]) -> tuple[TeacherOutput, ...]:
         if len(teachers) == 1:
-            raise ValueError("a single teacher has no entry")
+            raise ValueError("set teachers only if there are several")
         if len({teacher.name for teacher in teachers}) < len(teachers):
-            raise ValueError("two teachers have one name")
+            raise ValueError("two teachers have the same name")
         costs = [teacher.cost for teacher in teachers]
         if costs != sorted(costs):
-            raise ValueError("a teacher is cheaper than the one before it")
+            raise ValueError("teachers must be ordered by cost, the cheapest first")
         return teachers
 
     @model_serializer(mode="wrap")

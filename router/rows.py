@@ -239,7 +239,7 @@ def _config(model: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{file} holds no settings by name")
+        raise CheckpointError(f"{file} must be a mapping of names to values")
     return config
 
 

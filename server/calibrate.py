@@ -76,14 +76,16 @@ def main(argv: list[str]) -> int:
             try:
                 asyncio.run(_find(finder, options.rates))
             except KeyboardInterrupt:
-                console.print("Stopped. What was learned until now is kept.")
+                console.print("Stopped. The prices learned so far are kept.")
                 raise
             finally:
                 _print_results(finder, console)
     if own is not None and own.prices() == kept:
         raise ConfigError(f"the prices could not be written to {own.directory}")
     place = "the cache of the gateway" if own is None else str(own.directory)
-    console.print(f"Kept in {place}, for this student, gate and spans.", highlight=False, soft_wrap=True)
+    console.print(
+        f"Prices saved in {place}, for this student, gate and span length.", highlight=False, soft_wrap=True
+    )
     if options.json:
         print(_as_json(finder))
     return 0
@@ -98,12 +100,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "wheels calibrate",
         description="Send a file of prompts through a pair at several teacher rates, so that it learns its "
-        "prices before users arrive. Name a running gateway, or a student and a teacher.",
-        epilog="Flags of vLLM's own server, for the student, may follow after --.",
+        "prices before users arrive. Give a running gateway, or a student and a teacher.",
+        epilog="Put flags of the student's vLLM server after --.",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "prompts", type=Path, help="JSON lines with source, prompt or messages; or text, a prompt on a line"
+        "prompts",
+        type=Path,
+        help="JSON lines with source, prompt or messages; or a text file with a prompt on each line",
     )
     parser.add_argument(
         "--gateway", metavar="URL", help="a running gateway, without /v1 (key: OPENAI_API_KEY)"
@@ -112,26 +116,26 @@ def _parser() -> argparse.ArgumentParser:
         "--rates",
         type=_rates,
         default=list(RATES),
-        help=f"teacher rates, with commas between them (default: {','.join(map(str, RATES))})",
+        help=f"teacher rates, separated by commas (default: {','.join(map(str, RATES))})",
     )
     parser.add_argument(
         "--passes",
         type=_passes,
         default=5,
-        help="most passes over the prompts for each rate (default: 5); the first one only learns",
+        help="most passes over the prompts for each rate (default: 5); the first pass only learns",
     )
     parser.add_argument(
-        "--tolerance", type=float, default=0.02, help="how close the realised rate must come (default: 0.02)"
+        "--tolerance", type=float, default=0.02, help="largest error of a realised rate (default: 0.02)"
     )
-    parser.add_argument("--max-tokens", type=positive, default=512, help="longest completion (default: 512)")
     parser.add_argument(
-        "--temperature", type=float, help="temperature of completions (default: the student's own)"
+        "--max-tokens", type=positive, default=512, help="longest completion, in tokens (default: 512)"
     )
-    parser.add_argument("--concurrency", type=positive, default=16, help="requests at once (default: 16)")
+    parser.add_argument("--temperature", type=float, help="sampling temperature (default: the student's own)")
+    parser.add_argument("--concurrency", type=positive, default=16, help="concurrent requests (default: 16)")
     parser.add_argument(
-        "--timeout", type=float, default=1800.0, help="longest wait for the gateway's start, in seconds"
+        "--timeout", type=float, default=1800.0, help="longest wait for the gateway to start, in seconds"
     )
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON, last on stdout")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON at the end of stdout")
     serve = parser.add_argument_group("settings of `wheels serve`, if there is no --gateway")
     serve.argument_default = argparse.SUPPRESS
     add_settings(serve)
@@ -180,7 +184,7 @@ def _own_gateway(options: argparse.Namespace, vllm_flags: list[str]) -> OwnGatew
     if options.gateway is not None:
         if flags or vllm_flags:
             named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(flags)) or "what follows --"
-            raise ConfigError(f"leave out {named}: the gateway at {options.gateway} has settings of its own")
+            raise ConfigError(f"leave out {named}: the gateway at {options.gateway} has its own settings")
         return None
     settings = read_settings(flags)
     config = checked(settings, vllm_flags)

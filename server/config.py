@@ -23,6 +23,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from measuring.examples import load_sources
 from router.budget import Budget
@@ -102,7 +103,7 @@ def _entries(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _vllm_settings(value: Any) -> Any:
     value = _structure(value)
     if not isinstance(value, dict):
-        raise ValueError("expected settings of vLLM's server by flag name")
+        raise ValueError("expected a mapping from flags of vLLM's server to values")
     if len({setting_name(str(name)) for name in value}) < len(value):
         raise ValueError("a setting is given twice, in two spellings")
     return value
@@ -128,25 +129,26 @@ class ServeConfig(BaseModel):
         description="student checkpoint, a Hugging Face directory or hub name: OWNER/NAME[@REVISION]"
     )
     teacher: Annotated[Setting, BeforeValidator(_teacher)] = Field(
-        description="base URL of the teacher's vLLM server, without /v1; replicas with commas "
-        "between them; with several teachers NAME=URL for each, see docs/budgets.md"
+        description="base URL of the teacher's vLLM server, without /v1; separate replicas with commas; "
+        "for several teachers, NAME=URL for each (see docs/budgets.md)"
     )
     router: Checkpoint | None = Field(
         None,
-        description="router checkpoint, a directory or hub name; an empty directory: one that is still to "
-        "come; default: the one merged into the student",
+        description="router checkpoint, a directory or hub name; with an empty directory, the gateway waits "
+        "for a router to appear in it; default: the one merged into the student",
     )
     teacher_model: str | None = Field(
-        None, description="name of the model at the teacher's server; default: its first one"
+        None, description="model name at the teacher's server; default: the first one that it serves"
     )
     teacher_vocabulary: Literal["auto", "same", "other"] = Field(
         "auto",
-        description="same: the student's; other: the models exchange text, not token ids; auto: compare them",
+        description="same: as the student's; other: the models exchange text, not token ids; auto: compare "
+        "the vocabularies at startup",
     )
     teacher_api_key: SecretStr | None = Field(None, description="sent to the teacher as a bearer token")
     served_model_name: str = Field("wheels", description="model name that clients use")
     models: Annotated[dict[str, BudgetSetting], BeforeValidator(_structure)] = Field(
-        {}, description="more model names, each with the teacher_budget that it stands for, as JSON"
+        {}, description="extra model names, each with its teacher_budget, as JSON"
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="port to listen on")
@@ -158,69 +160,85 @@ class ServeConfig(BaseModel):
     )
     prices: Annotated[PriceList | None, BeforeValidator(_structure)] = Field(
         None,
-        description="what a million tokens of student and teacher cost, as JSON; see docs/budgets.md",
+        description="prices of a million student and teacher tokens, as JSON; see docs/budgets.md",
     )
     session_seconds: Annotated[float, Field(ge=60, le=32 * 86400)] = Field(
-        3600.0, description="an unused session (teacher_session) ends after this many seconds"
+        3600.0, description="seconds after which an unused session (teacher_session) expires"
     )
-    most_sessions: PositiveInt = Field(1000, description="most sessions of a tenant at a time")
+    most_sessions: PositiveInt = Field(1000, description="most open sessions for each tenant")
     ledger: Annotated[LedgerConfig, BeforeValidator(_structure)] = Field(
-        MemoryLedgerConfig(), description="where shared limits are kept, as JSON; default: in memory"
+        MemoryLedgerConfig(),
+        description="where spending under limits is stored, as JSON: in memory, or in Redis",
     )
-    tenants: str | None = Field(None, description="file of API keys and their budgets, or its contents")
+    tenants: str | None = Field(
+        None, description="file of API keys with their budgets and limits, or its contents"
+    )
     metrics_api_key: SecretStr | None = Field(
-        None, description="key for /metrics; with tenants it always needs a key, this one or an admin's"
+        None, description="API key for /metrics; with tenants, /metrics needs this key or an admin's"
     )
     gate: GateName | None = Field(
         None,
-        description=f"what decides: {', '.join(GATE_NAMES)}; "
+        description=f"gate that decides when to ask: {', '.join(GATE_NAMES)}; "
         f"default: learned with a router, else {UNTRAINED_GATE}",
     )
     price: FiniteFloat | None = Field(
-        None, description="fixed price; default: the router's calibration, or learned while serving"
+        None, description="fixed price of a teacher token; default: calibrated or learned while serving"
     )
     aim: Literal["quality", "rate"] = Field(
-        "quality", description="quality: a budget's fraction is a bound; rate: the fraction is spent"
+        "quality", description="quality: use at most a budget's fraction; rate: use all of it"
     )
-    span_tokens: PositiveInt | None = Field(None, description="longest span; default: the router's, or 4")
+    span_tokens: PositiveInt | None = Field(
+        None,
+        description="longest span, and initial credit of a fraction, in tokens; default: the router's, or 4",
+    )
     ask_tokens: PositiveInt | None = Field(
-        None, description="tokens of one teacher call; default: the router's, or 1"
+        None, description="tokens that a teacher call asks for; default: the router's, or 1"
     )
     on_teacher_error: Literal["degrade", "error"] = Field(
         "degrade",
-        description="when the teacher is lost: the student goes on (degrade), or a 502 (error)",
+        description="if the teacher is lost: the student finishes (degrade), or the answer is a 502 (error)",
     )
-    teacher_timeout: PositiveFloat = Field(10.0, description="longest wait for a teacher token, seconds")
-    teacher_wait: float = Field(0.0, ge=0, description="how long to wait for the teacher at start, seconds")
-    span_timeout: PositiveFloat = Field(20.0, description="longest wait for 64 teacher tokens, seconds")
+    teacher_timeout: PositiveFloat = Field(10.0, description="longest wait for a teacher token, in seconds")
+    teacher_wait: float = Field(
+        0.0, ge=0, description="how long to wait for the teacher at startup, in seconds"
+    )
+    span_timeout: PositiveFloat = Field(20.0, description="longest wait for 64 teacher tokens, in seconds")
     teacher_concurrency: PositiveInt = Field(
-        1024, description="most calls at the same time to each replica of the teacher"
+        1024, description="most concurrent calls to each replica of the teacher"
     )
-    teacher_queue: float = Field(0.2, ge=0, description="how long a span waits for a busy teacher, seconds")
-    teacher_probe: PositiveFloat = Field(2.0, description="how often each replica is probed, seconds")
-    breaker_failures: PositiveInt = Field(3, description="failures in a row that open a replica's breaker")
-    breaker_seconds: PositiveFloat = Field(5.0, description="how long a breaker stays open, seconds")
+    teacher_queue: float = Field(
+        0.2, ge=0, description="how long a call waits for a busy teacher, in seconds"
+    )
+    teacher_probe: PositiveFloat = Field(
+        2.0, description="time between health checks of each replica, in seconds"
+    )
+    breaker_failures: PositiveInt = Field(
+        3, description="failures in a row that open a replica's circuit breaker"
+    )
+    breaker_seconds: PositiveFloat = Field(
+        5.0, description="how long a circuit breaker stays open, in seconds"
+    )
     drain_seconds: float = Field(
-        30.0, ge=0, description="how long running requests may go on after SIGTERM, seconds"
+        30.0, ge=0, description="how long running requests may continue after SIGTERM, in seconds"
     )
     examples: Annotated[File, AfterValidator(_with_sources)] | None = Field(
-        None, description="JSONL of {source}: prompts that the playground offers"
+        None, description="JSONL file of {source}: example prompts for the playground"
     )
     record: Path | None = Field(
         None,
-        description="directory that completions are recorded in, as token ids, for a router to learn from",
+        description="directory in which to record completions, as token ids, for training a router",
     )
     record_share: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="share of the completions with a budget that are recorded"
+        1.0, description="share of the completions with a budget to record"
     )
     record_megabytes: PositiveInt = Field(
-        1000, description="largest size of a gateway's record; recording then stops"
+        1000, description="size at which a gateway stops recording, in megabytes"
     )
     cache: Path = Field(
-        Path.home() / ".cache" / "training-wheels", description="where merged students are kept"
+        Path.home() / ".cache" / "training-wheels", description="directory for students merged with a router"
     )
     vllm: Annotated[dict[str, Any], BeforeValidator(_vllm_settings)] = Field(
-        default_factory=dict, description="more settings of the student's vLLM server, by flag name"
+        default_factory=dict, description="vLLM settings for the student, by flag name"
     )
 
     @field_validator("models")
@@ -228,9 +246,11 @@ class ServeConfig(BaseModel):
     def _are_new_names(cls, models: dict[str, Budget], info: ValidationInfo) -> dict[str, Budget]:
         for name in models:
             if not name or name != name.strip() or name.startswith("-"):
-                raise ValueError(f"a model's name is not empty and starts with no space or dash: {name!r}")
+                raise ValueError(
+                    f"a model name must not be empty, start with a dash or have outer spaces: {name!r}"
+                )
             if name == info.data.get("served_model_name"):
-                raise ValueError(f"{name!r} is the served_model_name, whose budget is default_budget")
+                raise ValueError(f"{name!r} is the served_model_name: set default_budget for it")
         return models
 
     @field_validator("teacher")
@@ -247,7 +267,7 @@ class ServeConfig(BaseModel):
                 if budget.in_money:
                     raise ValueError(f"{name}.cost needs prices (--prices)")
             if any(limit.in_money for limit in self.limits):
-                raise ValueError("limits: one of type cost needs prices (--prices)")
+                raise ValueError("limits: a limit of type cost needs prices (--prices)")
         return self
 
     @model_validator(mode="after")
@@ -255,7 +275,7 @@ class ServeConfig(BaseModel):
         if isinstance(self.teacher, dict):
             for name in ("model", "vocabulary", "api_key"):
                 if f"teacher_{name}" in self.model_fields_set:
-                    raise ValueError(f"teacher_{name}: with named teachers, each has a {name} of its own")
+                    raise ValueError(f"teacher_{name}: with named teachers, set {name} for each of them")
         return self
 
     @model_validator(mode="after")
@@ -274,14 +294,14 @@ class ServeConfig(BaseModel):
     def _check_prices(self, prices: PriceList) -> None:
         if isinstance(prices.teacher, TokenPrices):
             if isinstance(self.teacher, dict):
-                raise ValueError("prices.teacher: with named teachers, prices have their names too")
+                raise ValueError("prices.teacher: with named teachers, give prices by name")
             return
         for name in prices.teacher:
             if name not in self.teachers:
                 raise ValueError(f"prices.teacher: no teacher is named {name!r}")
         for name, settings in self.teachers.items():
             if settings.tool is None and name not in prices.teacher:
-                raise ValueError(f"prices.teacher: {name} has none")
+                raise ValueError(f"prices.teacher: no prices for {name}")
 
     @property
     def _budgets(self) -> dict[str, Budget]:
@@ -337,8 +357,8 @@ def load(argv: list[str]) -> ServeConfig:
     words, vllm_flags = CommandLine.of(argv)
     parser = argparse.ArgumentParser(
         prog="wheels serve",
-        description="Serve a student that asks a teacher, behind vLLM's OpenAI-compatible API.",
-        epilog="Flags of vLLM's own server, for the student, may follow after --.",
+        description="Serve a student that asks a teacher for tokens, through vLLM's OpenAI-compatible API.",
+        epilog="Put flags of the student's vLLM server after --.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -348,13 +368,20 @@ def load(argv: list[str]) -> ServeConfig:
 
 def add_settings(parser: argparse._ActionsContainer) -> None:
     """A flag for every setting, and one for the file."""
-    parser.add_argument("--config", type=Path, help="YAML file of the settings below, by name")
+    parser.add_argument("--config", type=Path, help="YAML file with the settings below, by name")
     for name, field in ServeConfig.model_fields.items():
         if name != "vllm":
-            default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
             action = "append" if name == "teacher" else "store"
             flag = f"--{name.replace('_', '-')}"
-            parser.add_argument(flag, action=action, help=(field.description or "") + default)
+            parser.add_argument(flag, action=action, help=(field.description or "") + _default(field))
+
+
+def _default(field: FieldInfo) -> str:
+    """The end of a flag's help: its default, as one would type it."""
+    value = None if field.is_required() else field.default
+    if isinstance(value, BaseModel):
+        value = json.dumps(value.model_dump(mode="json", exclude_none=True))
+    return "" if value in (None, (), {}) else f" (default: {value})"
 
 
 def read_settings(flags: dict[str, Any]) -> dict[str, Any]:
@@ -436,7 +463,7 @@ def _from_file(path: Path | None) -> dict[str, Any]:
         problem = " ".join(str(error).split())  # YAML's errors are drawn over several lines
         raise ConfigError(f"cannot read the configuration file {path}: {problem}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold settings by name")
+        raise ConfigError(f"{path} must be a mapping of setting names to values")
     return content
 
 

@@ -76,12 +76,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "wheels demo",
         description="Start a teacher's vLLM server and the gateway, measure several budgets, keep serving.",
     )
-    parser.add_argument("--once", action="store_true", help="stop after the table")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON, last on stdout")
+    parser.add_argument("--once", action="store_true", help="stop after printing the table")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON at the end of stdout")
     parser.add_argument("--requests", type=positive, help="examples per budget (default: all)")
-    parser.add_argument("--concurrency", type=positive, default=16, help="requests at once (default: 16)")
+    parser.add_argument("--concurrency", type=positive, default=16, help="concurrent requests (default: 16)")
     parser.add_argument("--port", type=positive, help="the gateway's port (default: 8000, or a free one)")
-    parser.add_argument("--gate", help="what decides when to ask (default: the pair's learned gate)")
+    parser.add_argument("--gate", help="gate that decides when to ask (default: the pair's learned gate)")
     parser.add_argument(
         "--pair",
         type=Path,
@@ -89,7 +89,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help=PAIR_HELP,
     )
     parser.add_argument(
-        "--timeout", type=float, default=START_SECONDS, help="longest wait for the servers, in seconds"
+        "--timeout",
+        type=float,
+        default=START_SECONDS,
+        help="longest wait for the servers to start, in seconds",
     )
     return parser.parse_args(argv)
 

@@ -323,7 +323,9 @@ def _check_output(output: Any, hidden_size: int) -> None:
         return
     weight = weight_of(output)
     if weight is None:
-        raise CheckpointError(f"the output matrix is quantised ({type(output).__name__}): it takes no taps")
+        raise CheckpointError(
+            f"the output matrix is quantised ({type(output).__name__}), so it cannot hold taps"
+        )
     if weight.shape[1] != hidden_size:
         raise CheckpointError(f"the output matrix is {tuple(weight.shape)}, the taps are {hidden_size} wide")
 

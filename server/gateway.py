@@ -82,7 +82,7 @@ def _vllm_arguments(config: ServeConfig, pair: ServedPair) -> Namespace:
     }
     theirs = config.vllm_settings
     if config.tenants is not None and "api-key" in theirs:
-        raise ConfigError("tenants have API keys of their own: leave out vllm's api-key")
+        raise ConfigError("leave out vllm's api-key: tenants have their own API keys")
     if current_platform.is_cpu():
         # The CPU default of 128 would recompute whole short prompts after every span.
         theirs.setdefault("block-size", 32)
@@ -90,7 +90,7 @@ def _vllm_arguments(config: ServeConfig, pair: ServedPair) -> Namespace:
     theirs.setdefault("scheduling-policy", "priority")
     arguments = HttpLayer().parse(theirs, fixed=ours)
     if arguments.scheduling_policy != "priority":
-        raise ConfigError("vllm's scheduling-policy must be priority: continuations go first")
+        raise ConfigError("vllm's scheduling-policy must be priority, so that continuations go first")
     adapters = {adapter.name for adapter in arguments.lora_modules or ()}
     arguments.served_model_name += [name for name in config.models if name not in adapters]
     return arguments
@@ -220,11 +220,11 @@ async def _router_reload(
     if directory is None:
         return None
     if pair.router is None:
-        logger.info("no router in %s yet: the gate is %s until there is one", directory, pair.gate)
+        logger.info("no router in %s yet: using the gate %s until one appears", directory, pair.gate)
     try:
         await engine.collective_rpc("check_router", args=(engine.model_config.get_hidden_size(),))
     except Exception as error:  # of whatever kind: it comes from the engine's processes as text
-        logger.warning("a new router needs a restart, because its directory is not watched: %s", error)
+        logger.warning("new routers need a restart, because their directory is not watched: %s", error)
         return None
 
     async def use(new: RouterCheckpoint) -> None:
@@ -273,7 +273,7 @@ async def _app(
     tasks = await engine.get_supported_tasks()
     if "generate" not in tasks:
         kind = ", ".join(engine.model_config.architectures)
-        raise ConfigError(f"student: vLLM cannot write text with a model of type {kind}")
+        raise ConfigError(f"student: vLLM cannot generate text with a model of type {kind}")
     app = http.build_app(arguments, tasks, engine.model_config)
     app.include_router(routes(config.examples, tenants))
     metrics_key = config.metrics_api_key

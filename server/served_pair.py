@@ -52,7 +52,7 @@ class ServedPair:
         models = len(config.model_teachers)
         if models > reserved.count:
             raise ConfigError(
-                f"teacher: the student has rows for {reserved.count} teachers, not for {models}"
+                f"teacher: {models} teachers, but the student has rows for only {reserved.count}"
             )
         pair = cls(
             config=config,
@@ -191,8 +191,8 @@ def _merged(config: ServeConfig) -> _Merged:
         if config.gate == "learned":
             found = "--router" if config.router is None else f"{config.router} is empty"
             raise ConfigError(
-                f"the learned gate needs a router checkpoint ({found}). "
-                "without --gate one is taken that needs no training"
+                f"the learned gate needs a router checkpoint ({found}); "
+                "without --gate, an untrained gate is used"
             )
         return _Merged(None, _with_rows(config))
     router = RouterCheckpoint.load(config.router)
@@ -250,5 +250,5 @@ def _spans(config: ServeConfig | None, router: RouterCheckpoint | None) -> Spans
     span_tokens = (config and config.span_tokens) or measured.span_tokens
     ask_tokens = (config and config.ask_tokens) or measured.ask_tokens
     if ask_tokens > span_tokens:
-        raise ConfigError(f"ask_tokens: {ask_tokens} is more than a span of {span_tokens}")
+        raise ConfigError(f"ask_tokens: {ask_tokens} is more than span_tokens, which is {span_tokens}")
     return Spans(span_tokens, ask_tokens)

@@ -127,11 +127,17 @@ async def open_session(
     )
     opened = await ledger.open_session(session)
     if opened is SessionProblem.UNKNOWN:
-        raise BadRequest(param, f"{param}: {asked.id!r} is new: its first request has to set tokens or cost")
+        raise BadRequest(
+            param, f"{param}: {asked.id!r} is a new session: its first request must set tokens or cost"
+        )
     if opened is SessionProblem.CONFLICT:
-        raise BadRequest(param, f"{param}: {asked.id!r} has another budget, set by its first request")
+        raise BadRequest(
+            param, f"{param}: {asked.id!r} already has a different budget, set by its first request"
+        )
     if opened is SessionProblem.FULL:
-        raise TooManySessions(param, f"{param}: more than {limits.most} sessions at a time")
+        raise TooManySessions(
+            param, f"{param}: this API key already has {limits.most} open sessions, the most allowed"
+        )
     if not isinstance(opened, OpenedSession):
         # The ledger's store is away: by its own rule, reservations are refused or allowed.
         opened = OpenedSession(session.tokens, session.nanos)

@@ -29,7 +29,7 @@ LEASE_TOKENS = 64
 Student = Callable[[Choice, Terms], AsyncGenerator[Piece, None]]
 """Continues a choice's prefix by one segment, on these terms; the last piece may ask for the teacher."""
 
-DOWN = TeacherError("breaker", "it counts as down")
+DOWN = TeacherError("breaker", "the teacher is marked as down")
 
 
 @dataclass

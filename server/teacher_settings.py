@@ -67,7 +67,7 @@ class TeacherSettings(BaseModel):
         if (self.url is None) == (self.tool is None):
             raise ValueError("set either url or tool")
         if self.tool is not None and (self.model is not None or self.vocabulary != "auto"):
-            raise ValueError("a tool has no model and no vocabulary")
+            raise ValueError("a tool cannot have a model or a vocabulary")
         return self
 
 
@@ -114,7 +114,7 @@ Setting = Annotated[
 def check_names(named: Named) -> None:
     """Raises ValueError: a name has another meaning, or there are too many."""
     if STUDENT in named:
-        raise ValueError(f"{STUDENT!r} is no name for a teacher")
+        raise ValueError(f"a teacher cannot be named {STUDENT!r}")
     models = [name for name, settings in named.items() if settings.tool is None]
     if len(models) > MOST_MODELS:
-        raise ValueError(f"at most {MOST_MODELS} teachers can be models, not {len(models)}")
+        raise ValueError(f"at most {MOST_MODELS} teachers can be models, but {len(models)} are")

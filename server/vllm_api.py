@@ -251,7 +251,7 @@ def _find(module: str, path: str) -> VllmFunction:
         owner = reduce(getattr, owners, import_module(module))
         return VllmFunction(owner, name, getattr(owner, name))
     except (ImportError, AttributeError) as error:
-        raise UnsupportedVllm(f"this vLLM has no {module}.{path}: it is not supported") from error
+        raise UnsupportedVllm(f"this version of vLLM is not supported: it has no {module}.{path}") from error
 
 
 def find_reports(*, v2: bool) -> list[VllmFunction]:
@@ -283,7 +283,9 @@ def count_from(change: Callable[[Any], Any], *, v2: bool) -> None:
         original = getattr(function, "original", function)
         signature = inspect.signature(original)
         if argument not in signature.parameters:
-            raise UnsupportedVllm(f"this vLLM's {module}.{path} takes no {argument}: it is not supported")
+            raise UnsupportedVllm(
+                f"this version of vLLM is not supported: its {module}.{path} takes no {argument}"
+            )
         setattr(owner, name, _counting(original, signature, argument, change))
 
 
@@ -464,7 +466,9 @@ def check_speculation(config: Any) -> None:
     if speculative is None:
         return
     if not config.use_v2_model_runner:
-        raise ConfigError("vllm's speculative-config is not supported: this model runner has no gate with it")
+        raise ConfigError(
+            "vllm's speculative-config is not supported: with it, this model runner cannot run a gate"
+        )
     if speculative.method not in DRAFTS_WITHOUT_THE_STUDENTS_ROWS:
         methods = ", ".join(sorted(DRAFTS_WITHOUT_THE_STUDENTS_ROWS))
         raise ConfigError(

@@ -28,7 +28,7 @@ def check_fixed(
     ours = {_destination(name, actions) for name in fixed}
     if clash := [name for name in settings if _destination(name, actions) in ours]:
         names = ", ".join(sorted(setting_name(name) for name in clash))
-        raise ConfigError(f"leave out these vllm settings, the gateway sets them itself: {names}")
+        raise ConfigError(f"leave out these vllm settings, because the gateway sets them: {names}")
 
 
 def one_line(message: object) -> str:

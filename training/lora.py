@@ -95,7 +95,7 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
 
 def _check_target(name: str, module: nn.Module, shared: set[int]) -> None:
     if not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
-        raise LoraError(f"lora.targets: {name} is a {type(module).__name__}: it takes no adapter")
+        raise LoraError(f"lora.targets: {name} is a {type(module).__name__}, which cannot have an adapter")
     if not shared.isdisjoint(map(id, module.parameters(recurse=False))):
         raise LoraError(
             f"lora.targets: {name} shares its weight with another module of this model "

@@ -251,7 +251,7 @@ def check_references(recipe: Recipe, task: Task, stages: tuple[Stage, ...]) -> N
         plan = recipe.model(role).plan
         if role in stages and plan is not None and plan.method.needs_references:
             raise RecipeError(
-                f"{role}.method {plan.method.type}: there are examples without an answer to train on; "
+                f"{role}.method {plan.method.type}: some examples have no answer to train on; "
                 "seqkd, and gkd or pcl with on_policy: 1, need none"
             )
 
@@ -312,7 +312,7 @@ def new_tokenizer(recipe: Recipe, task: Task) -> PreTrainedTokenizerBase:
     """
     config = recipe.tokenizer
     if config is None or config.size is None or not isinstance(recipe.teacher, ScratchConfig):
-        raise RecipeError("tokenizer: its size and a teacher from scratch are needed to train one")
+        raise RecipeError("tokenizer: training one needs its size and a teacher from scratch")
     rng = Random(recipe.seed)
     texts = []
     for example in islice(task.train(TOKENIZER_SEED), config.examples):
@@ -452,7 +452,7 @@ def rollout_server(
         plain = plain_builder(space, job.config, tokenizer)
         export(job.model, plain, tokenizer, directory, space.record(role))
     if parallel.is_first():
-        print(f"{role}: rollouts by {config.url}, to be started as")
+        print(f"{role}: start the rollout server at {config.url} with")
         print(f"  VLLM_SERVER_DEV_MODE=1 vllm serve {directory}")
     return RolloutServer(config.url, directory, config.every)
 

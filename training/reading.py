@@ -224,10 +224,12 @@ def check_steps(model: PreTrainedModel, name: str) -> None:
             for end in range(5, padded.shape[1] + 1):
                 stepped.append(stepper.step(padded[:, end - 1 : end], mask[:, :end]).logits[0])
     except (TypeError, AttributeError, RuntimeError, IndexError, ValueError) as error:
-        raise UnreadableModel(f"{name}: {type(model).__name__} cannot be asked by tokens: {error}") from error
+        raise UnreadableModel(
+            f"{name}: {type(model).__name__} cannot be run token by token: {error}"
+        ) from error
     if differ(torch.stack(stepped), whole[1:], model.dtype):
         raise UnreadableModel(
-            f"{name}: {type(model).__name__}, asked token by token, gives other logits than asked at once"
+            f"{name}: {type(model).__name__}, run token by token, gives other logits than in one pass"
         )
 
 

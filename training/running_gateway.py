@@ -62,8 +62,8 @@ class RunningGateway:
             while (await client.prices()).router != digest:
                 if monotonic() >= deadline:
                     raise GatewayError(
-                        f"the gateway at {self.url} does not take the router in {directory}: start it with "
-                        f"--router {directory}; if it was, its log tells why"
+                        f"the gateway at {self.url} does not load the router in {directory}: start it with "
+                        f"--router {directory}; if you did, its log has the reason"
                     )
                 await asyncio.sleep(LOOK_SECONDS)
 

@@ -100,7 +100,7 @@ class VLLMServer:
         served = [model.id for model in reply.data]
         if len(served) != 1:
             raise ServerError(
-                f"{self.url} serves {', '.join(served) or 'nothing'}: name the {self._role}'s model"
+                f"{self.url} serves {', '.join(served) or 'nothing'}: set the {self._role}'s model"
             )
         return served[0]
 
@@ -316,8 +316,8 @@ class ServedTeacher:
         if own not in known or len(known) < self.top:
             raise self._server.error(
                 self.PATH,
-                f"prompt_logprobs have {len(known)} tokens of a position, want the {self.top} likeliest and "
-                "the prompt's own",
+                f"prompt_logprobs have {len(known)} tokens for a position, expected the {self.top} likeliest "
+                "and the prompt's own",
             )
         if not all(map(math.isfinite, known.values())):
             raise self._server.error(self.PATH, "prompt_logprobs hold a value that is not finite")

@@ -45,7 +45,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, chat: ChatConfig) -> str:
     """
     template = chat.template or tokenizer.chat_template
     if not isinstance(template, str):
-        raise RecipeError(f"{tokenizer.name_or_path} has no chat template: give one as chat.template")
+        raise RecipeError(f"{tokenizer.name_or_path} has no chat template: set chat.template")
     fixed = []
     for name, value in chat.options.items():
         fixed.append(f"{{%- set {name} = {json.dumps(value)} %}}")
@@ -106,7 +106,7 @@ def check_vocabulary(role: str, name: str, tokenizer: PreTrainedTokenizerBase) -
     if found.ids:
         raise RecipeError(
             f"the {role} {name} has a different vocabulary from {tokenizer.name_or_path}: "
-            f"{found.ids}; a pair needs one vocabulary"
+            f"{found.ids}; a pair needs the same vocabulary"
         )
     if found.texts:
         print(f"the {role} {name} {OTHER_SPLIT}: {found.texts}")

@@ -115,19 +115,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         nargs="+",
         choices=SECTIONS,
         metavar="NAME",
-        help=f"sections to run, of: {', '.join(SECTIONS)} (default: all)",
+        help=f"sections to run (default: all): {', '.join(SECTIONS)}",
     )
-    parser.add_argument("--quick", action="store_true", help="one round, and less of everything")
-    parser.add_argument("--rounds", type=positive, help="rounds of every measurement (default: 5, quick: 1)")
+    parser.add_argument("--quick", action="store_true", help="one short round of each section")
+    parser.add_argument("--rounds", type=positive, help="rounds of each measurement (default: 5, quick: 1)")
     parser.add_argument(
-        "--out", type=Path, help="directory for a JSON file, a table and a plot of each section"
+        "--out", type=Path, help="directory for the JSON file, table and plot of each section"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, last on stdout")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end of stdout")
     parser.add_argument(
         "--litellm",
         type=Path,
         metavar="PYTHON",
-        help="a Python that has LiteLLM's proxy, for the section peers",
+        help="Python interpreter with LiteLLM's proxy installed, for the section peers",
     )
     return parser.parse_args(argv)
 

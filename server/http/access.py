@@ -51,7 +51,7 @@ class Access:
         if owner is None and scope["type"] == "websocket":
             return await send({"type": "websocket.close", "code": 1008})
         if owner is None:
-            error = ApiError(401, "no API key, or one that this gateway does not know")
+            error = ApiError(401, "missing or unknown API key")
             return await refuse(scope, send, error, {"www-authenticate": "Bearer"})
         scope.setdefault("state", {})["tenant"] = owner
         if owner == "admin" or not owner.scopes or scope.get("method") != "POST":

@@ -89,7 +89,7 @@ def _open_exchange(body: bytes) -> _Opened:
         # vLLM would keep it in this process: another gateway, or the next one, knows nothing of it.
         raise BadRequest(
             "background",
-            "background is not supported, a gateway keeps no responses: wait for it, or stream it",
+            "background is not supported, because a gateway stores no responses: wait for it, or stream it",
         )
     searches = _is_set(request, "use_beam_search")
     model = request.get("model")

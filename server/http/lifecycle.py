@@ -68,7 +68,7 @@ class Lifecycle:
                 return await send({"type": "websocket.close", "code": 1012})
             # Probes and scrapers get answers to the end. Only `/ready` fails: nobody should send more.
             if route_path(scope) == "/ready" or (self._refuses and scope["method"] not in READS):
-                error = ApiError(503, "the gateway is shutting down and takes no new requests")
+                error = ApiError(503, "the gateway is shutting down and accepts no new requests")
                 return await refuse(scope, send, error, {"retry-after": "1", "connection": "close"})
             send = _closing(send)
         task = asyncio.current_task()

@@ -55,4 +55,4 @@ def bare_pair(directory: Path) -> Pair:
 def _refuse(missing: Iterable[Path]) -> None:
     names = ", ".join(map(str, missing))
     if names:
-        raise IncompletePair(f"not there: {names}")
+        raise IncompletePair(f"missing: {names}")

@@ -40,7 +40,7 @@ class Realised:
             NothingToLearn: the key's maximum was less than the rate.
         """
         if any(reply.clamped for reply in replies):
-            raise NothingToLearn(f"the key's maximum_budget is less than {asked:g}: leave it out of --rates")
+            raise NothingToLearn(f"--rates: {asked:g} is above the maximum_budget of the API key")
         limited = 0
         for reply in replies:
             limited += any(reason.startswith(SHARED_LIMITS) for reason in reply.denied)

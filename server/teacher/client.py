@@ -414,7 +414,7 @@ class Teacher:
         if counted.cached is None and not self._told_of_cache:
             self._told_of_cache = True
             logger.warning(
-                "the teacher at %s does not report what it reads from its cache: all of it counts in full "
+                "the teacher at %s does not report cached tokens, so every token it reads counts in full "
                 "(vLLM reports it with --enable-prompt-tokens-details)",
                 self.name,
             )

@@ -218,7 +218,7 @@ class TeacherPool:
         Raises:
             TeacherError: "breaker", all are down; else as `Teacher.ask`.
         """
-        problem = TeacherError("breaker", "every replica of the teacher counts as down")
+        problem = TeacherError("breaker", "every replica of the teacher is marked as down")
         for replica in self._ranked(key):
             if replica.down:
                 continue
@@ -270,7 +270,7 @@ class TeacherPool:
                 first.slot.set_result(Slot(self, replica))
             elif self.down:
                 self._waiting.popleft()
-                message = "every replica of the teacher counts as down"
+                message = "every replica of the teacher is marked as down"
                 first.slot.set_exception(TeacherError("breaker", message))
             else:
                 return

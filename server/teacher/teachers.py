@@ -145,7 +145,7 @@ class Teachers:
                 raise error
         for teacher, outcome in zip(self, outcomes, strict=True):
             if outcome is not None:
-                logger.warning("the teacher %s is missing: %s", teacher.name, outcome)
+                logger.warning("the teacher %s is not available: %s", teacher.name, outcome)
 
 
 def _rank(teacher: NamedTeacher) -> tuple[float, float]:

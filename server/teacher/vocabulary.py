@@ -110,7 +110,7 @@ class OneVocabulary:
         except TeacherError as error:
             if not error.refused:
                 raise
-            logger.warning("the teacher at %s takes plain texts only, no chats: %s", teacher.name, error)
+            logger.warning("the teacher at %s accepts plain text only, no chats: %s", teacher.name, error)
             return b""
 
 

@@ -38,10 +38,11 @@ def configuration() -> str:
         "",
         GENERATED,
         "",
-        "Every setting of `wheels serve`. Each can be a flag (`--teacher-timeout 5`), an environment",
-        "variable (`WHEELS_TEACHER_TIMEOUT=5`), or a line of the YAML file that `--config` names. Flags win",
-        "over variables, and variables over the file. Unknown names are refused. A wrong value names itself.",
-        "Flags of vLLM's own server, for the student, go after `--`, or under `vllm:` in the file.",
+        "Every setting of `wheels serve`. You can set each one with a flag (`--teacher-timeout 5`),",
+        "an environment variable (`WHEELS_TEACHER_TIMEOUT=5`), or a line of the YAML file that `--config`",
+        "names. Flags override variables, and variables override the file. An unknown name or a wrong value",
+        "stops the start with an error that names it. Put flags of the student's vLLM server after `--`,",
+        "or under `vllm:` in the file.",
         "",
         "```yaml",
         "student: deploy/demo/student",
@@ -51,7 +52,7 @@ def configuration() -> str:
         "vllm: {max-model-len: 4096, api-key: [old, new], enable-prefix-caching: false}",
         "```",
         "",
-        "A list gives one of vLLM's flags several values. `false` means its `--no-` form.",
+        "A list gives a vLLM flag several values. `false` selects its `--no-` form.",
         "",
         "| setting | default | meaning |",
         "| --- | --- | --- |",
@@ -68,7 +69,7 @@ def recipe() -> str:
         "",
         GENERATED,
         "",
-        "What `wheels train` reads. [Training](training.md) says how to use it.",
+        "The fields that `wheels train` reads. [Training](training.md) explains how to use them.",
     ]
     for model in models_of(Recipe):
         lines += ["", f"## {model.__name__}", "", *introduction(model), ""]

@@ -90,7 +90,7 @@ async def test_requests_at_once_share_a_session(client: AsyncOpenAI, sources: li
     last = await chat(client, sources[0], 0.5, extra_body={"teacher_session": "at-once"})
     spent = last.teacher["session"]["cost_spent"]
     assert spent == pytest.approx(cost + last.teacher["cost"], abs=1e-6)
-    with pytest.raises(openai.BadRequestError, match="has another budget") as error:
+    with pytest.raises(openai.BadRequestError, match="already has a different budget") as error:
         await chat(client, sources[0], extra_body={"teacher_session": session | {"cost": 0.003}})
     assert error.value.param == "teacher_session"
 

@@ -134,7 +134,7 @@ def test_what_goes_wrong_is_said(page: Page) -> None:
 
 def test_the_chart_moves(page: Page) -> None:
     page.get_by_role("button", name="Random example").click()
-    expect(page.locator("#live")).to_contain_text("Since start")
+    expect(page.locator("#live")).to_contain_text("Since startup")
     for series in ("rate", "price"):
         expect(page.locator(f"#chart path.{series}")).not_to_have_attribute("d", "")
 
@@ -156,7 +156,7 @@ def test_under_a_root_path_and_without_an_admins_key(browser: Browser) -> None:
     page = browser.new_page()
     page.route("**/*", answer)
     page.goto("http://gateway/api/")
-    expect(page.locator("#live")).to_have_text("The numbers of this gateway need an admin's key.")
+    expect(page.locator("#live")).to_have_text("To see the metrics of this gateway, enter an admin's key.")
     page.get_by_role("textbox", name="Prompt").fill("Hi")
     page.get_by_role("button", name="Write").click()
     expect(page.locator("#facts")).to_contain_text("needs an API key")

@@ -302,9 +302,13 @@ def further_router(directory: Path, student: Path) -> RouterCheckpoint:
     checkpoint = RouterCheckpoint.load(directory)
     checkpoint.check_student(student)
     if checkpoint.config.budget_prompt is not None:
-        raise CheckpointError(f"{directory}: its budgets are prompted; evaluate a pair that holds it")
+        raise CheckpointError(
+            f"{directory}: this router needs budgets in words; evaluate a pair that contains it"
+        )
     if checkpoint.outputs:
-        raise CheckpointError(f"{directory}: it has several teachers; evaluate a pair that holds it")
+        raise CheckpointError(
+            f"{directory}: this router has several teachers; evaluate a pair that contains it"
+        )
     return checkpoint
 
 

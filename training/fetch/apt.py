@@ -50,10 +50,10 @@ def debian_packages() -> list[Package]:
         FetchError: there is no apt, its sources name no Debian, or the download fails.
     """
     if shutil.which("apt-get") is None:
-        raise FetchError("the index of Debian's packages is read through apt-get, which is not installed")
+        raise FetchError("apt-get is not installed; it is needed to read Debian's package index")
     with updated_index() as files:
         if not files:
-            raise FetchError(f"the sources of apt name no {ORIGIN} with the component {COMPONENT}")
+            raise FetchError(f"apt has no source of {ORIGIN} with the component {COMPONENT}")
         found: dict[str, Package] = {}
         for file in files:
             for package in read_packages(file):
@@ -139,7 +139,7 @@ def _apt(options: list[str], *arguments: str) -> str:
             stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired as error:
-        raise FetchError(f"apt-get {arguments[0]} takes longer than {SECONDS} s") from error
+        raise FetchError(f"apt-get {arguments[0]} took longer than {SECONDS} s") from error
     if done.returncode != 0:
         problem = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise FetchError(f"apt-get {arguments[0]}: {problem[-1]}")

@@ -42,9 +42,11 @@ def main(argv: list[str]) -> int:
 
 def fetch_parser() -> argparse.ArgumentParser:
     """Arguments of `wheels fetch`."""
-    parser = argparse.ArgumentParser("wheels fetch", description="Make a data set from a public source.")
+    parser = argparse.ArgumentParser("wheels fetch", description="Create a data set from a public source.")
     parser.add_argument("dataset", choices=DATASETS)
-    parser.add_argument("directory", type=Path, help="where to put it; it must not exist yet")
+    parser.add_argument(
+        "directory", type=Path, help="directory to create for the data; it must not exist yet"
+    )
     return parser
 
 

@@ -80,6 +80,6 @@ def check_prompt(prompt: list[int], reply: GatewayReply) -> None:
     """Raises DataError if the gateway makes another prompt than this of a source."""
     if reply.prompt_tokens != len(prompt):
         raise DataError(
-            f"the gateway reads {reply.prompt_tokens} tokens where the recipe's chat template makes "
+            f"the gateway reads {reply.prompt_tokens} tokens, but the recipe's chat template makes "
             f"{len(prompt)}: does it serve the recipe's student?"
         )

@@ -275,7 +275,7 @@ class ServedCalibration:
         replies = self.gateway.replies(self.sources[first : first + TOGETHER], budget)
         if any(reply.clamped for reply in replies):
             raise GatewayError(
-                f"the gateway at {self.gateway.url}: our key's maximum is less than the budget {budget:g}"
+                f"the gateway at {self.gateway.url}: the API key's maximum is below the budget {budget:g}"
             )
         lost = sum(reply.degraded for reply in replies)
         if lost:

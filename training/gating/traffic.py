@@ -78,12 +78,12 @@ class TrafficReader:
         for trajectory in trajectories:
             if max(*trajectory.prompt, *trajectory.tokens) >= self._visible:
                 raise DataError(
-                    "the completions have token ids that the tokenizer does not: are they of another student?"
+                    "the completions have token ids that are not in the tokenizer: from another student?"
                 )
             if len(trajectory.prompt) + len(trajectory.tokens) <= longest:
                 kept.append(trajectory)
         if len(kept) < HELD_OUT:
-            raise DataError(f"{len(kept)} completions to learn from, want at least {HELD_OUT}")
+            raise DataError(f"{len(kept)} completions to learn from, expected at least {HELD_OUT}")
         return kept
 
     def taught(self, trajectories: Sequence[Trajectory], most: int) -> Taught:

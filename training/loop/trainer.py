@@ -180,9 +180,9 @@ def finish(model: PreTrainedModel, best: Best, name: str) -> None:
     kept = best.load_into(model)
     if parallel.is_first():
         if best.exhausted:
-            console.print(f"{name}: no better validation than step {best.step}'s: training ends early")
+            console.print(f"{name}: no validation was better than at step {best.step}: training ends early")
         if kept:
-            console.print(f"{name}: the weights of step {best.step}, the best validation")
+            console.print(f"{name}: using the weights of step {best.step}, the best validation")
     model.eval()
 
 

@@ -62,9 +62,7 @@ class FiniteTask(Task):
             raise ValueError(f"cannot keep {router} of {len(examples)} training examples for the router")
         self.has_references = all(example.references for example in examples + splits.valid + splits.test)
         if not self.has_references and judge is None:
-            raise DataError(
-                "there are examples without an answer: only a judge can score them (option judge)"
-            )
+            raise DataError("some examples have no answer: only a judge can score them (option judge)")
         random.Random(0).shuffle(examples)
         self._router = examples[:router]
         self._train = examples[router:]

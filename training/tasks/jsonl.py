@@ -59,5 +59,5 @@ def _example(row: Row, judged: bool) -> Example:
     except DataError as error:
         raise row.error(str(error)) from error
     if not found.references and not judged:
-        raise row.error("'messages' do not end with an answer, which only a judge can do without")
+        raise row.error("'messages' must end with an answer, unless the task has a judge")
     return found

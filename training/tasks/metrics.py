@@ -109,5 +109,5 @@ def in_range(value: Any, name: str) -> float:
     """A function's result. Raises ValueError unless it is a number from 0 to 1."""
     number = float(value)
     if not 0 <= number <= 1:
-        raise ValueError(f"{name} returned {value!r}, want a number from 0 to 1")
+        raise ValueError(f"{name} returned {value!r}, expected a number from 0 to 1")
     return number

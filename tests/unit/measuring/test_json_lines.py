@@ -104,7 +104,7 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path: Path, field: str) -> None:
 @pytest.mark.parametrize("references", ["null", "[]", "[[[]]]", '[[["a", 1]]]', '"a"', '[[["\\ud83d"]]]'])
 def test_right_answers_are_forms_of_slots_of_alternatives(tmp_path: Path, references: str) -> None:
     line = f'{{"source": "a", "references": {references}}}'
-    with pytest.raises(DataError, match=r"data\.jsonl:1: 'references' is not"):
+    with pytest.raises(DataError, match=r"data\.jsonl:1: 'references' must be"):
         load_examples(written(tmp_path, line.encode()))
 
 

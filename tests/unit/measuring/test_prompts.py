@@ -38,7 +38,7 @@ def test_a_line_of_text_may_begin_with_a_brace(tmp_path: Path) -> None:
     [
         ("", "prompts.jsonl: has no prompt"),
         (b"ab\n\xff", "prompts.jsonl: is not UTF-8 .byte 4"),
-        ('{"prompt": "a"}\n{"text": "b"}', r":2: has none of 'messages', 'source' and 'prompt'"),
+        ('{"prompt": "a"}\n{"text": "b"}', r":2: has no 'messages', 'source' or 'prompt'"),
         ('{"prompt": 1}', r":1: 'prompt' is neither a text nor a conversation"),
         ('{"source": "a"}\n{"messages": []}', r":2: 'messages' is not a list of turns"),
         ('{"source": []}', r":1: 'source' is a list, not a string"),

@@ -38,7 +38,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "problem"), [(("fly",), "unknown command 'fly'"), ((), "which command?")]
+    ("arguments", "problem"), [(("fly",), "unknown command 'fly'"), ((), "no command given")]
 )
 def test_a_usage_error_is_one_line_and_status_2(arguments: tuple[str, ...], problem: str) -> None:
     done = run(*arguments)

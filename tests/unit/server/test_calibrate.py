@@ -46,7 +46,7 @@ def test_the_rates_of_a_running_gateway_are_found_and_shown(
         assert float(row[1]) == pytest.approx(float(rate), abs=0.02)
         assert float(row[2]) == pytest.approx(gateway.traffic.calibration.price(float(rate)), rel=1e-3)
     assert "fewer than 2,000 completion tokens: its rate is rough" in shown
-    assert "Kept in the cache of the gateway" in shown
+    assert "Prices saved in the cache of the gateway" in shown
 
 
 def test_with_json_the_rows_are_alone_on_stdout(prompts: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +77,7 @@ def test_ctrl_c_shows_what_is_known_and_leaves_the_gateway_as_it_is(
     assert status == INTERRUPTED
     assert len(gateway.budgets) < 100
     shown = capsys.readouterr().out
-    assert "What was learned until now is kept" in shown
+    assert "The prices learned so far are kept" in shown
     (row,) = [line.split() for line in shown.splitlines() if line.split()[:1] == ["0.1"]]
     assert row[-1] == "1"
 

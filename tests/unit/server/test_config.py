@@ -150,10 +150,10 @@ def test_names_of_models_have_budgets(needed, environment, write, how):
 @pytest.mark.parametrize(
     ("models", "said"),
     [
-        ('{"": 0}', "models: a model's name is not empty and starts with no space or dash: ''"),
-        ('{" x": 0}', "starts with no space or dash: ' x'"),
-        ('{"--port": 0}', "starts with no space or dash: '--port'"),
-        ('{"mine": 0}', "models: 'mine' is the served_model_name, whose budget is default_budget"),
+        ('{"": 0}', "models: a model name must not be empty, start with a dash or have outer spaces: ''"),
+        ('{" x": 0}', "must not be empty, start with a dash or have outer spaces: ' x'"),
+        ('{"--port": 0}', "must not be empty, start with a dash or have outer spaces: '--port'"),
+        ('{"mine": 0}', "models: 'mine' is the served_model_name: set default_budget for it"),
         ('{"a": 0, "b": 0, "a": 0.5}', "models: two entries named 'a'"),
         ('{"a": 2}', "models.a.fraction: Input should be less than or equal to 1"),
         ('{"a": null}', "models.a: Input should be a valid dictionary"),
@@ -342,7 +342,7 @@ def test_settings_of_vllm_can_stand_in_the_environment(needed, environment):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["--seed"], "vllm: expected settings of vLLM's server by flag name"),
+        (["--seed"], "vllm: expected a mapping from flags of vLLM's server to values"),
         ({"max_model_len": 1, "max-model-len": 2}, "vllm: a setting is given twice, in two spellings"),
     ],
 )

@@ -394,5 +394,5 @@ async def test_a_student_that_takes_no_taps_is_served_without_following_its_rout
     gateway.refuses = "check_router"
     assert await _router_reload(gateway.pair, gateway, None) is None
     assert said == [
-        "a new router needs a restart, because its directory is not watched: the output matrix is quantised"
+        "new routers need a restart, because their directory is not watched: the output matrix is quantised"
     ]

@@ -78,7 +78,7 @@ def test_spans_are_the_configurations_else_the_routers(router, tmp_path, of_rout
 )
 def test_nobody_asks_for_more_than_a_span(router, tmp_path, of_router, settings):
     trained = None if of_router is None else with_spans(router, *of_router)
-    with pytest.raises(ConfigError, match=r"ask_tokens: . is more than a span of"):
+    with pytest.raises(ConfigError, match=r"ask_tokens: . is more than span_tokens"):
         pair_of(tmp_path, trained, **settings)
 
 
@@ -192,7 +192,7 @@ def test_without_a_router_the_last_rows_that_the_tokenizer_leaves_free(tmp_path,
         ({"tokenizer.json": "{}"}, "tokenizer.json holds no vocabulary: KeyError 'model'"),
         ({"tokenizer.json": '{"model": {"vocab": [1, 2]}}'}, "tokenizer.json holds no vocabulary"),
         ({"config.json": None}, "config.json"),
-        ({"config.json": "[]"}, "config.json holds no settings by name"),
+        ({"config.json": "[]"}, "config.json must be a mapping of names to values"),
         ({"config.json": "{}"}, "none of lm_head.weight, model.embed_tokens.weight in"),
         ({"config.json": '{"vocab_size": "many"}'}, "config.json: vocab_size is 'many'"),
         (
@@ -323,7 +323,7 @@ def test_another_router_brings_its_spans_and_its_policy(router, tmp_path):
 
 def test_another_router_that_does_not_fit_is_refused(router, tmp_path):
     pair = pair_of(tmp_path, router, ask_tokens=3)
-    with pytest.raises(CheckpointError, match="ask_tokens: 3 is more than a span of 2"):
+    with pytest.raises(CheckpointError, match="ask_tokens: 3 is more than span_tokens, which is 2"):
         pair.with_router(with_spans(router, 2, 1))
 
 

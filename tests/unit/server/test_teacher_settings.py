@@ -44,14 +44,14 @@ def test_named_teachers_can_stand_in_a_file_and_in_a_variable(needed, write, env
     ("teacher", "said"),
     [
         ({}, "teacher: Dictionary should have at least 1 item"),
-        ({"student": "http://a"}, "teacher: 'student' is no name for a teacher"),
+        ({"student": "http://a"}, "teacher: a teacher cannot be named 'student'"),
         ({"a b": "http://a"}, "teacher.a b"),
         ({"a": "b:1"}, "teacher.a.url.0: URL"),
         ({"a": {"url": "http://a", "tool": "http://b"}}, "teacher.a: set either url or tool"),
         ({"a": {"model": "x"}}, "teacher.a: set either url or tool"),
-        ({"a": {"tool": "http://a", "model": "x"}}, "teacher.a: a tool has no model and no vocabulary"),
+        ({"a": {"tool": "http://a", "model": "x"}}, "teacher.a: a tool cannot have a model or a vocabulary"),
         ({"a": {"url": "http://a", "port": 1}}, "unknown setting teacher.a.port"),
-        ({str(n): "http://a" for n in range(9)}, "teacher: at most 8 teachers can be models, not 9"),
+        ({str(n): "http://a" for n in range(9)}, "teacher: at most 8 teachers can be models, but 9 are"),
     ],
 )
 def test_teachers_that_cannot_be_are_refused(needed, teacher, said):
@@ -66,8 +66,8 @@ def test_a_name_stands_for_one_teacher(needed):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--teacher-model", "x"], "teacher_model: with named teachers, each has a model of its own"),
-        (["--teacher-api-key", "x"], "teacher_api_key: with named teachers, each has a api_key of its own"),
+        (["--teacher-model", "x"], "teacher_model: with named teachers, set model for each of them"),
+        (["--teacher-api-key", "x"], "teacher_api_key: with named teachers, set api_key for each of them"),
         (
             ["--default-budget", '{"fraction": 0.1, "teachers": ["b"]}'],
             "default_budget.teachers: no teacher is named 'b'",
@@ -79,7 +79,7 @@ def test_a_name_stands_for_one_teacher(needed):
         ),
         (
             ["--prices", '{"student": {"input": 1, "output": 1}, "teacher": {"input": 1, "output": 1}}'],
-            "prices.teacher: with named teachers, prices have their names too",
+            "prices.teacher: with named teachers, give prices by name",
         ),
         (
             [
@@ -102,7 +102,7 @@ def test_every_model_has_a_price_or_none(needed):
     prices = {"student": {"input": 1, "output": 1}, "teacher": {"a": {"input": 1, "output": 1}}}
     words = [*needed[:2], "--teacher", "a=http://a:1", "--prices", json.dumps(prices)]
     assert load(words).prices.of_teacher("a").output == 1
-    assert refusal([*words, "--teacher", "b=http://b:1"]) == "prices.teacher: b has none"
+    assert refusal([*words, "--teacher", "b=http://b:1"]) == "prices.teacher: no prices for b"
 
 
 def test_a_tool_can_be_named_by_a_flag(needed):

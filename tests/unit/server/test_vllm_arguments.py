@@ -187,7 +187,7 @@ def test_what_the_gateway_sets_itself_is_refused_in_any_spelling(http: HttpLayer
     else:
         assert (
             message
-            == f"leave out these vllm settings, the gateway sets them itself: {name.replace('_', '-')}"
+            == f"leave out these vllm settings, because the gateway sets them: {name.replace('_', '-')}"
         )
 
 

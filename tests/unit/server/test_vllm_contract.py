@@ -88,10 +88,10 @@ def test_every_place_of_the_v2_runner_that_reports_is_known():
 
 def test_a_report_that_is_gone_is_named(monkeypatch):
     monkeypatch.setattr(vllm_api, "REPORTS_V2", (("vllm.v1.worker.gpu.sample.logprob", "compute_gone"),))
-    with pytest.raises(UnsupportedVllm, match=r"this vLLM has no .*\.logprob\.compute_gone"):
+    with pytest.raises(UnsupportedVllm, match=r"not supported: it has no .*\.logprob\.compute_gone"):
         find_reports(v2=True)
     monkeypatch.setattr(vllm_api, "REPORTS_V1", (("vllm.v1.nowhere", "Sampler.compute_logprobs"),))
-    with pytest.raises(UnsupportedVllm, match=r"this vLLM has no vllm\.v1\.nowhere\.Sampler"):
+    with pytest.raises(UnsupportedVllm, match=r"not supported: it has no vllm\.v1\.nowhere\.Sampler"):
         find_reports(v2=False)
 
 
@@ -126,7 +126,7 @@ def test_a_count_that_is_gone_is_named(monkeypatch):
     with pytest.raises(UnsupportedVllm, match="apply_bad_words takes no gone"):
         count_from(lambda ids: ids, v2=False)
     monkeypatch.setattr(vllm_api, "COUNTS_V1", ((place[0], "apply_gone", "ids"),))
-    with pytest.raises(UnsupportedVllm, match=r"this vLLM has no .*\.apply_gone"):
+    with pytest.raises(UnsupportedVllm, match=r"not supported: it has no .*\.apply_gone"):
         count_from(lambda ids: ids, v2=False)
 
 
@@ -387,7 +387,7 @@ def test_drafters_that_share_the_students_rows_are_refused(method):
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle"])
 def test_the_v1_runner_has_no_gate_with_drafts(method):
-    with pytest.raises(ConfigError, match="speculative-config is not supported: this model runner"):
+    with pytest.raises(ConfigError, match="speculative-config is not supported: with it, this model runner"):
         check_speculation(configured(method, v2=False))
 
 

@@ -47,22 +47,25 @@ def test_teachers_are_ordered_by_their_cost(recipe):
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("router.objective={type: constrained}", "router.objective constrained: not for several teachers"),
-        ("router.gain={type: quality}", "router.gain quality: not for several teachers"),
-        ("router.conditioning={type: prompt}", "router.conditioning prompt: not for several teachers"),
-        ("turns={schedule: {steps: 1, batch: 1, learning_rate: 1}}", "turns: not for several teachers"),
+        ("router.objective={type: constrained}", "router.objective constrained: not possible with several"),
+        ("router.gain={type: quality}", "router.gain quality: not possible with several"),
+        ("router.conditioning={type: prompt}", "router.conditioning prompt: not possible with several"),
+        ("turns={schedule: {steps: 1, batch: 1, learning_rate: 1}}", "turns: not possible with several"),
         (
             "cheaper_teachers.small={url: 'http://there', cost: 0.5}",
             "cheaper_teachers.small.url: router.rollouts in_process needs the teacher in process",
         ),
         (
             "router.rollouts={type: gateway}",
-            "router.rollouts gateway without a url: not for several teachers",
+            "router.rollouts gateway without a url: not possible with several",
         ),
-        ("cheaper_teachers.teacher={pretrained: there, cost: 0.5}", "cheaper_teachers.teacher: is another"),
+        (
+            "cheaper_teachers.teacher={pretrained: there, cost: 0.5}",
+            "cheaper_teachers.teacher: another model",
+        ),
         ("cheaper_teachers.small.cost=1.5", r"cheaper_teachers.small.*cost.*less than or equal to 1"),
         ("cheaper_teachers.small.cost=null", r"cheaper_teachers.small.*cost"),
-        ("tokenizer={size: 300}", "tokenizer.size: a ready model brings its own tokenizer"),
+        ("tokenizer={size: 300}", "tokenizer.size: a pretrained model brings its own tokenizer"),
         ("cheaper_teachers.small={cost: 0.5}", "a cheaper teacher has pretrained or url"),
         ("cheaper_teachers={a name: {pretrained: there, cost: 0.5}}", "pattern"),
     ],

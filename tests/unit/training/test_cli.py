@@ -18,13 +18,16 @@ from wheels import main
         (["train", "multi30k", "task.options.directory=/no/where"], "task jsonl: .*/no/where/train.jsonl"),
         (["train", "demo", "--dry-run", "task.name=nosuch"], "task nosuch: unknown task"),
         (["evaluate", "deploy/demo", "task.name=nosuch"], "task nosuch: unknown task"),
-        (["evaluate", "deploy/demo", "--router", "seed1"], "--router 'seed1': want NAME=DIR"),
-        (["evaluate", "deploy/demo", "--router", "=x"], "--router '=x': want NAME=DIR"),
-        (["evaluate", "deploy/demo", "--router", "learned=x"], "there is a method learned already"),
-        (["evaluate", "deploy/demo", "--router", "a=x", "--router", "a=y"], "there is a method a already"),
+        (["evaluate", "deploy/demo", "--router", "seed1"], "--router 'seed1': expected NAME=DIR"),
+        (["evaluate", "deploy/demo", "--router", "=x"], "--router '=x': expected NAME=DIR"),
+        (["evaluate", "deploy/demo", "--router", "learned=x"], "learned is already the name of a method"),
+        (
+            ["evaluate", "deploy/demo", "--router", "a=x", "--router", "a=y"],
+            "a is already the name of a method",
+        ),
         (["evaluate", "/no/where"], "no router checkpoint in /no/where/router"),
-        (["evaluate"], "want one PAIR, or --gateway URL"),
-        (["evaluate", "a", "b", "--gateway", "http://127.0.0.1:9"], "want one PAIR"),
+        (["evaluate"], "expected one PAIR, or --gateway URL"),
+        (["evaluate", "a", "b", "--gateway", "http://127.0.0.1:9"], "expected one PAIR"),
         (
             ["evaluate", "--gateway", "http://127.0.0.1:9"],
             "the gateway at http://127.0.0.1:9: Connection error",
@@ -42,8 +45,8 @@ def test_what_is_wrong_is_said_in_one_line(capsys, arguments, named, tmp_path):
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (b"", "want keys and values"),
-        (b"- a", "want keys and values"),
+        (b"", "expected keys and values"),
+        (b"- a", "expected keys and values"),
         (b"a: [", "while parsing"),
         (b"\xff\xfe", "can't decode"),
         (b"work: a", "output: Field required; .*task: Field required"),
@@ -63,8 +66,8 @@ def test_a_recipe_that_cannot_be_read_is_named_in_one_line(capsys, tmp_path, con
         ("seed=[", "override 'seed=\\[': while parsing"),
         ("router.gain=excess", "router: gain excess: write {type: regret}"),
         ("router.window=4", "router: window is gone"),
-        ("seed.a=1", "seed is a value and has no fields"),
-        ("seed", "want key=value"),
+        ("seed.a=1", "seed is a plain value without fields"),
+        ("seed", "expected key=value"),
     ],
 )
 def test_an_override_that_cannot_be_read_is_named_in_one_line(capsys, tmp_path, override, named):

@@ -39,7 +39,7 @@ def test_null_takes_away_what_the_recipe_sets(recipe):
     recipe.write_text(recipe.read_text().replace("ask_tokens: 1,", "ask_tokens: 1, rounds: 5,"))
     assert load_recipe(recipe).router.rounds == 5
     recorded = "router.rollouts={type: recorded, directory: traffic}"
-    with pytest.raises(RecipeError, match="rollouts recorded make no use of rounds"):
+    with pytest.raises(RecipeError, match="rollouts recorded do not use rounds"):
         load_recipe(recipe, [recorded])
     assert load_recipe(recipe, [recorded, "router.rounds=null"]).router.rounds == 2
     assert load_recipe(recipe, ["router.rounds=null", "router.width=null"]).router.width == 64

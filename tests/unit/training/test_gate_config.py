@@ -44,8 +44,8 @@ def test_a_key_of_an_older_recipe_is_answered_with_the_new_one(changes, problem)
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"ask_tokens": 5}, "ask_tokens 5 is more than a span of 4"),
-        ({"gain": {"type": "quality"}, "ask_tokens": 2}, "gain quality is for ask_tokens 1"),
+        ({"ask_tokens": 5}, "ask_tokens 5 is more than span_tokens 4"),
+        ({"gain": {"type": "quality"}, "ask_tokens": 2}, "gain quality needs ask_tokens 1"),
         (
             {"objective": {"type": "constrained"}, "rounds": 1},
             "rounds 1 must be more than its start_rounds 1",
@@ -56,22 +56,22 @@ def test_a_key_of_an_older_recipe_is_answered_with_the_new_one(changes, problem)
         ),
         (
             {"objective": {"type": "constrained"}, "conditioning": {"type": "prompt"}},
-            "objective constrained is for conditioning price",
+            "objective constrained needs conditioning price",
         ),
         (
             {"gain": {"type": "quality"}, "objective": {"type": "constrained"}},
-            "gain quality is for objective difference",
+            "gain quality needs objective difference",
         ),
         (
             {"gain": {"type": "quality"}, "conditioning": {"type": "prompt"}},
-            "gain quality is for conditioning price",
+            "gain quality needs conditioning price",
         ),
-        ({"objective": {"type": "constrained", "prices": [2, 1]}}, "the lower one first"),
+        ({"objective": {"type": "constrained", "prices": [2, 1]}}, "the lower price first"),
         ({"objective": {"type": "difference", "window": 1}}, "window"),
         ({"gain": {"type": "ratio", "clip": 1}}, "clip"),
         ({"conditioning": {"type": "prompt", "words": "half"}}, "it must have exactly one field,"),
         ({"conditioning": {"type": "prompt", "rate": 0.1}}, "rate"),
-        ({"budgets": []}, "budgets: want at least one"),
+        ({"budgets": []}, "budgets: expected at least one"),
         ({"budgets": [0.2, 0.1]}, "increasing"),
         ({"budgets": [0.2, 0.2]}, "increasing"),
     ],
@@ -88,15 +88,15 @@ GATEWAY = {"rollouts": {"type": "gateway", "url": "http://there"}}
 @pytest.mark.parametrize(
     ("rollouts", "changes", "named"),
     [
-        (RECORDED, {"rounds": 2, "prompts": 4000, "epochs": 1}, "recorded make no use of prompts, rounds:"),
-        (RECORDED, {"explore": 0.1, "budgets": [0.1]}, "recorded make no use of explore, budgets:"),
-        (RECORDED, {"calibration_examples": 500}, "recorded make no use of calibration_examples:"),
-        (GATEWAY, {"rounds": 1, "prompts": 10, "budgets": [0.1]}, "gateway make no use of rounds:"),
-        (GATEWAY, {"explore": 0.0}, "gateway make no use of explore:"),
+        (RECORDED, {"rounds": 2, "prompts": 4000, "epochs": 1}, "recorded do not use prompts, rounds:"),
+        (RECORDED, {"explore": 0.1, "budgets": [0.1]}, "recorded do not use explore, budgets:"),
+        (RECORDED, {"calibration_examples": 500}, "recorded do not use calibration_examples:"),
+        (GATEWAY, {"rounds": 1, "prompts": 10, "budgets": [0.1]}, "gateway do not use rounds:"),
+        (GATEWAY, {"explore": 0.0}, "gateway do not use explore:"),
         (
             GATEWAY,
             {"conditioning": {"type": "price", "rate": 0.15}},
-            "gateway make no use of conditioning.rate:",
+            "gateway do not use conditioning.rate:",
         ),
     ],
 )
@@ -116,7 +116,7 @@ def test_a_gateway_that_is_started_takes_routers():
 def test_a_policy_of_longer_calls_needs_a_teacher_that_writes():
     longer = LEAST | {"objective": {"type": "constrained"}, "ask_tokens": 2}
     GateConfig.model_validate(longer)
-    with pytest.raises(ValidationError, match="constrained is for ask_tokens 1 with rollouts recorded"):
+    with pytest.raises(ValidationError, match="constrained needs ask_tokens 1 with rollouts recorded"):
         GateConfig.model_validate(longer | RECORDED)
 
 

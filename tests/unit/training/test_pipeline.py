@@ -122,7 +122,7 @@ def test_prompts_without_answers_train_a_student_that_learns_from_its_teacher(re
         (tmp_path / f"{split}.jsonl").write_text("".join(lines))
     judged = f"task={{name: jsonl, options: {{directory: {tmp_path}, judge: 'operator:ne'}}}}"
     assert train([recipe, *STUDENT, judged]) == 2
-    assert "student.method kd: there are examples without an answer" in capsys.readouterr().err
+    assert "student.method kd: some examples have no answer" in capsys.readouterr().err
     assert train([recipe, judged, "max_tokens=4", "student.method.type=seqkd"]) == 0
     assert (tmp_path / "out" / "router" / "router.json").exists()
 
@@ -246,7 +246,7 @@ def test_an_export_that_is_another_model_is_refused(recipe, tmp_path, monkeypatc
     monkeypatch.setattr(export, "merged", wrong)
     assert train([recipe, *STUDENT]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "would give other logits than the trained one" in line
+    assert "does not give the trained model's logits" in line
     assert not (tmp_path / "out" / "student").exists()
 
 

@@ -97,7 +97,7 @@ def test_turns_that_cannot_be_taken_are_refused_before_anything_is_trained(
                 "router={span_tokens: 2, ask_tokens: 1, gain: {type: regret}}",
                 "router.rollouts={type: recorded, directory: x}",
             ],
-            "turns: for rollouts in_process",
+            "turns: need rollouts in_process",
         ),
     ],
 )

@@ -80,7 +80,7 @@ async def test_a_conflict_is_refused(gateway):
     answer = await gateway.ask(teacher_session=RUN | {"tokens": 501})
     assert answer.status == 400
     assert answer.json["error"]["param"] == "teacher_session"
-    assert "'run-7' has another budget" in answer.json["error"]["message"]
+    assert "'run-7' already has a different budget" in answer.json["error"]["message"]
     assert gateway.upstream.calls == 1
 
 
@@ -88,7 +88,7 @@ async def test_a_new_session_without_a_budget_is_refused(gateway):
     answer = await gateway.ask(("X-Teacher-Session", "run-7"))
     assert answer.status == 400
     assert answer.json["error"]["param"] == "X-Teacher-Session"
-    assert "its first request has to set tokens or cost" in answer.json["error"]["message"]
+    assert "its first request must set tokens or cost" in answer.json["error"]["message"]
 
 
 async def test_tenants_have_sessions_of_their_own(gateway):

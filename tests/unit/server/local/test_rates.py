@@ -83,7 +83,7 @@ def test_a_gateway_whose_prices_are_measured_is_not_asked() -> None:
 
 
 def test_a_key_that_may_not_ask_for_so_much_is_told() -> None:
-    with pytest.raises(NothingToLearn, match=r"the key's maximum_budget is less than 0\.1"):
+    with pytest.raises(NothingToLearn, match=r"--rates: 0\.1 is above the maximum_budget"):
         found(finder(LearningGateway(teacher={"clamped": True})), 0.1)
 
 

@@ -194,8 +194,8 @@ def test_what_the_gate_sees_of_the_logits_is_known_after_reading(untrained_pair,
 @pytest.mark.parametrize(
     ("prompts", "highest", "problem"),
     [
-        (3, 290, "3 completions to learn from, want at least 10"),
-        (30, 330, "token ids that the tokenizer does not"),
+        (3, 290, "3 completions to learn from, expected at least 10"),
+        (30, 330, "token ids that are not in the tokenizer"),
     ],
 )
 def test_a_record_that_cannot_be_learned_from_is_refused(recipe, tmp_path, capsys, prompts, highest, problem):
@@ -208,17 +208,17 @@ def test_a_record_that_cannot_be_learned_from_is_refused(recipe, tmp_path, capsy
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("router.gain={type: quality}", "gain quality is for rollouts in_process, not recorded"),
+        ("router.gain={type: quality}", "gain quality needs rollouts in_process, not recorded"),
         (
             "router.objective={type: constrained, start_rounds: 1}",
-            "rollouts recorded make no use of objective.start_rounds",
+            "rollouts recorded do not use objective.start_rounds",
         ),
         (
             "router.conditioning={type: prompt}",
-            "conditioning prompt is for rollouts in_process, not recorded",
+            "conditioning prompt needs rollouts in_process, not recorded",
         ),
-        ("router.prompts=4", "rollouts recorded make no use of prompts: leave them out, or set them to null"),
-        ("router.conditioning={type: price, rate: 0.1}", "make no use of conditioning.rate"),
+        ("router.prompts=4", "rollouts recorded do not use prompts: leave them out, or set them to null"),
+        ("router.conditioning={type: price, rate: 0.1}", "do not use conditioning.rate"),
     ],
 )
 def test_what_needs_rollouts_in_process_says_so(recipe, capsys, override, problem):
@@ -298,7 +298,7 @@ def test_a_prompt_is_asked_at_every_budget_before_the_next_prompts(tmp_path, rou
 def test_prices_under_a_smaller_maximum_are_none(tmp_path, router):
     gateway = TakingGateway(tokenizer_of_numbers(), directory=tmp_path / "router")
     gateway.trouble = {"clamped": True}
-    with pytest.raises(GatewayError, match=r"our key's maximum is less than the budget 0\.3"):
+    with pytest.raises(GatewayError, match=r"the API key's maximum is below the budget 0\.3"):
         calibration(gateway, router, (0.3,), tmp_path / "prices.json").found()
 
 
@@ -355,7 +355,7 @@ def test_budgets_whose_prices_would_rise_share_the_best_of_both(tmp_path, router
 
 def test_a_gateway_that_does_not_take_the_router_is_named(tmp_path, router):
     gateway = TakingGateway(tokenizer_of_numbers(), directory=tmp_path / "another")
-    with pytest.raises(GatewayError, match=r"does not take the router in .*: start it with --router"):
+    with pytest.raises(GatewayError, match=r"does not load the router in .*: start it with --router"):
         gateway.running(patience=0).take(router, tmp_path / "router")
 
 

@@ -80,7 +80,7 @@ def test_a_conversation_is_rendered_by_the_chat_template():
         ([{"role": "user"}], "turn 1 of 'messages': the content is not text"),
         ([CHAT[1], {"role": "tool", "content": "x"}], "turn 2 of 'messages': the role is 'tool'"),
         ([ANSWER], "have no question before the answer"),
-        (CHAT, "do not end with an answer"),
+        (CHAT, "must end with an answer"),
     ],
 )
 def test_what_is_no_conversation_is_named_with_its_line(tmp_path, messages, problem):
@@ -105,7 +105,7 @@ def test_a_metric_of_ones_own_scores_answers(tmp_path):
     directory = write(tmp_path, lambda number: [({"source": str(number), "target": "yes"}, {})])
     task = make_task("jsonl", directory=directory, metric=f"{__name__}:shout")
     assert task.score([*task.test(), *task.test()], ["YES", "yes"]).quality == [1.0, 0.0]
-    with pytest.raises(ValueError, match=r"returned 100\.0, want a number from 0 to 1"):
+    with pytest.raises(ValueError, match=r"returned 100\.0, expected a number from 0 to 1"):
         make_task("jsonl", directory=directory, metric=f"{__name__}:too_much").score(task.test(), ["yes"])
     for name, problem in (
         ("nosuch", "unknown metric"),
@@ -158,7 +158,7 @@ def test_a_dataset_is_read_by_its_columns(parquet):
         ({"source": "quest"}, "split train.*row 0: has no column 'quest', only question, answer, chat"),
         ({"source": "chat"}, "column 'chat' holds list, not text"),
         ({"source": "question", "test": "exam"}, "split exam"),
-        ({"source": "question", "target": "nothing"}, "without an answer: only a judge"),
+        ({"source": "question", "target": "nothing"}, "have no answer: only a judge"),
         ({"path": "/no/such/place", "data_files": None}, "dataset /no/such/place, split train"),
     ],
 )
