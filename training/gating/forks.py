@@ -84,7 +84,7 @@ def finished(
     for number, (row, tokens) in enumerate(zip(rows, begun, strict=True)):
         if tokens[-1] != loop.end and len(tokens) < loop.max_tokens:
             going.append(number)
-            requests.append(Request(prompts[row] + tokens))
+            requests.append(Request(prompts[row] + tokens, max_tokens=loop.max_tokens - len(tokens)))
     for number, completion in zip(going, alone.write(requests), strict=True):
-        whole[number] = (whole[number] + completion.tokens)[: loop.max_tokens]
+        whole[number] += completion.tokens
     return whole

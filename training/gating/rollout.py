@@ -7,6 +7,7 @@ span, and spans end with the completion. So what is calibrated and measured here
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ class Request:
     """Of the bucket that holds the request to its budget."""
     teacher_prompt: list[int] | None = None
     """What the teacher reads; None: the same. The student may read a budget in words besides."""
+    max_tokens: int | None = None
+    """Longest completion, if it is shorter than the loop's."""
 
 
 @dataclass
@@ -159,6 +162,21 @@ def concatenate(parts: Sequence[Positions]) -> Positions:
     return Positions(**columns)
 
 
+class _Rows(NamedTuple):
+    """The requests of a batch (B of them) that are not dropped from it."""
+
+    number: Tensor
+    """(B,) index of the request."""
+    price: Tensor
+    """(B,)"""
+    longest: Tensor
+    """(B,) most tokens of its completion."""
+
+    def at(self, places: Tensor) -> "_Rows":
+        """Those at these places of the batch."""
+        return _Rows(*(column[places] for column in self))
+
+
 @dataclass(frozen=True)
 class ClosedLoop:
     """A pair and how it works together."""
@@ -221,10 +239,10 @@ class ClosedLoop:
         ids, mask = left_padded([request.prompt for request in asked], self.end, device)
         read_by_teacher = [request.teacher_prompt or request.prompt for request in asked]
         teacher_ids, seen = left_padded(read_by_teacher, self.end, device)
-        row = torch.tensor(rows, device=device)
-        price = torch.tensor([request.price for request in asked], device=device)
-        drafts = {number: self._draft(requests[number].fraction, done[number]) for number in rows}
-        alive = torch.ones_like(row, dtype=torch.bool)
+        columns = (rows, [request.price for request in asked], [self._longest(request) for request in asked])
+        batch = _Rows(*(torch.tensor(column, device=device) for column in columns))
+        drafts = {number: self._draft(requests[number], done[number]) for number in rows}
+        alive = torch.ones_like(batch.number, dtype=torch.bool)
         student = Stepper(self.student)
         teachers = [Stepper(model) for model in (*self.cheaper, self.teacher)]
         for length in range(self.max_tokens):
@@ -235,13 +253,13 @@ class ClosedLoop:
             if watch is not None:
                 words = logits[:, : self.visible]
                 cheaper = next_tokens[:, :-1]
-                watch(observe(row, length, states, words, own, theirs[-1], alive, cheaper))
-            wants, whom = self._decided(logits, price)
+                watch(observe(batch.number, length, states, words, own, theirs[-1], alive, cheaper))
+            wants, whom = self._decided(logits, batch.price)
             asks = wants
             if self.explore:
                 asks = wants ^ (torch.rand(wants.shape, device=device) < self.explore)
-            token = self._written(drafts, row, wants, asks, whom, own, next_tokens, alive)
-            alive &= token != self.end
+            token = self._written(drafts, batch.number, wants, asks, whom, own, next_tokens, alive)
+            alive &= (token != self.end) & (length + 1 < batch.longest)
             left = int(alive.sum())
             if left == 0:
                 return
@@ -249,8 +267,7 @@ class ClosedLoop:
                 kept = alive.nonzero().squeeze(1)
                 for stepper in (student, *teachers):
                     stepper.keep(kept)
-                row = row[kept]
-                price = price[kept]
+                batch = batch.at(kept)
                 token = token[kept]
                 mask = mask[kept]
                 seen = seen[kept]
@@ -259,9 +276,12 @@ class ClosedLoop:
             mask = torch.cat((mask, torch.ones_like(ids)), dim=1)
             seen = torch.cat((seen, torch.ones_like(ids)), dim=1)
 
-    def _draft(self, fraction: float, completion: Rollout) -> Draft:
-        bucket = Bucket(Budget(fraction=fraction), self.span_tokens, self.ask_tokens)
-        return Draft(bucket, self.max_tokens, completion)
+    def _longest(self, request: Request) -> int:
+        return min(self.max_tokens, request.max_tokens or self.max_tokens)
+
+    def _draft(self, request: Request, completion: Rollout) -> Draft:
+        bucket = Bucket(Budget(fraction=request.fraction), self.span_tokens, self.ask_tokens)
+        return Draft(bucket, self._longest(request), completion)
 
     def _decided(self, logits: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
         """Whether the gate asks (B,), and the number of the teacher (B,) that it means.

@@ -230,14 +230,15 @@ class Tree:
         return [*indices, node.index]
 
     def _grow(self, prefixes: Sequence[Prefix]) -> None:
-        """Add the nodes of the student's own way on from each prefix."""
+        """Add the nodes of the student's own way on from each prefix, as far as a completion goes."""
         if not prefixes:
             return
         requests = []
         for prefix in prefixes:
             ids = [*self._prompts[prefix.prompt], *prefix.tokens]
             teacher_ids = [*self._teacher_prompts[prefix.prompt], *prefix.tokens]
-            requests.append(Request(ids, teacher_prompt=teacher_ids))
+            left = self._loop.max_tokens - len(prefix.tokens)
+            requests.append(Request(ids, teacher_prompt=teacher_ids, max_tokens=left))
         seen: list[Positions] = []
         self._loop.write(requests, watch=seen.append)
         new = concatenate(seen)

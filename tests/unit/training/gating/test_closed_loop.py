@@ -1,6 +1,7 @@
 """The closed loop in process: the bound, the caches, the tree of greedy decoding, gates, calibration."""
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from itertools import accumulate, product
 
@@ -17,7 +18,7 @@ from training.gating.forks import worth_of_asking
 from training.gating.head import Head
 from training.gating.lessons import Lessons, collect, span_gain, teacher_view
 from training.gating.rollout import FREE, ClosedLoop, Request, Rollout, with_gate
-from training.gating.tree import Setting, Tree
+from training.gating.tree import Node, Setting, Tree
 
 GAIN = RegretGain(type="regret")
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
@@ -83,6 +84,34 @@ def test_the_tree_decodes_as_the_batch_does(pair, prompts):
         written = pair.write([Request(p, price, 0.3) for p in prompts], batch=15)
         assert 0 < teacher_rate(written) < 0.4, price
         assert walked == written, price
+
+
+def test_a_request_may_end_sooner_than_the_loop(pair, prompts):
+    """As many tokens as it wants, also where others of its batch go on; and a budget up to its own end."""
+    for price, fraction in ((math.inf, 0.0), (-math.inf, 1.0)):
+        whole = pair.write([Request(p, price, fraction) for p in prompts])
+        limits = [1 + number % MAX_TOKENS for number in range(len(prompts))]
+        cut = pair.write(
+            [Request(p, price, fraction, max_tokens=n) for p, n in zip(prompts, limits, strict=True)]
+        )
+        assert [c.tokens for c in cut] == [w.tokens[:n] for w, n in zip(whole, limits, strict=True)]
+    assert any(len(completion.tokens) == MAX_TOKENS for completion in whole)
+
+
+def depths(node: Node, depth: int = 0) -> Iterator[int]:
+    """Of a node and all below it: tokens before it."""
+    yield depth
+    for below in node.next.values():
+        yield from depths(below, depth + 1)
+
+
+def test_the_tree_grows_no_deeper_than_a_completion(pair, prompts):
+    """So no pass is wasted, and prices are quantiles of scores at which somebody may ask."""
+    tree = Tree(pair, prompts, {"entropy": EntropyGate(RESERVED)})
+    tree.run([Setting("entropy", price, 0.5, 1) for price in (-math.inf, 0.5, 1.0)])
+    found = [depth for root in tree._roots.values() for depth in depths(root)]
+    assert max(found) == MAX_TOKENS - 1
+    assert len(found) == len(tree) == len(tree.scores("entropy"))
 
 
 def test_the_tree_refuses_sampling(pair, prompts):
