@@ -1,16 +1,14 @@
 """The recipe: one YAML file and `key=value` overrides; frozen, checked when built, unknown keys refused."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import (
-    Discriminator,
     Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Tag,
     ValidationError,
     model_validator,
 )
@@ -26,10 +24,19 @@ from training.gate_config import (
     PriceConditioning,
     QualityGain,
 )
-from training.settings import BudgetPrompt, Frozen, Rate
-
-Role = Literal["teacher", "student"]
-ROLES: tuple[Role, ...] = ("teacher", "student")
+from training.method_config import Schedule
+from training.model_config import (
+    CheaperConfig,
+    ModelConfig,
+    PretrainedConfig,
+    PrunedConfig,
+    Role,
+    ScratchConfig,
+    ServedConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+from training.settings import Frozen, Rate
 
 
 class RecipeError(UnusableInput):
@@ -71,191 +78,6 @@ class ChatConfig(Frozen):
     """Variables fixed in the template, e.g. `enable_thinking: false`."""
 
 
-class Shape(Frozen):
-    """A Llama of this size, trained from scratch."""
-
-    hidden: PositiveInt
-    """Width of the hidden state."""
-    layers: PositiveInt
-    """Number of layers."""
-    heads: PositiveInt
-    """Attention heads of a layer."""
-    feed_forward: PositiveInt
-    """Width inside a layer's feed-forward part."""
-    head_dim: PositiveInt = 32
-    """32 is the least that vLLM's CPU attention takes."""
-    context: PositiveInt = 512
-    """Longest text, in tokens."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Of the embeddings and of what each block adds, while training: for little data."""
-
-
-class Schedule(Frozen):
-    """Warm-up, constant, then linear decay to zero (WSD), so that a run can be prolonged before its decay."""
-
-    steps: PositiveInt
-    """Optimizer steps."""
-    batch: PositiveInt
-    """Examples of one optimizer step, over all processes."""
-    accumulate: PositiveInt = 1
-    """Passes that a process splits its share of the batch into: less memory, the same gradient."""
-    learning_rate: PositiveFloat
-    """The rate after the warm-up and before the decay."""
-    warmup: NonNegativeInt = 100
-    """Steps until the full learning rate."""
-    decay: Rate = 0.5
-    """Share of the steps that decay."""
-    weight_decay: float = 0.0
-    """The optimizer's weight decay."""
-    clip: PositiveFloat = 1.0
-    """Largest norm of the gradient; a larger one is scaled down to it."""
-    optimizer: Literal["adamw", "muon"] = "muon"
-    """muon is for models that are trained in whole, adamw for adapters."""
-    compile: bool = True
-    """Compile the decoder: nearly twice as fast for small models on a CPU, after half a minute."""
-    gradient_checkpointing: bool = False
-    """Compute the activations inside a layer again in the backward pass: less memory, a third more time."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: matrix products under autocast, where there are instructions for it (not on a CPU of AVX2 alone);
-    weights and optimizer stay float32.
-    """
-    checkpoint_every: PositiveInt = 250
-    """Steps between two checkpoints."""
-    log_every: PositiveInt = 25
-    """Steps between two lines of the log."""
-    validate_every: NonNegativeInt = 0
-    """Steps between greedy completions of validation examples, scored by the task; 0: never."""
-    validate_examples: PositiveInt = 100
-    """Validation examples that are completed each time."""
-    keep: Literal["last", "best"] = "last"
-    """Which weights are exported: those of the last step, or of the best validation."""
-    patience: NonNegativeInt = 0
-    """Validations without a better one after which training ends; 0: it goes on to the last step."""
-
-    @model_validator(mode="after")
-    def _validated(self) -> Self:
-        if not self.validate_every and (self.keep == "best" or self.patience):
-            raise ValueError("keep: best and patience need validate_every")
-        return self
-
-
-class MethodBase(Frozen):
-    """What all methods tell about themselves."""
-
-    needs_teacher: ClassVar[bool] = True
-    teacher_in_process: ClassVar[bool] = False
-    """Whether a teacher behind a URL is not enough."""
-
-    @property
-    def needs_references(self) -> bool:
-        """Whether it trains on right answers of the task."""
-        return True
-
-
-class SupervisedConfig(MethodBase):
-    """Fine-tuning on whole answers, whoever wrote them."""
-
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the mass that goes to all tokens alike: a teacher on little data stays less sure of itself."""
-
-
-class SFTConfig(SupervisedConfig):
-    """Supervised fine-tuning on the references."""
-
-    needs_teacher: ClassVar[bool] = False
-    type: Literal["sft"]
-
-
-class SeqKDConfig(SupervisedConfig):
-    """Sequence-level distillation: fine-tuning on the teacher's own completions."""
-
-    teacher_in_process: ClassVar[bool] = True
-    type: Literal["seqkd"]
-    temperature: float = Field(default=0.0, ge=0)
-    """0: greedy, the likeliest completion; 1: drawn from the teacher."""
-
-    @property
-    def needs_references(self) -> bool:
-        """It trains on what the teacher writes."""
-        return False
-
-
-class KDConfig(MethodBase):
-    """Word-level distillation: forward KL to the teacher on the references' prefixes."""
-
-    type: Literal["kd"]
-    temperature: PositiveFloat = 1.0
-    """Of both distributions: above 1 the teacher's less likely tokens count more. The loss is multiplied by
-    its square, so that gradients keep their size.
-    """
-
-
-class GKDConfig(MethodBase):
-    """Generalised Jensen-Shannon divergence, on the student's own completions."""
-
-    type: Literal["gkd"]
-    beta: float = Field(default=1.0, ge=0, le=1)
-    """0: forward KL, 1: reverse KL."""
-    temperature: PositiveFloat = 1.0
-    """Of both distributions, as with `kd`; completions are drawn at 1."""
-    on_policy: float = Field(default=0.5, ge=0, le=1)
-    """Share of the steps on the student's own completions; the others are on the references."""
-
-    @property
-    def needs_references(self) -> bool:
-        """Only for the steps on references."""
-        return self.on_policy < 1
-
-
-class PCLConfig(MethodBase):
-    """Path consistency with V = 0: squared log-ratios, on own completions and references."""
-
-    type: Literal["pcl"]
-    window: NonNegativeInt = 0
-    """Decisions of a sub-path; 0: one step, all actions."""
-    clip: PositiveFloat = 4.0
-    """Residuals count linearly beyond this, nats."""
-    on_policy: float = Field(default=0.5, ge=0, le=1)
-    """Share of each step's rows that hold the student's own completions; the others hold references."""
-
-    @property
-    def needs_references(self) -> bool:
-        """Only for the rows of references."""
-        return self.on_policy < 1
-
-
-class JointConfig(MethodBase):
-    """A student goes on with its router: distillation where the gate does not ask.
-
-    See `training.methods.joint`. The router's stage then fits the gate to the new student.
-    """
-
-    teacher_in_process: ClassVar[bool] = True
-    type: Literal["joint"]
-    router: Path
-    """Checkpoint that was trained with the student."""
-    rates: tuple[Rate, ...] = (0.05, 0.1, 0.2, 0.3)
-    """Budgets that rows are trained for, by their calibrated prices."""
-    temperature: PositiveFloat = 0.2
-    """Of asking, in the gate's units."""
-    anchor: float = Field(default=0.1, ge=0)
-    """Weight of the distillation that is everywhere."""
-    budget_prompt: BudgetPrompt | None = None
-    """The budget in words too, for a router of `conditioning: prompt`."""
-
-
-MethodConfig = Annotated[
-    SFTConfig | SeqKDConfig | KDConfig | GKDConfig | PCLConfig | JointConfig, Field(discriminator="type")
-]
-
-
-class TrainingPlan(NamedTuple):
-    """How a model is trained."""
-
-    method: MethodConfig
-    schedule: Schedule
-
-
 class TurnsConfig(Frozen):
     """Student and gate in turns after the router's stage, as long as validation gets better."""
 
@@ -269,178 +91,6 @@ class TurnsConfig(Frozen):
     """As of method `joint`."""
     schedule: Schedule
     """Of the student in each turn."""
-
-
-class RolloutConfig(Frozen):
-    """The model's own completions are written by a vLLM server of it; see `training.rollout_server`."""
-
-    url: str
-    """Address of the vLLM server, without /v1."""
-    directory: Path | None = None
-    """Where the weights are handed over, readable by both; None: `rollouts` in the model's work directory."""
-    every: PositiveInt = 1
-    """Batches drawn between two transfers of weights."""
-
-
-class ScratchConfig(Frozen):
-    """A model trained from nothing."""
-
-    is_ready: ClassVar[bool] = False
-    dtype: ClassVar[str] = "float32"
-    shape: Shape
-    """Its size."""
-    method: MethodConfig
-    """How it learns."""
-    schedule: Schedule
-    """How long, and with which optimizer."""
-    rollouts: RolloutConfig | None = None
-    """A vLLM server that writes its own completions; None: the trainer does."""
-
-    @property
-    def plan(self) -> TrainingPlan:
-        """How it is trained."""
-        return TrainingPlan(self.method, self.schedule)
-
-
-class LoraConfig(Frozen):
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) are trained instead of the weights."""
-
-    rank: PositiveInt = 16
-    """Rank of each adapter."""
-    alpha: PositiveFloat = 32
-    """Scale of the adapters: their output is multiplied by alpha / rank."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout of the adapters' inputs, while training."""
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of the modules that get an adapter; by default all linear ones but the output matrix."""
-
-
-class PretrainedConfig(Frozen):
-    """A ready model; trained further where it has a method and a schedule, else taken as it is."""
-
-    pretrained: str
-    """Directory, or hub name: OWNER/NAME, or OWNER/NAME@REVISION."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights; keep float32 for what is trained."""
-    lora: LoraConfig | None = None
-    """Adapters that are trained instead of the weights; None: all weights are."""
-    method: MethodConfig | None = None
-    """How it is trained further; None: it is taken as it is."""
-    schedule: Schedule | None = None
-    """How long, and with which optimizer; goes with `method`."""
-    rollouts: RolloutConfig | None = None
-    """A vLLM server that writes its own completions; None: the trainer does."""
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the model is taken as it is."""
-        return self.plan is None
-
-    @property
-    def plan(self) -> TrainingPlan | None:
-        """How it is trained; None: not at all."""
-        if self.method is None or self.schedule is None:
-            return None
-        return TrainingPlan(self.method, self.schedule)
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        if (self.method is None) != (self.schedule is None):
-            raise ValueError("set both method and schedule, or neither")
-        if self.method is None and (self.lora is not None or self.rollouts is not None):
-            raise ValueError("lora and rollouts need a method and a schedule")
-        return self
-
-
-class PruneConfig(Frozen):
-    """Which part of the teacher a student begins with."""
-
-    layers: PositiveInt
-    """How many of its layers: the first, the last, and others evenly spaced between them."""
-
-
-class PrunedConfig(Frozen):
-    """A student that begins as the trained teacher with a few of its layers, see `training.pruning`."""
-
-    is_ready: ClassVar[bool] = False
-    prune: PruneConfig
-    """How much of the teacher it keeps."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights."""
-    method: MethodConfig
-    """How it learns."""
-    schedule: Schedule
-    """How long, and with which optimizer."""
-    rollouts: RolloutConfig | None = None
-    """A vLLM server that writes its own completions; None: the trainer does."""
-
-    @property
-    def plan(self) -> TrainingPlan:
-        """How it is trained."""
-        return TrainingPlan(self.method, self.schedule)
-
-
-class ServedConfig(Frozen):
-    """A teacher behind a vLLM server's URL."""
-
-    is_ready: ClassVar[bool] = False
-    method: ClassVar[None] = None
-    plan: ClassVar[None] = None
-    url: str
-    """Address of the vLLM server, without /v1."""
-    model: str | None = None
-    """The name it is served by; None: the only one there."""
-    top_logprobs: int = Field(default=20, ge=2)
-    """Likeliest tokens asked for at every position (the server's `--max-logprobs` bounds it); all others
-    count as one event."""
-
-    @property
-    def known_as(self) -> str:
-        """What its answers are kept under."""
-        return self.url.rstrip("/")
-
-
-class CheaperReadyConfig(Frozen):
-    """A cheaper teacher in process, taken as it is."""
-
-    cost: float = Field(gt=0, le=1)
-    """Of its token, if one of `teacher` costs 1: its price is the common one times this."""
-    pretrained: str
-    """Directory, or hub name: OWNER/NAME, or OWNER/NAME@REVISION."""
-
-
-class CheaperServedConfig(ServedConfig):
-    """A cheaper teacher behind a vLLM server's URL."""
-
-    cost: float = Field(gt=0, le=1)
-    """Of its token, if one of `teacher` costs 1: its price is the common one times this."""
-
-
-def _kind(value: Any) -> str | None:
-    keys = value.keys() if isinstance(value, dict) else value.__dict__.keys()
-    for kind in ("shape", "pretrained", "prune", "url"):
-        if kind in keys:
-            return kind
-    return None
-
-
-Scratch = Annotated[ScratchConfig, Tag("shape")]
-Pretrained = Annotated[PretrainedConfig, Tag("pretrained")]
-Pruned = Annotated[PrunedConfig, Tag("prune")]
-WHICH = Discriminator(
-    _kind,
-    custom_error_type="model",
-    custom_error_message="a model has shape, pretrained, (student) prune or (teacher) url",
-)
-ModelConfig = ScratchConfig | PretrainedConfig | PrunedConfig
-StudentConfig = Annotated[Scratch | Pretrained | Pruned, WHICH]
-TeacherConfig = Annotated[Scratch | Pretrained | Annotated[ServedConfig, Tag("url")], WHICH]
-CheaperConfig = Annotated[
-    Annotated[CheaperReadyConfig, Tag("pretrained")] | Annotated[CheaperServedConfig, Tag("url")],
-    Discriminator(
-        _kind, custom_error_type="model", custom_error_message="a cheaper teacher has pretrained or url"
-    ),
-]
 
 
 class Recipe(Frozen):

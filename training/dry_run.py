@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerBase
 
 from training import parallel
 from training.batches import Batch
-from training.config import ROLES, Recipe, Role, ServedConfig
+from training.config import Recipe
 from training.export import link_model
 from training.gate_config import InProcessRollouts
 from training.gating.router_stage import FrozenPair
 from training.loop.progress import console
 from training.loop.trainer import make_optimizers, update
+from training.model_config import ROLES, Role, ServedConfig
 from training.models import build, parameters, reserved_rows, save_model, trained
 from training.pipeline import (
     Job,

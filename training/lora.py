@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from router.errors import UnusableInput
-from training.config import LoraConfig
+from training.model_config import LoraConfig
 
 
 class LoraError(UnusableInput):

@@ -21,9 +21,10 @@ from transformers import (
 from router.reserved import RESERVED_ROWS, ReservedRows
 from router.rows import append_rows, vocabulary_rows
 from training.batches import Batch
-from training.config import ModelConfig, PretrainedConfig, PrunedConfig, RecipeError, ScratchConfig, Shape
+from training.config import RecipeError
 from training.hub import directory_of
 from training.lora import add_lora
+from training.model_config import ModelConfig, PretrainedConfig, PrunedConfig, ScratchConfig, Shape
 from training.parallel import blocks_of, is_sharded
 from training.pruning import pruned
 from training.reading import Reading, Readout, is_followed, read, read_parts, read_states

@@ -17,24 +17,7 @@ from measuring.chats import messages_of
 from router.checkpoint import CheckpointError, RouterCheckpoint, fingerprint
 from training import parallel
 from training.batches import Demonstrations
-from training.config import (
-    ROLES,
-    CheaperConfig,
-    CheaperReadyConfig,
-    CheaperServedConfig,
-    JointConfig,
-    MethodConfig,
-    ModelConfig,
-    PretrainedConfig,
-    PrunedConfig,
-    Recipe,
-    RecipeError,
-    Role,
-    RolloutConfig,
-    Schedule,
-    ScratchConfig,
-    ServedConfig,
-)
+from training.config import Recipe, RecipeError
 from training.export import export, export_examples, link_model, replacing, save
 from training.gate_config import InProcessRollouts
 from training.gating.cheaper import Cheaper
@@ -46,7 +29,20 @@ from training.loop import trainer
 from training.loop.trackers import check_trackers
 from training.loop.validation import Validation
 from training.lora import LoraError
+from training.method_config import JointConfig, MethodConfig, RolloutConfig, Schedule
 from training.methods import METHODS, Joint, Method, SeqKD
+from training.model_config import (
+    ROLES,
+    CheaperConfig,
+    CheaperReadyConfig,
+    CheaperServedConfig,
+    ModelConfig,
+    PretrainedConfig,
+    PrunedConfig,
+    Role,
+    ScratchConfig,
+    ServedConfig,
+)
 from training.models import build, check_adapters, load_model, parameters, recompute_layers
 from training.pruning import check_layers, layers_of
 from training.reading import check_readout, check_steps, context_of

@@ -8,19 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from training.config import (
-    GKDConfig,
-    MethodConfig,
-    ModelConfig,
-    PCLConfig,
-    PrunedConfig,
-    Recipe,
-    Role,
-    ScratchConfig,
-    SeqKDConfig,
-    ServedConfig,
-)
+from training.config import Recipe
 from training.gate_config import WHERE
+from training.method_config import GKDConfig, MethodConfig, PCLConfig, SeqKDConfig
+from training.model_config import ModelConfig, PrunedConfig, Role, ScratchConfig, ServedConfig
 
 RECORD = "recipe.json"
 HOW = (

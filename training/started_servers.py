@@ -24,9 +24,10 @@ from measuring.pair import (
 )
 from measuring.processes import Service, exit_at_signals, running
 from router.errors import PeerError
-from training.config import RecipeError, Role, ServedConfig
+from training.config import RecipeError
 from training.gate_config import GatewayRollouts
 from training.loop.progress import console
+from training.model_config import Role, ServedConfig
 from training.workspace import Workspace
 
 ON_CPU = ("--kv-cache-memory-bytes", "1G")

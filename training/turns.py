@@ -11,10 +11,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from training.config import JointConfig, PretrainedConfig, Recipe, RecipeError, TurnsConfig
+from training.config import Recipe, RecipeError, TurnsConfig
 from training.evaluation.report import Evaluation
 from training.export import remove
 from training.gating.calibration import standard_error
+from training.method_config import JointConfig
+from training.model_config import PretrainedConfig
 from training.pipeline import run, task_of
 
 

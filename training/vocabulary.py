@@ -10,16 +10,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from measuring.json_lines import DataError
 from router.rows import CheckpointError, VocabularyTensors
 from router.vocabulary import OTHER_SPLIT, differences
-from training.config import (
-    ROLES,
-    ChatConfig,
-    PretrainedConfig,
-    PrunedConfig,
-    Recipe,
-    RecipeError,
-    ServedConfig,
-)
+from training.config import ChatConfig, Recipe, RecipeError
 from training.hub import directory_of
+from training.model_config import ROLES, PretrainedConfig, PrunedConfig, ServedConfig
 from training.served import ServedTeacher, VLLMServer
 from training.teacher_cache import TeacherCache
 from training.tokenizer import for_router, rendered, visible_ids

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 from router.checkpoint import CheckpointError, RouterCheckpoint
-from training.config import PretrainedConfig, Recipe, RecipeError, Role
+from training.config import Recipe, RecipeError
 from training.export import is_link_to, remove
 from training.loop.checkpoints import saved
+from training.model_config import PretrainedConfig, Role
 from training.record import (
     Record,
     changes,

@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from training.batches import Batch
-from training.config import KDConfig
+from training.method_config import KDConfig
 from training.methods import KD
 from training.pieces import PIECE
 

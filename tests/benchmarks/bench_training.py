@@ -27,8 +27,8 @@ from trl import DistillationConfig, DistillationTrainer
 
 from tests.helpers.paths import ROOT
 from training.batches import Batch
-from training.config import PCLConfig, Schedule
 from training.loop.trainer import make_optimizers, update
+from training.method_config import PCLConfig, Schedule
 from training.methods import PCL
 from training.models import load_model
 from training.tasks import make_task

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from training.config import Shape
+from training.model_config import Shape
 from training.models import new_model, save_model
 from training.tasks import make_task
 from training.tokenizer import train_tokenizer

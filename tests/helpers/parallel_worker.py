@@ -7,9 +7,10 @@ import torch
 from tests.helpers.killing import Killed, killing
 from training import parallel
 from training.batches import Demonstrations
-from training.config import PCLConfig, Schedule, Shape
 from training.loop.trainer import train
+from training.method_config import PCLConfig, Schedule
 from training.methods import PCL
+from training.model_config import Shape
 from training.models import new_model
 from training.parallel import weights_of
 from training.tasks import make_task

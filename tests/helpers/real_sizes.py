@@ -10,9 +10,11 @@ from server.bench.cost_model import Traffic
 from server.bench.gpu_model import H100, QWEN_06, QWEN_8
 from server.bench.roofline import Load, Shape, cooperation
 from training.cli import find_recipe
-from training.config import GKDConfig, LoraConfig, PretrainedConfig, load_recipe
+from training.config import load_recipe
 from training.gating.served_calibration import passes_of
 from training.gating.traffic_stage import POSITIONS
+from training.method_config import GKDConfig
+from training.model_config import LoraConfig, PretrainedConfig
 from training.pieces import PIECE
 from training.started_servers import READ_AT_ONCE
 

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from server.config import ServeConfig
 from tests.helpers.paths import ROOT
-from training import config, gate_config, settings
+from training import config, gate_config, method_config, model_config, settings
 from training.config import Recipe
 
 GENERATED = "<!-- Written by `python -m tests.helpers.reference`; do not edit. -->"
@@ -154,7 +154,7 @@ def docstrings_of(model: type[BaseModel]) -> dict[str, str]:
     found: dict[str, str] = {}
     for cls in reversed(model.__mro__):
         module = inspect.getmodule(cls)
-        if module in (config, gate_config, settings):
+        if module in (config, gate_config, method_config, model_config, settings):
             found |= documented(module, cls.__name__)
     return found
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from router.reserved import ReservedRows
 from tests.helpers.fluent_teacher import byte_level
 from tests.helpers.paths import ROOT
-from training.config import Shape
+from training.model_config import Shape
 from training.models import new_model
 
 VISIBLE, END, MAX_TOKENS = 40, 1, 16

@@ -6,8 +6,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from training import parallel
-from training.config import Schedule
 from training.loop.checkpoints import load_weights, save_weights
+from training.method_config import Schedule
 
 
 class Best:

@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 
 from training import parallel
 from training.batches import Batch, BatchLoss
-from training.config import Schedule
 from training.loop.best import Best
 from training.loop.checkpoints import restore, save
 from training.loop.muon import Muon
 from training.loop.progress import Log, Progress, console
 from training.loop.stopping import Diverged, Stopped, StopRequests, stop_requests
+from training.method_config import Schedule
 from training.models import trained
 from training.sampling import evaluating
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from training.batches import Batch, BatchLoss
-from training.config import GKDConfig
+from training.method_config import GKDConfig
 from training.methods.base import Method
 from training.teacher import LogProbs
 

@@ -17,7 +17,7 @@ from router.checkpoint import RouterCheckpoint
 from router.features import confidence
 from router.words import budget_text
 from training.batches import Batch, BatchLoss
-from training.config import JointConfig
+from training.method_config import JointConfig
 from training.methods.base import Method
 from training.models import answer_outputs
 from training.pieces import in_pieces

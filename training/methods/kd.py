@@ -5,7 +5,7 @@ from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from training.batches import Batch, BatchLoss
-from training.config import KDConfig
+from training.method_config import KDConfig
 from training.methods.base import Method
 from training.teacher import LogProbs
 

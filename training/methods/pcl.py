@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from training.batches import Batch, BatchLoss
-from training.config import PCLConfig
+from training.method_config import PCLConfig
 from training.methods.base import Method
 from training.teacher import LogProbs
 

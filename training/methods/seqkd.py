@@ -6,8 +6,8 @@ See Kim and Rush 2016, arXiv 1606.07947. Completions are greedy, in place of the
 from transformers import PreTrainedModel
 
 from training.batches import Batch
-from training.config import SeqKDConfig
 from training.kept_completions import KeptCompletions
+from training.method_config import SeqKDConfig
 from training.methods.sft import SFT
 from training.sampling import room, sampled
 

@@ -5,7 +5,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from training.batches import Batch, BatchLoss
-from training.config import SupervisedConfig
+from training.method_config import SupervisedConfig
 from training.methods.base import Method
 from training.models import answer_outputs
 from training.pieces import in_pieces

@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers.commands import evaluate, train
 from tests.helpers.numbers import tokenizer_of_numbers
-from training.config import Shape
+from training.model_config import Shape
 from training.models import new_model, save_model
 
 GOOD = '{"source": "At 2:30 pm.", "target": "Um halb drei."}\n'

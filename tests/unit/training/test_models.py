@@ -14,9 +14,9 @@ from router.checkpoint import RouterCheckpoint
 from router.reserved import RESERVED_ROWS
 from router.vocabulary import OTHER_SPLIT
 from tests.helpers.commands import INTERRUPTED, train
-from training.config import Shape
 from training.gating.rollout import Request
 from training.gating.router_stage import FrozenPair
+from training.model_config import Shape
 from training.models import new_model, reserved_rows, save_model
 from training.sampling import complete
 from training.tokenizer import load_tokenizer

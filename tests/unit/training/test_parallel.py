@@ -5,8 +5,8 @@ import torch
 
 from tests.helpers import numbers, parallel_worker
 from training.batches import Batch, Demonstrations
-from training.config import Schedule, SFTConfig
 from training.loop.trainer import make_optimizers, unchanged, update
+from training.method_config import Schedule, SFTConfig
 from training.methods import SFT
 from training.models import answer_read, new_model
 from training.sampling import drawn

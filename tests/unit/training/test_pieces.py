@@ -5,8 +5,9 @@ import torch
 
 from tests.helpers.numbers import tokenizer_of_numbers
 from training.batches import Demonstrations
-from training.config import GKDConfig, KDConfig, PCLConfig, SFTConfig, Shape
+from training.method_config import GKDConfig, KDConfig, PCLConfig, SFTConfig
 from training.methods import METHODS
+from training.model_config import Shape
 from training.models import new_model
 from training.pieces import in_pieces
 from training.reading import is_followed

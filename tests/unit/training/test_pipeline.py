@@ -15,10 +15,11 @@ from router.checkpoint import RouterCheckpoint
 from tests.helpers.commands import INTERRUPTED, train
 from tests.helpers.numbers import save_untrained_pair, tokenizer_of_numbers
 from training import cli, export, pipeline
-from training.config import LoraConfig, Shape, load_recipe
+from training.config import load_recipe
 from training.hub import HubError, check_hub, push
 from training.loop import trainer
 from training.lora import LoraError, add_lora, merged
+from training.model_config import LoraConfig, Shape
 from training.models import new_model, save_model
 
 torch.set_num_threads(1)

@@ -21,7 +21,8 @@ from transformers import (
 from router.checkpoint import RouterCheckpoint
 from tests.helpers.commands import train
 from tests.helpers.numbers import tokenizer_of_numbers
-from training.config import RecipeError, Shape
+from training.config import RecipeError
+from training.model_config import Shape
 from training.models import new_model, save_model
 from training.parallel import blocks_of
 from training.pruning import kept_layers, pruned

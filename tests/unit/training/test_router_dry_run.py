@@ -8,9 +8,9 @@ from router.reserved import ReservedRows
 from tests.helpers.commands import train
 from tests.helpers.numbers import tokenizer_of_numbers
 from tests.helpers.taking_gateway import TakingGateway, stage_of
-from training.config import Shape
 from training.gating import rollout
 from training.gating.rollout import ClosedLoop, Request, cache_bytes
+from training.model_config import Shape
 from training.models import load_model, new_model
 from training.router_dry_run import Timed, projected
 from training.served_dry_run import try_served_router

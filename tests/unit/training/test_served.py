@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.helpers.served_teacher import BATCH, VISIBLE, VLLM, client
 from training import served
-from training.config import GKDConfig, KDConfig, LoraConfig, PCLConfig, Shape
 from training.lora import add_lora
+from training.method_config import GKDConfig, KDConfig, PCLConfig
 from training.methods import GKD, KD, PCL
+from training.model_config import LoraConfig, Shape
 from training.models import answer_logits, new_model
 from training.rollout_server import RolloutServer
 from training.served import ServedTeacher, ServerError, VLLMServer

@@ -9,7 +9,8 @@ import pytest
 from measuring.gateway import GatewayError
 from measuring.pair import free_port
 from measuring.processes import Service, ServiceError
-from training.config import RecipeError, ServedConfig, load_recipe
+from training.config import RecipeError, load_recipe
+from training.model_config import ServedConfig
 from training.record import router_record
 from training.started_servers import Servers, StartedTeacher, started, to_start, with_addresses
 from training.workspace import Workspace

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tests.helpers.served_teacher import BATCH, VISIBLE, VLLM, client
-from training.config import SeqKDConfig, Shape
 from training.kept_completions import KeptCompletions
+from training.method_config import SeqKDConfig
 from training.methods import SeqKD
+from training.model_config import Shape
 from training.models import new_model
 from training.served import ServedTeacher, ServerError, VLLMServer
 from training.teacher_cache import TeacherCache, key_of

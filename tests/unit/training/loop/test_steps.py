@@ -10,12 +10,13 @@ import torch
 
 from tests.helpers.numbers import tokenizer_of_numbers
 from training.batches import Batch, Demonstrations
-from training.config import GKDConfig, KDConfig, LoraConfig, Schedule, SFTConfig, Shape
 from training.loop import trackers
 from training.loop.progress import Log
 from training.loop.trainer import make_optimizers, train, unchanged, update
 from training.lora import add_lora
+from training.method_config import GKDConfig, KDConfig, Schedule, SFTConfig
 from training.methods import GKD, KD, SFT, SeqKD
+from training.model_config import LoraConfig, Shape
 from training.models import new_model
 from training.sampling import complete, sampled
 from training.tasks import make_task

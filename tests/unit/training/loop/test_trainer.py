@@ -12,11 +12,12 @@ from transformers import PretrainedConfig
 from tests.helpers.killing import Killed, killing
 from tests.helpers.numbers import tokenizer_of_numbers
 from training.batches import Batch, Demonstrations
-from training.config import GKDConfig, KDConfig, PCLConfig, Schedule, SFTConfig, Shape
 from training.loop.stopping import Stopped
 from training.loop.trainer import train
 from training.loop.validation import Validation
+from training.method_config import GKDConfig, KDConfig, PCLConfig, Schedule, SFTConfig
 from training.methods import GKD, KD, PCL, SFT
+from training.model_config import Shape
 from training.models import load_model, new_model, reserved_rows, save_model
 from training.sampling import sampled, until_end
 from training.tasks import make_task

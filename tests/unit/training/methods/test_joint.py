@@ -9,8 +9,9 @@ from router.reserved import ReservedRows
 from tests.helpers.commands import train
 from tests.helpers.numbers import tokenizer_of_numbers
 from training.batches import Batch, Demonstrations
-from training.config import JointConfig, KDConfig, Shape
+from training.method_config import JointConfig, KDConfig
 from training.methods import KD, Joint
+from training.model_config import Shape
 from training.models import new_model, save_model
 from training.tasks import make_task
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from training.batches import Batch
-from training.config import KDConfig, PCLConfig
+from training.method_config import KDConfig, PCLConfig
 from training.methods import KD, PCL
 from training.methods.gkd import generalised_jsd
 from training.methods.kd import forward_kl

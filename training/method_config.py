@@ -1,0 +1,185 @@
+"""How a model is trained: the methods of a recipe, and its schedules."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from training.settings import BudgetPrompt, Frozen, Rate
+
+
+class Schedule(Frozen):
+    """Warm-up, constant, then linear decay to zero (WSD), so that a run can be prolonged before its decay."""
+
+    steps: PositiveInt
+    """Optimizer steps."""
+    batch: PositiveInt
+    """Examples of one optimizer step, over all processes."""
+    accumulate: PositiveInt = 1
+    """Passes that a process splits its share of the batch into: less memory, the same gradient."""
+    learning_rate: PositiveFloat
+    """The rate after the warm-up and before the decay."""
+    warmup: NonNegativeInt = 100
+    """Steps until the full learning rate."""
+    decay: Rate = 0.5
+    """Share of the steps that decay."""
+    weight_decay: float = 0.0
+    """The optimizer's weight decay."""
+    clip: PositiveFloat = 1.0
+    """Largest norm of the gradient; a larger one is scaled down to it."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """muon is for models that are trained in whole, adamw for adapters."""
+    compile: bool = True
+    """Compile the decoder: nearly twice as fast for small models on a CPU, after half a minute."""
+    gradient_checkpointing: bool = False
+    """Compute the activations inside a layer again in the backward pass: less memory, a third more time."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: matrix products under autocast, where there are instructions for it (not on a CPU of AVX2 alone);
+    weights and optimizer stay float32.
+    """
+    checkpoint_every: PositiveInt = 250
+    """Steps between two checkpoints."""
+    log_every: PositiveInt = 25
+    """Steps between two lines of the log."""
+    validate_every: NonNegativeInt = 0
+    """Steps between greedy completions of validation examples, scored by the task; 0: never."""
+    validate_examples: PositiveInt = 100
+    """Validation examples that are completed each time."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights are exported: those of the last step, or of the best validation."""
+    patience: NonNegativeInt = 0
+    """Validations without a better one after which training ends; 0: it goes on to the last step."""
+
+    @model_validator(mode="after")
+    def _validated(self) -> Self:
+        if not self.validate_every and (self.keep == "best" or self.patience):
+            raise ValueError("keep: best and patience need validate_every")
+        return self
+
+
+class MethodBase(Frozen):
+    """What all methods tell about themselves."""
+
+    needs_teacher: ClassVar[bool] = True
+    teacher_in_process: ClassVar[bool] = False
+    """Whether a teacher behind a URL is not enough."""
+
+    @property
+    def needs_references(self) -> bool:
+        """Whether it trains on right answers of the task."""
+        return True
+
+
+class SupervisedConfig(MethodBase):
+    """Fine-tuning on whole answers, whoever wrote them."""
+
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the mass that goes to all tokens alike: a teacher on little data stays less sure of itself."""
+
+
+class SFTConfig(SupervisedConfig):
+    """Supervised fine-tuning on the references."""
+
+    needs_teacher: ClassVar[bool] = False
+    type: Literal["sft"]
+
+
+class SeqKDConfig(SupervisedConfig):
+    """Sequence-level distillation: fine-tuning on the teacher's own completions."""
+
+    teacher_in_process: ClassVar[bool] = True
+    type: Literal["seqkd"]
+    temperature: float = Field(default=0.0, ge=0)
+    """0: greedy, the likeliest completion; 1: drawn from the teacher."""
+
+    @property
+    def needs_references(self) -> bool:
+        """It trains on what the teacher writes."""
+        return False
+
+
+class KDConfig(MethodBase):
+    """Word-level distillation: forward KL to the teacher on the references' prefixes."""
+
+    type: Literal["kd"]
+    temperature: PositiveFloat = 1.0
+    """Of both distributions: above 1 the teacher's less likely tokens count more. The loss is multiplied by
+    its square, so that gradients keep their size.
+    """
+
+
+class GKDConfig(MethodBase):
+    """Generalised Jensen-Shannon divergence, on the student's own completions."""
+
+    type: Literal["gkd"]
+    beta: float = Field(default=1.0, ge=0, le=1)
+    """0: forward KL, 1: reverse KL."""
+    temperature: PositiveFloat = 1.0
+    """Of both distributions, as with `kd`; completions are drawn at 1."""
+    on_policy: float = Field(default=0.5, ge=0, le=1)
+    """Share of the steps on the student's own completions; the others are on the references."""
+
+    @property
+    def needs_references(self) -> bool:
+        """Only for the steps on references."""
+        return self.on_policy < 1
+
+
+class PCLConfig(MethodBase):
+    """Path consistency with V = 0: squared log-ratios, on own completions and references."""
+
+    type: Literal["pcl"]
+    window: NonNegativeInt = 0
+    """Decisions of a sub-path; 0: one step, all actions."""
+    clip: PositiveFloat = 4.0
+    """Residuals count linearly beyond this, nats."""
+    on_policy: float = Field(default=0.5, ge=0, le=1)
+    """Share of each step's rows that hold the student's own completions; the others hold references."""
+
+    @property
+    def needs_references(self) -> bool:
+        """Only for the rows of references."""
+        return self.on_policy < 1
+
+
+class JointConfig(MethodBase):
+    """A student goes on with its router: distillation where the gate does not ask.
+
+    See `training.methods.joint`. The router's stage then fits the gate to the new student.
+    """
+
+    teacher_in_process: ClassVar[bool] = True
+    type: Literal["joint"]
+    router: Path
+    """Checkpoint that was trained with the student."""
+    rates: tuple[Rate, ...] = (0.05, 0.1, 0.2, 0.3)
+    """Budgets that rows are trained for, by their calibrated prices."""
+    temperature: PositiveFloat = 0.2
+    """Of asking, in the gate's units."""
+    anchor: float = Field(default=0.1, ge=0)
+    """Weight of the distillation that is everywhere."""
+    budget_prompt: BudgetPrompt | None = None
+    """The budget in words too, for a router of `conditioning: prompt`."""
+
+
+MethodConfig = Annotated[
+    SFTConfig | SeqKDConfig | KDConfig | GKDConfig | PCLConfig | JointConfig, Field(discriminator="type")
+]
+
+
+class TrainingPlan(NamedTuple):
+    """How a model is trained."""
+
+    method: MethodConfig
+    schedule: Schedule
+
+
+class RolloutConfig(Frozen):
+    """The model's own completions are written by a vLLM server of it; see `training.rollout_server`."""
+
+    url: str
+    """Address of the vLLM server, without /v1."""
+    directory: Path | None = None
+    """Where the weights are handed over, readable by both; None: `rollouts` in the model's work directory."""
+    every: PositiveInt = 1
+    """Batches drawn between two transfers of weights."""

@@ -1,0 +1,192 @@
+"""The models of a recipe: student, teacher and cheaper teachers, and where each comes from."""
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
+
+from training.method_config import MethodConfig, RolloutConfig, Schedule, TrainingPlan
+from training.settings import Frozen
+
+Role = Literal["teacher", "student"]
+
+ROLES: tuple[Role, ...] = ("teacher", "student")
+
+
+class Shape(Frozen):
+    """A Llama of this size, trained from scratch."""
+
+    hidden: PositiveInt
+    """Width of the hidden state."""
+    layers: PositiveInt
+    """Number of layers."""
+    heads: PositiveInt
+    """Attention heads of a layer."""
+    feed_forward: PositiveInt
+    """Width inside a layer's feed-forward part."""
+    head_dim: PositiveInt = 32
+    """32 is the least that vLLM's CPU attention takes."""
+    context: PositiveInt = 512
+    """Longest text, in tokens."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of the embeddings and of what each block adds, while training: for little data."""
+
+
+class ScratchConfig(Frozen):
+    """A model trained from nothing."""
+
+    is_ready: ClassVar[bool] = False
+    dtype: ClassVar[str] = "float32"
+    shape: Shape
+    """Its size."""
+    method: MethodConfig
+    """How it learns."""
+    schedule: Schedule
+    """How long, and with which optimizer."""
+    rollouts: RolloutConfig | None = None
+    """A vLLM server that writes its own completions; None: the trainer does."""
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """How it is trained."""
+        return TrainingPlan(self.method, self.schedule)
+
+
+class LoraConfig(Frozen):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) are trained instead of the weights."""
+
+    rank: PositiveInt = 16
+    """Rank of each adapter."""
+    alpha: PositiveFloat = 32
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of the adapters' inputs, while training."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of the modules that get an adapter; by default all linear ones but the output matrix."""
+
+
+class PretrainedConfig(Frozen):
+    """A ready model; trained further where it has a method and a schedule, else taken as it is."""
+
+    pretrained: str
+    """Directory, or hub name: OWNER/NAME, or OWNER/NAME@REVISION."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights; keep float32 for what is trained."""
+    lora: LoraConfig | None = None
+    """Adapters that are trained instead of the weights; None: all weights are."""
+    method: MethodConfig | None = None
+    """How it is trained further; None: it is taken as it is."""
+    schedule: Schedule | None = None
+    """How long, and with which optimizer; goes with `method`."""
+    rollouts: RolloutConfig | None = None
+    """A vLLM server that writes its own completions; None: the trainer does."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the model is taken as it is."""
+        return self.plan is None
+
+    @property
+    def plan(self) -> TrainingPlan | None:
+        """How it is trained; None: not at all."""
+        if self.method is None or self.schedule is None:
+            return None
+        return TrainingPlan(self.method, self.schedule)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.method is None) != (self.schedule is None):
+            raise ValueError("set both method and schedule, or neither")
+        if self.method is None and (self.lora is not None or self.rollouts is not None):
+            raise ValueError("lora and rollouts need a method and a schedule")
+        return self
+
+
+class PruneConfig(Frozen):
+    """Which part of the teacher a student begins with."""
+
+    layers: PositiveInt
+    """How many of its layers: the first, the last, and others evenly spaced between them."""
+
+
+class PrunedConfig(Frozen):
+    """A student that begins as the trained teacher with a few of its layers, see `training.pruning`."""
+
+    is_ready: ClassVar[bool] = False
+    prune: PruneConfig
+    """How much of the teacher it keeps."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights."""
+    method: MethodConfig
+    """How it learns."""
+    schedule: Schedule
+    """How long, and with which optimizer."""
+    rollouts: RolloutConfig | None = None
+    """A vLLM server that writes its own completions; None: the trainer does."""
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """How it is trained."""
+        return TrainingPlan(self.method, self.schedule)
+
+
+class ServedConfig(Frozen):
+    """A teacher behind a vLLM server's URL."""
+
+    is_ready: ClassVar[bool] = False
+    method: ClassVar[None] = None
+    plan: ClassVar[None] = None
+    url: str
+    """Address of the vLLM server, without /v1."""
+    model: str | None = None
+    """The name it is served by; None: the only one there."""
+    top_logprobs: int = Field(default=20, ge=2)
+    """Likeliest tokens asked for at every position (the server's `--max-logprobs` bounds it); all others
+    count as one event."""
+
+    @property
+    def known_as(self) -> str:
+        """What its answers are kept under."""
+        return self.url.rstrip("/")
+
+
+class CheaperReadyConfig(Frozen):
+    """A cheaper teacher in process, taken as it is."""
+
+    cost: float = Field(gt=0, le=1)
+    """Of its token, if one of `teacher` costs 1: its price is the common one times this."""
+    pretrained: str
+    """Directory, or hub name: OWNER/NAME, or OWNER/NAME@REVISION."""
+
+
+class CheaperServedConfig(ServedConfig):
+    """A cheaper teacher behind a vLLM server's URL."""
+
+    cost: float = Field(gt=0, le=1)
+    """Of its token, if one of `teacher` costs 1: its price is the common one times this."""
+
+
+def _kind(value: Any) -> str | None:
+    keys = value.keys() if isinstance(value, dict) else value.__dict__.keys()
+    for kind in ("shape", "pretrained", "prune", "url"):
+        if kind in keys:
+            return kind
+    return None
+
+
+Scratch = Annotated[ScratchConfig, Tag("shape")]
+Pretrained = Annotated[PretrainedConfig, Tag("pretrained")]
+Pruned = Annotated[PrunedConfig, Tag("prune")]
+WHICH = Discriminator(
+    _kind,
+    custom_error_type="model",
+    custom_error_message="a model has shape, pretrained, (student) prune or (teacher) url",
+)
+ModelConfig = ScratchConfig | PretrainedConfig | PrunedConfig
+StudentConfig = Annotated[Scratch | Pretrained | Pruned, WHICH]
+TeacherConfig = Annotated[Scratch | Pretrained | Annotated[ServedConfig, Tag("url")], WHICH]
+CheaperConfig = Annotated[
+    Annotated[CheaperReadyConfig, Tag("pretrained")] | Annotated[CheaperServedConfig, Tag("url")],
+    Discriminator(
+        _kind, custom_error_type="model", custom_error_message="a cheaper teacher has pretrained or url"
+    ),
+]
