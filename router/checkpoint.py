@@ -32,6 +32,7 @@ from torch import Tensor
 
 from router.budget import TeacherName
 from router.gate import GATES, Gate, LearnedGate, TeachersGate
+from router.gate_names import LEARNED
 from router.policy import Calibration, GateOutput
 from router.problems import problems
 from router.reserved import RESERVED_ROWS, ReservedRows
@@ -68,7 +69,9 @@ class Fingerprints(BaseModel):
         )
 
 
-Fact = float | int | str | list[tuple[float, float]]
+Points = list[tuple[float, float]]
+"""(teacher rate, price)."""
+Fact = float | int | str | Points
 """A setting, a figure, or pairs of (fraction, figure)."""
 
 
@@ -81,7 +84,7 @@ class TeacherOutput(BaseModel):
     """As the gateway's configuration has it."""
     cost: PositiveFloat
     """Of its token, in any one unit: its price is the common price times this."""
-    calibration: list[tuple[float, float]] = Field(default_factory=list)
+    calibration: Points = Field(default_factory=list)
     """(teacher rate, price) if it is the only teacher that is asked; may be empty."""
 
 
@@ -100,9 +103,9 @@ class RouterConfig(BaseModel):
     """Tokens of one teacher call; None: a whole span."""
     expected_tokens: PositiveFloat
     """Mean completion length on validation data, in tokens."""
-    calibration: dict[str, list[tuple[float, float]]]
+    calibration: dict[str, Points]
     """Per gate: (teacher rate, price), see `router.policy.Calibration`."""
-    spare: dict[str, list[tuple[float, float]]] = Field(default_factory=dict)
+    spare: dict[str, Points] = Field(default_factory=dict)
     """Per gate: (fraction, spare price that makes it the realised rate), see `router.policy.Policy`."""
     fingerprints: Fingerprints
     budget_prompt: str | None = None
@@ -123,7 +126,7 @@ class RouterConfig(BaseModel):
 
     @model_validator(mode="after")
     def _words_have_prices(self) -> Self:
-        if self.budget_prompt is not None and not self.calibration.get("learned"):
+        if self.budget_prompt is not None and not self.calibration.get(LEARNED):
             raise ValueError("budget_prompt: the learned gate has no calibration")
         return self
 
@@ -152,7 +155,7 @@ class RouterConfig(BaseModel):
         """The budgets in words that the student wants to read; None where a price says it all."""
         if self.budget_prompt is None:
             return None
-        return BudgetWords(self.budget_prompt, [fraction for fraction, _ in self.calibration["learned"]])
+        return BudgetWords(self.budget_prompt, [fraction for fraction, _ in self.calibration[LEARNED]])
 
 
 @dataclass(frozen=True)
@@ -170,11 +173,11 @@ class RouterCheckpoint:
         """The student's rows that are kept for the taps."""
         return ReservedRows(self.config.reserved_start, self.config.reserved_count)
 
-    def build_gate(self, name: str = "learned") -> Gate:
+    def build_gate(self, name: str = LEARNED) -> Gate:
         """The gate of that name (see `router.gate.GATES`), ready for inference."""
         if name not in GATES:
             raise CheckpointError(f"unknown gate {name!r}; known: {', '.join(GATES)}")
-        if name != "learned":
+        if name != LEARNED:
             return GATES[name](self.reserved)
         return self.learned_gate()
 
@@ -202,16 +205,16 @@ class RouterCheckpoint:
                 f"{', '.join(names)}: give the teachers these names, or take a gate without training"
             )
 
-    def calibration(self, name: str = "learned") -> Calibration:
+    def calibration(self, name: str = LEARNED) -> Calibration:
         """Raises CheckpointError where that gate was not calibrated."""
         return self._calibrated(self.config.calibration, name)
 
-    def spare(self, name: str = "learned") -> Calibration:
+    def spare(self, name: str = LEARNED) -> Calibration:
         """Raises CheckpointError where that gate was not calibrated."""
         return self._calibrated(self.config.spare, name)
 
     @staticmethod
-    def _calibrated(points: dict[str, list[tuple[float, float]]], name: str) -> Calibration:
+    def _calibrated(points: dict[str, Points], name: str) -> Calibration:
         if name not in points:
             known = ", ".join(points) or "none"
             raise CheckpointError(f"the router has no calibration for gate {name!r}, only for: {known}")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from router.adaptive import AdaptiveCalibration
 from router.checkpoint import MERGED_ROUTER, CheckpointError, RouterCheckpoint, fingerprint, vocabulary
-from router.gate_names import UNTRAINED_GATE
+from router.gate_names import LEARNED, UNTRAINED_GATE
 from router.policy import Calibration, GateOutput, Policy
 from router.reserved import ReservedRows, visible_rows
 from router.rows import MODEL_CONFIG, append_rows, check_decoder, vocabulary_rows
@@ -67,7 +67,7 @@ class ServedPair:
 
     def check_teachers(self) -> None:
         """Raises CheckpointError where the gate that decides was trained for other teachers."""
-        if self.router is not None and self.gate == "learned":
+        if self.router is not None and self.gate == LEARNED:
             self.router.check_teachers(self.config.model_teachers)
 
     def with_router(self, router: RouterCheckpoint) -> "ServedPair":
@@ -101,12 +101,12 @@ class ServedPair:
         """The configured gate; by default the learned one where there is a router."""
         if self.config.gate is not None:
             return self.config.gate
-        return "learned" if self.router is not None else UNTRAINED_GATE
+        return LEARNED if self.router is not None else UNTRAINED_GATE
 
     @property
     def words(self) -> BudgetWords | None:
         """What the student reads of a request's budget, for a gate that was trained with it."""
-        return self.router.config.words if self.router is not None and self.gate == "learned" else None
+        return self.router.config.words if self.router is not None and self.gate == LEARNED else None
 
     @property
     def learns_its_price(self) -> bool:
@@ -159,7 +159,7 @@ class ServedPair:
     @property
     def _outputs(self) -> tuple[GateOutput, ...]:
         """Of a gate with one for each of several teachers; their own prices hold as the common one does."""
-        if self.router is None or self.gate != "learned":
+        if self.router is None or self.gate != LEARNED:
             return ()
         measured = self.config.price is None and self._is_calibrated
         outputs = self.router.outputs
@@ -188,7 +188,7 @@ def _merged(config: ServeConfig) -> _Merged:
     if config.router is None or _is_awaited(config.router):
         if merged_router.is_dir():
             return _Merged(RouterCheckpoint.load(merged_router), config.student)
-        if config.gate == "learned":
+        if config.gate == LEARNED:
             found = "--router" if config.router is None else f"{config.router} is empty"
             raise ConfigError(
                 f"the learned gate needs a router checkpoint ({found}); "

@@ -16,6 +16,7 @@ from measuring.examples import sources_of
 from measuring.scores import recovered
 from router.checkpoint import CheckpointError, RouterCheckpoint
 from router.gate import CONFIDENCE_GATES, TeachersGate
+from router.gate_names import LEARNED
 from training.evaluation.baselines import hesitation, query_level
 from training.evaluation.gateway import Measured
 from training.evaluation.scoring import point, relative_cost
@@ -25,7 +26,6 @@ from training.gating.lessons import regret
 from training.gating.prompts import Trees
 from training.gating.rollout import FREE, Positions, Rollout
 from training.gating.room import Room
-from training.gating.rounds import install_taps
 from training.gating.router_stage import FrozenPair
 from training.gating.scorer import Scorer
 from training.gating.tree import PERIODIC, Alone, Setting, ends
@@ -59,7 +59,6 @@ SHARES = (
 QUERY_SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)
 BINS = 10
-LEARNED = "learned"
 SPENT = "learned, aim: rate"
 GATEWAY = "gateway"
 METHODS = (LEARNED, *CONFIDENCE_GATES, "oracle", "oracle_kl", PERIODIC, "query", "query_oracle", GATEWAY)
@@ -143,7 +142,7 @@ class Evaluation:
             pair / "teacher", pair / "student", tokenizer, *self.spans, max_tokens, tuple(further)
         )
         loop = frozen.load()
-        install_taps(loop, Head.of(loop.student, self.router))
+        Head.of(loop.student, self.router).install(loop.student)
         self.gates = [LEARNED, *CONFIDENCE_GATES]
         gates = {name: self.router.build_gate(name) for name in self.gates}
         models = (loop.student, loop.teacher, *loop.cheaper)

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from router.checkpoint import TeacherOutput
+from router.checkpoint import Points, TeacherOutput
 from training.teacher import Teacher
 
 TEACHER = "teacher"
 """Name of the recipe's `teacher`, the dearest one: a gateway calls one without a name so."""
 
 Model = TypeVar("Model", Path, Teacher)
-Points = list[tuple[float, float]]
-"""(fraction, price)."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from training.gating.calibration import teacher_rate
 from training.gating.rollout import FREE, Rollout
 from training.gating.tree import Setting, Tree
 
+RECENT = 100_000
+"""Positions whose scores the prices of the next rollouts are quantiles of."""
 SETTLING = 12
 """Steps of dual ascent with a gate that does not change any more."""
 
@@ -47,6 +49,11 @@ def wanted_rate(completions: Sequence[Rollout]) -> float:
 def asking_share(rate: float, tokens: int) -> float:
     """Share of the decisions that has to be to ask for a rate, if a call brings this many tokens."""
     return rate / (tokens * (1 - rate) + rate)
+
+
+def asking_price(scores: Tensor, rate: float, tokens: int) -> float:
+    """The price for a rate by the quantiles of scores (N,), as if asking did not change what comes next."""
+    return torch.quantile(scores, 1 - asking_share(rate, tokens)).item()
 
 
 def ascended(

@@ -57,6 +57,10 @@ class Head(nn.Module):
         head.gate.load_state_dict(checkpoint.gate)
         return head.requires_grad_(False).eval()
 
+    def install(self, student: PreTrainedModel) -> None:
+        """Write the taps into the student: in memory what `RouterCheckpoint.merge` does to its files."""
+        student.get_output_embeddings().weight.data[self.gate.reserved.taps] = self.taps.detach()
+
     def logits(self, states: Tensor) -> Tensor:
         """(N, H) -> (N, V): what the merged student computes there. The escalation row stays 0."""
         escalation = states.new_zeros(len(states), 1)

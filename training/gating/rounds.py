@@ -8,7 +8,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,26 +16,25 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from router.gate import Gate, RandomGate, TeachersGate
+from router.gate import Gate, RandomGate
+from router.gate_names import LEARNED
 from training.gate_config import ConstrainedObjective, GateConfig, QualityGain
+from training.gating.agreement import correlation, score_of
 from training.gating.branches import Branches, both_ways
 from training.gating.constrained import Choices, Critic, fit_constrained
-from training.gating.duals import ascended, asking_share, settling, wanted_rate
+from training.gating.duals import RECENT, ascended, asking_price, settling, wanted_rate
 from training.gating.expected_gain import expected_gain
 from training.gating.fitting import fit
 from training.gating.forks import Worth, worth_of_asking
 from training.gating.head import Head
 from training.gating.lessons import Lessons, Trajectories, collect, span_gain, teacher_view, token_gain
+from training.gating.marking import marked
 from training.gating.prompts import Prompts
 from training.gating.rollout import FREE, ClosedLoop, Request, Rollout, with_gate
 from training.gating.tree import Setting, Tree
 from training.loop.progress import Log, console
-from training.tokenizer import decode_answer
 
-LEARNED = "learned"
 SHOWN = 2
-RECENT = 100_000
-"""Positions whose scores the prices of the next rollouts are quantiles of."""
 
 Judged = Callable[[Gate], float]
 """How good a gate is on validation data."""
@@ -112,7 +110,7 @@ class Rounds:
         if first:
             self.head.start_from(taught.states)
         metrics = self._fit()
-        install_taps(loop, self.head)
+        self.head.install(loop.student)
         asked = completions[half:]
         aims = prompts.rates[half:]
         seen = trajectories.positions
@@ -201,8 +199,7 @@ class Rounds:
         metrics = {}
         if not isinstance(objective, ConstrainedObjective) or len(self.seen) == 1:
             for rate in self.prices:
-                share = asking_share(rate, tokens)
-                self.prices[rate] = torch.quantile(scores, 1 - share).item()
+                self.prices[rate] = asking_price(scores, rate, tokens)
         else:
             metrics = self._ascend(asked, aims, scores)
         if self._is_judged:
@@ -264,7 +261,7 @@ class Rounds:
         self.seen = [Lessons(**taught) for taught in saved["seen"]]
         self.branches = [Branches(**ways) for ways in saved["branches"]]
         self.best = None if saved["best"] is None else Best(**saved["best"])
-        install_taps(self.loop, self.head)
+        self.head.install(self.loop.student)
 
 
 class Trained(NamedTuple):
@@ -312,7 +309,7 @@ def train_gate(
         if rounds.best is None:
             return Trained(head, {}, config.rounds)
         head.load_state_dict(rounds.best.head)
-        install_taps(rounds.loop, head)
+        head.install(rounds.loop.student)
         last = prompts.part(config.rounds - 1, config.prompts).ids[: config.calibration_examples]
         return Trained(head, settled(rounds, rounds.best.prices, last, log), rounds.best.round)
 
@@ -332,47 +329,3 @@ def settled(
         log.write(number, metrics)
         prices = step.prices
     return prices
-
-
-def install_taps(loop: ClosedLoop, head: Head) -> None:
-    """In memory what `RouterCheckpoint.merge` does to the files."""
-    loop.student.get_output_embeddings().weight.data[head.gate.reserved.taps] = head.taps.detach()
-
-
-def score_of(gate: Gate, gain: Tensor) -> Tensor:
-    """(N,) what a gate's score would be that knows the gain, (N,) or (N, K)."""
-    return gate.common(gain.to(gate.costs)).to(gain) if isinstance(gate, TeachersGate) else gain
-
-
-def correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's, of two (N,); 0 where one of them does not vary."""
-    value = torch.corrcoef(torch.stack((a, b.to(a.dtype))))[0, 1]
-    return 0.0 if value.isnan() else value.item()
-
-
-def marked(tokenizer: PreTrainedTokenizerBase, completion: Rollout, colour: bool) -> Text:
-    """The completion's text, the teacher's part of it coloured, or in brackets."""
-
-    def offset(tokens: int) -> int:  # a prefix may end inside a character, which then reads U+FFFD
-        return len(decode_answer(tokenizer, completion.tokens[:tokens]).rstrip("\ufffd"))
-
-    whole = decode_answer(tokenizer, completion.tokens)
-    text = Text()
-    start = 0
-    written = 0
-    for by_teacher, stretch in groupby(completion.by_teacher):
-        written += len(list(stretch))
-        end = offset(written)
-        append_piece(text, whole[start:end], by_teacher, colour)
-        start = end
-    return text
-
-
-def append_piece(text: Text, piece: str, by_teacher: bool, colour: bool) -> None:
-    """Add what one of the models wrote in one stretch."""
-    if not by_teacher or not piece:
-        text.append(piece)
-    elif colour:
-        text.append(piece, style="bold black on yellow")
-    else:
-        text.append(f"⟦{piece}⟧")

@@ -13,26 +13,22 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from measuring.examples import Example, sources_of
-from router.checkpoint import (
-    Fact,
-    Fingerprints,
-    RouterCheckpoint,
-    RouterConfig,
-    fingerprint,
-)
+from router.checkpoint import Fact, Fingerprints, Points, RouterCheckpoint, fingerprint
 from router.gate import CONFIDENCE_GATES, Gate, RandomGate, TeachersGate
+from router.gate_names import LEARNED
 from router.reserved import ReservedRows
 from training.config import RecipeError
 from training.gate_config import GateConfig, QualityGain
 from training.gating.calibration import calibrate, spare_prices
-from training.gating.cheaper import TEACHER, Cheaper, costs_of, outputs_of
+from training.gating.cheaper import TEACHER, Cheaper, costs_of
+from training.gating.checkpoint import Calibrated, checkpoint_of
 from training.gating.duals import asking_share
 from training.gating.head import Head
 from training.gating.judge import Judge
 from training.gating.prompts import Trees, rollout_prompts
 from training.gating.rollout import ClosedLoop
 from training.gating.room import Room
-from training.gating.rounds import LEARNED, Rounds, Trained, train_gate
+from training.gating.rounds import Rounds, Trained, train_gate
 from training.gating.tree import Alone
 from training.gating.validation import Gap, Validation
 from training.models import load_model, load_with_rows, reserved_rows
@@ -40,9 +36,6 @@ from training.parallel import device, onto_device
 from training.reading import check_readout, check_steps
 from training.tasks import Task
 from training.tokenizer import visible_ids
-
-Points = dict[str, list[tuple[float, float]]]
-"""(fraction, price) by gate."""
 
 
 @dataclass(frozen=True)
@@ -110,18 +103,6 @@ class Fitted(NamedTuple):
     """Digest of the models, the task's examples and the prompts."""
 
 
-class Calibrated(NamedTuple):
-    """What the closed loop on validation data gave."""
-
-    prices: Points
-    spares: Points
-    """Spare prices, see `router.policy.Policy`."""
-    alone: Points
-    """Prices of each of several teachers, if it is the only one."""
-    expected_tokens: float
-    """Mean length of the student's own completions."""
-
-
 @dataclass(frozen=True)
 class RouterStage:
     """Trains the router of one pair: fit, calibrate, export."""
@@ -176,7 +157,7 @@ class RouterStage:
         """
         config = self.config
         validation = self._validation
-        gates = {LEARNED: gate}
+        gates: dict[str, Gate] = {LEARNED: gate}
         if config.template is None:  # the others are calibrated for prompts as they are
             for name, make in CONFIDENCE_GATES.items():
                 gates[name] = make(self._reserved)
@@ -184,7 +165,7 @@ class RouterStage:
             validation.trees.add(name, made)
         gap = validation.gap
         print(f"on validation data: student {gap.student:.3f}, teacher {gap.teacher:.3f}", flush=True)
-        calibrated = Calibrated({}, {}, {}, validation.expected_tokens)
+        calibrated = Calibrated(validation.expected_tokens)
         for name in gates:
             points = calibrate_gate(validation.trees, name, gap, config, duals if name == LEARNED else ())
             calibrated.prices[name] = points.prices
@@ -200,27 +181,10 @@ class RouterStage:
 
     def checkpoint(self, fitted: Fitted, calibrated: Calibrated) -> RouterCheckpoint:
         """All of it, as it is exported."""
-        config = self.config
+        fingerprints = Fingerprints.of(self.pair.student, self._reserved, self.pair.teacher.name)
         head = fitted.trained.head
-        reserved = self._reserved
-        return RouterCheckpoint(
-            config=RouterConfig(
-                reserved_start=reserved.start,
-                reserved_count=reserved.count,
-                gate_width=config.width,
-                span_tokens=config.span_tokens,
-                ask_tokens=config.ask_tokens,
-                expected_tokens=calibrated.expected_tokens,
-                calibration=calibrated.prices,
-                spare=calibrated.spares,
-                fingerprints=Fingerprints.of(self.pair.student, reserved, self.pair.teacher.name),
-                budget_prompt=config.template,
-                training=self._facts(fitted),
-                teachers=outputs_of(self.pair.cheaper, calibrated.alone),
-            ),
-            taps=head.taps,
-            gate=head.gate.state_dict(),
-        )
+        facts = self._facts(fitted)
+        return checkpoint_of(head, self.config, calibrated, self.pair.cheaper, fingerprints, facts)
 
     def _facts(self, fitted: Fitted) -> dict[str, Fact]:
         """What trained it."""
@@ -274,8 +238,8 @@ def show_prices(name: str, points: Sequence[tuple[float, float]]) -> None:
 class GatePoints(NamedTuple):
     """(fraction, price) of one gate."""
 
-    prices: list[tuple[float, float]]
-    spares: list[tuple[float, float]]
+    prices: Points
+    spares: Points
 
 
 def calibrate_gate(
@@ -304,7 +268,7 @@ def calibrate_gate(
     return GatePoints(falling(prices), falling(spares))
 
 
-def falling(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def falling(points: Points) -> Points:
     """With prices that do not rise with the fraction, as a calibration must be: lowered where they do."""
     fractions, prices = zip(*points, strict=True)
     return list(zip(fractions, accumulate(prices, min), strict=True))

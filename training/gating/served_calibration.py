@@ -25,6 +25,7 @@ from torch import Tensor
 
 from measuring.chats import Source
 from measuring.gateway import GatewayError
+from router.checkpoint import Points
 from training.gating.calibration import ERRORS, TOLERANCE, Choice, not_rising, standard_error
 from training.gating.duals import asking_share
 from training.loop.progress import console
@@ -43,8 +44,6 @@ STEP = 4.0
 TOGETHER = 50
 """Prompts that are asked at every budget before the next ones: engines that keep prefixes read each once."""
 
-Points = list[tuple[float, float]]
-"""(fraction, price)."""
 Qualities = Callable[[int, list[str]], list[float]]
 """Number of a prompt, and the answers to it and to the prompts after it -> of each answer, in [0, 1]."""
 

@@ -25,18 +25,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from measuring.chats import Source
 from measuring.examples import sources_of
 from measuring.trajectories import SUFFIX, Trajectory, read_trajectories
-from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig
+from router.checkpoint import Fact, Fingerprints, Points, RouterCheckpoint
+from router.gate_names import LEARNED
 from training.gate_config import WHERE, ConstrainedObjective, GateConfig, GatewayRollouts, RecordedRollouts
+from training.gating.agreement import correlation, score_of
 from training.gating.asked import Asked
-from training.gating.cheaper import Cheaper, costs_of, outputs_of
+from training.gating.cheaper import Cheaper, costs_of
+from training.gating.checkpoint import Calibrated, checkpoint_of
 from training.gating.constrained import Choices, Critic, fit_constrained
-from training.gating.duals import asking_share
+from training.gating.duals import RECENT, asking_price
 from training.gating.fitting import fit
 from training.gating.head import Head
 from training.gating.lessons import Lessons
 from training.gating.room import Room
-from training.gating.rounds import LEARNED, RECENT, correlation, score_of
-from training.gating.served_calibration import Found, Points, ServedCalibration
+from training.gating.served_calibration import Found, ServedCalibration
 from training.gating.traffic import HELD_OUT, Taught, TrafficReader
 from training.loop.progress import console
 from training.models import load_with_rows, reserved_rows
@@ -209,38 +211,24 @@ class TrafficStage:
     def checkpoint(self, head: Head, trajectories: Sequence[Trajectory]) -> RouterCheckpoint:
         """All of it but the prices."""
         config = self.config
-        reserved = head.gate.reserved
+        facts: dict[str, Fact] = {
+            "gain": config.gain.type,
+            "objective": config.objective.type,
+            "rollouts": config.rollouts.type,
+            "completions": len(trajectories),
+            "seed": self.seed,
+            "task": self.task.name,
+        }
         tokens = sum(len(trajectory.tokens) for trajectory in trajectories)
-        return RouterCheckpoint(
-            config=RouterConfig(
-                reserved_start=reserved.start,
-                reserved_count=reserved.count,
-                gate_width=config.width,
-                span_tokens=config.span_tokens,
-                ask_tokens=config.ask_tokens,
-                expected_tokens=tokens / len(trajectories),
-                calibration={},
-                fingerprints=Fingerprints.of(self.student, reserved, self.teacher_name),
-                training={
-                    "gain": config.gain.type,
-                    "objective": config.objective.type,
-                    "rollouts": config.rollouts.type,
-                    "completions": len(trajectories),
-                    "seed": self.seed,
-                    "task": self.task.name,
-                },
-                teachers=outputs_of(self.cheaper, {}),
-            ),
-            taps=head.taps,
-            gate=head.gate.state_dict(),
-        )
+        length = Calibrated(expected_tokens=tokens / len(trajectories))
+        fingerprints = Fingerprints.of(self.student, head.gate.reserved, self.teacher_name)
+        return checkpoint_of(head, config, length, self.cheaper, fingerprints, facts)
 
     def _first_prices(self, scores: Tensor) -> Points:
-        """By the quantiles of the scores (N,), as if asking did not change what comes next."""
+        """Of all budgets, by the gate's scores (N,)."""
         points = []
         for budget in self.config.budgets:
-            share = asking_share(budget, self.config.ask_tokens)
-            points.append((budget, torch.quantile(scores.double(), 1 - share).item()))
+            points.append((budget, asking_price(scores.double(), budget, self.config.ask_tokens)))
         return points
 
     def _forget_another_run(self, work: Path, rounds: Sequence[Sequence[Source]]) -> None:

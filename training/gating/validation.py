@@ -7,12 +7,12 @@ from transformers import PreTrainedTokenizerBase
 
 from measuring.examples import Example, sources_of
 from router.gate import Gate, RandomGate
+from router.gate_names import LEARNED
 from router.reserved import ReservedRows
 from training.gate_config import GateConfig
 from training.gating.calibration import Run, standard_error, teacher_rate
 from training.gating.prompts import Trees
 from training.gating.rollout import ClosedLoop
-from training.gating.rounds import LEARNED
 from training.gating.scorer import Scorer
 from training.gating.tree import Setting, ends
 from training.tasks import Task

@@ -9,12 +9,12 @@ import torch
 from router.gate import RandomGate
 from tests.helpers.tiny_models import END, RESERVED, VISIBLE, model
 from training.gating import judge
+from training.gating.agreement import correlation
 from training.gating.expected_gain import expected_gain
 from training.gating.head import Head
 from training.gating.judge import Judge
 from training.gating.lessons import Lessons
 from training.gating.rollout import ClosedLoop
-from training.gating.rounds import correlation
 from training.tasks import make_task
 
 torch.set_num_threads(1)

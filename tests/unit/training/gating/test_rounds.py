@@ -20,10 +20,12 @@ from training.gate_config import (
     RegretGain,
 )
 from training.gating import duals
+from training.gating.agreement import correlation
 from training.gating.head import Head
+from training.gating.marking import marked
 from training.gating.prompts import Prompts, Trees, rollout_prompts
 from training.gating.rollout import ClosedLoop, Rollout
-from training.gating.rounds import Rounds, correlation, marked, train_gate
+from training.gating.rounds import Rounds, train_gate
 from training.gating.router_stage import origin
 from training.tasks import make_task
 from training.tokenizer import encode_prompts
