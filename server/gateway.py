@@ -19,7 +19,8 @@ from router.checkpoint import RouterCheckpoint
 from router.controller import PriceController
 from router.policy import Policy
 from server.config import ConfigError, ServeConfig
-from server.engine import Cooperation, CooperativeEngine
+from server.cooperation import Cooperation
+from server.engine import CooperativeEngine
 from server.exchange import EXCHANGE
 from server.grammar.manager import install_scheduler
 from server.http.access import Access

@@ -13,7 +13,7 @@ from router.controller import PriceController
 from router.ledger import Limit, MemoryLedger, TokensPerWindow
 from router.policy import Calibration
 from server.completion import Piece
-from server.engine import Cooperation
+from server.cooperation import Cooperation
 from server.exchange import EXCHANGE, Exchange, Report
 from server.shared_budgets import SharedBudgets
 from server.teacher.ask import Ask

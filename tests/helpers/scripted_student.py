@@ -14,7 +14,8 @@ from typing import Any
 from vllm.tokenizers.hf import get_cached_tokenizer
 
 from router.reserved import ReservedRows
-from server.engine import Cooperation, Cooperator
+from server.cooperation import Cooperation
+from server.cooperator import Cooperator
 from server.gate_processor import NOT_BEFORE, PRICE
 from server.student import StudentEngine
 from server.vllm_api import (

@@ -19,7 +19,7 @@ from router.policy import Calibration
 from router.reserved import ReservedRows
 from server import gateway as gateway_module
 from server.config import ServeConfig
-from server.engine import Cooperation
+from server.cooperation import Cooperation
 from server.gate_processor import GateProcessor, RouterLoader, gate_settings, write_taps
 from server.gateway import _router_reload
 from server.price_follower import PriceFollower

@@ -21,7 +21,7 @@ from router.controller import PriceController
 from router.ledger import MemoryLedger
 from router.policy import Calibration, Policy
 from server.completion import Piece, new_detokenizer
-from server.engine import Cooperation
+from server.cooperation import Cooperation
 from server.exchange import EXCHANGE, Exchange
 from server.gate_processor import NOT_BEFORE, PRICE
 from server.shared_budgets import SharedBudgets

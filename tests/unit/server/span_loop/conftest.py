@@ -10,7 +10,7 @@ from router.controller import PriceController
 from router.ledger import MemoryLedger
 from router.money import PriceList
 from router.policy import Policy
-from server.engine import Cooperation
+from server.cooperation import Cooperation
 from server.shared_budgets import SharedBudgets
 from server.teacher.teachers import Teachers
 from tests.helpers.scripted_pair import CALIBRATION, Engine, ScriptedTeacher

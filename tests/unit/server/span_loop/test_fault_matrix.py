@@ -20,7 +20,7 @@ from router.budget import Budget
 from router.controller import PriceController
 from router.ledger import MemoryLedger, TokensPerWindow
 from router.policy import Calibration, Policy
-from server.engine import Cooperation
+from server.cooperation import Cooperation
 from server.exchange import EXCHANGE, Exchange, Report
 from server.shared_budgets import SharedBudgets
 from server.teacher.ask import STREAM_ABOVE

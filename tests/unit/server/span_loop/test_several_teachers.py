@@ -17,7 +17,7 @@ from router.controller import PriceController
 from router.ledger import MemoryLedger, TokensPerWindow
 from router.money import PriceList
 from router.policy import Calibration, GateOutput, Policy
-from server.engine import Cooperation
+from server.cooperation import Cooperation
 from server.gate_processor import DEARER, LEAST
 from server.shared_budgets import SharedBudgets
 from server.teacher.teachers import NamedTeacher, Teachers

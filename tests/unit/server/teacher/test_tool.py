@@ -18,7 +18,7 @@ from router.controller import PriceController
 from router.ledger import MemoryLedger, TokensPerWindow
 from router.money import FREE, PriceList
 from router.policy import Calibration, Policy
-from server.engine import Cooperation
+from server.cooperation import Cooperation
 from server.exchange import Exchange
 from server.grammar.constraint import Continuation
 from server.original_prompt import OriginalPrompt

@@ -14,7 +14,8 @@ from router.budget import Budget
 from router.controller import PriceController
 from router.ledger import MemoryLedger, TokensPerWindow
 from router.policy import Calibration, Policy
-from server.engine import Cooperation, Cooperator
+from server.cooperation import Cooperation
+from server.cooperator import Cooperator
 from server.exchange import EXCHANGE, Exchange, Report
 from server.original_prompt import OriginalPrompt
 from server.shared_budgets import SharedBudgets
