@@ -6,11 +6,13 @@ A gate asks where its score exceeds the request's price. The learned gate is tra
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from router.features import Uncertainty, features, largest, n_features, visible_logits
+from router.features import best_probability, entropy, features, margin, n_features
 from router.reserved import ReservedRows
 
 
@@ -25,6 +27,18 @@ class Gate(nn.Module, ABC):
     def forward(self, logits: Tensor) -> Tensor:
         """logits: (..., V) raw student logits. Returns the score (...), float32."""
 
+    def freeze(self) -> Self:
+        """Make it ready to serve, on the device where it is: its tensors must not change any more."""
+        return self
+
+
+class Layer(NamedTuple):
+    """A linear layer's tensors. At every step, a module would look for hooks and names first."""
+
+    weight: Tensor
+    """(outputs, inputs)."""
+    bias: Tensor
+
 
 class LearnedGate(Gate):
     """MLP over `router.features`; its score is the predicted value of asking, per teacher token."""
@@ -35,6 +49,7 @@ class LearnedGate(Gate):
     def __init__(self, reserved: ReservedRows, width: int = 64, outputs: int = 1) -> None:
         super().__init__(reserved)
         self.width = width
+        self._frozen: list[Layer] = []
         size = n_features(reserved)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("scale", torch.ones(size))
@@ -52,8 +67,22 @@ class LearnedGate(Gate):
 
     def outputs(self, x: Tensor) -> Tensor:
         """x: (..., F) features. Returns (..., 1), or as many numbers as the network has outputs."""
-        outputs: Tensor = self.mlp((x - self.mean) * self.scale)
-        return outputs
+        if not self._frozen:
+            outputs: Tensor = self.mlp((x - self.mean) * self.scale)
+            return outputs
+        *hidden, last = self._frozen
+        for layer in hidden:
+            x = functional.silu(functional.linear(x, layer.weight, layer.bias), inplace=True)
+        return functional.linear(x, last.weight, last.bias)
+
+    def freeze(self) -> Self:
+        """As for every gate; the normalisation becomes a part of the first layer."""
+        layers = [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
+        frozen = [Layer(layer.weight.detach(), layer.bias.detach()) for layer in layers]
+        weight = frozen[0].weight * self.scale
+        frozen[0] = Layer(weight, frozen[0].bias - weight @ self.mean)
+        self._frozen = frozen
+        return self
 
 
 class TeachersGate(LearnedGate):
@@ -109,8 +138,7 @@ class EntropyGate(Gate):
 
     def forward(self, logits: Tensor) -> Tensor:
         """The entropy of the visible tokens, in nats."""
-        with visible_logits(logits, self.reserved) as visible:
-            return Uncertainty.of(visible, visible.amax(-1, keepdim=True)).entropy
+        return entropy(logits, self.reserved)
 
 
 class MarginGate(Gate):
@@ -118,8 +146,7 @@ class MarginGate(Gate):
 
     def forward(self, logits: Tensor) -> Tensor:
         """Minus the distance of the two highest logits."""
-        top = largest(logits[..., : self.reserved.start].float(), 2)
-        return top[..., 1] - top[..., 0]
+        return -margin(logits, self.reserved)
 
 
 class MaxProbabilityGate(Gate):
@@ -127,8 +154,7 @@ class MaxProbabilityGate(Gate):
 
     def forward(self, logits: Tensor) -> Tensor:
         """Minus the probability of the best token."""
-        with visible_logits(logits, self.reserved) as visible:
-            return -visible.softmax(-1).amax(-1)
+        return -best_probability(logits, self.reserved)
 
 
 CONFIDENCE_GATES: dict[str, type[Gate]] = {

@@ -142,10 +142,11 @@ def decide(
     mask_reserved(logits, gate.reserved, visible)
     escalation = gate.reserved.escalation
     ask, levels = asked.ask, asked.levels
-    if logits.device.type == "cpu":  # where it costs nothing to know which
-        asking = ask.nonzero().squeeze(-1) if rows is None else rows[ask]
-        logits.index_fill_(0, asking, -math.inf)
-        logits[asking, escalation + (0 if levels is None else levels[ask])] = 0.0
+    if logits.is_cpu:  # where it costs nothing to know which
+        if ask.any():
+            asking = ask.nonzero().squeeze(-1) if rows is None else rows[ask]
+            logits.index_fill_(0, asking, -math.inf)
+            logits[asking, escalation + (0 if levels is None else levels[ask])] = 0.0
     else:
         force(logits, escalation, ask, rows, levels)
     return asked.scored
@@ -167,7 +168,7 @@ def ask_each(gate: Gate, logits: Tensor, price: Tensor, rows: Tensor | None, oth
     if isinstance(gate, TeachersGate):
         worth = in_pieces(gate.worth, logits, rows)
         return ask_by_worth(gate, worth, price, others)
-    scored = in_pieces(gate, logits, rows)
+    scored = in_pieces(gate.forward, logits, rows)
     levels = None if others is None else (scored[:, None] > others[:, :-1]).sum(1)
     return Asked(scored, scored > price, levels)
 
@@ -208,11 +209,12 @@ def force(
 def in_pieces(read: Callable[[Tensor], Tensor], logits: Tensor, rows: Tensor | None = None) -> Tensor:
     """What a gate makes of these rows (default: all), computed piece by piece.
 
-    A gate makes tensors as large as what it reads. Pieces keep them small: in the caches of a CPU, and out of
-    the way of what vLLM has left of a GPU's memory.
+    A gate makes tensors as large as what it reads on a GPU, and a choice of rows is a copy. Pieces keep them
+    small: in the caches of a CPU, and out of the way of what vLLM has left of a GPU's memory.
     """
-    elements = PIECE_ON_CPU if logits.device.type == "cpu" else PIECE_ON_GPU
-    size = max(1, elements // logits.shape[-1])
+    if rows is None and logits.is_cpu and logits.is_contiguous():  # nothing is copied
+        return read(logits)
+    size = max(1, (PIECE_ON_CPU if logits.is_cpu else PIECE_ON_GPU) // logits.shape[-1])
     if rows is None:
         return torch.cat([read(piece) for piece in torch.split(logits, size)])
     return torch.cat([read(logits[piece]) for piece in torch.split(rows, size)])
@@ -239,13 +241,18 @@ class Decider:
             gate = GATES[settings["gate"]](reserved)
         else:
             gate = RouterCheckpoint.load(Path(settings["router"])).build_gate(settings["gate"])
-        self.gate = gate.to(self.device)
+        self.take(gate)
         self.visible = visible_rows_of(vllm_config.additional_config)
         self.teachers: int = settings.get("teachers", 1)
         self.sketch = ScoreSketch(self.device) if settings.get("sketch") else None
         hide_from_reports(slice(self.visible, reserved.end), v2=v2)
         keep_from_adapters(slice(reserved.start, reserved.end))
         PROCESSORS.add(self)
+
+    def take(self, gate: Gate) -> None:
+        """Decide by this gate from now on."""
+        self.gate = gate.to(self.device).freeze()
+        self.gate(torch.zeros(1, gate.reserved.end, device=self.device))  # compiles what it runs
 
     def _mask(self, logits: Tensor) -> Tensor:
         mask_reserved(logits, self.gate.reserved, self.visible)
@@ -305,7 +312,7 @@ class RouterLoader:
         if output is not None:
             write_taps(output, router)
         for processor in PROCESSORS:
-            processor.gate = gate.to(processor.device)
+            processor.take(gate)
             if processor.sketch is not None:  # its scores are another gate's
                 processor.sketch = ScoreSketch(processor.device)
 

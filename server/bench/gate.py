@@ -1,10 +1,12 @@
 """What a gate takes of a step, as a multiple of one `log_softmax` over the same logits, on one CPU thread."""
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
@@ -23,27 +25,48 @@ VOCABULARIES = (49_184, 128_288, 151_936)
 """Of SmolLM2, Llama 3 and Qwen 3, with reserved rows."""
 QUICK_ROWS = (1, 32)
 QUICK_VOCABULARIES = (49_184, 151_936)
-TURNS = 10
-QUICK_TURNS = 4
 UNIT = "log_softmax"
+ANEW = "anew"
 
 Work = Callable[[torch.Tensor], object]
+Times = dict[str, list[float]]
+"""CPU seconds of every turn, by what was timed."""
+
+
+class Effort(NamedTuple):
+    """How long each pair of rows and vocabulary is measured: for this many turns, and this many seconds."""
+
+    turns: int
+    seconds: float
+
+
+FULL = Effort(20, 1.0)
+QUICK = Effort(4, 0.1)
 
 
 def run(plan: Plan) -> Section:
     """Every gate's decision over random logits, all rows asking; nothing else of the plan is used."""
-    turns = QUICK_TURNS if plan.quick else TURNS
-    rows: list[Row] = []
+    effort = QUICK if plan.quick else FULL
+    least: list[Row] = []
+    middle: list[Row] = []
     with _one_thread(), torch.inference_mode():
         torch.manual_seed(0)
         for size in QUICK_VOCABULARIES if plan.quick else VOCABULARIES:
             for count in QUICK_ROWS if plan.quick else ROWS:
-                rows.append(_row(count, size, _best(count, size, turns)))
+                times = _times(count, size, effort)
+                least.append(_row(count, size, {name: min(found) for name, found in times.items()}))
+                middle.append(_row(count, size, {name: median(found) for name, found in times.items()}))
     about = (
-        f"CPU time of one thread, best of {turns}, in turns. A gate scores all rows and decides. "
-        "`log_softmax` makes its result anew; `amax` only reads the logits."
+        f"CPU time of one thread, as a multiple of one `{UNIT}` that writes to memory that it has already. "
+        f"*{ANEW}*: the same to new memory. `amax` only reads the logits. A gate scores all rows and "
+        f"decides. In turns, at least {effort.turns} of them and {effort.seconds:g} s."
     )
-    return Section({"gates": Table("What a gate takes of a step", rows, about)})
+    return Section(
+        {
+            "gates": Table("What a gate takes of a step, least times", least, about),
+            "medians": Table("The same by medians", middle),
+        }
+    )
 
 
 def seconds(pair: Pair, rows: int, turns: int = 20) -> float:
@@ -61,8 +84,8 @@ def seconds(pair: Pair, rows: int, turns: int = 20) -> float:
 def _gate(pair: Pair) -> Gate:
     """The pair's router, or what the gateway takes where there is none."""
     if pair.router is not None:
-        return RouterCheckpoint.load(pair.router).build_gate().eval()
-    return GATES[UNTRAINED_GATE](ReservedRows(vocabulary_rows(pair.student))).eval()
+        return RouterCheckpoint.load(pair.router).build_gate().freeze()
+    return GATES[UNTRAINED_GATE](ReservedRows(vocabulary_rows(pair.student))).freeze()
 
 
 def _timed(work: Work, logits: torch.Tensor) -> float:
@@ -82,31 +105,37 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _works(count: int, size: int) -> dict[str, Work]:
-    """What is timed, by name, for this many rows of a vocabulary of this size."""
-    reserved = ReservedRows(size - 32)
-    price = torch.full((count,), 1e9)
-    works: dict[str, Work] = {UNIT: partial(torch.log_softmax, dim=-1), "amax": partial(torch.amax, dim=-1)}
+def _works(logits: torch.Tensor) -> dict[str, Work]:
+    """What is timed, by name, for rows like these."""
+    reserved = ReservedRows(logits.shape[-1] - 32)
+    price = torch.full(logits.shape[:-1], 1e9)
+    works: dict[str, Work] = {
+        UNIT: partial(torch.log_softmax, dim=-1, out=torch.empty_like(logits)),
+        ANEW: partial(torch.log_softmax, dim=-1),
+        "amax": partial(torch.amax, dim=-1),
+    }
     for name, gate in GATES.items():
-        works[name] = partial(decide, gate(reserved).eval(), price=price)
+        works[name] = partial(decide, gate(reserved).freeze(), price=price)
     return works
 
 
-def _best(count: int, size: int, turns: int) -> dict[str, float]:
-    """Seconds by name, the least of all turns."""
+def _times(count: int, size: int, effort: Effort) -> Times:
+    """Each turn is in another order, so that none always comes after the same one."""
     logits = torch.randn(count, size) * 3
-    works = _works(count, size)
-    best: dict[str, float] = {}
-    for _ in range(turns):
-        for name, work in works.items():
-            found = _timed(work, logits)
-            best[name] = min(best.get(name, found), found)
-    return best
+    works = list(_works(logits).items())
+    times: Times = {name: [] for name, _ in works}
+    order = random.Random(0)
+    spent = 0.0
+    while len(times[UNIT]) < effort.turns or spent < effort.seconds:
+        for name, work in order.sample(works, len(works)):
+            times[name].append(_timed(work, logits))
+            spent += times[name][-1]
+    return times
 
 
-def _row(count: int, size: int, best: dict[str, float]) -> Row:
-    row: dict[str, Value] = {"rows": count, "vocabulary": size, f"{UNIT}, ms": 1000 * best[UNIT]}
-    for name, found in best.items():
+def _row(count: int, size: int, found: dict[str, float]) -> Row:
+    row: dict[str, Value] = {"rows": count, "vocabulary": size, f"{UNIT}, ms": 1000 * found[UNIT]}
+    for name, seconds in found.items():
         if name != UNIT:
-            row[name] = found / best[UNIT]
+            row[name] = seconds / found[UNIT]
     return row

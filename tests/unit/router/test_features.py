@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from router.features import LOG_PROB_FLOOR, Uncertainty, features, n_features
+from router.features import best_probability, confidence, entropy, features, margin, n_features
 from router.gate import GATES
+from router.loops import LANES, LOG_PROB_FLOOR
 from router.reserved import ReservedRows
 
 # Of the `reserved` fixture: ten visible tokens, the escalation token, three taps.
@@ -86,19 +87,31 @@ def test_a_row_does_not_depend_on_its_neighbours(reserved):
     assert all(torch.allclose(batch[i], features(logits[i], reserved)) for i in range(5))
 
 
+@pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 10.0])
 @pytest.mark.parametrize("visible", [10, 1000, 1500])
-def test_they_are_what_the_definitions_say(scale, visible):
-    """In double precision, with masked tokens, where the best are spread over blocks or within one."""
+def test_they_are_what_the_definitions_say(scale, visible, gradients):
+    """In double precision, with masked tokens, where the best are spread over blocks or within one.
+
+    Without gradients compiled loops compute them, with gradients torch.
+    """
     rows = ReservedRows(start=visible, count=4)
     logits = scale * torch.randn(6, visible + 4, generator=torch.Generator().manual_seed(0))
     logits[1, 2 : visible - 1] = -math.inf
     logits[2, :9] += 50.0
     log_probs = logits[:, :visible].double().log_softmax(-1)
     top = log_probs.topk(8).values.clamp(min=LOG_PROB_FLOOR)
-    entropy = torch.special.entr(log_probs.exp()).sum(-1, keepdim=True)
-    expected = torch.cat((logits[:, rows.taps].double(), top, entropy, top[:, :1] - top[:, 1:2]), dim=-1)
+    entropies = torch.special.entr(log_probs.exp()).sum(-1, keepdim=True)
+    expected = torch.cat((logits[:, rows.taps].double(), top, entropies, top[:, :1] - top[:, 1:2]), dim=-1)
+    logits.requires_grad_(gradients)
     assert torch.allclose(features(logits, rows).double(), expected, atol=5e-6, rtol=0)
+    assert torch.equal(confidence(logits, rows), features(logits, rows)[:, rows.count - 1 :])
+    assert torch.allclose(entropy(logits, rows)[:, None].double(), entropies, atol=5e-6, rtol=0)
+    assert torch.allclose(
+        best_probability(logits, rows).double(), log_probs.amax(-1).exp(), atol=1e-6, rtol=0
+    )
+    gap = logits[:, :visible].topk(2).values
+    assert torch.allclose(margin(logits, rows), gap[:, 0] - gap[:, 1])
 
 
 def test_gradients_reach_the_logits(reserved):
@@ -125,11 +138,37 @@ def test_a_part_of_a_tensor_gives_what_the_whole_row_gives(reserved):
     torch.testing.assert_close(features(part, reserved), features(part.clone(), reserved))
 
 
-def test_the_quick_way_is_the_careful_one_for_a_real_vocabulary():
-    torch.manual_seed(0)
-    x = torch.randn(2, 50_000) * 4
-    largest = x.amax(-1, keepdim=True)
-    quick = Uncertainty._quick(x, largest)
-    careful = Uncertainty._careful(x, largest)
-    torch.testing.assert_close(quick.entropy, careful.entropy, atol=5e-4, rtol=0)
-    torch.testing.assert_close(quick.log_total, careful.log_total, atol=5e-5, rtol=0)
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_they_are_exact_for_a_real_vocabulary(scale):
+    rows = ReservedRows(start=151_904)
+    logits = scale * torch.randn(2, rows.end, generator=torch.Generator().manual_seed(0))
+    log_probs = logits[:, : rows.start].double().log_softmax(-1)
+    entropies = torch.special.entr(log_probs.exp()).sum(-1)
+    assert torch.allclose(entropy(logits, rows).double(), entropies, atol=2e-5, rtol=0)
+    top = log_probs.topk(8).values
+    assert torch.allclose(confidence(logits, rows)[:, :8].double(), top, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("places", [range(3, 3 + 9 * LANES, LANES), range(9), [0, LANES - 1, 10 * LANES]])
+def test_the_best_are_found_wherever_they_are(places):
+    """In one lane, in a lane each, at the ends."""
+    rows = ReservedRows(start=10 * LANES + 1, count=1)
+    logits = torch.zeros(rows.end)
+    logits[list(places)] = torch.arange(1.0, len(places) + 1)
+    best = logits[: rows.start].topk(8).values
+    found = confidence(logits, rows)[:8]
+    assert torch.allclose(found - found[0], best - best[0], atol=1e-6)
+
+
+def test_a_row_of_equal_logits_longer_than_the_lanes(reserved):
+    rows = ReservedRows(start=3 * LANES, count=4)
+    x = confidence(torch.full((rows.end,), 7.0), rows)
+    assert torch.allclose(x[:9], torch.tensor([-math.log(3 * LANES)] * 8 + [math.log(3 * LANES)]))
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan])
+def test_without_a_largest_logit_there_is_no_confidence(reserved, value):
+    logits = torch.full((ROWS,), value)
+    assert entropy(logits, reserved).isnan()
+    assert best_probability(logits, reserved).isnan()
+    assert confidence(logits, reserved)[8].isnan()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from router.features import features, n_features
-from router.gate import CONFIDENCE_GATES, GATES, LearnedGate
+from router.gate import CONFIDENCE_GATES, GATES, LearnedGate, TeachersGate
 from router.gate_names import GATE_NAMES
 
 ROWS = 14  # of the `reserved` fixture
@@ -112,3 +112,25 @@ def test_an_untrained_gate_can_be_trained(reserved):
     gate = LearnedGate(reserved, width=8)
     gate(torch.randn(4, ROWS)).sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in gate.parameters())
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
+@pytest.mark.parametrize("costs", [[], [0.25, 1.0]])
+def test_a_frozen_gate_scores_as_before(reserved, shape, costs):
+    torch.manual_seed(0)
+    gate = TeachersGate(reserved, 8, costs) if costs else LearnedGate(reserved, 8)
+    gate.mean.normal_()
+    gate.scale.uniform_(0.5, 2.0)
+    logits = torch.randn(*shape, ROWS) * 3
+    with torch.no_grad():
+        before = gate(logits)
+        torch.testing.assert_close(gate.freeze()(logits), before, atol=2e-6, rtol=1e-5)
+
+
+def test_what_is_frozen_does_not_change_with_the_network(reserved):
+    gate = LearnedGate(reserved, 8).freeze()
+    logits = torch.randn(3, ROWS, generator=torch.Generator().manual_seed(0))
+    before = gate(logits)
+    gate.mean.fill_(5.0)
+    assert torch.equal(gate(logits), before)
+    assert not before.requires_grad

@@ -38,6 +38,15 @@ def test_all_gates_are_timed_on_one_thread() -> None:
     before = torch.get_num_threads()
     with gate._one_thread(), torch.inference_mode():
         assert torch.get_num_threads() == 1
-        best = gate._best(2, 2048, 1)
-    assert set(best) == {"log_softmax", "amax", *GATES}
+        times = gate._times(2, 2048, gate.Effort(turns=3, seconds=0.0))
+    assert set(times) == {"log_softmax", "anew", "amax", *GATES}
+    assert {len(found) for found in times.values()} == {3}
     assert torch.get_num_threads() == before
+
+
+def test_quick_work_has_more_turns() -> None:
+    """Nine things of some microseconds each are done many times in a twentieth of a second."""
+    with gate._one_thread(), torch.inference_mode():
+        times = gate._times(1, 64, gate.Effort(turns=3, seconds=0.05))
+    assert sum(map(sum, times.values())) >= 0.05
+    assert len(times["log_softmax"]) > 3

@@ -9,7 +9,7 @@ from router.checkpoint import RouterCheckpoint
 from router.gate import MarginGate
 from router.policy import NEVER, Terms
 from server.gate_processor import GateProcessor, decide, gate_settings, mask_reserved, terms_args
-from tests.helpers.gate_steps import CPU, ROWS, asks, engine_config, margins, params, update
+from tests.helpers.gate_steps import CPU, ROWS, CountingGate, asks, engine_config, margins, params, update
 
 # The decision
 
@@ -50,6 +50,14 @@ def test_terms_travel_in_extra_args():
 
 
 # Building the gate
+
+
+def test_a_gate_is_run_once_before_the_first_request(processor, reserved):
+    """So its loops are compiled by then."""
+    gate = CountingGate(reserved)
+    processor.take(gate)
+    assert processor.gate is gate
+    assert gate.seen == 1
 
 
 def test_the_engine_builds_the_learned_gate_from_the_router(router, reserved, tmp_path):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional
 
 from router.gate import MarginGate
 from server import gate_processor
@@ -101,11 +102,14 @@ def test_v2_a_request_that_left_its_slot_is_not_scored(reserved):
     assert v2.processor.gate.seen == 0
 
 
+@pytest.mark.parametrize("padding", [0, 2])
 @pytest.mark.parametrize("rows", [None, [0, 2, 3]])
-def test_pieces_change_no_decision(reserved, monkeypatch, rows):
+def test_pieces_change_no_decision(reserved, monkeypatch, rows, padding):
+    """Also where the rows are apart in memory, as those of a padded vocabulary are."""
     price = torch.tensor([-3.0, -3.0, -1.0, -3.0])
     chosen = None if rows is None else torch.tensor(rows)
-    whole, pieces = margins(2.0, 2.0, 2.0, 2.0), margins(2.0, 2.0, 2.0, 2.0)
+    whole = margins(2.0, 2.0, 2.0, 2.0)
+    pieces = functional.pad(whole, (0, padding))[:, : whole.shape[1]]
     decide(MarginGate(reserved), whole, price, chosen)
     monkeypatch.setattr(gate_processor, "PIECE_ON_CPU", 1)
     gate = CountingGate(reserved)

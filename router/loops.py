@@ -1,0 +1,162 @@
+"""What gates read of rows of logits on a CPU, in compiled loops on one thread.
+
+torch reads the rows once for every operation, and starts some twenty of them. A loop reads them twice. numba
+compiles it at its first call. It needs no C++ compiler, and vLLM brings it along.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Floats = NDArray[np.float32]
+Loop = TypeVar("Loop", bound=Callable[..., Any])
+
+TOP_LOG_PROBS = 8
+# A masked token's log-probability is -inf; a feature must be finite.
+LOG_PROB_FLOOR = -30.0
+LANES = 256
+"""The best tokens are looked for in the lanes with the largest maxima; lane i holds tokens i, i + LANES, …"""
+LOG2_E = np.float32(math.log2(math.e))
+LN_2 = math.log(2)
+LEAST_POWER = np.float32(-126)
+"""Two to this power is the least normal float32: next to the best token's 1, it adds nothing."""
+C0, C1, C2, C3, C4, C5, C6 = (np.float32(math.log(2) ** i / math.factorial(i)) for i in range(7))
+"""The Taylor series of two to a power. Between -.5 and .5, the rest is as small as a float32's precision."""
+
+
+def by_loop(loop: Callable[[Floats, int, Floats], None], logits: Tensor, visible: int, *width: int) -> Tensor:
+    """What a loop finds in the rows of logits (..., V): float32, (...) or (..., width)."""
+    rows = np.ascontiguousarray(logits.float().numpy())
+    found = np.empty((*rows.shape[:-1], *width), np.float32)
+    loop(rows.reshape(-1, rows.shape[-1]), visible, found.reshape(-1, *width))
+    return torch.from_numpy(found)
+
+
+def compiled(loop: Loop) -> Loop:
+    """Sums may be reordered, as vector instructions do. Other threads may run meanwhile."""
+    compiled_loop: Loop = numba.njit(nogil=True, fastmath={"reassoc", "contract", "arcp", "nsz"})(loop)
+    return compiled_loop
+
+
+@compiled
+def insert(x: float, best: Floats) -> None:
+    """Put x into its place among the best, which fall; the least of them goes."""
+    place = len(best) - 1
+    while place > 0 and best[place - 1] < x:
+        best[place] = best[place - 1]
+        place -= 1
+    best[place] = x
+
+
+@compiled
+def find_maxima(row: Floats, lanes: Floats) -> None:
+    """Fill ``lanes`` with the largest logit of each lane, -inf where a lane is empty."""
+    lanes[:] = -np.inf
+    for start in range(0, len(row), len(lanes)):
+        part = row[start : start + len(lanes)]
+        for i in range(len(part)):
+            lanes[i] = part[i] if part[i] > lanes[i] else lanes[i]
+
+
+@compiled
+def find_best(row: Floats, lanes: Floats, best: Floats) -> None:
+    """Fill ``best`` with the largest logits, falling, and -inf where there are fewer; ``lanes``: scratch."""
+    find_maxima(row, lanes)
+    best[:] = -np.inf
+    for x in lanes:
+        if x > best[-1]:
+            insert(x, best)
+    least = best[-1]
+    best[:] = -np.inf
+    for i in range(len(lanes)):
+        if lanes[i] >= least and lanes[i] > -np.inf:
+            for x in row[i :: len(lanes)]:
+                if x > best[-1]:
+                    insert(x, best)
+
+
+@compiled
+def two_to(power: np.float32) -> np.float32:
+    """Of a float32 from LEAST_POWER to 0: a polynomial, whose exponent gets the whole part added to it."""
+    whole = np.rint(power)
+    x = power - whole
+    y = C0 + x * (C1 + x * (C2 + x * (C3 + x * (C4 + x * (C5 + x * C6)))))
+    bits = np.int32(np.float32(y).view(np.int32) + (np.int32(whole) << np.int32(23)))
+    return bits.view(np.float32)
+
+
+@compiled
+def spread(row: Floats, best: np.float32) -> tuple[float, float]:
+    """How far a distribution is spread out, in nats: (log of the sum of exp(x - best), entropy).
+
+    Entropy is log sum exp(x) - sum p x, with x taken relative to its maximum.
+    """
+    if not np.isfinite(best):
+        return np.nan, np.nan
+    total = np.float32(0)
+    weighted = np.float32(0)
+    for i in range(len(row)):
+        power = (row[i] - best) * LOG2_E
+        power = power if power > LEAST_POWER else LEAST_POWER
+        weight = two_to(power)
+        total += weight
+        weighted += weight * power
+    log_total = math.log(total)
+    return log_total, log_total - float(weighted / total) * LN_2
+
+
+@compiled
+def margin_loop(rows: Floats, visible: int, found: Floats) -> None:
+    """The gap between the two largest of the first ``visible`` columns; rows: (B, V), found: (B,)."""
+    lanes = np.empty(LANES, np.float32)
+    best = np.empty(2, np.float32)
+    for i in range(len(rows)):
+        find_best(rows[i, :visible], lanes, best)
+        found[i] = best[0] - best[1]
+
+
+@compiled
+def entropy_loop(rows: Floats, visible: int, found: Floats) -> None:
+    """Of the same columns, in nats."""
+    lanes = np.empty(LANES, np.float32)
+    best = np.empty(1, np.float32)
+    for i in range(len(rows)):
+        row = rows[i, :visible]
+        find_best(row, lanes, best)
+        found[i] = spread(row, best[0])[1]
+
+
+@compiled
+def best_probability_loop(rows: Floats, visible: int, found: Floats) -> None:
+    """Of the same columns, the largest one's."""
+    lanes = np.empty(LANES, np.float32)
+    best = np.empty(1, np.float32)
+    for i in range(len(rows)):
+        row = rows[i, :visible]
+        find_best(row, lanes, best)
+        found[i] = math.exp(-spread(row, best[0])[0])
+
+
+@compiled
+def features_loop(rows: Floats, visible: int, found: Floats) -> None:
+    """The taps, as many as there is place for, and `router.features.confidence`; found: (B, taps + 10)."""
+    lanes = np.empty(LANES, np.float32)
+    taps = found.shape[1] - TOP_LOG_PROBS - 2
+    for i in range(len(rows)):
+        row = rows[i, :visible]
+        for j in range(taps):
+            found[i, j] = rows[i, visible + 1 + j]
+        best = found[i, taps:-2]
+        find_best(row, lanes, best)
+        largest = best[0]
+        log_total, entropy = spread(row, largest)
+        for j in range(TOP_LOG_PROBS):
+            best[j] = max(best[j] - largest - log_total, LOG_PROB_FLOOR)
+        found[i, -2] = entropy
+        found[i, -1] = best[0] - best[1]
