@@ -53,10 +53,10 @@ class TaskConfig(Frozen):
 
 
 class TokenizerConfig(Frozen):
-    """Trained on the task (`size`), or a ready one (`pretrained`)."""
+    """Trained on the task (`size`), or pretrained (`pretrained`)."""
 
     size: PositiveInt | None = None
-    """Ids that the tokenizer knows; the models add the reserved rows after them."""
+    """Number of ids in the tokenizer; the models add the reserved rows after them."""
     examples: PositiveInt = 20_000
     """Training examples that the merges are learned on."""
     pretrained: str | None = None
@@ -70,66 +70,68 @@ class TokenizerConfig(Frozen):
 
 
 class ChatConfig(Frozen):
-    """How a ready tokenizer renders the source as a user's message; exported with the student."""
+    """How a pretrained tokenizer renders the source as a user message; exported with the student."""
 
     template: str | None = None
-    """Jinja template in place of the tokenizer's own; needed where that has none."""
+    """Jinja template instead of the tokenizer's own; required if the tokenizer has none."""
     options: dict[str, bool | int | str] = Field(default_factory=dict)
     """Variables fixed in the template, e.g. `enable_thinking: false`."""
 
 
 class TurnsConfig(Frozen):
-    """Student and gate in turns after the router's stage, as long as validation gets better."""
+    """Rounds of training student and gate after the router stage, as long as validation improves."""
 
     most: PositiveInt = 3
-    """Turns at most; each trains the student by `joint` and then a router for it."""
+    """Most turns; each trains the student by `joint` and then a router for it."""
     rates: tuple[Rate, ...] = (0.05, 0.1, 0.2, 0.3)
-    """As of method `joint`."""
+    """As in method `joint`."""
     temperature: PositiveFloat = 0.2
-    """As of method `joint`."""
+    """As in method `joint`."""
     anchor: float = Field(default=0.1, ge=0)
-    """As of method `joint`."""
+    """As in method `joint`."""
     schedule: Schedule
-    """Of the student in each turn."""
+    """Schedule of the student in each turn."""
 
 
 class Recipe(Frozen):
     """All stages of one pair."""
 
     output: Path
-    """Where teacher, student and router are exported to."""
+    """Directory for the exported teacher, student and router."""
     work: Path
-    """Checkpoints and logs; a second run with the same recipe goes on where the first one ended."""
+    """Directory for checkpoints and logs; a second run with the same recipe resumes from there."""
     seed: int = 0
-    """Of everything that is drawn at random."""
+    """Seed of all random numbers."""
     threads: PositiveInt = 1
-    """Threads of a CPU that torch computes with."""
+    """CPU threads that torch uses."""
     max_tokens: PositiveInt = 64
     """Longest completion in rollouts, calibration and evaluation."""
     max_length: PositiveInt | None = None
-    """Tokens of prompt and answer together; longer examples are not trained on. None: the model's context."""
+    """Longest example in tokens, prompt and answer together; longer ones are left out. None: the model's
+    context.
+    """
     teacher_cache: NonNegativeInt = 1024
-    """Megabytes of the teacher's answers that are kept in `work`, for later epochs; 0: none."""
+    """Megabytes of teacher answers to keep in `work` for later epochs; 0: none."""
     task: TaskConfig
     """What the pair is trained for."""
     tokenizer: TokenizerConfig | None = None
     """None: the pretrained student's, or else the pretrained teacher's."""
     chat: ChatConfig = ChatConfig()
-    """How a prompt is made of messages."""
+    """How messages become a prompt."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    """Where the scalars of training go, besides `log.jsonl`."""
+    """Where training metrics go, in addition to `log.jsonl`."""
     teacher: TeacherConfig
-    """The large model: trained from nothing, ready, trained further, or behind a URL."""
+    """The large model: trained from scratch, pretrained, trained further, or behind a URL."""
     cheaper_teachers: dict[TeacherName, CheaperConfig] = Field(default_factory=dict, max_length=7)
-    """Further teachers by name, which the gate may ask in place of `teacher`, who judges them. The student
-    does not learn from them. `wheels serve` gets all of them by these names, and `teacher` by its own.
+    """More teachers by name, which the gate may ask instead of `teacher`. `teacher` judges them. The student
+    does not learn from them. Give them these names in `wheels serve`, next to `teacher`.
     """
     student: StudentConfig
-    """The small model: trained from nothing, ready, trained further, or a part of the teacher."""
+    """The small model: trained from scratch, pretrained, trained further, or a part of the teacher."""
     router: GateConfig
     """The gate, and how its prices are measured."""
     turns: TurnsConfig | None = None
-    """Student and gate in turns after that; None: each once."""
+    """More rounds of training student and gate; None: one round."""
 
     def model(self, role: Role) -> ModelConfig | ServedConfig:
         """The configuration of teacher or student."""

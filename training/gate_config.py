@@ -9,32 +9,32 @@ from training.settings import BudgetPrompt, Frozen, Rate
 
 
 class RegretGain(Frozen):
-    """What the student's token loses against the teacher's best one, in nats: synonyms are free."""
+    """How much less likely the teacher finds the student's token than its best one, in nats."""
 
     type: Literal["regret"]
     clip: PositiveFloat = 8.0
-    """Most that one token can lose, nats."""
+    """Largest regret of one token, nats."""
 
 
 class RatioGain(Frozen):
-    """1 - p_T(own) / p_T(best): the share of the teacher's mass that the student's token gives away."""
+    """1 - p_T(own) / p_T(best): the same loss as a share of the teacher's probability."""
 
     type: Literal["ratio"]
 
 
 class QualityGain(Frozen):
-    """What one teacher token changes until the end of the completion, in points of 100.
+    """How much one teacher token changes the quality of the whole completion, in points of 100.
 
-    Counted is the mean of the task's quality and similarity, see `training.gating.judge`.
+    Quality is the mean of the task's quality and similarity, see `training.gating.judge`.
     """
 
     type: Literal["quality"]
     teacher_references: NonNegativeInt = 4
-    """Completions drawn from the teacher that are references like the task's own."""
+    """Completions drawn from the teacher to use as references, like the task's own."""
 
 
 class DifferenceObjective(Frozen):
-    """The score is a regression on the gain of asking."""
+    """The score predicts the gain of asking, by regression."""
 
     type: Literal["difference"] = "difference"
 
@@ -44,11 +44,13 @@ class ConstrainedObjective(Frozen):
 
     type: Literal["constrained"]
     start_rounds: PositiveInt = 1
-    """First rounds, in which the score is the plain regression on the gain: what the policy starts from."""
+    """Number of first rounds in which the score is the plain regression on the gain; the policy starts from
+    it.
+    """
     prices: tuple[PositiveFloat, PositiveFloat] = (0.02, 8.0)
     """Range of prices that the critic sees, nats."""
     temperature: PositiveFloat = 0.02
-    """Of the policy, nats: low, as a served gate decides by its price alone."""
+    """Temperature of the policy, nats; low, because a served gate decides by the price alone."""
     clip: PositiveFloat = 8.0
     """Residuals count linearly beyond this, nats."""
 
@@ -60,7 +62,7 @@ class ConstrainedObjective(Frozen):
 
 
 class PriceConditioning(Frozen):
-    """A budget reaches the gate by the price alone."""
+    """The gate sees a budget only as a price."""
 
     type: Literal["price"] = "price"
     rate: Rate = 0.15
@@ -68,15 +70,15 @@ class PriceConditioning(Frozen):
 
 
 class PromptConditioning(Frozen):
-    """A budget reaches student and gate in words too, inside the prompt; each rollout draws its own."""
+    """Student and gate also read the budget in words in the prompt; each rollout draws its own."""
 
     type: Literal["prompt"]
     words: BudgetPrompt = "Use the teacher for at most {percent} % of the answer. "
-    """They begin the user's last message. The teacher does not read them."""
+    """Words at the beginning of the last user message. The teacher does not read them."""
 
 
 class InProcessRollouts(Frozen):
-    """Both models write here, in lockstep."""
+    """Both models write in the training process, in lockstep."""
 
     type: Literal["in_process"] = "in_process"
 
@@ -100,26 +102,26 @@ class RecordedRollouts(Frozen):
 
 
 class GatewayRollouts(Frozen):
-    """Completions that a gateway writes for this purpose: one that runs, or one that the stage starts."""
+    """Completions that a gateway writes for training: a running one, or one that the stage starts."""
 
     type: Literal["gateway"]
     url: str | None = None
-    """Without /v1. None: the stage starts the gateway on this machine, and the teacher's server too if the
-    teacher is not behind a URL.
+    """Address of a running gateway, without /v1. None: the stage starts a gateway on this machine, and also
+    the teacher's server unless the teacher is behind a URL.
     """
     concurrency: PositiveInt = 16
     """Requests at once."""
     router: Path | None = None
-    """The directory that the gateway behind `url` serves with (`--router`): each new router is put there, and
-    the gateway takes it. None: it keeps its gate, so that there is one round and no calibration. A gateway
-    that the stage starts has one anyway.
+    """Router directory of the gateway behind `url` (its `--router`). Each new router is written there, and
+    the gateway loads it. None: the gateway keeps its gate, so there is one round and no calibration. A
+    gateway that the stage starts always has one.
     """
     batch: PositiveInt = 50
-    """Prompts asked with one budget, drawn from `budgets`; a stopped run goes on after the last batch."""
+    """Prompts sent with one budget, drawn from `budgets`; a stopped run resumes after the last batch."""
     teacher_flags: tuple[str, ...] = ()
-    """More flags of vLLM for the teacher's server that the stage starts."""
+    """More vLLM flags for the teacher's server, if the stage starts it."""
     student_flags: tuple[str, ...] = ()
-    """More flags of vLLM for the student in the gateway that the stage starts."""
+    """More vLLM flags for the student, if the stage starts the gateway."""
 
     @property
     def is_started(self) -> bool:
@@ -177,37 +179,37 @@ class GateConfig(Frozen):
     """The gate over the frozen pair, and its calibration."""
 
     span_tokens: PositiveInt
-    """Longest span: the credit that a fraction starts with."""
+    """Longest span, which is also the initial credit of a fraction."""
     ask_tokens: PositiveInt
     """Tokens of one teacher call, at most a span."""
     width: PositiveInt = 64
     """Width of the gate's hidden layers."""
     gain: Gain
-    """What asking gains, which the score is taught."""
+    """What asking gains; the score learns it."""
     objective: Objective = DifferenceObjective()
-    """How the score is taught it."""
+    """How the score learns the gain."""
     conditioning: Conditioning = PriceConditioning()
     """How a budget reaches student and gate."""
     rollouts: Rollouts = InProcessRollouts()
     """Who writes the completions that the gate learns from."""
     prompts: PositiveInt = 4000
-    """Training sources of each round of rollouts."""
+    """Training prompts in each round of rollouts."""
     rounds: PositiveInt = 2
-    """The first round's rollouts ask at random, the later ones ask as the gate does."""
+    """Rounds of rollouts. In the first round, asking is random; in later rounds, the gate decides."""
     explore: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the later rounds' decisions that are turned round."""
+    """Share of decisions in later rounds that are reversed."""
     epochs: PositiveInt = 8
     """Passes over the positions of the rollouts in each fit."""
     batch: PositiveInt = 2048
     """Positions of one optimizer step."""
     learning_rate: PositiveFloat = 3e-3
-    """Highest learning rate of the gate's fit."""
+    """Peak learning rate of the gate's fit."""
     weight_decay: float = 1e-4
     """Weight decay of the gate's fit."""
     budgets: tuple[Rate, ...] = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.9)
-    """Fractions that a price is calibrated for, increasing."""
+    """Fractions to calibrate prices for, in increasing order."""
     calibration_examples: PositiveInt = 500
-    """Validation examples that prices are measured on."""
+    """Validation examples for measuring prices."""
 
     @property
     def template(self) -> str | None:

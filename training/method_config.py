@@ -9,46 +9,46 @@ from training.settings import BudgetPrompt, Frozen, Rate
 
 
 class Schedule(Frozen):
-    """Warm-up, constant, then linear decay to zero (WSD), so that a run can be prolonged before its decay."""
+    """Warm-up, constant, then linear decay to zero (WSD), so that a run can be extended before the decay."""
 
     steps: PositiveInt
     """Optimizer steps."""
     batch: PositiveInt
     """Examples of one optimizer step, over all processes."""
     accumulate: PositiveInt = 1
-    """Passes that a process splits its share of the batch into: less memory, the same gradient."""
+    """Number of parts into which a process splits its share of the batch: less memory, same gradient."""
     learning_rate: PositiveFloat
     """The rate after the warm-up and before the decay."""
     warmup: NonNegativeInt = 100
     """Steps until the full learning rate."""
     decay: Rate = 0.5
-    """Share of the steps that decay."""
+    """Share of the steps in which the learning rate decays."""
     weight_decay: float = 0.0
     """The optimizer's weight decay."""
     clip: PositiveFloat = 1.0
-    """Largest norm of the gradient; a larger one is scaled down to it."""
+    """Largest norm of the gradient; larger gradients are scaled down."""
     optimizer: Literal["adamw", "muon"] = "muon"
-    """muon is for models that are trained in whole, adamw for adapters."""
+    """muon for training whole models, adamw for adapters."""
     compile: bool = True
     """Compile the decoder: nearly twice as fast for small models on a CPU, after half a minute."""
     gradient_checkpointing: bool = False
-    """Compute the activations inside a layer again in the backward pass: less memory, a third more time."""
+    """Recompute the activations inside a layer in the backward pass: less memory, a third more time."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: matrix products under autocast, where there are instructions for it (not on a CPU of AVX2 alone);
-    weights and optimizer stay float32.
+    """bf16: matrix products under autocast, if the hardware supports it (not a CPU with only AVX2); weights
+    and optimizer stay float32.
     """
     checkpoint_every: PositiveInt = 250
-    """Steps between two checkpoints."""
+    """Steps between checkpoints."""
     log_every: PositiveInt = 25
-    """Steps between two lines of the log."""
+    """Steps between log lines."""
     validate_every: NonNegativeInt = 0
-    """Steps between greedy completions of validation examples, scored by the task; 0: never."""
+    """Steps between validations (greedy completions, scored by the task); 0: never."""
     validate_examples: PositiveInt = 100
-    """Validation examples that are completed each time."""
+    """Examples in each validation."""
     keep: Literal["last", "best"] = "last"
-    """Which weights are exported: those of the last step, or of the best validation."""
+    """Which weights to export: those of the last step, or of the best validation."""
     patience: NonNegativeInt = 0
-    """Validations without a better one after which training ends; 0: it goes on to the last step."""
+    """Training ends after this many validations without improvement; 0: it runs to the last step."""
 
     @model_validator(mode="after")
     def _validated(self) -> Self:
@@ -74,7 +74,9 @@ class SupervisedConfig(MethodBase):
     """Fine-tuning on whole answers, whoever wrote them."""
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the mass that goes to all tokens alike: a teacher on little data stays less sure of itself."""
+    """Share of the probability given to all tokens equally; makes a teacher less overconfident on little
+    data.
+    """
 
 
 class SFTConfig(SupervisedConfig):
@@ -103,8 +105,8 @@ class KDConfig(MethodBase):
 
     type: Literal["kd"]
     temperature: PositiveFloat = 1.0
-    """Of both distributions: above 1 the teacher's less likely tokens count more. The loss is multiplied by
-    its square, so that gradients keep their size.
+    """Temperature of both distributions: above 1, the teacher's less likely tokens count more. The loss is
+    multiplied by its square, so that gradients keep their size.
     """
 
 
@@ -115,7 +117,7 @@ class GKDConfig(MethodBase):
     beta: float = Field(default=1.0, ge=0, le=1)
     """0: forward KL, 1: reverse KL."""
     temperature: PositiveFloat = 1.0
-    """Of both distributions, as with `kd`; completions are drawn at 1."""
+    """Temperature of both distributions, as in `kd`; completions are drawn at 1."""
     on_policy: float = Field(default=0.5, ge=0, le=1)
     """Share of the steps on the student's own completions; the others are on the references."""
 
@@ -126,11 +128,11 @@ class GKDConfig(MethodBase):
 
 
 class PCLConfig(MethodBase):
-    """Path consistency with V = 0: squared log-ratios, on own completions and references."""
+    """Path consistency with V = 0: squared log-ratios, on the student's own completions and on references."""
 
     type: Literal["pcl"]
     window: NonNegativeInt = 0
-    """Decisions of a sub-path; 0: one step, all actions."""
+    """Decisions in a sub-path; 0: one step, all actions."""
     clip: PositiveFloat = 4.0
     """Residuals count linearly beyond this, nats."""
     on_policy: float = Field(default=0.5, ge=0, le=1)
@@ -143,7 +145,7 @@ class PCLConfig(MethodBase):
 
 
 class JointConfig(MethodBase):
-    """A student goes on with its router: distillation where the gate does not ask.
+    """Trains a student further with its router: distillation where the gate does not ask.
 
     See `training.methods.joint`. The router's stage then fits the gate to the new student.
     """
@@ -151,15 +153,15 @@ class JointConfig(MethodBase):
     teacher_in_process: ClassVar[bool] = True
     type: Literal["joint"]
     router: Path
-    """Checkpoint that was trained with the student."""
+    """Router checkpoint that was trained with the student."""
     rates: tuple[Rate, ...] = (0.05, 0.1, 0.2, 0.3)
-    """Budgets that rows are trained for, by their calibrated prices."""
+    """Budgets to train for, at their calibrated prices."""
     temperature: PositiveFloat = 0.2
-    """Of asking, in the gate's units."""
+    """Temperature of asking, in units of the score."""
     anchor: float = Field(default=0.1, ge=0)
-    """Weight of the distillation that is everywhere."""
+    """Weight of distillation that is added at every position."""
     budget_prompt: BudgetPrompt | None = None
-    """The budget in words too, for a router of `conditioning: prompt`."""
+    """Also gives the budget in words, for a router with `conditioning: prompt`."""
 
 
 MethodConfig = Annotated[
@@ -175,11 +177,11 @@ class TrainingPlan(NamedTuple):
 
 
 class RolloutConfig(Frozen):
-    """The model's own completions are written by a vLLM server of it; see `training.rollout_server`."""
+    """A vLLM server that writes the model's own completions; see `training.rollout_server`."""
 
     url: str
     """Address of the vLLM server, without /v1."""
     directory: Path | None = None
-    """Where the weights are handed over, readable by both; None: `rollouts` in the model's work directory."""
+    """Directory for passing the weights, readable by both; None: `rollouts` in the model's work directory."""
     every: PositiveInt = 1
-    """Batches drawn between two transfers of weights."""
+    """Batches drawn between transfers of the weights."""

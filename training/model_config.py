@@ -24,15 +24,15 @@ class Shape(Frozen):
     feed_forward: PositiveInt
     """Width inside a layer's feed-forward part."""
     head_dim: PositiveInt = 32
-    """32 is the least that vLLM's CPU attention takes."""
+    """Width of a head; vLLM's CPU attention needs at least 32."""
     context: PositiveInt = 512
     """Longest text, in tokens."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Of the embeddings and of what each block adds, while training: for little data."""
+    """Dropout of the embeddings and of each block's output in training; useful with little data."""
 
 
 class ScratchConfig(Frozen):
-    """A model trained from nothing."""
+    """A model trained from scratch."""
 
     is_ready: ClassVar[bool] = False
     dtype: ClassVar[str] = "float32"
@@ -43,7 +43,7 @@ class ScratchConfig(Frozen):
     schedule: Schedule
     """How long, and with which optimizer."""
     rollouts: RolloutConfig | None = None
-    """A vLLM server that writes its own completions; None: the trainer does."""
+    """A vLLM server that writes the model's own completions; None: the trainer writes them."""
 
     @property
     def plan(self) -> TrainingPlan:
@@ -61,24 +61,24 @@ class LoraConfig(Frozen):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout of the adapters' inputs, while training."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of the modules that get an adapter; by default all linear ones but the output matrix."""
+    """Names of the modules that get an adapter; by default all linear modules except the output matrix."""
 
 
 class PretrainedConfig(Frozen):
-    """A ready model; trained further where it has a method and a schedule, else taken as it is."""
+    """A pretrained model; trained further if it has a method and a schedule, otherwise used as it is."""
 
     pretrained: str
     """Directory, or hub name: OWNER/NAME, or OWNER/NAME@REVISION."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights; keep float32 for what is trained."""
+    """Type of the weights; keep float32 for a model that is trained."""
     lora: LoraConfig | None = None
-    """Adapters that are trained instead of the weights; None: all weights are."""
+    """Adapters to train instead of the weights; None: train all weights."""
     method: MethodConfig | None = None
-    """How it is trained further; None: it is taken as it is."""
+    """How it is trained further; None: it is used as it is."""
     schedule: Schedule | None = None
     """How long, and with which optimizer; goes with `method`."""
     rollouts: RolloutConfig | None = None
-    """A vLLM server that writes its own completions; None: the trainer does."""
+    """A vLLM server that writes the model's own completions; None: the trainer writes them."""
 
     @property
     def is_ready(self) -> bool:
@@ -102,18 +102,18 @@ class PretrainedConfig(Frozen):
 
 
 class PruneConfig(Frozen):
-    """Which part of the teacher a student begins with."""
+    """Which part of the teacher a student starts from."""
 
     layers: PositiveInt
     """How many of its layers: the first, the last, and others evenly spaced between them."""
 
 
 class PrunedConfig(Frozen):
-    """A student that begins as the trained teacher with a few of its layers, see `training.pruning`."""
+    """A student that starts as a few layers of the trained teacher, see `training.pruning`."""
 
     is_ready: ClassVar[bool] = False
     prune: PruneConfig
-    """How much of the teacher it keeps."""
+    """How much of the teacher to keep."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights."""
     method: MethodConfig
@@ -121,7 +121,7 @@ class PrunedConfig(Frozen):
     schedule: Schedule
     """How long, and with which optimizer."""
     rollouts: RolloutConfig | None = None
-    """A vLLM server that writes its own completions; None: the trainer does."""
+    """A vLLM server that writes the model's own completions; None: the trainer writes them."""
 
     @property
     def plan(self) -> TrainingPlan:
@@ -138,10 +138,11 @@ class ServedConfig(Frozen):
     url: str
     """Address of the vLLM server, without /v1."""
     model: str | None = None
-    """The name it is served by; None: the only one there."""
+    """Its name at the server; None: the only model there."""
     top_logprobs: int = Field(default=20, ge=2)
-    """Likeliest tokens asked for at every position (the server's `--max-logprobs` bounds it); all others
-    count as one event."""
+    """Number of likeliest tokens to request at every position (at most the server's `--max-logprobs`); all
+    others count as one event.
+    """
 
     @property
     def known_as(self) -> str:
@@ -150,10 +151,10 @@ class ServedConfig(Frozen):
 
 
 class CheaperReadyConfig(Frozen):
-    """A cheaper teacher in process, taken as it is."""
+    """A cheaper teacher in process, used as it is."""
 
     cost: float = Field(gt=0, le=1)
-    """Of its token, if one of `teacher` costs 1: its price is the common one times this."""
+    """Cost of its token, if a token of `teacher` costs 1. Its price is the common price times this."""
     pretrained: str
     """Directory, or hub name: OWNER/NAME, or OWNER/NAME@REVISION."""
 
@@ -162,7 +163,7 @@ class CheaperServedConfig(ServedConfig):
     """A cheaper teacher behind a vLLM server's URL."""
 
     cost: float = Field(gt=0, le=1)
-    """Of its token, if one of `teacher` costs 1: its price is the common one times this."""
+    """Cost of its token, if a token of `teacher` costs 1. Its price is the common price times this."""
 
 
 def _kind(value: Any) -> str | None:

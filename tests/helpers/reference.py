@@ -78,7 +78,7 @@ def recipe() -> str:
         for name, field in model.model_fields.items():
             kind = type_of(field.annotation)
             meaning = cell(
-                field.description or meanings.get(name, "Chooses this one." if name == "type" else "")
+                field.description or meanings.get(name, "Selects this option." if name == "type" else "")
             )
             lines.append(f"| `{name}` | {kind} | {default_of(field)} | {meaning} |")
     return "\n".join(lines) + "\n"
