@@ -4,22 +4,18 @@ There are two ways to the same numbers: compiled loops on a CPU, which take a th
 torch's operations on a GPU or for gradients.
 """
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from router.loops import (
-    LOG_PROB_FLOOR,
-    TOP_LOG_PROBS,
-    best_probability_loop,
-    by_loop,
-    entropy_loop,
-    features_loop,
-    margin_loop,
-)
 from router.reserved import ReservedRows
 
+TOP_LOG_PROBS = 8
+# A masked token's log-probability is -inf; a feature must be finite.
+LOG_PROB_FLOOR = -30.0
 N_CONFIDENCE = TOP_LOG_PROBS + 2
 LOWEST = -80.0
 """A logit this far below the largest counts as masked; exp of it is still a normal float32."""
@@ -39,7 +35,7 @@ def features(logits: Tensor, reserved: ReservedRows) -> Tensor:
     Returns (..., F) float32.
     """
     if suits_loops(logits):
-        return by_loop(features_loop, logits, reserved.start, n_features(reserved))
+        return loop("features")(logits, reserved.start, n_features(reserved))
     return torch.cat((logits[..., reserved.taps].float(), confidence(logits, reserved)), dim=-1)
 
 
@@ -50,7 +46,7 @@ def confidence(logits: Tensor, reserved: ReservedRows) -> Tensor:
     Returns (..., 10) float32; log-probabilities and entropy in nats, margin = log p1 - log p2.
     """
     if suits_loops(logits):
-        return by_loop(features_loop, logits, reserved.start, N_CONFIDENCE)
+        return loop("features")(logits, reserved.start, N_CONFIDENCE)
     visible = logits[..., : reserved.start].float()
     top = largest(visible, TOP_LOG_PROBS)
     uncertainty = Uncertainty.of(visible, top[..., :1])
@@ -62,7 +58,7 @@ def confidence(logits: Tensor, reserved: ReservedRows) -> Tensor:
 def entropy(logits: Tensor, reserved: ReservedRows) -> Tensor:
     """Of the visible tokens' distribution, in nats: (..., V) to (...) float32."""
     if suits_loops(logits):
-        return by_loop(entropy_loop, logits, reserved.start)
+        return loop("entropy")(logits, reserved.start)
     visible = logits[..., : reserved.start].float()
     return Uncertainty.of(visible, visible.amax(-1, keepdim=True)).entropy
 
@@ -70,7 +66,7 @@ def entropy(logits: Tensor, reserved: ReservedRows) -> Tensor:
 def margin(logits: Tensor, reserved: ReservedRows) -> Tensor:
     """The gap between the two largest visible logits: (..., V) to (...) float32."""
     if suits_loops(logits):
-        return by_loop(margin_loop, logits, reserved.start)
+        return loop("margin")(logits, reserved.start)
     top = largest(logits[..., : reserved.start].float(), 2)
     return top[..., 0] - top[..., 1]
 
@@ -78,13 +74,21 @@ def margin(logits: Tensor, reserved: ReservedRows) -> Tensor:
 def best_probability(logits: Tensor, reserved: ReservedRows) -> Tensor:
     """Of the best visible token: (..., V) to (...) float32."""
     if suits_loops(logits):
-        return by_loop(best_probability_loop, logits, reserved.start)
+        return loop("best_probability")(logits, reserved.start)
     return logits[..., : reserved.start].float().softmax(-1).amax(-1)
 
 
 def suits_loops(logits: Tensor) -> bool:
     """Whether `router.loops` can read them: there is no gradient to compute on a CPU."""
     return logits.is_cpu and not logits.requires_grad
+
+
+@cache
+def loop(name: str) -> Callable[..., Tensor]:
+    """What computes a feature by `router.loops`; loaded when it is needed, as numba takes 70 MiB."""
+    from router import loops
+
+    return partial(loops.by_loop, vars(loops)[f"{name}_loop"])
 
 
 def largest(x: Tensor, k: int) -> Tensor:

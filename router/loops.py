@@ -14,12 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from router.features import LOG_PROB_FLOOR, TOP_LOG_PROBS
+
 Floats = NDArray[np.float32]
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
-TOP_LOG_PROBS = 8
-# A masked token's log-probability is -inf; a feature must be finite.
-LOG_PROB_FLOOR = -30.0
 LANES = 256
 """The best tokens are looked for in the lanes with the largest maxima; lane i holds tokens i, i + LANES, …"""
 LOG2_E = np.float32(math.log2(math.e))

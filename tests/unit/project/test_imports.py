@@ -32,6 +32,10 @@ def test_budgets_and_prices_need_no_torch():
     assert loaded("import router.budget, router.policy", "torch", *SERVING) == set()
 
 
+def test_gates_load_numba_only_to_read_logits_on_a_cpu():
+    assert loaded("import router.checkpoint", "numba") == set()
+
+
 def test_help_loads_neither_torch_nor_vllm():
     program = "import wheels; wheels.main(['--help'])"
     assert loaded(program, "torch", "server", "router", "training", *SERVING) == set()

@@ -3,9 +3,17 @@ import math
 import pytest
 import torch
 
-from router.features import best_probability, confidence, entropy, features, margin, n_features
+from router.features import (
+    LOG_PROB_FLOOR,
+    best_probability,
+    confidence,
+    entropy,
+    features,
+    margin,
+    n_features,
+)
 from router.gate import GATES
-from router.loops import LANES, LOG_PROB_FLOOR
+from router.loops import LANES
 from router.reserved import ReservedRows
 
 # Of the `reserved` fixture: ten visible tokens, the escalation token, three taps.
