@@ -1,4 +1,4 @@
-"""Measuring a pair from outside: data files, right answers, a client of a gateway, and servers to start.
+"""Measuring a pair from outside: data files, scores, a gateway client, and servers to start.
 
 `server` (the demo and the benchmarks) and `training` (`wheels evaluate`, the router's stage) both measure,
 and may not import each other. `router` decides and knows neither data files nor HTTP. So this part has a

@@ -1,4 +1,4 @@
-"""What a model is asked: a text, or a conversation of several turns."""
+"""Prompts: a text, or a conversation of several turns."""
 
 from typing import Any, NamedTuple, TypeAlias
 

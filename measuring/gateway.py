@@ -18,7 +18,7 @@ Wire = TypeVar("Wire", bound=msgspec.Struct)
 
 
 class GatewayError(PeerError):
-    """The gateway is away, refuses, or does not answer as a gateway does; the message names its URL."""
+    """The gateway is unreachable, refuses, or gives an unusable answer; the message names its URL."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The one reader of data files: JSON lines, every fault reported with its file and line."""
+"""The only reader of data files: JSON lines, with errors that name the file and line."""
 
 import codecs
 import json

@@ -1,4 +1,4 @@
-"""Numbers that are counted alike for a running gateway and for a pair in process."""
+"""Metrics that are computed in the same way for a running gateway and for a pair in process."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A calibration that finds itself: prices from the scores of live traffic, corrected by the rates they gave.
+"""A calibration learned while serving: prices from the scores of live traffic, corrected by realised rates.
 
 A gate without a measured calibration starts here. Two things are learned while requests are served:
 
@@ -53,7 +53,7 @@ class SeenScores(NamedTuple):
 
 
 class Realised(NamedTuple):
-    """The rate that came of one aimed rate, over recent traffic."""
+    """The realised rate for one aimed rate, over recent traffic."""
 
     aim: float
     rate: float
@@ -62,7 +62,7 @@ class Realised(NamedTuple):
 
 
 class TokenCount(NamedTuple):
-    """What was written at one knot; older tokens fade."""
+    """Tokens counted at one knot; older ones decay."""
 
     teacher_tokens: float
     completion_tokens: float
@@ -70,7 +70,7 @@ class TokenCount(NamedTuple):
 
 @dataclass
 class Correction:
-    """What is learned at one knot."""
+    """The learned correction at one knot."""
 
     offset: float = 0.0
     """Added to the logit of the rate before its quantile is taken."""
@@ -89,7 +89,7 @@ class Correction:
 
 
 class SavedState(BaseModel):
-    """What survives a restart."""
+    """State that survives a restart."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

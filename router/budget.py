@@ -1,4 +1,4 @@
-"""Budgets of teacher tokens, and the bucket that holds one request to its budget."""
+"""Budgets of teacher tokens, and the token bucket that enforces one request's budget."""
 
 import math
 from collections.abc import Collection
@@ -92,7 +92,7 @@ def _by_name(value: Any) -> Any:
 
 
 class Budget(Bounds):
-    """What a request may have of its teachers."""
+    """How many tokens, calls and how much money a request may use of its teachers."""
 
     teachers: (
         Annotated[dict[TeacherName, Bounds | None], BeforeValidator(_by_name), Field(min_length=1)] | None
@@ -180,7 +180,7 @@ class Grant:
 
 
 class Bucket:
-    """What one request has spent of its budget.
+    """One request's budget and its spending so far.
 
     Reserve before a span, settle after it. The hard bound, at every moment of the completion:
 

@@ -1,4 +1,4 @@
-"""The router checkpoint: one directory that holds everything learned about a pair.
+"""The router checkpoint: one directory with everything learned about a pair.
 
     router.json         `RouterConfig`: format, rows, span length, calibration, fingerprints
     router.safetensors  taps (count - 1, H) and gate.* tensors

@@ -1,4 +1,4 @@
-"""From a budget that many requests share to a rate that each of them may aim at.
+"""Converts a shared budget to a rate that each request may aim at.
 
 The ledger makes a limit hold. With a ledger alone, requests are served first come, first served, and the
 tokens run out when they are worth most. The controller moves one rate for all, hence one price, so that the
@@ -33,7 +33,7 @@ LEARNING = 0.05
 
 
 class LedgerTotals(NamedTuple):
-    """All that a ledger has counted under one limit up to a moment."""
+    """Totals that a ledger has counted under one limit up to some time."""
 
     seconds: float
     """The moment, on a steady clock."""
@@ -126,7 +126,7 @@ class RateController:
 
 @dataclass
 class PriceController:
-    """The controllers of all limits, and the price that they make together."""
+    """The controllers of all limits, and the resulting price."""
 
     calibration: Prices
     span_tokens: int

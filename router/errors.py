@@ -53,17 +53,17 @@ class WheelsError(Exception):
 
 
 class UnusableInput(WheelsError):
-    """What a command was given cannot be used: a setting, a file or a model."""
+    """An input of a command cannot be used: a setting, a file or a model."""
 
 
 class PeerError(WheelsError):
-    """Another server or process is away, refuses, or answers what cannot be used."""
+    """Another server or process is unreachable, refuses, or gives an unusable answer."""
 
     http_status = HTTPStatus.BAD_GATEWAY
 
 
 class RunEnded(WheelsError):
-    """A run ended, but not with what it was started for."""
+    """A run ended without its result."""
 
     exit_status = 1
 

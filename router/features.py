@@ -1,4 +1,4 @@
-"""What a gate sees of one position: the student's own logits, taps included.
+"""The features that a gate sees at one position: the student's own logits, including the taps.
 
 There are two ways to the same numbers: compiled loops on a CPU, which take a third of the time there, and
 torch's operations on a GPU or for gradients.

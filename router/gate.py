@@ -1,4 +1,4 @@
-"""Gates: what asking the teacher would be worth at a position, as a score.
+"""Gates: a score for how much asking the teacher would help at a position.
 
 A gate asks where its score exceeds the request's price. The learned gate is trained
 (`training`), the confidence gates need no training and work with any pair.
@@ -86,7 +86,7 @@ class LearnedGate(Gate):
 
 
 class TeachersGate(LearnedGate):
-    """A learned gate for several teachers: an output for each says what asking that one is worth.
+    """A learned gate for several teachers, with a score for each.
 
     A teacher's price is a common price times its cost. The score is the highest common price below which some
     teacher is worth its price. So it is compared with the common price, as the score of any gate.

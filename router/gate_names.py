@@ -1,4 +1,4 @@
-"""The names of the gates, for those who check a configuration: the gates themselves load torch."""
+"""The names of the gates, for checking a configuration without loading torch."""
 
 from typing import Literal, get_args
 

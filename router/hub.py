@@ -1,4 +1,4 @@
-"""Models by their names on the Hugging Face hub, as directories of its cache."""
+"""Models by name on the Hugging Face Hub, as directories in its cache."""
 
 import sys
 from collections.abc import Sequence

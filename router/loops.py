@@ -1,4 +1,4 @@
-"""What gates read of rows of logits on a CPU, in compiled loops on one thread.
+"""Compiled single-threaded CPU loops for the features that gates read from logits.
 
 torch reads the rows once for every operation, and starts some twenty of them. A loop reads them twice. numba
 compiles it at its first call. It needs no C++ compiler, and vLLM brings it along.

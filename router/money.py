@@ -1,4 +1,4 @@
-"""Money: what tokens cost, in whole numbers, so that sums and comparisons are exact."""
+"""Money: costs of tokens in whole numbers, so that sums and comparisons are exact."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""From the state of a budget to the terms on which the student may ask."""
+"""Decides from the state of a budget on which terms the student may ask."""
 
 import math
 from bisect import bisect_left
@@ -55,7 +55,7 @@ NEVER = Terms(price=math.inf)
 
 
 class Prices(Protocol):
-    """From a teacher rate to the price that realises it: measured once, or learned while serving."""
+    """Maps a teacher rate to the price that realises it: measured once, or learned while serving."""
 
     @property
     def points(self) -> Sequence[tuple[float, float]]:

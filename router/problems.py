@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a value, in one line. Its own account takes several."""
+"""Formats pydantic's validation errors in one line."""
 
 from pydantic import ValidationError
 

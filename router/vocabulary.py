@@ -1,4 +1,4 @@
-"""Whether two tokenizers are the same: every id, every special token, and how text is split.
+"""Compares two tokenizers: every id, every special token, and how they split text.
 
 A pair exchanges token ids, so one id with two meanings spoils everything after it. How text is split binds
 nobody: all text is split by the student's tokenizer, and the teacher reads its ids. But a teacher that would
@@ -204,7 +204,7 @@ def questions(tokenizer: Tokenizer, rows: int = 0) -> list[Question]:
 
 
 class Differences(NamedTuple):
-    """The first things that two tokenizers do not agree on, each as the middle of a sentence."""
+    """The first differences between two tokenizers, each phrased as the middle of a sentence."""
 
     ids: str | None = None
     """An id, for which they are no pair."""

@@ -1,4 +1,4 @@
-"""Budgets in words: what a student reads about its budget, and where in its prompt the words stand.
+"""Budgets in words: the text that tells a student its budget, and its place in the prompt.
 
 Training and gateway follow the same rules, so a student reads what it was trained on. A teacher never reads
 the words.

@@ -1,1 +1,1 @@
-"""The gateway: vLLM's OpenAI server over two models that write one answer."""
+"""The gateway: vLLM's OpenAI server with two models that write one answer."""

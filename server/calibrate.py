@@ -1,4 +1,4 @@
-"""`wheels calibrate`: prices that a gateway would learn from its traffic, learned from a file of prompts.
+"""`wheels calibrate`: learns the prices of a gateway from a file of prompts instead of live traffic.
 
 The prompts are the traffic. A gateway that learns its prices gets them, and keeps what it learned where the
 next one of the same student, gate and spans begins (see `server.price_follower`).
@@ -160,7 +160,7 @@ def _rates(text: str) -> list[float]:
 
 
 class OwnGateway(NamedTuple):
-    """A gateway that runs only for the prompts."""
+    """A gateway that is started only for the prompts."""
 
     settings: dict[str, Any]
     vllm_flags: list[str]

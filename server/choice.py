@@ -1,4 +1,4 @@
-"""One completion being written: what both models read of it, and what they append."""
+"""A completion in progress: what both models read of it and append to it."""
 
 import asyncio
 from collections.abc import Mapping

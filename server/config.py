@@ -40,7 +40,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", re.ASCII)
 
 
 class ConfigError(UnusableInput):
-    """The configuration is not usable; the message is one line for the operator."""
+    """The configuration cannot be used; the message is one line for the operator."""
 
 
 def _directory(value: Any) -> Path:
@@ -121,7 +121,7 @@ BudgetSetting = Annotated[Budget, BeforeValidator(_budget)]
 
 
 class ServeConfig(BaseModel):
-    """Settings of `wheels serve`. Flags win over variables (WHEELS_PORT, …), variables over the file."""
+    """Settings of `wheels serve`. Flags override variables (WHEELS_PORT, …), variables override the file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -333,7 +333,7 @@ class ServeConfig(BaseModel):
 
 
 class CommandLine(NamedTuple):
-    """The words of a command, without what is for vLLM."""
+    """The arguments of a command, split at `--`."""
 
     words: list[str]
     vllm_flags: list[str]

@@ -1,4 +1,4 @@
-"""What a completion cost: both models' tokens by kind, and what the teacher alone would have cost."""
+"""Cost of a completion: both models' tokens by kind, and the estimated cost of the teacher alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

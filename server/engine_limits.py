@@ -1,4 +1,4 @@
-"""What vLLM's engine process cannot take from a request: refused here, with a 400, at every budget.
+"""Requests that would break vLLM's engine process are refused here, with a 400, at every budget.
 
 vLLM's own checks let these through. Its V2 model runner (the one on GPUs) raises in the worker above a number
 of ids, which ends the engine and with it every request. A lone surrogate, half of a character, has no UTF-8.

@@ -1,4 +1,4 @@
-"""What the HTTP layer and the engine tell each other about one request, next to vLLM's own types."""
+"""Data about one request that the HTTP layer and the engine exchange, in addition to vLLM's own types."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping

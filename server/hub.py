@@ -1,4 +1,4 @@
-"""The configured student and router, where one of them is a name on the Hugging Face hub."""
+"""Downloads the configured student and router if they are names on the Hugging Face Hub."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a prompt was before the student's template and tokenizer.
+"""The prompt before the student's chat template and tokenizer were applied.
 
 A teacher with others starts from there, and so do budgets in words.
 """

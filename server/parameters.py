@@ -1,4 +1,4 @@
-"""What a client may not ask of two models, and what it may not touch."""
+"""Parameters that do not work with two models, and token ids that are reserved."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -1,4 +1,4 @@
-"""Keeps a calibration that learns up to date: the engine's scores go in; what it learned is kept on disk."""
+"""Updates a learning calibration with the engine's scores, and saves it to disk."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""`--record`: what both models wrote, kept for a router to learn from."""
+"""`--record`: records what both models wrote, to train a router."""
 
 import logging
 import random

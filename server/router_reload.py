@@ -1,4 +1,4 @@
-"""Another router in place of the one that runs, without a restart."""
+"""Replaces the running router without a restart."""
 
 import asyncio
 import logging
@@ -30,7 +30,7 @@ async def load_everywhere(
 
 
 class RouterReload:
-    """Watches a router checkpoint's directory, and puts what it holds to use whenever it changes.
+    """Watches a router checkpoint's directory, and loads it whenever it changes.
 
     `router.json` is looked at, which `RouterCheckpoint.save` writes last; a directory is also replaced by
     another in its place, or by turning a symbolic link.

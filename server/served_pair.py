@@ -1,4 +1,4 @@
-"""What the gateway serves: which student, router, rows, spans and policy, decided once."""
+"""The served pair: its student, router, rows, spans and policy, decided once at startup."""
 
 import hashlib
 from dataclasses import dataclass, replace

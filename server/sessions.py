@@ -1,4 +1,4 @@
-"""Sessions: many requests that share one budget because they name it, as the runs of an agent do."""
+"""Sessions: requests that name the same session share one budget, for example in an agent run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ LARGEST = 2**53
 
 
 class TooManySessions(BadRequest):
-    """The owner of the key has as many sessions as it may have."""
+    """The owner of the key already has the most sessions allowed."""
 
     http_status: ClassVar[HTTPStatus] = HTTPStatus.TOO_MANY_REQUESTS
 
@@ -44,7 +44,7 @@ class SessionBudget(BaseModel):
 
 
 class SessionLimits(NamedTuple):
-    """What holds for the sessions of every owner."""
+    """Limits of each owner's sessions."""
 
     seconds: float = 3600.0
     """A session is over when it was not used for this long."""

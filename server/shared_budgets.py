@@ -154,7 +154,7 @@ def charge_of(prices: TokenPrices | None, reads: int) -> Charge:
 
 @dataclass
 class Share:
-    """What one choice has to do with shared budgets. One span at a time: reserve, then settle, in turn."""
+    """The shared budgets of one choice. One span at a time: reserve, then settle."""
 
     budgets: SharedBudgets
     scopes: tuple[Scope, ...]

@@ -1,4 +1,4 @@
-"""Who writes tokens: the student, or a teacher by its name."""
+"""Names of the writers of tokens: the student, or a teacher."""
 
 Source = str
 STUDENT = "student"

@@ -34,7 +34,7 @@ DOWN = TeacherError("breaker", "the teacher is marked as down")
 
 @dataclass
 class Span:
-    """What was reserved for a span: in the request's own budgets, in the shared ones, at the teacher."""
+    """The reservations of a span: in the request's own budgets, in shared budgets, and at the teacher."""
 
     standing: Standing
     grants: list[tuple[Bucket, Grant]]

@@ -1,4 +1,4 @@
-"""How a choice stands with its teachers: what it may still have, and when it may ask again."""
+"""The state of a choice's teachers: what each may still write, and when it may be asked again."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

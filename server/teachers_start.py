@@ -1,4 +1,4 @@
-"""Makes the teachers of a configuration, and finds out in which vocabulary each of them writes."""
+"""Creates the configured teachers, and finds out which vocabulary each of them uses."""
 
 import logging
 from collections.abc import Callable

@@ -45,7 +45,7 @@ KeyHash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 o
 
 
 class BudgetRefused(BadRequest):
-    """A request asks for more than its tenant may have; the message says what."""
+    """A request's budget exceeds its tenant's maximum; the message names the part."""
 
 
 class Resolved(NamedTuple):
@@ -150,7 +150,7 @@ ADMIN = Literal["admin"]
 
 
 class Tenants:
-    """The tenants of now: reads them from a file, and again when the file changes.
+    """The current tenants, read from a file, and again when the file changes.
 
     ``source`` is the file's path, or the contents themselves (from an environment variable): whatever has
     a line break or begins with a brace.

@@ -1,4 +1,4 @@
-"""A budget for thinking, over the whole completion.
+"""The thinking budget (`thinking_token_budget`), over the whole completion.
 
 vLLM writes the end of the thinking itself when the budget is used up. It finds the beginning in a prompt too,
 so the student's engine counts right after a span. The teacher's server has no part in it: a span ends where

@@ -53,7 +53,7 @@ KEEP_ALIVE_VARIABLE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 
 
 class Listening(NamedTuple):
-    """Where a server is to be found."""
+    """The address of a server."""
 
     address: str
     """For the operator."""

@@ -1,4 +1,4 @@
-"""Which of vLLM's server arguments one gateway can honour; what it cannot stops the start in one line."""
+"""Checks vLLM's server arguments: one that a gateway cannot support stops the start with one line."""
 
 import ssl
 from argparse import Action, Namespace

@@ -1,4 +1,4 @@
-"""Flags of vLLM's own server, as settings by name, and back, without a loss on the way.
+"""Converts flags of vLLM's own server to settings by name, and back, without loss.
 
 A setting is `True` (the flag alone), `False` (its `--no-` form), a value, a list (several words), a mapping
 (JSON), `None` (vLLM's default), or `Repeated`. This module knows vLLM's parser only as an argument: the

@@ -1,4 +1,4 @@
-"""All log-probabilities of a token: those of the rows that are no tokens are left out."""
+"""All log-probabilities of a token, without the rows that are no tokens."""
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing

@@ -1,4 +1,4 @@
-"""`wheels train --dry-run`: what a recipe would train, in how much memory, for how long; nothing is kept."""
+"""`wheels train --dry-run`: estimates parameters, memory and time of a recipe, and keeps nothing."""
 
 import time
 from collections.abc import Iterable

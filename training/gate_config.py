@@ -1,4 +1,4 @@
-"""The router's part of a recipe: what the gate is taught, how budgets reach it, and its calibration."""
+"""The router part of a recipe: the gate's target, how it sees budgets, and its calibration."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self

@@ -1,4 +1,4 @@
-"""From a recipe to a served pair: tokenizer, teacher, student, router.
+"""Runs the stages of a recipe: tokenizer, teacher, student, router.
 
 Each stage runs once, and goes on where it stopped.
 """

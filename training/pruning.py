@@ -1,4 +1,4 @@
-"""A student that begins as its teacher with a few of its layers (depth pruning)."""
+"""A student that starts as a few of its teacher's layers (depth pruning)."""
 
 from copy import deepcopy
 from pathlib import Path

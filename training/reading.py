@@ -1,4 +1,4 @@
-"""What a causal language model makes of its input: hidden states and logits, whole or token by token.
+"""Hidden states and logits of a causal language model, in one pass or token by token.
 
 Logits always come from the model's own forward pass. Some models scale or cap what their output matrix gives
 (Granite, Cohere, Gemma 2), and some add a bias (Phi): a product with the matrix alone would leave that out.

@@ -1,4 +1,4 @@
-"""What a stage was trained from: kept with its checkpoint and its export.
+"""Records what a stage was trained from, with its checkpoint and its export.
 
 So a changed recipe is noticed. A record holds the fields that matter for the result. How a run is split,
 logged or compiled does not.

@@ -1,4 +1,4 @@
-"""The router's stage in `wheels train --dry-run`: a small one is run, and its times are multiplied."""
+"""The router stage in `wheels train --dry-run`: runs a small stage and extrapolates its times."""
 
 import ctypes
 import io

@@ -1,4 +1,4 @@
-"""A running gateway that training asks for completions, and hands its routers to."""
+"""A running gateway: training requests completions from it, and gives it new routers."""
 
 import asyncio
 import os

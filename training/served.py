@@ -1,4 +1,4 @@
-"""Stock vLLM servers that training asks; a teacher behind one gives log-probabilities of whole prompts."""
+"""Stock vLLM servers used in training; a served teacher gives log-probabilities of whole prompts."""
 
 import math
 import time

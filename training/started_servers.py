@@ -1,4 +1,4 @@
-"""The servers of the router's stage that the recipe gives no address of: started here, and always ended.
+"""Starts and always stops the servers of the router stage for which the recipe has no address.
 
 They are the commands that a user would run: vLLM's own server for the teacher, and `wheels serve` for the
 student. They listen on this machine alone.

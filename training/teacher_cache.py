@@ -1,4 +1,4 @@
-"""What a teacher said, kept on disk: demonstrations come again in every epoch, and its answer is the same."""
+"""A disk cache of a teacher's answers: demonstrations repeat in every epoch, and the answer is the same."""
 
 import hashlib
 import json

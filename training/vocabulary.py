@@ -1,4 +1,4 @@
-"""One vocabulary for the whole pair: the ready tokenizer of a recipe, and its checks.
+"""One vocabulary for the whole pair: a recipe's pretrained tokenizer, and its checks.
 
 They come before any compute is spent.
 """

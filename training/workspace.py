@@ -1,4 +1,4 @@
-"""The directories of a recipe, and whether what lies in them is what the recipe says."""
+"""The directories of a recipe, and checks that their contents match the recipe."""
 
 from dataclasses import dataclass
 from pathlib import Path

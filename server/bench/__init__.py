@@ -1,1 +1,1 @@
-"""`wheels bench`: how fast and how good, compared with what people would use instead."""
+"""`wheels bench`: speed and quality compared with the alternatives."""

@@ -1,4 +1,4 @@
-"""How much one student and one teacher carry, what that depends on, and what more would need."""
+"""Throughput of one student and one teacher, what it depends on, and what more load would need."""
 
 import asyncio
 from collections.abc import Sequence
@@ -139,7 +139,7 @@ async def _load(pair: PairServers, budget: float, plan: Plan, count: int, stream
 
 
 class EngineCosts(NamedTuple):
-    """What an engine that nobody else uses takes."""
+    """Times of an engine without other load."""
 
     step: Line
     """Seconds, over the batch."""

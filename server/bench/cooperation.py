@@ -1,4 +1,4 @@
-"""Two models writing together, compared with what each alone needs for its share of the tokens."""
+"""The speed of two models writing together, compared with each model alone writing its share."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields

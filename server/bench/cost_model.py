@@ -1,4 +1,4 @@
-"""First-order costs of a pair on one kind of hardware, and what a traffic needs by them."""
+"""First-order costs of a pair on one kind of hardware, and the resources that some traffic needs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

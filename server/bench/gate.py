@@ -1,4 +1,4 @@
-"""What a gate takes of a step, as a multiple of one `log_softmax` over the same logits, on one CPU thread."""
+"""Time of a gate in a step, relative to one `log_softmax` over the same logits, on one CPU thread."""
 
 import random
 import time

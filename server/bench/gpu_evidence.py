@@ -1,4 +1,4 @@
-"""Measurements that the formulas of `roofline.py` must explain: others' on an H100, ours on CPU cores."""
+"""Measurements to check the formulas of `roofline.py` with: published ones on an H100, ours on CPU cores."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a pair would do on one GPU, by `roofline.py`: no engine is started, and no GPU is needed."""
+"""Predicted speed of a pair on one GPU, by `roofline.py`, without an engine or a GPU."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""A teacher that costs what a big model costs and writes what a small one writes.
+"""A teacher that is as slow as a big model and writes the same as a small one.
 
 A tiny pair shows quality but no speed: all that can be seen is the engine's own work per step. So the pair's
 teacher is deepened without changing its function. Further decoder layers whose `o_proj` and `down_proj` are

@@ -1,4 +1,4 @@
-"""A client that keeps a number of streams busy, and what it saw."""
+"""A client that keeps a number of streams busy, and its measurements."""
 
 import asyncio
 import json

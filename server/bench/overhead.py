@@ -1,4 +1,4 @@
-"""What the gateway costs when no teacher is asked, compared with vLLM's own server; its gate's cost."""
+"""Overhead of the gateway without teacher calls, compared with vLLM's own server, and of its gate."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Latency that a gateway adds to a request: ours at budget 0 and LiteLLM's proxy, before the same model."""
+"""Latency that a gateway adds: ours at budget 0 and LiteLLM's proxy, in front of the same model."""
 
 import asyncio
 import json

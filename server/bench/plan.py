@@ -1,4 +1,4 @@
-"""What a run of `wheels bench` measures with, shared by its sections."""
+"""Inputs of a `wheels bench` run, shared by its sections."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""Pictures of sections: from their tables alone, so that a stored result can be drawn again."""
+"""Plots of the sections, made only from their tables, so that a stored result can be plotted again."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

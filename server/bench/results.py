@@ -1,4 +1,4 @@
-"""What a section found: tables of plain values and spreads, as JSON and as Markdown."""
+"""Results of a section: tables of plain values and spreads, as JSON and as Markdown."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence

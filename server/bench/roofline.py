@@ -1,4 +1,4 @@
-"""Tokens a second that two models can write on one machine, from its datasheet and their published shapes.
+"""Predicted tokens/s of two models on one machine, from its datasheet and their published shapes.
 
 A step of an engine moves bytes and computes. The slower of the two decides (Williams, Waterman and Patterson
 2009, "Roofline", doi:10.1145/1498765.1498785); added here are what a step costs whatever it does, and how

@@ -1,4 +1,4 @@
-"""What a teacher call costs by the length of its prefix, and where its time goes outside the engine."""
+"""Duration of a teacher call against the length of its prefix, and where the time goes."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""One measurement for two sections: all ways to use one pair, in turn, on the same examples.
+"""One measurement for two sections: all ways to use one pair, on the same examples.
 
 The teacher is made heavy (`heavy.py`), and every way has the same two cores in all. Student and teacher have
 one each; or the teacher has both, so that it gets what the student leaves of its own; or one process has two

@@ -1,1 +1,1 @@
-"""Structured output over two models: vLLM's own grammars, in the student's engine and in the gateway."""
+"""Structured output with two models: vLLM's own grammars, in the student's engine and in the gateway."""

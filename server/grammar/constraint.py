@@ -20,7 +20,7 @@ from server.written import GRAMMAR_FROM
 
 
 class Continuation(NamedTuple):
-    """What the student's engine has to know to go on with a grammar."""
+    """What the student's engine needs to continue with a grammar."""
 
     extra_args: dict[str, int]
     options: dict[str, Any]
@@ -28,7 +28,7 @@ class Continuation(NamedTuple):
 
 
 class Constraint:
-    """A matcher of vLLM's at the end of what is written.
+    """One of vLLM's matchers, at the end of the text so far.
 
     It starts where vLLM starts it: after the reasoning, if there is a parser that knows its end.
     """

@@ -1,4 +1,4 @@
-"""Strings of a bounded length, into which xgrammar lets raw control characters, which JSON forbids.
+"""Strings of bounded length: xgrammar allows raw control characters in them, which JSON forbids.
 
 A pattern says the same without them: xgrammar reads it as one of a string in JSON.
 """

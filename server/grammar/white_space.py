@@ -1,4 +1,4 @@
-"""White space in the JSON of tool calls, which a model that knows no JSON writes without end."""
+"""Limits white space in the JSON of tool calls, which some models would write without end."""
 
 import json
 from typing import Any

@@ -1,1 +1,1 @@
-"""What is around vLLM's HTTP server: our fields, keys, limits, routes, and how it ends."""
+"""Additions to vLLM's HTTP server: our fields, keys, limits, routes, and shutdown."""

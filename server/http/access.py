@@ -1,4 +1,4 @@
-"""Who may use the gateway: a key in front of every route; what a tenant's responses say of its limits."""
+"""API keys for every route, and the rate-limit headers of a tenant's responses."""
 
 import hmac
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ OPEN = {
 
 
 class Access:
-    """ASGI middleware: 401 without a known key, 429 if a tenant wants that once its limit is used up.
+    """ASGI middleware: 401 without a known key; 429 for a used-up limit, if the tenant is configured so.
 
     The request's state gets the owner of its key as ``tenant``: a `Tenant` or "admin". Without tenants, only
     the metrics may want a key.

@@ -1,4 +1,4 @@
-"""What the gateway's ASGI middlewares share: the protocol's types, a request's path and its id."""
+"""Shared by the ASGI middlewares: the protocol's types, a request's path and its id."""
 
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextvars import ContextVar

@@ -1,4 +1,4 @@
-"""What `GET /budgets` answers: every limit, what is spent of it, and the price that it makes."""
+"""The response of `GET /budgets`: every limit, its spending, and the resulting price."""
 
 import math
 from collections.abc import Sequence

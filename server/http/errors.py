@@ -1,4 +1,4 @@
-"""What the gateway answers if it cannot do what a request asks: an error in the shape of the API called."""
+"""Error responses, in the shape of the API that was called."""
 
 import json
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ ANTHROPIC_TYPES = {
 
 @dataclass(frozen=True)
 class ApiError:
-    """An error, as every API of the gateway can tell it."""
+    """An error that can be rendered for every API of the gateway."""
 
     status: int
     message: str

@@ -1,4 +1,4 @@
-"""The budget of a request, in a field or a header: takes it out, and opens the exchange that carries it."""
+"""Reads a request's budget from a field or a header, and opens the exchange that carries it."""
 
 import json
 from typing import Any, NamedTuple

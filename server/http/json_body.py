@@ -1,4 +1,4 @@
-"""The only reader of request bodies: what it takes, vLLM and the teacher can read and write again."""
+"""The only reader of request bodies. It accepts only what vLLM and the teacher can read too."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""How the gateway ends: its clients are handed over, what it has begun is finished, nothing new is taken."""
+"""Shutdown: clients reconnect elsewhere, running requests are finished, new ones are refused."""
 
 import asyncio
 import logging
@@ -28,11 +28,11 @@ the gateway would close one on which a request may be on its way.
 
 
 class EngineDied(RunEnded):
-    """The student's engine is gone: the gateway has to be started again."""
+    """The student's engine died; the gateway must be restarted."""
 
 
 class Lifecycle:
-    """ASGI middleware in front of everything: knows every request, and ends the server in order.
+    """Outermost ASGI middleware: tracks every request, and shuts the server down in order.
 
     SIGTERM drains, in this order:
 

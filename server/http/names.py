@@ -1,4 +1,4 @@
-"""What clients call the parameters that vLLM knows by other names."""
+"""The names that clients use for parameters, where vLLM uses other names."""
 
 from collections.abc import Mapping
 from typing import Any

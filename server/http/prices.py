@@ -1,4 +1,4 @@
-"""What `GET /prices` answers: the price of a teacher token at each rate, and what it realised."""
+"""The response of `GET /prices`: the price of a teacher token at each rate, and the realised rates."""
 
 from typing_extensions import TypedDict
 

@@ -1,4 +1,4 @@
-"""What a response says of a budget that many requests share: `x-ratelimit-*` and `Retry-After`."""
+"""Response headers about shared budgets: `x-ratelimit-*` and `Retry-After`."""
 
 import math
 from collections.abc import Sequence

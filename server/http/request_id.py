@@ -1,4 +1,4 @@
-"""X-Request-Id: honoured, or made; returned, handed on to vLLM and the teacher, in a request's log lines."""
+"""X-Request-Id: from the request or generated; passed to vLLM, the teacher, the response and the log."""
 
 import logging
 import re

@@ -1,1 +1,1 @@
-"""What a pair answers that is served on this machine: for the demo, benchmarks and tests."""
+"""Runs and measures a pair on this machine, for the demo, benchmarks and tests."""

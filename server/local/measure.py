@@ -1,4 +1,4 @@
-"""What a running gateway does at a given budget: held-out examples, summed up."""
+"""Measures a running gateway at a given budget, on held-out examples."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Prices of a running gateway, found from prompts: what every rate that is asked for realises."""
+"""Finds the prices of a running gateway from prompts: sends them at each rate until it is realised."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -1,1 +1,1 @@
-"""The teacher: a client for one of its servers, all of them as one, one call as the span loop takes it."""
+"""The teacher: a client for one server, a pool of its replicas, and single calls for the span loop."""

@@ -1,10 +1,10 @@
-"""Which LoRA adapters a server of the teacher has, by the names of the student's."""
+"""Which of the student's LoRA adapters a teacher's server has, by name."""
 
 from collections.abc import Iterable
 
 
 class Adapters:
-    """What is known of one server; it is found out anew after it lacked one."""
+    """The known adapters of one server; checked again after one was missing."""
 
     def __init__(self) -> None:
         self._names: frozenset[str] = frozenset()

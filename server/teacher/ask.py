@@ -1,4 +1,4 @@
-"""What a teacher is asked for, and how far it has come."""
+"""A request to a teacher, and its progress."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,7 +86,7 @@ class Ask:
 
 @dataclass
 class Progress:
-    """What an ask has brought so far."""
+    """The results of an ask so far."""
 
     ask: Ask
     written: list[int] = field(default_factory=list)

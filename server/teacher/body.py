@@ -1,4 +1,4 @@
-"""The request to a stock vLLM server for what is left of an ask."""
+"""The HTTP request to a stock vLLM server for the rest of an ask."""
 
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""The circuit breaker: a teacher that keeps failing is left alone for a while."""
+"""A circuit breaker: a teacher that keeps failing is not called for a while."""
 
 import time
 from collections.abc import Callable

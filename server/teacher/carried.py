@@ -1,4 +1,4 @@
-"""Rules over the whole completion, at a teacher's server that knows a span only.
+"""Applies rules of the whole completion to a teacher's server, which sees only a span.
 
 For a stock server what is written is part of the prompt. So it gets the penalties for it as biases, and its
 tokens are screened: after some of them the same rules need another request.

@@ -1,4 +1,4 @@
-"""A teacher under a grammar: a stock server cannot go on with one, so its tokens are checked here."""
+"""A teacher under a grammar. A stock server cannot continue one, so its tokens are checked here."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""How many calls a replica has under way, by how long they wait for their first token."""
+"""Limits a replica's concurrent calls by how long they wait for their first token."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ SHORT = 0.25
 
 
 class Crowding:
-    """A bound on a replica's calls that follows its queue: half of them when it is long, one more when not.
+    """A limit on a replica's calls: halved when its queue is long, otherwise raised by one.
 
     A replica that is sent more than it can serve makes every call wait. The calls that are too many are
     better not made: their students write on and ask again later. (The rule is that of TCP: additive

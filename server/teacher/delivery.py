@@ -1,4 +1,4 @@
-"""The teacher's text as the student's ids, as far as a grant goes."""
+"""Converts the teacher's text to the student's ids, up to the size of a grant."""
 
 from server.teacher.words import UNFINISHED, StudentWords, same_characters
 

@@ -1,4 +1,4 @@
-"""What goes wrong between the gateway and its teacher."""
+"""Errors between the gateway and its teacher."""
 
 from typing import Literal
 

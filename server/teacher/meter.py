@@ -1,4 +1,4 @@
-"""What the requests of one span read and write, in the teacher's own tokens, and what they may cost."""
+"""Counts the teacher's own tokens that the requests of one span read and write, and limits their cost."""
 
 from dataclasses import dataclass, field
 

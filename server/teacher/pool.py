@@ -1,4 +1,4 @@
-"""The teacher's replicas as one teacher: whom to ask, how many at once, whom instead."""
+"""The teacher's replicas as one teacher: which to call, how many calls at once, which one to try next."""
 
 import asyncio
 import logging

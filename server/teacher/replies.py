@@ -1,4 +1,4 @@
-"""What a stock vLLM server answers on /v1/completions, read strictly."""
+"""Strict parsing of a stock vLLM server's replies on /v1/completions."""
 
 import math
 from collections.abc import Sequence

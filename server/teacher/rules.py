@@ -1,4 +1,4 @@
-"""What may stay of a text that came from elsewhere: rules that a request has for the student's tokens."""
+"""Checks a text from another model against the request's rules for the student's tokens."""
 
 from server.choice import Choice
 from server.completion import Piece

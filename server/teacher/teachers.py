@@ -1,4 +1,4 @@
-"""The gateway's teachers by name, from the cheapest to the dearest."""
+"""The gateway's teachers by name, from the cheapest to the most expensive."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""A tool as a teacher: an HTTP function that reads the text so far, and may answer with what comes next."""
+"""A tool as a teacher: an HTTP endpoint that reads the text so far, and may return the text that follows."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping

@@ -1,4 +1,4 @@
-"""A teacher with a vocabulary of its own: text crosses between the two models, at whole characters only.
+"""A teacher with another vocabulary: the models exchange text, in whole characters.
 
 A choice has two lists of ids. The student's are the completion. The teacher's are its own prompt, rendered by
 its own template, and the completion's text in its own tokens. As long as nobody else writes, these are the

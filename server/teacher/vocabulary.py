@@ -1,4 +1,4 @@
-"""Whether a server of the teacher has the student's vocabulary, and whether all servers have one."""
+"""Checks whether the teacher's servers have the student's vocabulary, and all the same one."""
 
 import asyncio
 import hashlib

@@ -1,4 +1,4 @@
-"""Text as token ids, for a text that goes on: a special token is never read into what somebody wrote.
+"""Tokenizes a text that will continue; typed names of special tokens never become special tokens.
 
 Ids of the parts of a text, one after the other, are ids of the whole text. So a completion can grow by text
 of either model. What a tokenizer puts before every text (SentencePiece: a space) would be in the middle of

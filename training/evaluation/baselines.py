@@ -1,4 +1,4 @@
-"""Baselines that are no gates: whole requests to the teacher, by what the student's own answer looks like."""
+"""Baselines that are not gates: whole requests to the teacher, chosen by the student's own answer."""
 
 from collections.abc import Iterable, Sequence
 

@@ -1,4 +1,4 @@
-"""What the gate is taught with `gain: quality`: what a teacher token changes in the metric on average.
+"""The target of `gain: quality`: the expected change of the metric by one teacher token.
 
 One completion's metric is nearly all noise: state and confidence of the student explain less than one percent
 of what a token changes in it. The critic also sees the teacher's distribution, which the gate never

@@ -1,4 +1,4 @@
-"""What a completion is worth with `gain: quality`: the task's metric and similarity.
+"""The value of a completion with `gain: quality`: the task's metric and similarity.
 
 They are taken against the references, and against what the teacher itself would write.
 A token of a good answer is often not in the one reference. Completions drawn from the teacher are many, and

@@ -1,4 +1,4 @@
-"""What a gate is fitted on: positions of rollouts, what asking gains there, and what the teacher knows."""
+"""Training data of a gate: positions of rollouts, the gain of asking there, and the teacher's view."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace

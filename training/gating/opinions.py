@@ -1,4 +1,4 @@
-"""What student and teacher think at every position of completions that are written already.
+"""Student's and teacher's distributions at every position of finished completions.
 
 One pass of each model over each completion. The teacher may be a server: then its likeliest tokens are known,
 and of all others what they have together.

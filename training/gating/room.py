@@ -1,4 +1,4 @@
-"""Which examples leave room for a completion in what the models can read."""
+"""Selects examples that leave room for a completion in the models' context."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

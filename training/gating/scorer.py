@@ -1,4 +1,4 @@
-"""What completions are worth by the task's metrics."""
+"""Scores completions with the task's metrics."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple

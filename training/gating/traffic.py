@@ -1,4 +1,4 @@
-"""What a gate learns from completions that were served: both models read them, and none writes."""
+"""Training data for a gate from served completions: both models read them, and none writes."""
 
 import random
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The router from completions that were served: recorded by gateways, or asked of one for this purpose.
+"""Trains the router from served completions: recorded by gateways, or requested from one.
 
 No model writes here. Both read what was written, once, and the gate is fitted to that. So the teacher may be
 a server, and prompts need no right answers.

@@ -1,4 +1,4 @@
-"""The best validation of a run: its weights are kept, and without a better one the run ends."""
+"""Keeps the weights of the best validation, and ends the run if there is no improvement."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar for people, trackers for later."""
+"""Progress reports of a run: a progress bar, log lines and trackers."""
 
 import math
 import sys

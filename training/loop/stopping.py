@@ -1,4 +1,4 @@
-"""What ends a run before its last step: numbers that are not finite, and signals.
+"""Reasons that end a run before its last step: non-finite numbers, and signals.
 
 SIGTERM and SIGINT end it at the end of its step, with a checkpoint; the second one ends it at once.
 """

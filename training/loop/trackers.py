@@ -1,4 +1,4 @@
-"""Where the scalars of a run go, for later."""
+"""Trackers: where the metrics of a run are written."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""What a task is: examples with all their right answers, split for good, and a metric."""
+"""A task: examples with all their right answers, fixed splits, and a metric."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping

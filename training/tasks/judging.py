@@ -21,7 +21,7 @@ SHOWN = 60
 
 
 class JudgeError(PeerError):
-    """The judge is away, or does not reply with a number; the message names its URL."""
+    """The judge is unreachable, or does not reply with a number; the message names its URL."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What an answer is worth: metrics by name, and functions of one's own as `module:function`."""
+"""Metrics of answers: by name, or your own function as `module:function`."""
 
 import importlib
 import sys
