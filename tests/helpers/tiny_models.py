@@ -10,7 +10,7 @@ from tests.helpers.paths import ROOT
 from training.model_config import Shape
 from training.models import new_model
 
-VISIBLE, END, MAX_TOKENS = 40, 1, 16
+VISIBLE, END, MAX_TOKENS = 40, 1, 10
 RESERVED = ReservedRows(VISIBLE)
 
 

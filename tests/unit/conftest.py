@@ -5,10 +5,11 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from _pytest import logging as pytest_logging
 from hypothesis import settings
 
 from router.reserved import ReservedRows
@@ -53,11 +54,32 @@ def _a_worker_has_one_core() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _torch_passes_on_what_it_logs() -> None:
-    """As others do: to each of its 80 loggers that does not, pytest gives its handlers six times a test."""
-    for name, logger in logging.root.manager.loggerDict.items():
-        if name.split(".")[0] == "torch" and isinstance(logger, logging.Logger):
+def _few_loggers_get_handlers() -> Iterator[None]:
+    """Pytest adds its handlers, six times a test, to each logger that passes nothing on.
+
+    Torch has 80 of these: here they pass on what they log, as others do. The rest are looked for once, not
+    among a thousand loggers each time.
+    """
+    loggers = [each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)]
+    for logger in loggers:
+        if logger.name.split(".")[0] == "torch":
             logger.propagate = True
+    ends = [logging.root, *(logger for logger in loggers if not logger.propagate)]
+
+    class CatchingLogs(pytest_logging.catching_logs):
+        __slots__ = ()
+
+        def __enter__(self) -> logging.Handler:
+            if self.level is not None:
+                return super().__enter__()
+            for logger in ends:
+                logger.addHandler(self.handler)
+            self.attached_loggers.extend(ends)
+            return self.handler
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pytest_logging, "catching_logs", CatchingLogs)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from router.checkpoint import RouterCheckpoint
 from router.gate import TeachersGate
 from tests.helpers.commands import train
+from tests.helpers.recipes import write_recipe
 from tests.helpers.taking_gateway import TakingGateway, stage_of
 from training.config import RecipeError, load_recipe
 from training.evaluation.report import Evaluation
@@ -22,26 +24,15 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def recipe(untrained_pair, tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(f"""
-output: {tmp_path}/out
-work: {tmp_path}/work
-max_tokens: 4
-task: {{name: numbers}}
-teacher: {{pretrained: {untrained_pair}/teacher}}
-student: {{pretrained: {untrained_pair}/student}}
-cheaper_teachers:
-  middle: {{pretrained: {untrained_pair}/teacher, cost: 0.5}}
-  small: {{pretrained: {untrained_pair}/student, cost: 0.125}}
-router:
-  {{span_tokens: 2, ask_tokens: 1, gain: {{type: regret}}, prompts: 8, epochs: 1, calibration_examples: 4,
-   budgets: [0.2, 0.5]}}
-""")
-    return path
+    cheaper = {
+        "middle": {"pretrained": f"{untrained_pair}/teacher", "cost": 0.5},
+        "small": {"pretrained": f"{untrained_pair}/student", "cost": 0.125},
+    }
+    return write_recipe(tmp_path, untrained_pair, max_tokens=4, cheaper_teachers=cheaper)
 
 
 def test_teachers_are_ordered_by_their_cost(recipe):
-    assert [name for name, _ in load_recipe(recipe).cheaper] == ["small", "middle"]
+    assert [name for name, _ in load_recipe(Path(recipe)).cheaper] == ["small", "middle"]
 
 
 @pytest.mark.parametrize(
@@ -72,26 +63,26 @@ def test_teachers_are_ordered_by_their_cost(recipe):
 )
 def test_what_cannot_be_is_refused_by_name(recipe, override, problem):
     with pytest.raises(RecipeError, match=problem):
-        load_recipe(recipe, [override])
+        load_recipe(Path(recipe), ["router.rounds=2", override])
 
 
 def test_a_dry_run_needs_nothing_that_is_exported(recipe, tmp_path):
-    assert train([str(recipe), "--dry-run"]) == 0
+    assert train([recipe, "--dry-run"]) == 0
     assert not (tmp_path / "out").exists()
 
 
 def test_a_cheaper_teacher_of_another_vocabulary_is_refused(recipe, tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()
-    tokenizer = load_tokenizer(load_recipe(recipe).student.pretrained)
+    tokenizer = load_tokenizer(load_recipe(Path(recipe)).student.pretrained)
     tokenizer.add_tokens(["<another>"])
     tokenizer.save_pretrained(other)
-    assert train([str(recipe), f"cheaper_teachers.small.pretrained={other}"]) == 2
+    assert train([recipe, f"cheaper_teachers.small.pretrained={other}"]) == 2
     assert "the teacher small" in capsys.readouterr().err
 
 
 def test_the_router_has_an_output_for_each_and_is_evaluated_with_all(recipe, tmp_path, capsys):
-    assert train([str(recipe)]) == 0
+    assert train([recipe]) == 0
     router = RouterCheckpoint.load(tmp_path / "out" / "router")
     assert [(output.teacher, output.cost) for output in router.outputs] == [
         ("small", 0.125),
@@ -113,21 +104,21 @@ def test_the_router_has_an_output_for_each_and_is_evaluated_with_all(recipe, tmp
             assert row["cost"] == pytest.approx(cost * row["rate"])
 
     capsys.readouterr()
-    assert train([str(recipe), "cheaper_teachers.small.cost=0.25"]) == 2
+    assert train([recipe, "cheaper_teachers.small.cost=0.25"]) == 2
     assert "cheaper_teachers" in capsys.readouterr().err
     method = f"{{type: joint, router: {tmp_path}/out/router}}"
     schedule = "{steps: 1, batch: 1, learning_rate: 1}"
     joint = f"student={{pretrained: {tmp_path}/out/student, method: {method}, schedule: {schedule}}}"
-    assert train([str(recipe), joint, f"output={tmp_path}/new", f"work={tmp_path}/new-work"]) == 2
+    assert train([recipe, joint, f"output={tmp_path}/new", f"work={tmp_path}/new-work"]) == 2
     assert "method joint is for a router of one teacher" in capsys.readouterr().err
 
 
 def test_a_router_of_one_output_notices_that_teachers_were_added(recipe, tmp_path, capsys):
     one = ["cheaper_teachers=null", "router.rounds=1"]
-    assert train([str(recipe), *one]) == 0
+    assert train([recipe, *one]) == 0
     written = json.loads((tmp_path / "out" / "router" / "router.json").read_text())
     assert "teachers" not in written
-    assert train([str(recipe), "router.rounds=1"]) == 2
+    assert train([recipe, "router.rounds=1"]) == 2
     assert "cheaper_teachers {}, now" in capsys.readouterr().err
 
 

@@ -6,11 +6,12 @@ import pytest
 
 from tests.helpers.commands import evaluate, train
 from tests.helpers.numbers import tokenizer_of_numbers
+from tests.helpers.recipes import ROUTER, SCHEDULE, write_recipe
 from training.model_config import Shape
 from training.models import new_model, save_model
 
 GOOD = '{"source": "At 2:30 pm.", "target": "Um halb drei."}\n'
-STUDENT = "method: {type: sft}, schedule: {steps: 2, batch: 2, learning_rate: 1e-2, compile: false}"
+STUDENT = {"method": {"type": "sft"}, "schedule": SCHEDULE | {"steps": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +31,13 @@ def recipe(ready, tmp_path):
     data.mkdir()
     for split in ("train", "valid", "test"):
         (data / f"{split}.jsonl").write_text(GOOD.replace("At", split))
-    path = tmp_path / "recipe.yaml"
-    path.write_text(f"""
-output: {tmp_path}/out
-work: {tmp_path}/work
-max_tokens: 8
-task: {{name: jsonl, options: {{directory: {data}}}}}
-teacher: {{pretrained: {ready}/teacher}}
-student: {{pretrained: {ready}/student, {STUDENT}}}
-router:
-  {{span_tokens: 1, ask_tokens: 1, gain: {{type: regret}}, prompts: 4, rounds: 1, calibration_examples: 4}}
-""")
-    return str(path)
+    return write_recipe(
+        tmp_path,
+        ready,
+        task={"name": "jsonl", "options": {"directory": str(data)}},
+        student={"pretrained": f"{ready}/student"} | STUDENT,
+        router=ROUTER | {"span_tokens": 1, "prompts": 4},
+    )
 
 
 def refusal(capsys, *arguments, command=train):

@@ -11,6 +11,7 @@ from router.hub import fetch
 from tests.helpers.commands import train
 from tests.helpers.fake_hub import FakeHub
 from tests.helpers.numbers import save_untrained_pair, tokenizer_of_numbers
+from tests.helpers.recipes import SCHEDULE, write_recipe
 from training import hub as training_hub
 from training.hub import directory_of
 
@@ -42,19 +43,14 @@ async def hub(
 @pytest.fixture
 def trained(tmp_path: Path) -> Callable[[str], int]:
     """`wheels train` of a student, by its name: the exit status."""
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"""
-output: {tmp_path}/out
-work: {tmp_path}/work
-task: {{name: numbers}}
-teacher: {{pretrained: small/teacher@main}}
-student:
-  pretrained: small/student
-  method: {{type: kd}}
-  schedule: {{steps: 2, batch: 4, learning_rate: 1e-2, log_every: 1, compile: false}}
-router: {{span_tokens: 2, ask_tokens: 1, gain: {{type: regret}}, prompts: 8, calibration_examples: 4}}
-""")
-    return lambda name: train([str(recipe), "--stage", "student", f"student.pretrained={name}"])
+    schedule = SCHEDULE | {"steps": 2, "batch": 4}
+    recipe = write_recipe(
+        tmp_path,
+        tmp_path,
+        teacher={"pretrained": "small/teacher@main"},
+        student={"pretrained": "small/student", "method": {"type": "kd"}, "schedule": schedule},
+    )
+    return lambda name: train([recipe, "--stage", "student", f"student.pretrained={name}"])
 
 
 async def test_a_pair_is_trained_by_names_with_revisions(

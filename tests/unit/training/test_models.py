@@ -14,6 +14,7 @@ from router.checkpoint import RouterCheckpoint
 from router.reserved import RESERVED_ROWS
 from router.vocabulary import OTHER_SPLIT
 from tests.helpers.commands import INTERRUPTED, train
+from tests.helpers.recipes import SCHEDULE, write_recipe
 from training.gating.rollout import Request
 from training.gating.router_stage import FrozenPair
 from training.model_config import Shape
@@ -27,23 +28,13 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def recipe(untrained_pair, tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(f"""
-output: {tmp_path}/out
-work: {tmp_path}/work
-task: {{name: numbers}}
-max_tokens: 16
-teacher: {{pretrained: {untrained_pair}/teacher}}
-student:
-  pretrained: {untrained_pair}/student
-  lora: {{rank: 4}}
-  method: {{type: gkd, on_policy: 0.5}}
-  schedule: {{steps: 6, batch: 2, learning_rate: 1e-2, checkpoint_every: 2, log_every: 1, compile: false}}
-router:
-  {{span_tokens: 2, ask_tokens: 1, gain: {{type: regret}}, prompts: 8, calibration_examples: 4,
-   budgets: [0.2, 0.5]}}
-""")
-    return str(path)
+    student = {
+        "pretrained": f"{untrained_pair}/student",
+        "lora": {"rank": 4},
+        "method": {"type": "gkd", "on_policy": 0.5},
+        "schedule": SCHEDULE,
+    }
+    return write_recipe(tmp_path, untrained_pair, student=student)
 
 
 def losses(directory):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 from router.checkpoint import RouterCheckpoint
 from tests.helpers.commands import INTERRUPTED, train
 from tests.helpers.numbers import save_untrained_pair, tokenizer_of_numbers
+from tests.helpers.recipes import SCHEDULE, write_recipe
 from training import cli, export, pipeline
 from training.config import load_recipe
 from training.hub import HubError, check_hub, push
@@ -44,22 +45,8 @@ def ready(tokenizer, tmp_path_factory):
 
 
 def recipe_in(directory, ready):
-    path = directory / "recipe.yaml"
-    path.write_text(f"""
-output: {directory}/out
-work: {directory}/work
-task: {{name: numbers}}
-max_tokens: 16
-teacher: {{pretrained: {ready}/teacher}}
-student:
-  pretrained: {ready}/student
-  method: {{type: kd}}
-  schedule: {{steps: 6, batch: 2, learning_rate: 1e-2, checkpoint_every: 2, log_every: 1, compile: false}}
-router:
-  {{span_tokens: 2, ask_tokens: 1, gain: {{type: regret}}, prompts: 8, calibration_examples: 4,
-   budgets: [0.2, 0.5]}}
-""")
-    return str(path)
+    student = {"pretrained": f"{ready}/student", "method": {"type": "kd"}, "schedule": SCHEDULE}
+    return write_recipe(directory, ready, student=student)
 
 
 @pytest.fixture

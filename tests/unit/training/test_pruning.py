@@ -21,6 +21,7 @@ from transformers import (
 from router.checkpoint import RouterCheckpoint
 from tests.helpers.commands import train
 from tests.helpers.numbers import tokenizer_of_numbers
+from tests.helpers.recipes import SCHEDULE, write_recipe
 from training.config import RecipeError
 from training.model_config import Shape
 from training.models import new_model, save_model
@@ -121,25 +122,18 @@ def teacher(tmp_path_factory):
     return directory
 
 
-SCHEDULE = "{steps: 4, batch: 2, learning_rate: 1e-2, checkpoint_every: 2, log_every: 1, compile: false}"
-TRAINED = f"method: {{type: sft}}, schedule: {SCHEDULE}"
+SFT = {"method": {"type": "sft"}, "schedule": SCHEDULE | {"steps": 4}}
+SUPERVISED = {"prune": {"layers": 2}} | SFT
 
 
 @pytest.fixture
 def recipe(teacher, tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(f"""
-output: {tmp_path}/out
-work: {tmp_path}/work
-task: {{name: numbers}}
-max_tokens: 16
-teacher: {{pretrained: {teacher}, {TRAINED}}}
-student: {{prune: {{layers: 2}}, method: {{type: kd}}, schedule: {SCHEDULE}}}
-router:
-  {{span_tokens: 2, ask_tokens: 1, gain: {{type: regret}}, prompts: 8, calibration_examples: 4,
-   budgets: [0.2]}}
-""")
-    return str(path)
+    return write_recipe(
+        tmp_path,
+        teacher,
+        teacher={"pretrained": str(teacher)} | SFT,
+        student=SUPERVISED | {"method": {"type": "kd"}},
+    )
 
 
 def test_a_pair_is_made_of_one_model(recipe, tmp_path):
@@ -181,7 +175,7 @@ def test_a_dry_run_knows_the_student_before_its_teacher_is_trained(recipe, tmp_p
         (["teacher={url: 'http://127.0.0.1:9'}"], "student.prune: the layers of a teacher behind a URL"),
         (["student={prune: {layers: 2}}"], "student.prune.method: Field required"),
         (["--stage", "student"], "no teacher in"),
-        (["--stage", "student", f"student={{prune: {{layers: 2}}, {TRAINED}}}"], "no teacher in"),
+        (["--stage", "student", f"student={SUPERVISED}"], "no teacher in"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused(recipe, overrides, problem, capsys):
@@ -192,7 +186,7 @@ def test_what_cannot_be_pruned_is_refused(recipe, overrides, problem, capsys):
 
 def test_a_student_of_a_retrained_teacher_is_not_taken_for_the_old_one(recipe, capsys):
     """Also if its method does not ask the teacher."""
-    supervised = [recipe, f"student={{prune: {{layers: 2}}, {TRAINED}}}", "--stage", "student"]
+    supervised = [recipe, f"student={SUPERVISED}", "--stage", "student"]
     assert train([recipe, "--stage", "teacher"]) == 0
     assert train(supervised) == 0
     longer = "teacher.schedule.steps=5"

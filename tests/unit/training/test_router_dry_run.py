@@ -7,6 +7,7 @@ from router.gate import RandomGate
 from router.reserved import ReservedRows
 from tests.helpers.commands import train
 from tests.helpers.numbers import tokenizer_of_numbers
+from tests.helpers.recipes import ROUTER, SCHEDULE, write_recipe
 from tests.helpers.taking_gateway import TakingGateway, stage_of
 from training.gating import rollout
 from training.gating.rollout import ClosedLoop, Request, cache_bytes
@@ -21,19 +22,12 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def recipe(untrained_pair, tmp_path):
-    schedule = "{steps: 4, batch: 2, learning_rate: 1e-2, compile: false}"
-    path = tmp_path / "recipe.yaml"
-    path.write_text(f"""
-output: {tmp_path}/out
-work: {tmp_path}/work
-max_tokens: 8
-task: {{name: numbers}}
-teacher: {{pretrained: {untrained_pair}/teacher}}
-student: {{prune: {{layers: 1}}, method: {{type: kd}}, schedule: {schedule}}}
-router:
-  {{span_tokens: 2, ask_tokens: 1, gain: {{type: regret}}, prompts: 100, rounds: 2, calibration_examples: 40}}
-""")
-    return str(path)
+    return write_recipe(
+        tmp_path,
+        untrained_pair,
+        student={"prune": {"layers": 1}, "method": {"type": "kd"}, "schedule": SCHEDULE | {"steps": 4}},
+        router=ROUTER | {"prompts": 100, "rounds": 2, "calibration_examples": 40},
+    )
 
 
 def test_a_dry_run_covers_the_router_before_its_student_is_there(recipe, tmp_path, capsys):

@@ -1,11 +1,14 @@
 """Student and gate in turns."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from router.checkpoint import RouterCheckpoint
 from tests.helpers.commands import train
 from tests.helpers.numbers import save_untrained_pair, tokenizer_of_numbers
+from tests.helpers.recipes import ROUTER, write_recipe
 from training import turns
 from training.config import RecipeError, load_recipe
 from training.turns import Turn, take_turns
@@ -22,25 +25,18 @@ def ready(tmp_path_factory):
 
 @pytest.fixture
 def recipe(ready, tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(f"""
-output: {tmp_path}/pair
-work: {tmp_path}/work
-task: {{name: numbers}}
-max_tokens: 8
-teacher: {{pretrained: {ready}/teacher}}
-student: {{pretrained: {ready}/student}}
-router:
-  {{span_tokens: 2, ask_tokens: 1, gain: {{type: regret}}, prompts: 4, rounds: 1, epochs: 1,
-   calibration_examples: 2, budgets: [0.2, 0.5]}}
-turns: {{most: 3, schedule: {{steps: 1, batch: 2, learning_rate: 1e-2, compile: false}}}}
-""")
-    return path
+    return write_recipe(
+        tmp_path,
+        ready,
+        output=f"{tmp_path}/pair",
+        router=ROUTER | {"prompts": 4, "calibration_examples": 2},
+        turns={"most": 3, "schedule": {"steps": 1, "batch": 2, "learning_rate": 0.01, "compile": False}},
+    )
 
 
 def test_turns_go_on_from_the_best_pair_and_end_when_none_is_better(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(turns, "worth", lambda _, pair: torch.full((4,), WORTH[pair.name]))
-    assert train([str(recipe)]) == 0
+    assert train([recipe]) == 0
     assert "the best pair is in " + str(tmp_path / "pair-turn1") in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.glob("pair*")) == ["pair", "pair-turn1", "pair-turn2"]
     for name in ("pair", "pair-turn1", "pair-turn2"):
@@ -50,10 +46,10 @@ def test_turns_go_on_from_the_best_pair_and_end_when_none_is_better(recipe, tmp_
 
 
 def test_what_is_there_is_not_trained_again(recipe, tmp_path):
-    assert train([str(recipe)]) == 0  # untrained models get nothing right, so one turn is no better
+    assert train([recipe]) == 0  # untrained models get nothing right, so one turn is no better
     file = tmp_path / "pair-turn1" / "router" / "router.json"
     before = file.stat().st_mtime_ns
-    assert take_turns(load_recipe(recipe)) == tmp_path / "pair"
+    assert take_turns(load_recipe(Path(recipe))) == tmp_path / "pair"
     assert file.stat().st_mtime_ns == before
     assert not (tmp_path / "pair-turn2").exists()
 
@@ -69,21 +65,21 @@ def test_better_is_more_than_one_standard_error(tmp_path, gains, better):
 
 
 def test_turns_that_the_recipe_does_not_have_are_refused(recipe, capsys):
-    assert train([str(recipe), "--stage", "turns", "turns=null"]) != 0
+    assert train([recipe, "--stage", "turns", "turns=null"]) != 0
     assert "--stage turns: the recipe has no turns" in capsys.readouterr().err
 
 
 def test_turns_are_for_one_process(recipe, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="without torchrun"):
-        take_turns(load_recipe(recipe))
+        take_turns(load_recipe(Path(recipe)))
 
 
 def test_turns_that_cannot_be_taken_are_refused_before_anything_is_trained(
     recipe, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert train([str(recipe)]) != 0
+    assert train([recipe]) != 0
     assert "without torchrun" in capsys.readouterr().err
     assert not (tmp_path / "pair").exists()
 
@@ -102,5 +98,5 @@ def test_turns_that_cannot_be_taken_are_refused_before_anything_is_trained(
     ],
 )
 def test_turns_need_both_models_here(recipe, capsys, overrides, problem):
-    assert train([str(recipe), *overrides]) != 0
+    assert train([recipe, *overrides]) != 0
     assert problem in capsys.readouterr().err

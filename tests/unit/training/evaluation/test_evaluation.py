@@ -35,7 +35,7 @@ from training.tasks import make_task
 def tree() -> Tree:
     pair = ClosedLoop(
         student=model(0),
-        teacher=model(1, layers=2),
+        teacher=model(1),
         score=EntropyGate(RESERVED),
         visible=VISIBLE,
         end=END,
@@ -117,7 +117,7 @@ def test_a_gateway_stands_beside_what_was_computed_in_process():
 
 def test_a_further_router_has_rows_under_the_bucket_at_its_own_prices():
     demo = Path("deploy/demo")
-    report = evaluate_pair(demo, make_task("numbers"), EXAMPLES, [1], 24, {"again": demo / "router"})
+    report = evaluate_pair(demo, make_task("numbers"), EXAMPLES, [1], 12, {"again": demo / "router"})
     rows = report.budgets["again"]
     assert [row["budget"] for row in rows] == list(BUDGETS)
     assert rows == report.budgets["learned"]

@@ -28,7 +28,7 @@ torch.set_num_threads(1)  # tiny models: threads only wait for each other
 def pair() -> ClosedLoop:
     return ClosedLoop(
         student=model(0),
-        teacher=model(1, layers=2),
+        teacher=model(1),
         score=EntropyGate(RESERVED),
         visible=VISIBLE,
         end=END,

@@ -27,7 +27,7 @@ OBJECTIVE = ConstrainedObjective(type="constrained", prices=(0.1, 2.0), temperat
 def pair() -> ClosedLoop:
     return ClosedLoop(
         student=model(0),
-        teacher=model(1, layers=2),
+        teacher=model(1),
         score=RandomGate(RESERVED),
         visible=VISIBLE,
         end=END,
@@ -155,7 +155,7 @@ def test_the_difference_of_the_residuals_has_neither_price_nor_own_utility_in_it
 
 def test_a_single_decision_is_worth_its_gain_and_the_critic_is_convex_in_the_price(pair, prompts):
     """Every position is a path of its own: the score is the gain, U = T log(e^(-price/T) + e^(-gain/T))."""
-    seen, _ = collect(with_gate(pair, RandomGate(RESERVED)), [Request(ids) for ids in prompts.ids] * 4)
+    seen, _ = collect(with_gate(pair, RandomGate(RESERVED)), [Request(ids) for ids in prompts.ids] * 2)
     states = seen.positions.states
     count = len(seen)
     gain = torch.full((count,), 0.5)
@@ -163,7 +163,12 @@ def test_a_single_decision_is_worth_its_gain_and_the_critic_is_convex_in_the_pri
     lessons = Lessons(states, gain, seen.by_teacher, *[torch.arange(count)] * 2, teacher_view(seen.positions))
     choices = Choices(lessons, Branches(states[:0], ended, ended, torch.ones(count)))
     config = GateConfig(
-        span_tokens=4, ask_tokens=1, gain=RegretGain(type="regret"), epochs=60, batch=128, objective=OBJECTIVE
+        span_tokens=4,
+        ask_tokens=1,
+        gain=RegretGain(type="regret"),
+        epochs=100,
+        batch=128,
+        objective=OBJECTIVE,
     )
     torch.manual_seed(0)
     head = Head(pair.student, RESERVED, 16)

@@ -18,7 +18,7 @@ from training.gating.rollout import ClosedLoop
 from training.tasks import make_task
 
 torch.set_num_threads(1)
-N, PATHS = 20_000, 1000
+N, PATHS = 15_000, 750
 
 
 @pytest.fixture(scope="module")

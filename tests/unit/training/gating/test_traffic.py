@@ -12,6 +12,7 @@ from router.checkpoint import RouterCheckpoint
 from router.gate import RandomGate
 from tests.helpers.commands import train
 from tests.helpers.numbers import tokenizer_of_numbers
+from tests.helpers.recipes import write_recipe
 from tests.helpers.served_teacher import VLLM, client
 from tests.helpers.taking_gateway import TakingGateway, stage_of
 from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
@@ -37,7 +38,7 @@ torch.set_num_threads(1)  # tiny models: threads only wait for each other
 def loop() -> ClosedLoop:
     return ClosedLoop(
         student=model(0),
-        teacher=model(1, layers=2),
+        teacher=model(1),
         score=RandomGate(RESERVED),
         visible=VISIBLE,
         end=END,
@@ -113,22 +114,14 @@ def test_a_token_that_a_server_does_not_name_is_at_most_as_likely_as_its_least()
 
 @pytest.fixture
 def recipe(untrained_pair, tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(f"""
-output: {tmp_path}/out
-work: {tmp_path}/work
-max_tokens: 8
-task: {{name: numbers}}
-teacher: {{pretrained: {untrained_pair}/teacher}}
-student: {{pretrained: {untrained_pair}/student}}
-router:
-  span_tokens: 2
-  ask_tokens: 1
-  gain: {{type: regret}}
-  epochs: 1
-  rollouts: {{type: recorded, directory: {tmp_path}/record}}
-""")
-    return str(path)
+    router = {
+        "span_tokens": 2,
+        "ask_tokens": 1,
+        "gain": {"type": "regret"},
+        "epochs": 1,
+        "rollouts": {"type": "recorded", "directory": f"{tmp_path}/record"},
+    }
+    return write_recipe(tmp_path, untrained_pair, router=router)
 
 
 def record(directory, prompts: int, highest: int = 290):

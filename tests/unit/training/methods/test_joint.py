@@ -8,6 +8,7 @@ from router.gate import LearnedGate
 from router.reserved import ReservedRows
 from tests.helpers.commands import train
 from tests.helpers.numbers import tokenizer_of_numbers
+from tests.helpers.recipes import ROUTER, SCHEDULE, write_recipe
 from training.batches import Batch, Demonstrations
 from training.method_config import JointConfig, KDConfig
 from training.methods import KD, Joint
@@ -111,19 +112,17 @@ def test_answers_go_after_other_prompts():
 
 @pytest.fixture
 def recipe(student, tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(f"""
-output: {tmp_path}/out
-work: {tmp_path}/work
-task: {{name: numbers}}
-teacher: {{pretrained: {student}}}
-student:
-  pretrained: {student}
-  method: {{type: joint, router: {router(student, tmp_path / "router", 0.5)}}}
-  schedule: {{steps: 2, batch: 4, learning_rate: 1e-2, log_every: 1, compile: false}}
-router: {{span_tokens: 1, ask_tokens: 1, gain: {{type: regret}}}}
-""")
-    return str(path)
+    return write_recipe(
+        tmp_path,
+        student.parent,
+        teacher={"pretrained": str(student)},
+        student={
+            "pretrained": str(student),
+            "method": {"type": "joint", "router": str(router(student, tmp_path / "router", 0.5))},
+            "schedule": SCHEDULE | {"steps": 2, "batch": 4},
+        },
+        router=ROUTER | {"span_tokens": 1},
+    )
 
 
 def test_a_student_goes_on_with_its_router(recipe, tmp_path):
