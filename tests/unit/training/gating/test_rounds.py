@@ -140,7 +140,7 @@ def test_a_gate_finds_where_the_student_regrets(sources, tmp_path):
 
 def test_every_budget_has_a_dual_variable_and_the_best_round_is_exported(sources, tmp_path, monkeypatch):
     """Calls of two tokens; the first round is the plain regression, the second one is judged best."""
-    monkeypatch.setattr(duals, "SETTLING", 6)
+    monkeypatch.setattr(duals, "SETTLING", 4)
     objective = ConstrainedObjective(type="constrained")
     calls = {"span_tokens": 2, "ask_tokens": 2, "calibration_examples": 60}
     config = CONFIG.model_copy(update={"objective": objective} | calls)
