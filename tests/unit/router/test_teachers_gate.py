@@ -89,9 +89,9 @@ def test_a_router_of_one_output_is_written_as_ever(router, tmp_path):
 @pytest.mark.parametrize(
     ("teachers", "problem"),
     [
-        ([("small", 0.5)], "a single teacher has no entry"),
-        ([("big", 0.5), ("big", 1.0)], "two teachers have one name"),
-        ([("small", 2.0), ("big", 1.0)], "a teacher is cheaper than the one before it"),
+        ([("small", 0.5)], "set teachers only if there are several"),
+        ([("big", 0.5), ("big", 1.0)], "two teachers have the same name"),
+        ([("small", 2.0), ("big", 1.0)], "teachers must be ordered by cost"),
         ([("small", 0.0), ("big", 1.0)], "greater than 0"),
         ([("a name", 0.5), ("big", 1.0)], "pattern"),
         ([("small", 0.5), ("middle", 0.7), ("big", 1.0)], "size mismatch"),
