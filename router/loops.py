@@ -38,8 +38,13 @@ def by_loop(loop: Callable[[Floats, int, Floats], None], logits: Tensor, visible
 
 
 def compiled(loop: Loop) -> Loop:
-    """Sums may be reordered, as vector instructions do. Other threads may run meanwhile."""
-    compiled_loop: Loop = numba.njit(nogil=True, fastmath={"reassoc", "contract", "arcp", "nsz"})(loop)
+    """Sums may be reordered, as vector instructions do. Other threads may run meanwhile.
+
+    If numba's own variable NUMBA_CACHE_DIR names a directory, the next process finds the compiled loop there.
+    """
+    keep = bool(numba.config.CACHE_DIR)
+    compile_loop = numba.njit(nogil=True, fastmath={"reassoc", "contract", "arcp", "nsz"}, cache=keep)
+    compiled_loop: Loop = compile_loop(loop)
     return compiled_loop
 
 

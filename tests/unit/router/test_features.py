@@ -1,4 +1,6 @@
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from router.features import (
     n_features,
 )
 from router.gate import GATES
-from router.loops import LANES
+from router.loops import LANES, features_loop
 from router.reserved import ReservedRows
 
 # Of the `reserved` fixture: ten visible tokens, the escalation token, three taps.
@@ -180,3 +182,7 @@ def test_without_a_largest_logit_there_is_no_confidence(reserved, value):
     assert entropy(logits, reserved).isnan()
     assert best_probability(logits, reserved).isnan()
     assert confidence(logits, reserved)[8].isnan()
+
+
+def test_compiled_loops_are_kept_where_numba_is_told_to():
+    assert Path(features_loop.stats.cache_path).is_relative_to(os.environ["NUMBA_CACHE_DIR"])
