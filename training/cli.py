@@ -12,7 +12,9 @@ from router.checkpoint import RouterCheckpoint
 from training.config import Recipe, RecipeError, load_recipe
 from training.dry_run import dry_run
 from training.evaluation.gateway import BUDGETS, measure
-from training.evaluation.report import METHODS, evaluate_pair, gateway_report, joined, plot, table
+from training.evaluation.in_process import evaluate_pair
+from training.evaluation.plots import plot
+from training.evaluation.report import METHODS, gateway_report, joined, table
 from training.hub import check_hub, push
 from training.pipeline import run, task_of
 from training.running_gateway import RunningGateway

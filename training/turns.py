@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from training.config import Recipe, RecipeError, TurnsConfig
-from training.evaluation.report import Evaluation
+from training.evaluation.in_process import Evaluation
 from training.export import remove
 from training.gating.calibration import standard_error
 from training.method_config import JointConfig

@@ -8,15 +8,13 @@ from measuring.chats import Source
 from measuring.examples import Example, sources_of
 from measuring.gateway import GatewayReply
 from measuring.scores import recovered
-from training.evaluation.scoring import point
+from training.evaluation.scoring import Row, point
 from training.gating.calibration import teacher_rate
 from training.gating.rollout import Rollout
 from training.gating.tree import Setting
 from training.tasks import Task
 
 BUDGETS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
-
-Row = dict[str, float]
 
 
 class Replies(Protocol):

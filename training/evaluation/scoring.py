@@ -10,6 +10,9 @@ from training.gating.calibration import teacher_rate
 from training.gating.rollout import Rollout
 from training.gating.tree import Setting
 
+Row = dict[str, float]
+"""A `Point` and what is computed of it, by name."""
+
 
 @dataclass(frozen=True)
 class Point:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from router.checkpoint import Points, TeacherOutput
+from router.gate_names import LEARNED
 from training.teacher import Teacher
 
 TEACHER = "teacher"
@@ -43,3 +44,8 @@ def outputs_of(cheaper: Sequence[Cheaper[Model]], alone: Mapping[str, Points]) -
     for name, cost in [*((each.name, each.cost) for each in cheaper), (TEACHER, 1.0)]:
         outputs.append(TeacherOutput(name=name, cost=cost, calibration=alone.get(name, [])))
     return tuple(outputs)
+
+
+def alone(teacher: str) -> str:
+    """Name of the learned gate if one of several teachers is the only one."""
+    return f"{LEARNED}, {teacher} alone"

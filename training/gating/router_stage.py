@@ -20,7 +20,7 @@ from router.reserved import ReservedRows
 from training.config import RecipeError
 from training.gate_config import GateConfig, QualityGain
 from training.gating.calibration import calibrate, spare_prices
-from training.gating.cheaper import TEACHER, Cheaper, costs_of
+from training.gating.cheaper import TEACHER, Cheaper, alone, costs_of
 from training.gating.checkpoint import Calibrated, checkpoint_of
 from training.gating.duals import asking_share
 from training.gating.head import Head
@@ -173,7 +173,7 @@ class RouterStage:
             show_prices(name, points.prices)
         if isinstance(gate, TeachersGate):
             for number, teacher in enumerate(self.pair.teachers):
-                name = f"{LEARNED}, {teacher} alone"
+                name = alone(teacher)
                 validation.trees.add(name, Alone(gate, number))
                 calibrated.alone[teacher] = calibrate_gate(validation.trees, name, gap, config).prices
                 show_prices(name, calibrated.alone[teacher])

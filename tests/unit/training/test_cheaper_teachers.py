@@ -13,7 +13,7 @@ from tests.helpers.commands import train
 from tests.helpers.recipes import write_recipe
 from tests.helpers.taking_gateway import TakingGateway, stage_of
 from training.config import RecipeError, load_recipe
-from training.evaluation.report import Evaluation
+from training.evaluation.in_process import Evaluation
 from training.gating.cheaper import Cheaper
 from training.models import load_model
 from training.tasks import make_task

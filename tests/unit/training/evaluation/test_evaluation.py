@@ -14,16 +14,8 @@ from router.gate import EntropyGate
 from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 from training.evaluation.baselines import hesitation, query_level
 from training.evaluation.gateway import measure
-from training.evaluation.report import (
-    BUDGETS,
-    QualityReport,
-    area,
-    at_rate,
-    evaluate_pair,
-    gateway_report,
-    joined,
-    table,
-)
+from training.evaluation.in_process import evaluate_pair
+from training.evaluation.report import BUDGETS, QualityReport, area, at_rate, gateway_report, joined, table
 from training.evaluation.scoring import runs, teacher_positions
 from training.gating.calibration import spare_prices, teacher_rate
 from training.gating.rollout import ClosedLoop, Rollout
