@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import msgspec
-from openai import APIStatusError, AsyncOpenAI, OpenAIError
+from openai import APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 
 from measuring.chats import Source, messages_of
 from measuring.trajectories import in_order, within
@@ -86,7 +86,7 @@ class GatewayClient:
         api_key: str = "none",
         timeout: float = 600.0,
         retries: int = 0,
-        transport: Any = None,
+        transport: DefaultAsyncHttpxClient | None = None,
         temperature: float | None = 0.0,
     ) -> None:
         self._url = url.rstrip("/")

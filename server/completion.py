@@ -14,6 +14,7 @@ from server.vllm_api import (
     LogprobsProcessor,
     RequestOutputKind,
     SamplingParams,
+    TokenizerLike,
     convert_ids_list_to_tokens,
     repeats,
 )
@@ -56,7 +57,7 @@ class Piece:
 
 
 def new_detokenizer(
-    tokenizer: Any, prompt_ids: list[int] | None, params: SamplingParams
+    tokenizer: TokenizerLike | None, prompt_ids: list[int] | None, params: SamplingParams
 ) -> IncrementalDetokenizer:
     """A detokenizer of vLLM, with its matcher of stop strings, as its engine makes one for each request."""
     request = EngineCoreRequest(
@@ -81,7 +82,12 @@ class Completion:
     """
 
     def __init__(
-        self, tokenizer: Any, prompt_ids: list[int], params: SamplingParams, index: int, report: Report
+        self,
+        tokenizer: TokenizerLike | None,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        index: int,
+        report: Report,
     ) -> None:
         self.index = index
         self.params = params

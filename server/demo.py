@@ -32,6 +32,7 @@ from tokenizers import Tokenizer
 from measuring.chats import messages_of, shown
 from measuring.examples import Example, load_examples
 from measuring.gateway import GatewayClient, GatewayError, GatewayReply
+from measuring.marking import mark, marked
 from measuring.pair import START_SECONDS, Pair, Serving, free_port, serving
 from measuring.processes import Child, exit_at_signals
 from server.local.arguments import EXAMPLES, PAIR_HELP, SHIPPED_PAIR, complete_pair, positive
@@ -41,7 +42,6 @@ BUDGETS = (0.0, 0.05, 0.1, 0.2, 1.0)
 SHOWN_BUDGETS = (0.1, 0.2)
 SHOWN_COMPLETIONS = 5
 USUAL_PORT = 8000
-TEACHER_STYLE = "bold black on yellow"
 
 
 def main(argv: list[str]) -> int:
@@ -261,7 +261,7 @@ def _print_completions(answered: dict[float, list[Answered]], pair: Pair, consol
     if not wrong:
         return
     legend = Text.assemble("The student alone, and at budget ", f"{budget:g}", " with ")
-    legend.append_text(_mark("the teacher's spans", console))
+    legend.append_text(mark("the teacher's spans", colour=_has_colour(console)))
     console.print(legend, highlight=False)
     for comparison in wrong:
         console.print()
@@ -276,26 +276,11 @@ def _print_completions(answered: dict[float, list[Answered]], pair: Pair, consol
 
 def _coloured(reply: GatewayReply, tokenizer: Tokenizer, console: Console) -> Text:
     """The reply's text with the teacher's spans marked."""
-    whole = tokenizer.decode(reply.token_ids)
-
-    def offset(tokens: int) -> int:
-        # A prefix may end inside a character, which is then decoded as U+FFFD.
-        return len(tokenizer.decode(reply.token_ids[:tokens]).rstrip("\ufffd"))
-
-    text = Text()
-    shown = 0
-    for first_token, end_token in reply.spans:
-        start = offset(first_token)
-        end = offset(end_token)
-        text.append(whole[shown:start])
-        text.append_text(_mark(whole[start:end], console))
-        shown = end
-    return text.append(whole[shown:])
+    return marked(tokenizer.decode, reply.token_ids, reply.spans, colour=_has_colour(console))
 
 
-def _mark(text: str, console: Console) -> Text:
-    """What the teacher wrote: in colour, or in brackets if the console has none."""
-    return Text(text, style=TEACHER_STYLE) if console.color_system else Text(f"⟦{text}⟧")
+def _has_colour(console: Console) -> bool:
+    return console.color_system is not None
 
 
 def _print_how_to_call(servers: Serving, example: Example, logs: Path, console: Console) -> None:

@@ -16,6 +16,7 @@ from server.vllm_api import (
     MAX_NUM_LOGIT_BIAS_TOKENS,
     MAX_NUM_STOP_TOKEN_IDS,
     SamplingParams,
+    TokenizerLike,
     VLLMValidationError,
     max_bad_words_tokens,
 )
@@ -28,7 +29,7 @@ def check_engine_limits(
     prompt: Any,
     params: SamplingParams,
     reserved: ReservedRows,
-    tokenizer: Any,
+    tokenizer: TokenizerLike | None,
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Refuse what the engine process could not take; ``names`` as of `server.http.names.names_as_sent`.
@@ -70,7 +71,7 @@ def _check_count(parameter: str, ids: Any, most: int) -> None:
         raise VLLMValidationError(message, parameter=parameter, value=len(ids))
 
 
-def _check_bad_words(params: SamplingParams, tokenizer: Any) -> None:
+def _check_bad_words(params: SamplingParams, tokenizer: TokenizerLike | None) -> None:
     if tokenizer is None:
         return
     tokenized = params.clone()

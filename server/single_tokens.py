@@ -7,16 +7,23 @@ parsers go wrong on a delta in which one part of an answer ends and the next beg
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from server.completion import new_detokenizer
-from server.vllm_api import CompletionOutput, IncrementalDetokenizer, RequestOutput, SamplingParams
+from server.vllm_api import (
+    CompletionOutput,
+    IncrementalDetokenizer,
+    RequestOutput,
+    SamplingParams,
+    TokenizerLike,
+)
 
 
 class SingleTokens:
     """Splits the deltas of one plain request; the texts are those that vLLM would have made of each token."""
 
-    def __init__(self, tokenizer: Any, prompt_ids: list[int] | None, params: SamplingParams) -> None:
+    def __init__(
+        self, tokenizer: TokenizerLike | None, prompt_ids: list[int] | None, params: SamplingParams
+    ) -> None:
         self._texts: list[IncrementalDetokenizer] = []
         for _ in range(params.n):
             self._texts.append(new_detokenizer(tokenizer, prompt_ids, params))

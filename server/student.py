@@ -12,7 +12,7 @@ from server.choice import Choice
 from server.completion import Piece
 from server.gate_processor import terms_args
 from server.grammar.constraint import Constraint
-from server.vllm_api import ReasoningMarkers, RequestOutput, RequestOutputKind, SamplingParams
+from server.vllm_api import ReasoningMarkers, RequestOutput, RequestOutputKind, SamplingParams, TokenizerLike
 from server.written import written_args
 
 
@@ -28,7 +28,7 @@ class StudentEngine:
     """vLLM's own: one plain request."""
     check: Callable[..., SamplingParams]
     """vLLM's own checks of a request; its parameters with the model's end tokens, as vLLM runs them."""
-    tokenizer: Any
+    tokenizer: TokenizerLike | None
     max_model_len: int
     """The student's context, in tokens."""
     reserved: ReservedRows

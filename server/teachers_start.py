@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 from router.money import FREE
 from server.config import ServeConfig
@@ -16,6 +16,7 @@ from server.teacher.translation import Translator
 from server.teacher.vocabulary import Vocabularies
 from server.teacher.words import StudentWords, TeacherWords, UnusableTokenizer
 from server.teacher_settings import TeacherSettings
+from server.vllm_api import TokenizerLike
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def _tool_pool(config: ServeConfig, name: str, settings: TeacherSettings) -> Tea
     return TeacherPool(replicas, concurrency=config.teacher_concurrency, queue_seconds=config.teacher_queue)
 
 
-async def introduce(teachers: Teachers, config: ServeConfig, tokenizer: Any, rows: int) -> None:
+async def introduce(teachers: Teachers, config: ServeConfig, tokenizer: TokenizerLike, rows: int) -> None:
     """Compare the vocabulary of every teacher that is there with the student's; later ones follow.
 
     Args:
@@ -94,7 +95,7 @@ async def introduce(teachers: Teachers, config: ServeConfig, tokenizer: Any, row
 class _WordsOfStudent:
     """Made when the first teacher needs them: not every tokenizer can continue a text."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: TokenizerLike) -> None:
         self._tokenizer = tokenizer
         self._words: StudentWords | None = None
 
@@ -110,7 +111,7 @@ class _Crossing:
     def __init__(
         self,
         name: str,
-        tokenizer: Any,
+        tokenizer: TokenizerLike,
         rows: int,
         wanted: Literal["auto", "same", "other"],
         student: Callable[[], StudentWords],

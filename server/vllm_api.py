@@ -25,6 +25,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.tokenizers import TokenizerLike
 from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.async_utils import merge_async_iterators
@@ -626,6 +627,7 @@ __all__ = [
     "Sampler",
     "SamplingParams",
     "StructuredOutputManager",
+    "TokenizerLike",
     "UnsupportedVllm",
     "UsageContext",
     "VLLMValidationError",

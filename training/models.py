@@ -205,8 +205,3 @@ def _computed(reading: Reading, visible: int) -> Outputs:
 def answer_read(model: PreTrainedModel, batch: Batch, visible: int) -> Reading:
     """States (N, H) and logits (N, visible), see `answer_outputs`."""
     return answer_outputs(model, batch, visible).whole()
-
-
-def answer_logits(model: PreTrainedModel, batch: Batch, visible: int) -> Tensor:
-    """(N, visible), see `answer_outputs`."""
-    return answer_read(model, batch, visible).logits

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
-import httpx
+from openai import DefaultAsyncHttpxClient
 
 from measuring.chats import Source
 from measuring.gateway import GatewayClient, GatewayError, GatewayReply
@@ -32,7 +32,7 @@ class RunningGateway:
     """Requests at once."""
     patience: float = 60.0
     """Seconds in which it has to take a router."""
-    transport: Callable[[], httpx.AsyncClient] | None = None
+    transport: Callable[[], DefaultAsyncHttpxClient] | None = None
     """Makes an HTTP client in place of its own."""
 
     def replies(self, sources: Sequence[Source], budget: float) -> list[GatewayReply]:

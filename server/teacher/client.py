@@ -1,19 +1,15 @@
 """The teacher: a separately hosted vLLM server that continues token ids over HTTP."""
 
 import asyncio
-import io
 import logging
 import math
 import sys
 import time
-from base64 import b64encode
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import replace
+from typing import Any
 
-import aiohttp
 import msgspec
 
 from server.completion import Piece
@@ -23,24 +19,18 @@ from server.teacher.ask import Ask, Progress
 from server.teacher.body import GENERATE, post
 from server.teacher.breaker import Breaker
 from server.teacher.carried import Screen
+from server.teacher.connection import LONGEST, Connection
 from server.teacher.constrained import constrained
-from server.teacher.errors import TeacherError as TeacherError
+from server.teacher.errors import TeacherError
 from server.teacher.meter import Meter
-from server.teacher.patience import SPAN as SPAN
 from server.teacher.patience import Patience
-from server.teacher.replies import REFUSALS, Reply, quoted, read_reply, read_usage
+from server.teacher.replies import Reply, read_reply, read_usage
 from server.tracing import CallSpan
 
 logger = logging.getLogger(__name__)
 
-KEEP_ALIVE = 4
-"""Idle connections are dropped after this many seconds, before the teacher does it (vLLM: 5 s)."""
-
 PROBE_SECONDS = 2.0
 """A health check has this long, or ``teacher_timeout`` if that is less."""
-
-LONGEST = 32 * 2**20
-"""Bytes of the longest line or body of a reply, not counting an echo of the prompt."""
 
 ECHOED = 16
 """Bytes of one token id of the prompt, which vLLM echoes in the first line of a stream."""
@@ -53,32 +43,6 @@ REFUSED_IN_A_ROW = 8
 
 UNREAD = ("unreachable", "status")
 """What keeps a teacher from reading a prompt, unless it has begun to write."""
-
-T = TypeVar("T")
-
-
-class _ClosedConnection(TeacherError):
-    """The other side closed a connection that was kept alive, before it answered: try another."""
-
-
-@dataclass
-class _Sending:
-    """One request on its way."""
-
-    reused: bool = False
-    """On a connection that had another before."""
-
-
-def _note_reuse() -> aiohttp.TraceConfig:
-    """Tell a connection that was closed while nobody used it from a server that hangs up."""
-
-    async def reused(_session: aiohttp.ClientSession, context: Any, _: Any) -> None:
-        if context.trace_request_ctx is not None:
-            context.trace_request_ctx.reused = True
-
-    config = aiohttp.TraceConfig()
-    config.on_connection_reuseconn.append(reused)
-    return config
 
 
 class _Model(msgspec.Struct):
@@ -136,11 +100,7 @@ class Teacher:
         Raises:
             TeacherError: there are two kinds of credentials.
         """
-        parts = urlsplit(url.rstrip("/"))
-        self.name = parts.netloc.rpartition("@")[2]
-        """Host and port: this server's name in metrics, logs and traces."""
-        self.url = urlunsplit(parts._replace(netloc=self.name))
-        """Without credentials."""
+        self._connection = Connection(url, api_key=api_key, connect_timeout=timeout)
         self.model = model
         self.adapters = Adapters()
         self.max_model_len: int | None = None
@@ -152,29 +112,29 @@ class Teacher:
         self.of = of
         BREAKER_OPEN.labels(of, self.name).set_function(lambda: breaker.tripped)
         self.vocabulary = vocabulary
-        self._headers = _credentials(self.name, parts.username, parts.password, api_key)
-        self._session: aiohttp.ClientSession | None = None
         self._served_at = -math.inf
         self._told_of_cache = False
 
     async def __aenter__(self) -> "Teacher":
-        self._session = aiohttp.ClientSession(
-            headers=self._headers,
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.timeout),
-            trace_configs=[_note_reuse()],
-        )
+        await self._connection.__aenter__()
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        if self._session is not None:
-            await self._session.close()
+    async def __aexit__(self, *error: object) -> None:
+        await self._connection.__aexit__(*error)
 
     @property
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            raise RuntimeError("the client of the teacher is not open")
-        return self._session
+    def name(self) -> str:
+        """Host and port: this server's name in metrics, logs and traces."""
+        return self._connection.name
+
+    @property
+    def url(self) -> str:
+        """Without credentials."""
+        return self._connection.url
+
+    def _patience(self) -> Patience:
+        """With a question that is no completion."""
+        return Patience(self.timeout, self.span_timeout)
 
     async def connect(self) -> None:
         """Find the served model.
@@ -182,7 +142,7 @@ class Teacher:
         Raises:
             TeacherError: nothing is served, or not the named model.
         """
-        models = await self._json("GET", "/v1/models", _Models)
+        models = await self._connection.decoded("GET", "/v1/models", _Models, self._patience())
         names = [model.id for model in models.data]
         self.adapters.served(names)
         wanted = self.model or (names[0] if names else None)
@@ -195,9 +155,8 @@ class Teacher:
 
     async def _takes_token_ids(self) -> bool:
         """Whether the server has `GENERATE`: then it misses them in an empty request."""
-        patience = Patience(self.timeout, self.span_timeout)
         try:
-            async with self._request("POST", GENERATE, patience, {}):
+            async with self._connection.request("POST", GENERATE, self._patience(), {}):
                 return False  # whatever it is, it is not vLLM's
         except TeacherError as error:
             return error.refused and "token_ids" in str(error)
@@ -208,7 +167,8 @@ class Teacher:
         Raises:
             TeacherError: there is no useful reply.
         """
-        reply: dict[str, Any] = await self._json("POST", path, dict, {"model": self.model, **body})
+        question = {"model": self.model, **body}
+        reply: dict[str, Any] = await self._connection.decoded("POST", path, dict, self._patience(), question)
         return reply
 
     async def healthy(self) -> bool | None:
@@ -216,20 +176,17 @@ class Teacher:
         asked = time.monotonic()
         try:
             async with asyncio.timeout(min(PROBE_SECONDS, self.timeout)):
-                async with self._open.get(f"{self.url}/health") as response:
-                    healthy = response.status == 200
+                healthy = await self._connection.status("/health") == 200
                 if healthy and self.adapters.missed:
                     await self._look_for_adapters()
                 return healthy
         except TimeoutError:
             return True if self._served_at > asked else None
-        except (aiohttp.ClientError, OSError, ValueError):
-            return False
 
     async def _look_for_adapters(self) -> None:
         """Find out whether the teacher has those by now that it did not have when it was asked for them."""
         with suppress(TeacherError):  # it is asked again at the next probe
-            models = await self._json("GET", "/v1/models", _Models)
+            models = await self._connection.decoded("GET", "/v1/models", _Models, self._patience())
             self.adapters.served([model.id for model in models.data])
 
     def first_wait(self, prompt_tokens: int) -> float:
@@ -380,8 +337,10 @@ class Teacher:
         if ask.reports_all:
             longest += REPORTED * self.vocabulary * room
         ask.meter.begin(reads, room)
-        async with self._request("POST", request.path, patience, request.body, headers) as response:
-            payloads = self._payloads(response, patience, longest, stream=ask.streamed)
+        async with self._connection.request(
+            "POST", request.path, patience, request.body, headers
+        ) as response:
+            payloads = self._connection.payloads(response, patience, longest, stream=ask.streamed)
             async with aclosing(payloads):
                 async for payload in payloads:
                     vocabulary = sys.maxsize if ask.as_text else self.vocabulary
@@ -418,130 +377,3 @@ class Teacher:
                 "(vLLM reports it with --enable-prompt-tokens-details)",
                 self.name,
             )
-
-    async def _json(self, method: str, path: str, type_: type[T], body: dict[str, Any] | None = None) -> T:
-        patience = Patience(self.timeout, self.span_timeout)
-        async with self._request(method, path, patience, body) as response:
-            payload = await self._read(response, patience, LONGEST)
-        try:
-            return msgspec.json.decode(payload, type=type_)
-        except (msgspec.MsgspecError, ValueError) as error:
-            raise TeacherError("nonsense", f"{self.name}{path}: {error}") from error
-
-    @asynccontextmanager
-    async def _request(
-        self,
-        method: str,
-        path: str,
-        patience: Patience,
-        body: dict[str, Any] | None,
-        headers: Mapping[str, str] | None = None,
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        response = await self._send(method, path, patience, body, headers or {})
-        try:
-            if response.status not in (200, 204):
-                detail = (await self._read(response, patience, LONGEST)).decode(errors="replace")
-                message = f"{self.name}{path} answered {response.status}: {quoted(detail)}"
-                refused = response.status in REFUSALS
-                raise TeacherError("status", message, refused=refused, status=response.status)
-            yield response
-        finally:
-            # Read to the end, the connection goes back to the pool; cut short, this closes it.
-            if response.content.at_eof():
-                response.release()
-            else:
-                response.close()
-
-    async def _send(
-        self,
-        method: str,
-        path: str,
-        patience: Patience,
-        body: dict[str, Any] | None,
-        headers: Mapping[str, str],
-    ) -> aiohttp.ClientResponse:
-        """The response to a request; a kept connection that has died meanwhile is replaced."""
-        content = None if body is None else msgspec.json.encode(body)
-        typed = {**headers, "Content-Type": "application/json"} if content is not None else headers
-        fresh = 0
-        while True:
-            sending = _Sending()
-            request = self._open.request(
-                method,
-                self.url + path,
-                data=None if content is None else io.BytesIO(content),
-                headers=typed,
-                trace_request_ctx=sending,
-            )
-            try:
-                return await self._wait(request, patience)
-            except _ClosedConnection:
-                # All that were kept may be closed by now; of new ones a second is tried.
-                fresh += not sending.reused
-                if fresh > 1:
-                    raise
-
-    async def _payloads(
-        self, response: aiohttp.ClientResponse, patience: Patience, longest: int, *, stream: bool
-    ) -> AsyncGenerator[bytes]:
-        """The body, or the data of each server-sent event up to the last."""
-        if not stream:
-            yield await self._read(response, patience, longest)
-            return
-        lines = self._lines(response, patience, longest)
-        async with aclosing(lines):
-            async for line in lines:
-                data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
-                if data not in (b"", b"[DONE]"):
-                    yield data
-
-    async def _lines(
-        self, response: aiohttp.ClientResponse, patience: Patience, longest: int
-    ) -> AsyncGenerator[bytes]:
-        rest = bytearray()
-        while chunk := await self._wait(response.content.readany(), patience):
-            rest += chunk
-            if b"\n" in chunk:
-                *lines, rest = rest.split(b"\n")
-                for line in lines:
-                    yield bytes(line)
-            if len(rest) > longest:
-                raise TeacherError("nonsense", f"a line of {self.name} has more than {longest} bytes")
-        yield bytes(rest)
-
-    async def _read(self, response: aiohttp.ClientResponse, patience: Patience, longest: int) -> bytes:
-        content = bytearray()
-        while chunk := await self._wait(response.content.readany(), patience):
-            content += chunk
-            if len(content) > longest:
-                raise TeacherError("nonsense", f"a reply of {self.name} has more than {longest} bytes")
-        return bytes(content)
-
-    async def _wait(self, awaitable: Awaitable[T], patience: Patience) -> T:
-        seconds = patience.seconds
-        try:
-            # Not `wait_for`: on Python 3.11 it loses a cancellation that comes together with the result.
-            async with asyncio.timeout(seconds):
-                return await awaitable
-        except TimeoutError as error:
-            message = f"no answer from {self.name} for {max(0.0, seconds):.1f} s"
-            raise TeacherError("timeout", message) from error
-        except aiohttp.ClientConnectorError as error:
-            raise TeacherError("unreachable", f"cannot reach the teacher at {self.name}: {error}") from error
-        except aiohttp.ClientConnectionError as error:
-            raise _ClosedConnection(
-                "unreachable", f"the teacher at {self.name} closed the connection: {error}"
-            ) from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise TeacherError("unreachable", f"cannot read the teacher at {self.name}: {error}") from error
-
-
-def _credentials(name: str, user: str | None, password: str | None, api_key: str | None) -> dict[str, str]:
-    """The header that holds what is secret: it is nowhere else from here on."""
-    if user is None and password is None:
-        return {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    if api_key:
-        message = f"the teacher at {name} has a password in its URL and an API key: leave out one of them"
-        raise TeacherError("status", message)
-    pair = f"{unquote(user or '')}:{unquote(password or '')}"
-    return {"Authorization": f"Basic {b64encode(pair.encode()).decode()}"}

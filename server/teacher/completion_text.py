@@ -1,11 +1,9 @@
 """The text of a completion so far, for teachers that read text."""
 
-from typing import Any
-
 from server.choice import Choice
 from server.completion import new_detokenizer
 from server.teacher.words import UNFINISHED, StudentWords
-from server.vllm_api import RequestOutputKind, SamplingParams
+from server.vllm_api import RequestOutputKind, SamplingParams, TokenizerLike
 
 BYTES_OF_A_CHARACTER = 4
 
@@ -13,7 +11,7 @@ BYTES_OF_A_CHARACTER = 4
 class CompletionText:
     """Follows a completion in whole characters."""
 
-    def __init__(self, words: StudentWords, tokenizer: Any, choice: Choice) -> None:
+    def __init__(self, words: StudentWords, tokenizer: TokenizerLike, choice: Choice) -> None:
         """``tokenizer``: the student's, as its engine has it."""
         self._words = words
         self._choice = choice

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from router.money import KindCosts, PriceList, TokenPrices
+from router.money import KindCosts, TokenPrices
 from server.choice import Choice
 from server.metrics import COMPLETION_TOKENS, COST
 from server.original_prompt import OriginalPrompt
@@ -73,14 +73,6 @@ class Teachers:
             COMPLETION_TOKENS.labels(teacher.name)
             for kind in KindCosts.model_fields if teacher.prices is not None else ():
                 COST.labels(teacher.name, kind)
-
-    @classmethod
-    def alone(
-        cls, pool: Any, prices: PriceList | None = None, translator: Translator | None = None
-    ) -> "Teachers":
-        """One teacher, without a name of its own."""
-        own = None if prices is None else prices.of_teacher(TEACHER)
-        return cls([NamedTeacher(TEACHER, pool, own, lambda: translator)])
 
     def __iter__(self) -> Iterator[NamedTeacher]:
         yield from self.tools

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-import aiohttp
 import msgspec
 
 from server.choice import Choice
@@ -15,8 +14,9 @@ from server.completion import Piece
 from server.original_prompt import OriginalPrompt
 from server.teacher.ask import Ask
 from server.teacher.breaker import Breaker
-from server.teacher.client import LONGEST, PROBE_SECONDS, Teacher
+from server.teacher.client import PROBE_SECONDS, Teacher
 from server.teacher.completion_text import CompletionText
+from server.teacher.connection import LONGEST
 from server.teacher.delivery import Delivery
 from server.teacher.errors import TeacherError
 from server.teacher.meter import Meter
@@ -26,7 +26,7 @@ from server.teacher.rules import allowed_ids
 from server.teacher.teachers import NamedTeacher
 from server.teacher.translation import of_one_vocabulary
 from server.teacher.words import StudentWords
-from server.vllm_api import SamplingParams
+from server.vllm_api import SamplingParams, TokenizerLike
 
 ABSENT_BEHIND_A_PROXY = (502, 503, 504)
 """What a proxy answers if there is nobody."""
@@ -76,20 +76,19 @@ class Tool(Teacher):
         """Whether its server answers `/health`, whatever it says: a tool need not know that path."""
         try:
             async with asyncio.timeout(min(PROBE_SECONDS, self.timeout)):
-                async with self._open.get(f"{self.url}/health") as response:
-                    return response.status not in ABSENT_BEHIND_A_PROXY
+                status = await self._connection.status("/health")
         except TimeoutError:
             return None
-        except (aiohttp.ClientError, OSError, ValueError):
-            return False
+        return status is not None and status not in ABSENT_BEHIND_A_PROXY
 
     async def _pieces(
         self, ask: Ask, headers: Mapping[str, str], patience: Patience
     ) -> AsyncGenerator[Piece]:
         """The answer as one piece of text; an empty one if the tool has nothing to say."""
         question = dict(ask.question) if isinstance(ask, ToolAsk) else {}
-        async with self._request("POST", self._path, patience, question, headers) as response:
-            payload = await self._read(response, patience, LONGEST)
+        connection = self._connection
+        async with connection.request("POST", self._path, patience, question, headers) as response:
+            payload = await connection.read(response, patience, LONGEST)
         try:
             answer = msgspec.json.decode(payload, type=_Answer) if payload.strip() else _Answer()
         except (msgspec.MsgspecError, ValueError) as error:
@@ -103,7 +102,9 @@ class ToolView:
     reads = 0
     stuck = False
 
-    def __init__(self, words: StudentWords, tokenizer: Any, pool: TeacherPool, choice: Choice) -> None:
+    def __init__(
+        self, words: StudentWords, tokenizer: TokenizerLike, pool: TeacherPool, choice: Choice
+    ) -> None:
         self._words = words
         self._tokenizer = tokenizer
         self._pool = pool
@@ -159,12 +160,12 @@ class NamedTool(NamedTeacher):
 
     student_words: Callable[[], StudentWords] | None = None
     """Set before the first request."""
-    tokenizer: Any = None
+    tokenizer: TokenizerLike | None = None
     is_tool = True
 
     def view(self, choice: Choice) -> ToolView:
         """A choice as this tool sees it."""
-        if self.student_words is None:
+        if self.student_words is None or self.tokenizer is None:
             raise RuntimeError("the student's words are not known yet")
         return ToolView(self.student_words(), self.tokenizer, self.pool, choice)
 

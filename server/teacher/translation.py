@@ -22,7 +22,7 @@ from server.teacher.meter import Meter
 from server.teacher.pool import Slot, TeacherPool
 from server.teacher.rules import allowed_ids, may_end
 from server.teacher.words import UNFINISHED, StudentWords, TeacherWords, ids_of
-from server.vllm_api import SamplingParams
+from server.vllm_api import SamplingParams, TokenizerLike
 
 UNSETTLED = 256
 """Characters of the completion that are encoded again for the teacher, at most."""
@@ -43,7 +43,7 @@ class Translator:
     """What all choices of a pair share."""
 
     def __init__(
-        self, student: StudentWords, teacher: TeacherWords, tokenizer: Any, name: str = TEACHER
+        self, student: StudentWords, teacher: TeacherWords, tokenizer: TokenizerLike, name: str = TEACHER
     ) -> None:
         """``tokenizer``: the student's, as its engine has it; ``name``: the teacher's."""
         self.name = name

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from router.errors import UnusableInput
 from router.vocabulary import PROBES, Tokenizer
 from server.teacher.errors import TeacherError
+from server.vllm_api import TokenizerLike
 
 LEADS = ("", "\n", "a", ".")
 """What a text may be encoded after; the first that works is used."""
@@ -70,7 +71,7 @@ class Encoded(NamedTuple):
 class StudentWords:
     """The student's tokenizer, in this process."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: TokenizerLike) -> None:
         """``tokenizer``: of the student's engine; a copy of its own is used.
 
         Raises:

@@ -13,7 +13,7 @@ from measuring.pair import HOST, START_SECONDS, Pair, free_port, teacher_service
 from measuring.processes import running
 from tests.helpers.client import PATIENCE
 from training.batches import Batch
-from training.models import answer_logits, load_model
+from training.models import answer_read, load_model
 from training.rollout_server import RolloutServer
 from training.sampling import complete
 from training.served import ServedTeacher, VLLMServer
@@ -53,7 +53,7 @@ def test_a_served_teacher_sees_what_one_in_process_sees(
     batch = Batch.of(prompts, answers, tokenizer.eos_token_id)
     ids, log_p = served.likeliest(batch)
     with torch.no_grad():
-        expected = lump(answer_logits(model, batch, model.config.vocab_size).log_softmax(-1), ids)
+        expected = lump(answer_read(model, batch, model.config.vocab_size).logits.log_softmax(-1), ids)
     assert torch.equal(ids[:, 0], batch.targets)
     assert (log_p - expected[:, :-1]).abs().max() < 1e-3
     assert (remainder(log_p).exp() - expected.exp()).abs().max() < 1e-4

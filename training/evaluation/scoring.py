@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from operator import mul
 
 from measuring.scores import excess
@@ -52,10 +51,12 @@ def point(
     """Counts and scores of a setting's completions."""
     count = len(completions)
     calls = 0
+    runs = 0
     tokens = 0
     excesses = []
     for completion in completions:
         calls += len(completion.starts)
+        runs += len(completion.stretches)
         tokens += len(completion.tokens)
         excesses.append(excess(completion.by_teacher, setting.fraction))
     span = setting.span_tokens if 0 < setting.fraction < 1 else 0
@@ -66,7 +67,7 @@ def point(
         quality=quality,
         similarity=similarity,
         calls=calls / count,
-        runs=sum(map(runs, completions)) / count,
+        runs=runs / count,
         positions=sum(map(teacher_positions, completions, prompt_tokens)) / count,
         tokens=tokens / count,
         excess=max(excesses) - span,
@@ -87,11 +88,6 @@ def relative_cost(completions: Sequence[Rollout], costs: Sequence[float]) -> flo
         spent += sum(map(mul, written, costs))
         tokens += len(completion.tokens)
     return spent / (tokens * costs[-1])
-
-
-def runs(completion: Rollout) -> int:
-    """Stretches of teacher tokens."""
-    return [by_teacher for by_teacher, _ in groupby(completion.by_teacher)].count(True)
 
 
 def teacher_positions(completion: Rollout, prompt_tokens: int) -> int:

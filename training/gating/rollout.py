@@ -7,6 +7,7 @@ span, and spans end with the completion. So what is calibrated and measured here
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,18 @@ class Rollout:
     def teacher_tokens(self) -> int:
         """How many tokens the teacher wrote."""
         return sum(self.by_teacher)
+
+    @property
+    def stretches(self) -> list[tuple[int, int]]:
+        """[start, end) of the teacher's tokens; calls that follow each other are one."""
+        found = []
+        end = 0
+        for by_teacher, tokens in groupby(self.by_teacher):
+            start = end
+            end += len(list(tokens))
+            if by_teacher:
+                found.append((start, end))
+        return found
 
     def written_by(self, teachers: int) -> list[int]:
         """How many tokens each of several teachers wrote, from the cheapest to the dearest."""

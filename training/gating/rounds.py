@@ -8,6 +8,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from measuring.marking import marked
 from router.gate import Gate, RandomGate
 from router.gate_names import LEARNED
 from training.gate_config import ConstrainedObjective, GateConfig, QualityGain
@@ -28,11 +30,11 @@ from training.gating.fitting import fit
 from training.gating.forks import Worth, worth_of_asking
 from training.gating.head import Head
 from training.gating.lessons import Lessons, Trajectories, collect, span_gain, teacher_view, token_gain
-from training.gating.marking import marked
 from training.gating.prompts import Prompts
 from training.gating.rollout import FREE, ClosedLoop, Request, Rollout, with_gate
 from training.gating.tree import Setting, Tree
 from training.loop.progress import Log, console
+from training.tokenizer import decode_answer
 
 SHOWN = 2
 
@@ -294,6 +296,7 @@ def train_gate(
         "seed": rounds.seed,
         "prompts": prompts.digest(),
     }
+    decode = partial(decode_answer, tokenizer)
     file = directory / "rounds.pt"
     rounds.restore(file, run)
     with Log(directory, len(rounds.seen)) as log:
@@ -301,9 +304,8 @@ def train_gate(
             metrics, asked = rounds.play(prompts.part(number, config.prompts))
             log.write(number + 1, metrics)
             for completion in asked[:SHOWN]:
-                console.print(
-                    Text("  → ").append_text(marked(tokenizer, completion, colour=console.is_terminal))
-                )
+                text = marked(decode, completion.tokens, completion.stretches, colour=console.is_terminal)
+                console.print(Text("  → ").append_text(text))
             rounds.save(file, run)
         head = rounds.head.requires_grad_(False).eval()
         if rounds.best is None:

@@ -17,8 +17,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
+from openai import DefaultAsyncHttpxClient
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -65,7 +65,7 @@ class TrafficStage:
     max_tokens: int
     """Longest completion that a gateway is asked for."""
     seed: int
-    transport: Callable[[], httpx.AsyncClient] | None = None
+    transport: Callable[[], DefaultAsyncHttpxClient] | None = None
     """Makes an HTTP client in place of the gateway's own."""
     cheaper: Sequence[Cheaper[Teacher]] = ()
     """Further teachers, from the cheapest to the dearest; all are cheaper than `teacher`."""

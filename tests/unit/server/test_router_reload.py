@@ -25,8 +25,8 @@ from server.gateway import _router_reload
 from server.price_follower import PriceFollower
 from server.router_reload import RouterReload, load_everywhere
 from server.served_pair import ServedPair, Spans
-from server.teacher.teachers import Teachers
 from server.vllm_api import find_reports
+from tests.helpers.one_teacher import one_teacher
 
 CPU = torch.device("cpu")
 
@@ -317,7 +317,7 @@ class Gateway:
         self.refuses = ""
         self.model_config = SimpleNamespace(max_model_len=400, get_hidden_size=lambda: 4)
         self.cooperation = Cooperation(
-            teachers=Teachers.alone(None),
+            teachers=one_teacher(None),
             policy=self.pair.policy(400),
             reserved=router.reserved,
             span_tokens=4,

@@ -27,8 +27,8 @@ from server.gate_processor import NOT_BEFORE, PRICE
 from server.shared_budgets import SharedBudgets
 from server.single_tokens import SingleTokens
 from server.teacher.ask import Ask
-from server.teacher.teachers import Teachers
 from server.vllm_api import CompletionOutput, Logprob, RequestOutput, SamplingParams
+from tests.helpers.one_teacher import one_teacher
 from tests.helpers.scripted_student import DELTA, INF, RESERVED, cooperator
 
 CALIBRATION = Calibration(((0.5, 1.0),))
@@ -155,7 +155,7 @@ class Recital:
 async def streamed(recital: Recital, budget: float, **params: Any) -> list[tuple[CompletionOutput, str]]:
     """What the HTTP layer gets, and who wrote it."""
     cooperation = Cooperation(
-        teachers=Teachers.alone(recital),
+        teachers=one_teacher(recital),
         policy=Policy(CALIBRATION, expected_tokens=20),
         reserved=RESERVED,
         span_tokens=8,

@@ -46,12 +46,13 @@ async def test_one_that_is_missing_joins_when_it_answers(tmp_path: Path) -> None
         settings = config(tmp_path, {"small": small.url, "big": late.url})
         teachers = await stack.enter_async_context(build_teachers(settings, 280))
         (replica,) = teachers.models[1].pool.replicas
-        url, replica.teacher.url = replica.teacher.url, NOBODY
+        connection = replica.teacher._connection
+        url, connection.url = connection.url, NOBODY
         await teachers.connect()
         await introduce(teachers, settings, OURS, 0)
         assert teachers.models[1].pool.down
         assert teachers.may_translate  # it may have any vocabulary
-        replica.teacher.url = url
+        connection.url = url
         await teachers.models[1].pool._probe(replica)
         assert not teachers.models[1].pool.down
         assert teachers.models[1].translator is not None

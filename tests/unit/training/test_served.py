@@ -14,7 +14,7 @@ from training.lora import add_lora
 from training.method_config import GKDConfig, KDConfig, PCLConfig
 from training.methods import GKD, KD, PCL
 from training.model_config import LoraConfig, Shape
-from training.models import answer_logits, new_model
+from training.models import answer_read, new_model
 from training.rollout_server import RolloutServer
 from training.served import ServedTeacher, ServerError, VLLMServer
 from training.teacher import lump, remainder
@@ -33,7 +33,7 @@ def served_teacher(handler, top):
 
 def test_the_likeliest_tokens_and_the_rest(vllm):
     ids, log_p = served_teacher(vllm, 5).likeliest(BATCH)
-    whole = answer_logits(vllm.model, BATCH, VISIBLE).log_softmax(-1)
+    whole = answer_read(vllm.model, BATCH, VISIBLE).logits.log_softmax(-1)
     assert ids.shape == (4, 5)
     assert ids[:, 0].tolist() == [1, 2, 3, 256]
     assert torch.allclose(log_p, whole.gather(1, ids), atol=1e-5)
@@ -119,7 +119,7 @@ def test_rollouts_are_drawn_with_the_weights_of_the_moment(vllm, tokenizer, tmp_
     plain = new_model(SHAPE, tokenizer, 2)
     missing, unexpected = plain.load_state_dict(vllm.weights, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], [])
-    ours, theirs = (answer_logits(one, BATCH, VISIBLE) for one in (model, plain))
+    ours, theirs = (answer_read(one, BATCH, VISIBLE).logits for one in (model, plain))
     assert torch.allclose(ours, theirs, atol=1e-5)
 
     rollouts.sampled(model, BATCH, VISIBLE, 256)

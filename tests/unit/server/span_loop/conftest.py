@@ -12,7 +12,7 @@ from router.money import PriceList
 from router.policy import Policy
 from server.cooperation import Cooperation
 from server.shared_budgets import SharedBudgets
-from server.teacher.teachers import Teachers
+from tests.helpers.one_teacher import one_teacher
 from tests.helpers.scripted_pair import CALIBRATION, Engine, ScriptedTeacher
 from tests.helpers.scripted_student import RESERVED, ScriptedLLM
 
@@ -36,7 +36,7 @@ def pair(tokenizer):
         **teacher: Any,
     ) -> tuple[Engine, ScriptedTeacher]:
         cooperation = Cooperation(
-            teachers=Teachers.alone(scripted := ScriptedTeacher(**teacher), prices),
+            teachers=one_teacher(scripted := ScriptedTeacher(**teacher), prices),
             policy=Policy(CALIBRATION, expected_tokens=20),
             reserved=RESERVED,
             span_tokens=span_tokens,

@@ -27,9 +27,9 @@ from server.teacher.ask import STREAM_ABOVE
 from server.teacher.breaker import Breaker
 from server.teacher.client import Teacher
 from server.teacher.pool import TeacherPool
-from server.teacher.teachers import Teachers
 from server.vllm_api import SamplingParams
 from tests.helpers.fake_teacher import Answer, Server, begin_events, body, choice, event
+from tests.helpers.one_teacher import one_teacher
 from tests.helpers.scripted_student import (
     DELTA,
     FINAL_ONLY,
@@ -141,7 +141,7 @@ class Gateway:
         ledger, prices = MemoryLedger(clock=time.monotonic), PriceController(CALIBRATION, span_tokens)
         self.shared = SharedBudgets(ledger, prices, [limit])
         cooperation = Cooperation(
-            teachers=Teachers.alone(self.pool),
+            teachers=one_teacher(self.pool),
             policy=Policy(CALIBRATION, expected_tokens=20),
             reserved=RESERVED,
             span_tokens=span_tokens,

@@ -288,7 +288,7 @@ async def test_a_server_that_is_gone_is_down(desk: Open) -> None:
     async with desk("1+1=", {4}) as table:
         pool = table.engine.cooperator.cooperation.teachers.tools[0].pool
         assert await pool.healthy() is True  # it has no /health: an answer is enough
-        pool.replicas[0].teacher.url = "http://127.0.0.1:1"
+        pool.replicas[0].teacher._connection.url = "http://127.0.0.1:1"
         await pool._probe(pool.replicas[0])
         assert pool.down
         assert (await table.text(0.5))[:5] == "1+1=E"

@@ -16,7 +16,7 @@ from training.evaluation.baselines import hesitation, query_level
 from training.evaluation.gateway import measure
 from training.evaluation.in_process import evaluate_pair
 from training.evaluation.report import BUDGETS, QualityReport, area, at_rate, gateway_report, joined, table
-from training.evaluation.scoring import runs, teacher_positions
+from training.evaluation.scoring import teacher_positions
 from training.gating.calibration import spare_prices, teacher_rate
 from training.gating.rollout import ClosedLoop, Rollout
 from training.gating.tree import PERIODIC, Setting, Tree
@@ -42,8 +42,9 @@ def written(*by_teacher: int) -> Rollout:
     return Rollout(tokens=[7] * len(by_teacher), by_teacher=[bool(flag) for flag in by_teacher])
 
 
-def test_runs_and_positions_by_hand():
-    assert [runs(written(*flags)) for flags in ((0, 0), (1, 1, 0), (0, 1, 0, 1, 1), (1,))] == [0, 1, 2, 1]
+def test_stretches_and_positions_by_hand():
+    found = [written(*flags).stretches for flags in ((0, 0), (1, 1, 0), (0, 1, 0, 1, 1), (1,))]
+    assert found == [[], [(0, 2)], [(1, 2), (3, 5)], [(0, 1)]]
     # The teacher reads the prompt and all that stands before its last token.
     assert [teacher_positions(written(*flags), 10) for flags in ((0, 0), (1, 0, 0), (0, 1, 0, 1))] == [
         0,

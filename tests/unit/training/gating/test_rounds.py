@@ -22,9 +22,8 @@ from training.gate_config import (
 from training.gating import duals
 from training.gating.agreement import correlation
 from training.gating.head import Head
-from training.gating.marking import marked
 from training.gating.prompts import Prompts, Trees, rollout_prompts
-from training.gating.rollout import ClosedLoop, Rollout
+from training.gating.rollout import ClosedLoop
 from training.gating.rounds import Rounds, train_gate
 from training.gating.router_stage import origin
 from training.tasks import make_task
@@ -242,14 +241,6 @@ def test_correlation():
     a = torch.tensor([1.0, 2.0, 4.0])
     assert correlation(a, 3 - 2 * a) == pytest.approx(-1)
     assert correlation(a, torch.ones(3)) == 0
-
-
-def test_the_teachers_part_is_marked():
-    of = Rollout([3, 4, 5, 6, END], [True, False, True, True, False])
-    assert marked(Letters(), of, colour=False).plain == "⟦d⟧e⟦fg⟧"
-    assert marked(Letters(), replace(of, by_teacher=[False] * 5), colour=True).plain == "defg"
-    (styled,) = (s for s in marked(Letters(), of, colour=True).spans if s.start == 2)
-    assert (styled.end, "yellow" in styled.style) == (4, True)
 
 
 def test_a_budget_in_words_begins_the_message_and_the_teacher_does_not_see_it(sources):

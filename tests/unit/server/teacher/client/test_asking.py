@@ -70,7 +70,7 @@ async def test_the_teacher_may_end_the_completion_without_a_token(server, teache
 async def test_a_cancellation_that_comes_together_with_the_reply_is_not_lost(teacher):
     """Or the span loop would go on for a client that has left."""
     reply = asyncio.get_running_loop().create_future()
-    waiting = asyncio.create_task(teacher._wait(reply, Patience(10.0, 20.0, prompt_tokens=1)))
+    waiting = asyncio.create_task(teacher._connection._wait(reply, Patience(10.0, 20.0, prompt_tokens=1)))
     await asyncio.sleep(0)
     reply.set_result(b"too late")
     waiting.cancel()

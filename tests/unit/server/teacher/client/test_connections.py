@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from aiohttp import web
 
-from server.teacher.client import KEEP_ALIVE
+from server.teacher.connection import KEEP_ALIVE
 from server.teacher.errors import TeacherError
 from tests.helpers.fake_teacher import begin_events, body, choice, event, stream
 from tests.helpers.teacher_calls import (

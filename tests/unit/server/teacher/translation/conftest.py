@@ -23,12 +23,12 @@ from server.student import StudentEngine
 from server.teacher.breaker import Breaker
 from server.teacher.client import Teacher
 from server.teacher.pool import TeacherPool
-from server.teacher.teachers import Teachers
 from server.teacher.translation import Translator
 from server.teacher.vocabulary import Vocabularies
 from server.teacher.words import StudentWords, TeacherWords
 from server.vllm_api import RequestOutput, SamplingParams
 from tests.helpers.fluent_teacher import FluentTeacher, byte_level
+from tests.helpers.one_teacher import one_teacher
 from tests.helpers.scripted_student import DELTA, PROMPT, RESERVED, ScriptedLLM
 from tests.helpers.tiny_router import byte_tokenizer
 
@@ -72,7 +72,7 @@ class Pair:
         ledger, prices = MemoryLedger(), PriceController(CALIBRATION, 4)
         self.shared = SharedBudgets(ledger, prices, limits)
         cooperation = Cooperation(
-            teachers=Teachers.alone(pool, translator=translator),
+            teachers=one_teacher(pool, translator=translator),
             policy=Policy(CALIBRATION, expected_tokens=400),
             reserved=RESERVED,
             default_budget=Budget(fraction=0.5),

@@ -1,0 +1,32 @@
+"""Who wrote what, for people."""
+
+from measuring.marking import marked
+
+IDS = [3, 4, 5, 6, 0]
+
+
+def letters(ids: list[int]) -> str:
+    """0 is the end of sequence, and no text."""
+    return "".join(chr(ord("a") + token) for token in ids if token)
+
+
+def pieces(ids: list[int]) -> str:
+    """Two tokens are one character: a prefix ends inside it."""
+    return "é" * (len(ids) // 2) + "\ufffd" * (len(ids) % 2)
+
+
+def test_the_teachers_part_is_in_brackets_where_there_is_no_colour():
+    assert marked(letters, IDS, [(0, 1), (2, 4)], colour=False).plain == "⟦d⟧e⟦fg⟧"
+    assert marked(letters, IDS, [], colour=False).plain == "defg"
+    assert marked(letters, IDS, [(4, 5)], colour=False).plain == "defg"  # its end of sequence has no text
+
+
+def test_the_teachers_part_is_coloured():
+    text = marked(letters, IDS, [(0, 1), (2, 4)], colour=True)
+    assert text.plain == "defg"
+    assert [(span.start, span.end) for span in text.spans] == [(0, 1), (2, 4)]
+    assert all("yellow" in span.style for span in text.spans)
+
+
+def test_a_character_is_whose_last_token_it_is():
+    assert marked(pieces, [1, 1, 1, 1], [(1, 3)], colour=False).plain == "⟦é⟧é"
