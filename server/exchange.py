@@ -17,7 +17,7 @@ from server.sessions import OpenSession, SessionBudget, SessionFields
 from server.sources import STUDENT, Source
 from server.tenants import Tenant
 
-NO_PRICES = "this gateway has no prices; its operator sets them by --prices"
+NO_PRICES = "this gateway has no prices; its operator can set them with --prices"
 
 
 class PartFields(TypedDict):

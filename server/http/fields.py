@@ -26,8 +26,10 @@ FIELD = "teacher_budget"
 HEADER = "X-Teacher-Budget"
 SESSION_FIELD = "teacher_session"
 SESSION_HEADER = "X-Teacher-Session"
-SESSION_EXPECTED = 'expected an id of letters, digits and ._:-, or an object of "id", "tokens", "cost"'
-EXPECTED = 'expected a fraction in [0, 1], or an object of "fraction", "tokens", "calls", "cost", "teachers"'
+SESSION_EXPECTED = 'expected an id of letters, digits and ._:-, or an object with "id", "tokens", "cost"'
+EXPECTED = (
+    'expected a fraction in [0, 1], or an object with "fraction", "tokens", "calls", "cost", "teachers"'
+)
 _FLAG = TypeAdapter(bool)
 
 

@@ -14,7 +14,7 @@ from server.sources import TEACHER
 
 # Statuses of the gateway's own, next to vLLM's.
 REFUSALS = {
-    "401": "No API key, or one that this gateway does not know",
+    "401": "Missing or unknown API key",
     "429": "A limit of the API key is used up",
     "502": "The teacher failed, and the gateway runs with on_teacher_error: error",
     "503": "The gateway is shutting down",
@@ -34,12 +34,12 @@ def document(app: Any, teachers: Sequence[str] = (TEACHER,)) -> None:
         schemas["Bounds"] = _bounds()
         schemas["TeacherBudget"] = {
             "title": "Teacher budget",
-            "description": "Bound on teacher tokens: a fraction of the completion, or parts that all hold.",
+            "description": "Limit on teacher tokens: a fraction of the completion, or an object of limits.",
             "anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, _budget(teachers), {"type": "null"}],
         }
         schemas["TeacherSession"] = {
             "title": "Teacher session",
-            "description": "A session whose requests share one budget, which the first of them sets.",
+            "description": "A session whose requests share one budget. The first request sets it.",
             "anyOf": [{"type": "string"}, SessionBudget.model_json_schema(), {"type": "null"}],
         }
         report = TypeAdapter(ReportFields).json_schema(ref_template="#/components/schemas/{model}")

@@ -150,7 +150,9 @@ async def test_a_bad_budget_is_refused_in_openais_shape(value, said):
     assert error.keys() == {"message", "type", "param", "code"}
     assert (error["type"], error["param"], error["code"]) == ("BadRequestError", "teacher_budget", 400)
     assert said in error["message"]
-    assert 'expected a fraction in [0, 1], or an object of "fraction", "tokens", "calls"' in error["message"]
+    assert (
+        'expected a fraction in [0, 1], or an object with "fraction", "tokens", "calls"' in error["message"]
+    )
     assert upstream.calls == 0
 
 
@@ -231,7 +233,9 @@ async def test_a_bad_header_is_refused_whatever_the_body_has(fields, text, said)
     error = answer.json["error"]
     assert (answer.status, error["type"], error["param"]) == (400, "BadRequestError", HEADER)
     assert said in error["message"]
-    assert 'expected a fraction in [0, 1], or an object of "fraction", "tokens", "calls"' in error["message"]
+    assert (
+        'expected a fraction in [0, 1], or an object with "fraction", "tokens", "calls"' in error["message"]
+    )
     assert len(error["message"]) < 300
     assert upstream.calls == 0
 

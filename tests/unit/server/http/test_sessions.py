@@ -141,7 +141,8 @@ async def test_what_is_no_session_is_refused(gateway, session):
     assert answer.status == 400
     assert answer.json["error"]["param"] == "teacher_session"
     assert (
-        'expected an id of letters, digits and ._:-, or an object of "id"' in answer.json["error"]["message"]
+        'expected an id of letters, digits and ._:-, or an object with "id"'
+        in answer.json["error"]["message"]
     )
     assert gateway.upstream.calls == 0
 
