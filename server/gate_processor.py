@@ -140,15 +140,13 @@ def decide(
         others = None if others is None else others[rows]
     asked = ask_each(gate, logits, price, rows, others)
     mask_reserved(logits, gate.reserved, visible)
-    escalation = gate.reserved.escalation
     ask, levels = asked.ask, asked.levels
-    if logits.is_cpu:  # where it costs nothing to know which
-        if ask.any():
-            asking = ask.nonzero().squeeze(-1) if rows is None else rows[ask]
-            logits.index_fill_(0, asking, -math.inf)
-            logits[asking, escalation + (0 if levels is None else levels[ask])] = 0.0
-    else:
-        force(logits, escalation, ask, rows, levels)
+    if not logits.is_cpu:
+        force(logits, gate.reserved.escalation, ask, rows, levels)
+    elif ask.any():  # on a CPU it costs nothing to know who
+        asking = ask.nonzero().squeeze(-1) if rows is None else rows[ask]
+        logits.index_fill_(0, asking, -math.inf)
+        logits[asking, gate.reserved.escalation + (0 if levels is None else levels[ask])] = 0.0
     return asked.scored
 
 

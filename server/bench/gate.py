@@ -40,7 +40,7 @@ class Effort(NamedTuple):
     seconds: float
 
 
-FULL = Effort(20, 1.0)
+FULL = Effort(10, 0.5)
 QUICK = Effort(4, 0.1)
 
 
