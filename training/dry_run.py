@@ -157,9 +157,9 @@ def report(title: str, job: Job, tokenizer: PreTrainedTokenizerBase, seed: int) 
         "batch": shape_of(run.batch, schedule.accumulate),
         "memory of a process": f"weights {size(model.parameters())}, gradients {size(trained(model))}, "
         f"optimizer {size(states)}, peak {peak()}",
-        "a step": f"{usual:.3g} s (the first {run.seconds[0]:.1f} s), "
+        "one step": f"{usual:.3g} s (the first {run.seconds[0]:.1f} s), "
         f"{median(run.tokens) / usual:,.0f} trained tokens/s",
-        "in all": f"{total} for {schedule.steps:,} steps; validation not counted",
+        "total": f"{total} for {schedule.steps:,} steps; validation not counted",
     }
     if parallel.is_first():
         table = Table(title=title, show_header=False)
@@ -178,11 +178,11 @@ def report_router(run: RouterTrial, pair: FrozenPair) -> None:
     }
     if run.calibration is None:
         rows["rollouts"] = f"at most {seconds(run.rollouts)}, with the fit of the gate"
-        rows["calibration"] = "known when both models are trained: do it again then, with --stage router"
+        rows["calibration"] = "unknown until both models are trained; then repeat with --stage router"
     else:
         rows["rollouts"] = f"{seconds(run.rollouts)}, with the fit of the gate"
         rows["calibration"] = f"{seconds(run.calibration)}"
-        rows["in all"] = f"{seconds(run.rollouts + run.calibration)}"
+        rows["total"] = f"{seconds(run.rollouts + run.calibration)}"
     table = Table(title=f"router: on {parallel.device().type}", show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)

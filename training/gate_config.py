@@ -110,7 +110,7 @@ class GatewayRollouts(Frozen):
     the teacher's server unless the teacher is behind a URL.
     """
     concurrency: PositiveInt = 16
-    """Requests at once."""
+    """Concurrent requests."""
     router: Path | None = None
     """Router directory of the gateway behind `url` (its `--router`). Each new router is written there, and
     the gateway loads it. None: the gateway keeps its gate, so there is one round and no calibration. A

@@ -39,7 +39,7 @@ def test_a_dry_run_covers_the_router_before_its_student_is_there(recipe, tmp_pat
     assert "1,600" in told
     assert f"{1600 * 64 * 4 / 1e6:.1f} MB" in told
     assert "student: kd" not in told
-    assert "known when both models are trained" in told
+    assert "unknown until both models are trained" in told
     assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml"}
 
 
@@ -48,8 +48,8 @@ def test_of_models_that_are_there_the_calibration_is_measured_too(recipe, untrai
     few = ["router.prompts=30", "router.calibration_examples=10", "router.budgets=[0.2]"]
     assert train([recipe, "--dry-run", "--stage", "router", there, *few]) == 0
     told = capsys.readouterr().out
-    assert "in all" in told
-    assert "known when both models are trained" not in told
+    assert "total" in told
+    assert "unknown until both models are trained" not in told
 
 
 def test_a_dry_run_of_everything_has_a_table_for_each_stage_that_computes(recipe, capsys):
