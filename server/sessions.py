@@ -62,7 +62,7 @@ class SessionFields(TypedDict, total=False):
     cost_spent: float
 
 
-class Settling(Protocol):
+class SettlingShare(Protocol):
     """A choice's part in shared budgets."""
 
     async def settled(self) -> None:
@@ -77,7 +77,7 @@ class OpenSession:
     budget: OpenedSession
     scopes: tuple[Scope, ...]
     ledger: Ledger
-    shares: list[Settling] = field(default_factory=list)
+    shares: list[SettlingShare] = field(default_factory=list)
     """Of the request's choices."""
 
     async def report(self) -> SessionFields:

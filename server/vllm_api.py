@@ -510,9 +510,16 @@ def keep_originals(
         note: is given the prompt that goes to the engine, and what it was.
         wanted: whether anybody wants to know.
     """
-    render_chat = renderer.render_chat_async
-    render_text = renderer.render_cmpl_async
+    renderer.render_chat_async = _noting_chats(renderer.render_chat_async, default_template, note, wanted)
+    renderer.render_cmpl_async = _noting_texts(renderer.render_cmpl_async, note, wanted)
 
+
+def _noting_chats(
+    render_chat: Callable[..., Any],
+    default_template: str | None,
+    note: Callable[[Any, OriginalPrompt], None],
+    wanted: Callable[[], bool],
+) -> Callable[..., Any]:
     @wraps(render_chat)
     async def chat(
         conversations: Any, chat_params: Any, tok_params: Any = None, **options: Any
@@ -536,6 +543,12 @@ def keep_originals(
             note(prompt, original)
         return rendered, prompts
 
+    return chat
+
+
+def _noting_texts(
+    render_text: Callable[..., Any], note: Callable[[Any, OriginalPrompt], None], wanted: Callable[[], bool]
+) -> Callable[..., Any]:
     @wraps(render_text)
     async def text(prompts: Any, tok_params: Any = None, **options: Any) -> Any:
         async def with_words(written: str, words: str) -> list[int]:
@@ -551,8 +564,7 @@ def keep_originals(
                 note(prompt, original)
         return rendered
 
-    renderer.render_chat_async = chat
-    renderer.render_cmpl_async = text
+    return text
 
 
 def parses_streams(arguments: Namespace) -> bool:

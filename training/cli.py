@@ -137,6 +137,15 @@ def evaluation_parser() -> argparse.ArgumentParser:
         metavar="NAME=DIR",
         help="another router to measure (repeatable)",
     )
+    _add_gateway_options(parser)
+    parser.add_argument("--out", type=Path, help="directory for report.json and plots")
+    parser.add_argument(
+        "--json", action="store_true", help="print the report as one JSON object at the end of stdout"
+    )
+    return parser
+
+
+def _add_gateway_options(parser: argparse.ArgumentParser) -> None:
     served = parser.add_argument_group(
         "to measure a running gateway, with or without a PAIR (API key: OPENAI_API_KEY)"
     )
@@ -157,11 +166,6 @@ def evaluation_parser() -> argparse.ArgumentParser:
         default=0,
         help="span_tokens of the gateway, as part of the bound (default: PAIR's)",
     )
-    parser.add_argument("--out", type=Path, help="directory for report.json and plots")
-    parser.add_argument(
-        "--json", action="store_true", help="print the report as one JSON object at the end of stdout"
-    )
-    return parser
 
 
 def evaluate(argv: list[str]) -> int:

@@ -57,7 +57,7 @@ def head_given(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> It
         handle.remove()
 
 
-class Part(Protocol):
+class ReadPart(Protocol):
     """What one pass reads; a `training.batches.Batch`."""
 
     @property
@@ -82,7 +82,7 @@ def read(model: PreTrainedModel, select: Select, **inputs: object) -> Reading:
     return Reading(given[0], logits)
 
 
-def read_parts(model: PreTrainedModel, parts: Sequence[Part], order: Tensor | slice) -> Reading:
+def read_parts(model: PreTrainedModel, parts: Sequence[ReadPart], order: Tensor | slice) -> Reading:
     """Several passes as one reading, with one product of the output matrix.
 
     Args:
@@ -104,7 +104,7 @@ def read_parts(model: PreTrainedModel, parts: Sequence[Part], order: Tensor | sl
     return Reading(torch.cat(given)[order], output.logits)
 
 
-def read_states(model: PreTrainedModel, parts: Sequence[Part], order: Tensor | slice) -> Tensor:
+def read_states(model: PreTrainedModel, parts: Sequence[ReadPart], order: Tensor | slice) -> Tensor:
     """The states (N, H) that `read_parts` gives; no logits are computed."""
     given: list[Tensor] = []
 

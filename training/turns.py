@@ -21,7 +21,7 @@ from training.pipeline import run, task_of
 
 
 @dataclass(frozen=True)
-class Turn:
+class TrainedTurn:
     """A pair that was trained, and what it is worth."""
 
     pair: Path
@@ -34,7 +34,7 @@ class Turn:
         """Mean over the examples."""
         return self.qualities.mean().item()
 
-    def is_better(self, other: "Turn") -> bool:
+    def is_better(self, other: "TrainedTurn") -> bool:
         """By more than one standard error of the examples' differences."""
         gains = self.qualities - other.qualities
         return gains.mean().item() > standard_error(gains)
@@ -59,11 +59,11 @@ def take_turns(recipe: Recipe, restart: bool = False) -> Path:
         for number in range(1, turns.most + 1):
             remove(output_of(recipe, number))
             remove(work_of(recipe, number))
-    best = Turn(recipe.output, worth(recipe, recipe.output))
+    best = TrainedTurn(recipe.output, worth(recipe, recipe.output))
     print(f"turn 0: {best.quality:.4f} on validation data ({best.pair})", flush=True)
     for number in range(1, turns.most + 1):
         run(recipe_of(recipe, turns, number, best.pair))
-        turn = Turn(output_of(recipe, number), worth(recipe, output_of(recipe, number)))
+        turn = TrainedTurn(output_of(recipe, number), worth(recipe, output_of(recipe, number)))
         better = turn.is_better(best)
         shown = "better" if better else "no better: turns end here"
         print(f"turn {number}: {turn.quality:.4f} ({turn.pair}), {shown}", flush=True)
@@ -84,7 +84,7 @@ def turns_of(recipe: Recipe) -> TurnsConfig:
 
 
 def worth(recipe: Recipe, pair: Path) -> Tensor:
-    """`Turn.qualities` of a pair."""
+    """`TrainedTurn.qualities` of a pair."""
     task = task_of(recipe)
     examples = task.valid()[: recipe.router.calibration_examples]
     evaluation = Evaluation(pair, task, examples, recipe.max_tokens, {})

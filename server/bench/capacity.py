@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from server.bench.cost_model import Costs, Line, Traffic
+from server.bench.cost_model import Line, StepCosts, Traffic
 from server.bench.cpu import PAGE
 from server.bench.plan import Plan, synthetic
 from server.bench.results import Columns, Row, Section, Table, spreads
@@ -147,7 +147,7 @@ class EngineCosts(NamedTuple):
     """Seconds for a position that is read."""
 
 
-async def _fit(pair: PairServers, plan: Plan) -> Costs:
+async def _fit(pair: PairServers, plan: Plan) -> StepCosts:
     """Each engine alone: steps at several batches, and prompts that are only read."""
     rounds = 1 if plan.quick else plan.rounds
     student = await _engine_costs(pair.gateway, 64, rounds)
@@ -156,7 +156,7 @@ async def _fit(pair: PairServers, plan: Plan) -> Costs:
     for turn in range(rounds):
         sample = await measure(pair.gateway, synthetic(64, 16, 64, turn), 64)
         front.append(sample.usage.front_cpu_seconds / sample.run.tokens)
-    return Costs(student.step, student.read, teacher.step, teacher.read, median(front))
+    return StepCosts(student.step, student.read, teacher.step, teacher.read, median(front))
 
 
 async def _engine_costs(server: MeasuredServer, length: int, rounds: int) -> EngineCosts:
@@ -172,7 +172,7 @@ async def _engine_costs(server: MeasuredServer, length: int, rounds: int) -> Eng
     return EngineCosts(Line.fit(steps), median(reads))
 
 
-def _cost_rows(costs: Costs) -> list[Row]:
+def _cost_rows(costs: StepCosts) -> list[Row]:
     seconds = {
         "student's step, fixed": costs.student_step.fixed,
         "student's step, for each request in it": costs.student_step.each,
@@ -185,7 +185,7 @@ def _cost_rows(costs: Costs) -> list[Row]:
     return [{"what": what, "ms": 1000 * value} for what, value in seconds.items()]
 
 
-async def _grid(servers: CapacityServers, plan: Plan, costs: Costs) -> list[Row]:
+async def _grid(servers: CapacityServers, plan: Plan, costs: StepCosts) -> list[Row]:
     rows: list[Row] = []
     for point in GRID[:1] if plan.quick else GRID:
         load = partial(_load_point, servers, point)
@@ -201,7 +201,7 @@ async def _load_point(servers: CapacityServers, point: GridPoint, turn: int) -> 
     return await measure(server, requests, GRID_STREAMS, teacher=servers.pair.teacher)
 
 
-def _point_row(point: GridPoint, samples: Sequence[Sample], costs: Costs) -> Row:
+def _point_row(point: GridPoint, samples: Sequence[Sample], costs: StepCosts) -> Row:
     tokens = calls = teacher_tokens = positions = 0
     for sample in samples:
         tokens += sample.run.tokens
@@ -258,7 +258,7 @@ def _memory_row(streams: int, resident: int, stream_bytes: float | None) -> Row:
     }
 
 
-def _demand_rows(costs: Costs) -> list[Row]:
+def _demand_rows(costs: StepCosts) -> list[Row]:
     rows: list[Row] = []
     for rate in RATES:
         for call_tokens in (1, 4):
@@ -266,7 +266,7 @@ def _demand_rows(costs: Costs) -> list[Row]:
     return rows
 
 
-def _demand(costs: Costs, traffic: Traffic) -> Row:
+def _demand(costs: StepCosts, traffic: Traffic) -> Row:
     all_by_teacher = replace(traffic, rate=1.0, call_tokens=traffic.completion)
     return {
         "prompt": traffic.prompt,

@@ -57,7 +57,7 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Costs:
+class StepCosts:
     """Seconds of one engine. A step writes one token for each of a batch of requests."""
 
     student_step: Line

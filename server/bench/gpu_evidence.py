@@ -44,7 +44,7 @@ ACCEPTED = 0.91
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredRow:
     """A row of docs/results/cooperation.md."""
 
     streams: int
@@ -57,29 +57,29 @@ class Measured:
 
 
 ROWS = (
-    Measured(1, "teacher alone, 1 core", 22.6),
-    Measured(16, "teacher alone, 1 core", 116),
-    Measured(1, "speculative, 2 drafts", 50.4, drafts=2),
-    Measured(1, "speculative, 4 drafts", 68.8, drafts=4),
-    Measured(1, "speculative, 6 drafts", 77.1, drafts=6),
-    Measured(16, "speculative, 2 drafts", 184, drafts=2),
-    Measured(16, "speculative, 4 drafts", 203, drafts=4),
-    Measured(16, "speculative, 6 drafts", 232, drafts=6),
-    Measured(1, "cooperation, 0.05", 204, rate=0.027, calls=0.667),
-    Measured(1, "cooperation, 0.1", 162, rate=0.055, calls=1.33),
-    Measured(1, "cooperation, 0.2", 102, rate=0.089, calls=2.33),
-    Measured(1, "cooperation, 0.5", 38.3, rate=0.261, calls=8.0),
-    Measured(16, "cooperation, 0.05", 190, rate=0.050, calls=1.62),
-    Measured(16, "cooperation, 0.1", 145, rate=0.076, calls=2.44),
-    Measured(16, "cooperation, 0.2", 127, rate=0.092, calls=2.94),
-    Measured(16, "cooperation, 0.5", 52.6, rate=0.291, calls=9.19),
+    MeasuredRow(1, "teacher alone, 1 core", 22.6),
+    MeasuredRow(16, "teacher alone, 1 core", 116),
+    MeasuredRow(1, "speculative, 2 drafts", 50.4, drafts=2),
+    MeasuredRow(1, "speculative, 4 drafts", 68.8, drafts=4),
+    MeasuredRow(1, "speculative, 6 drafts", 77.1, drafts=6),
+    MeasuredRow(16, "speculative, 2 drafts", 184, drafts=2),
+    MeasuredRow(16, "speculative, 4 drafts", 203, drafts=4),
+    MeasuredRow(16, "speculative, 6 drafts", 232, drafts=6),
+    MeasuredRow(1, "cooperation, 0.05", 204, rate=0.027, calls=0.667),
+    MeasuredRow(1, "cooperation, 0.1", 162, rate=0.055, calls=1.33),
+    MeasuredRow(1, "cooperation, 0.2", 102, rate=0.089, calls=2.33),
+    MeasuredRow(1, "cooperation, 0.5", 38.3, rate=0.261, calls=8.0),
+    MeasuredRow(16, "cooperation, 0.05", 190, rate=0.050, calls=1.62),
+    MeasuredRow(16, "cooperation, 0.1", 145, rate=0.076, calls=2.44),
+    MeasuredRow(16, "cooperation, 0.2", 127, rate=0.092, calls=2.94),
+    MeasuredRow(16, "cooperation, 0.5", 52.6, rate=0.291, calls=9.19),
 )
 PROMPT = 31
 COMPLETION = 33
 """Tokens of the pair's examples."""
 
 
-def predicted(row: Measured) -> float:
+def predicted(row: MeasuredRow) -> float:
     """Tokens/s of a row by the formulas, from the rate and the calls that were realised."""
     tokens = row.rate * COMPLETION / row.calls if row.calls else 1.0
     load = Load(Traffic(PROMPT, COMPLETION, row.rate, tokens), row.streams)

@@ -10,10 +10,10 @@ from server.bench.plan import Plan
 from server.bench.results import Row, Section, Table, Value
 from server.bench.roofline import (
     FP8,
+    DecoderShape,
     Load,
     Machine,
     Model,
-    Shape,
     TooLarge,
     alone,
     best_speculation,
@@ -31,10 +31,10 @@ H100 = Machine(
 )
 """H100 SXM. Peaks are its datasheet's, for dense BF16; the rest is assumed (docs/results/gpu-model.md)."""
 
-QWEN_06 = Shape("Qwen3-0.6B", 28, 1024, 16, 8, 128, 3072, 151_936, tied=True)
-QWEN_17 = Shape("Qwen3-1.7B", 28, 2048, 16, 8, 128, 6144, 151_936, tied=True)
-QWEN_8 = Shape("Qwen3-8B", 36, 4096, 32, 8, 128, 12_288, 151_936, tied=False)
-QWEN_32 = Shape("Qwen3-32B", 64, 5120, 64, 8, 128, 25_600, 151_936, tied=False)
+QWEN_06 = DecoderShape("Qwen3-0.6B", 28, 1024, 16, 8, 128, 3072, 151_936, tied=True)
+QWEN_17 = DecoderShape("Qwen3-1.7B", 28, 2048, 16, 8, 128, 6144, 151_936, tied=True)
+QWEN_8 = DecoderShape("Qwen3-8B", 36, 4096, 32, 8, 128, 12_288, 151_936, tied=False)
+QWEN_32 = DecoderShape("Qwen3-32B", 64, 5120, 64, 8, 128, 25_600, 151_936, tied=False)
 
 STREAMS = (1, 4, 16, 64, 256)
 RATES = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -44,7 +44,7 @@ TRAFFIC = Traffic(prompt=500, completion=500, rate=0.1, call_tokens=4)
 
 
 @dataclass(frozen=True)
-class Setting:
+class ModelledSetting:
     """What is compared, and on what."""
 
     student: Model
@@ -86,26 +86,26 @@ class Setting:
             return None
 
 
-SMALL = Setting(QWEN_06.model(), QWEN_8.model())
-LARGE = Setting(QWEN_17.model(), QWEN_32.model())
-LARGE_FP8 = Setting(QWEN_17.model(), QWEN_32.model(FP8))
+SMALL = ModelledSetting(QWEN_06.model(), QWEN_8.model())
+LARGE = ModelledSetting(QWEN_17.model(), QWEN_32.model())
+LARGE_FP8 = ModelledSetting(QWEN_17.model(), QWEN_32.model(FP8))
 SETTINGS = (SMALL, LARGE, LARGE_FP8)
 
 
-def _traffic(**changes: Any) -> Callable[[Setting], Setting]:
+def _traffic(**changes: Any) -> Callable[[ModelledSetting], ModelledSetting]:
     return lambda setting: replace(setting, traffic=replace(setting.traffic, **changes))
 
 
-def _machine(**changes: Any) -> Callable[[Setting], Setting]:
+def _machine(**changes: Any) -> Callable[[ModelledSetting], ModelledSetting]:
     return lambda setting: replace(setting, machine=replace(setting.machine, **changes))
 
 
-def _small_cache(setting: Setting) -> Setting:
+def _small_cache(setting: ModelledSetting) -> ModelledSetting:
     student = replace(setting.student, cache=setting.student.cache / 4)
     return replace(setting, student=student, cached=8000.0)
 
 
-CHANGES: Mapping[str, Callable[[Setting], Setting]] = {
+CHANGES: Mapping[str, Callable[[ModelledSetting], ModelledSetting]] = {
     "as above": lambda setting: setting,
     "calls of 1 token": _traffic(call_tokens=1),
     "calls of 16 tokens": _traffic(call_tokens=16),
@@ -164,7 +164,7 @@ def _speed_rows() -> list[Row]:
     return rows
 
 
-def _speed_row(setting: Setting, streams: int) -> Row:
+def _speed_row(setting: ModelledSetting, streams: int) -> Row:
     machine = setting.machine
     load = setting.load(streams)
     speculation = best_speculation(machine, setting.student, setting.teacher, load, setting.acceptance)

@@ -23,7 +23,7 @@ ROUNDS = 400
 
 
 @dataclass(frozen=True)
-class Shape:
+class DecoderShape:
     """A decoder's sizes, as in its `config.json`: grouped-query attention, gated feed-forward."""
 
     name: str

@@ -19,7 +19,7 @@ class NothingToLearn(UnusableInput):
 
 
 @dataclass(frozen=True)
-class Realised:
+class RatePass:
     """One pass over the prompts at one rate."""
 
     asked: float
@@ -33,7 +33,7 @@ class Realised:
     """Requests that a shared limit refused a span."""
 
     @classmethod
-    def of(cls, asked: float, passes: int, replies: Sequence[GatewayReply]) -> "Realised":
+    def of(cls, asked: float, passes: int, replies: Sequence[GatewayReply]) -> "RatePass":
         """The replies summed up.
 
         Raises:
@@ -74,7 +74,7 @@ class RateFinder:
     tolerance: float
     start: Callable[[float, int], Callable[[], None]] = lambda rate, number: lambda: None
     """Called before each pass with its rate and number; what it returns is called after each reply."""
-    last: dict[float, Realised] = field(default_factory=dict)
+    last: dict[float, RatePass] = field(default_factory=dict)
     """The last pass at each rate that was asked for."""
     prices: GatewayPrices | None = None
     """As they are after the last pass."""
@@ -101,7 +101,7 @@ class RateFinder:
 
     async def _ask(self, rate: float, number: int) -> None:
         replies = await self.client.ask_all(self.prompts, rate, self.start(rate, number))
-        self.last[rate] = Realised.of(rate, number, replies)
+        self.last[rate] = RatePass.of(rate, number, replies)
         self.prices = await self.client.prices()
 
     def price(self, rate: float) -> float:

@@ -85,7 +85,7 @@ class Ask:
 
 
 @dataclass
-class Progress:
+class AskProgress:
     """The results of an ask so far."""
 
     ask: Ask

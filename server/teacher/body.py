@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from server.teacher.ask import Ask, Progress
+from server.teacher.ask import Ask, AskProgress
 from server.teacher.carried import MOST_BIASES, Screen, carried_biases
 
 FORWARDED = (
@@ -36,7 +36,12 @@ class Post(NamedTuple):
 
 
 def post(
-    progress: Progress, screen: Screen, model: str | None, allowed: Sequence[int] | None, *, generates: bool
+    progress: AskProgress,
+    screen: Screen,
+    model: str | None,
+    allowed: Sequence[int] | None,
+    *,
+    generates: bool,
 ) -> Post:
     """The request for what is left of an ask.
 
@@ -68,7 +73,7 @@ def post(
 
 
 def _sampling(
-    progress: Progress, screen: Screen, tokens: int, allowed: Sequence[int] | None
+    progress: AskProgress, screen: Screen, tokens: int, allowed: Sequence[int] | None
 ) -> dict[str, Any]:
     """What both endpoints name alike."""
     ask = progress.ask
@@ -104,7 +109,7 @@ def _stops(ask: Ask, charged: Collection[int]) -> list[int]:
     return stops + sorted(set(charged).difference(stops))
 
 
-def _next_seed(seed: int | None, progress: Progress) -> int | None:
+def _next_seed(seed: int | None, progress: AskProgress) -> int | None:
     """A second request with the same seed would draw the same id again."""
     if seed is None:
         return None
@@ -112,7 +117,7 @@ def _next_seed(seed: int | None, progress: Progress) -> int | None:
     return (seed + refused * 0x9E3779B1 + len(progress.written)) % 2**63
 
 
-def _biases(progress: Progress) -> dict[int, float]:
+def _biases(progress: AskProgress) -> dict[int, float]:
     """The caller's and those of what is written, less the ids that the teacher must not write."""
     biases = carried_biases(progress.ask.params, progress.completion)
     for token_id in sorted(progress.padded):

@@ -15,7 +15,7 @@ import msgspec
 from server.completion import Piece
 from server.metrics import BREAKER_OPEN, TEACHER_CALL_SECONDS, TEACHER_CALLS
 from server.teacher.adapters import Adapters
-from server.teacher.ask import Ask, Progress
+from server.teacher.ask import Ask, AskProgress
 from server.teacher.body import GENERATE, post
 from server.teacher.breaker import Breaker
 from server.teacher.carried import Screen
@@ -54,7 +54,7 @@ class _Models(msgspec.Struct):
     data: list[_Model]
 
 
-def _screened(reply: Reply, screen: Screen, progress: Progress) -> Reply:
+def _screened(reply: Reply, screen: Screen, progress: AskProgress) -> Reply:
     """A reply as far as it can stay, with the ending that the whole ask has there."""
     ask = progress.ask
     screened = screen.apply(reply.piece, progress.tail(screen.reach))
@@ -273,7 +273,7 @@ class Teacher:
         self, ask: Ask, headers: Mapping[str, str], patience: Patience
     ) -> AsyncGenerator[Piece]:
         """An ask's pieces, of one request or of several."""
-        progress = Progress(ask)
+        progress = AskProgress(ask)
         while not progress.ended:
             allowed = progress.allowed()
             stuck = progress.refused_in_a_row >= REFUSED_IN_A_ROW
@@ -294,7 +294,7 @@ class Teacher:
 
     async def _turn(
         self,
-        progress: Progress,
+        progress: AskProgress,
         allowed: Sequence[int] | None,
         headers: Mapping[str, str],
         patience: Patience,
@@ -321,7 +321,7 @@ class Teacher:
 
     async def _replies(
         self,
-        progress: Progress,
+        progress: AskProgress,
         allowed: Sequence[int] | None,
         headers: Mapping[str, str],
         patience: Patience,

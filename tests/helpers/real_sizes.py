@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from server.bench.cost_model import Traffic
 from server.bench.gpu_model import H100, QWEN_06, QWEN_8
-from server.bench.roofline import Load, Shape, cooperation
+from server.bench.roofline import DecoderShape, Load, cooperation
 from training.cli import find_recipe
 from training.config import load_recipe
 from training.gating.served_calibration import passes_of
@@ -63,12 +63,12 @@ class Stage(NamedTuple):
         return sum(self.seconds.values()) / 3600
 
 
-def weights(shape: Shape) -> int:
+def weights(shape: DecoderShape) -> int:
     """How many the model has; norms are left out."""
     return shape.layer_weights + shape.matrix * (1 if shape.tied else 2)
 
 
-def adapters(shape: Shape, rank: int) -> int:
+def adapters(shape: DecoderShape, rank: int) -> int:
     """Weights of the adapters of all linear layers."""
     attention = 2 * shape.hidden + 2 * (shape.heads + shape.kv_heads) * shape.head_size + 2 * shape.hidden
     feed_forward = 3 * (shape.hidden + shape.feed_forward)

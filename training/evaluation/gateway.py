@@ -25,7 +25,7 @@ class Replies(Protocol):
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredGateway:
     """A gateway at several budgets."""
 
     student: float
@@ -44,7 +44,7 @@ class Measured:
 
 def measure(
     gateway: Replies, task: Task, examples: list[Example], budgets: Sequence[float], span_tokens: int
-) -> Measured:
+) -> MeasuredGateway:
     """Rows at these budgets and at 0 and 1.
 
     Args:
@@ -81,7 +81,7 @@ def measure(
         share = recovered(measured.quality, student, teacher)
         settled = teacher_rate(written[len(written) // 3 :])
         rows.append(asdict(measured) | {"pgr": share, "settled_rate": settled, "degraded": degraded})
-    return Measured(student, teacher, rows, completions)
+    return MeasuredGateway(student, teacher, rows, completions)
 
 
 def completion_of(reply: GatewayReply) -> Rollout:

@@ -9,7 +9,7 @@ import numpy as np
 
 from router.gate import CONFIDENCE_GATES
 from router.gate_names import LEARNED
-from training.evaluation.gateway import Measured
+from training.evaluation.gateway import MeasuredGateway
 from training.evaluation.scoring import Row
 from training.gating.rollout import Rollout
 from training.gating.tree import PERIODIC
@@ -56,7 +56,7 @@ class QualityReport:
         return json.dumps(asdict(self))
 
 
-def gateway_report(measured: Measured) -> QualityReport:
+def gateway_report(measured: MeasuredGateway) -> QualityReport:
     """Of a gateway alone."""
     between = [row for row in measured.rows if 0 < row["budget"] < 1]
     example = min(range(len(measured.rows)), key=lambda i: abs(measured.rows[i]["budget"] - 0.1))

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from training.fetch.apt import FetchError, debian_packages
-from training.fetch.synopses import ABOUT, Splits, synopses
+from training.fetch.synopses import ABOUT, SynopsisSplits, synopses
 
 
 class Dataset(NamedTuple):
     """A data set by its name."""
 
-    fetch: Callable[[], Splits]
+    fetch: Callable[[], SynopsisSplits]
     about: str
     """Where it comes from, its rules, and its licence; written next to it."""
 
@@ -50,7 +50,7 @@ def fetch_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def write(splits: Splits, about: str, directory: Path) -> None:
+def write(splits: SynopsisSplits, about: str, directory: Path) -> None:
     """All files at once."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:

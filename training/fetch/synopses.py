@@ -34,7 +34,7 @@ class Synopsis(NamedTuple):
     target: str
 
 
-class Splits(NamedTuple):
+class SynopsisSplits(NamedTuple):
     """The files of a data set."""
 
     train: list[Synopsis]
@@ -42,11 +42,11 @@ class Splits(NamedTuple):
     test: list[Synopsis]
 
 
-def synopses(packages: Iterable[Package]) -> Splits:
+def synopses(packages: Iterable[Package]) -> SynopsisSplits:
     """Training, validation and test examples, always in the same order."""
     shuffled = sorted(distinct(sorted(packages)), key=lambda package: _digest(package.source))
     examples = [Synopsis(joined(package.description), package.synopsis) for package in shuffled]
-    return Splits(
+    return SynopsisSplits(
         train=examples[2 * HELD_OUT :], valid=examples[:HELD_OUT], test=examples[HELD_OUT : 2 * HELD_OUT]
     )
 

@@ -20,7 +20,7 @@ UNLIMITED = 2**62
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedPrompts:
     """The prompts of one round."""
 
     gateway: RunningGateway

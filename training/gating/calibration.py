@@ -103,7 +103,7 @@ def calibrate(
         best = qualities.index(max(qualities))
         needed = max(TOLERANCE, ERRORS * noise(runs[0], runs[best]))
         price = aim if qualities[0] >= qualities[best] - needed else (aim, *common)[best]
-        choices.append(Choice([budget], price, qualities[1:]))
+        choices.append(PricePool([budget], price, qualities[1:]))
     points = []
     for choice in not_rising(choices, common):
         points += [(budget, choice.price) for budget in choice.budgets]
@@ -111,7 +111,7 @@ def calibrate(
 
 
 @dataclass(frozen=True)
-class Choice:
+class PricePool:
     """The price of some neighbouring budgets."""
 
     budgets: list[float]
@@ -120,7 +120,7 @@ class Choice:
     """At prices that are the same for all choices, summed over the budgets."""
 
 
-def not_rising(choices: Sequence[Choice], common: Sequence[float]) -> list[Choice]:
+def not_rising(choices: Sequence[PricePool], common: Sequence[float]) -> list[PricePool]:
     """With prices that do not rise with the budget: where one would, both get the one that is best for both.
 
     It is the pool of adjacent violators (Ayer et al. 1955) with quality in place of squares.
@@ -129,14 +129,14 @@ def not_rising(choices: Sequence[Choice], common: Sequence[float]) -> list[Choic
         choices: of increasing budgets.
         common: the prices of their qualities.
     """
-    pools: list[Choice] = []
+    pools: list[PricePool] = []
     for choice in choices:
         pool = choice
         while pools and pools[-1].price < pool.price:
             before = pools.pop()
             qualities = list(map(add, before.qualities, pool.qualities))
             price = common[qualities.index(max(qualities))]
-            pool = Choice([*before.budgets, *pool.budgets], price, qualities)
+            pool = PricePool([*before.budgets, *pool.budgets], price, qualities)
         pools.append(pool)
     return pools
 

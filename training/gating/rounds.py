@@ -52,7 +52,7 @@ class Played(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Best:
+class BestRound:
     """The round whose gate is exported."""
 
     round: int
@@ -85,7 +85,7 @@ class Rounds:
     """Of past rounds."""
     branches: list[Branches] = field(default_factory=list)
     """Of the same, for a constrained objective."""
-    best: Best | None = None
+    best: BestRound | None = None
     """So far, of a constrained objective: of its own rounds, and the last one of the regression."""
 
     def __post_init__(self) -> None:
@@ -227,7 +227,7 @@ class Rounds:
         judged = self.judged(self.head.gate)
         if self.best is None or judged > self.best.judged:
             state = {name: tensor.detach().clone() for name, tensor in self.head.state_dict().items()}
-            self.best = Best(len(self.seen), judged, state, dict(self.prices))
+            self.best = BestRound(len(self.seen), judged, state, dict(self.prices))
         return judged
 
     def save(self, file: Path, run: dict[str, object]) -> None:
@@ -262,7 +262,7 @@ class Rounds:
         self.prices = saved["prices"]
         self.seen = [Lessons(**taught) for taught in saved["seen"]]
         self.branches = [Branches(**ways) for ways in saved["branches"]]
-        self.best = None if saved["best"] is None else Best(**saved["best"])
+        self.best = None if saved["best"] is None else BestRound(**saved["best"])
         self.head.install(self.loop.student)
 
 

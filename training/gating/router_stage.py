@@ -30,7 +30,7 @@ from training.gating.rollout import ClosedLoop
 from training.gating.room import Room
 from training.gating.rounds import Rounds, Trained, train_gate
 from training.gating.tree import Alone
-from training.gating.validation import Gap, Validation
+from training.gating.validation import Gap, GateValidation
 from training.models import load_model, load_with_rows, reserved_rows
 from training.parallel import device, onto_device
 from training.reading import check_readout, check_steps
@@ -207,11 +207,11 @@ class RouterStage:
         return self._validation.judged(gate)  # is made when the first gate is judged
 
     @cached_property
-    def _validation(self) -> Validation:
+    def _validation(self) -> GateValidation:
         config = self.config
         examples = self._room.kept(self.task.valid()[: config.calibration_examples], "validation")
         tokenizer = self.pair.tokenizer
-        return Validation(self.loop, self.task, tokenizer, examples, config, self._reserved)
+        return GateValidation(self.loop, self.task, tokenizer, examples, config, self._reserved)
 
     @cached_property
     def loop(self) -> ClosedLoop:

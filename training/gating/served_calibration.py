@@ -26,7 +26,7 @@ from torch import Tensor
 from measuring.chats import Source
 from measuring.gateway import GatewayError
 from router.checkpoint import Points
-from training.gating.calibration import ERRORS, TOLERANCE, Choice, not_rising, standard_error
+from training.gating.calibration import ERRORS, TOLERANCE, PricePool, not_rising, standard_error
 from training.gating.duals import asking_share
 from training.loop.progress import console
 from training.running_gateway import RunningGateway
@@ -56,7 +56,7 @@ class Found(NamedTuple):
     """Those that spend the whole budget."""
 
 
-class Measured(NamedTuple):
+class MeasuredReplies(NamedTuple):
     """The replies to the first prompts, or to all of them, at one budget and price."""
 
     replies: int = 0
@@ -70,9 +70,9 @@ class Measured(NamedTuple):
         """The teacher's share of the tokens."""
         return self.teacher_tokens / self.tokens
 
-    def then(self, more: "Measured") -> "Measured":
+    def then(self, more: "MeasuredReplies") -> "MeasuredReplies":
         """With the replies to the next prompts."""
-        return Measured(
+        return MeasuredReplies(
             self.replies + more.replies,
             self.tokens + more.tokens,
             self.teacher_tokens + more.teacher_tokens,
@@ -80,8 +80,8 @@ class Measured(NamedTuple):
         )
 
 
-NOTHING = Measured()
-Kept = dict[tuple[float, float], Measured]
+NOTHING = MeasuredReplies()
+Kept = dict[tuple[float, float], MeasuredReplies]
 """By budget and price."""
 
 
@@ -210,7 +210,7 @@ class ServedCalibration:
             gains = _tensor(kept[budget, price].qualities) - _tensor(kept[budget, own].qualities)
             clearly = gains.mean().item() > max(least, ERRORS * standard_error(gains))
             qualities = [self._quality(kept, budget, other) for other in spending]
-            choices.append(Choice([budget], price if clearly else own, qualities))
+            choices.append(PricePool([budget], price if clearly else own, qualities))
         chosen = []
         for choice in not_rising(choices, spending):
             chosen += [choice.price] * len(choice.budgets)
@@ -269,7 +269,7 @@ class ServedCalibration:
     def _share_above(self, price: float) -> float:
         return (self.scores.double() > price).double().mean().item()
 
-    def _answered(self, first: int, budget: float) -> Measured:
+    def _answered(self, first: int, budget: float) -> MeasuredReplies:
         """The prompts from the first on, at the price that the gateway has."""
         replies = self.gateway.replies(self.sources[first : first + TOGETHER], budget)
         if any(reply.clamped for reply in replies):
@@ -282,7 +282,7 @@ class ServedCalibration:
                 f"router: the teacher was lost in {lost} of {len(replies)} completions at budget {budget:g}"
             )
         scored = [] if self.qualities is None else self.qualities(first, [reply.text for reply in replies])
-        return Measured(
+        return MeasuredReplies(
             len(replies),
             sum(len(reply.token_ids) for reply in replies),
             sum(reply.teacher_tokens for reply in replies),
@@ -295,7 +295,9 @@ class ServedCalibration:
         kept = {}
         for row in json.loads(self.file.read_text()):
             replies, tokens, teacher_tokens, qualities = row["measured"]
-            kept[row["budget"], row["price"]] = Measured(replies, tokens, teacher_tokens, tuple(qualities))
+            kept[row["budget"], row["price"]] = MeasuredReplies(
+                replies, tokens, teacher_tokens, tuple(qualities)
+            )
         return kept
 
     def _keep(self, kept: Kept) -> None:

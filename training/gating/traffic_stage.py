@@ -29,7 +29,7 @@ from router.checkpoint import Fact, Fingerprints, Points, RouterCheckpoint
 from router.gate_names import LEARNED
 from training.gate_config import WHERE, ConstrainedObjective, GateConfig, GatewayRollouts, RecordedRollouts
 from training.gating.agreement import correlation, score_of
-from training.gating.asked import Asked
+from training.gating.asked import AskedPrompts
 from training.gating.cheaper import Cheaper, costs_of
 from training.gating.checkpoint import Calibrated, checkpoint_of
 from training.gating.constrained import Choices, Critic, fit_constrained
@@ -112,7 +112,9 @@ class TrafficStage:
         for number, sources in enumerate(rounds):
             file = work / "trajectories" / str(number) / f"asked{SUFFIX}"
             seed = self.seed + number
-            asked = Asked(gateway, self.tokenizer, sources, self.config.budgets, rollouts.batch, seed, file)
+            asked = AskedPrompts(
+                gateway, self.tokenizer, sources, self.config.budgets, rollouts.batch, seed, file
+            )
             if router is not None and rollouts.router is not None and not asked.is_complete:
                 gateway.take(router, rollouts.router)
             new = self.reader.readable(asked.trajectories())

@@ -44,7 +44,7 @@ class Gap:
         return standard_error(self.scorer.qualities(first) - self.scorer.qualities(second)) / self.size
 
 
-class Validation:
+class GateValidation:
     """Of one pair.
 
     Args:

@@ -11,7 +11,7 @@ from tests.helpers.numbers import save_untrained_pair, tokenizer_of_numbers
 from tests.helpers.recipes import ROUTER, write_recipe
 from training import turns
 from training.config import RecipeError, load_recipe
-from training.turns import Turn, take_turns
+from training.turns import TrainedTurn, take_turns
 
 WORTH = {"pair": 0.5, "pair-turn1": 0.6, "pair-turn2": 0.6}
 
@@ -60,8 +60,8 @@ def test_what_is_there_is_not_trained_again(recipe, tmp_path):
 )
 def test_better_is_more_than_one_standard_error(tmp_path, gains, better):
     """Of [.3, -.1] the mean is .1, and the standard error .2; of [.3, .1] they are .2 and .1."""
-    before = Turn(tmp_path, torch.zeros(len(gains)))
-    assert Turn(tmp_path, torch.tensor(gains)).is_better(before) is better
+    before = TrainedTurn(tmp_path, torch.zeros(len(gains)))
+    assert TrainedTurn(tmp_path, torch.tensor(gains)).is_better(before) is better
 
 
 def test_turns_that_the_recipe_does_not_have_are_refused(recipe, capsys):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.bench.cost_model import Costs, Line, Traffic
+from server.bench.cost_model import Line, StepCosts, Traffic
 from server.bench.quality import interpolate
 
 
@@ -21,7 +21,7 @@ def test_one_x_makes_no_line() -> None:
         Line.fit([(1, 5.0), (1, 4.0)])
 
 
-COSTS = Costs(
+COSTS = StepCosts(
     student_step=Line(4.0, 1.0),
     student_read=0.5,
     teacher_step=Line(40.0, 4.0),

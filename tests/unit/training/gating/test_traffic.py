@@ -17,7 +17,7 @@ from tests.helpers.served_teacher import VLLM, client
 from tests.helpers.taking_gateway import TakingGateway, stage_of
 from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 from training.gate_config import GateConfig, RegretGain
-from training.gating.asked import Asked
+from training.gating.asked import AskedPrompts
 from training.gating.fitting import fit
 from training.gating.head import Head
 from training.gating.lessons import collect
@@ -222,7 +222,7 @@ def test_what_needs_rollouts_in_process_says_so(recipe, capsys, override, proble
 def asked(gateway, file, prompts: int):
     sources = [example.source for example in islice(make_task("numbers").router(0), prompts)]
     budgets = [0.1, 0.2, 0.3]
-    return Asked(gateway.running(), gateway.tokenizer, sources, budgets, 3, 0, file).trajectories()
+    return AskedPrompts(gateway.running(), gateway.tokenizer, sources, budgets, 3, 0, file).trajectories()
 
 
 def test_a_gateway_is_asked_at_many_budgets_and_only_for_what_is_missing(tmp_path):
