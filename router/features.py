@@ -11,12 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from router.feature_layout import LOG_PROB_FLOOR, N_CONFIDENCE, TOP_LOG_PROBS
 from router.reserved import ReservedRows
 
-TOP_LOG_PROBS = 8
-# A masked token's log-probability is -inf; a feature must be finite.
-LOG_PROB_FLOOR = -30.0
-N_CONFIDENCE = TOP_LOG_PROBS + 2
 LOWEST = -80.0
 """A logit this far below the largest counts as masked; exp of it is still a normal float32."""
 BLOCK = 128

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from router.features import LOG_PROB_FLOOR, TOP_LOG_PROBS
+from router.feature_layout import LOG_PROB_FLOOR, TOP_LOG_PROBS
 
 Floats = NDArray[np.float32]
 Loop = TypeVar("Loop", bound=Callable[..., Any])

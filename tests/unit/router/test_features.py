@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from router.feature_layout import LOG_PROB_FLOOR
 from router.features import (
-    LOG_PROB_FLOOR,
     best_probability,
     confidence,
     entropy,
