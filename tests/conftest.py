@@ -13,7 +13,7 @@ from tests.helpers.redis_server import RedisServer
 
 # It takes each process three seconds to compile the loops of gates: engines and later runs find them.
 # numba looks for changes in the loops alone, not in the constants that they import.
-_sources = b"".join((ROOT / "router" / name).read_bytes() for name in ("features.py", "loops.py"))
+_sources = b"".join((ROOT / "router" / name).read_bytes() for name in ("feature_layout.py", "loops.py"))
 _loops = hashlib.sha256(_sources).hexdigest()[:12]
 os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / "build" / "numba" / _loops))
 
