@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, product
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from router.checkpoint import RouterCheckpoint
 from router.gate import EntropyGate, RandomGate
@@ -14,11 +16,12 @@ from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 from training.gate_config import GateConfig, RegretGain
 from training.gating.calibration import Noise, PricePool, calibrate, not_rising, price_at_rate, teacher_rate
 from training.gating.fitting import fit
-from training.gating.forks import worth_of_asking
+from training.gating.forks import finished, worth_of_asking
 from training.gating.head import Head
 from training.gating.lessons import Lessons, collect, span_gain, teacher_view
 from training.gating.rollout import FREE, ClosedLoop, Request, Rollout, with_gate
 from training.gating.tree import Node, Setting, Tree
+from training.reading import attends_everywhere
 
 GAIN = RegretGain(type="regret")
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
@@ -230,6 +233,44 @@ def test_the_worth_until_the_end_by_hand(pair, prompts):
         assert whole == (begun if ended else (begun + rest.tokens)[: pair.max_tokens])
     assert changed.count_nonzero() <= len(differ)
     assert any(sum(completion.by_teacher) for completion in completions)
+
+
+def test_forks_of_a_prompt_share_what_the_student_read_of_it(pair, prompts, monkeypatch):
+    """All 30 are of one prompt of 40 tokens. Read for each of them, it alone would be 1,200."""
+    prompt = (prompts[0] * 40)[:40]
+    begun = [[2 + i % 5] * (1 + i % 3) for i in range(30)]
+    read = []
+    forward = type(pair.student).forward
+
+    def counting(model, **inputs):
+        read.append(inputs["input_ids"].numel())
+        return forward(model, **inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pair.student), "forward", counting)
+        whole = finished(pair, [prompt], [0] * 30, begun)
+    assert read[0] == 40
+    assert sum(read) < 600
+    alone = pair.write([Request(prompt + tokens) for tokens in begun])
+    for tokens, rest, made in zip(begun, alone, whole, strict=True):
+        assert made == (tokens + rest.tokens)[: pair.max_tokens]
+
+
+def test_forks_of_a_student_with_a_sliding_window_have_no_padding_in_between(pair, prompts):
+    config = MistralConfig(
+        vocab_size=RESERVED.end, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, sliding_window=4, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    student = MistralForCausalLM(config).eval().requires_grad_(False)
+    assert not attends_everywhere(student.config)
+    windowed = replace(pair, student=student, teacher=student)
+    begun = [[2 + i] * (1 + 3 * (i % 2)) for i in range(8)]
+    whole = finished(windowed, prompts, range(8), begun)
+    alone = windowed.write([Request(prompts[row] + tokens) for row, tokens in enumerate(begun)], batch=1)
+    assert len({tuple(tokens) for tokens in whole}) == 8
+    for tokens, rest, made in zip(begun, alone, whole, strict=True):
+        assert made == (tokens + rest.tokens)[: pair.max_tokens]
 
 
 def test_the_teacher_reads_its_own_prompt(pair, prompts):
