@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from router.feature_layout import LOG_PROB_FLOOR, TOP_LOG_PROBS
+from router.feature_layout import LOG_PROB_FLOOR, N_CONFIDENCE, TOP_LOG_PROBS
 
 Floats = NDArray[np.float32]
 Loop = TypeVar("Loop", bound=Callable[..., Any])
@@ -116,6 +116,13 @@ def spread(row: Floats, best: np.float32) -> tuple[float, float]:
 
 
 @compiled
+def find_best_and_spread(row: Floats, lanes: Floats, best: Floats) -> tuple[float, float]:
+    """Both of a row: fill ``best`` as `find_best` does, return what `spread` does."""
+    find_best(row, lanes, best)
+    return spread(row, best[0])
+
+
+@compiled
 def margin_loop(rows: Floats, visible: int, found: Floats) -> None:
     """The gap between the two largest of the first ``visible`` columns; rows: (B, V), found: (B,)."""
     lanes = np.empty(LANES, np.float32)
@@ -131,9 +138,7 @@ def entropy_loop(rows: Floats, visible: int, found: Floats) -> None:
     lanes = np.empty(LANES, np.float32)
     best = np.empty(1, np.float32)
     for i in range(len(rows)):
-        row = rows[i, :visible]
-        find_best(row, lanes, best)
-        found[i] = spread(row, best[0])[1]
+        found[i] = find_best_and_spread(rows[i, :visible], lanes, best)[1]
 
 
 @compiled
@@ -142,24 +147,20 @@ def best_probability_loop(rows: Floats, visible: int, found: Floats) -> None:
     lanes = np.empty(LANES, np.float32)
     best = np.empty(1, np.float32)
     for i in range(len(rows)):
-        row = rows[i, :visible]
-        find_best(row, lanes, best)
-        found[i] = math.exp(-spread(row, best[0])[0])
+        found[i] = math.exp(-find_best_and_spread(rows[i, :visible], lanes, best)[0])
 
 
 @compiled
 def features_loop(rows: Floats, visible: int, found: Floats) -> None:
     """The taps, as many as there is place for, and `router.features.confidence`; found: (B, taps + 10)."""
     lanes = np.empty(LANES, np.float32)
-    taps = found.shape[1] - TOP_LOG_PROBS - 2
+    taps = found.shape[1] - N_CONFIDENCE
     for i in range(len(rows)):
-        row = rows[i, :visible]
         for j in range(taps):
             found[i, j] = rows[i, visible + 1 + j]
         best = found[i, taps:-2]
-        find_best(row, lanes, best)
+        log_total, entropy = find_best_and_spread(rows[i, :visible], lanes, best)
         largest = best[0]
-        log_total, entropy = spread(row, largest)
         for j in range(TOP_LOG_PROBS):
             best[j] = max(best[j] - largest - log_total, LOG_PROB_FLOOR)
         found[i, -2] = entropy

@@ -153,7 +153,7 @@ def test_a_changed_limit_is_a_new_controller() -> None:
 
 def test_meets_the_rate_and_is_worth_it() -> None:
     """15 % for all over 2.5 minutes, traffic of 7.5 that shifts from easy to hard and back."""
-    traffic = Traffic(seed=1, steps=9000, streams=10, shifts=(0.5, 0.1, 0.9, 0.3))
+    traffic = Traffic(seed=1, steps=9000, streams=20, shifts=(0.5, 0.1, 0.9, 0.3))
     limit = FractionOfTraffic(fraction=0.15, window_seconds=150, slack_tokens=SPAN)
     calibration = calibrate()
     ours, first, price, schedule = (

@@ -23,4 +23,4 @@ class ChargingMemoryMachine(MemoryMachine):
 
 @pytest.mark.parametrize("machine", [MemoryMachine, ChargingMemoryMachine])
 def test_never_over_the_bound_and_nothing_leaked(machine: type[LedgerMachine]) -> None:
-    run_state_machine_as_test(machine, settings=settings(max_examples=80, stateful_step_count=40))
+    run_state_machine_as_test(machine, settings=settings(max_examples=150, stateful_step_count=40))

@@ -190,13 +190,13 @@ async def test_an_error_is_an_error_where_it_is_asked_for(pair: Any, tokenizer: 
 PIECES = ["Grüße 🙂", "你好世界", "e\u0301a\u0308", "👩‍🚀👨‍👩‍👧", "plain words", "नमस्ते", "🏳️‍🌈 x", "tab\t\n"]
 
 
-async def test_many_at_once_keep_their_bounds_and_their_characters(pair: Any, tokenizer: Any) -> None:
+async def test_five_hundred_at_once_keep_their_bounds_and_their_characters(pair: Any, tokenizer: Any) -> None:
     text = " ".join(PIECES)
     student = RecitingLLM(tokenizer, text, ask_at=range(0, 10_000, 5))
     async with pair(text, vllm=student, span_tokens=6) as (engine, teacher):
         teacher.ends = False
         teacher.after = lambda prompt: (text * 3)[len(prompt) % len(text) :][:60]  # type: ignore[method-assign]
-        runs = [engine.write(0.2, max_tokens=24 + n % 7, seed=n) for n in range(150)]
+        runs = [engine.write(0.2, max_tokens=24 + n % 7, seed=n) for n in range(500)]
         everything = await asyncio.gather(*runs)
     called = 0
     for written in everything:
@@ -208,5 +208,5 @@ async def test_many_at_once_keep_their_bounds_and_their_characters(pair: Any, to
         for start, end in report.as_dict()["spans"]:
             if end < len(written.ids):  # the last one ends with the completion
                 assert bytes(written.ids[start:end]).decode()
-    assert called >= 150
+    assert called >= 500
     assert not [prompt for prompt in teacher.prompts if "\ufffd" in prompt]
