@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from router.errors import UnusableInput
+from training.batches import left_padded
 from training.growing_cache import growing_cache
 
 PROBE_TOKENS = 6
@@ -172,6 +173,15 @@ def context_of(model: PreTrainedModel) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
+class Started(NamedTuple):
+    """Of B rows whose beginning was read."""
+
+    reading: Reading
+    """At the end of each."""
+    mask: Tensor
+    """(B, T) of all tokens so far; 0 is padding."""
+
+
 class Stepper:
     """One model with its key-value cache over the rows that are still being written."""
 
@@ -179,8 +189,32 @@ class Stepper:
         self._model = model
         self._cache = growing_cache()
         config = model.config.get_text_config()
+        # A sliding window counts padding too, and would reach less far over what stands between two parts.
+        self._in_parts = attends_everywhere(config)
         # Attention takes this mask as it is: nothing is built from it at every step.
-        self._plain = config._attn_implementation == "sdpa" and attends_everywhere(config)
+        self._plain = config._attn_implementation == "sdpa" and self._in_parts
+
+    def start(self, prompts: Sequence[list[int]], begun: Sequence[list[int]], pad: int) -> Started:
+        """Read prompts, and the B beginnings after them. A prompt that comes again is read once.
+
+        Args:
+            prompts: of each row.
+            begun: tokens after it; none may be empty if a prompt is to be shared.
+            pad: token id to fill rows up with.
+        """
+        device = self._model.device
+        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        if len(places) == len(prompts) or not all(begun) or not self._in_parts:
+            rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, begun, strict=True)]
+            ids, mask = left_padded(rows, pad, device)
+            return Started(self.step(ids, mask), mask)
+        ids, mask = left_padded(list(map(list, places)), pad, device)
+        self.step(ids, mask)
+        shared = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=device)
+        self.keep(shared)
+        ids, seen = left_padded(list(begun), pad, device)
+        mask = torch.cat((mask[shared], seen), dim=1)
+        return Started(self.step(ids, mask), mask)
 
     def step(self, ids: Tensor, mask: Tensor) -> Reading:
         """States (B, H) and logits (B, V) at the end.

@@ -194,10 +194,10 @@ class _Paths:
         for (row, step), theirs in found.items():
             if theirs != [self.end]:
                 going.append((row, step))
-                written = [*self.tokens[row][:step], *theirs]
-                prefix = [*prompts.ids[row], *written]
-                teacher_prefix = [*prompts.teacher_ids[row], *written]
-                requests.append(Request(prefix, -math.inf, 1.0, teacher_prefix))
+                begun = [*self.tokens[row][:step], *theirs]
+                prompt = prompts.ids[row]
+                teacher_prompt = prompts.teacher_ids[row]
+                requests.append(Request(prompt, -math.inf, 1.0, teacher_prompt, begun=begun))
         teacher = replace(loop, explore=0.0, max_tokens=ask_tokens - 1)
         for place, completion in zip(going, teacher.write(requests), strict=True):
             found[place] += completion.tokens

@@ -5,7 +5,7 @@ span, and spans end with the completion. So what is calibrated and measured here
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from typing import NamedTuple
@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from router.budget import Bucket, Budget
 from router.gate import RandomGate, TeachersGate
-from training.batches import left_padded
 from training.reading import Stepper
 
 ScoreFn = Callable[[Tensor], Tensor]
@@ -49,6 +48,10 @@ class Request:
     """What the teacher reads; None: the same. The student may read a budget in words besides."""
     max_tokens: int | None = None
     """Longest completion, if it is shorter than the loop's."""
+    begun: list[int] = field(default_factory=list)
+    """What stands between the prompt and the completion, for both models. Requests that go on after the same
+    prompt share what was read of it.
+    """
 
 
 @dataclass
@@ -225,15 +228,30 @@ class ClosedLoop:
             watch: is shown every step's positions.
         """
         done = [Rollout() for _ in requests]
+        for rows in self.batches(requests, batch):
+            self._write(requests, done, rows, watch)
+        return done
+
+    def batches(self, requests: Sequence[Request], most: int = ROWS) -> Iterator[list[int]]:
+        """Numbers of the requests that are written together, from the shortest prompts on.
+
+        Args:
+            requests: any number of them; those that are begun after the same prompt follow each other.
+            most: at once; fewer if their caches would take more than CACHE.
+        """
+        first: dict[tuple[int, ...], int] = {}
+        order = []
+        for number, request in enumerate(requests):
+            place = first.setdefault(tuple(request.prompt), number) if request.begun else number
+            order.append((len(request.prompt), place, number))
         rows: list[int] = []
-        for number in sorted(range(len(requests)), key=lambda i: len(requests[i].prompt)):
-            if len(rows) >= min(batch, self.rows_of(len(requests[number].prompt))):
-                self._write(requests, done, rows, watch)
+        for prompt, _, number in sorted(order):
+            if len(rows) >= min(most, self.rows_of(prompt)):
+                yield rows
                 rows = []
             rows.append(number)
         if rows:
-            self._write(requests, done, rows, watch)
-        return done
+            yield rows
 
     def rows_of(self, prompt: int) -> int:
         """How many completions fit into CACHE, after prompts of this many tokens."""
@@ -249,18 +267,20 @@ class ClosedLoop:
     ) -> None:
         device = self.student.device
         asked = [requests[number] for number in rows]
-        ids, mask = left_padded([request.prompt for request in asked], self.end, device)
-        read_by_teacher = [request.teacher_prompt or request.prompt for request in asked]
-        teacher_ids, seen = left_padded(read_by_teacher, self.end, device)
+        begun = [request.begun for request in asked]
         columns = (rows, [request.price for request in asked], [self._longest(request) for request in asked])
         batch = _Rows(*(torch.tensor(column, device=device) for column in columns))
         drafts = {number: self._draft(requests[number], done[number]) for number in rows}
         alive = torch.ones_like(batch.number, dtype=torch.bool)
         student = Stepper(self.student)
+        (states, logits), mask = student.start([request.prompt for request in asked], begun, self.end)
+        read_by_teacher = [request.teacher_prompt or request.prompt for request in asked]
         teachers = [Stepper(model) for model in (*self.cheaper, self.teacher)]
+        started = [teacher.start(read_by_teacher, begun, self.end) for teacher in teachers]
+        seen = started[-1].mask
+        of_teachers = [reading.logits for reading, _ in started]
         for length in range(self.max_tokens):
-            states, logits = student.step(ids, mask)
-            theirs = [teacher.step(teacher_ids, seen)[1][:, : self.visible] for teacher in teachers]
+            theirs = [written[:, : self.visible] for written in of_teachers]
             next_tokens = torch.stack([written.argmax(-1) for written in theirs], dim=1)
             own = self._choose(logits[:, : self.visible])
             if watch is not None:
@@ -285,9 +305,11 @@ class ClosedLoop:
                 mask = mask[kept]
                 seen = seen[kept]
                 alive = alive[kept]
-            ids = teacher_ids = token[:, None]
+            ids = token[:, None]
             mask = torch.cat((mask, torch.ones_like(ids)), dim=1)
             seen = torch.cat((seen, torch.ones_like(ids)), dim=1)
+            states, logits = student.step(ids, mask)
+            of_teachers = [teacher.step(ids, seen).logits for teacher in teachers]
 
     def _longest(self, request: Request) -> int:
         return min(self.max_tokens, request.max_tokens or self.max_tokens)

@@ -235,10 +235,13 @@ class Tree:
             return
         requests = []
         for prefix in prefixes:
-            ids = [*self._prompts[prefix.prompt], *prefix.tokens]
-            teacher_ids = [*self._teacher_prompts[prefix.prompt], *prefix.tokens]
-            left = self._loop.max_tokens - len(prefix.tokens)
-            requests.append(Request(ids, teacher_prompt=teacher_ids, max_tokens=left))
+            request = Request(
+                self._prompts[prefix.prompt],
+                teacher_prompt=self._teacher_prompts[prefix.prompt],
+                max_tokens=self._loop.max_tokens - len(prefix.tokens),
+                begun=list(prefix.tokens),
+            )
+            requests.append(request)
         seen: list[Positions] = []
         self._loop.write(requests, watch=seen.append)
         new = concatenate(seen)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, product
@@ -235,10 +236,9 @@ def test_the_worth_until_the_end_by_hand(pair, prompts):
     assert any(sum(completion.by_teacher) for completion in completions)
 
 
-def test_forks_of_a_prompt_share_what_the_student_read_of_it(pair, prompts, monkeypatch):
-    """All 30 are of one prompt of 40 tokens. Read for each of them, it alone would be 1,200."""
-    prompt = (prompts[0] * 40)[:40]
-    begun = [[2 + i % 5] * (1 + i % 3) for i in range(30)]
+@contextmanager
+def reads_counted(pair: ClosedLoop, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Of each forward pass of either model: how many tokens it is given."""
     read = []
     forward = type(pair.student).forward
 
@@ -248,12 +248,55 @@ def test_forks_of_a_prompt_share_what_the_student_read_of_it(pair, prompts, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(type(pair.student), "forward", counting)
+        yield read
+
+
+def begun_after(prompt: list[int]) -> list[Request]:
+    """30 requests that go on after a prompt."""
+    return [Request(prompt, begun=[2 + i % 5] * (1 + i % 3)) for i in range(30)]
+
+
+def test_forks_of_a_prompt_share_what_the_student_read_of_it(pair, prompts, monkeypatch):
+    """All 30 are of one prompt of 40 tokens. Read for each of them, it alone would be 1,200."""
+    prompt = (prompts[0] * 40)[:40]
+    begun = [request.begun for request in begun_after(prompt)]
+    with reads_counted(pair, monkeypatch) as read:
         whole = finished(pair, [prompt], [0] * 30, begun)
     assert read[0] == 40
     assert sum(read) < 600
     alone = pair.write([Request(prompt + tokens) for tokens in begun])
     for tokens, rest, made in zip(begun, alone, whole, strict=True):
         assert made == (tokens + rest.tokens)[: pair.max_tokens]
+
+
+def test_requests_that_go_on_after_a_prompt_share_what_was_read_of_it(pair, prompts, monkeypatch):
+    """Both models read it once for all 30, although another prompt of that length stands in between."""
+    one, other = (prompts[0] * 40)[:40], (prompts[1] * 40)[:40]
+    mixed = begun_after(one)
+    mixed[3:3] = begun_after(other)[:2]
+    asked = [
+        replace(request, price=0.5, fraction=0.5, teacher_prompt=request.prompt[1:]) for request in mixed
+    ]
+    with reads_counted(pair, monkeypatch) as read:
+        together = pair.write(asked)
+    assert read[0] == 2 * 40  # the student's
+    assert read[2] == 2 * 39  # the teacher's
+    assert sum(read) < 2 * 600
+    for request, completion in zip(asked, together, strict=True):
+        apart = Request(
+            request.prompt + request.begun, 0.5, 0.5, teacher_prompt=request.teacher_prompt + request.begun
+        )
+        assert pair.write([apart]) == [completion]
+
+
+def test_a_tree_reads_a_prompt_once_for_all_that_grows_from_it(pair, prompts, monkeypatch):
+    prompt = (prompts[2] * 40)[:40]
+    tree = Tree(pair, [prompt], {"gate": EntropyGate(RESERVED)})
+    prices = torch.quantile(tree.scores("gate"), torch.linspace(0.1, 0.9, 9)).tolist()
+    with reads_counted(pair, monkeypatch) as read:
+        tree.run([Setting("gate", price, FREE, 1) for price in prices])
+    assert any(1 < count < 40 for count in read)  # several went on at once
+    assert max(read) < 2 * 40
 
 
 def test_forks_of_a_student_with_a_sliding_window_have_no_padding_in_between(pair, prompts):
