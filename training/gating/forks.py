@@ -26,28 +26,45 @@ Worth = Callable[[Sequence[int], Sequence[list[int]]], Tensor]
 
 @dataclass(frozen=True)
 class Forks:
-    """The D of N positions at which the two models differ."""
+    """The D of N positions at which the two models differ, and the M completions that lead on from there.
+
+    M is less than 2 D: until the teacher writes again, the student's own token leads to the same completion
+    from every position.
+    """
 
     positions: Tensor
     """(D,) their numbers."""
-    rows: list[int]
-    """The rows that they belong to."""
-    own: list[list[int]]
-    """The completions up to there, with the student's next token."""
-    theirs: list[list[int]]
+    own: list[int]
+    """D numbers of completions: with the student's next token."""
+    theirs: list[int]
     """The same, with the teacher's."""
+    rows: list[int]
+    """The M rows that the completions belong to."""
+    begun: list[list[int]]
+    """Their tokens up to where the student goes on alone."""
 
     @classmethod
     def of(cls, trajectories: Trajectories, completions: Sequence[Rollout]) -> "Forks":
         """Of the completions of the trajectories' rows."""
         every = trajectories.positions
         differ = (every.own != every.theirs).nonzero().squeeze(1)
-        forks = cls(differ, every.row[differ].tolist(), [], [])
+        forks = cls(differ, [], [], [], [])
+        numbers: dict[tuple[int, int, bool], int] = {}
         columns = torch.stack((every.row, every.step, every.own, every.theirs), dim=1)
+
+        def number(row: int, step: int, is_branch: bool, begun: list[int]) -> int:
+            found = numbers.setdefault((row, step, is_branch), len(forks.rows))
+            if found == len(forks.rows):
+                forks.rows.append(row)
+                forks.begun.append(begun)
+            return found
+
         for row, step, own, theirs in columns[differ].tolist():
-            begun = completions[row].tokens[:step]
-            forks.own.append([*begun, own])
-            forks.theirs.append([*begun, theirs])
+            path = completions[row]
+            before = path.tokens[:step]
+            forks.own.append(number(row, path.alone_from(step), False, [*before, own]))
+            taken = path.by_teacher[step]
+            forks.theirs.append(number(row, step + 1 if taken else step, not taken, [*before, theirs]))
         return forks
 
 
@@ -68,10 +85,9 @@ def worth_of_asking(
         worth: of whole completions.
     """
     forks = Forks.of(trajectories, completions)
-    own = worth(forks.rows, finished(loop, prompts, forks.rows, forks.own))
-    theirs = worth(forks.rows, finished(loop, prompts, forks.rows, forks.theirs))
+    worths = worth(forks.rows, finished(loop, prompts, forks.rows, forks.begun))
     total = torch.zeros_like(trajectories.positions.surprisal)
-    total[forks.positions] = theirs - own
+    total[forks.positions] = worths[forks.theirs] - worths[forks.own]
     return total
 
 

@@ -86,6 +86,12 @@ class Rollout:
                 found.append((start, end))
         return found
 
+    def alone_from(self, step: int) -> int:
+        """Place after the teacher's last token before `step`."""
+        while step > 0 and not self.by_teacher[step - 1]:
+            step -= 1
+        return step
+
     def written_by(self, teachers: int) -> list[int]:
         """How many tokens each of several teachers wrote, from the cheapest to the dearest."""
         counts = [0] * teachers

@@ -215,23 +215,28 @@ def test_the_worth_until_the_end_by_hand(pair, prompts):
     seen, completions = collect(asking, [Request(p, 0.7, FREE) for p in some])
 
     def worth(rows: list[int], whole: list[list[int]]) -> torch.Tensor:
-        asked.append((list(rows), whole))
+        asked.extend(zip(rows, map(tuple, whole), strict=True))
         return torch.tensor([float(len(tokens) + 10 * row) for row, tokens in zip(rows, whole, strict=True)])
+
+    def alone(row: int, begun: list[int]) -> list[int]:
+        if begun[-1] == END or len(begun) == pair.max_tokens:
+            return begun
+        (rest,) = pair.write([Request(some[row] + begun)])
+        return (begun + rest.tokens)[: pair.max_tokens]
 
     changed = worth_of_asking(pair, some, seen, completions, worth)
     at = seen.positions
     differ = (at.own != at.theirs).nonzero().squeeze(1).tolist()
     assert len(differ) > 3
-    (rows, own), (_, theirs) = asked
-    forks = []
-    for i, row, without, taught in zip(differ, rows, own, theirs, strict=True):
-        for token, whole in ((at.own[i], without), (at.theirs[i], taught)):
-            forks.append((row, [*completions[row].tokens[: at.step[i]], token.item()], whole))
-        assert changed[i].item() == len(taught) - len(without)
-    rests = pair.write([Request(some[row] + begun) for row, begun, _ in forks])
-    for (_, begun, whole), rest in zip(forks, rests, strict=True):
-        ended = begun[-1] == END
-        assert whole == (begun if ended else (begun + rest.tokens)[: pair.max_tokens])
+    wholes = set()
+    for i in differ:
+        row = at.row[i].item()
+        begun = completions[row].tokens[: at.step[i]]
+        own, theirs = (alone(row, [*begun, token.item()]) for token in (at.own[i], at.theirs[i]))
+        assert changed[i].item() == len(theirs) - len(own)
+        wholes |= {(row, tuple(own)), (row, tuple(theirs))}
+    assert set(asked) == wholes
+    assert len(asked) < 1.5 * len(differ)
     assert changed.count_nonzero() <= len(differ)
     assert any(sum(completion.by_teacher) for completion in completions)
 
