@@ -1,7 +1,7 @@
 """A running gateway, asked as its users ask it: through OpenAI's own client."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -166,14 +166,37 @@ class GatewayClient:
             advance()
             return reply
 
+        return await _together([ask(source) for source in sources])
+
+    async def write(self, ids: list[int], longest: int) -> list[int]:
+        """Token ids that the student alone writes after these, greedily, and at most `longest`.
+
+        Raises:
+            GatewayError: there are none.
+        """
         try:
-            tasks = []
-            async with asyncio.TaskGroup() as group:
-                for source in sources:
-                    tasks.append(group.create_task(ask(source)))
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from failures  # they all fail for one reason
-        return [task.result() for task in tasks]
+            async with self._slots:
+                raw = await self._openai.completions.with_raw_response.create(
+                    model=self._model,
+                    prompt=ids,
+                    max_tokens=longest,
+                    temperature=0,
+                    extra_body={"teacher_budget": 0, "return_token_ids": True},
+                )
+        except OpenAIError as error:
+            raise self._error(_problem(error)) from error
+        choices = self._decoded(raw.content, _Completion).choices
+        if len(choices) != 1 or not 0 < len(choices[0].token_ids) <= longest:
+            raise self._error(f"it did not answer with one completion of 1 to {longest} tokens")
+        return choices[0].token_ids
+
+    async def write_all(self, begun: Sequence[list[int]], longest: Sequence[int]) -> list[list[int]]:
+        """`write` after each of these, in their order.
+
+        Raises:
+            GatewayError: one of them failed; the others are given up.
+        """
+        return await _together([self.write(*each) for each in zip(begun, longest, strict=True)])
 
     def _reply(self, chat: "_Chat") -> GatewayReply:
         if chat.teacher is None:
@@ -207,6 +230,21 @@ class GatewayClient:
         return GatewayError(f"the gateway at {self._url}: {problem}")
 
 
+Answer = TypeVar("Answer")
+
+
+async def _together(asked: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
+    """What all of them give, in order; the first failure is raised, and the others are given up."""
+    try:
+        tasks = []
+        async with asyncio.TaskGroup() as group:
+            for coroutine in asked:
+                tasks.append(group.create_task(coroutine))
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from failures  # they all fail for one reason
+    return [task.result() for task in tasks]
+
+
 class _GatewayModel(msgspec.Struct):
     id: str
 
@@ -222,6 +260,14 @@ class _Message(msgspec.Struct):
 class _ChatChoice(msgspec.Struct):
     message: _Message
     token_ids: list[int]
+
+
+class _CompletionChoice(msgspec.Struct):
+    token_ids: list[int]
+
+
+class _Completion(msgspec.Struct):
+    choices: list[_CompletionChoice]
 
 
 class _Usage(msgspec.Struct):

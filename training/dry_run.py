@@ -198,9 +198,10 @@ def report_served_router(run: ServedTrial, *, started: bool) -> None:
     """
     work = run.work
     beyond = "not known on this system" if run.memory is None else megabytes(run.memory)
+    forks = f", and {work.forks:,} that are begun" if work.forks else ""
     rows = {
         "completions": f"{work.completions:,} in {work.rounds} rounds, at most {work.tokens:,} tokens; "
-        f"at most {work.asked:,} more for the prices",
+        f"at most {work.asked:,} more for the prices{forks}",
         "memory": f"models {megabytes(run.weights)}, completions that are read {beyond}, "
         f"states of {run.positions:,} positions {megabytes(run.states)}",
         "reading": f"at most {seconds(run.reading)}",
@@ -215,6 +216,8 @@ def report_served_router(run: ServedTrial, *, started: bool) -> None:
             f"rounds {seconds(work.completions * run.completion)}, "
             f"prices at most {seconds(work.asked * run.completion)}"
         )
+        if work.forks:  # on average they are begun in the middle
+            rows["gateway"] += f", begun completions at most {seconds(work.forks * run.completion / 2)}"
     table = Table(title=f"router: on {parallel.device().type}, from served completions", show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)

@@ -252,8 +252,8 @@ class GateConfig(Frozen):
     def _check_served(self) -> None:
         """What completions of a gateway do not show."""
         rollouts = self.rollouts.type
-        if isinstance(self.gain, QualityGain):
-            raise ValueError(f"gain quality needs rollouts in_process, not {rollouts}")
+        if isinstance(self.gain, QualityGain) and isinstance(self.rollouts, RecordedRollouts):
+            raise ValueError(f"gain quality needs rollouts in_process or gateway, not {rollouts}")
         policy = isinstance(self.objective, ConstrainedObjective)
         if policy and self.ask_tokens != 1:
             raise ValueError(f"objective constrained needs ask_tokens 1 with rollouts {rollouts}")

@@ -17,11 +17,11 @@ from training import parallel
 from training.batches import Batch
 from training.lora import merged
 from training.parallel import weights_of
-from training.sampling import MAX_TOKENS, room, until_end
+from training.sampling import MAX_TOKENS, room
 from training.served import ServerError, VLLMServer
+from training.served_completions import completed
 
 WEIGHTS = "model.safetensors"
-BANNED = -100.0  # the strongest bias that OpenAI's protocol knows
 
 
 class RolloutServer:
@@ -53,9 +53,15 @@ class RolloutServer:
             self.synchronise(model)
         self._drawn += 1
         prompts = batch.prompts()
-        banned = range(visible, model.config.get_text_config().vocab_size)
-        longest = room(model, prompts, longest)
-        answers = self.complete(prompts, banned, end, longest, temperature=1)
+        answers = completed(
+            self._server,
+            prompts,
+            visible=visible,
+            end=end,
+            longest=room(model, prompts, longest),
+            temperature=1,
+            banned=range(visible, model.config.get_text_config().vocab_size),
+        )
         return Batch.of(prompts, answers, end).to(batch.ids.device)
 
     def synchronise(self, model: PreTrainedModel) -> None:
@@ -77,40 +83,3 @@ class RolloutServer:
             if not self._server.post("/reset_prefix_cache", {}).get("success"):  # it holds the old weights'
                 raise ServerError(f"the rollout server at {self._server.url} also serves other clients")
         parallel.barrier()
-
-    def complete(
-        self, prompts: list[list[int]], banned: range, end: int, longest: int, temperature: float
-    ) -> list[list[int]]:
-        """Answers of at most `longest` tokens, none of them banned, the end token with them."""
-        reply = self._server.post(
-            "/v1/completions",
-            {
-                "model": self._server.model,
-                "prompt": prompts,
-                "max_tokens": longest,
-                "temperature": temperature,
-                "top_p": 1,
-                "top_k": 0,
-                "logit_bias": dict.fromkeys(map(str, banned), BANNED),
-                "return_token_ids": True,
-            },
-        )
-        return [until_end(ids, end) for ids in self._answers(reply, len(prompts), longest, banned)]
-
-    def _answers(self, reply: object, count: int, longest: int, banned: range) -> list[list[int]]:
-        """Token ids of each choice, in order. Raises ServerError if the reply is not what was asked for."""
-        where = f"the rollout server at {self._server.url}"
-        choices = reply.get("choices") if isinstance(reply, dict) else None
-        if not isinstance(choices, list) or len(choices) != count:
-            raise ServerError(f"{where} did not reply with {count} completions")
-        answers: dict[object, list[int]] = {}
-        for choice in choices:
-            ids = choice.get("token_ids") if isinstance(choice, dict) else None
-            if not isinstance(ids, list) or not 0 < len(ids) <= longest:
-                raise ServerError(f"{where} gave a completion without 1 to {longest} token_ids")
-            if not all(type(i) is int and 0 <= i < banned.start for i in ids):
-                raise ServerError(f"{where} gave a completion with ids outside 0 to {banned.start - 1}")
-            answers[choice.get("index")] = ids
-        if answers.keys() != set(range(count)):
-            raise ServerError(f"{where} gave completions that are not numbered 0 to {count - 1}")
-        return [answers[number] for number in range(count)]

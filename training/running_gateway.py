@@ -43,6 +43,18 @@ class RunningGateway:
         """
         return asyncio.run(self._replies(sources, budget))
 
+    def rests(self, begun: Sequence[list[int]], longest: Sequence[int]) -> list[list[int]]:
+        """What the student alone writes after each of these token ids, greedily.
+
+        Args:
+            begun: token ids of prompts and what was written after them.
+            longest: tokens of each rest, its end token with it.
+
+        Raises:
+            GatewayError: as above.
+        """
+        return asyncio.run(self._rests(begun, longest))
+
     def take(self, router: RouterCheckpoint, directory: Path) -> None:
         """Put a router into the directory that the gateway serves with, and wait until it is in use.
 
@@ -55,6 +67,10 @@ class RunningGateway:
     async def _replies(self, sources: Sequence[Source], budget: float) -> list[GatewayReply]:
         async with self._client() as client:
             return await client.ask_all(sources, budget)
+
+    async def _rests(self, begun: Sequence[list[int]], longest: Sequence[int]) -> list[list[int]]:
+        async with self._client() as client:
+            return await client.write_all(begun, longest)
 
     async def _until_taken(self, digest: str, directory: Path) -> None:
         deadline = monotonic() + self.patience

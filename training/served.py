@@ -184,8 +184,8 @@ class ServedTeacher:
     def __init__(
         self, server: VLLMServer, top: int, cache: TeacherCache | None = None, known_as: str | None = None
     ) -> None:
-        self._server = server
-        self._known_as = known_as or server.url
+        self.server = server
+        self.known_as = known_as or server.url
         self.top = top
         self._cache = cache
         self._is_the_kept_one = False
@@ -193,7 +193,7 @@ class ServedTeacher:
     @property
     def model(self) -> str:
         """The name it is served by."""
-        return self._server.model
+        return self.server.model
 
     def likeliest(self, batch: Batch) -> Likeliest:
         """Tokens and their log-probabilities at the positions that predict the answers.
@@ -218,14 +218,14 @@ class ServedTeacher:
         """
         warned = False
         for question in questions(for_router(tokenizer)):
-            body = {"model": self._server.model, **question.body}
-            problem = question.difference(self._server.ask(question.path, body, dict[str, object]))
+            body = {"model": self.server.model, **question.body}
+            problem = question.difference(self.server.ask(question.path, body, dict[str, object]))
             if problem and not question.binding and not warned:
-                print(f"{self._server.model} at {self._server.url} {OTHER_SPLIT}: {problem}")
+                print(f"{self.server.model} at {self.server.url} {OTHER_SPLIT}: {problem}")
                 warned = True
             if problem and question.binding:
                 raise ServerError(
-                    f"the teacher {self._server.model} at {self._server.url} has a different vocabulary from "
+                    f"the teacher {self.server.model} at {self.server.url} has a different vocabulary from "
                     f"the student's tokenizer {tokenizer.name_or_path}: {problem}"
                 )
 
@@ -239,10 +239,10 @@ class ServedTeacher:
         return rows
 
     def _kept_or_asked(self, cache: TeacherCache, rows: Sequence[ScoredRow]) -> list[View]:
-        keys = [key_of(self._known_as, self._server.model, self.top, *row) for row in rows]
+        keys = [key_of(self.known_as, self.server.model, self.top, *row) for row in rows]
         views = self._kept(cache, keys)
         if not self._is_the_kept_one and not self._still_says(rows, views):
-            print(f"the teacher at {self._server.url} has changed: its cached answers are asked for again")
+            print(f"the teacher at {self.server.url} has changed: its cached answers are asked for again")
             cache.clear()
             views = {}
         missing = [number for number in range(len(rows)) if number not in views]
@@ -290,23 +290,21 @@ class ServedTeacher:
     def _scored(self, rows: Sequence[list[int]]) -> list[list[_Entries | None]]:
         """`prompt_logprobs` of each row, in order."""
         body = {
-            "model": self._server.model,
+            "model": self.server.model,
             "prompt": rows,
             "max_tokens": 1,
             "temperature": 0,
             "prompt_logprobs": self.top,
         }
-        choices = self._server.ask(self.PATH, body, _ScoredPrompts).choices
+        choices = self.server.ask(self.PATH, body, _ScoredPrompts).choices
         by_index = {choice.index: choice.prompt_logprobs for choice in choices}
         if len(choices) != len(rows) or by_index.keys() != set(range(len(rows))):
-            raise self._server.error(self.PATH, f"{len(choices)} choices for {len(rows)} prompts")
+            raise self.server.error(self.PATH, f"{len(choices)} choices for {len(rows)} prompts")
         ordered = []
         for number, row in enumerate(rows):
             entries = by_index[number]
             if len(entries) != len(row):
-                raise self._server.error(
-                    self.PATH, f"prompt_logprobs of {len(entries)} tokens for {len(row)}"
-                )
+                raise self.server.error(self.PATH, f"prompt_logprobs of {len(entries)} tokens for {len(row)}")
             ordered.append(entries)
         return ordered
 
@@ -314,13 +312,13 @@ class ServedTeacher:
         """Log-probabilities of the `top` ids of a position, its own token first."""
         known = self._by_id(entries or {})
         if own not in known or len(known) < self.top:
-            raise self._server.error(
+            raise self.server.error(
                 self.PATH,
                 f"prompt_logprobs have {len(known)} tokens for a position, expected the {self.top} likeliest "
                 "and the prompt's own",
             )
         if not all(map(math.isfinite, known.values())):
-            raise self._server.error(self.PATH, "prompt_logprobs hold a value that is not finite")
+            raise self.server.error(self.PATH, "prompt_logprobs hold a value that is not finite")
         others = sorted(known.keys() - {own}, key=lambda token: (-known[token], token))
         return {token: known[token] for token in [own, *others][: self.top]}
 
@@ -330,5 +328,5 @@ class ServedTeacher:
             for token, entry in entries.items():
                 known[int(token)] = entry.logprob
         except ValueError as error:
-            raise self._server.error(self.PATH, f"prompt_logprobs name no token ids: {error}") from error
+            raise self.server.error(self.PATH, f"prompt_logprobs name no token ids: {error}") from error
         return known

@@ -5,6 +5,7 @@ asked for a few completions.
 """
 
 import time
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from measuring.examples import sources_of
 from measuring.gateway import GatewayError
 from measuring.trajectories import Trajectory, read_trajectories
-from training.gate_config import GatewayRollouts, RecordedRollouts
+from training.gate_config import GatewayRollouts, QualityGain, RecordedRollouts, RegretGain
 from training.gating.served_calibration import passes_of
 from training.gating.traffic import ROWS, Taught
 from training.gating.traffic_stage import POSITIONS, TrafficStage
@@ -31,6 +32,8 @@ class Work(NamedTuple):
     """Of these completions."""
     asked: int
     """Completions that prices are found with."""
+    forks: int
+    """Begun completions that are finished for the gain `quality`: one for each token at most."""
     is_asked_for: bool
     """Whether a gateway writes all these for the stage."""
 
@@ -58,6 +61,9 @@ class ServedTrial(NamedTuple):
 def try_served_router(stage: TrafficStage) -> ServedTrial:
     """Let both models read a few completions, and fit the gate to them. Nothing of it is kept."""
     work = work_of(stage)
+    if isinstance(stage.config.gain, QualityGain):  # the forks of stand-ins tell nothing
+        config = stage.config.model_copy(update={"gain": RegretGain(type="regret")})
+        stage = replace(stage, config=config)
     model = stage.model
     weights = parameters(model) * model.dtype.itemsize
     if isinstance(stage.teacher, torch.nn.Module):
@@ -91,13 +97,15 @@ def work_of(stage: TrafficStage) -> Work:
     rollouts = config.rollouts
     if isinstance(rollouts, RecordedRollouts):
         lengths = [len(trajectory.tokens) for trajectory in read_trajectories(rollouts.directory)]
-        return Work(1, len(lengths), sum(lengths), 0, is_asked_for=False)
+        return Work(1, len(lengths), sum(lengths), 0, 0, is_asked_for=False)
     takes_routers = isinstance(rollouts, GatewayRollouts) and rollouts.takes_routers
     rounds = config.rounds if takes_routers else 1
     completions = rounds * config.prompts
     examples = min(config.calibration_examples, len(stage.task.valid())) if takes_routers else 0
     asked = examples * passes_of(len(config.budgets))
-    return Work(rounds, completions, completions * stage.max_tokens, asked, is_asked_for=True)
+    tokens = completions * stage.max_tokens
+    forks = tokens if isinstance(config.gain, QualityGain) else 0
+    return Work(rounds, completions, tokens, asked, forks, is_asked_for=True)
 
 
 def stand_ins(stage: TrafficStage) -> list[Trajectory]:

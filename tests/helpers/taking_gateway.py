@@ -8,7 +8,7 @@ import httpx
 from transformers import PreTrainedTokenizerBase
 
 from router.checkpoint import RouterCheckpoint
-from training.gate_config import GateConfig, GatewayRollouts, RegretGain
+from training.gate_config import Gain, GateConfig, GatewayRollouts, RegretGain
 from training.gating.traffic_stage import TrafficStage
 from training.models import load_model
 from training.running_gateway import RunningGateway
@@ -20,7 +20,8 @@ class TakingGateway:
     """A stand-in for a gateway: OpenAI's client reads its replies.
 
     Its completions have ten tokens, whose scores are .1 to 1. With a router in its directory the teacher
-    writes those above the price, but two that a bucket holds back. Without one it writes one.
+    writes those above the price, but two that a bucket holds back. Without one it writes one. Begun
+    completions go on with one token, over and over.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class TakingGateway:
         self.longer = longer
         self.directory = directory
         self.asked: list[tuple[str, float]] = []
+        self.finished = 0
         self.taken: list[str | None] = []
         self.goes_away_after = 10**6
         self.trouble: dict[str, bool] = {}
@@ -37,6 +39,10 @@ class TakingGateway:
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if request.url.path.endswith("/models"):
             return httpx.Response(200, json={"data": [{"id": "wheels"}]})
+        if request.url.path == "/v1/completions":
+            self.finished += 1
+            longest = json.loads(request.content)["max_tokens"]
+            return httpx.Response(200, json={"choices": [{"token_ids": [9] * longest}]})
         router = self.router()
         if request.url.path == "/prices":
             digest = None if router is None else router.digest()
@@ -76,12 +82,18 @@ class TakingGateway:
         return RunningGateway("http://there", 8, patience=patience, transport=self.client)
 
 
-def stage_of(gateway: TakingGateway, pair: Path, rounds: int, seed: int = 0) -> TrafficStage:
+def stage_of(
+    gateway: TakingGateway,
+    pair: Path,
+    rounds: int,
+    seed: int = 0,
+    gain: Gain = RegretGain(type="regret"),  # noqa: B008 (it is frozen)
+) -> TrafficStage:
     """Two rounds of 20 prompts, or one where the gateway takes no routers."""
     config = GateConfig(
         span_tokens=1,
         ask_tokens=1,
-        gain=RegretGain(type="regret"),
+        gain=gain,
         rollouts=GatewayRollouts(type="gateway", url="http://there", batch=10, router=gateway.directory),
         prompts=20,
         epochs=1,

@@ -18,25 +18,29 @@ BATCH = 2048
 WIDTH = 32
 
 
-def expected_gain(head: Head, lessons: Lessons, seed: int) -> Tensor:
+def expected_gain(head: Head, lessons: Lessons, seed: int, known: Tensor | None = None) -> Tensor:
     """(N,) the expectation of the lessons' target if student and teacher differ, and 0 elsewhere.
 
-    Each source has it from a critic that was fitted on others.
+    Each source has it from a critic that was fitted on others. `known` is the confidence (N, 10) of the
+    lessons' states, if it was computed before.
     """
     differ = lessons.view[:, 0] > 0
+    result = torch.zeros_like(lessons.target)
+    if not differ.any():
+        return result
     states = lessons.states[differ]
     fold = lessons.source[differ] % FOLDS
     with torch.no_grad():
-        own = head.features(states.to(head.taps.device), head.confidence(states)).cpu()
+        confidence = head.confidence(states) if known is None else known[differ].to(head.taps.device)
+        own = head.features(states.to(head.taps.device), confidence).cpu()
     x = torch.cat((own, lessons.view[differ]), dim=1)
-    x = (x - x.mean(0)) / x.std(0).clamp(min=1e-3)
+    x = (x - x.mean(0)) / x.std(0, correction=0).clamp(min=1e-3)
     target = lessons.target[differ]
     found = torch.zeros_like(target)
     for held_out in fold.unique().tolist():
         inside = fold != held_out
         if inside.any():
             found[~inside] = _fit(x[inside], target[inside], x[~inside], seed)
-    result = torch.zeros_like(lessons.target)
     result[differ] = found
     return result
 
@@ -51,7 +55,7 @@ def _fit(x: Tensor, target: Tensor, asked: Tensor, seed: int) -> Tensor:
         )
     optimizer = torch.optim.AdamW(critic.parameters(), lr=2e-3, weight_decay=1e-2, fused=True)
     mean = target.mean()
-    scale = target.std().clamp(min=1e-3)
+    scale = target.std(correction=0).clamp(min=1e-3)
     for _ in range(EPOCHS):
         for part in torch.randperm(len(x), generator=generator).split(BATCH):
             loss = mse_loss(critic(x[part]).squeeze(1), (target[part] - mean) / scale)

@@ -23,6 +23,9 @@ from training.sampling import until_end
 Worth = Callable[[Sequence[int], Sequence[list[int]]], Tensor]
 """Rows and whole completions (N of both) -> what they are worth (N,)."""
 
+Finish = Callable[[Sequence[int], Sequence[list[int]]], list[list[int]]]
+"""Rows and begun completions (N of both) -> whole, as the student alone and greedily goes on."""
+
 
 @dataclass(frozen=True)
 class Forks:
@@ -69,26 +72,26 @@ class Forks:
 
 
 def worth_of_asking(
-    loop: ClosedLoop,
-    prompts: Sequence[list[int]],
-    trajectories: Trajectories,
-    completions: Sequence[Rollout],
-    worth: Worth,
+    trajectories: Trajectories, completions: Sequence[Rollout], finish: Finish, worth: Worth
 ) -> Tensor:
     """(N,) A at every position, in the unit of `worth`.
 
     Args:
-        loop: whose student goes on.
-        prompts: of the trajectories' rows.
         trajectories: the positions.
         completions: of the trajectories' rows.
-        worth: of whole completions.
+        finish: completions of these rows.
+        worth: of whole completions of these rows.
     """
     forks = Forks.of(trajectories, completions)
-    worths = worth(forks.rows, finished(loop, prompts, forks.rows, forks.begun))
+    worths = worth(forks.rows, finish(forks.rows, forks.begun))
     total = torch.zeros_like(trajectories.positions.surprisal)
     total[forks.positions] = worths[forks.theirs] - worths[forks.own]
     return total
+
+
+def room_left(begun: list[int], end: int, longest: int) -> int:
+    """Tokens that may follow a begun completion: none after its end."""
+    return 0 if begun[-1] == end else max(0, longest - len(begun))
 
 
 @torch.inference_mode()
@@ -100,8 +103,8 @@ def finished(
     going = []
     requests = []
     for number, (row, tokens) in enumerate(zip(rows, begun, strict=True)):
-        left = loop.max_tokens - len(tokens)
-        if tokens[-1] != loop.end and left > 0:
+        left = room_left(tokens, loop.end, loop.max_tokens)
+        if left:
             going.append(number)
             requests.append(Request(prompts[row], begun=tokens, max_tokens=left))
     for together in loop.batches(requests):

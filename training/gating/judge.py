@@ -5,8 +5,7 @@ A token of a good answer is often not in the one reference. Completions drawn fr
 what they agree on is what it is asked for (minimum Bayes risk: Eikema and Aziz 2020, arXiv 2005.10283).
 """
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -21,23 +20,26 @@ from training.tokenizer import decode_answers
 TEMPERATURE = 0.7
 BATCH = 512
 
+Draw = Callable[[list[list[int]], int], list[list[list[int]]]]
+"""Prompts, and how often each is completed -> the teacher's completions of each, drawn at `TEMPERATURE`."""
+
 
 class Judge:
-    """Of completions of `examples`, whose prompts the teacher completes `drawn` times, once it has to."""
+    """Of completions of `examples`, whose prompts the teacher completes `count` times, once it has to."""
 
     def __init__(
         self,
-        loop: ClosedLoop,
         task: Task,
         tokenizer: PreTrainedTokenizerBase,
         examples: list[Example],
         prompts: list[list[int]],
-        drawn: int,
+        count: int,
+        draw: Draw,
     ) -> None:
-        self._loop = loop
         self._tokenizer = tokenizer
         self._prompts = prompts
-        self._count = drawn
+        self._count = count
+        self._draw = draw
         self._examples = list(examples)  # after them, those that the teacher wrote
         self._scorer = Scorer(task, tokenizer, self._examples)
         self._drawn: dict[int, range] = {}
@@ -52,7 +54,7 @@ class Judge:
         given = self._scorer.worth(numbers, completions)
         if self._count == 0:
             return given
-        self._draw(sorted(set(numbers) - self._drawn.keys()))
+        self._complete(sorted(set(numbers) - self._drawn.keys()))
         references: list[int] = []
         repeated: list[list[int]] = []
         for number, completion in zip(numbers, completions, strict=True):
@@ -61,21 +63,33 @@ class Judge:
         drawn = self._scorer.worth(references, repeated) if references else given.new_zeros(0)
         return (given + drawn.view(len(given), self._count).mean(1)) / 2
 
-    def _draw(self, new: list[int]) -> None:
-        """The teacher's completions of these examples."""
-        loop = self._loop
-        order: list[int] = []
-        for number in sorted(new, key=lambda number: len(self._prompts[number])):
-            order += [number] * self._count
-        written: dict[int, list[list[int]]] = defaultdict(list)
-        for first in range(0, len(order), BATCH):
-            rows = order[first : first + BATCH]
-            prompts = [self._prompts[number] for number in rows]
-            answers = complete(loop.teacher, prompts, loop.visible, loop.end, loop.max_tokens, TEMPERATURE)
-            for number, answer in zip(rows, answers, strict=True):
-                written[number].append(answer)
+    def _complete(self, new: list[int]) -> None:
+        """Draw the teacher's completions of these examples."""
+        order = sorted(new, key=lambda number: len(self._prompts[number]))
+        written: dict[int, list[list[int]]] = {}
+        size = max(1, BATCH // self._count)
+        for first in range(0, len(order), size):
+            part = order[first : first + size]
+            drawn = self._draw([self._prompts[number] for number in part], self._count)
+            written.update(zip(part, drawn, strict=True))
         for number in new:
             texts = decode_answers(self._tokenizer, written[number])
             self._drawn[number] = range(len(self._examples), len(self._examples) + len(texts))
             for text in texts:
                 self._examples.append(Example(self._examples[number].source, References.one(text)))
+
+
+def drawn_in_process(loop: ClosedLoop) -> Draw:
+    """By the loop's teacher."""
+
+    def draw(prompts: list[list[int]], count: int) -> list[list[list[int]]]:
+        repeated = [prompt for prompt in prompts for _ in range(count)]
+        rows = complete(loop.teacher, repeated, loop.visible, loop.end, loop.max_tokens, TEMPERATURE)
+        return in_groups(rows, count)
+
+    return draw
+
+
+def in_groups(rows: list[list[int]], count: int) -> list[list[list[int]]]:
+    """Those of one prompt after the other, `count` of each."""
+    return [rows[first : first + count] for first in range(0, len(rows), count)]

@@ -27,7 +27,7 @@ from training.gating.constrained import Choices, Critic, fit_constrained
 from training.gating.duals import RECENT, ascended, asking_price, settling, wanted_rate
 from training.gating.expected_gain import expected_gain
 from training.gating.fitting import fit
-from training.gating.forks import Worth, worth_of_asking
+from training.gating.forks import Worth, finished, worth_of_asking
 from training.gating.head import Head
 from training.gating.lessons import Lessons, Trajectories, collect, span_gain, teacher_view, token_gain
 from training.gating.prompts import Prompts
@@ -182,9 +182,8 @@ class Rounds:
         seen = trajectories.positions
         source = torch.tensor(prompts.sources)[seen.row]
         if isinstance(config.gain, QualityGain):
-            target = worth_of_asking(
-                self.loop, prompts.ids, trajectories, completions, self._worth_in_this_round
-            )
+            finish = partial(finished, self.loop, prompts.ids)
+            target = worth_of_asking(trajectories, completions, finish, self._worth_in_this_round)
         else:
             target = token_gain(config.gain, seen)
         return Lessons(seen.states, target, trajectories.by_teacher, seen.row, source, teacher_view(seen))

@@ -24,7 +24,7 @@ from training.gating.cheaper import TEACHER, Cheaper, alone, costs_of
 from training.gating.checkpoint import Calibrated, checkpoint_of
 from training.gating.duals import asking_share
 from training.gating.head import Head
-from training.gating.judge import Judge
+from training.gating.judge import Judge, drawn_in_process
 from training.gating.prompts import Trees, rollout_prompts
 from training.gating.rollout import ClosedLoop
 from training.gating.room import Room
@@ -138,7 +138,7 @@ class RouterStage:
         costs = costs_of(self.pair.cheaper)
         head = Head(self.loop.student, self._reserved, config.width, costs).to(device())
         drawn = config.gain.teacher_references if isinstance(config.gain, QualityGain) else 0
-        judge = Judge(self.loop, self.task, tokenizer, examples, prompts.ids, drawn)
+        judge = Judge(self.task, tokenizer, examples, prompts.ids, drawn, drawn_in_process(self.loop))
         # Random asking in the first round: with probability 1 - price.
         prices = {rate: 1 - asking_share(rate, config.ask_tokens) for rate in sorted(set(prompts.rates))}
         rounds = Rounds(self.loop, head, config, self.seed, prices, judge.worth, self._judged)

@@ -16,8 +16,9 @@ from measuring.trajectories import Trajectory
 from training.gate_config import ConstrainedObjective, GateConfig, QualityGain
 from training.gating.branches import Branches, one_token_ways
 from training.gating.head import Head
-from training.gating.lessons import Lessons, Trajectories, span_gain, teacher_view, token_gain
+from training.gating.lessons import Lessons, SpanGain, Trajectories, span_gain, teacher_view, token_gain
 from training.gating.opinions import Observer
+from training.gating.served_forks import ServedForks
 from training.loop.progress import console
 from training.models import reserved_rows
 from training.parallel import device
@@ -64,6 +65,8 @@ class TrafficReader:
     seed: int
     cheaper: Sequence[Teacher] = ()
     """Further teachers, from the cheapest to the dearest."""
+    forks: ServedForks | None = None
+    """For the gain `quality`."""
     sources: dict[tuple[int, ...], int] = field(default_factory=dict)
     """Numbers of the prompts so far: one that comes again has the number that it had."""
 
@@ -97,7 +100,7 @@ class TrafficReader:
             rows = order[first : first + ROWS]
             sources = [self.sources.setdefault(tuple(row.prompt), len(self.sources)) for row in rows]
             seen = observer.seen(rows)
-            lessons.append(self._lessons_of(seen, torch.tensor(sources)))
+            lessons.append(self._lessons_of(rows, seen, torch.tensor(sources)))
             if isinstance(self.config.objective, ConstrainedObjective):
                 branches.append(one_token_ways(self.model, observer.end, rows, seen))
         joined = Lessons.join(lessons)
@@ -118,20 +121,25 @@ class TrafficReader:
             drawn.append(trajectory)
         return drawn
 
-    def _lessons_of(self, seen: Trajectories, sources: Tensor) -> Lessons:
-        """Of completions whose rows come of these sources."""
-        gain = self.config.gain
-        if isinstance(gain, QualityGain):
-            raise ValueError("gain quality needs rollouts in process")
+    def _lessons_of(self, rows: Sequence[Trajectory], seen: Trajectories, sources: Tensor) -> Lessons:
+        """Of completions that come of these sources."""
         positions = seen.positions
-        target, known = span_gain(
-            token_gain(gain, positions), positions.row, seen.by_teacher, self.config.ask_tokens
-        )
+        target, known = self._gain_of(rows, seen)
         view = teacher_view(positions)
         lessons = Lessons(
             positions.states, target, seen.by_teacher, positions.row, sources[positions.row], view
         )
         return lessons.where(known)
+
+    def _gain_of(self, rows: Sequence[Trajectory], seen: Trajectories) -> SpanGain:
+        """What asking gains at each position."""
+        gain = self.config.gain
+        if isinstance(gain, QualityGain):
+            if self.forks is None:
+                raise ValueError("gain quality needs a gateway that finishes forks")
+            return SpanGain(self.forks.worth_of_asking(rows, seen), torch.ones_like(seen.by_teacher))
+        positions = seen.positions
+        return span_gain(token_gain(gain, positions), positions.row, seen.by_teacher, self.config.ask_tokens)
 
     @cached_property
     def _visible(self) -> int:

@@ -23,22 +23,32 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from measuring.chats import Source
-from measuring.examples import sources_of
+from measuring.examples import Example, sources_of
 from measuring.trajectories import SUFFIX, Trajectory, read_trajectories
-from router.checkpoint import Fact, Fingerprints, Points, RouterCheckpoint
+from router.checkpoint import Fact, Fingerprints, Points, RouterCheckpoint, fingerprint
 from router.gate_names import LEARNED
-from training.gate_config import WHERE, ConstrainedObjective, GateConfig, GatewayRollouts, RecordedRollouts
+from training.gate_config import (
+    WHERE,
+    ConstrainedObjective,
+    GateConfig,
+    GatewayRollouts,
+    QualityGain,
+    RecordedRollouts,
+)
 from training.gating.agreement import correlation, score_of
 from training.gating.asked import AskedPrompts
 from training.gating.cheaper import Cheaper, costs_of
 from training.gating.checkpoint import Calibrated, checkpoint_of
 from training.gating.constrained import Choices, Critic, fit_constrained
 from training.gating.duals import RECENT, asking_price
+from training.gating.expected_gain import expected_gain
 from training.gating.fitting import fit
 from training.gating.head import Head
+from training.gating.judge import Judge
 from training.gating.lessons import Lessons
 from training.gating.room import Room
 from training.gating.served_calibration import Found, ServedCalibration
+from training.gating.served_forks import KeptTokens, ServedForks, drawn_by
 from training.gating.traffic import HELD_OUT, Taught, TrafficReader
 from training.loop.progress import console
 from training.models import load_with_rows, reserved_rows
@@ -47,9 +57,13 @@ from training.reading import check_readout
 from training.running_gateway import RunningGateway
 from training.tasks import Task
 from training.teacher import Teacher
+from training.teacher_cache import TeacherCache
+from training.tokenizer import encode_prompts, visible_ids
 
 POSITIONS = 250_000
 """Most that the gate is fitted on: memory does not grow with the traffic."""
+FORKS_BYTES = 1_000_000_000
+"""Of the file of finished completions: what was not used for longest is dropped."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +120,9 @@ class TrafficStage:
         gateway = self.gateway(rollouts)
         rounds = self.sources(rollouts)
         self._forget_another_run(work, rounds)
+        reader = self.reader
+        if isinstance(self.config.gain, QualityGain):
+            reader = replace(reader, forks=self.forks(rollouts, gateway, work))
         router: RouterCheckpoint | None = None
         taught: list[Taught] = []
         trajectories: list[Trajectory] = []
@@ -117,9 +134,9 @@ class TrafficStage:
             )
             if router is not None and rollouts.router is not None and not asked.is_complete:
                 gateway.take(router, rollouts.router)
-            new = self.reader.readable(asked.trajectories())
+            new = reader.readable(asked.trajectories())
             trajectories += new
-            taught.append(self.reader.taught(new, POSITIONS // len(rounds)))
+            taught.append(reader.taught(new, POSITIONS // len(rounds)))
             head = self.fitted(Taught.join(taught))
             scores = head.scores(taught[-1].lessons.states[-RECENT:], taught[-1].confidence[-RECENT:])
             first = self._first_prices(scores)
@@ -169,11 +186,44 @@ class TrafficStage:
         return with_prices(router, *found)
 
     def sources(self, rollouts: GatewayRollouts) -> list[list[Source]]:
-        """Of each round. A gateway that keeps its gate writes one."""
+        """Of each round."""
         count = self.config.prompts
+        drawn = sources_of(self.examples(rollouts))
+        return [drawn[first : first + count] for first in range(0, len(drawn), count)]
+
+    def examples(self, rollouts: GatewayRollouts) -> list[Example]:
+        """Of all rounds. A gateway that keeps its gate writes one."""
         rounds = self.config.rounds if rollouts.router is not None else 1
-        drawn = sources_of(self._room.drawn(self.task.router(self.seed), count * rounds))
-        return [drawn[number * count : (number + 1) * count] for number in range(rounds)]
+        return self._room.drawn(self.task.router(self.seed), self.config.prompts * rounds)
+
+    def forks(self, rollouts: GatewayRollouts, gateway: RunningGateway, work: Path) -> ServedForks:
+        """The gain `quality` of what the gateway writes.
+
+        Args:
+            rollouts: its settings.
+            gateway: writes.
+            work: of what a killed run goes on from.
+        """
+        gain = self.config.gain
+        assert isinstance(gain, QualityGain)
+        kept = KeptTokens(TeacherCache(work / "forks.sqlite", FORKS_BYTES))
+        end = self.tokenizer.eos_token_id
+        visible = visible_ids(self.tokenizer)
+        draw = drawn_by(self.teacher, kept, visible=visible, end=end, longest=self.max_tokens)
+        examples = self.examples(rollouts)
+        prompts = encode_prompts(self.tokenizer, sources_of(examples))
+        numbers: dict[tuple[int, ...], int] = {}
+        for number, prompt in enumerate(prompts):
+            numbers.setdefault(tuple(prompt), number)
+        return ServedForks(
+            gateway=gateway,
+            judge=Judge(self.task, self.tokenizer, examples, prompts, gain.teacher_references, draw),
+            numbers=numbers,
+            kept=kept,
+            student=fingerprint(self.student, reserved_rows(self.model, self.tokenizer).start),
+            end=end,
+            max_tokens=self.max_tokens,
+        )
 
     def report(self, taught: Taught) -> None:
         """Print how well a gate that has not seen a tenth of the prompts tells what asking gains there."""
@@ -207,6 +257,8 @@ class TrafficStage:
         reserved = reserved_rows(self.model, self.tokenizer)
         head = Head(self.model, reserved, self.config.width, costs_of(self.cheaper)).to(device())
         head.start_from(lessons.states, confidence)
+        if isinstance(self.config.gain, QualityGain):
+            lessons = replace(lessons, target=expected_gain(head, lessons, self.seed, confidence))
         fit(head, lessons, self.config, self.seed, confidence)
         return head.requires_grad_(False).eval()
 

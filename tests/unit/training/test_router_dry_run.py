@@ -67,6 +67,9 @@ def test_a_router_from_served_completions_is_tried_in_pieces(recipe, capsys):
     assert f"states of 1,600 positions {1600 * 64 * 4 / 1e6:.1f} MB" in told
     assert "reading" in told
     assert "does not answer yet" in told
+    quality = "router.gain={type: quality}"
+    assert train([recipe, "--dry-run", "--stage", "router", rollouts, quality]) == 0
+    assert "and 1,600 that are begun" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_a_gateway_that_answers_is_timed(untrained_pair, tmp_path):

@@ -194,11 +194,14 @@ def test_probabilities_above_one_are_not_trained_on(tokenizer, values):
     [
         ({}, "did not reply with 2 completions"),
         ({"choices": [{"index": 0, "token_ids": [65]}]}, "did not reply with 2 completions"),
-        ({"choices": [{"index": 0, "token_ids": [65]}, {"index": 1}]}, "without 1 to 4 token_ids"),
-        ({"choices": [{"index": 0, "token_ids": [65]}, {"index": 1, "token_ids": []}]}, "without 1 to 4"),
-        ({"choices": [{"index": 0, "token_ids": [65] * 5}] * 2}, "without 1 to 4"),
+        ({"choices": [{"index": 0, "token_ids": [65]}, {"index": 1}]}, "without an index and token_ids"),
+        (
+            {"choices": [{"index": 0, "token_ids": [65]}, {"index": 1, "token_ids": []}]},
+            "of 0 tokens, not of 1 to 4",
+        ),
+        ({"choices": [{"index": 0, "token_ids": [65] * 5}] * 2}, "of 5 tokens, not of 1 to 4"),
         ({"choices": [{"index": 0, "token_ids": [VISIBLE]}] * 2}, "ids outside 0 to 256"),
-        ({"choices": [{"index": 0, "token_ids": ["a"]}] * 2}, "ids outside 0 to 256"),
+        ({"choices": [{"index": 0, "token_ids": ["a"]}] * 2}, "without an index and token_ids"),
         ({"choices": [{"index": 0, "token_ids": [65]}] * 2}, "not numbered 0 to 1"),
     ],
 )
@@ -208,7 +211,7 @@ def test_completions_that_nobody_asked_for_are_refused(tokenizer, tmp_path, repl
         return httpx.Response(200, json=reply if request.url.path == "/v1/completions" else listing)
 
     rollouts = RolloutServer("http://there", tmp_path, client=client(answer))
-    with pytest.raises(ServerError, match=f"^the rollout server at http://there .*{problem}"):
+    with pytest.raises(ServerError, match=f"^the rollout server at http://there/v1/completions: .*{problem}"):
         rollouts.sampled(new_model(SHAPE, tokenizer, 0), BATCH, VISIBLE, 256, longest=4)
 
 

@@ -224,7 +224,7 @@ def test_the_worth_until_the_end_by_hand(pair, prompts):
         (rest,) = pair.write([Request(some[row] + begun)])
         return (begun + rest.tokens)[: pair.max_tokens]
 
-    changed = worth_of_asking(pair, some, seen, completions, worth)
+    changed = worth_of_asking(seen, completions, partial(finished, pair, some), worth)
     at = seen.positions
     differ = (at.own != at.theirs).nonzero().squeeze(1).tolist()
     assert len(differ) > 3

@@ -12,7 +12,7 @@ from training.gating import judge
 from training.gating.agreement import correlation
 from training.gating.expected_gain import expected_gain
 from training.gating.head import Head
-from training.gating.judge import Judge
+from training.gating.judge import Judge, drawn_in_process
 from training.gating.lessons import Lessons
 from training.gating.rollout import ClosedLoop
 from training.tasks import make_task
@@ -94,7 +94,8 @@ def judged(tmp_path, monkeypatch):
 
     monkeypatch.setattr(judge, "complete", complete)
     pair = ClosedLoop(model(0), model(1), RandomGate(RESERVED), VISIBLE, END)
-    return lambda drawn: Judge(pair, task, Letters(), task.test(), [[7], [8]], drawn), asked
+    draw = drawn_in_process(pair)
+    return lambda drawn: Judge(task, Letters(), task.test(), [[7], [8]], drawn, draw), asked
 
 
 def test_a_completion_is_worth_what_reference_and_teacher_make_of_it(judged):

@@ -16,7 +16,7 @@ from tests.helpers.recipes import write_recipe
 from tests.helpers.served_teacher import VLLM, client
 from tests.helpers.taking_gateway import TakingGateway, stage_of
 from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
-from training.gate_config import GateConfig, RegretGain
+from training.gate_config import GateConfig, QualityGain, RegretGain
 from training.gating.asked import AskedPrompts
 from training.gating.fitting import fit
 from training.gating.head import Head
@@ -201,7 +201,7 @@ def test_a_record_that_cannot_be_learned_from_is_refused(recipe, tmp_path, capsy
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("router.gain={type: quality}", "gain quality needs rollouts in_process, not recorded"),
+        ("router.gain={type: quality}", "gain quality needs rollouts in_process or gateway, not recorded"),
         (
             "router.objective={type: constrained, start_rounds: 1}",
             "rollouts recorded do not use objective.start_rounds",
@@ -365,6 +365,27 @@ def test_later_rounds_are_written_with_the_router_of_the_rounds_before(untrained
     again = TakingGateway(gateway.tokenizer, directory=tmp_path / "router")
     stage_of(again, untrained_pair, rounds=2).run(tmp_path / "work", tmp_path / "again")
     assert again.asked == [], "of a finished run nothing is asked for again"
+    assert RouterCheckpoint.load(tmp_path / "again").digest() == made.digest()
+
+
+def test_served_completions_teach_what_asking_changes_in_the_tasks_own_quality(untrained_pair, tmp_path):
+    """The gateway finishes their forks, and a run that goes on after a stop has all of it."""
+
+    def stage(gateway):
+        plain = stage_of(gateway, untrained_pair, 2, gain=QualityGain(type="quality", teacher_references=1))
+        with torch.no_grad():  # else both models say the last token again
+            for layer in plain.teacher.model.layers:
+                layer.mlp.down_proj.weight.fill_(0.3).view(-1)[::3] = -0.7
+        return plain
+
+    gateway = TakingGateway(load_tokenizer(untrained_pair / "student"), directory=tmp_path / "router")
+    stage(gateway).run(tmp_path / "work", tmp_path / "out")
+    made = RouterCheckpoint.load(tmp_path / "out")
+    assert made.config.training["gain"] == "quality"
+    assert gateway.finished > 40
+    again = TakingGateway(gateway.tokenizer, directory=tmp_path / "router")
+    stage(again).run(tmp_path / "work", tmp_path / "again")
+    assert (again.asked, again.finished) == ([], 0)
     assert RouterCheckpoint.load(tmp_path / "again").digest() == made.digest()
 
 
