@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from router.errors import UnusableInput
 from training.batches import left_padded
 from training.growing_cache import growing_cache
+from training.read_prompts import ReadPrompts
 
 PROBE_TOKENS = 6
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -194,26 +195,47 @@ class Stepper:
         # Attention takes this mask as it is: nothing is built from it at every step.
         self._plain = config._attn_implementation == "sdpa" and self._in_parts
 
-    def start(self, prompts: Sequence[list[int]], begun: Sequence[list[int]], pad: int) -> Started:
+    def start(
+        self,
+        prompts: Sequence[list[int]],
+        begun: Sequence[list[int]],
+        pad: int,
+        kept: ReadPrompts | None = None,
+    ) -> Started:
         """Read prompts, and the B beginnings after them. A prompt that comes again is read once.
 
         Args:
             prompts: of each row.
-            begun: tokens after it; none may be empty if a prompt is to be shared.
+            begun: tokens after it; if a row has none, all rows are read whole.
             pad: token id to fill rows up with.
+            kept: prompts that were read before; takes those that are read now.
         """
         device = self._model.device
         places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        if len(places) == len(prompts) or not all(begun) or not self._in_parts:
+        in_parts = self._in_parts and all(begun)
+        known = in_parts and kept is not None and kept.has(self._model, prompts)
+        if not known and (not in_parts or len(places) == len(prompts)):
             rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, begun, strict=True)]
             ids, mask = left_padded(rows, pad, device)
-            return Started(self.step(ids, mask), mask)
-        ids, mask = left_padded(list(map(list, places)), pad, device)
-        self.step(ids, mask)
-        shared = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=device)
-        self.keep(shared)
+            reading = self.step(ids, mask)
+            if kept is not None and self._in_parts and not any(begun):
+                kept.add(self._model, prompts, self._cache)
+            return Started(reading, mask)
+        if known and kept is not None:
+            for number, layer in enumerate(kept.batch(self._model, prompts)):
+                self._cache.update(layer.keys, layer.values, number)
+            _, mask = left_padded(list(prompts), pad, device)
+        else:
+            distinct = list(map(list, places))
+            ids, mask = left_padded(distinct, pad, device)
+            self.step(ids, mask)
+            if kept is not None:
+                kept.add(self._model, distinct, self._cache)
+            shared = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=device)
+            self.keep(shared)
+            mask = mask[shared]
         ids, seen = left_padded(list(begun), pad, device)
-        mask = torch.cat((mask[shared], seen), dim=1)
+        mask = torch.cat((mask, seen), dim=1)
         return Started(self.step(ids, mask), mask)
 
     def step(self, ids: Tensor, mask: Tensor) -> Reading:

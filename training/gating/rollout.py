@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from router.budget import Bucket, Budget
 from router.gate import RandomGate, TeachersGate
+from training.read_prompts import ReadPrompts
 from training.reading import Stepper
 
 ScoreFn = Callable[[Tensor], Tensor]
@@ -31,6 +32,8 @@ CACHE = 1e9
 
 With buffers that grow, and what a model computes on the way, it takes three times that.
 """
+PROMPTS = 4e9
+"""Bytes of the keys and values of prompts that a tree keeps."""
 FREE = 1 - 1e-6
 """Fraction of a bucket that never binds; at 1 itself one span covers the whole completion."""
 
@@ -224,7 +227,11 @@ class ClosedLoop:
 
     @torch.inference_mode()
     def write(
-        self, requests: Sequence[Request], batch: int = ROWS, watch: Callable[[Positions], None] | None = None
+        self,
+        requests: Sequence[Request],
+        batch: int = ROWS,
+        watch: Callable[[Positions], None] | None = None,
+        kept: ReadPrompts | None = None,
     ) -> list[Rollout]:
         """Completions in the order of the requests.
 
@@ -232,10 +239,11 @@ class ClosedLoop:
             requests: any number of them.
             batch: most that are written at once; fewer if their caches would take more than CACHE.
             watch: is shown every step's positions.
+            kept: prompts that were read before; takes those that are read now.
         """
         done = [Rollout() for _ in requests]
         for rows in self.batches(requests, batch):
-            self._write(requests, done, rows, watch)
+            self._write(requests, done, rows, watch, kept)
         return done
 
     def batches(self, requests: Sequence[Request], most: int = ROWS) -> Iterator[list[int]]:
@@ -270,6 +278,7 @@ class ClosedLoop:
         done: list[Rollout],
         rows: list[int],
         watch: Callable[[Positions], None] | None,
+        kept: ReadPrompts | None,
     ) -> None:
         device = self.student.device
         asked = [requests[number] for number in rows]
@@ -279,10 +288,10 @@ class ClosedLoop:
         drafts = {number: self._draft(requests[number], done[number]) for number in rows}
         alive = torch.ones_like(batch.number, dtype=torch.bool)
         student = Stepper(self.student)
-        (states, logits), mask = student.start([request.prompt for request in asked], begun, self.end)
+        (states, logits), mask = student.start([request.prompt for request in asked], begun, self.end, kept)
         read_by_teacher = [request.teacher_prompt or request.prompt for request in asked]
         teachers = [Stepper(model) for model in (*self.cheaper, self.teacher)]
-        started = [teacher.start(read_by_teacher, begun, self.end) for teacher in teachers]
+        started = [teacher.start(read_by_teacher, begun, self.end, kept) for teacher in teachers]
         seen = started[-1].mask
         of_teachers = [reading.logits for reading, _ in started]
         for length in range(self.max_tokens):
@@ -303,14 +312,14 @@ class ClosedLoop:
             if left == 0:
                 return
             if left < COMPACT * len(alive):  # copying the caches at every step would cost more than it saves
-                kept = alive.nonzero().squeeze(1)
+                going = alive.nonzero().squeeze(1)
                 for stepper in (student, *teachers):
-                    stepper.keep(kept)
-                batch = batch.at(kept)
-                token = token[kept]
-                mask = mask[kept]
-                seen = seen[kept]
-                alive = alive[kept]
+                    stepper.keep(going)
+                batch = batch.at(going)
+                token = token[going]
+                mask = mask[going]
+                seen = seen[going]
+                alive = alive[going]
             ids = token[:, None]
             mask = torch.cat((mask, torch.ones_like(ids)), dim=1)
             seen = torch.cat((seen, torch.ones_like(ids)), dim=1)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from router.budget import Bucket, Budget
 from router.gate import Gate, TeachersGate
-from training.gating.rollout import ClosedLoop, Draft, Positions, Request, Rollout, concatenate
+from training.gating.rollout import PROMPTS, ClosedLoop, Draft, Positions, Request, Rollout, concatenate
 from training.pieces import pieces_of
+from training.read_prompts import ReadPrompts
 from training.reading import Readout
 
 ScoreGate = Gate | Callable[[Positions], Tensor]
@@ -134,6 +135,7 @@ class Tree:
         self._gates: dict[str, ScoreGate] = {}
         self._roots: dict[int, Node] = {}
         self._size = 0
+        self._read_prompts = ReadPrompts(PROMPTS)
         self._grow([Prefix(number, ()) for number in range(len(prompts))])
         for name, gate in gates.items():
             self.add(name, gate)
@@ -243,7 +245,7 @@ class Tree:
             )
             requests.append(request)
         seen: list[Positions] = []
-        self._loop.write(requests, watch=seen.append)
+        self._loop.write(requests, watch=seen.append, kept=self._read_prompts)
         new = concatenate(seen)
         self._seen.append(new)
         last: dict[int, Node] = {}  # of each row; `seen` is in order of time

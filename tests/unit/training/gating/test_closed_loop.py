@@ -15,14 +15,16 @@ from router.checkpoint import RouterCheckpoint
 from router.gate import EntropyGate, RandomGate
 from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 from training.gate_config import GateConfig, RegretGain
+from training.gating import tree as tree_module
 from training.gating.calibration import Noise, PricePool, calibrate, not_rising, price_at_rate, teacher_rate
 from training.gating.fitting import fit
 from training.gating.forks import finished, worth_of_asking
 from training.gating.head import Head
 from training.gating.lessons import Lessons, collect, span_gain, teacher_view
-from training.gating.rollout import FREE, ClosedLoop, Request, Rollout, with_gate
+from training.gating.rollout import FREE, ClosedLoop, Request, Rollout, cache_bytes, with_gate
 from training.gating.tree import Node, Setting, Tree
-from training.reading import attends_everywhere
+from training.read_prompts import ReadPrompts
+from training.reading import Stepper, attends_everywhere
 
 GAIN = RegretGain(type="regret")
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
@@ -294,14 +296,31 @@ def test_requests_that_go_on_after_a_prompt_share_what_was_read_of_it(pair, prom
         assert pair.write([apart]) == [completion]
 
 
-def test_a_tree_reads_a_prompt_once_for_all_that_grows_from_it(pair, prompts, monkeypatch):
-    prompt = (prompts[2] * 40)[:40]
-    tree = Tree(pair, [prompt], {"gate": EntropyGate(RESERVED)})
-    prices = torch.quantile(tree.scores("gate"), torch.linspace(0.1, 0.9, 9)).tolist()
-    with reads_counted(pair, monkeypatch) as read:
-        tree.run([Setting("gate", price, FREE, 1) for price in prices])
-    assert any(1 < count < 40 for count in read)  # several went on at once
-    assert max(read) < 2 * 40
+def test_a_tree_reads_a_prompt_once(pair, prompts, monkeypatch):
+    """However often it grows; and it grows as it does where no prompt is kept."""
+    longer = [(prompt * 40)[: 40 - number] for number, prompt in enumerate(prompts[:6])]
+    trees = []
+    for limit in (0, 10**9):
+        monkeypatch.setattr(tree_module, "PROMPTS", limit)
+        with reads_counted(pair, monkeypatch) as read:
+            tree = Tree(pair, longer, {"gate": EntropyGate(RESERVED)})
+        assert max(read) == 6 * 40
+        prices = torch.quantile(tree.scores("gate"), torch.linspace(0.1, 0.9, 9)).tolist()
+        with reads_counted(pair, monkeypatch) as read:
+            runs = tree.run([Setting("gate", price, FREE, 1) for price in prices])
+        assert any(1 < count < 30 for count in read)  # several went on at once
+        assert (max(read) < 30) is bool(limit), "a prompt alone has 35"
+        trees.append((len(tree), runs))
+    assert trees[0] == trees[1]
+
+
+def test_prompts_are_kept_as_long_as_there_is_room(pair, prompts):
+    """A token of a model takes 2 layers x 2 x heads x width x 4 bytes."""
+    cache = Stepper(pair.student)
+    cache.start(prompts[:5], [[]] * 5, END, kept := ReadPrompts(cache_bytes(pair.student) * 7))
+    assert kept.has(pair.student, prompts[:2])  # 3 and 4 tokens
+    assert not kept.has(pair.student, prompts[2:3])
+    assert not kept.has(pair.teacher, prompts[:2])
 
 
 def test_forks_of_a_student_with_a_sliding_window_have_no_padding_in_between(pair, prompts):
