@@ -64,8 +64,9 @@ def processes_that_name(directory: Path) -> list[str]:
     return found
 
 
+@pytest.mark.parametrize("gain", ["{type: regret}", "{type: quality, teacher_references: 2}"])
 def test_a_router_is_learned_and_priced_through_both_servers(
-    stack: Serving, pair: Pair, waiting: Waiting, tmp_path: Path
+    stack: Serving, pair: Pair, waiting: Waiting, gain: str, tmp_path: Path
 ) -> None:
     """Two rounds of 40 completions, of which the second are on the gate's own path."""
     settings = (
@@ -75,6 +76,7 @@ def test_a_router_is_learned_and_priced_through_both_servers(
         f"student={{pretrained: {pair.student}}}",
         "tokenizer=null",
         "router.objective=null",
+        f"router.gain={gain}",
         "router.rounds=2",
         "router.prompts=40",
         "router.epochs=1",

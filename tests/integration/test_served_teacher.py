@@ -17,6 +17,7 @@ from training.models import answer_read, load_model
 from training.rollout_server import RolloutServer
 from training.sampling import complete
 from training.served import ServedTeacher, VLLMServer
+from training.served_completions import completed
 from training.teacher import lump, remainder
 from training.tokenizer import encode_prompts, load_tokenizer
 
@@ -66,10 +67,14 @@ def test_rollouts_follow_the_weights(
     prompts = encode_prompts(tokenizer, sources[:8])
     visible, end = len(tokenizer), tokenizer.eos_token_id
     rollouts = RolloutServer(url, directory, client=client)
+    server = VLLMServer("rollout server", url, None, client)
 
     def agree() -> float:
         ours = complete(model, prompts, visible, end, 30, temperature=0)
-        theirs = rollouts.complete(prompts, range(visible, model.config.vocab_size), end, 30, temperature=0)
+        banned = range(visible, model.config.vocab_size)
+        theirs = completed(
+            server, prompts, visible=visible, end=end, longest=30, temperature=0, banned=banned
+        )
         return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
 
     rollouts.synchronise(model)
