@@ -78,7 +78,7 @@ def _vllm_arguments(config: ServeConfig, pair: ServedPair) -> Namespace:
         "port": config.port,
         "middleware": f"{TeacherFields.__module__}.{TeacherFields.__name__}",
         "logits-processors": "server.gate_processor:GateProcessor",
-        "worker-extension-cls": "server.gate_processor.RouterLoader",
+        "worker-extension-cls": "server.router_loader.RouterLoader",
         "additional-config": json.dumps(pair.gate_settings()),
     }
     theirs = config.vllm_settings

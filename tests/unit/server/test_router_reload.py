@@ -20,9 +20,10 @@ from router.reserved import ReservedRows
 from server import gateway as gateway_module
 from server.config import ServeConfig
 from server.cooperation import Cooperation
-from server.gate_processor import GateProcessor, RouterLoader, gate_settings, write_taps
+from server.gate_processor import GateProcessor, gate_settings
 from server.gateway import _router_reload
 from server.price_follower import PriceFollower
+from server.router_loader import RouterLoader, write_taps
 from server.router_reload import RouterReload, load_everywhere
 from server.served_pair import ServedPair, Spans
 from server.vllm_api import find_reports
