@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ from training.turns import take_turns, turns_of
 from training.workspace import STAGES, Stage
 
 TURNS = "turns"
+SPANS = (1, 2, 4)
+"""Lengths of calls that a pair is measured with."""
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -127,8 +130,12 @@ def evaluation_parser() -> argparse.ArgumentParser:
         "--spans",
         type=positive,
         nargs="*",
-        default=[1, 2, 4],
-        help="span lengths to measure (default: 1 2 4)",
+        help=f"span lengths to measure (default: {' '.join(map(str, SPANS))})",
+    )
+    parser.add_argument(
+        "--no-curves",
+        action="store_true",
+        help="measure the calibrated budgets alone, which takes a fraction of the time for large models",
     )
     parser.add_argument(
         "--router",
@@ -192,7 +199,7 @@ def evaluate(argv: list[str]) -> int:
     span_tokens = args.span_tokens
     reports = []
     for pair in pairs:
-        reports.append(evaluate_pair(pair, task, examples, args.spans, recipe.max_tokens, others))
+        reports.append(evaluate_pair(pair, task, examples, spans_of(args), recipe.max_tokens, others))
         span_tokens = span_tokens or RouterCheckpoint.load(pair / "router").config.span_tokens
     if args.gateway:
         gateway = RunningGateway(args.gateway, recipe.max_tokens, args.concurrency)
@@ -206,6 +213,15 @@ def evaluate(argv: list[str]) -> int:
     if args.json:
         print(report.to_json())
     return 0
+
+
+def spans_of(args: argparse.Namespace) -> Sequence[int] | None:
+    """Lengths of the curves' calls; None: no curves. Raises RecipeError if both are asked for."""
+    if args.no_curves and args.spans is not None:
+        raise RecipeError("--no-curves leaves out what --spans asks for: give one of them")
+    if args.no_curves:
+        return None
+    return SPANS if args.spans is None else args.spans
 
 
 def fraction(text: str) -> float:

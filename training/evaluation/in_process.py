@@ -266,7 +266,7 @@ def evaluate_pair(
     pair: Path,
     task: Task,
     examples: list[Example],
-    spans: Sequence[int],
+    spans: Sequence[int] | None,
     max_tokens: int,
     others: dict[str, Path] | None = None,
 ) -> QualityReport:
@@ -276,12 +276,12 @@ def evaluate_pair(
         pair: directory of teacher, student and router.
         task: scores the completions.
         examples: of the task.
-        spans: tokens of the curves' calls, besides the router's own.
+        spans: tokens of the curves' calls, besides the router's own; None: no curves.
         max_tokens: longest completion.
         others: directories of further routers, by name.
     """
     evaluation = Evaluation(pair, task, examples, max_tokens, others or {})
-    curves = evaluation.curves(spans)
+    curves = {} if spans is None else evaluation.curves(spans)
     budgets = evaluation.budgets()
     aimed = budgets.get(SPENT, budgets[LEARNED])
     return QualityReport(

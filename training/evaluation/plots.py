@@ -44,13 +44,15 @@ def _plot_quality(report: QualityReport, file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 5))
-    names = [name for name in report.curves if "@" not in name]  # the router's own calls
+    measured = LEARNED in report.curves
+    curves = report.curves if measured else report.budgets  # a gateway's rows are in both
+    names = [name for name in curves if "@" not in name]  # the router's own calls
     others = [name for name in names if name not in SHOWN]
     colours = iter(pyplot.colormaps["tab20"](range(20)))
     for name in dict.fromkeys((LEARNED, *others, *SHOWN)):
         if name not in names:
             continue
-        rows = report.curves[name]
+        rows = curves[name]
         style = {"linestyle": "--"} if "oracle" in name else {"linewidth": 2.5 if name == LEARNED else 1.5}
         axes.plot(
             [100 * rate for rate in column(rows, "rate")],

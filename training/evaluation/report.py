@@ -38,7 +38,7 @@ class QualityReport:
     teacher: float
     """Its quality alone."""
     curves: dict[str, list[Row]]
-    """Per method, PGR at realised rates without a bucket.
+    """Per method, PGR at realised rates without a bucket; empty if they were not measured.
 
     Calls have the router's ask_tokens; those of a method with `@K` have K.
     """
@@ -141,14 +141,17 @@ def _cells(values: Iterable[object], spec: str) -> str:
 
 def _in_process(report: QualityReport) -> list[str]:
     heads = _cells(BUDGETS, ">15g")
-    lines = [
-        "PGR at a realised rate of (no bucket), and the area below it",
-        f"{'method':<22}{heads}{'area':>9}",
-    ]
-    for name, rows in report.curves.items():
-        cells = _cells([at_rate(rows, budget) for budget in BUDGETS], ">15.2f")
-        lines.append(f"{name:<22}{cells}{report.area[name]:>9.3f}")
-    lines += ["", "under the bucket of a budget of, at the calibrated price: PGR (realised rate)"]
+    lines = []
+    if LEARNED in report.curves:
+        lines += [
+            "PGR at a realised rate of (no bucket), and the area below it",
+            f"{'method':<22}{heads}{'area':>9}",
+        ]
+        for name, rows in report.curves.items():
+            cells = _cells([at_rate(rows, budget) for budget in BUDGETS], ">15.2f")
+            lines.append(f"{name:<22}{cells}{report.area[name]:>9.3f}")
+        lines.append("")
+    lines += ["under the bucket of a budget of, at the calibrated price: PGR (realised rate)"]
     lines.append(f"{'gate':<22}{heads}")
     for name, rows in report.budgets.items():
         shown = dict.fromkeys(BUDGETS, "")

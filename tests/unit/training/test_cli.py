@@ -27,6 +27,10 @@ from wheels import main
         ),
         (["evaluate", "/no/where"], "no router checkpoint in /no/where/router"),
         (["evaluate"], "expected one PAIR, or --gateway URL"),
+        (
+            ["evaluate", "deploy/demo", "--spans", "2", "--no-curves"],
+            "--no-curves leaves out what --spans asks",
+        ),
         (["evaluate", "a", "b", "--gateway", "http://127.0.0.1:9"], "expected one PAIR"),
         (
             ["evaluate", "--gateway", "http://127.0.0.1:9"],

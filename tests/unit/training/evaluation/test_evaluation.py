@@ -15,6 +15,7 @@ from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 from training.evaluation.baselines import hesitation, query_level
 from training.evaluation.gateway import measure
 from training.evaluation.in_process import evaluate_pair
+from training.evaluation.plots import plot
 from training.evaluation.report import BUDGETS, QualityReport, area, at_rate, gateway_report, joined, table
 from training.evaluation.scoring import teacher_positions
 from training.gating.calibration import spare_prices, teacher_rate
@@ -114,6 +115,18 @@ def test_a_further_router_has_rows_under_the_bucket_at_its_own_prices():
     rows = report.budgets["again"]
     assert [row["budget"] for row in rows] == list(BUDGETS)
     assert rows == report.budgets["learned"]
+
+
+def test_the_budgets_alone_are_measured_and_drawn(tmp_path):
+    report = evaluate_pair(Path("deploy/demo"), make_task("numbers"), EXAMPLES, None, 12)
+    whole = evaluate_pair(Path("deploy/demo"), make_task("numbers"), EXAMPLES, [], 12)
+    assert (report.curves, report.area) == ({}, {})
+    for gate in ("learned", "entropy", "margin"):
+        assert report.budgets[gate] == whole.budgets[gate]
+    assert "no bucket" not in table(report)
+    assert "under the bucket" in table(report)
+    plot(report, tmp_path)
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
 
 
 def test_the_area_and_the_curve_between_its_points():
