@@ -13,6 +13,8 @@ PRICES = {"student": {"input": 0.1, "output": 0.4}, "teacher": {"input": 2, "out
 """Of the shared gateway. What is cached costs the same, so that a reply's cost can be computed from it."""
 PATIENCE = 600
 """Seconds that a client waits. Next to other programs an engine is slow; a test has a limit of its own."""
+COMMAND_SECONDS = 1500
+"""For a whole command that starts engines, such as training from a gateway."""
 UNHURRIED = ("--teacher-timeout", "600", "--span-timeout", "600", "--teacher-queue", "600")
 """Flags of a gateway whose teacher may be slow as the machine is busy, where that is not what is tested."""
 

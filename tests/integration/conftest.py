@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.integration)
             if item.get_closest_marker("timeout") is None:
-                item.add_marker(pytest.mark.timeout(600))  # engines on a busy machine
+                item.add_marker(pytest.mark.timeout(1800))  # engines on a machine that is full
 
 
 @pytest.fixture(scope="session")

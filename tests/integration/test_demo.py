@@ -13,13 +13,14 @@ from measuring.gateway import GatewayClient
 from measuring.pair import START_SECONDS, Pair, Serving, free_port, gateway_service
 from measuring.processes import running
 from server.local.measure import answer_all
+from tests.helpers.client import COMMAND_SECONDS
 from tests.helpers.paths import DEMO
 
 
 def demo() -> dict[float, dict[str, Any]]:
     """Rows of `wheels demo --once --json` by budget."""
     command = [sys.executable, "-m", "wheels", "demo", "--once", "--json", "--pair", str(DEMO)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS)
     assert done.returncode == 0, done.stderr
     return {row["budget"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.client import COMMAND_SECONDS
 from tests.helpers.families import APPENDED, IN_VLLM, LOGITS, MERGED, load
 from tests.helpers.paths import ROOT
 
@@ -27,7 +28,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     found: dict[str, Result] = {}
     try:
         for process in started:
-            output, _ = process.communicate(timeout=1800)
+            output, _ = process.communicate(timeout=COMMAND_SECONDS)
             for line in output.splitlines():
                 if line.startswith("{"):
                     result = json.loads(line)

@@ -16,7 +16,7 @@ from openai import AsyncOpenAI
 from measuring.pair import EXACT, QUIET, START_SECONDS, UNIPROC, Pair, Serving, free_port, gateway_service
 from measuring.processes import running
 from router.adaptive import MEMORY_TOKENS
-from tests.helpers.client import UNHURRIED, chat, excess, metric, openai_client
+from tests.helpers.client import COMMAND_SECONDS, UNHURRIED, chat, excess, metric, openai_client
 from tests.helpers.paths import DEMO, ROOT
 
 TAUGHT = 60
@@ -82,7 +82,7 @@ def calibrated(rates: Sequence[float], *arguments: str) -> dict[float, dict[str,
         env=os.environ | QUIET | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=550,
+        timeout=COMMAND_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     return {row["asked"]: row for row in json.loads(done.stdout)["rows"]}

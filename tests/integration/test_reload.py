@@ -16,7 +16,7 @@ import pytest
 from measuring.pair import START_SECONDS, Pair, Serving, free_port, gateway_service
 from measuring.processes import running
 from router.checkpoint import RouterCheckpoint
-from tests.helpers.client import UNHURRIED, chat, openai_client
+from tests.helpers.client import COMMAND_SECONDS, UNHURRIED, chat, openai_client
 from tests.helpers.paths import ROOT
 
 BUDGET = 0.2
@@ -49,7 +49,7 @@ def train(settings: Sequence[str]) -> "subprocess.CompletedProcess[str]":
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=COMMAND_SECONDS,
     )
 
 
