@@ -10,13 +10,12 @@ import pytest
 import torch
 
 from measuring.gateway import GatewayError
-from measuring.trajectories import Trajectory
 from router.gate import RandomGate
+from tests.helpers.recorded_loop import Recorded, recorded
 from tests.helpers.served_teacher import VLLM, client
 from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 from training.gating.forks import finished, worth_of_asking
-from training.gating.lessons import collect
-from training.gating.rollout import FREE, ClosedLoop, Request
+from training.gating.rollout import ClosedLoop, Request
 from training.gating.served_forks import KeptTokens, ServedForks, drawn_by
 from training.running_gateway import RunningGateway
 from training.served import ServedTeacher, VLLMServer
@@ -31,16 +30,8 @@ def loop() -> ClosedLoop:
 
 
 @pytest.fixture(scope="module")
-def written(loop):
-    """Prompts, what was seen of their completions, and these as the loop and as a gateway gives them."""
-    torch.manual_seed(0)
-    prompts = [torch.randint(2, VISIBLE, (3 + i % 5,)).tolist() for i in range(20)]
-    seen, completions = collect(loop, [Request(prompt, 0.7, FREE) for prompt in prompts])
-    served = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        spans = [(start, start + 1) for start in completion.starts]
-        served.append(Trajectory(prompt, completion.tokens, spans))
-    return prompts, seen, completions, served
+def written(loop) -> Recorded:
+    return recorded(loop)
 
 
 class WritingGateway:

@@ -13,6 +13,7 @@ from router.gate import RandomGate
 from tests.helpers.commands import train
 from tests.helpers.numbers import tokenizer_of_numbers
 from tests.helpers.recipes import write_recipe
+from tests.helpers.recorded_loop import recorded
 from tests.helpers.served_teacher import VLLM, client
 from tests.helpers.taking_gateway import TakingGateway, stage_of
 from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
@@ -20,9 +21,8 @@ from training.gate_config import GateConfig, QualityGain, RegretGain
 from training.gating.asked import AskedPrompts
 from training.gating.fitting import fit
 from training.gating.head import Head
-from training.gating.lessons import collect
 from training.gating.opinions import Observer, of_all, of_likeliest
-from training.gating.rollout import FREE, ClosedLoop, Request
+from training.gating.rollout import ClosedLoop
 from training.gating.served_calibration import TOGETHER, ServedCalibration
 from training.gating.traffic import TrafficReader
 from training.gating.traffic_stage import with_prices
@@ -48,20 +48,8 @@ def loop() -> ClosedLoop:
     )
 
 
-def written(loop):
-    """What the closed loop saw of 20 completions, and the completions as a gateway records them."""
-    torch.manual_seed(0)
-    prompts = [torch.randint(2, VISIBLE, (3 + i % 5,)).tolist() for i in range(20)]
-    seen, completions = collect(loop, [Request(prompt, 0.7, FREE) for prompt in prompts])
-    trajectories = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        spans = [(start, start + 1) for start in completion.starts]
-        trajectories.append(Trajectory(prompt, completion.tokens, spans))
-    return seen, trajectories
-
-
 def test_models_think_of_what_was_served_as_they_did_when_they_wrote_it(loop):
-    expected, trajectories = written(loop)
+    _, expected, _, trajectories = recorded(loop)
     seen = Observer(loop.student, loop.teacher, VISIBLE, END, loop.cheaper).seen(trajectories)
     assert torch.equal(seen.by_teacher, expected.by_teacher)
     assert 0.1 < seen.by_teacher.float().mean() < 0.5
@@ -70,7 +58,7 @@ def test_models_think_of_what_was_served_as_they_did_when_they_wrote_it(loop):
 
 
 def test_a_served_teacher_that_names_all_tokens_thinks_as_the_one_in_process(loop):
-    _, trajectories = written(loop)
+    trajectories = recorded(loop).served
 
     class Narrow(VLLM):
         @torch.no_grad()
