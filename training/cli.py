@@ -191,6 +191,8 @@ def evaluate(argv: list[str]) -> int:
             pairs.append(Path(argument))
     if len(pairs) > 1 or not (pairs or args.gateway):
         raise RecipeError("expected one PAIR, or --gateway URL")
+    if not pairs and (args.no_curves or args.router):
+        raise RecipeError("--no-curves and --router need a PAIR: a gateway has one router, and no curves")
     recipe = load_recipe(find_recipe(args.recipe), overrides)
     others = routers(args.router)
     task = task_of(recipe)
@@ -199,7 +201,7 @@ def evaluate(argv: list[str]) -> int:
     span_tokens = args.span_tokens
     reports = []
     for pair in pairs:
-        reports.append(evaluate_pair(pair, task, examples, spans_of(args), recipe.max_tokens, others))
+        reports.append(evaluate_pair(pair, task, examples, curve_spans(args), recipe.max_tokens, others))
         span_tokens = span_tokens or RouterCheckpoint.load(pair / "router").config.span_tokens
     if args.gateway:
         gateway = RunningGateway(args.gateway, recipe.max_tokens, args.concurrency)
@@ -215,7 +217,7 @@ def evaluate(argv: list[str]) -> int:
     return 0
 
 
-def spans_of(args: argparse.Namespace) -> Sequence[int] | None:
+def curve_spans(args: argparse.Namespace) -> Sequence[int] | None:
     """Lengths of the curves' calls; None: no curves. Raises RecipeError if both are asked for."""
     if args.no_curves and args.spans is not None:
         raise RecipeError("--no-curves leaves out what --spans asks for: give one of them")

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 from transformers import PreTrainedModel
 
 from training import parallel
 from training.batches import Batch
+from training.kept_tokens import packed, unpacked
 from training.sampling import complete
 from training.teacher_cache import TeacherCache, key_of
 
@@ -33,7 +33,7 @@ class KeptCompletions:
         keys = [key_of("completion", self.teacher, visible, prompt) for prompt in prompts]
         answers: dict[int, list[int]] = {}
         for row, value in enumerate(self.cache.get(keys)):
-            tokens = [] if value is None else np.frombuffer(value, dtype=np.int32).tolist()
+            tokens = [] if value is None else unpacked(value)
             if tokens and (tokens[-1] == end or len(tokens) >= longest):  # else it was cut short
                 answers[row] = tokens[:longest]
         missing = [row for row in range(len(prompts)) if row not in answers]
@@ -45,7 +45,7 @@ class KeptCompletions:
             new = dict(zip(missing, written, strict=False))
             kept = {}
             for row, tokens in new.items():
-                kept[keys[row]] = np.array(tokens, dtype=np.int32).tobytes()
+                kept[keys[row]] = packed(tokens)
             self.cache.put(kept)
             answers |= new
         ordered = [answers[row] for row in range(len(prompts))]

@@ -210,31 +210,32 @@ class Stepper:
             pad: token id to fill rows up with.
             kept: prompts that were read before; takes those that are read now.
         """
-        device = self._model.device
-        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         in_parts = self._in_parts and all(begun)
-        known = in_parts and kept is not None and kept.has(self._model, prompts)
-        if not known and (not in_parts or len(places) == len(prompts)):
-            rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, begun, strict=True)]
-            ids, mask = left_padded(rows, pad, device)
-            reading = self.step(ids, mask)
-            if kept is not None and self._in_parts and not any(begun):
-                kept.add(self._model, prompts, self._cache)
-            return Started(reading, mask)
-        if known and kept is not None:
+        if in_parts and kept is not None and kept.has(self._model, prompts):
             for number, layer in enumerate(kept.batch(self._model, prompts)):
                 self._cache.update(layer.keys, layer.values, number)
-            _, mask = left_padded(list(prompts), pad, device)
-        else:
+            return self._go_on(left_padded(list(prompts), pad, self._model.device).mask, begun, pad)
+        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        if in_parts and len(places) < len(prompts):
             distinct = list(map(list, places))
-            ids, mask = left_padded(distinct, pad, device)
-            self.step(ids, mask)
+            mask = self._read(distinct, pad).mask
             if kept is not None:
                 kept.add(self._model, distinct, self._cache)
-            shared = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=device)
-            self.keep(shared)
-            mask = mask[shared]
-        ids, seen = left_padded(list(begun), pad, device)
+            rows = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=mask.device)
+            self.keep(rows)
+            return self._go_on(mask[rows], begun, pad)
+        started = self._read([[*prompt, *tokens] for prompt, tokens in zip(prompts, begun, strict=True)], pad)
+        if kept is not None and self._in_parts and not any(begun):
+            kept.add(self._model, prompts, self._cache)
+        return started
+
+    def _read(self, rows: list[list[int]], pad: int) -> Started:
+        ids, mask = left_padded(rows, pad, self._model.device)
+        return Started(self.step(ids, mask), mask)
+
+    def _go_on(self, mask: Tensor, begun: Sequence[list[int]], pad: int) -> Started:
+        """After the prompts in the cache, whose mask this is."""
+        ids, seen = left_padded(list(begun), pad, self._model.device)
         mask = torch.cat((mask, seen), dim=1)
         return Started(self.step(ids, mask), mask)
 

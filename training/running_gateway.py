@@ -51,7 +51,7 @@ class RunningGateway:
             longest: tokens of each rest, its end token with it.
 
         Raises:
-            GatewayError: as above.
+            GatewayError: the gateway is away, refuses, or is none.
         """
         return asyncio.run(self._rests(begun, longest))
 

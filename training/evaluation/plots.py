@@ -68,7 +68,8 @@ def _plot_quality(report: QualityReport, file: Path) -> None:
             whose, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey"
         )
     axes.set(xlabel="tokens that the teacher wrote, %", ylabel="quality")
-    axes.legend(title="when the teacher is asked", loc="upper left", bbox_to_anchor=(1.02, 1))
+    asked = "when the teacher is asked" + ("" if measured else ",\nunder the bucket")
+    axes.legend(title=asked, loc="upper left", bbox_to_anchor=(1.02, 1))
     figure.savefig(file, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 

@@ -197,8 +197,8 @@ class _Paths:
                 begun = [*self.tokens[row][:step], *theirs]
                 prompt = prompts.ids[row]
                 teacher_prompt = prompts.teacher_ids[row]
-                requests.append(Request(prompt, -math.inf, 1.0, teacher_prompt, begun=begun))
-        teacher = replace(loop, explore=0.0, max_tokens=ask_tokens - 1)
+                requests.append(Request(prompt, -math.inf, 1.0, teacher_prompt, ask_tokens - 1, begun))
+        teacher = replace(loop, explore=0.0)
         for place, completion in zip(going, teacher.write(requests), strict=True):
             found[place] += completion.tokens
         return found

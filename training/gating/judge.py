@@ -5,6 +5,7 @@ A token of a good answer is often not in the one reference. Completions drawn fr
 what they agree on is what it is asked for (minimum Bayes risk: Eikema and Aziz 2020, arXiv 2005.10283).
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -20,8 +21,8 @@ from training.tokenizer import decode_answers
 TEMPERATURE = 0.7
 BATCH = 512
 
-Draw = Callable[[list[list[int]], int], list[list[list[int]]]]
-"""Prompts, and how often each is completed -> the teacher's completions of each, drawn at `TEMPERATURE`."""
+Draw = Callable[[list[list[int]]], list[list[int]]]
+"""Prompts, each once for every completion of it -> the teacher's completions, drawn at `TEMPERATURE`."""
 
 
 class Judge:
@@ -66,12 +67,12 @@ class Judge:
     def _complete(self, new: list[int]) -> None:
         """Draw the teacher's completions of these examples."""
         order = sorted(new, key=lambda number: len(self._prompts[number]))
-        written: dict[int, list[list[int]]] = {}
+        written: dict[int, list[list[int]]] = defaultdict(list)
         size = max(1, BATCH // self._count)
         for first in range(0, len(order), size):
-            part = order[first : first + size]
-            drawn = self._draw([self._prompts[number] for number in part], self._count)
-            written.update(zip(part, drawn, strict=True))
+            part = [number for number in order[first : first + size] for _ in range(self._count)]
+            for number, answer in zip(part, self._draw([self._prompts[n] for n in part]), strict=True):
+                written[number].append(answer)
         for number in new:
             texts = decode_answers(self._tokenizer, written[number])
             self._drawn[number] = range(len(self._examples), len(self._examples) + len(texts))
@@ -82,14 +83,7 @@ class Judge:
 def drawn_in_process(loop: ClosedLoop) -> Draw:
     """By the loop's teacher."""
 
-    def draw(prompts: list[list[int]], count: int) -> list[list[list[int]]]:
-        repeated = [prompt for prompt in prompts for _ in range(count)]
-        rows = complete(loop.teacher, repeated, loop.visible, loop.end, loop.max_tokens, TEMPERATURE)
-        return in_groups(rows, count)
+    def draw(prompts: list[list[int]]) -> list[list[int]]:
+        return complete(loop.teacher, prompts, loop.visible, loop.end, loop.max_tokens, TEMPERATURE)
 
     return draw
-
-
-def in_groups(rows: list[list[int]], count: int) -> list[list[list[int]]]:
-    """Those of one prompt after the other, `count` of each."""
-    return [rows[first : first + count] for first in range(0, len(rows), count)]

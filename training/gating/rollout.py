@@ -32,8 +32,6 @@ CACHE = 1e9
 
 With buffers that grow, and what a model computes on the way, it takes three times that.
 """
-PROMPTS = 4e9
-"""Bytes of the keys and values of prompts that a tree keeps."""
 FREE = 1 - 1e-6
 """Fraction of a bucket that never binds; at 1 itself one span covers the whole completion."""
 

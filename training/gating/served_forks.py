@@ -1,23 +1,24 @@
 """The gain `quality` of completions that a gateway wrote: it finishes their forks, with the student alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 from torch import Tensor
 
 from measuring.trajectories import Trajectory
 from training.gating.forks import room_left, worth_of_asking
-from training.gating.judge import TEMPERATURE, Draw, Judge, in_groups
+from training.gating.judge import TEMPERATURE, Draw, Judge
 from training.gating.lessons import Trajectories
 from training.gating.rollout import Rollout
+from training.kept_tokens import KeptTokens
 from training.running_gateway import RunningGateway
 from training.sampling import complete
 from training.served import ServedTeacher
 from training.served_completions import completed
 from training.teacher import Teacher
-from training.teacher_cache import TeacherCache, key_of
+from training.teacher_cache import key_of
 
 TOGETHER = 64
 """Completions that a served teacher draws at once."""
@@ -31,7 +32,7 @@ class ServedForks:
     judge: Judge
     numbers: Mapping[tuple[int, ...], int]
     """Of the judge's examples, by their prompts."""
-    kept: "KeptTokens"
+    kept: KeptTokens
     student: str
     """Fingerprint of its weights."""
     end: int
@@ -63,9 +64,15 @@ class ServedForks:
         self, prompts: Sequence[list[int]], rows: Sequence[int], begun: Sequence[list[int]]
     ) -> list[list[int]]:
         """Every begun completion of a prompt, finished."""
-        going = [place for place in range(len(rows)) if self._room(begun[place])]
-        read = [[*prompts[rows[place]], *begun[place]] for place in going]
-        rooms = [self._room(begun[place]) for place in going]
+        going = []
+        read = []
+        rooms = []
+        for place, (row, tokens) in enumerate(zip(rows, begun, strict=True)):
+            room = room_left(tokens, self.end, self.max_tokens)
+            if room:
+                going.append(place)
+                read.append([*prompts[row], *tokens])
+                rooms.append(room)
 
         def write(missing: list[int]) -> list[list[int]]:
             return self.gateway.rests([read[i] for i in missing], [rooms[i] for i in missing])
@@ -75,32 +82,6 @@ class ServedForks:
         for place, rest in zip(going, self.kept.of(keys, write), strict=True):
             whole[place] += rest
         return whole
-
-    def _room(self, begun: list[int]) -> int:
-        return room_left(begun, self.end, self.max_tokens)
-
-
-@dataclass(frozen=True)
-class KeptTokens:
-    """Token ids that a run goes on with after a stop."""
-
-    cache: TeacherCache
-
-    def of(self, keys: Sequence[bytes], write: Callable[[list[int]], list[list[int]]]) -> list[list[int]]:
-        """Those of each key; `write` gives those whose places are missing."""
-        found = []
-        missing = []
-        for place, value in enumerate(self.cache.get(keys)):
-            found.append([] if value is None else np.frombuffer(value, dtype=np.int32).tolist())
-            if value is None:
-                missing.append(place)
-        if missing:
-            new = {}
-            for place, tokens in zip(missing, write(missing), strict=True):
-                found[place] = tokens
-                new[keys[place]] = np.array(tokens, dtype=np.int32).tobytes()
-            self.cache.put(new)
-        return found
 
 
 def drawn_by(teacher: Teacher, kept: KeptTokens, *, visible: int, end: int, longest: int) -> Draw:
@@ -125,12 +106,13 @@ def drawn_by(teacher: Teacher, kept: KeptTokens, *, visible: int, end: int, long
             )
         return rows
 
-    def draw(prompts: list[list[int]], count: int) -> list[list[list[int]]]:
-        repeated = [prompt for prompt in prompts for _ in range(count)]
+    def draw(prompts: list[list[int]]) -> list[list[int]]:
+        times: Counter[tuple[int, ...]] = Counter()
         keys = []
-        for place, prompt in enumerate(repeated):
-            keys.append(key_of("drawn", *identity, longest, place % count, prompt))
-        return in_groups(kept.of(keys, lambda missing: write([repeated[i] for i in missing])), count)
+        for prompt in prompts:
+            keys.append(key_of("drawn", *identity, longest, times[tuple(prompt)], prompt))
+            times[tuple(prompt)] += 1
+        return kept.of(keys, lambda missing: write([prompts[i] for i in missing]))
 
     identity = identity_of(teacher)
     return draw

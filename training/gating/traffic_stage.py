@@ -48,8 +48,9 @@ from training.gating.judge import Judge
 from training.gating.lessons import Lessons
 from training.gating.room import Room
 from training.gating.served_calibration import Found, ServedCalibration
-from training.gating.served_forks import KeptTokens, ServedForks, drawn_by
+from training.gating.served_forks import ServedForks, drawn_by
 from training.gating.traffic import HELD_OUT, Taught, TrafficReader
+from training.kept_tokens import KeptTokens
 from training.loop.progress import console
 from training.models import load_with_rows, reserved_rows
 from training.parallel import device, onto_device
@@ -118,11 +119,12 @@ class TrafficStage:
     def of_gateway(self, rollouts: GatewayRollouts, work: Path) -> RouterCheckpoint:
         """From what a gateway writes, round by round; it serves with the result if it takes routers."""
         gateway = self.gateway(rollouts)
-        rounds = self.sources(rollouts)
+        examples = self.examples(rollouts)
+        rounds = self.sources(examples)
         self._forget_another_run(work, rounds)
         reader = self.reader
         if isinstance(self.config.gain, QualityGain):
-            reader = replace(reader, forks=self.forks(rollouts, gateway, work))
+            reader = replace(reader, forks=self.forks(self.config.gain, examples, gateway, work))
         router: RouterCheckpoint | None = None
         taught: list[Taught] = []
         trajectories: list[Trajectory] = []
@@ -185,10 +187,10 @@ class TrafficStage:
         ).found()
         return with_prices(router, *found)
 
-    def sources(self, rollouts: GatewayRollouts) -> list[list[Source]]:
+    def sources(self, examples: list[Example]) -> list[list[Source]]:
         """Of each round."""
         count = self.config.prompts
-        drawn = sources_of(self.examples(rollouts))
+        drawn = sources_of(examples)
         return [drawn[first : first + count] for first in range(0, len(drawn), count)]
 
     def examples(self, rollouts: GatewayRollouts) -> list[Example]:
@@ -196,21 +198,21 @@ class TrafficStage:
         rounds = self.config.rounds if rollouts.router is not None else 1
         return self._room.drawn(self.task.router(self.seed), self.config.prompts * rounds)
 
-    def forks(self, rollouts: GatewayRollouts, gateway: RunningGateway, work: Path) -> ServedForks:
-        """The gain `quality` of what the gateway writes.
+    def forks(
+        self, gain: QualityGain, examples: list[Example], gateway: RunningGateway, work: Path
+    ) -> ServedForks:
+        """What asking gains in what the gateway writes.
 
         Args:
-            rollouts: its settings.
+            gain: its settings.
+            examples: of all rounds.
             gateway: writes.
             work: of what a killed run goes on from.
         """
-        gain = self.config.gain
-        assert isinstance(gain, QualityGain)
         kept = KeptTokens(TeacherCache(work / "forks.sqlite", FORKS_BYTES))
         end = self.tokenizer.eos_token_id
         visible = visible_ids(self.tokenizer)
         draw = drawn_by(self.teacher, kept, visible=visible, end=end, longest=self.max_tokens)
-        examples = self.examples(rollouts)
         prompts = encode_prompts(self.tokenizer, sources_of(examples))
         numbers: dict[tuple[int, ...], int] = {}
         for number, prompt in enumerate(prompts):

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from router.budget import Bucket, Budget
 from router.gate import Gate, TeachersGate
-from training.gating.rollout import PROMPTS, ClosedLoop, Draft, Positions, Request, Rollout, concatenate
+from training.gating.rollout import ClosedLoop, Draft, Positions, Request, Rollout, concatenate
 from training.pieces import pieces_of
 from training.read_prompts import ReadPrompts
 from training.reading import Readout
 
+PROMPTS = 4e9
+"""Bytes of the keys and values of prompts that a tree keeps."""
 ScoreGate = Gate | Callable[[Positions], Tensor]
 """A gate, or an oracle that sees more than a gate may."""
 

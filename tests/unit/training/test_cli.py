@@ -28,6 +28,11 @@ from wheels import main
         (["evaluate", "/no/where"], "no router checkpoint in /no/where/router"),
         (["evaluate"], "expected one PAIR, or --gateway URL"),
         (
+            ["evaluate", "--gateway", "http://127.0.0.1:9", "--no-curves"],
+            "--no-curves and --router need a PAIR",
+        ),
+        (["evaluate", "--gateway", "http://127.0.0.1:9", "--router", "a=x"], "--router need a PAIR"),
+        (
             ["evaluate", "deploy/demo", "--spans", "2", "--no-curves"],
             "--no-curves leaves out what --spans asks",
         ),

@@ -315,9 +315,9 @@ def test_a_tree_reads_a_prompt_once(pair, prompts, monkeypatch):
 
 
 def test_prompts_are_kept_as_long_as_there_is_room(pair, prompts):
-    """A token of a model takes 2 layers x 2 x heads x width x 4 bytes."""
-    cache = Stepper(pair.student)
-    cache.start(prompts[:5], [[]] * 5, END, kept := ReadPrompts(cache_bytes(pair.student) * 7))
+    """There is room for 7 tokens."""
+    kept = ReadPrompts(cache_bytes(pair.student) * 7)
+    Stepper(pair.student).start(prompts[:5], [[]] * 5, END, kept)
     assert kept.has(pair.student, prompts[:2])  # 3 and 4 tokens
     assert not kept.has(pair.student, prompts[2:3])
     assert not kept.has(pair.teacher, prompts[:2])

@@ -16,7 +16,8 @@ from tests.helpers.served_teacher import VLLM, client
 from tests.helpers.tiny_models import END, MAX_TOKENS, RESERVED, VISIBLE, model
 from training.gating.forks import finished, worth_of_asking
 from training.gating.rollout import ClosedLoop, Request
-from training.gating.served_forks import KeptTokens, ServedForks, drawn_by
+from training.gating.served_forks import ServedForks, drawn_by
+from training.kept_tokens import KeptTokens
 from training.running_gateway import RunningGateway
 from training.served import ServedTeacher, VLLMServer
 from training.teacher_cache import TeacherCache
@@ -111,9 +112,9 @@ def test_a_teachers_completions_are_drawn_once(tmp_path):
         draw = drawn_by(teacher, kept, visible=257, end=256, longest=4)
         if teacher is not served:
             draw = drawn_by(teacher, kept, visible=VISIBLE, end=END, longest=4)
-        once = draw([[5, 6], [7]], 3)
-        assert [len(drawn) for drawn in once] == [3, 3]
-        assert draw([[7]], 3) == once[1:]
+        once = draw([[5, 6]] * 3 + [[7]] * 3)
+        assert len(once) == 6
+        assert draw([[7]] * 3) == once[3:]
     requests = [body for path, body in vllm.asked if path == "/v1/completions"]
     assert len(requests) == 1
     assert requests[0]["prompt"] == [[5, 6]] * 3 + [[7]] * 3
