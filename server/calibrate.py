@@ -39,6 +39,7 @@ from server.local.arguments import positive
 from server.local.rates import LEARNING_PASSES, NothingToLearn, RateFinder
 from server.vllm_flags import read_flags, setting_name
 
+START_SECONDS = 1800.0
 RATES = (0.05, 0.1, 0.2, 0.3, 0.5)
 FEW_TOKENS = 2_000
 """A rate over fewer completion tokens than this is rough."""
@@ -133,7 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, help="sampling temperature (default: the student's own)")
     parser.add_argument("--concurrency", type=positive, default=16, help="concurrent requests (default: 16)")
     parser.add_argument(
-        "--timeout", type=float, default=1800.0, help="longest wait for the gateway to start, in seconds"
+        "--timeout",
+        type=float,
+        help=f"longest wait for the gateway to start, in seconds (default: {START_SECONDS:.0f})",
     )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON at the end of stdout")
     serve = parser.add_argument_group("settings of `wheels serve`, if there is no --gateway")
@@ -182,8 +185,10 @@ def _own_gateway(options: argparse.Namespace, vllm_flags: list[str]) -> OwnGatew
     names = {"config", *ServeConfig.model_fields} & vars(options).keys()
     flags = {name: getattr(options, name) for name in names}
     if options.gateway is not None:
-        if flags or vllm_flags:
-            named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(flags)) or "what follows --"
+        if options.timeout is not None:
+            names.add("timeout")
+        if names or vllm_flags:
+            named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names)) or "what follows --"
             raise ConfigError(f"leave out {named}: the gateway at {options.gateway} has its own settings")
         return None
     settings = read_settings(flags)
@@ -204,7 +209,7 @@ def _without_shared(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _served(own: OwnGateway, timeout: float, console: Console) -> Iterator[str]:
+def _served(own: OwnGateway, timeout: float | None, console: Console) -> Iterator[str]:
     """The gateway's URL, once it is ready; it ends with the block."""
     port = free_port()
     url = f"http://{HOST}:{port}"
@@ -221,7 +226,7 @@ def _served(own: OwnGateway, timeout: float, console: Console) -> Iterator[str]:
             hidden=(*variables, "VLLM_API_KEY"),
         )
         console.print("Starting the gateway", highlight=False)
-        with running([service], timeout=timeout) as (gateway,):
+        with running([service], timeout=timeout or START_SECONDS) as (gateway,):
             try:
                 yield url
             except GatewayError:

@@ -25,6 +25,8 @@ from training.workspace import STAGES, Stage
 TURNS = "turns"
 SPANS = (1, 2, 4)
 """Lengths of calls that a pair is measured with."""
+CONCURRENCY = 16
+"""Requests that a gateway is measured with at a time."""
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -161,16 +163,12 @@ def _add_gateway_options(parser: argparse.ArgumentParser) -> None:
         "--budgets",
         type=fraction,
         nargs="+",
-        default=BUDGETS,
         help=f"budgets to measure; 0 and 1 are always added (default: {' '.join(map(str, BUDGETS))})",
     )
-    served.add_argument(
-        "--concurrency", type=positive, default=16, help="concurrent requests (default: %(default)s)"
-    )
+    served.add_argument("--concurrency", type=positive, help=f"concurrent requests (default: {CONCURRENCY})")
     served.add_argument(
         "--span-tokens",
-        type=int,
-        default=0,
+        type=positive,
         help="span_tokens of the gateway, as part of the bound (default: PAIR's)",
     )
 
@@ -191,21 +189,21 @@ def evaluate(argv: list[str]) -> int:
             pairs.append(Path(argument))
     if len(pairs) > 1 or not (pairs or args.gateway):
         raise RecipeError("expected one PAIR, or --gateway URL")
-    if not pairs and (args.no_curves or args.router):
-        raise RecipeError("--no-curves and --router need a PAIR: a gateway has one router, and no curves")
+    check_options(args, bool(pairs))
     recipe = load_recipe(find_recipe(args.recipe), overrides)
     others = routers(args.router)
     task = task_of(recipe)
     torch.set_num_threads(recipe.threads)
     examples = task.test()[: args.examples]
-    span_tokens = args.span_tokens
+    span_tokens = args.span_tokens or 0
     reports = []
     for pair in pairs:
         reports.append(evaluate_pair(pair, task, examples, curve_spans(args), recipe.max_tokens, others))
         span_tokens = span_tokens or RouterCheckpoint.load(pair / "router").config.span_tokens
     if args.gateway:
-        gateway = RunningGateway(args.gateway, recipe.max_tokens, args.concurrency)
-        reports.append(gateway_report(measure(gateway, task, examples, args.budgets, span_tokens)))
+        gateway = RunningGateway(args.gateway, recipe.max_tokens, args.concurrency or CONCURRENCY)
+        measured = measure(gateway, task, examples, args.budgets or BUDGETS, span_tokens)
+        reports.append(gateway_report(measured))
     report = reports[0] if len(reports) == 1 else joined(*reports)
     print(table(report))
     if args.out:
@@ -215,6 +213,22 @@ def evaluate(argv: list[str]) -> int:
     if args.json:
         print(report.to_json())
     return 0
+
+
+def check_options(args: argparse.Namespace, has_pair: bool) -> None:
+    """Every option does something. Raises RecipeError for one that does not."""
+    of_pairs = {"--spans": args.spans is not None, "--no-curves": args.no_curves, "--router": args.router}
+    of_gateways = {
+        "--budgets": args.budgets,
+        "--concurrency": args.concurrency,
+        "--span-tokens": args.span_tokens,
+    }
+    for option, given in of_pairs.items():
+        if given and not has_pair:
+            raise RecipeError(f"{option} needs a PAIR: a gateway has one router, and no curves")
+    for option, given in of_gateways.items():
+        if given and not args.gateway:
+            raise RecipeError(f"{option} needs --gateway URL: it says how a running gateway is measured")
 
 
 def curve_spans(args: argparse.Namespace) -> Sequence[int] | None:

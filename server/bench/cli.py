@@ -129,7 +129,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="PYTHON",
         help="Python interpreter with LiteLLM's proxy installed, for the section peers",
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.litellm and "peers" not in (options.section or SECTIONS):
+        parser.error("--litellm is for the section peers, which --section leaves out")
+    return options
 
 
 def _say(text: str, to_stderr: bool) -> None:

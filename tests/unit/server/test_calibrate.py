@@ -86,6 +86,7 @@ def test_ctrl_c_shows_what_is_known_and_leaves_the_gateway_as_it_is(
     ("arguments", "problem"),
     [
         (["--gateway", "http://127.0.0.1:9", "--gate", "margin"], "leave out --gate: the gateway at"),
+        (["--gateway", "http://127.0.0.1:9", "--timeout", "60"], "leave out --timeout: the gateway at"),
         (["--gateway", "http://127.0.0.1:9", "--", "--dtype", "half"], "leave out what follows --: the"),
         (["--gateway", "http://127.0.0.1:9"], "the gateway at http://127.0.0.1:9: Connection error"),
         ([], "student is required (--student)"),

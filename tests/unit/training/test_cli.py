@@ -27,11 +27,12 @@ from wheels import main
         ),
         (["evaluate", "/no/where"], "no router checkpoint in /no/where/router"),
         (["evaluate"], "expected one PAIR, or --gateway URL"),
-        (
-            ["evaluate", "--gateway", "http://127.0.0.1:9", "--no-curves"],
-            "--no-curves and --router need a PAIR",
-        ),
-        (["evaluate", "--gateway", "http://127.0.0.1:9", "--router", "a=x"], "--router need a PAIR"),
+        (["evaluate", "--gateway", "http://127.0.0.1:9", "--no-curves"], "--no-curves needs a PAIR"),
+        (["evaluate", "--gateway", "http://127.0.0.1:9", "--router", "a=x"], "--router needs a PAIR"),
+        (["evaluate", "--gateway", "http://127.0.0.1:9", "--spans"], "--spans needs a PAIR"),
+        (["evaluate", "deploy/demo", "--budgets", "0.1"], "--budgets needs --gateway URL"),
+        (["evaluate", "deploy/demo", "--concurrency", "4"], "--concurrency needs --gateway URL"),
+        (["evaluate", "deploy/demo", "--span-tokens", "4"], "--span-tokens needs --gateway URL"),
         (
             ["evaluate", "deploy/demo", "--spans", "2", "--no-curves"],
             "--no-curves leaves out what --spans asks",

@@ -55,3 +55,11 @@ def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         cli.main(["--section", "speed"])
     assert "invalid choice: 'speed'" in capsys.readouterr().err
+
+
+def test_an_interpreter_for_a_section_that_does_not_run_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        wheels.main(["bench", "--section", "gate", "--litellm", "python"])
+    assert "--litellm is for the section peers" in capsys.readouterr().err
