@@ -1,4 +1,4 @@
-"""Demonstrations as padded batches, addressed by step: what makes a resumed run repeat itself exactly."""
+"""Demonstrations as padded batches, addressed by step, so that a resumed run repeats itself exactly."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -17,8 +17,11 @@ from training.tasks import Task
 from training.tokenizer import encode_answers, encode_prompts
 
 SHARD_BATCHES = 64
+"""Number of batches that are drawn and sorted by length together."""
 NARROW_ROWS = 16
+"""Least mean number of rows in the narrow parts of a batch."""
 DRAWS = 20
+"""Most draws for one shard, before so few examples are short enough that the data counts as unusable."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,13 @@ class Batch:
     """Right-padded prompts with their answers."""
 
     ids: Tensor
-    """(B, T) int64."""
+    """(B, T) int64, token ids."""
     answer: Tensor
-    """(B, T) bool, True at t where the model at t predicts a token of the answer, ids[:, t + 1]."""
+    """(B, T) bool, True at each t at which the model predicts a token of the answer, ids[:, t + 1]."""
     comes_again: bool = False
-    """Its rows come again in later epochs, so that a teacher's answer is worth keeping."""
+    """Whether its rows come again in later epochs, so that a teacher's answer is worth keeping."""
     sources: Sequence[Source] = ()
-    """What each row asks, where it is known."""
+    """The source of each row, for batches of demonstrations; else empty."""
 
     @property
     def targets(self) -> Tensor:
@@ -41,13 +44,13 @@ class Batch:
 
     @property
     def positions(self) -> int:
-        """How many tokens the answers have together."""
+        """Number of tokens in all answers together."""
         return int(self.answer.sum())
 
     def narrow(self) -> "Narrow":
-        """The same rows, sorted by length, as batches that are as wide as their longest row.
+        """The same rows, sorted by length and split into batches as wide as their longest row.
 
-        That leaves less padding to compute on.
+        So models compute on less padding.
         """
         count = len(self.ids) // NARROW_ROWS
         if count < 2:
@@ -64,23 +67,23 @@ class Batch:
         return Narrow(parts, order.repeat_interleave(self.answer.sum(1)[order]).argsort(stable=True))
 
     def prompts(self) -> list[list[int]]:
-        """Token ids of each row before its answer."""
+        """The token ids before the answer of each row."""
         lengths = self.answer.int().argmax(1) + 1
         return [row[:n] for row, n in zip(self.ids.tolist(), lengths.tolist(), strict=True)]
 
     @property
     def answers(self) -> list[list[int]]:
-        """Token ids of each row's answer."""
+        """The token ids of each row's answer."""
         lengths = self.answer.sum(1).tolist()
         read = zip(self.ids.tolist(), self.prompts(), lengths, strict=True)
         return [row[len(prompt) : len(prompt) + length] for row, prompt, length in read]
 
     def rows(self, places: Sequence[int]) -> "Batch":
-        """Some of the rows."""
+        """A batch of the rows at these places."""
         return Batch(self.ids[list(places)], self.answer[list(places)])
 
     def replaced(self, places: Sequence[int], rows: "Batch", pad: int) -> "Batch":
-        """With other rows in these places."""
+        """The batch with the rows at these places replaced by `rows`; `pad` is the id to fill up with."""
         prompts = self.prompts()
         answers = self.answers
         for place, prompt, answer in zip(places, rows.prompts(), rows.answers, strict=True):
@@ -89,15 +92,15 @@ class Batch:
         return Batch.of(prompts, answers, pad).to(self.ids.device)
 
     def with_prompts(self, prompts: list[list[int]], pad: int) -> "Batch":
-        """The same answers after other prompts; their positions keep their order."""
+        """The batch with other prompts before the same answers, whose positions keep their order."""
         return Batch.of(prompts, self.answers, pad).to(self.ids.device)
 
     def to(self, device: torch.device) -> "Batch":
-        """On this device."""
+        """The batch with its tensors on this device."""
         return replace(self, ids=self.ids.to(device), answer=self.answer.to(device))
 
     def parts(self, count: int) -> list["Batch"]:
-        """`count` batches of equally many rows. Raises ValueError where that does not come out even."""
+        """`count` batches with equal numbers of rows. Raises ValueError if the rows do not split evenly."""
         if len(self.ids) % count:
             raise ValueError(f"a batch of {len(self.ids)} does not split into {count} equal parts")
         size = len(self.ids) // count
@@ -111,7 +114,7 @@ class Batch:
 
     @classmethod
     def of(cls, prompts: list[list[int]], answers: list[list[int]], pad: int) -> Self:
-        """Rows of prompt and answer, filled up with `pad`."""
+        """A batch whose rows are a prompt and its answer, filled up with `pad`."""
         rows = []
         for prompt, tokens in zip(prompts, answers, strict=True):
             rows.append(prompt + tokens)
@@ -125,12 +128,12 @@ class Batch:
 
 
 class BatchLoss(NamedTuple):
-    """What a method makes of a batch."""
+    """The loss of a batch."""
 
     loss: Tensor
     """A scalar, the mean over the positions of the answers."""
     scalars: dict[str, Tensor]
-    """To log."""
+    """Scalars to log, by name."""
 
 
 class Narrow(NamedTuple):
@@ -138,21 +141,21 @@ class Narrow(NamedTuple):
 
     parts: list[Batch]
     order: Tensor | slice
-    """(N,) brings the parts' answer positions, one part after the other, into the batch's order."""
+    """(N,) index that brings the parts' answer positions, joined part after part, into the batch's order."""
 
 
 def rounded_up(width: int) -> int:
-    """Few distinct widths are friendlier to caches and compilers."""
+    """The width rounded up to a multiple of 8: caches and compilers prefer few distinct widths."""
     return -(-width // 8) * 8
 
 
 class LeftPadded(NamedTuple):
-    """Rows that all end in the last column."""
+    """Rows padded on the left, so that all end in the last column."""
 
     ids: Tensor
-    """(B, T) int64."""
+    """(B, T) int64, token ids."""
     mask: Tensor
-    """(B, T) int64, 0 is padding."""
+    """(B, T) int64; 0 is padding."""
 
 
 def left_padded(rows: list[list[int]], pad: int, device: torch.device | None = None) -> LeftPadded:
@@ -168,7 +171,7 @@ def left_padded(rows: list[list[int]], pad: int, device: torch.device | None = N
 
 
 class Demonstration(NamedTuple):
-    """Token ids of one example."""
+    """Prompt and answer of one example, as token ids, and its source."""
 
     prompt: list[int]
     answer: list[int]
@@ -176,19 +179,19 @@ class Demonstration(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of both together."""
+        """Number of tokens of prompt and answer together."""
         return len(self.prompt) + len(self.answer)
 
 
 class Demonstrations:
-    """Batch number `step` of a seeded stream of references; rows of similar length share a batch.
+    """Batches of a seeded stream of references, by step; rows of similar length share a batch.
 
     Args:
-        task: draws the examples.
-        tokenizer: of the pair.
-        batch: rows of a batch.
-        seed: of the stream.
-        longest: tokens of prompt and answer together; what is longer is left out. None: any number.
+        task: the task that draws the examples.
+        tokenizer: the tokenizer of the pair.
+        batch: number of rows in a batch.
+        seed: seed of the stream.
+        longest: most tokens of prompt and answer together; longer examples are left out. None: no limit.
     """
 
     def __init__(
@@ -227,10 +230,10 @@ class Demonstrations:
         return batches
 
     def _rows(self, stream: Iterator[Example], rng: random.Random) -> list[Demonstration]:
-        """The next examples that are short enough, as many as a shard takes.
+        """The next examples that are short enough, as many as a shard needs.
 
         Raises:
-            DataError: nearly everything is too long.
+            DataError: nearly all examples are too long.
         """
         wanted = self._batch * SHARD_BATCHES
         rows: list[Demonstration] = []
@@ -249,5 +252,5 @@ class Demonstrations:
 
 
 def _answer(example: Example, rng: random.Random) -> str:
-    """One of its right answers; nothing if none is known, as a model then writes its own."""
+    """One of the example's right answers; empty if none is known, because a model then writes its own."""
     return example.references.sample(rng) if example.references else ""

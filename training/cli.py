@@ -1,4 +1,4 @@
-"""`wheels train` and `wheels evaluate`."""
+"""The commands `wheels train` and `wheels evaluate`."""
 
 import argparse
 import os
@@ -24,20 +24,20 @@ from training.workspace import STAGES, Stage
 
 TURNS = "turns"
 SPANS = (1, 2, 4)
-"""Lengths of calls that a pair is measured with."""
+"""Lengths of teacher calls that a pair is measured with, in tokens, unless `--spans` sets others."""
 CONCURRENCY = 16
-"""Requests that a gateway is measured with at a time."""
+"""Number of concurrent requests to a measured gateway, unless `--concurrency` sets another."""
 RECIPES = Path(__file__).parent / "recipes"
 
 
 def find_recipe(name: str) -> Path:
-    """A path, or the name of a recipe that ships with the project."""
+    """The path of a recipe, given as a path or as the name of a recipe that ships with the project."""
     shipped = RECIPES / f"{name}.yaml"
     return shipped if shipped.exists() else Path(name)
 
 
 def training_parser() -> argparse.ArgumentParser:
-    """Arguments of `wheels train`."""
+    """The parser of the arguments of `wheels train`."""
     parser = argparse.ArgumentParser(
         "wheels train",
         description="Train a pair from a recipe. Repeat the command to resume an interrupted run.",
@@ -73,7 +73,8 @@ def train(argv: list[str]) -> int:
     """Run `wheels train`.
 
     Raises:
-        WheelsError: the recipe, or what it names, cannot be used, or the training failed or was stopped.
+        WheelsError: the recipe, or something that it names, cannot be used; or the training failed or was
+            stopped.
     """
     parser = training_parser()
     args = parser.parse_intermixed_args(argv)
@@ -97,7 +98,15 @@ def train(argv: list[str]) -> int:
 def train_and_push(
     recipe: Recipe, stages: tuple[Stage, ...], turns: bool, restart: bool, repository: str | None
 ) -> None:
-    """What cannot be pushed is refused before anything is trained."""
+    """Train the stages and the turns, and upload the result if a repository is given.
+
+    Args:
+        recipe: the recipe to train.
+        stages: the stages to train.
+        turns: whether to take turns after them.
+        restart: whether to delete earlier results of the stages and turns first.
+        repository: OWNER/NAME on the hub, checked before anything is trained; None: no upload.
+    """
     if repository is not None:
         check_hub(repository, HfApi())
     if stages:
@@ -109,7 +118,7 @@ def train_and_push(
 
 
 def evaluation_parser() -> argparse.ArgumentParser:
-    """Arguments of `wheels evaluate`."""
+    """The parser of the arguments of `wheels evaluate`."""
     parser = argparse.ArgumentParser(
         "wheels evaluate",
         description="Measure quality at several teacher rates: of all gates of a pair, or of a gateway.",
@@ -177,7 +186,7 @@ def evaluate(argv: list[str]) -> int:
     """Run `wheels evaluate`.
 
     Raises:
-        WheelsError: the arguments, or what they name, cannot be used.
+        WheelsError: the arguments, or something that they name, cannot be used.
     """
     args = evaluation_parser().parse_intermixed_args(argv)
     overrides = []
@@ -216,7 +225,7 @@ def evaluate(argv: list[str]) -> int:
 
 
 def check_options(args: argparse.Namespace, has_pair: bool) -> None:
-    """Every option does something. Raises RecipeError for one that does not."""
+    """Raises RecipeError for an option that would do nothing."""
     of_pairs = {"--spans": args.spans is not None, "--no-curves": args.no_curves, "--router": args.router}
     of_gateways = {
         "--budgets": args.budgets,
@@ -232,7 +241,7 @@ def check_options(args: argparse.Namespace, has_pair: bool) -> None:
 
 
 def curve_spans(args: argparse.Namespace) -> Sequence[int] | None:
-    """Lengths of the curves' calls; None: no curves. Raises RecipeError if both are asked for."""
+    """Lengths of the curves' calls, in tokens; None: no curves. Raises RecipeError for options that clash."""
     if args.no_curves and args.spans is not None:
         raise RecipeError("--no-curves leaves out what --spans asks for: give one of them")
     if args.no_curves:
@@ -241,7 +250,7 @@ def curve_spans(args: argparse.Namespace) -> Sequence[int] | None:
 
 
 def fraction(text: str) -> float:
-    """An argument in [0, 1]. Raises ValueError, which argparse reports."""
+    """The number of an argument in [0, 1]. Raises ValueError, which argparse reports."""
     value = float(text)
     if not 0 <= value <= 1:
         raise ValueError(text)
@@ -249,7 +258,7 @@ def fraction(text: str) -> float:
 
 
 def positive(text: str) -> int:
-    """An argument of at least 1. Raises ValueError, which argparse reports."""
+    """The whole number of an argument of at least 1. Raises ValueError, which argparse reports."""
     value = int(text)
     if value < 1:
         raise ValueError(text)
@@ -257,7 +266,11 @@ def positive(text: str) -> int:
 
 
 def routers(entries: list[str]) -> dict[str, Path]:
-    """Directories by name. Raises RecipeError for an entry without one, or with a name that is taken."""
+    """Router directories by name, from entries NAME=DIR.
+
+    Raises:
+        RecipeError: an entry has no name or no directory, or its name is taken.
+    """
     named: dict[str, Path] = {}
     for entry in entries:
         name, equals, path = entry.partition("=")

@@ -1,4 +1,4 @@
-"""The recipe: one YAML file and `key=value` overrides; frozen, checked when built, unknown keys refused."""
+"""The recipe: a YAML file with `key=value` overrides, checked when it is read. Unknown keys are refused."""
 
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -40,27 +40,27 @@ from training.settings import Frozen, Rate
 
 
 class RecipeError(UnusableInput):
-    """The recipe is missing, malformed, or sets something that does not exist; the message names it."""
+    """The recipe is missing or malformed, or it sets something impossible; the message names it."""
 
 
 class TaskConfig(Frozen):
-    """What the pair is trained for, see `training.tasks`."""
+    """The task that the pair is trained for, see `training.tasks`."""
 
     name: str
-    """`numbers`, `jsonl` or `dataset`."""
+    """Name of the task: `numbers`, `jsonl` or `dataset`."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The task's own options, such as `directory` and `metric`; see training.md."""
 
 
 class TokenizerConfig(Frozen):
-    """Trained on the task (`size`), or pretrained (`pretrained`)."""
+    """The pair's tokenizer: trained on the task (set `size`), or pretrained (set `pretrained`)."""
 
     size: PositiveInt | None = None
-    """Number of ids in the tokenizer; the models add the reserved rows after them."""
+    """Number of ids in a tokenizer to train. The models add the reserved rows after them."""
     examples: PositiveInt = 20_000
-    """Training examples that the merges are learned on."""
+    """Number of training examples that the merges are learned on."""
     pretrained: str | None = None
-    """Directory, or hub name: OWNER/NAME, or OWNER/NAME@REVISION."""
+    """Directory or hub name (OWNER/NAME, or OWNER/NAME@REVISION) of a pretrained tokenizer."""
 
     @model_validator(mode="after")
     def _exclusive(self) -> Self:
@@ -79,22 +79,22 @@ class ChatConfig(Frozen):
 
 
 class TurnsConfig(Frozen):
-    """Rounds of training student and gate after the router stage, as long as validation improves."""
+    """Turns of training student and gate after the router stage, as long as validation improves."""
 
     most: PositiveInt = 3
-    """Most turns; each trains the student by `joint` and then a router for it."""
+    """Largest number of turns. Each trains the student by `joint`, and then a router for it."""
     rates: tuple[Rate, ...] = (0.05, 0.1, 0.2, 0.3)
-    """As in method `joint`."""
+    """Fractions to train for, as in method `joint`."""
     temperature: PositiveFloat = 0.2
-    """As in method `joint`."""
+    """Temperature of asking, as in method `joint`."""
     anchor: float = Field(default=0.1, ge=0)
-    """As in method `joint`."""
+    """Weight of distillation at every position, as in method `joint`."""
     schedule: Schedule
     """Schedule of the student in each turn."""
 
 
 class Recipe(Frozen):
-    """All stages of one pair."""
+    """The whole recipe: all stages of one pair."""
 
     output: Path
     """Directory for the exported teacher, student and router."""
@@ -105,7 +105,7 @@ class Recipe(Frozen):
     threads: PositiveInt = 1
     """CPU threads that torch uses."""
     max_tokens: PositiveInt = 64
-    """Longest completion in rollouts, calibration and evaluation."""
+    """Longest completion in rollouts, calibration and evaluation, in tokens."""
     max_length: PositiveInt | None = None
     """Longest example in tokens, prompt and answer together; longer ones are left out. None: the model's
     context.
@@ -113,9 +113,9 @@ class Recipe(Frozen):
     teacher_cache: NonNegativeInt = 1024
     """Megabytes of teacher answers to keep in `work` for later epochs; 0: none."""
     task: TaskConfig
-    """What the pair is trained for."""
+    """The task that the pair is trained for."""
     tokenizer: TokenizerConfig | None = None
-    """None: the pretrained student's, or else the pretrained teacher's."""
+    """Tokenizer of the pair; None: the pretrained student's, or else the pretrained teacher's."""
     chat: ChatConfig = ChatConfig()
     """How messages become a prompt."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
@@ -123,15 +123,15 @@ class Recipe(Frozen):
     teacher: TeacherConfig
     """The large model: trained from scratch, pretrained, trained further, or behind a URL."""
     cheaper_teachers: dict[TeacherName, CheaperConfig] = Field(default_factory=dict, max_length=7)
-    """More teachers by name, which the gate may ask instead of `teacher`. `teacher` judges them. The student
-    does not learn from them. Give them these names in `wheels serve`, next to `teacher`.
+    """More teachers by name, which the gate may ask instead of `teacher`. `teacher` judges what they write.
+    The student does not learn from them. Give them these names in `wheels serve`, next to `teacher`.
     """
     student: StudentConfig
     """The small model: trained from scratch, pretrained, trained further, or a part of the teacher."""
     router: GateConfig
     """The gate, and how its prices are measured."""
     turns: TurnsConfig | None = None
-    """More rounds of training student and gate; None: one round."""
+    """Turns of training student and gate after all stages; None: no turns."""
 
     def model(self, role: Role) -> ModelConfig | ServedConfig:
         """The configuration of teacher or student."""
@@ -139,7 +139,7 @@ class Recipe(Frozen):
 
     @property
     def ready_tokenizer(self) -> str | None:
-        """Directory or hub name; None where one is trained."""
+        """Directory or hub name of the pretrained tokenizer; None if the recipe trains one."""
         if self.tokenizer is not None:
             return self.tokenizer.pretrained
         for config in (self.student, self.teacher):
@@ -158,7 +158,7 @@ class Recipe(Frozen):
 
     @property
     def cheaper(self) -> list[tuple[str, CheaperConfig]]:
-        """The further teachers, from the cheapest to the dearest."""
+        """Name and configuration of each cheaper teacher, from the cheapest to the dearest."""
         return sorted(self.cheaper_teachers.items(), key=lambda named: named[1].cost)
 
     @model_validator(mode="after")
@@ -221,7 +221,15 @@ class Recipe(Frozen):
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """`overrides`: `teacher.schedule.steps=10`; values are read as YAML. Raises RecipeError, in one line."""
+    """Read a recipe and check it.
+
+    Args:
+        path: the YAML file.
+        overrides: e.g. `teacher.schedule.steps=10`; their values are read as YAML.
+
+    Raises:
+        RecipeError: the recipe cannot be used; the message is one line.
+    """
     try:
         data = _yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -237,7 +245,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def _override(data: dict[str, Any], override: str) -> None:
-    """Set one `key=value`, whose key may have dots; null takes away what the recipe says."""
+    """Apply one `key=value` to `data`. The key may have dots; the value null deletes the field."""
     key, equals, value = override.partition("=")
     if not equals:
         raise RecipeError(f"override {override!r}: expected key=value")
@@ -247,7 +255,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         inner = place.get(parent, {})
         if not isinstance(inner, dict):
             raise RecipeError(f"override {override!r}: {parent} is a plain value without fields")
-        place[parent] = dict(inner)  # an alias of YAML shares it with another place
+        place[parent] = dict(inner)  # a copy, because a YAML alias may share it with another place
         place = place[parent]
     try:
         read = _yaml(value)
@@ -260,7 +268,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def _yaml(text: str) -> Any:
-    """Raises ValueError, in one line."""
+    """The value of a YAML text. Raises ValueError, with a message of one line, if it cannot be read."""
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:

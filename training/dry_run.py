@@ -1,4 +1,4 @@
-"""`wheels train --dry-run`: estimates parameters, memory and time of a recipe, and keeps nothing."""
+"""`wheels train --dry-run`: estimates a recipe's parameters, memory and time, and keeps no result."""
 
 import time
 from collections.abc import Iterable
@@ -44,13 +44,13 @@ from training.tokenizer import visible_ids
 from training.workspace import Stage, Workspace
 
 STEPS = 9
-"""Measured; the first ones compile and warm up, so that the median counts."""
+"""Number of measured steps. The first ones compile and warm up, so the median counts."""
 
 
 def dry_run(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
-    """A few steps of each model to train, and a small router; untrained models stand in for missing ones.
+    """Train each model for a few steps, and a small router; untrained models stand in for missing ones.
 
-    Raises what `training.pipeline.run` would at its start.
+    Raises the errors that `training.pipeline.run` would raise at its start.
     """
     torch.set_num_threads(recipe.threads)
     task = task_of(recipe)
@@ -74,7 +74,7 @@ def dry_run(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
 def try_and_report_router(
     space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBase, trained: bool
 ) -> None:
-    """A small stage, or pieces of one whose completions are served."""
+    """Run a small router stage, or pieces of one whose completions are served, and print a table."""
     if not isinstance(space.recipe.router.rollouts, InProcessRollouts):
         with with_addresses(space) as served:
             trial = try_served_router(traffic_stage(served, task, tokenizer))
@@ -87,7 +87,10 @@ def try_and_report_router(
 def with_stand_ins(
     space: Workspace, stages: tuple[Stage, ...], output: Path, task: Task, tokenizer: PreTrainedTokenizerBase
 ) -> Workspace:
-    """The workspace itself, or one with the models that later stages need: what is there, else untrained."""
+    """The workspace itself, or one in `output` that has all models which later stages need.
+
+    It links to exported models, and has untrained ones in place of those that are missing.
+    """
     needed: list[Role] = []
     if {"student", "router"} & set(stages) and not isinstance(space.recipe.teacher, ServedConfig):
         needed.append("teacher")
@@ -110,20 +113,20 @@ def with_stand_ins(
 
 
 class Trial(NamedTuple):
-    """The steps that were run."""
+    """The measured steps of one model."""
 
     seconds: list[float]
-    """Of each step."""
+    """Seconds of each step."""
     tokens: list[int]
-    """Trained tokens of each step."""
+    """Number of trained tokens in each step."""
     batch: Batch
-    """The last one."""
+    """Batch of the last step."""
     optimizers: list[Optimizer]
-    """After the last step."""
+    """Optimizers after the last step."""
 
 
 def tried(job: Job, seed: int) -> Trial:
-    """Run the first steps."""
+    """Run the first steps of a job, and measure them."""
     optimizers = make_optimizers(job.model, job.schedule)
     seconds = []
     tokens = []
@@ -139,7 +142,7 @@ def tried(job: Job, seed: int) -> Trial:
 
 
 def report(title: str, job: Job, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
-    """Run the first steps of a job, and print a table of what they took."""
+    """Run the first steps of a job, and print a table of their time and memory."""
     run = tried(job, seed)
     model = job.model
     schedule = job.schedule
@@ -169,7 +172,7 @@ def report(title: str, job: Job, tokenizer: PreTrainedTokenizerBase, seed: int) 
 
 
 def report_router(run: RouterTrial, pair: FrozenPair) -> None:
-    """Print a table of what the router's stage takes."""
+    """Print a table of the time and memory of the router's stage."""
     beyond = "not known on this system" if run.memory is None else megabytes(run.memory)
     rows = {
         "completions": f"{run.rows:,} at once, of at most {pair.max_tokens} tokens",
@@ -190,10 +193,10 @@ def report_router(run: RouterTrial, pair: FrozenPair) -> None:
 
 
 def report_served_router(run: ServedTrial, *, started: bool) -> None:
-    """Print a table of what the router's stage takes that learns from served completions.
+    """Print a table of the time and memory of the router's stage from served completions.
 
     Args:
-        run: what was measured.
+        run: the measured pieces.
         started: whether the stage starts the servers.
     """
     work = run.work
@@ -216,7 +219,7 @@ def report_served_router(run: ServedTrial, *, started: bool) -> None:
             f"rounds {seconds(work.completions * run.completion)}, "
             f"prices at most {seconds(work.asked * run.completion)}"
         )
-        if work.forks:  # on average they are begun in the middle
+        if work.forks:  # on average, half of a completion is left to write
             rows["gateway"] += f", begun completions at most {seconds(work.forks * run.completion / 2)}"
     table = Table(title=f"router: on {parallel.device().type}, from served completions", show_header=False)
     for name, value in rows.items():
@@ -225,7 +228,7 @@ def report_served_router(run: ServedTrial, *, started: bool) -> None:
 
 
 def seconds(value: float) -> timedelta:
-    """To read."""
+    """A time in seconds, rounded for people to read."""
     return timedelta(seconds=round(value))
 
 
@@ -237,7 +240,7 @@ def shape_of(batch: Batch, accumulate: int) -> str:
 
 
 def size(tensors: Iterable[object]) -> str:
-    """Of what lies in this process."""
+    """Size of the tensors in this process, e.g. `1.5 MB`; of a sharded tensor, its local part counts."""
     total = 0
     for tensor in tensors:
         if isinstance(tensor, DTensor):
@@ -248,11 +251,11 @@ def size(tensors: Iterable[object]) -> str:
 
 
 def peak() -> str:
-    """Of the GPU's memory, or of the whole process where there is none."""
+    """Peak memory of the GPU, or of the whole process if there is no GPU, for people to read."""
     whose = "" if torch.cuda.is_available() else " (whole process)"
     return megabytes(peak_memory()) + whose
 
 
 def megabytes(count: float) -> str:
-    """Bytes, to read."""
+    """A number of bytes in megabytes, for people to read."""
     return f"{count / 1e6:,.1f} MB"

@@ -1,4 +1,4 @@
-"""Exports: plain Hugging Face directories that appear all at once, and hold the model that was trained."""
+"""Exports models as plain Hugging Face directories, which appear all at once and are checked first."""
 
 import json
 import os
@@ -26,12 +26,15 @@ EXPORTED_EXAMPLES = 200
 
 
 class ExportError(RunEnded):
-    """What would be exported is not the model that was trained."""
+    """The model to export does not compute what the trained model computes."""
 
 
 @contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
-    """A folder to write to, which then takes the directory's place; a kill leaves one of the two."""
+    """A scratch folder that replaces `directory` at the end of the block.
+
+    If the process is killed, one of the two directories is left whole. If the block fails, the old one stays.
+    """
     scratch = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -44,7 +47,7 @@ def replacing(directory: Path) -> Iterator[Path]:
 
 
 def remove(directory: Path) -> None:
-    """A directory with all in it, or a link to one; nothing if there is none."""
+    """Delete a directory with its contents, or a link to one, if it exists."""
     if directory.is_symlink():
         directory.unlink()
     elif directory.exists():
@@ -58,17 +61,19 @@ def export(
     directory: Path,
     record: Record,
 ) -> None:
-    """A plain Hugging Face directory, adapters merged; written by the first process.
+    """Export a trained model as a plain Hugging Face directory, with adapters merged.
+
+    The first process writes it; all processes of a sharded model take part.
 
     Args:
-        model: the trained one.
-        plain: builds another like it, without adapters.
-        tokenizer: exported with it.
-        directory: of the export.
-        record: what the recipe says of it.
+        model: the trained model.
+        plain: builds a model of the same shape without adapters.
+        tokenizer: the tokenizer to export with the model.
+        directory: the directory to write.
+        record: the fields of the recipe that matter for the model.
 
     Raises:
-        ExportError: its logits would not be those of the trained model; nothing is written.
+        ExportError: the exported model's logits differ from the trained model's; nothing is written.
     """
     trained = probed(model)
     weights = parallel.weights_of(model)
@@ -82,7 +87,7 @@ def export(
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, record: Record) -> None:
-    """All at once, with what the recipe says of it."""
+    """Write a model, its tokenizer and its record to a directory, which appears all at once."""
     with replacing(directory) as scratch:
         save_model(model, tokenizer, scratch)
         write_record(record, scratch)
@@ -90,20 +95,25 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: 
 
 @torch.no_grad()
 def probed(model: PreTrainedModel) -> Tensor:
-    """Logits (T, V) of a few ids, on the CPU; all processes of a sharded model take part."""
+    """The model's logits (T, V) for a few ids, on the CPU; all processes of a sharded model take part."""
     with evaluating(model), torch.compiler.set_stance("force_eager"):
         return model(input_ids=probe_ids(model), use_cache=False).logits[0].float().cpu()
 
 
 def link_model(name: str, directory: Path) -> None:
-    """The export of a model that is taken as it is."""
+    """Export a model that is used as it is: `directory` becomes a link to the model's own directory."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     remove(directory)
     directory.symlink_to(directory_of(name))
 
 
 def is_link_to(name: str, directory: Path) -> bool:
-    """Whether this export is the model of that directory or hub name; without a revision, any of them."""
+    """Whether an export is a link to the model of this name.
+
+    Args:
+        name: a directory, or a hub name; without a revision, any revision counts.
+        directory: the export.
+    """
     target = directory.resolve()
     if Path(name).is_dir():
         return target == Path(name).resolve()
@@ -114,7 +124,7 @@ def is_link_to(name: str, directory: Path) -> bool:
 
 
 def export_examples(task: Task, path: Path) -> None:
-    """Held-out examples with all their right answers, so that a demo can score itself without `training`."""
+    """Write test examples with all right answers, so that a demo can score itself without `training`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     for example in task.test()[:EXPORTED_EXAMPLES]:

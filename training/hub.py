@@ -1,6 +1,6 @@
-"""Models from the Hugging Face hub, and the trained pair on it.
+"""Downloads models from the Hugging Face hub, and uploads a trained pair to it.
 
-Student and router have a repository each.
+Student and router get a repository each.
 """
 
 from collections.abc import Iterator
@@ -16,25 +16,28 @@ from router.hub import fetch
 
 PUSHED = ("student", "router")
 OLDER_WEIGHTS = ("*.bin",)
-"""Files of a model that has no safetensors: it can be trained, and its export has them."""
+"""Weight files of a model without safetensors. It can be trained, and its export has safetensors."""
 
 
 class HubError(PeerError):
-    """The hub cannot be reached, or does not let us write; the message says why."""
+    """The hub cannot be reached, or does not let this user write; the message says why."""
 
 
 def directory_of(name: str) -> Path:
-    """Of a directory or hub name, OWNER/NAME or OWNER/NAME@REVISION; downloads what is not in the cache.
+    """The local directory of a model; files that are not in the hub's cache are downloaded.
+
+    Args:
+        name: a directory, or a hub name: OWNER/NAME or OWNER/NAME@REVISION.
 
     Raises:
-        NotOnHub: there is no such model, or the hub cannot be reached and its cache is not enough.
+        NotOnHub: there is no such model, or the hub cannot be reached and the local cache is not enough.
     """
     return Path(name).resolve() if Path(name).is_dir() else _fetched(name)
 
 
 @cache
 def _fetched(name: str) -> Path:
-    """One run works with one version of a model."""
+    """The downloaded directory of a hub name, cached so that one run uses one version of a model."""
     directory = fetch(name)
     if any(directory.glob("*.safetensors")):
         return directory
@@ -42,10 +45,10 @@ def _fetched(name: str) -> Path:
 
 
 def check_hub(name: str, api: HfApi) -> None:
-    """Before training: the name is one, and the hub knows who we are.
+    """Check, before training, that the repository names are valid and that the user is logged in.
 
     Raises:
-        HubError: it would fail at the end.
+        HubError: the upload at the end would fail.
     """
     if name.count("/") != 1:
         raise HubError(f"--push-to-hub {name}: expected OWNER/NAME")
@@ -56,13 +59,13 @@ def check_hub(name: str, api: HfApi) -> None:
 
 
 def push(output: Path, name: str, api: HfApi) -> list[str]:
-    """Upload the exports to OWNER/NAME-student and OWNER/NAME-router, private if they are new.
+    """Upload the exports to OWNER/NAME-student and OWNER/NAME-router; new repositories are private.
 
     Returns:
-        Names of the repositories.
+        The names of the repositories.
 
     Raises:
-        HubError: nothing was exported yet, or the hub refuses.
+        HubError: nothing was exported yet, or the hub refuses the upload.
     """
     pushed = []
     for part in PUSHED:
@@ -80,7 +83,7 @@ def push(output: Path, name: str, api: HfApi) -> list[str]:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """The hub's client raises errors of several HTTP libraries: all of them end here."""
+    """Turn any error in the block into a HubError; the hub's client raises those of several libraries."""
     try:
         yield
     except Exception as error:

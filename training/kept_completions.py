@@ -1,4 +1,4 @@
-"""A teacher's greedy completions of training prompts, kept: they are the same in every epoch."""
+"""Keeps a teacher's greedy completions of training prompts, because they are the same in every epoch."""
 
 from dataclasses import dataclass
 
@@ -13,28 +13,28 @@ from training.teacher_cache import TeacherCache, key_of
 
 @dataclass(frozen=True)
 class KeptCompletions:
-    """Completions by one teacher in process."""
+    """Kept completions by one teacher in process."""
 
     cache: TeacherCache
     teacher: str
-    """Fingerprint of its weights."""
+    """Fingerprint of the teacher's weights."""
 
     def written(self, model: PreTrainedModel, batch: Batch, visible: int, end: int, longest: int) -> Batch:
-        """The batch's prompts with the teacher's completions, of which only new ones are written.
+        """The batch's prompts with the teacher's completions; the teacher writes only those not kept yet.
 
         Args:
             model: the teacher.
-            batch: of demonstrations.
-            visible: only ids below it are written.
+            batch: demonstrations; only their prompts are used.
+            visible: the teacher writes only ids below this.
             end: the end-of-sequence id, also used to pad.
-            longest: tokens of a completion, the end token with them.
+            longest: most tokens in a completion, including the end token.
         """
         prompts = batch.prompts()
         keys = [key_of("completion", self.teacher, visible, prompt) for prompt in prompts]
         answers: dict[int, list[int]] = {}
         for row, value in enumerate(self.cache.get(keys)):
             tokens = [] if value is None else unpacked(value)
-            if tokens and (tokens[-1] == end or len(tokens) >= longest):  # else it was cut short
+            if tokens and (tokens[-1] == end or len(tokens) >= longest):  # others were cut short
                 answers[row] = tokens[:longest]
         missing = [row for row in range(len(prompts)) if row not in answers]
         # Sharded models run in step: a process with fewer new prompts completes one of them again.

@@ -1,4 +1,4 @@
-"""Token ids in a cache on disk: what was written before a stop is not written again."""
+"""Token ids in a cache on disk, so that completions from before a stop are not written again."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,23 +9,28 @@ from training.teacher_cache import TeacherCache
 
 
 def packed(tokens: list[int]) -> bytes:
-    """As they are kept: ids in 32 bits."""
+    """The token ids as the cache stores them: 32-bit integers."""
     return np.array(tokens, dtype=np.int32).tobytes()
 
 
 def unpacked(content: bytes) -> list[int]:
-    """The other way round."""
+    """The token ids in a value that `packed` has made."""
     return np.frombuffer(content, dtype=np.int32).tolist()
 
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """Token ids by key."""
+    """Lists of token ids by key."""
 
     cache: TeacherCache
 
     def of(self, keys: Sequence[bytes], write: Callable[[list[int]], list[list[int]]]) -> list[list[int]]:
-        """Those of each key; `write` gives those whose places are missing."""
+        """The token ids of each key, in the order of the keys.
+
+        Args:
+            keys: a key for each list of token ids.
+            write: gets the places of the missing keys in `keys`, and returns their token ids.
+        """
         found = []
         missing = []
         for place, value in enumerate(self.cache.get(keys)):

@@ -1,4 +1,4 @@
-"""Low-rank adapters by `peft`, inside the model itself: to everything else it stays the same model."""
+"""Low-rank adapters by `peft`, put inside the model itself: other code uses it as before."""
 
 import warnings
 from collections.abc import Iterator
@@ -16,14 +16,15 @@ from training.model_config import LoraConfig
 
 
 class LoraError(UnusableInput):
-    """These adapters cannot be trained, or not exported exactly; the message names the module."""
+    """The adapters cannot be trained, or cannot be exported exactly; the message names the module."""
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
-    """In place; all other weights are frozen.
+    """Add adapters to a model in place, and freeze all other weights.
 
     Raises:
-        LoraError: a target that the model has not, or whose adapter cannot be merged into plain weights.
+        LoraError: the model does not have a target, or the target's adapter cannot be merged into plain
+            weights.
     """
     _check_targets(model, config)
     settings = peft.LoraConfig(
@@ -34,7 +35,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
     )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is checked here, and of what peft sets right by itself
+            warnings.simplefilter("ignore")  # peft warns of things that are checked here or that it corrects
             peft.inject_adapter_in_model(settings, model)
     except ValueError as error:
         raise LoraError(f"lora.targets: {str(error).splitlines()[0]}") from error
@@ -44,14 +45,19 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
-    """The modules with an adapter, by name."""
+    """The modules with an adapter, each with its name."""
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             yield name, module
 
 
 def merged(weights: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """`weights`, all of the model's, with its adapters added to what they belong to, and gone."""
+    """The plain weights of a model: its adapters are added to the weights that they belong to.
+
+    Args:
+        weights: all weights of the model, with those of its adapters.
+        model: the model with the adapters.
+    """
     plain = {}
     for name, tensor in weights.items():
         if ".lora_" not in name:
@@ -64,7 +70,7 @@ def merged(weights: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tens
 
 
 def _change(weights: dict[str, Tensor], name: str, layer: BaseTunerLayer) -> Tensor:
-    """What a layer's adapter adds to its weight."""
+    """The change that a layer's adapter adds to the layer's weight."""
     (adapter,) = layer.active_adapters
     if isinstance(layer, lora.Embedding):
         down = weights[f"{name}.lora_embedding_A.{adapter}"]
@@ -80,7 +86,7 @@ def _change(weights: dict[str, Tensor], name: str, layer: BaseTunerLayer) -> Ten
 
 
 def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Each target is there, and no other module has its weight: that one would change with it."""
+    """Check that each target exists and shares its weight with no other module, which would change too."""
     shared = _shared_weights(model)
     for target in () if config.targets == "all-linear" else config.targets:
         found = {}

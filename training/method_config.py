@@ -58,15 +58,16 @@ class Schedule(Frozen):
 
 
 class MethodBase(Frozen):
-    """What all methods tell about themselves."""
+    """A training method, and what it needs."""
 
     needs_teacher: ClassVar[bool] = True
+    """Whether the method needs a teacher."""
     teacher_in_process: ClassVar[bool] = False
-    """Whether a teacher behind a URL is not enough."""
+    """Whether the teacher must be in process, and not behind a URL."""
 
     @property
     def needs_references(self) -> bool:
-        """Whether it trains on right answers of the task."""
+        """Whether the method trains on right answers of the task."""
         return True
 
 
@@ -74,8 +75,8 @@ class SupervisedConfig(MethodBase):
     """Fine-tuning on whole answers, whoever wrote them."""
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the probability given to all tokens equally; makes a teacher less overconfident on little
-    data.
+    """Share of the probability that all tokens get equally; makes a teacher less overconfident if there is
+    little data.
     """
 
 
@@ -92,11 +93,11 @@ class SeqKDConfig(SupervisedConfig):
     teacher_in_process: ClassVar[bool] = True
     type: Literal["seqkd"]
     temperature: float = Field(default=0.0, ge=0)
-    """0: greedy, the likeliest completion; 1: drawn from the teacher."""
+    """Temperature of the teacher's completions. 0: greedy; 1: drawn from the teacher's distribution."""
 
     @property
     def needs_references(self) -> bool:
-        """It trains on what the teacher writes."""
+        """False: the method trains on what the teacher writes."""
         return False
 
 
@@ -115,7 +116,7 @@ class GKDConfig(MethodBase):
 
     type: Literal["gkd"]
     beta: float = Field(default=1.0, ge=0, le=1)
-    """0: forward KL, 1: reverse KL."""
+    """Weight between the divergences. 0: forward KL; 1: reverse KL."""
     temperature: PositiveFloat = 1.0
     """Temperature of both distributions, as in `kd`; completions are drawn at 1."""
     on_policy: float = Field(default=0.5, ge=0, le=1)
@@ -123,7 +124,7 @@ class GKDConfig(MethodBase):
 
     @property
     def needs_references(self) -> bool:
-        """Only for the steps on references."""
+        """Whether some steps are on references."""
         return self.on_policy < 1
 
 
@@ -132,15 +133,15 @@ class PCLConfig(MethodBase):
 
     type: Literal["pcl"]
     window: NonNegativeInt = 0
-    """Decisions in a sub-path; 0: one step, all actions."""
+    """Number of decisions in a sub-path; 0: sub-paths of one step, with the residuals of all tokens."""
     clip: PositiveFloat = 4.0
-    """Residuals count linearly beyond this, nats."""
+    """Size of a residual, in nats, beyond which the loss grows linearly."""
     on_policy: float = Field(default=0.5, ge=0, le=1)
     """Share of each step's rows that hold the student's own completions; the others hold references."""
 
     @property
     def needs_references(self) -> bool:
-        """Only for the rows of references."""
+        """Whether some rows hold references."""
         return self.on_policy < 1
 
 
@@ -153,15 +154,15 @@ class JointConfig(MethodBase):
     teacher_in_process: ClassVar[bool] = True
     type: Literal["joint"]
     router: Path
-    """Router checkpoint that was trained with the student."""
+    """Directory of the router checkpoint that was trained with the student."""
     rates: tuple[Rate, ...] = (0.05, 0.1, 0.2, 0.3)
-    """Budgets to train for, at their calibrated prices."""
+    """Fractions to train for, at their calibrated prices."""
     temperature: PositiveFloat = 0.2
     """Temperature of asking, in units of the score."""
     anchor: float = Field(default=0.1, ge=0)
-    """Weight of distillation that is added at every position."""
+    """Weight of the distillation that is added at every position, even if the gate asks there."""
     budget_prompt: BudgetPrompt | None = None
-    """Also gives the budget in words, for a router with `conditioning: prompt`."""
+    """Template of the budget in words, for a router with `conditioning: prompt`; None: no words."""
 
 
 MethodConfig = Annotated[
@@ -170,7 +171,7 @@ MethodConfig = Annotated[
 
 
 class TrainingPlan(NamedTuple):
-    """How a model is trained."""
+    """Method and schedule by which a model is trained."""
 
     method: MethodConfig
     schedule: Schedule
@@ -182,6 +183,8 @@ class RolloutConfig(Frozen):
     url: str
     """Address of the vLLM server, without /v1."""
     directory: Path | None = None
-    """Directory for passing the weights, readable by both; None: `rollouts` in the model's work directory."""
+    """Directory for passing the weights, which trainer and server can read; None: `rollouts` in the model's
+    work directory.
+    """
     every: PositiveInt = 1
-    """Batches drawn between transfers of the weights."""
+    """Number of batches drawn between transfers of the weights."""

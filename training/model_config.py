@@ -13,20 +13,20 @@ ROLES: tuple[Role, ...] = ("teacher", "student")
 
 
 class Shape(Frozen):
-    """A Llama of this size, trained from scratch."""
+    """The size of a Llama that is trained from scratch."""
 
     hidden: PositiveInt
     """Width of the hidden state."""
     layers: PositiveInt
     """Number of layers."""
     heads: PositiveInt
-    """Attention heads of a layer."""
+    """Number of attention heads in each layer."""
     feed_forward: PositiveInt
     """Width inside a layer's feed-forward part."""
     head_dim: PositiveInt = 32
-    """Width of a head; vLLM's CPU attention needs at least 32."""
+    """Width of an attention head; vLLM's CPU attention needs at least 32."""
     context: PositiveInt = 512
-    """Longest text, in tokens."""
+    """Longest text of prompt and answer, in tokens."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout of the embeddings and of each block's output in training; useful with little data."""
 
@@ -37,29 +37,29 @@ class ScratchConfig(Frozen):
     is_ready: ClassVar[bool] = False
     dtype: ClassVar[str] = "float32"
     shape: Shape
-    """Its size."""
+    """Size of the model."""
     method: MethodConfig
-    """How it learns."""
+    """Method that trains the model."""
     schedule: Schedule
-    """How long, and with which optimizer."""
+    """Length of the training, optimizer and learning rates."""
     rollouts: RolloutConfig | None = None
     """A vLLM server that writes the model's own completions; None: the trainer writes them."""
 
     @property
     def plan(self) -> TrainingPlan:
-        """How it is trained."""
+        """Method and schedule of the training."""
         return TrainingPlan(self.method, self.schedule)
 
 
 class LoraConfig(Frozen):
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) are trained instead of the weights."""
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), trained instead of the weights."""
 
     rank: PositiveInt = 16
     """Rank of each adapter."""
     alpha: PositiveFloat = 32
     """Scale of the adapters: their output is multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout of the adapters' inputs, while training."""
+    """Dropout of the adapters' inputs in training."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Names of the modules that get an adapter; by default all linear modules except the output matrix."""
 
@@ -74,20 +74,20 @@ class PretrainedConfig(Frozen):
     lora: LoraConfig | None = None
     """Adapters to train instead of the weights; None: train all weights."""
     method: MethodConfig | None = None
-    """How it is trained further; None: it is used as it is."""
+    """Method that trains the model further; None: the model is used as it is."""
     schedule: Schedule | None = None
-    """How long, and with which optimizer; goes with `method`."""
+    """Length of the training, optimizer and learning rates; set it if and only if you set `method`."""
     rollouts: RolloutConfig | None = None
     """A vLLM server that writes the model's own completions; None: the trainer writes them."""
 
     @property
     def is_ready(self) -> bool:
-        """Whether the model is taken as it is."""
+        """Whether the model is used as it is, without training."""
         return self.plan is None
 
     @property
     def plan(self) -> TrainingPlan | None:
-        """How it is trained; None: not at all."""
+        """Method and schedule of the training; None: the model is not trained."""
         if self.method is None or self.schedule is None:
             return None
         return TrainingPlan(self.method, self.schedule)
@@ -102,10 +102,10 @@ class PretrainedConfig(Frozen):
 
 
 class PruneConfig(Frozen):
-    """Which part of the teacher a student starts from."""
+    """The part of the teacher that a student starts from."""
 
     layers: PositiveInt
-    """How many of its layers: the first, the last, and others evenly spaced between them."""
+    """Number of the teacher's layers to keep: the first, the last, and others evenly spaced between them."""
 
 
 class PrunedConfig(Frozen):
@@ -115,17 +115,17 @@ class PrunedConfig(Frozen):
     prune: PruneConfig
     """How much of the teacher to keep."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights."""
+    """Type of the weights."""
     method: MethodConfig
-    """How it learns."""
+    """Method that trains the model."""
     schedule: Schedule
-    """How long, and with which optimizer."""
+    """Length of the training, optimizer and learning rates."""
     rollouts: RolloutConfig | None = None
     """A vLLM server that writes the model's own completions; None: the trainer writes them."""
 
     @property
     def plan(self) -> TrainingPlan:
-        """How it is trained."""
+        """Method and schedule of the training."""
         return TrainingPlan(self.method, self.schedule)
 
 
@@ -138,15 +138,15 @@ class ServedConfig(Frozen):
     url: str
     """Address of the vLLM server, without /v1."""
     model: str | None = None
-    """Its name at the server; None: the only model there."""
+    """The model's name at the server; None: the only model there."""
     top_logprobs: int = Field(default=20, ge=2)
-    """Number of likeliest tokens to request at every position (at most the server's `--max-logprobs`); all
-    others count as one event.
+    """Number of likeliest tokens to request at every position (at most the server's `--max-logprobs`). All
+    other tokens count as one event.
     """
 
     @property
     def known_as(self) -> str:
-        """What its answers are kept under."""
+        """Name under which the cache keeps the teacher's answers: its URL."""
         return self.url.rstrip("/")
 
 
@@ -154,7 +154,7 @@ class CheaperReadyConfig(Frozen):
     """A cheaper teacher in process, used as it is."""
 
     cost: float = Field(gt=0, le=1)
-    """Cost of its token, if a token of `teacher` costs 1. Its price is the common price times this."""
+    """Cost of its token, if a token of `teacher` costs 1. Its price is this times the common price."""
     pretrained: str
     """Directory, or hub name: OWNER/NAME, or OWNER/NAME@REVISION."""
 
@@ -163,7 +163,7 @@ class CheaperServedConfig(ServedConfig):
     """A cheaper teacher behind a vLLM server's URL."""
 
     cost: float = Field(gt=0, le=1)
-    """Cost of its token, if a token of `teacher` costs 1. Its price is the common price times this."""
+    """Cost of its token, if a token of `teacher` costs 1. Its price is this times the common price."""
 
 
 def _kind(value: Any) -> str | None:

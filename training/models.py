@@ -32,7 +32,7 @@ from training.tokenizer import visible_ids
 
 
 def check_adapters(config: PretrainedConfig) -> None:
-    """Raises LoraError for adapters that the model cannot have; needs its configuration alone."""
+    """Raises LoraError if the model cannot have the recipe's adapters; only its configuration is loaded."""
     if config.lora is not None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -47,13 +47,13 @@ def build(
     """The model to train, on the CPU.
 
     Args:
-        config: of the model.
-        tokenizer: of the pair.
-        seed: of new weights.
-        teacher: the exported one, for a student that begins with its layers.
+        config: the recipe's configuration of the model.
+        tokenizer: the tokenizer of the pair.
+        seed: seed of new weights.
+        teacher: directory of the exported teacher, for a student that starts from its layers.
 
     Raises:
-        RecipeError: it has too few rows for the tokenizer, or the teacher cannot be pruned.
+        RecipeError: the model has too few rows for the tokenizer, or the teacher cannot be pruned.
     """
     if isinstance(config, ScratchConfig):
         return new_model(config.shape, tokenizer, seed)
@@ -74,7 +74,7 @@ def build(
 
 
 def new_model(shape: Shape, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """Freshly initialised, with the reserved rows after the tokenizer's ids."""
+    """A Llama of this shape with new weights, and with the reserved rows after the tokenizer's ids."""
     torch.manual_seed(seed)
     end = tokenizer.eos_token_id
     config = LlamaConfig(
@@ -99,10 +99,10 @@ def new_model(shape: Shape, tokenizer: PreTrainedTokenizerBase, seed: int) -> Pr
 
 
 def add_dropout(model: PreTrainedModel, rate: float) -> None:
-    """Residual dropout (Vaswani et al. 2017), which Llama has not.
+    """Add residual dropout (Vaswani et al. 2017), which Llama does not have.
 
-    It works in passes with a gradient only, so that a model writes its own completions without it. Nothing of
-    it is saved.
+    It works only in passes with a gradient, so a model writes its own completions without dropout. It is not
+    saved with the model.
     """
 
     def drop(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -115,10 +115,10 @@ def add_dropout(model: PreTrainedModel, rate: float) -> None:
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
-    """Activations of a layer are computed again in the backward pass (Chen et al. 2016, arXiv 1604.06174).
+    """Make the backward pass recompute the layers' activations (Chen et al. 2016, arXiv 1604.06174).
 
     Raises:
-        RecipeError: the architecture cannot do that.
+        RecipeError: the architecture does not support it.
     """
     try:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -127,12 +127,15 @@ def recompute_layers(model: PreTrainedModel) -> None:
 
 
 def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """On the CPU."""
+    """The model of a directory, on the CPU, in evaluation mode."""
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
 
 
 def load_with_rows(student: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Like `load_model`; a student that has no row for a router gets them, as it does when it is served."""
+    """The student of a directory, on the CPU. If it has no rows for a router, they are appended.
+
+    The gateway appends the same rows when it serves the student. The directory is not changed.
+    """
     reserved = ReservedRows.for_model(vocabulary_rows(student), visible_ids(tokenizer))
     if reserved.end <= vocabulary_rows(student):
         return load_model(student)
@@ -143,7 +146,7 @@ def load_with_rows(student: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrai
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """A directory that stock vLLM serves."""
+    """Write a model and its tokenizer to a directory that stock vLLM can serve."""
     end = tokenizer.eos_token_id
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
     model.save_pretrained(directory)
@@ -151,7 +154,10 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
 
 
 def reserved_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ReservedRows:
-    """Of a vocabulary that has no row to spare: those that its copies get, see `router.rows`."""
+    """The router's rows in a model; if its vocabulary has none to spare, those that its copies get.
+
+    See `router.rows`.
+    """
     return ReservedRows.for_model(model.config.get_text_config().vocab_size, visible_ids(tokenizer))
 
 
@@ -161,31 +167,31 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def parameters(model: PreTrainedModel, *, trained_only: bool = False) -> int:
-    """How many numbers the model has, or how many of them are trained."""
+    """Number of parameters in the model, or of those that are trained."""
     counted = trained(model) if trained_only else model.parameters()
     return sum(map(torch.numel, counted))
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model makes of N positions. Its logits are computed when they are read, a piece at a time."""
+    """A model's outputs at N positions. The logits are computed when they are needed, piece by piece."""
 
     states: Tensor
-    """(N, H)."""
+    """(N, H) the last hidden states."""
     logits: Callable[[slice], Tensor]
-    """A slice of the positions -> their logits (n, visible)."""
+    """Computes the logits (n, visible) of a slice of the positions."""
 
     def whole(self) -> Reading:
-        """All logits at once."""
+        """States and logits of all positions at once."""
         return Reading(self.states, self.logits(slice(None)))
 
 
 def answer_outputs(model: PreTrainedModel, batch: Batch, visible: int) -> Outputs:
-    """At the positions that predict the answers.
+    """The model's outputs at the positions that predict a batch's answers.
 
-    Only over the tokenizer's ids: the reserved rows belong to the router.
+    The logits are only over the `visible` first ids: the reserved rows belong to the router.
     """
-    if is_sharded(model):  # every pass gathers the parameters again
+    if is_sharded(model):  # every pass gathers the parameters again, so there is only one
         reading = read(model, batch.answer, input_ids=batch.ids, use_cache=False)
         return _computed(reading, visible)
     narrow = batch.narrow()
@@ -198,10 +204,10 @@ def answer_outputs(model: PreTrainedModel, batch: Batch, visible: int) -> Output
 
 
 def _computed(reading: Reading, visible: int) -> Outputs:
-    """Of a model whose logits exist already."""
+    """The outputs of a model whose logits are computed already."""
     return Outputs(reading.states, lambda piece: reading.logits[piece, :visible])
 
 
 def answer_read(model: PreTrainedModel, batch: Batch, visible: int) -> Reading:
-    """States (N, H) and logits (N, visible), see `answer_outputs`."""
+    """States (N, H) and logits (N, visible) at the positions that predict a batch's answers."""
     return answer_outputs(model, batch, visible).whole()

@@ -1,6 +1,6 @@
-"""One process or many (`torchrun`): ranks, devices, and models sharded by FSDP2.
+"""Training in one process or in many (`torchrun`): ranks, devices, and models sharded by FSDP2.
 
-Without `torchrun` everything here is the identity, so that training has one code path.
+With one process, sums, shares and shards leave their input as it is, so training has a single code path.
 """
 
 import os
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Join the processes that `torchrun` started; on one machine or many."""
+    """Join the processes that `torchrun` started, on one machine or many, for the length of the block."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
@@ -35,19 +35,19 @@ def processes() -> Iterator[None]:
 
 
 def device() -> torch.device:
-    """This process's GPU where there is one, else the CPU."""
+    """This process's GPU, or the CPU if there is no GPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 
 def fast_bf16(where: torch.device) -> bool:
-    """Whether it has instructions for bfloat16; without (AVX2) that takes ten times as long as float32."""
+    """Whether a device has bfloat16 instructions; without them bfloat16 is ten times slower than float32."""
     return where.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def size() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -73,35 +73,35 @@ def total(value: float) -> float:
 
 
 def largest(value: float) -> float:
-    """Over all processes."""
+    """Maximum over all processes."""
     return _reduced(value, dist.ReduceOp.MAX)
 
 
 def smallest(value: float) -> float:
-    """Over all processes."""
+    """Minimum over all processes."""
     return -largest(-value)
 
 
 def any_of(flag: bool) -> bool:
-    """Whether it is set in any process: loops that call a sharded model have to end together."""
+    """Whether the flag is set in any process. Loops that call a sharded model must end together."""
     return bool(largest(float(flag)))
 
 
 def _reduced(value: float, operation: dist.ReduceOp.RedOpType) -> float:
     if size() == 1:
         return value
-    tensor = torch.tensor(value, dtype=torch.float64)  # on the CPU: gloo, apart from the GPUs' own traffic
+    tensor = torch.tensor(value, dtype=torch.float64)  # on the CPU, so gloo sends it, not nccl
     dist.all_reduce(tensor, operation)
     return tensor.item()
 
 
 def mine(items: Sequence[T]) -> Sequence[T]:
-    """This process's share; `gathered` puts the shares together again."""
+    """This process's share of the items; `gathered` puts the shares together again."""
     return items[rank() :: size()]
 
 
 def gathered(share: Sequence[T]) -> list[T]:
-    """What every process got of `mine`, in the order of the whole."""
+    """The shares of all processes, put together in the order of the list that `mine` divided."""
     if size() == 1:
         return list(share)
     shares: list[Sequence[T]] = [()] * size()
@@ -110,7 +110,7 @@ def gathered(share: Sequence[T]) -> list[T]:
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's layers, whatever their architecture calls them."""
+    """The decoder's layers, whatever name the architecture gives them."""
     lists = [part for part in model.get_decoder().children() if isinstance(part, nn.ModuleList)]
     return max(lists, key=lambda part: sum(map(torch.numel, part.parameters())))
 
@@ -123,8 +123,8 @@ def onto_device(model: nn.Module) -> None:
 def shard(model: PreTrainedModel) -> None:
     """Move the model to this process's device, and split it if there are several processes.
 
-    They share its parameters, gradients and optimizer states, layer by layer (FSDP2: Zhao et al. 2023, arXiv
-    2304.11277, by parameter).
+    Each process holds a part of its parameters, gradients and optimizer states, layer by layer (FSDP2: Zhao
+    et al. 2023, arXiv 2304.11277, by parameter).
     """
     onto_device(model)
     if size() == 1:
@@ -140,20 +140,20 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """All parameters and buffers, whole and on the CPU; empty in all processes but the first."""
+    """All parameters and buffers of a model, whole and on the CPU; empty in all processes but the first."""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return cast(dict[str, Tensor], weights)  # models have no other state
 
 
 def synchronise_gradients(model: nn.Module, now: bool) -> None:
-    """Whether the next backward pass sums gradients over the processes; False while they accumulate."""
+    """Set whether the next backward pass reduces gradients over the processes; False to accumulate them."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
 
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """Gather a sharded model's parameters once for many forward passes, as generation needs."""
+    """Keep a sharded model's parameters gathered during the block, for the many passes of generation."""
     if not isinstance(model, FSDPModule):
         yield
         return

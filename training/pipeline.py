@@ -1,6 +1,6 @@
 """Runs the stages of a recipe: tokenizer, teacher, student, router.
 
-Each stage runs once, and goes on where it stopped.
+Each stage runs once. After an interruption, it resumes.
 """
 
 import sys
@@ -60,16 +60,16 @@ TOKENIZER_SEED = -1  # a stream of training examples that no model is trained on
 
 
 def run(recipe: Recipe, stages: tuple[Stage, ...] = STAGES, restart: bool = False) -> None:
-    """Under `torchrun` the models are trained by all processes, the router by the first one alone.
+    """Run stages of a recipe. Under `torchrun`, all processes train the models, and the first one the router.
 
     Args:
-        recipe: of the pair.
-        stages: what to train; the others are only used.
-        restart: forget first what these stages have done.
+        recipe: the recipe of the pair.
+        stages: the stages to run; results of the others are only used.
+        restart: whether to delete earlier results of these stages first.
 
     Raises:
-        RecipeError: the pair cannot work, or another recipe has begun it.
-        Stopped: as `trainer.train` does.
+        RecipeError: the pair cannot work, or its directories hold results of another recipe.
+        Stopped: as `trainer.train` raises it.
     """
     torch.set_num_threads(recipe.threads)
     space = Workspace(recipe)
@@ -80,7 +80,7 @@ def run(recipe: Recipe, stages: tuple[Stage, ...] = STAGES, restart: bool = Fals
         begin(space, stages, restart)
         tokenizer = ensure_tokenizer(space, task)
         for role in ROLES:
-            wanted = role in stages or recipe.model(role).is_ready  # what needs no training is just there
+            wanted = role in stages or recipe.model(role).is_ready  # a ready model is only exported
             if wanted and not space.is_exported(role):
                 make_model(space, role, task, tokenizer)
         if parallel.is_first() and "router" in stages and not space.is_exported("router"):
@@ -88,7 +88,16 @@ def run(recipe: Recipe, stages: tuple[Stage, ...] = STAGES, restart: bool = Fals
 
 
 def begin(space: Workspace, stages: tuple[Stage, ...], restart: bool) -> None:
-    """Raises RecipeError if another recipe has begun this work; `restart` makes room first."""
+    """Check that the directories hold no results of another recipe.
+
+    Args:
+        space: the directories.
+        stages: the stages to run.
+        restart: whether to delete earlier results of these stages first.
+
+    Raises:
+        RecipeError: another recipe has begun one of these stages, or a stage before them.
+    """
     if restart and parallel.is_first():
         space.restart(stages)
     parallel.barrier()
@@ -96,7 +105,7 @@ def begin(space: Workspace, stages: tuple[Stage, ...], restart: bool) -> None:
 
 
 def make_router(space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Train and export it, and the examples that a demo shows."""
+    """Train and export the router, and export the examples that a demo shows."""
     recipe = space.recipe
     export_examples(task, recipe.output / "examples.jsonl")
     if not isinstance(recipe.router.rollouts, InProcessRollouts):
@@ -110,7 +119,7 @@ def make_router(space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBase
 
 
 def link_cheaper(space: Workspace) -> None:
-    """Export the cheaper teachers that are in process, as they are."""
+    """Export the cheaper teachers in process, as links."""
     for name, config in space.recipe.cheaper:
         if isinstance(config, CheaperReadyConfig):
             link_model(config.pretrained, space.cheaper(name))
@@ -124,7 +133,7 @@ def make_router_from_traffic(space: Workspace, task: Task, tokenizer: PreTrained
 
 
 def traffic_stage(space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBase) -> TrafficStage:
-    """The stage of a router whose completions gateways write."""
+    """The stage that trains a router from completions that gateways wrote."""
     recipe = space.recipe
     teacher = load_teacher(space)
     if isinstance(teacher, PreTrainedModel):
@@ -148,7 +157,7 @@ def traffic_stage(space: Workspace, task: Task, tokenizer: PreTrainedTokenizerBa
 
 
 def cheaper_teacher(space: Workspace, config: CheaperConfig, name: str) -> Teacher:
-    """One that reads what a gateway wrote."""
+    """A cheaper teacher that reads what a gateway wrote: behind its URL, or on this process's device."""
     if isinstance(config, CheaperServedConfig):
         return served_teacher(config, teacher_cache(space, f"teacher-{name}"), name)
     model = load_model(directory_of(config.pretrained)).requires_grad_(False)
@@ -157,7 +166,7 @@ def cheaper_teacher(space: Workspace, config: CheaperConfig, name: str) -> Teach
 
 
 def frozen_pair(space: Workspace, tokenizer: PreTrainedTokenizerBase) -> FrozenPair:
-    """The exported models, as the router's stage takes them, and the cheaper teachers in process."""
+    """The exported pair and the cheaper teachers in process, as input of the router's stage."""
     recipe = space.recipe
     cheaper = []
     for name, config in recipe.cheaper:
@@ -175,7 +184,7 @@ def frozen_pair(space: Workspace, tokenizer: PreTrainedTokenizerBase) -> FrozenP
 
 
 def task_of(recipe: Recipe) -> Task:
-    """Raises RecipeError for a task that does not exist, or whose options or data are wrong."""
+    """The recipe's task. Raises RecipeError if it does not exist, or if its options or data are wrong."""
     try:
         return make_task(recipe.task.name, **recipe.task.options)
     except (KeyError, TypeError, ValueError, OSError) as error:
@@ -184,7 +193,13 @@ def task_of(recipe: Recipe) -> Task:
 
 
 def check(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
-    """What can be refused before any compute is spent."""
+    """Check the recipe before any compute is spent.
+
+    Raises:
+        RecipeError: the recipe cannot be trained.
+        ServerError: a served teacher cannot be used.
+        TrackerError: the package of a tracker is not installed.
+    """
     if isinstance(recipe.teacher, ServedConfig):
         check_served(recipe, stages)
     for role in ROLES:
@@ -198,7 +213,7 @@ def check(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
 
 
 def check_pruned(recipe: Recipe) -> None:
-    """A student cannot keep more layers than its teacher has."""
+    """Raises RecipeError if the student is to keep more layers than its teacher has."""
     if not isinstance(recipe.student, PrunedConfig):
         return
     kept = recipe.student.prune.layers
@@ -209,7 +224,7 @@ def check_pruned(recipe: Recipe) -> None:
 
 
 def check_served(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
-    """What a teacher behind a URL cannot do."""
+    """Raises RecipeError if the recipe needs more than a teacher behind a URL can do."""
     if "router" in stages and isinstance(recipe.router.rollouts, InProcessRollouts):
         raise RecipeError(
             "router.rollouts in_process needs the teacher in process, not behind a URL: let a gateway write "
@@ -228,7 +243,7 @@ def check_served(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
 
 
 def check_training(recipe: Recipe, role: Role) -> None:
-    """How one model is to be trained: batches that split, adapters that can be merged."""
+    """Raises RecipeError if a model's batches do not split evenly, or if its adapters cannot be merged."""
     config = recipe.model(role)
     if config.plan is not None:
         check_parts(config.plan.schedule, role)
@@ -240,7 +255,7 @@ def check_training(recipe: Recipe, role: Role) -> None:
 
 
 def check_references(recipe: Recipe, task: Task, stages: tuple[Stage, ...]) -> None:
-    """A method that trains on right answers needs them. Raises RecipeError where examples have none."""
+    """Raises RecipeError if a method trains on right answers, and examples of the task have none."""
     if task.has_references:
         return
     for role in ROLES:
@@ -253,7 +268,7 @@ def check_references(recipe: Recipe, task: Task, stages: tuple[Stage, ...]) -> N
 
 
 def check_parts(schedule: Schedule, role: Role) -> None:
-    """The processes and their passes get equally many rows of a batch."""
+    """Raises RecipeError if a batch does not split evenly over the processes and their passes."""
     if schedule.batch % (schedule.accumulate * parallel.size()):
         raise RecipeError(
             f"{role}.schedule.batch {schedule.batch} does not split evenly over {parallel.size()} "
@@ -262,7 +277,7 @@ def check_parts(schedule: Schedule, role: Role) -> None:
 
 
 def check_joint(recipe: Recipe) -> None:
-    """Method joint goes on from a student and the router that was trained with it."""
+    """Raises RecipeError unless method joint has a pretrained student, and the router trained with it."""
     for role in ROLES:
         config = recipe.model(role)
         if not isinstance(config.method, JointConfig):
@@ -279,10 +294,10 @@ def check_joint(recipe: Recipe) -> None:
 
 
 def ensure_tokenizer(space: Workspace, task: Task) -> PreTrainedTokenizerBase:
-    """The pretrained one of the recipe, or one trained on the task.
+    """The recipe's pretrained tokenizer, or one trained on the task, which is trained if it does not exist.
 
     Raises:
-        RecipeError: a model that is there already has another vocabulary.
+        RecipeError: an exported model has another vocabulary.
     """
     recipe = space.recipe
     if recipe.ready_tokenizer is not None:
@@ -295,16 +310,16 @@ def ensure_tokenizer(space: Workspace, task: Task) -> PreTrainedTokenizerBase:
     parallel.barrier()
     tokenizer = load_tokenizer(space.tokenizer)
     for role in ROLES:
-        if space.is_exported(role):  # it may have been put there with a tokenizer of its own
+        if space.is_exported(role):  # someone may have put it there, with its own tokenizer
             check_vocabulary(role, str(space.exported(role)), tokenizer)
     return tokenizer
 
 
 def new_tokenizer(recipe: Recipe, task: Task) -> PreTrainedTokenizerBase:
-    """Trained on the task, as the recipe says.
+    """A tokenizer trained on the task.
 
     Raises:
-        RecipeError: the recipe does not train one.
+        RecipeError: the recipe does not train a tokenizer.
     """
     config = recipe.tokenizer
     if config is None or config.size is None or not isinstance(recipe.teacher, ScratchConfig):
@@ -319,7 +334,7 @@ def new_tokenizer(recipe: Recipe, task: Task) -> PreTrainedTokenizerBase:
 
 
 def make_model(space: Workspace, role: Role, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Train and export it; a ready model that is not trained is exported as it is (the teacher as a link)."""
+    """Train and export a model; a ready model is exported as it is (the teacher as a link)."""
     config = space.recipe.model(role)
     if isinstance(config, ServedConfig):
         return
@@ -336,7 +351,7 @@ def make_model(space: Workspace, role: Role, task: Task, tokenizer: PreTrainedTo
 
 @dataclass(frozen=True)
 class Job:
-    """All that the training of one model needs; model and local teacher are where they compute."""
+    """The parts of one model's training; the model and a local teacher are on this process's device."""
 
     config: ModelConfig
     schedule: Schedule
@@ -346,11 +361,11 @@ class Job:
 
 
 def make_job(space: Workspace, role: Role, task: Task, tokenizer: PreTrainedTokenizerBase) -> Job:
-    """The models are built and loaded, and checked.
+    """Build, load and check the models of one training.
 
     Raises:
         RecipeError: the recipe does not train this model.
-        UnreadableModel: a model's states and logits cannot be read as it computes them.
+        UnreadableModel: a model's states and logits cannot be read as the model computes them.
     """
     recipe = space.recipe
     config = recipe.model(role)
@@ -376,7 +391,7 @@ def make_job(space: Workspace, role: Role, task: Task, tokenizer: PreTrainedToke
 def make_method(
     space: Workspace, config: MethodConfig, teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase
 ) -> Method:
-    """The loss of the recipe's method, and what it is taken of."""
+    """The training method of this configuration, with its teacher, tokenizer and cache."""
     recipe = space.recipe
     visible = visible_ids(tokenizer)
     method = METHODS[config.type](config, visible, teacher, tokenizer.eos_token_id, recipe.max_tokens)
@@ -390,7 +405,7 @@ def make_method(
 
 
 def train_model(space: Workspace, role: Role, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Train it from its last checkpoint on, and export it."""
+    """Train a model, from its last checkpoint if there is one, and export it."""
     recipe = space.recipe
     job = make_job(space, role, task, tokenizer)
     if parallel.is_first():
@@ -418,13 +433,13 @@ def train_model(space: Workspace, role: Role, task: Task, tokenizer: PreTrainedT
 def plain_builder(
     space: Workspace, config: ModelConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[], PreTrainedModel]:
-    """Builds a model of this configuration without adapters."""
+    """A function that builds a model of this configuration without adapters."""
     without = config.model_copy(update={"lora": None})
     return partial(build, without, tokenizer, space.recipe.seed, space.exported("teacher"))
 
 
 def load_teacher(space: Workspace) -> Teacher:
-    """The exported one. Raises RecipeError where it is not there yet."""
+    """The exported or served teacher. Raises RecipeError if it is not trained yet."""
     config = space.recipe.teacher
     if isinstance(config, ServedConfig):
         return served_teacher(config, teacher_cache(space))
@@ -434,7 +449,7 @@ def load_teacher(space: Workspace) -> Teacher:
 
 
 def teacher_cache(space: Workspace, name: str = "teacher") -> TeacherCache | None:
-    """Of one teacher in the recipe's run; None if the recipe wants none."""
+    """The cache for one teacher's answers; None if the recipe sets `teacher_cache` to 0."""
     megabytes = space.recipe.teacher_cache
     return TeacherCache(space.recipe.work / f"{name}.sqlite", megabytes * 1_000_000) if megabytes else None
 
@@ -442,7 +457,7 @@ def teacher_cache(space: Workspace, name: str = "teacher") -> TeacherCache | Non
 def rollout_server(
     space: Workspace, role: Role, job: Job, tokenizer: PreTrainedTokenizerBase, config: RolloutConfig
 ) -> RolloutServer:
-    """Its directory holds a whole model from the start, so that the server can be started on it."""
+    """The rollout server of a model. A whole model is put into its directory, so that it can be started."""
     directory = config.directory or space.work(role) / "rollouts"
     if not (directory / "config.json").exists():
         plain = plain_builder(space, job.config, tokenizer)
@@ -454,7 +469,7 @@ def rollout_server(
 
 
 def place(model: PreTrainedModel, compiled: bool) -> None:
-    """Onto this process's device, compiled, and sharded over the processes."""
+    """Move a model to this process's device, shard it over the processes, and compile it if `compiled`."""
     if compiled:  # a sharded model gathers parameters between its layers: compile those
         blocks = parallel.blocks_of(model) if parallel.size() > 1 else [model.get_decoder()]
         for block in blocks:

@@ -1,4 +1,4 @@
-"""A student that starts as a few of its teacher's layers (depth pruning)."""
+"""Depth pruning: makes a student that starts as a few of its teacher's layers."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -12,11 +12,11 @@ from training.hub import directory_of
 from training.parallel import blocks_of
 
 OTHER_LISTS = ("architectures", "bos_token_id", "eos_token_id")
-"""Of a configuration; they may have as many entries as there are layers."""
+"""Lists in a configuration that have no entry for each layer, even if their length is the layer count."""
 
 
 def kept_layers(layers: int, kept: int) -> list[int]:
-    """Which of the layers a student keeps: the first, the last, and others evenly spaced between them."""
+    """Numbers of the layers that a student keeps: the first, the last, and others evenly spaced between."""
     if kept == 1:
         return [0]
     return [i * (layers - 1) // (kept - 1) for i in range(kept)]
@@ -29,18 +29,19 @@ def check_layers(layers: int, kept: int) -> None:
 
 
 def layers_of(name: str) -> int:
-    """How many layers the model of a directory or hub name has, by its configuration."""
+    """Number of layers in the configuration of the model with this directory or hub name."""
     return int(AutoConfig.from_pretrained(directory_of(name)).get_text_config().num_hidden_layers)
 
 
 def pruned(teacher: Path, kept: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The teacher with this many of its layers, all else as it is.
+    """The teacher with `kept` of its layers and everything else unchanged.
 
-    The student is built anew from the smaller configuration, and takes the teacher's weights. So a layer's
-    number, and what its type says of its attention, are what the exported model will have too.
+    The student is built anew from the smaller configuration, and takes the teacher's weights. So each layer
+    has the number and the type of attention that it will have in the exported model.
 
     Raises:
-        RecipeError: there is no teacher yet, it has fewer layers, or their kinds do not fit together.
+        RecipeError: there is no teacher yet, it has fewer layers, or its layers differ in kind, so that
+            weights of one do not fit in the place of another.
     """
     if not (teacher / "config.json").exists():
         raise RecipeError(f"student.prune: no teacher in {teacher}: train it first (--stage teacher)")
@@ -61,9 +62,12 @@ def pruned(teacher: Path, kept: int, dtype: torch.dtype = torch.float32) -> PreT
 
 
 def fewer(config: PreTrainedConfig, layers: int, chosen: list[int]) -> PreTrainedConfig:
-    """The configuration of a model with the chosen layers alone.
+    """The configuration of a model that has only the chosen layers.
 
-    Lists with an entry for each layer, such as `layer_types`, keep the entries of these layers.
+    Lists with an entry for each layer, such as `layer_types`, keep the entries of the chosen layers.
+
+    Raises:
+        RecipeError: the decoder has another number of layers than the configuration.
     """
     config = deepcopy(config)
     text = config.get_text_config()
@@ -81,14 +85,14 @@ def fewer(config: PreTrainedConfig, layers: int, chosen: list[int]) -> PreTraine
 
 
 def prefix_of_blocks(model: PreTrainedModel) -> str:
-    """Of the names of the blocks' weights, e.g. `model.layers.`."""
+    """Common prefix of the names of the layers' weights, e.g. `model.layers.`."""
     blocks = blocks_of(model)
     (prefix,) = {name for name, module in model.named_modules() if module is blocks}
     return f"{prefix}."
 
 
 def renumbered(weights: dict[str, Tensor], prefix: str, chosen: list[int]) -> dict[str, Tensor]:
-    """Without the layers that are not chosen; the others are counted from 0."""
+    """The weights without the layers that are not chosen; the chosen layers are numbered from 0."""
     new = {old: i for i, old in enumerate(chosen)}
     found = {}
     for name, tensor in weights.items():

@@ -1,4 +1,4 @@
-"""Keys and values of prompts that models have read, so that much can go on after each of them."""
+"""Keeps the keys and values of prompts, so that a model reads each prompt once and continues it often."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,17 +9,17 @@ from transformers import Cache, PreTrainedModel
 
 
 class LayerStates(NamedTuple):
-    """What one layer keeps: (heads, T, D) of a prompt, or (B, heads, T, D) of a batch."""
+    """Keys and values of one layer: (heads, T, D) for a prompt, or (B, heads, T, D) for a batch."""
 
     keys: Tensor
     values: Tensor
 
 
 class ReadPrompts:
-    """By model and prompt, without padding.
+    """Keys and values by model and prompt, without padding.
 
     Args:
-        limit: bytes of all; what comes later is not kept.
+        limit: most bytes to keep. Prompts that no longer fit are not kept.
     """
 
     def __init__(self, limit: float) -> None:
@@ -27,12 +27,12 @@ class ReadPrompts:
         self._kept: dict[tuple[int, tuple[int, ...]], list[LayerStates]] = {}
 
     def add(self, model: PreTrainedModel, prompts: Sequence[list[int]], cache: Cache) -> None:
-        """Keep the rows of a cache in which these prompts end, as many as there is room for.
+        """Keep the keys and values of these prompts, until there is no more room.
 
         Args:
-            model: that read them.
-            prompts: of each row.
-            cache: padded on the left.
+            model: the model that read the prompts.
+            prompts: the prompt of each row of the cache, as token ids.
+            cache: the model's cache after reading. Each row is padded on the left and ends with its prompt.
         """
         of_all: Sequence[Any] = cache.layers
         for row, prompt in enumerate(prompts):
@@ -48,11 +48,14 @@ class ReadPrompts:
             self._kept[key] = [LayerStates(*(part.clone() for part in layer)) for layer in layers]
 
     def has(self, model: PreTrainedModel, prompts: Sequence[list[int]]) -> bool:
-        """Whether all of them are kept."""
+        """Whether all these prompts are kept for this model."""
         return all((id(model), tuple(prompt)) in self._kept for prompt in prompts)
 
     def batch(self, model: PreTrainedModel, prompts: Sequence[list[int]]) -> list[LayerStates]:
-        """Of each layer for these prompts, which `has` has, padded on the left with zeros."""
+        """The states of each layer for these prompts, as a batch that is padded on the left with zeros.
+
+        All prompts must be kept, see `has`.
+        """
         rows = [self._kept[id(model), tuple(prompt)] for prompt in prompts]
         longest = max(map(len, prompts))
         layers = []

@@ -1,7 +1,8 @@
 """Hidden states and logits of a causal language model, in one pass or token by token.
 
-Logits always come from the model's own forward pass. Some models scale or cap what their output matrix gives
-(Granite, Cohere, Gemma 2), and some add a bias (Phi): a product with the matrix alone would leave that out.
+Logits always come from the model's own forward pass. Some models scale or cap the output of their output
+matrix (Granite, Cohere, Gemma 2), and some add a bias (Phi). A product with the matrix alone would leave that
+out.
 """
 
 import sys
@@ -23,13 +24,13 @@ from training.read_prompts import ReadPrompts
 
 PROBE_TOKENS = 6
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-"""Largest mean difference of two ways to the same logits, as a share of their mean size."""
+"""Largest mean difference of the same logits computed in two ways, as a share of their mean size."""
 TOLERANCE_OF_HALF = 0.05
-"""The same for 16-bit weights."""
+"""Largest mean difference for 16-bit weights, as a share of the logits' mean size."""
 
 
 Select = Tensor | int | tuple[slice, int]
-"""Positions of (B, T)."""
+"""Index that selects positions of (B, T)."""
 
 
 class UnreadableModel(UnusableInput):
@@ -37,17 +38,17 @@ class UnreadableModel(UnusableInput):
 
 
 class Reading(NamedTuple):
-    """Of N positions."""
+    """States and logits at N positions."""
 
     states: Tensor
-    """(N, H): the last hidden states, as the output matrix is given them."""
+    """(N, H) the last hidden states: the input of the output matrix."""
     logits: Tensor
-    """(N, V): the model's own, scaled and capped as it does."""
+    """(N, V) the model's own logits, after its scaling and capping."""
 
 
 @contextmanager
 def head_given(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Meanwhile the model's output matrix reads `change` of its input (B, T, H)."""
+    """During the block, the model's output matrix gets `change` of its input (B, T, H)."""
 
     def hook(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (change(inputs[0]),)
@@ -60,19 +61,25 @@ def head_given(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> It
 
 
 class ReadPart(Protocol):
-    """What one pass reads; a `training.batches.Batch`."""
+    """The input of one pass, e.g. a `training.batches.Batch`."""
 
     @property
     def ids(self) -> Tensor:
-        """(B, T)."""
+        """(B, T) token ids."""
 
     @property
     def answer(self) -> Tensor:
-        """(B, T) the positions to read."""
+        """(B, T) bool, True at the positions to read."""
 
 
 def read(model: PreTrainedModel, select: Select, **inputs: object) -> Reading:
-    """The positions `select` of (B, T), in one forward pass that computes no other logits."""
+    """States and logits at the selected positions, from one forward pass that computes no other logits.
+
+    Args:
+        model: the model that reads.
+        select: index that selects positions of (B, T).
+        inputs: arguments of the model's forward pass.
+    """
     given: list[Tensor] = []
 
     def chosen(states: Tensor) -> Tensor:
@@ -85,12 +92,12 @@ def read(model: PreTrainedModel, select: Select, **inputs: object) -> Reading:
 
 
 def read_parts(model: PreTrainedModel, parts: Sequence[ReadPart], order: Tensor | slice) -> Reading:
-    """Several passes as one reading, with one product of the output matrix.
+    """States and logits of several passes, with one product of the output matrix for all of them.
 
     Args:
-        model: reads.
-        parts: what it reads in each pass.
-        order: of the parts' positions, one after the other.
+        model: the model that reads.
+        parts: the input of each pass.
+        order: index (N,) that brings the parts' positions, joined part after part, into the result's order.
     """
     given: list[Tensor] = []
 
@@ -107,7 +114,7 @@ def read_parts(model: PreTrainedModel, parts: Sequence[ReadPart], order: Tensor 
 
 
 def read_states(model: PreTrainedModel, parts: Sequence[ReadPart], order: Tensor | slice) -> Tensor:
-    """The states (N, H) that `read_parts` gives; no logits are computed."""
+    """The states (N, H) of `read_parts`, without computing logits."""
     given: list[Tensor] = []
 
     def gathered(states: Tensor) -> Tensor:
@@ -122,17 +129,18 @@ def read_states(model: PreTrainedModel, parts: Sequence[ReadPart], order: Tensor
 
 @dataclass(frozen=True)
 class Readout:
-    """From last hidden states to logits: cap * tanh(scale * (states @ weight.T + bias) / cap).
+    """Computes logits from last hidden states: cap * tanh(scale * (states @ weight.T + bias) / cap).
 
-    For rows that are not in the model yet, such as the router's taps.
+    It serves rows that are not in the model yet, such as the router's taps.
     """
 
     scale: float = 1.0
     cap: float | None = None
+    """Bound of the logits; None: no bound."""
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "Readout":
-        """By the names that transformers' configurations give to both."""
+        """The readout of a model, from the fields for scale and cap in transformers' configurations."""
         text = config.get_text_config()
         scale = getattr(text, "logit_scale", None) or getattr(text, "lm_head_multiplier", None) or 1.0
         divisor = getattr(text, "logits_scaling", None) or 1.0
@@ -140,12 +148,12 @@ class Readout:
         return cls(scale / divisor, cap)
 
     def __call__(self, states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(N, rows) of states (N, H), weight (rows, H) and bias (rows,)."""
+        """Logits (N, rows) of states (N, H), for rows with this weight (rows, H) and bias (rows,)."""
         products = states @ weight.T
         return self.shaped(products if bias is None else products + bias)
 
     def shaped(self, products: Tensor) -> Tensor:
-        """Logits of what the output matrix gives, its bias included."""
+        """Logits from the products of the output matrix, which include its bias."""
         if self.scale != 1.0:
             products = products * self.scale
         if self.cap is not None:
@@ -154,7 +162,7 @@ class Readout:
 
 
 def bias_of(model: PreTrainedModel, rows: int) -> Tensor | None:
-    """The bias (rows,) of the output matrix, if it has one; zero where the model has no such row yet."""
+    """The bias (rows,) of the output matrix, 0 for rows that the model does not have yet; None: no bias."""
     bias: Tensor | None = getattr(model.get_output_embeddings(), "bias", None)
     if bias is None:
         return None
@@ -170,29 +178,29 @@ def attends_everywhere(config: PreTrainedConfig) -> bool:
 
 
 def context_of(model: PreTrainedModel) -> int:
-    """Tokens that the model can read at once; practically without end where its configuration names none."""
+    """Number of tokens that the model can read at once; `sys.maxsize` if its configuration names no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 class Started(NamedTuple):
-    """Of B rows whose beginning was read."""
+    """B rows whose beginning a model has read."""
 
     reading: Reading
-    """At the end of each."""
+    """States and logits at the end of each row."""
     mask: Tensor
-    """(B, T) of all tokens so far; 0 is padding."""
+    """(B, T) mask of all tokens so far; 0 is padding."""
 
 
 class Stepper:
-    """One model with its key-value cache over the rows that are still being written."""
+    """Runs one model step by step, with a key-value cache for the rows that are being written."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._cache = growing_cache()
         config = model.config.get_text_config()
-        # A sliding window counts padding too, and would reach less far over what stands between two parts.
+        # A sliding window counts padding too, so padding between two parts would shorten its reach.
         self._in_parts = attends_everywhere(config)
-        # Attention takes this mask as it is: nothing is built from it at every step.
+        # This attention takes the mask as it is, so no other mask is built at every step.
         self._plain = config._attn_implementation == "sdpa" and self._in_parts
 
     def start(
@@ -202,13 +210,13 @@ class Stepper:
         pad: int,
         kept: ReadPrompts | None = None,
     ) -> Started:
-        """Read prompts, and the B beginnings after them. A prompt that comes again is read once.
+        """Read B prompts with the tokens after them. Equal prompts are read once.
 
         Args:
-            prompts: of each row.
-            begun: tokens after it; if a row has none, all rows are read whole.
+            prompts: the prompt of each row, as token ids.
+            begun: the tokens after each prompt. If a row has none, all rows are read in one pass.
             pad: token id to fill rows up with.
-            kept: prompts that were read before; takes those that are read now.
+            kept: prompts that were read before; the prompts read now are added to it.
         """
         in_parts = self._in_parts and all(begun)
         if in_parts and kept is not None and kept.has(self._model, prompts):
@@ -234,17 +242,17 @@ class Stepper:
         return Started(self.step(ids, mask), mask)
 
     def _go_on(self, mask: Tensor, begun: Sequence[list[int]], pad: int) -> Started:
-        """After the prompts in the cache, whose mask this is."""
+        """Read the begun tokens after the prompts in the cache, which have this mask."""
         ids, seen = left_padded(list(begun), pad, self._model.device)
         mask = torch.cat((mask, seen), dim=1)
         return Started(self.step(ids, mask), mask)
 
     def step(self, ids: Tensor, mask: Tensor) -> Reading:
-        """States (B, H) and logits (B, V) at the end.
+        """States (B, H) and logits (B, V) after the last of the new tokens.
 
         Args:
-            ids: (B, S) new tokens.
-            mask: (B, T) of all tokens so far; 0 is padding.
+            ids: (B, S), the new tokens.
+            mask: (B, T), the mask of all tokens so far, with the new ones; 0 is padding.
         """
         if ids.shape[1] == 1:
             positions = mask.sum(-1, keepdim=True) - 1
@@ -263,19 +271,19 @@ class Stepper:
         )
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch alone."""
+        """Keep only these rows of the batch."""
         self._cache.batch_select_indices(rows)
 
 
 @torch.no_grad()
 def check_steps(model: PreTrainedModel, name: str) -> None:
-    """Raises UnreadableModel if the model, asked token by token, gives other logits than asked at once."""
+    """Raises UnreadableModel if the model's logits differ between one pass and token by token."""
     ids = probe_ids(model)
     try:
         with torch.compiler.set_stance("force_eager"):
             whole = model(input_ids=ids, use_cache=False).logits[0]
             stepper = Stepper(model)
-            padded = torch.cat((ids.new_zeros(1, 2), ids), dim=1)  # two of padding, as next to longer prompts
+            padded = torch.cat((ids.new_zeros(1, 2), ids), dim=1)  # 2 of padding, as next to longer prompts
             mask = (torch.arange(padded.shape[1], device=ids.device) >= 2).long()[None]
             stepped = [stepper.step(padded[:, :4], mask[:, :4]).logits[0]]
             for end in range(5, padded.shape[1] + 1):
@@ -291,7 +299,7 @@ def check_steps(model: PreTrainedModel, name: str) -> None:
 
 
 def check_readout(model: PreTrainedModel, name: str) -> None:
-    """Raises UnreadableModel if `Readout` does not give the model's logits: taps would be misread."""
+    """Raises UnreadableModel if `Readout` does not reproduce the model's logits: taps would be misread."""
     if not is_followed(model):
         raise UnreadableModel(
             f"{name}: {type(model).__name__} computes its logits in a way that a router cannot follow"
@@ -302,7 +310,7 @@ _followed: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def is_followed(model: PreTrainedModel) -> bool:
-    """Whether `Readout` gives the model's logits; found out once for each model."""
+    """Whether `Readout` reproduces the model's logits; tried once for each model."""
     if model not in _followed:
         _followed[model] = _follows(model)
     return _followed[model]
@@ -318,13 +326,13 @@ def _follows(model: PreTrainedModel) -> bool:
 
 
 def probe_ids(model: PreTrainedModel) -> Tensor:
-    """A few ids (1, T) to compare models on."""
+    """A few token ids (1, T) to compare models on."""
     rows = model.config.get_text_config().vocab_size
     return (torch.arange(PROBE_TOKENS, device=model.device) * 7 + 3)[None] % rows
 
 
 def differ(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two ways to the same logits differ by more than rounding, for weights of this type."""
+    """Whether two tensors of the same logits differ by more than rounding, for weights of this type."""
     ours = ours.float()
     theirs = theirs.float()
     allowed = TOLERANCE.get(dtype, TOLERANCE_OF_HALF)

@@ -1,7 +1,7 @@
-"""Records what a stage was trained from, with its checkpoint and its export.
+"""Records of what a stage was trained from, kept with its checkpoint and its export.
 
-So a changed recipe is noticed. A record holds the fields that matter for the result. How a run is split,
-logged or compiled does not.
+They show whether a recipe has changed since. A record holds the fields of the recipe that matter for the
+stage's result. It leaves out how a run is split, logged or compiled.
 """
 
 import json
@@ -25,12 +25,12 @@ HOW = (
 )
 """Fields of a schedule that do not change what is learned."""
 WHOLE = ("options", "cheaper_teachers")
-"""Fields that are compared as one: keys that are missing count."""
+"""Fields that are compared as a whole: a missing key counts as a change."""
 Record = dict[str, Any]
 
 
 def model_record(recipe: Recipe, role: Role) -> Record:
-    """Of teacher or student."""
+    """The record of the teacher or the student."""
     config = recipe.model(role)
     if isinstance(config, ServedConfig):
         return {"kind": "served", "model": config.model, "top_logprobs": config.top_logprobs}
@@ -53,7 +53,7 @@ def model_record(recipe: Recipe, role: Role) -> Record:
 
 
 def router_record(recipe: Recipe) -> Record:
-    """Of the gate over its pair."""
+    """The record of the router and of the pair that it is trained for."""
     return _plain(
         {
             "router": recipe.router.model_dump(mode="json", exclude=WHERE),
@@ -68,14 +68,14 @@ def router_record(recipe: Recipe) -> Record:
 
 
 def tokenizer_record(recipe: Recipe) -> Record:
-    """Of a tokenizer that is trained on the task."""
+    """The record of a tokenizer that is trained on the task."""
     return _plain(
         {"tokenizer": _tokenizer(recipe), "task": recipe.task.model_dump(mode="json"), "seed": recipe.seed}
     )
 
 
 def changes(before: Record, now: Record, path: str = "") -> list[str]:
-    """What differs, as `schedule.steps 10, now 20`. A field that only one of them knows is not compared."""
+    """The differences of two records, e.g. `schedule.steps 10, now 20`. Fields of only one are ignored."""
     found: list[str] = []
     for key in before.keys() & now.keys():
         name = f"{path}{key}"
@@ -89,7 +89,7 @@ def changes(before: Record, now: Record, path: str = "") -> list[str]:
 
 
 def may_be_prolonged(before: Record, now: Record, step: int) -> bool:
-    """Whether a run at this step has not begun to decay, by its old schedule and by the new one."""
+    """Whether the learning rate has not begun to decay at this step, by the old and by the new schedule."""
     return step <= min(_decay_starts(before), _decay_starts(now))
 
 
@@ -99,7 +99,7 @@ def _decay_starts(record: Record) -> float:
 
 
 def without_length(record: Record) -> Record:
-    """For runs that may be prolonged."""
+    """The record without its schedule's `steps` and `decay`, to compare runs that may be prolonged."""
     schedule = dict(record["schedule"])
     for field in ("steps", "decay"):
         schedule.pop(field, None)
@@ -107,12 +107,12 @@ def without_length(record: Record) -> Record:
 
 
 def write_record(record: Record, directory: Path) -> None:
-    """Next to what was trained."""
+    """Write a record to the directory of what was trained."""
     (directory / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_record(directory: Path) -> Record | None:
-    """None where there is none: what was trained before there were records."""
+    """The record in a directory; None if an earlier version trained it without a record."""
     file = directory / RECORD
     return json.loads(file.read_text()) if file.exists() else None
 
@@ -124,7 +124,7 @@ def _kind(config: ModelConfig) -> str:
 
 
 def _cheaper(recipe: Recipe) -> Record:
-    """Of all of them; where a server is does not matter."""
+    """The records of all cheaper teachers, without their servers' addresses, which do not matter."""
     records = {}
     for name, config in recipe.cheaper:
         records[name] = config.model_dump(mode="json", exclude={"url"})
@@ -138,12 +138,12 @@ def _tokenizer(recipe: Recipe) -> Record:
 
 
 def _writes(method: MethodConfig) -> bool:
-    """Whether a model's completions are trained on, so that their longest length matters."""
+    """Whether a method trains on completions of a model, so that `max_tokens` matters."""
     if isinstance(method, GKDConfig | PCLConfig):
         return method.on_policy > 0
     return isinstance(method, SeqKDConfig)
 
 
 def _plain(record: Record) -> Record:
-    """As it comes back from a file."""
+    """The record as it reads when it comes back from a JSON file."""
     return json.loads(json.dumps(record))

@@ -1,9 +1,8 @@
-"""Rollouts by vLLM: a server of the student writes the on-policy completions.
+"""Rollouts by vLLM: a vLLM server of the student writes the on-policy completions.
 
-The trainer sends it the weights.
-The server is a stock vLLM server in its development mode (`VLLM_SERVER_DEV_MODE=1`), whose
-`/collective_rpc` reloads weights from a directory that both can read; keep it in memory (`/dev/shm`) where
-models are large.
+The server is a stock vLLM server in its development mode (`VLLM_SERVER_DEV_MODE=1`). The trainer writes the
+weights to a directory that both can read, and the server's `/collective_rpc` reloads them from there. If
+models are large, keep this directory in memory (`/dev/shm`).
 """
 
 import os
@@ -28,8 +27,11 @@ class RolloutServer:
     """A vLLM server of the student.
 
     Args:
-        directory: of weights, read by the server.
-        every: batches drawn between two transfers.
+        url: the server's address, without /v1.
+        directory: directory that passes the weights to the server.
+        every: number of batches drawn between two transfers of the weights.
+        model: the model's name at the server; None: the only model there.
+        client: HTTP client to use instead of a new one.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class RolloutServer:
     def sampled(
         self, model: PreTrainedModel, batch: Batch, visible: int, end: int, longest: int = MAX_TOKENS
     ) -> Batch:
-        """What `training.sampling.sampled` gives, drawn by the server; it fixes no seed."""
+        """The same as `training.sampling.sampled`, but the server draws the completions, without a seed."""
         if self._drawn % self._every == 0:
             self.synchronise(model)
         self._drawn += 1
@@ -65,7 +67,7 @@ class RolloutServer:
         return Batch.of(prompts, answers, end).to(batch.ids.device)
 
     def synchronise(self, model: PreTrainedModel) -> None:
-        """Give the server the model's weights, adapters merged; all processes take part."""
+        """Send the model's weights to the server, with adapters merged; all processes take part."""
         weights = weights_of(model)
         if parallel.is_first():
             weights = merged(weights, model)
@@ -80,6 +82,6 @@ class RolloutServer:
                 "/collective_rpc",
                 {"method": "reload_weights", "kwargs": {"weights_path": str(self._directory)}},
             )
-            if not self._server.post("/reset_prefix_cache", {}).get("success"):  # it holds the old weights'
+            if not self._server.post("/reset_prefix_cache", {}).get("success"):  # its keys are of old weights
                 raise ServerError(f"the rollout server at {self._server.url} also serves other clients")
         parallel.barrier()

@@ -1,4 +1,4 @@
-"""The router stage in `wheels train --dry-run`: runs a small stage and extrapolates its times."""
+"""Estimates the router stage for `wheels train --dry-run`: runs a small stage, and extrapolates its times."""
 
 import ctypes
 import io
@@ -20,51 +20,51 @@ from training.tasks import Task
 from training.tokenizer import encode_prompts
 
 PROMPTS = 8
-"""Of the measured round of rollouts."""
+"""Number of prompts in the first measured round of rollouts."""
 EXAMPLES = 2
-"""Of the measured calibration."""
+"""Number of examples in the first measured calibration."""
 LARGER = 8
-"""How many times as large the second stage is, which tells what grows with it from what does not."""
+"""Size of the second stage as a multiple of the first; two sizes tell fixed from proportional times."""
 PATIENCE = 30.0
-"""Seconds of the first stage after which there is no second one."""
+"""Longest first stage after which a second one is run, in seconds."""
 CLEAR_PEAK = Path("/proc/self/clear_refs")
-"""Writing 5 there forgets the largest size that this process had (Linux)."""
+"""File in which writing 5 resets the peak memory of this process (Linux)."""
 
 
 class RouterTrial(NamedTuple):
-    """What the whole stage will take by the small ones that were run."""
+    """Time and memory of the whole stage, estimated from small stages."""
 
     rollouts: float
-    """Seconds, with the fit of the gate."""
+    """Seconds of the rollouts, including the fit of the gate."""
     calibration: float | None
-    """Seconds; None: of models that are not trained yet, which differ at every token, nothing is learned."""
+    """Seconds of the calibration; None: unknown, because untrained models differ at every token."""
     rows: int
-    """Completions that are written at once."""
+    """Number of completions written at once."""
     memory: float | None
-    """Bytes that writing them takes beyond the models; None: not known here."""
+    """Bytes that writing them takes in addition to the models; None: not known on this system."""
     positions: int
-    """That the gate is fitted on."""
+    """Number of positions that the gate is fitted on, at most."""
     states: int
-    """Bytes of the student's states there."""
+    """Bytes of the student's states at these positions."""
     weights: int
     """Bytes of all models."""
 
 
 def try_router(recipe: Recipe, pair: FrozenPair, task: Task, *, trained: bool) -> RouterTrial:
-    """Run a small stage, and a larger one if that was quick. Nothing of them is kept.
+    """Run a small stage, and a larger one if the first was quick. No result is kept.
 
     Args:
-        recipe: of the pair.
-        pair: the models, or what stands in for them.
-        task: gives the prompts.
-        trained: whether these are the models that the stage will have; else nothing is calibrated.
+        recipe: the recipe of the pair.
+        pair: the models, or stand-ins for them.
+        task: the task that gives the prompts.
+        trained: whether these are the models that the stage will have; if not, nothing is calibrated.
     """
     config = recipe.router
     valid = task.valid()[: config.calibration_examples]
     prompts = encode_prompts(pair.tokenizer, sources_of(valid))
     loop = pair.load()
     rows = min(ROWS, loop.rows_of(max(map(len, prompts))), config.prompts)
-    memory = memory_of(loop, prompts, rows)  # before anything else leaves memory that can be used again
+    memory = memory_of(loop, prompts, rows)  # first: later steps free memory that would be reused
     weights = sum(map(parameters, (loop.student, loop.teacher, *loop.cheaper))) * torch.float32.itemsize
     width = loop.student.config.get_text_config().hidden_size
     del loop
@@ -88,29 +88,34 @@ def try_router(recipe: Recipe, pair: FrozenPair, task: Task, *, trained: bool) -
 
 
 class Timed(NamedTuple):
-    """A measured piece."""
+    """The measured time of a piece of work."""
 
     size: int
-    """Prompts, or examples."""
+    """Number of prompts or examples."""
     seconds: float
 
 
 class SmallStage(NamedTuple):
-    """A small stage that was run."""
+    """The measured times of a small stage."""
 
     rollouts: Timed
     calibration: Timed
 
     @property
     def seconds(self) -> float:
-        """Of both."""
+        """Seconds of rollouts and calibration together."""
         return self.rollouts.seconds + self.calibration.seconds
 
 
 def small_stage(recipe: Recipe, pair: FrozenPair, task: Task, prompts: int, examples: int) -> SmallStage:
-    """One round of this many prompts, calibrated on this many examples, or on all that the recipe takes.
+    """Run one round of rollouts, fit the gate and calibrate it.
 
-    With no examples nothing is calibrated.
+    Args:
+        recipe: the recipe of the pair.
+        pair: the models.
+        task: the task that gives the prompts.
+        prompts: number of prompts; at most as many as the recipe has are used.
+        examples: number of examples to calibrate on, limited in the same way; 0: nothing is calibrated.
     """
     config = recipe.router
     prompts = min(prompts, config.prompts)
@@ -129,9 +134,10 @@ def small_stage(recipe: Recipe, pair: FrozenPair, task: Task, prompts: int, exam
 
 
 def projected(first: Timed, second: Timed, count: int, batches: int) -> float:
-    """Seconds of `count`, from two measured pieces, of which the second may be the first.
+    """Seconds for `count` prompts or examples, extrapolated from two measured pieces.
 
-    What does not grow with a piece is spent once for each batch.
+    The two pieces may be the same one. The part of the time that does not grow with the size of a piece is
+    spent once for each batch.
     """
     if second.size == first.size:
         return first.seconds * count / first.size
@@ -141,7 +147,10 @@ def projected(first: Timed, second: Timed, count: int, batches: int) -> float:
 
 
 def memory_of(loop: ClosedLoop, prompts: list[list[int]], rows: int) -> float | None:
-    """Bytes that this many completions of the longest prompts take at once, from a few of them."""
+    """Bytes that `rows` concurrent completions of the longest prompts take, estimated from a few of them.
+
+    None if the system does not show it.
+    """
     longest = sorted(prompts, key=len)[-PROMPTS:]
     before = start_peak()
     if before is None:
@@ -151,12 +160,12 @@ def memory_of(loop: ClosedLoop, prompts: list[list[int]], rows: int) -> float | 
 
 
 def start_peak() -> float | None:
-    """Forget the peak so far, and return the bytes that are in use; None where that is not possible."""
+    """Reset the peak of memory, and return the bytes in use; None if the system cannot do that."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be used again, unseen
+        ctypes.CDLL(None).malloc_trim(0)  # memory freed earlier would be reused unseen
         CLEAR_PEAK.write_text("5")
     except (OSError, AttributeError):
         return None
@@ -164,7 +173,7 @@ def start_peak() -> float | None:
 
 
 def peak_memory() -> float:
-    """Of the GPU, or of the whole process where there is none."""
+    """Peak memory of the GPU, or of the whole process if there is no GPU, in bytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""A running gateway: training requests completions from it, and gives it new routers."""
+"""A running gateway, from which training requests completions, and to which it gives new routers."""
 
 import asyncio
 import os
@@ -14,52 +14,52 @@ from measuring.gateway import GatewayClient, GatewayError, GatewayReply
 from router.checkpoint import RouterCheckpoint
 
 SECONDS = 300.0
-"""For one completion, however long the gateway lets it wait."""
+"""Longest time for one completion, including its wait in the gateway's queue."""
 RETRIES = 2
 LOOK_SECONDS = 0.5
-"""Between two looks whether a router was taken."""
+"""Time between two checks of whether the gateway has loaded a router."""
 
 
 @dataclass(frozen=True)
 class RunningGateway:
-    """A gateway behind a URL. Its key is taken from OPENAI_API_KEY."""
+    """A gateway behind a URL. Its API key is read from OPENAI_API_KEY."""
 
     url: str
-    """Without /v1."""
+    """Base URL of the gateway, without /v1."""
     max_tokens: int
-    """Longest completion."""
+    """Longest completion, in tokens."""
     concurrency: int = 16
-    """Requests at once."""
+    """Number of concurrent requests."""
     patience: float = 60.0
-    """Seconds in which it has to take a router."""
+    """Longest wait until the gateway has loaded a new router, in seconds."""
     transport: Callable[[], DefaultAsyncHttpxClient] | None = None
-    """Makes an HTTP client in place of its own."""
+    """Makes the HTTP client; None: the default one."""
 
     def replies(self, sources: Sequence[Source], budget: float) -> list[GatewayReply]:
-        """Greedy, in the order of the sources.
+        """Greedy completions with this budget, in the order of the sources.
 
         Raises:
-            GatewayError: the gateway is away, refuses, or is none.
+            GatewayError: the gateway is away or refuses, or the server is not a gateway.
         """
         return asyncio.run(self._replies(sources, budget))
 
     def rests(self, begun: Sequence[list[int]], longest: Sequence[int]) -> list[list[int]]:
-        """What the student alone writes after each of these token ids, greedily.
+        """The student's own greedy continuation of each begun completion, as token ids.
 
         Args:
-            begun: token ids of prompts and what was written after them.
-            longest: tokens of each rest, its end token with it.
+            begun: the token ids of each prompt and of the tokens written after it.
+            longest: most tokens of each continuation, including its end token.
 
         Raises:
-            GatewayError: the gateway is away, refuses, or is none.
+            GatewayError: the gateway is away or refuses, or the server is not a gateway.
         """
         return asyncio.run(self._rests(begun, longest))
 
     def take(self, router: RouterCheckpoint, directory: Path) -> None:
-        """Put a router into the directory that the gateway serves with, and wait until it is in use.
+        """Save a router in the gateway's router directory, and wait until the gateway uses it.
 
         Raises:
-            GatewayError: the gateway does not take it.
+            GatewayError: the gateway does not load the router within `patience` seconds.
         """
         router.save(directory)
         asyncio.run(self._until_taken(router.digest(), directory))

@@ -1,4 +1,4 @@
-"""Completions by one model: on-policy batches, and greedy answers for validation."""
+"""Completions written by one model: on-policy batches, and greedy answers for validation."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,12 +24,12 @@ def sampled(
     """The batch's prompts with completions drawn from `model`, at top_p = 1.
 
     Args:
-        model: writes the completions.
-        batch: its answers are not looked at.
-        visible: only ids below it are drawn.
+        model: the model that writes the completions.
+        batch: the batch with the prompts; its answers are ignored.
+        visible: only ids below this are drawn.
         end: the end-of-sequence id, also used to pad.
-        temperature: 0 is greedy.
-        longest: tokens of a completion, the end token with them; fewer where the model's context ends.
+        temperature: temperature of sampling; 0 is greedy.
+        longest: most tokens in a completion, including the end token; fewer if the model's context is full.
     """
     prompts = batch.prompts()
     answers = complete(model, prompts, visible, end, longest, temperature)
@@ -37,14 +37,14 @@ def sampled(
 
 
 def room(model: PreTrainedModel, prompts: list[list[int]], longest: int) -> int:
-    """Tokens that fit after the longest prompt of all processes, at least 1 and at most `longest`."""
+    """Number of tokens that fit after the longest prompt of all processes: 1 to `longest`."""
     free = context_of(model) - max(map(len, prompts))
     return int(parallel.smallest(max(1, min(longest, free))))
 
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Without any dropout; afterwards the model trains on if it did before."""
+    """Put the model into evaluation mode (no dropout) inside the block, and restore its mode afterwards."""
     before = model.training
     model.eval()
     try:
@@ -57,17 +57,26 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 def complete(
     model: PreTrainedModel, prompts: list[list[int]], visible: int, end: int, longest: int, temperature: float
 ) -> list[list[int]]:
-    """Answers of at most `longest` tokens, the end token with them; temperature 0 is greedy.
+    """Completions of the prompts, as token ids that include the end token.
 
-    Where the model is sharded, all processes call this together, each with as many prompts.
+    If the model is sharded, all processes must call this together, each with the same number of prompts.
+
+    Args:
+        model: the model that writes.
+        prompts: the token ids of each prompt.
+        visible: only ids below this are written.
+        end: the end-of-sequence id, also used to pad.
+        longest: most tokens in a completion, including the end token; fewer if the model's context is full.
+        temperature: temperature of sampling; 0 is greedy.
     """
     ids, mask = left_padded(prompts, end, model.device)
     stepper = Stepper(model)
     written: list[torch.Tensor] = []
     alive = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
-    # A tenth faster than no_grad in small steps; but gathered parameters are trained later.
+    # inference_mode is a tenth faster than no_grad in small steps, but a sharded model's gathered
+    # parameters are trained later, which inference tensors cannot be.
     lean = torch.inference_mode(parallel.size() == 1)
-    # A compiled decoder is for batches of one length; a growing cache would compile it again and again.
+    # The decoder is compiled for batches of one length: a growing cache would compile it again and again.
     with lean, evaluating(model), parallel.whole(model), torch.compiler.set_stance("force_eager"):
         for _ in range(room(model, prompts, longest)):
             logits = stepper.step(ids, mask).logits[:, :visible].float()
@@ -83,11 +92,11 @@ def complete(
 
 
 def drawn(probabilities: torch.Tensor) -> torch.Tensor:
-    """One id of each row of (B, V), by inversion: (B,).
+    """Ids (B,), one drawn from each row of probabilities (B, V), by inversion of the cumulative sum.
 
-    The uniform numbers are drawn on the CPU for the rows of all processes, of which each takes its own. So
-    they differ between processes that share a seed, and do not depend on how rows are spread over processes
-    and devices.
+    Uniform numbers are drawn on the CPU for the rows of all processes, and each process uses those of its own
+    rows. So the numbers differ between processes that share a seed, and they do not depend on how rows are
+    spread over processes and devices.
     """
     rows = len(probabilities)
     uniform = torch.rand(parallel.size(), rows)[parallel.rank()].to(probabilities.device)
@@ -97,5 +106,5 @@ def drawn(probabilities: torch.Tensor) -> torch.Tensor:
 
 
 def until_end(tokens: list[int], end: int) -> list[int]:
-    """Up to and with the first end token; all where there is none."""
+    """The tokens up to and including the first end token; all tokens if there is none."""
     return tokens[: tokens.index(end) + 1] if end in tokens else tokens

@@ -1,4 +1,4 @@
-"""Stock vLLM servers used in training; a served teacher gives log-probabilities of whole prompts."""
+"""Clients of stock vLLM servers in training; a served teacher gives log-probabilities of whole prompts."""
 
 import math
 import time
@@ -22,11 +22,11 @@ from training.tokenizer import for_router
 TRIES = 6
 FIRST_PAUSE = 0.5
 SHOWN_PROBLEM = 300
-"""Characters of an error reply that are passed on."""
+"""Number of characters of an error reply that a message shows."""
 SAME_TEACHER = 0.25
-"""Mean difference of log-probabilities, nats, below which a served teacher is the one that it was."""
+"""Mean difference of log-probabilities, in nats, below which a served teacher counts as unchanged."""
 HOPELESS = (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.DecodingError, httpx.TooManyRedirects)
-"""What a second try does not change."""
+"""Errors that a second try would meet again."""
 Wire = TypeVar("Wire")
 
 
@@ -47,13 +47,13 @@ class _LogProb(msgspec.Struct):
 
 
 _Entries = dict[str, _LogProb]
-"""The likeliest ids at a position, as strings, and the prompt's own token."""
+"""Log-probabilities at a position, by token id as a string: the likeliest ids and the prompt's own token."""
 
 
 class _ScoredPrompt(msgspec.Struct):
     index: int
     prompt_logprobs: list[_Entries | None]
-    """For each token of the prompt."""
+    """The entries of each token of the prompt."""
 
 
 class _ScoredPrompts(msgspec.Struct):
@@ -64,11 +64,11 @@ class VLLMServer:
     """A stock vLLM server.
 
     Args:
-        role: what it is to us, for messages.
-        url: without /v1.
-        model: the name it serves; None: its only one.
-        client: in place of one of its own.
-        timeout: seconds for one reply.
+        role: what the server is used as, for messages, e.g. `teacher`.
+        url: base URL, without /v1.
+        model: the model's name at the server; None: the only model there.
+        client: HTTP client to use instead of a new one.
+        timeout: longest wait for one reply, in seconds.
     """
 
     def __init__(
@@ -80,19 +80,19 @@ class VLLMServer:
         self.model = model or self._only_model()
 
     def post(self, path: str, body: dict[str, object]) -> dict[str, Any]:
-        """The object that a request is answered with; an empty reply is an empty object.
+        """Send a request, and return the JSON object of the reply; an empty reply gives an empty object.
 
         Raises:
-            ServerError: the server refuses, stays away, or answers something else.
+            ServerError: the server refuses, stays away, or its reply is not a JSON object.
         """
         return self._decoded(path, self._request("POST", path, body), dict[str, Any])
 
     def ask(self, path: str, body: dict[str, object], kind: type[Wire]) -> Wire:
-        """The reply to a request, as `kind`; raises as `post` does."""
+        """Send a request, and return the reply as `kind`. Raises ServerError, as `post` does."""
         return self._decoded(path, self._request("POST", path, body), kind)
 
     def error(self, path: str, problem: str) -> ServerError:
-        """What is wrong with a reply, for the caller to raise."""
+        """An error that names the problem of a reply, for the caller to raise."""
         return ServerError(f"the {self._role} at {self.url}{path}: {problem}")
 
     def _only_model(self) -> str:
@@ -111,7 +111,7 @@ class VLLMServer:
             raise self.error(path, f"its reply cannot be read: {error}") from error
 
     def _request(self, method: str, path: str, body: dict[str, object] | None = None) -> bytes:
-        """Tries again, with growing pauses, if the server is away or overloaded: training is long."""
+        """The reply's content. Tries again, with growing pauses, if the server is away or overloaded."""
         for attempt in range(TRIES):
             try:
                 reply = self._client.request(method, self.url + path, json=body)
@@ -140,7 +140,7 @@ class ScoredRow(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """What a teacher says of the n tokens of an answer."""
+    """A teacher's log-probabilities at the n tokens of an answer."""
 
     ids: np.ndarray
     """(n, top) int64: the answer's own token, then the likeliest others."""
@@ -148,19 +148,19 @@ class View:
     """(n, top) float32, nats."""
 
     def to_bytes(self) -> bytes:
-        """As it is kept: ids in 32 bits."""
+        """The bytes to keep in a cache, with ids in 32 bits."""
         return self.ids.astype(np.int32).tobytes() + self.log_probs.tobytes()
 
     @classmethod
     def from_bytes(cls, content: bytes, top: int) -> "View":
-        """The other way round."""
+        """The view in the bytes of `to_bytes`, with `top` ids at each position."""
         half = len(content) // 2
         ids = np.frombuffer(content[:half], dtype=np.int32).reshape(-1, top).astype(np.int64)
         return cls(ids, np.frombuffer(content[half:], dtype=np.float32).reshape(-1, top))
 
 
 class Likeliest(NamedTuple):
-    """What a teacher says of the N positions that predict a batch's answers."""
+    """A teacher's log-probabilities at the N positions that predict a batch's answers."""
 
     ids: Tensor
     """(N, top): the batch's own token, then the likeliest others in falling order."""
@@ -172,11 +172,11 @@ class ServedTeacher:
     """A teacher behind a vLLM server.
 
     Args:
-        server: of the teacher.
-        top: likeliest tokens whose log-probabilities are asked for at every position; at most the server's
+        server: the teacher's server.
+        top: number of likeliest tokens to request at every position; at most the server's
             `--max-logprobs`.
-        cache: keeps what it says of demonstrations.
-        known_as: what the cache keeps it under; None: the server's URL.
+        cache: keeps its answers for demonstrations; None: they are not kept.
+        known_as: name of the teacher in the cache; None: the server's URL.
     """
 
     PATH = "/v1/completions"
@@ -192,7 +192,7 @@ class ServedTeacher:
 
     @property
     def model(self) -> str:
-        """The name it is served by."""
+        """The model's name at the server."""
         return self.server.model
 
     def likeliest(self, batch: Batch) -> Likeliest:
@@ -211,10 +211,10 @@ class ServedTeacher:
         return Likeliest(torch.from_numpy(ids), torch.from_numpy(log_probs))
 
     def check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Check that the teacher's tokens are those of `tokenizer`; prints where it splits a text otherwise.
+        """Check that the teacher's tokens are those of `tokenizer`; print a text that it splits differently.
 
         Raises:
-            ServerError: they are not, or it cannot be used.
+            ServerError: the teacher has another vocabulary, or its server cannot be used.
         """
         warned = False
         for question in questions(for_router(tokenizer)):
@@ -256,7 +256,7 @@ class ServedTeacher:
         return [views[number] for number in range(len(rows))]
 
     def _kept(self, cache: TeacherCache, keys: Sequence[bytes]) -> dict[int, View]:
-        """What is kept, by the numbers of the keys."""
+        """The kept views, by the number of their key."""
         views = {}
         for number, value in enumerate(cache.get(keys)):
             if value is not None:
@@ -264,7 +264,7 @@ class ServedTeacher:
         return views
 
     def _still_says(self, rows: Sequence[ScoredRow], kept: Mapping[int, View]) -> bool:
-        """Whether the server still says of one row what is kept of it: another model may have its URL now."""
+        """Whether the server still agrees with the kept view of one row: its URL may serve another model."""
         if not kept:
             return True
         self._is_the_kept_one = True
@@ -309,7 +309,7 @@ class ServedTeacher:
         return ordered
 
     def _columns(self, entries: _Entries | None, own: int) -> dict[int, float]:
-        """Log-probabilities of the `top` ids of a position, its own token first."""
+        """Log-probabilities by id at a position: `top` ids, the prompt's own token first."""
         known = self._by_id(entries or {})
         if own not in known or len(known) < self.top:
             raise self.server.error(

@@ -1,4 +1,4 @@
-"""Completions of token ids that a stock vLLM server draws."""
+"""Completions of prompts in token ids, written by a stock vLLM server."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from training.served import VLLMServer
 
 PATH = "/v1/completions"
 BANNED = -100.0
-"""The strongest bias that OpenAI's protocol knows."""
+"""The strongest negative bias of OpenAI's protocol."""
 
 
 class _Completion(msgspec.Struct):
@@ -27,19 +27,19 @@ def completed(
     temperature: float,
     banned: range = range(0),
 ) -> list[list[int]]:
-    """A completion of at most `longest` tokens for each prompt, the end token with it.
+    """A completion of each prompt, as token ids that include the end token.
 
     Args:
-        server: writes.
-        prompts: token ids.
-        visible: ids below this are expected.
-        end: id of the end of a sequence.
-        longest: tokens.
-        temperature: 0 is greedy.
+        server: the server that writes the completions.
+        prompts: the token ids of each prompt.
+        visible: all ids of a completion must be below this.
+        end: id of the end-of-sequence token.
+        longest: most tokens in a completion, including the end token.
+        temperature: temperature of sampling; 0 is greedy.
         banned: ids that the server must not write.
 
     Raises:
-        ServerError: the server cannot be used, or answers something else.
+        ServerError: the server cannot be used, or its reply is not valid.
     """
     body: dict[str, object] = {
         "model": server.model,

@@ -1,7 +1,7 @@
-"""The router's stage from served completions in `wheels train --dry-run`: pieces of it, multiplied.
+"""Estimates the router's stage from served completions for `wheels train --dry-run`.
 
-Both models read a few completions of the full length, so times are upper bounds. A gateway that answers is
-asked for a few completions.
+It measures pieces of the stage, and multiplies their times. Both models read a few completions of the full
+length, so times are upper bounds. If the gateway is running, it writes a few completions.
 """
 
 import time
@@ -23,45 +23,46 @@ from training.tokenizer import encode_prompts, visible_ids
 
 
 class Work(NamedTuple):
-    """What the stage does, at most."""
+    """Upper bounds of the work in the stage."""
 
     rounds: int
+    """Number of rounds."""
     completions: int
-    """Of all rounds."""
+    """Number of completions in all rounds."""
     tokens: int
-    """Of these completions."""
+    """Number of tokens in these completions."""
     asked: int
-    """Completions that prices are found with."""
+    """Number of completions for measuring prices."""
     forks: int
-    """Begun completions that are finished for the gain `quality`: one for each token at most."""
+    """Number of begun completions that are finished for the gain `quality`: at most one for each token."""
     is_asked_for: bool
-    """Whether a gateway writes all these for the stage."""
+    """Whether a gateway writes all these completions for the stage; False for recorded ones."""
 
 
 class ServedTrial(NamedTuple):
-    """What the stage will take by the pieces that were measured."""
+    """Time and memory of the stage, estimated from measured pieces."""
 
     work: Work
     reading: float
-    """Seconds."""
+    """Seconds in which the models read the completions."""
     fits: float
-    """Seconds."""
+    """Seconds of all fits of the gate."""
     completion: float | None
-    """Seconds of one by the gateway, among others at the same time; None: it does not answer."""
+    """Seconds for each completion of the gateway, with concurrent requests; None: it does not answer."""
     memory: float | None
-    """Bytes beyond the models; None: not known here."""
+    """Bytes that reading takes in addition to the models; None: not known on this system."""
     positions: int
-    """That the gate is fitted on."""
+    """Number of positions that the gate is fitted on."""
     states: int
-    """Bytes of the student's states there."""
+    """Bytes of the student's states at these positions."""
     weights: int
     """Bytes of the models that read in this process."""
 
 
 def try_served_router(stage: TrafficStage) -> ServedTrial:
-    """Let both models read a few completions, and fit the gate to them. Nothing of it is kept."""
+    """Let both models read a few completions, and fit the gate to them. No result is kept."""
     work = work_of(stage)
-    if isinstance(stage.config.gain, QualityGain):  # the forks of stand-ins tell nothing
+    if isinstance(stage.config.gain, QualityGain):  # forks of random completions would show nothing
         config = stage.config.model_copy(update={"gain": RegretGain(type="regret")})
         stage = replace(stage, config=config)
     model = stage.model
@@ -77,7 +78,7 @@ def try_served_router(stage: TrafficStage) -> ServedTrial:
     stage.fitted(taught)
     fitted = time.monotonic()
     positions = min(work.tokens, POSITIONS)
-    # Each round fits to all before it; the last trial leaves a tenth out.
+    # Each round fits to the positions of all rounds so far; the last fit is repeated without a tenth of them.
     passes = (work.rounds + 1) / 2 + 0.9
     return ServedTrial(
         work=work,
@@ -92,7 +93,7 @@ def try_served_router(stage: TrafficStage) -> ServedTrial:
 
 
 def work_of(stage: TrafficStage) -> Work:
-    """Of a recipe."""
+    """Upper bounds of the work that a recipe's stage does."""
     config = stage.config
     rollouts = config.rollouts
     if isinstance(rollouts, RecordedRollouts):
@@ -109,7 +110,7 @@ def work_of(stage: TrafficStage) -> Work:
 
 
 def stand_ins(stage: TrafficStage) -> list[Trajectory]:
-    """Prompts of the task with completions of any tokens, as long as they may be."""
+    """Prompts of the task with completions of random tokens, as long as the recipe allows."""
     examples = stage.task.valid()[:ROWS]
     prompts = encode_prompts(stage.tokenizer, sources_of(examples))
     visible = visible_ids(stage.tokenizer)
@@ -122,7 +123,7 @@ def stand_ins(stage: TrafficStage) -> list[Trajectory]:
 
 
 def seconds_of_a_completion(stage: TrafficStage) -> float | None:
-    """By the gateway of the recipe; None if there is none, or it does not answer."""
+    """Seconds for one completion of the recipe's gateway; None if there is none or it does not answer."""
     rollouts = stage.config.rollouts
     if not isinstance(rollouts, GatewayRollouts):
         return None

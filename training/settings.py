@@ -8,7 +8,7 @@ from router.words import check_budget_prompt
 
 
 class Frozen(BaseModel):
-    """Checked when it is built, never changed; unknown keys are refused."""
+    """A part of a recipe: checked when it is built, and never changed. Unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

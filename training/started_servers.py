@@ -1,7 +1,7 @@
-"""Starts and always stops the servers of the router stage for which the recipe has no address.
+"""Starts the servers of the router stage that have no address in the recipe, and always stops them.
 
 They are the commands that a user would run: vLLM's own server for the teacher, and `wheels serve` for the
-student. They listen on this machine alone.
+student. They listen only on this machine.
 """
 
 import shutil
@@ -32,13 +32,13 @@ from training.workspace import Workspace
 
 ON_CPU = ("--kv-cache-memory-bytes", "1G")
 ON_GPU = ("--kv-cache-memory-bytes", "4G", "--no-enforce-eager")
-"""The cache of keys and values is fixed, as each engine would count the other's memory as its own."""
+"""Flags that fix the key-value cache's size: otherwise each engine counts the other's memory as its own."""
 READ_AT_ONCE = "512"
-"""Tokens of prompts that the teacher reads in a step: log-probabilities of all of them exist at a time."""
+"""Prompt tokens that the teacher reads in one step, whose log-probabilities all exist at the same time."""
 PATIENT = ("--teacher-timeout", "600", "--span-timeout", "600", "--teacher-queue", "600")
-"""Nobody waits for these completions: a slow teacher is not lost."""
+"""Long timeouts of the gateway: nobody waits for these completions, so a slow teacher counts as alive."""
 DYING_SECONDS = 1.0
-"""A server that dies closes its connections first."""
+"""Time for a server to exit after it has closed its connections."""
 HIDDEN = (
     "VLLM_API_KEY",
     "RANK",
@@ -49,43 +49,44 @@ HIDDEN = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-"""Variables that would give the servers a key, or a place among the processes of `torchrun`."""
+"""Environment variables hidden from the servers: a key, and a place among the processes of `torchrun`."""
 
 
 class StartedTeacher(ServedConfig):
     """A teacher whose server has another address at each start."""
 
     directory: Path
-    """Of the model."""
+    """Directory of the model."""
 
     @property
     def known_as(self) -> str:
-        """What its answers are kept under."""
+        """Name under which the cache keeps its answers: its directory, because its address changes."""
         return str(self.directory.resolve())
 
 
 class Servers(NamedTuple):
-    """What is to be started."""
+    """The servers to start, and their addresses."""
 
     services: list[Service]
     teacher: ServedConfig
-    """Its address."""
+    """The teacher, with its address."""
     gateway: str
-    """Base URL, without /v1."""
+    """Base URL of the gateway, without /v1."""
     router: Path
-    """The directory that the gateway takes routers from."""
+    """Directory from which the gateway loads routers."""
     logs: Path
 
 
 @contextmanager
 def with_addresses(space: Workspace) -> Iterator[Workspace]:
-    """The workspace with a recipe whose teacher and gateway have addresses.
+    """The workspace with a recipe in which teacher and gateway have addresses.
 
-    If the recipe's gateway is to be started, the servers run as long as the block. Else it is `space` itself.
+    If the recipe leaves the start of the gateway to the stage, the servers run until the block ends. If not,
+    this is `space` itself.
 
     Raises:
-        RecipeError: a model is not there yet.
-        ServiceError: as `started` does.
+        RecipeError: a model is not trained yet.
+        ServiceError: as `started` raises it.
     """
     rollouts = space.recipe.router.rollouts
     if not isinstance(rollouts, GatewayRollouts) or not rollouts.is_started:
@@ -98,7 +99,7 @@ def with_addresses(space: Workspace) -> Iterator[Workspace]:
 
 @contextmanager
 def started(space: Workspace, servers: Servers) -> Iterator[Workspace]:
-    """The workspace with a recipe that has the addresses of these servers, which run as long as the block.
+    """Run these servers until the block ends, and give the workspace with their addresses in its recipe.
 
     Raises:
         ServiceError: a server did not become ready, or it ended; the message ends with the tail of its log.
@@ -116,7 +117,7 @@ def started(space: Workspace, servers: Servers) -> Iterator[Workspace]:
         try:
             yield Workspace(recipe.model_copy(update={"teacher": servers.teacher, "router": router}))
         except PeerError as error:
-            for child in children:  # a server that has died explains itself better
+            for child in children:  # the log of a dead server explains more than this error
                 with suppress(TimeoutExpired):
                     child.process.wait(DYING_SECONDS)
                 child.check()
@@ -125,10 +126,10 @@ def started(space: Workspace, servers: Servers) -> Iterator[Workspace]:
 
 
 def to_start(space: Workspace, rollouts: GatewayRollouts) -> Servers:
-    """The gateway, and the teacher's server if the teacher is not behind a URL.
+    """The servers to start: the gateway, and the teacher's server if the teacher is not behind a URL.
 
-    The gateway begins without a router, whatever an earlier start left: the stage hands over the one that
-    it goes on with.
+    The gateway starts without a router, even if an earlier start left one: the stage gives it the router to
+    go on with.
     """
     recipe = space.recipe
     logs = space.work("router") / "servers"
@@ -164,18 +165,21 @@ def to_start(space: Workspace, rollouts: GatewayRollouts) -> Servers:
 
 
 def exported(space: Workspace, role: Role) -> Path:
-    """The directory of a model."""
+    """The directory of an exported model. Raises RecipeError if it is not trained yet."""
     if not space.is_exported(role):
         raise RecipeError(f"no {role} in {space.exported(role)}: train it first (--stage {role})")
     return space.exported(role)
 
 
 def threads_of_an_engine(threads: int) -> int:
-    """Half of the trainer's: both compute at once, and a thread without a core makes all others wait."""
+    """Threads of one engine: half of the recipe's, because two engines compute at once.
+
+    A thread without a core of its own makes all others wait.
+    """
     return max(1, threads // 2)
 
 
 def engine_flags(dtype: str) -> tuple[str, ...]:
-    """Of a model that computes as in training. Its context is cut to what the cache holds."""
+    """Flags of vLLM for a model that computes in `dtype`, with its context cut to what the cache holds."""
     device = ON_CPU if is_cpu_build() else ON_GPU
     return ("--dtype", dtype, "--max-model-len", "auto", *device)

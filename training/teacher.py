@@ -1,4 +1,4 @@
-"""The views of a batch that student and teacher have: log-probabilities over the same events."""
+"""Log-probabilities of student and teacher on a batch, over the same events."""
 
 import math
 from collections.abc import Callable
@@ -14,25 +14,25 @@ from training.models import answer_outputs
 from training.pieces import PIECE, in_pieces
 from training.served import ServedTeacher, ServerError
 
-LEAST = 1e-7  # a remainder below float32's resolution is noise
-SLACK = 0.01  # of a sum of probabilities that a server computed in 16 bits
+LEAST = 1e-7  # the least remainder of a sum: below float32's resolution a remainder is noise
+SLACK = 0.01  # how far a sum of probabilities may exceed 1, if a server computed it in 16 bits
 Teacher: TypeAlias = PreTrainedModel | ServedTeacher
 
 
 @dataclass(frozen=True)
 class LogProbs:
-    """Of the next token at the N positions that predict a batch's answers, nats.
+    """Log-probabilities (nats) of the next token at the N positions that predict a batch's answers.
 
-    The K events are all visible ids if the teacher is in process. Otherwise they are its likeliest ids and,
-    last, all others in one.
+    They are over K events. With a teacher in process, the events are all visible ids. With a served teacher,
+    they are its likeliest ids and, as the last event, all other ids together.
     """
 
     student: Tensor
-    """(N, K), each row normalised."""
+    """(N, K) the student's, each row normalised."""
     teacher: Tensor
-    """(N, K), each row normalised."""
+    """(N, K) the teacher's, each row normalised."""
     taken: Tensor
-    """(N,) the batch's own token among the events."""
+    """(N,) index of the batch's own token among the events."""
 
     @property
     def log_ratio(self) -> Tensor:
@@ -43,23 +43,32 @@ class LogProbs:
 
 @dataclass(frozen=True)
 class Views:
-    """Both models at the N positions that predict a batch's answers, a piece of them at a time."""
+    """Student and teacher at the N positions that predict a batch's answers, computed piece by piece."""
 
     positions: int
+    """N, the number of positions."""
     width: int
-    """Logits of a position."""
+    """Number of logits of one position."""
     piece: int
-    """Logits that may exist at a time, see `training.pieces`."""
+    """Number of logits that may exist at a time, see `training.pieces`."""
     log_probs: Callable[[slice], LogProbs]
-    """Of a slice of the positions; gradients flow to the student only."""
+    """Computes the log-probabilities of a slice of the positions; gradients flow to the student only."""
 
     def values(self, of: Callable[[LogProbs], Tensor]) -> Tensor:
-        """(N, …) what `of` makes of the log-probabilities."""
+        """The values (N, …) that `of` computes from the log-probabilities, piece by piece."""
         return in_pieces(lambda piece: of(self.log_probs(piece)), self.positions, self.width, self.piece)
 
 
 def both(model: PreTrainedModel, teacher: Teacher, batch: Batch, visible: int, piece: int = PIECE) -> Views:
-    """The student `model` and its teacher."""
+    """The views of the student `model` and of its teacher on a batch.
+
+    Args:
+        model: the student.
+        teacher: in process, or behind a URL.
+        batch: the batch whose answers are predicted.
+        visible: number of ids that may be written.
+        piece: number of logits that may exist at a time.
+    """
     student = answer_outputs(model, batch, visible)
     targets = batch.targets
 
@@ -89,22 +98,27 @@ def both(model: PreTrainedModel, teacher: Teacher, batch: Batch, visible: int, p
 
 
 def check_masses(log_probs: Tensor) -> None:
-    """Raises ServerError if some of the events (N, K) are likelier than all of them can be."""
+    """Raises ServerError if the probabilities of any row's events (N, K) add up to more than 1."""
     most = float(log_probs.double().exp().sum(-1).max())
     if not most <= 1 + SLACK:
         raise ServerError(f"the teacher gave log-probabilities that add up to a probability of {most:.4g}")
 
 
 def lump(log_probs: Tensor, ids: Tensor) -> Tensor:
-    """(N, V) over the whole vocabulary -> (N, K + 1): of each row's ids (N, K), and of all others in one."""
+    """Log-probabilities (N, K + 1) of each row's ids (N, K), and of all other ids as one last event.
+
+    Args:
+        log_probs: (N, V), over the whole vocabulary.
+        ids: (N, K), the ids that stay events of their own.
+    """
     none = math.log(
         LEAST / log_probs.shape[1]
-    )  # not -inf: where the ids are all of them, gradients stay finite
+    )  # not -inf: gradients stay finite even if no other ids are left
     others = log_probs.scatter(1, ids, none).logsumexp(-1, keepdim=True)
     return torch.cat((log_probs.gather(1, ids), others), dim=1)
 
 
 def remainder(log_probs: Tensor) -> Tensor:
-    """(N, K) of some events -> (N, K + 1): what they leave of 1 is the last."""
+    """Log-probabilities (N, K) of some events, extended to (N, K + 1) by the event of all other ids."""
     left = (1 - log_probs.double().exp().sum(-1, keepdim=True)).clamp(min=LEAST).log()
     return torch.cat((log_probs, left.to(log_probs.dtype)), dim=1).log_softmax(-1)

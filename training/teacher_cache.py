@@ -1,4 +1,4 @@
-"""A disk cache of a teacher's answers: demonstrations repeat in every epoch, and the answer is the same."""
+"""A disk cache of a teacher's answers: demonstrations repeat in every epoch, with the same answers."""
 
 import hashlib
 import json
@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 WAIT_SECONDS = 60.0
-"""For another process of the same run that writes."""
+"""Longest wait for another process of the same run that is writing."""
 SHARE_DROPPED = 0.1
-"""Of a full cache: what was not used for longest."""
+"""Share of a full cache's entries that are dropped at once, the least recently used first."""
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS kept (
     key BLOB PRIMARY KEY, value BLOB NOT NULL, used INTEGER NOT NULL
@@ -19,19 +19,19 @@ CREATE INDEX IF NOT EXISTS by_use ON kept (used);
 
 
 def key_of(*parts: object) -> bytes:
-    """Digest of what an answer depends on; the parts are JSON values."""
+    """Key of an answer: a digest of all that the answer depends on. The parts are JSON values."""
     return hashlib.sha256(json.dumps(parts).encode()).digest()
 
 
 class TeacherCache:
-    """Answers by key in one SQLite file, on a local disk, for all processes of a machine.
+    """Answers by key in one SQLite file on a local disk, shared by all processes of a machine.
 
-    An entry is there whole or not at all, whenever a process ends. A file that cannot be read is started
-    anew.
+    Writing is atomic: however a process ends, an entry is there whole or not at all. A file that cannot be
+    read is replaced by an empty one.
 
     Args:
-        file: made when it is first needed.
-        max_bytes: of the file; beyond it, what was not used for longest is dropped.
+        file: path of the SQLite file; it is created when it is first needed.
+        max_bytes: size beyond which the least recently used answers are dropped.
     """
 
     def __init__(self, file: Path, max_bytes: int) -> None:
@@ -40,7 +40,7 @@ class TeacherCache:
         self._connection: sqlite3.Connection | None = None
 
     def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The answer to each key; None if it is not kept."""
+        """The answer of each key; None for a key that is not kept."""
         database = self._database()
         found: list[bytes | None] = []
         for key in keys:
@@ -56,7 +56,7 @@ class TeacherCache:
         return found
 
     def put(self, answers: Mapping[bytes, bytes]) -> None:
-        """Keep them all, or none if the disk is full."""
+        """Keep all these answers, or none of them if the disk is full."""
         database = self._database()
         try:
             with database:
@@ -69,7 +69,7 @@ class TeacherCache:
             print(f"{self._file}: not kept: {error}")
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Delete all answers."""
         database = self._database()
         with database:
             database.execute("DELETE FROM kept")
@@ -84,7 +84,7 @@ class TeacherCache:
                 self._connection = self._opened()
             except sqlite3.DatabaseError as error:
                 if isinstance(error, sqlite3.OperationalError):
-                    raise  # busy, or no place: the file itself is sound
+                    raise  # the database is busy or the disk full: the file itself is sound
                 print(f"{self._file}: unreadable, started again empty: {error}")
                 self._file.unlink()
                 self._connection = self._opened()
@@ -98,7 +98,7 @@ class TeacherCache:
         return database
 
     def _drop_oldest(self, database: sqlite3.Connection) -> None:
-        """Until there is room again. The file does not shrink, but its free pages are used first."""
+        """Drop the least recently used answers. The file does not shrink; new answers fill its free pages."""
         count = database.execute("SELECT count(*) FROM kept").fetchone()[0]
         dropped = max(1, int(SHARE_DROPPED * count))
         database.execute(
@@ -111,7 +111,7 @@ class TeacherCache:
 
     @staticmethod
     def _bytes(database: sqlite3.Connection) -> int:
-        """In use."""
+        """Bytes in use: the file's size without its free pages."""
         pages = database.execute("PRAGMA page_count").fetchone()[0]
         free = database.execute("PRAGMA freelist_count").fetchone()[0]
         return (pages - free) * database.execute("PRAGMA page_size").fetchone()[0]

@@ -1,7 +1,8 @@
-"""A small byte-level BPE tokenizer, in the Hugging Face layout, with one prompt format: its chat template.
+"""Trains a small byte-level BPE tokenizer in the Hugging Face layout, and encodes prompts and answers.
 
-Digits stay single tokens, so that a number is read figure by figure. Bytes that the training data and
-printable ASCII do not use have no id (they become `<|unk|>`): with 480 ids in all, merges are worth more.
+Digits stay single tokens, so that a number is read digit by digit. Bytes that neither the training data nor
+printable ASCII uses have no id and become `<|unk|>`: in a small vocabulary (480 ids in the demo), merges are
+worth more.
 """
 
 import string
@@ -31,7 +32,16 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], size: int, context: int) -> PreTrainedTokenizerBase:
-    """Raises ValueError where the data has too little variety for `size` ids."""
+    """Train a tokenizer of `size` ids on the texts, with a chat template.
+
+    Args:
+        texts: the texts that merges are learned on.
+        size: number of ids.
+        context: longest text of the models, in tokens.
+
+    Raises:
+        ValueError: the data has too little variety for `size` ids.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -70,7 +80,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def for_router(tokenizer: PreTrainedTokenizerBase) -> TextTokenizer:
-    """The same, as `router.vocabulary` uses it: a list of ids alone decodes to one text."""
+    """The same tokenizer, with the type that `router.vocabulary` expects: a list of ids decodes to a text."""
     return cast(TextTokenizer, tokenizer)
 
 
@@ -78,7 +88,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]
     """Token ids of each source as a chat, ready for the answer.
 
     Raises:
-        DataError: the chat template cannot render a source, or makes nothing of it.
+        DataError: the chat template cannot render a source, or a source's prompt is empty.
     """
     ids = tokenizer(rendered(tokenizer, sources), add_special_tokens=False)["input_ids"]
     for source, prompt in zip(sources, ids, strict=True):
@@ -91,7 +101,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]) -> l
     """The text of each source's prompt.
 
     Raises:
-        DataError: the chat template cannot render them.
+        DataError: the chat template cannot render a source.
     """
     chats = list(map(messages_of, sources))
     try:
@@ -99,7 +109,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]) -> l
     except Exception as error:  # a template is a program, and may fail in any way
         problem = " ".join(str(error).split())
         raise DataError(f"the chat template fails: {type(error).__name__}: {problem}") from error
-    return cast(list[str], texts)  # of several chats, untokenised
+    return cast(list[str], texts)  # several chats, untokenised, give a list of texts
 
 
 def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: list[str]) -> list[list[int]]:
@@ -121,5 +131,5 @@ def decode_answers(tokenizer: PreTrainedTokenizerBase, answers: list[list[int]])
 
 
 def visible_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many ids may be written, see `router.reserved.visible_rows`."""
+    """Number of ids that may be written, see `router.reserved.visible_rows`."""
     return visible_rows(tokenizer.get_vocab().values())

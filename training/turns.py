@@ -1,7 +1,8 @@
-"""Student and gate in turns.
+"""Trains student and gate in turns.
 
-In a turn the student learns where its gate does not ask, then a new gate learns the student. A turn is a
-recipe of its own, made of the one before. Turns end with the first one that is no better on validation data.
+In each turn, the student first learns at the positions where its gate does not ask. Then a new gate is
+trained for the new student. A turn is a recipe of its own that goes on from the best pair so far. Turns end
+with the first one that is no better on validation data.
 """
 
 import os
@@ -22,37 +23,39 @@ from training.pipeline import run, task_of
 
 @dataclass(frozen=True)
 class TrainedTurn:
-    """A pair that was trained, and what it is worth."""
+    """A pair that was trained, and its quality on validation data."""
 
     pair: Path
     """Directory of teacher, student and router."""
     qualities: Tensor
-    """(examples,) of the validation split, mean over the budgets, under the bucket at calibrated prices."""
+    """(examples,) quality of each validation example, as the mean over the budgets. Each budget is enforced
+    by its bucket, and the gate asks at the budget's calibrated price.
+    """
 
     @property
     def quality(self) -> float:
-        """Mean over the examples."""
+        """Mean quality over the examples."""
         return self.qualities.mean().item()
 
     def is_better(self, other: "TrainedTurn") -> bool:
-        """By more than one standard error of the examples' differences."""
+        """Whether its mean quality is higher by more than one standard error of the examples' differences."""
         gains = self.qualities - other.qualities
         return gains.mean().item() > standard_error(gains)
 
 
 def take_turns(recipe: Recipe, restart: bool = False) -> Path:
-    """After all stages of a recipe; goes on where it stopped.
+    """Train student and gate in turns, after all stages of a recipe. An interrupted run is resumed.
 
     Args:
-        recipe: with `turns`.
-        restart: forget first what earlier turns have done.
+        recipe: a recipe that has `turns`.
+        restart: whether to delete the results of earlier turns first.
 
     Returns:
-        The directory of the best pair: the recipe's `output`, or that with the number of a turn.
+        The directory of the best pair: the recipe's `output`, or a turn's directory next to it.
 
     Raises:
-        RecipeError: as `turns_of` does.
-        Stopped: as `pipeline.run` does.
+        RecipeError: as `turns_of` raises it.
+        Stopped: as `pipeline.run` raises it.
     """
     turns = turns_of(recipe)
     if restart:
@@ -75,7 +78,7 @@ def take_turns(recipe: Recipe, restart: bool = False) -> Path:
 
 
 def turns_of(recipe: Recipe) -> TurnsConfig:
-    """Raises RecipeError where there can be none: the recipe has none, or there are several processes."""
+    """The recipe's `turns`. Raises RecipeError if it has none, or if there are several processes."""
     if recipe.turns is None:
         raise RecipeError("--stage turns: the recipe has no turns")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -84,7 +87,7 @@ def turns_of(recipe: Recipe) -> TurnsConfig:
 
 
 def worth(recipe: Recipe, pair: Path) -> Tensor:
-    """`TrainedTurn.qualities` of a pair."""
+    """Quality (examples,) of a pair on each validation example, see `TrainedTurn.qualities`."""
     task = task_of(recipe)
     examples = task.valid()[: recipe.router.calibration_examples]
     evaluation = Evaluation(pair, task, examples, recipe.max_tokens, {})
@@ -92,7 +95,14 @@ def worth(recipe: Recipe, pair: Path) -> Tensor:
 
 
 def recipe_of(recipe: Recipe, turns: TurnsConfig, number: int, before: Path) -> Recipe:
-    """The recipe of a turn, which goes on from a pair."""
+    """The recipe of one turn.
+
+    Args:
+        recipe: the recipe that has `turns`.
+        turns: its `turns`.
+        number: number of the turn, from 1.
+        before: directory of the pair that the turn goes on from.
+    """
     method = JointConfig(
         type="joint",
         router=before / "router",
@@ -111,10 +121,10 @@ def recipe_of(recipe: Recipe, turns: TurnsConfig, number: int, before: Path) -> 
 
 
 def output_of(recipe: Recipe, number: int) -> Path:
-    """Of a turn's pair, next to the recipe's own."""
+    """Directory of a turn's pair, next to the recipe's own output."""
     return recipe.output.with_name(f"{recipe.output.name}-turn{number}")
 
 
 def work_of(recipe: Recipe, number: int) -> Path:
-    """Of a turn's checkpoints."""
+    """Directory of a turn's checkpoints."""
     return recipe.work / f"turn{number}"

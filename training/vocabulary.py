@@ -1,6 +1,6 @@
-"""One vocabulary for the whole pair: a recipe's pretrained tokenizer, and its checks.
+"""One vocabulary for the whole pair: loads a recipe's pretrained tokenizer, and checks the models against it.
 
-They come before any compute is spent.
+The checks run before any compute is spent.
 """
 
 import json
@@ -31,10 +31,10 @@ def ready_tokenizer(name: str, chat: ChatConfig) -> PreTrainedTokenizerBase:
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, chat: ChatConfig) -> str:
-    """The tokenizer's own or the recipe's, with the recipe's options fixed in it.
+    """The recipe's chat template, or else the tokenizer's own, with the recipe's options fixed in it.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: neither has a chat template.
     """
     template = chat.template or tokenizer.chat_template
     if not isinstance(template, str):
@@ -56,7 +56,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def check_pair(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-    """What can be told about the pair before it is loaded.
+    """Check vocabularies and reserved rows of the models, before they are loaded.
 
     Raises:
         RecipeError: student or teacher has a different vocabulary from `tokenizer`, or the student has no
@@ -73,20 +73,25 @@ def check_pair(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
         if isinstance(config, ServedConfig):
             served_teacher(config).check_vocabulary(tokenizer)
         elif isinstance(config, PretrainedConfig):
-            if config.pretrained != recipe.ready_tokenizer:  # which is `tokenizer`
+            if config.pretrained != recipe.ready_tokenizer:  # that one has given `tokenizer` itself
                 check_vocabulary(role, config.pretrained, tokenizer)
             if role == "student" or isinstance(recipe.student, PrunedConfig):
                 check_rows(config.pretrained, visible_ids(tokenizer))
 
 
 def check_rows(student: str, known: int) -> None:
-    """Raises RecipeError where the router's rows are neither there nor can be appended when it is served."""
+    """Raises RecipeError if the student has no rows for a router, and cannot get them when it is served.
+
+    Args:
+        student: directory or hub name.
+        known: number of ids that the tokenizer uses.
+    """
     directory = directory_of(student)
     rows = AutoConfig.from_pretrained(directory).get_text_config().vocab_size
     if rows > known:
         return
     if not any(directory.glob("*.safetensors")):
-        return  # the export will have such files
+        return  # the export will have safetensors, and they can grow
     try:
         VocabularyTensors.of(directory).check_growth(directory)
     except CheckpointError as error:
@@ -108,7 +113,13 @@ def check_vocabulary(role: str, name: str, tokenizer: PreTrainedTokenizerBase) -
 def served_teacher(
     config: ServedConfig, cache: TeacherCache | None = None, of: str = "teacher"
 ) -> ServedTeacher:
-    """The teacher behind a URL; `cache` keeps what it says of demonstrations, `of` names it in messages."""
+    """The teacher behind a URL.
+
+    Args:
+        config: its address and its name at the server.
+        cache: keeps its log-probabilities of demonstrations; None: they are not kept.
+        of: its name in messages.
+    """
     server = VLLMServer(of, config.url, config.model)
     return ServedTeacher(server, config.top_logprobs, cache, config.known_as)
 

@@ -23,43 +23,43 @@ from training.record import (
 Stage = Role | Literal["router"]
 STAGES: tuple[Stage, ...] = ("teacher", "student", "router")
 CHEAPER = "cheaper_teachers"
-"""Folder of an exported pair, with the cheaper teachers by name."""
+"""Folder of an exported pair that holds a folder for each cheaper teacher, by name."""
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where each stage keeps its checkpoints and puts its export."""
+    """The directories in which each stage keeps its checkpoints and puts its export."""
 
     recipe: Recipe
 
     @property
     def tokenizer(self) -> Path:
-        """Of a tokenizer that is trained on the task."""
+        """Directory of a tokenizer that is trained on the task."""
         return self.recipe.work / "tokenizer"
 
     def work(self, stage: Stage) -> Path:
-        """Checkpoints and logs."""
+        """Directory of the stage's checkpoints and logs."""
         return self.recipe.work / stage
 
     def exported(self, stage: Stage) -> Path:
-        """What the stage leaves."""
+        """Directory of the stage's export."""
         return self.recipe.output / stage
 
     def cheaper(self, name: str) -> Path:
-        """The export of a cheaper teacher."""
+        """Directory of a cheaper teacher's export."""
         return self.recipe.output / CHEAPER / name
 
     def is_exported(self, stage: Stage) -> bool:
-        """Whether the stage is done."""
+        """Whether the stage is finished, so that its export exists."""
         file = "router.json" if stage == "router" else "config.json"
         return (self.exported(stage) / file).exists()
 
     def record(self, stage: Stage) -> Record:
-        """What the recipe says of the stage."""
+        """The fields of the recipe that matter for the stage's result."""
         return router_record(self.recipe) if stage == "router" else model_record(self.recipe, stage)
 
     def restart(self, stages: tuple[Stage, ...]) -> None:
-        """Forget what these stages have done; with the first one the tokenizer, too."""
+        """Delete the results of these stages, and the trained tokenizer if the first stage is among them."""
         for stage in stages:
             remove(self.work(stage))
             remove(self.exported(stage))
@@ -67,7 +67,7 @@ class Workspace:
             remove(self.tokenizer)
 
     def check(self, stages: tuple[Stage, ...]) -> None:
-        """Raises RecipeError if one of these stages, or one before them, was done by another recipe."""
+        """Raises RecipeError if another recipe has run one of these stages, or a stage before them."""
         self._compare("tokenizer", self.tokenizer, read_record(self.tokenizer), tokenizer_record(self.recipe))
         last = max(map(STAGES.index, stages))
         for stage in STAGES[: last + 1]:
@@ -95,7 +95,7 @@ class Workspace:
             self._check_router()
 
     def _check_router(self) -> None:
-        """The student may have been trained again, elsewhere or on other data."""
+        """Check that the router fits the student, which may have been trained again since."""
         try:
             RouterCheckpoint.load(self.exported("router")).check_student(self.exported("student"))
         except CheckpointError as error:
