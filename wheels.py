@@ -15,10 +15,10 @@ class Command(NamedTuple):
     """One command of `wheels`."""
 
     target: str
-    """Where it is defined: `module:function`, called with the remaining arguments."""
+    """The command's function, as `module:function`; it is called with the remaining arguments."""
     summary: str
     failure: int = 1
-    """Exit status after an error that names none."""
+    """Exit status after an error whose class sets none."""
 
 
 COMMANDS = {
@@ -40,7 +40,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-    """What `wheels --help` prints."""
+    """The text that `wheels --help` prints."""
     rows = ""
     for name, command in COMMANDS.items():
         rows += f"  {name:<10}{command.summary}\n"
@@ -55,8 +55,8 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
-    It is 2 for a usage error and 130 after Ctrl-C. A `WheelsError` is printed in one line; it has a status of
-    its own or gets the command's.
+    The status is 2 for a usage error and 130 after Ctrl-C. A `WheelsError` is printed in one line; its status
+    is the one of its class, or else the command's.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: list[str]) -> int:
-    from router.errors import WheelsError  # a command loads it anyway
+    from router.errors import WheelsError  # not at the top: `--help` works without it
 
     command = COMMANDS[name]
     module, function = command.target.split(":")

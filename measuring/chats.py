@@ -9,7 +9,7 @@ ROLES = ("system", "user", "assistant")
 
 
 class Turn(NamedTuple):
-    """What one side of a conversation said."""
+    """One message of a conversation."""
 
     role: str
     """One of `ROLES`."""
@@ -17,23 +17,26 @@ class Turn(NamedTuple):
 
 
 Source: TypeAlias = str | tuple[Turn, ...]
-"""The only message of a user, or a conversation that the model is to go on with."""
+"""A prompt: the text of a single user message, or a conversation that the model continues."""
 
 
 def messages_of(source: Source) -> list[dict[str, str]]:
-    """As OpenAI's API and chat templates take them."""
+    """A prompt as the messages that OpenAI's API and chat templates take."""
     if isinstance(source, str):
         return [{"role": "user", "content": source}]
     return [turn._asdict() for turn in source]
 
 
 def shown(source: Source) -> str:
-    """For people: the text, or what was said last."""
+    """A prompt as people see it: the text, or the content of the last turn."""
     return source if isinstance(source, str) else source[-1].content
 
 
 def with_words(source: Source, words: str) -> Source:
-    """The same with a budget in words, which begin the turn of `router.words.turn_of_words`."""
+    """A prompt with a budget in words, which are put before the turn of `router.words.turn_of_words`.
+
+    A conversation without such a turn is returned unchanged.
+    """
     if isinstance(source, str):
         return words + source
     place = turn_of_words([turn.role for turn in source])
@@ -47,7 +50,7 @@ def turns(value: Any) -> tuple[Turn, ...]:
     """A conversation, from a list of `{"role": …, "content": …}`.
 
     Raises:
-        DataError: it is none; the message names the turn.
+        DataError: the value is not such a list; the message names the turn.
     """
     if not isinstance(value, list) or not value:
         raise DataError("'messages' is not a list of turns")
@@ -68,10 +71,10 @@ def turns(value: Any) -> tuple[Turn, ...]:
 
 
 def source_of(row: Row) -> Source:
-    """What a line of a file asks: its `messages`, else its `source`.
+    """The prompt in a line of a file: its `messages`, else its `source`.
 
     Raises:
-        DataError: the line has neither, or they cannot be used.
+        DataError: the line has neither field, or its value cannot be used.
     """
     if "messages" not in row.fields:
         return row.text("source")

@@ -1,4 +1,4 @@
-"""Examples with all their right answers, and how near a text comes to one.
+"""Examples with all their right answers, and the similarity of a text to the nearest one.
 
 `References` is a small grammar rather than a list. Free variation multiplies: three synonyms here, two word
 orders there, and a sentence easily has thousands of right answers.
@@ -19,9 +19,11 @@ from measuring.chats import Source, source_of
 from measuring.json_lines import is_text, read_json_lines, read_some_json_lines
 
 Slot = tuple[str, ...]
+"""The alternatives for one part of an answer."""
 Form = tuple[Slot, ...]
+"""The slots of an answer, in order."""
 Forms = list[list[list[str]]]
-"""As JSON holds them: `[form][slot][alternative]`."""
+"""Forms as JSON holds them: `[form][slot][alternative]`."""
 
 LISTED = 500
 """A form with at most this many answers is compared answer by answer, which is then faster."""
@@ -33,12 +35,13 @@ class Nearest:
     """How far a text is from the nearest right answer. Of equally near answers the longest counts."""
 
     edits: int
+    """Levenshtein distance to that answer."""
     length: int
-    """Of that answer, in characters."""
+    """Length of that answer, in characters."""
 
 
 def _rank(nearest: Nearest) -> tuple[int, int]:
-    """Smaller is nearer."""
+    """Sort key: the nearest answer has the smallest."""
     return (nearest.edits, -nearest.length)
 
 
@@ -53,19 +56,19 @@ class References:
 
     @classmethod
     def one(cls, text: str) -> "References":
-        """This answer alone is right."""
+        """References with this text as the only right answer."""
         return cls((((text,),),))
 
     @classmethod
     def from_json(cls, forms: Forms) -> "References":
-        """What `to_json` gave."""
+        """References from the forms that `to_json` returned."""
         read: list[Form] = []
         for form in forms:
             read.append(tuple(map(tuple, form)))
         return cls(tuple(read))
 
     def to_json(self) -> Forms:
-        """`[form][slot][alternative]`, the format of `examples.jsonl`."""
+        """The forms as `[form][slot][alternative]`, the format of `examples.jsonl`."""
         written: Forms = []
         for form in self.forms:
             written.append(list(map(list, form)))
@@ -82,7 +85,7 @@ class References:
         return "".join(slot[0] for slot in self.forms[0])
 
     def sample(self, rng: random.Random) -> str:
-        """One right answer; form and alternatives uniform."""
+        """One right answer; its form and alternatives are drawn uniformly."""
         form = rng.choice(self.forms)
         return "".join(map(rng.choice, form))
 
@@ -91,7 +94,7 @@ class References:
         return any(_accepts(form, text) for form in self.forms)
 
     def similarity(self, text: str) -> float:
-        """How near the text is to the nearest right answer, in [0, 1]; 0 where none is known.
+        """How near the text is to the nearest right answer, in [0, 1]; 0 if none is known.
 
         It is 1 - d / max(len(text), len(nearest)), with d the Levenshtein distance.
         """
@@ -109,7 +112,7 @@ NO_REFERENCES = References(())
 
 @dataclass(frozen=True)
 class Example:
-    """What a pair is asked, and all right answers to it."""
+    """A prompt for a pair, and all right answers to it."""
 
     source: Source
     references: References = NO_REFERENCES
@@ -121,7 +124,7 @@ def sources_of(examples: Iterable[Example]) -> list[Source]:
 
 
 def load_examples(file: Path) -> list[Example]:
-    """Examples of a pair, one object a line: what `source_of` reads, and `references` (see `to_json`).
+    """The examples of a file. Each line has the fields of `source_of`, and `references` (see `to_json`).
 
     Raises:
         DataError: the file or a line of it cannot be used.
@@ -147,7 +150,7 @@ def load_sources(file: Path) -> list[str]:
 
 
 def _is_grammar(forms: Any) -> bool:
-    """Whether it is `[form][slot][alternative]`, with an answer in it."""
+    """Whether the value is `[form][slot][alternative]` with at least one answer."""
     return isinstance(forms, list) and bool(forms) and all(map(_is_form, forms))
 
 
@@ -192,10 +195,10 @@ def _nearest(form: Form, text: str) -> Nearest:
 
 
 def _least(form: Form, text: str) -> Nearest:
-    """One dynamic programme over the grammar: a slot's rows are the minimum over its alternatives' rows.
+    """The nearest answer of a form, by dynamic programming over its slots.
 
-    Cells hold `_EDIT` x edits - characters of the answer, so that the nearest answer's length is read off the
-    result.
+    The row after a slot is the minimum of the rows of its alternatives. Cells hold `_EDIT` x edits -
+    characters of the answer, so the result also holds the nearest answer's length.
     """
     characters = np.array(list(map(ord, text)), dtype=np.int64)
     insertions = np.arange(len(text) + 1, dtype=np.int64) * _EDIT

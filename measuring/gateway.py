@@ -1,4 +1,4 @@
-"""A running gateway, asked as its users ask it: through OpenAI's own client."""
+"""A client that asks a running gateway as its users do: through OpenAI's own client."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -13,7 +13,7 @@ from measuring.trajectories import in_order, within
 from router.errors import PeerError
 
 SHOWN_PROBLEM = 300
-"""Characters of an error reply that are passed on."""
+"""Number of characters of an error reply that are passed on."""
 Wire = TypeVar("Wire", bound=msgspec.Struct)
 
 
@@ -33,20 +33,20 @@ class GatewayReply:
     teacher_tokens: int
     calls: int
     degraded: bool
-    """The teacher was lost, and the student finished alone."""
+    """Whether the teacher was lost and the student finished alone."""
     denied: Mapping[str, int] = field(default_factory=dict)
-    """How often the student went on alone, by reason."""
+    """How often the student asked and had to go on alone, by reason."""
     clamped: bool = False
-    """The key's maximum was less than the budget."""
+    """Whether the budget was cut to the maximum of the API key."""
 
     @property
     def by_teacher(self) -> list[bool]:
-        """Who wrote each token."""
+        """For each token, whether the teacher wrote it."""
         return within(self.spans, len(self.token_ids))
 
 
 class GatewayPrice(msgspec.Struct, frozen=True):
-    """What a teacher token costs the student at one rate."""
+    """The price of a teacher token that realises one teacher rate, in the gate's units."""
 
     rate: float
     price: float
@@ -56,25 +56,25 @@ class GatewayPrices(msgspec.Struct, frozen=True):
     """The prices of a gateway."""
 
     learned: bool
-    """Whether its traffic moves them."""
+    """Whether the gateway's traffic moves the prices."""
     prices: list[GatewayPrice]
-    """By rate, increasing."""
+    """The prices, ordered by increasing rate."""
     router: str | None = None
     """Digest of the router in use."""
 
 
 class GatewayClient:
-    """A gateway's user with a bounded number of requests at once.
+    """A client of one gateway with a bounded number of requests at once.
 
     Args:
-        url: without /v1.
-        concurrency: requests at once.
-        max_tokens: longest completion; None: as long as the gateway allows.
-        api_key: of the gateway's tenant.
-        timeout: seconds for one completion.
-        retries: of a request that failed for a reason that may pass.
-        transport: an HTTP client in place of its own.
-        temperature: of completions; None: the gateway's default.
+        url: base URL of the gateway, without /v1.
+        concurrency: largest number of requests at once.
+        max_tokens: longest completion, in tokens; None: as long as the gateway allows.
+        api_key: API key of the gateway's tenant.
+        timeout: longest wait for one completion, in seconds.
+        retries: how often to repeat a request that failed for a reason that may pass.
+        transport: HTTP client to use; None: the one of OpenAI's client.
+        temperature: sampling temperature; None: the gateway's default.
     """
 
     def __init__(
@@ -121,10 +121,10 @@ class GatewayClient:
         await self._openai.close()
 
     async def prices(self) -> GatewayPrices:
-        """What a teacher token costs at each rate.
+        """The gateway's prices, by teacher rate.
 
         Raises:
-            GatewayError: the gateway does not tell.
+            GatewayError: the request fails, or the reply cannot be read.
         """
         try:
             reply = await self._openai.get(f"{self._url}/prices", cast_to=object)
@@ -135,10 +135,14 @@ class GatewayClient:
             raise self._error(f"its prices cannot be read: {error}") from error
 
     async def ask(self, source: Source, budget: float) -> GatewayReply:
-        """The completion of one chat.
+        """The reply to one prompt.
+
+        Args:
+            source: the prompt.
+            budget: largest share of the completion's tokens that the teacher may write, in [0, 1].
 
         Raises:
-            GatewayError: there is none.
+            GatewayError: the request fails, or the reply cannot be used.
         """
         try:
             async with self._slots:
@@ -155,10 +159,10 @@ class GatewayClient:
     async def ask_all(
         self, sources: Sequence[Source], budget: float, advance: Callable[[], None] = lambda: None
     ) -> list[GatewayReply]:
-        """Replies in the order of the sources; ``advance`` is called after each.
+        """The replies to several prompts, in their order; ``advance`` is called after each reply.
 
         Raises:
-            GatewayError: one of them failed; the others are given up.
+            GatewayError: a request failed; the others are cancelled.
         """
 
         async def ask(source: Source) -> GatewayReply:
@@ -169,10 +173,14 @@ class GatewayClient:
         return await _together([ask(source) for source in sources])
 
     async def write(self, ids: list[int], longest: int) -> list[int]:
-        """Token ids that the student alone writes after these, greedily, and at most `longest`.
+        """Token ids that the student alone writes after a prompt, greedily.
+
+        Args:
+            ids: the prompt, as token ids.
+            longest: largest number of tokens to write.
 
         Raises:
-            GatewayError: there are none.
+            GatewayError: the request fails, or the reply is not one completion of 1 to ``longest`` tokens.
         """
         try:
             async with self._slots:
@@ -191,10 +199,10 @@ class GatewayClient:
         return choices[0].token_ids
 
     async def write_all(self, begun: Sequence[list[int]], longest: Sequence[int]) -> list[list[int]]:
-        """`write` after each of these, in their order.
+        """The results of `write` for several prompts and their longest completions, in order.
 
         Raises:
-            GatewayError: one of them failed; the others are given up.
+            GatewayError: a request failed; the others are cancelled.
         """
         return await _together([self.write(*each) for each in zip(begun, longest, strict=True)])
 
@@ -234,7 +242,7 @@ Answer = TypeVar("Answer")
 
 
 async def _together(asked: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
-    """What all of them give, in order; the first failure is raised, and the others are given up."""
+    """The results of all coroutines, in order; the first failure is raised, and the others are cancelled."""
     try:
         tasks = []
         async with asyncio.TaskGroup() as group:

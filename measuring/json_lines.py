@@ -20,14 +20,14 @@ class Row:
 
     file: Path
     number: int
-    """Of the line, from 1."""
+    """Number of the line, from 1."""
     fields: dict[str, Any]
 
     def text(self, name: str) -> str:
-        """The field's string.
+        """The string in a field.
 
         Raises:
-            DataError: the field is missing, no string, or holds half of a surrogate pair.
+            DataError: the field is missing, is not a string, or holds half of a surrogate pair.
         """
         if name not in self.fields:
             raise self.error(f"has no {name!r}")
@@ -39,7 +39,7 @@ class Row:
         return value
 
     def error(self, problem: str) -> DataError:
-        """What is wrong with this line, for the caller to raise."""
+        """An error for the caller to raise; its message names the file and this line."""
         return DataError(f"{self.file}:{self.number}: {problem}")
 
 
@@ -55,15 +55,15 @@ def read_json_lines(file: Path) -> list[Row]:
         raise DataError(f"{file}: {error.strerror or error}") from error
     if content.startswith(codecs.BOM_UTF8):
         raise DataError(f"{file}:1: starts with a byte order mark; save the file as UTF-8 without one")
-    lines = content.rstrip().split(b"\n")  # not splitlines: U+2028 may stand inside a JSON string
+    lines = content.rstrip().split(b"\n")  # not splitlines: U+2028 may be inside a JSON string
     return [] if lines == [b""] else list(_rows(file, lines))
 
 
 def read_some_json_lines(file: Path) -> list[Row]:
-    """As `read_json_lines`, but at least one.
+    """All lines of a file, as `read_json_lines` reads them; at least one.
 
     Raises:
-        DataError: as there, and for an empty file.
+        DataError: the file is empty or cannot be read, or a line is not a JSON object in UTF-8.
     """
     rows = read_json_lines(file)
     if not rows:
@@ -72,7 +72,7 @@ def read_some_json_lines(file: Path) -> list[Row]:
 
 
 def is_text(value: str) -> bool:
-    """Whether all of it are characters: no half of a surrogate pair, which UTF-8 cannot hold."""
+    """Whether a string holds no half of a surrogate pair, which UTF-8 cannot encode."""
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
@@ -106,7 +106,7 @@ def _refused(constant: str) -> NoReturn:
 
 
 def _kind(value: object) -> str:
-    """As JSON names it."""
+    """The value's type, as JSON names it."""
     if value is None:
         return "null"
     if isinstance(value, bool):

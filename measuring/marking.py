@@ -1,4 +1,4 @@
-"""A completion for people, with the teacher's part marked: in colour, or in brackets."""
+"""Shows people a completion with the teacher's spans marked: in colour, or in brackets."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,13 +14,13 @@ def marked(
     *,
     colour: bool,
 ) -> Text:
-    """The text of a completion.
+    """The text of a completion, with the teacher's spans marked.
 
     Args:
-        decode: token ids to text.
-        token_ids: of the completion.
-        spans: [start, end) token offsets of what the teacher wrote, one after the other.
-        colour: whether whoever reads it sees colours.
+        decode: turns token ids into text.
+        token_ids: token ids of the completion.
+        spans: [start, end) token offsets of the teacher's spans, in order.
+        colour: whether to mark with colour; if False, spans are in brackets.
     """
     whole = decode(token_ids)
 
@@ -40,7 +40,7 @@ def marked(
 
 
 def mark(text: str, *, colour: bool) -> Text:
-    """What the teacher wrote."""
+    """A text by the teacher, marked; an empty one is not."""
     if not text:
         return Text()
     return Text(text, style=STYLE) if colour else Text(f"⟦{text}⟧")

@@ -1,4 +1,4 @@
-"""A teacher's stock vLLM server and a gateway on this machine, from the checkpoints of one pair."""
+"""Starts a teacher's stock vLLM server and a gateway on this machine, from the checkpoints of one pair."""
 
 import itertools
 import os
@@ -21,8 +21,8 @@ START_SECONDS = 600.0
 SERVER_PORTS = range(16_384, 32_768)
 """Linux gives the ports from 32768 on to outgoing connections."""
 
+COUNTED = ("--enable-prompt-tokens-details",)  # prompt tokens from the prefix cache have a lower price
 # The pair was trained and calibrated in float32; compiling takes longer than a tiny model can win back.
-COUNTED = ("--enable-prompt-tokens-details",)  # what a cache saves is cheaper
 EXACT = ("--dtype", "float32", "--enforce-eager")
 UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 # Two engines on one GPU: each takes a fixed cache, as profiling would count the other's memory as its own.
@@ -42,7 +42,7 @@ class Pair:
     teacher: Path
     student: Path
     router: Path | None
-    """None: a gate without training decides, and learns its price."""
+    """Directory of the router; None: an untrained gate decides, and learns its price."""
 
     @classmethod
     def in_directory(cls, directory: Path) -> "Pair":
@@ -50,7 +50,7 @@ class Pair:
         return cls(directory / "teacher", directory / "student", directory / "router")
 
     def missing(self) -> list[Path]:
-        """The checkpoints that are not there."""
+        """The checkpoints whose directories do not exist."""
         checkpoints = [self.teacher, self.student]
         if self.router is not None:
             checkpoints.append(self.router)
@@ -59,17 +59,17 @@ class Pair:
 
 @dataclass(frozen=True)
 class Serving:
-    """A running pair: where it answers, and its two processes."""
+    """A running pair: its URLs and its two processes."""
 
     teacher: str
-    """Base URL, without /v1."""
+    """Base URL of the teacher's server, without /v1."""
     gateway: str
-    """Base URL, without /v1."""
+    """Base URL of the gateway, without /v1."""
     teacher_process: Child
     gateway_process: Child
 
     def check(self) -> None:
-        """See that both processes run.
+        """Check that both processes run.
 
         Raises:
             ServiceError: one of the two has ended.
@@ -93,15 +93,15 @@ def serving(
 
     Args:
         pair: the checkpoints.
-        logs: a directory for one log file each.
-        port: the gateway's; a free one if None.
+        logs: directory for the log file of each server.
+        port: port of the gateway; None: a free one.
         flags: further flags of `wheels serve`.
         teacher_flags: further flags of the teacher's server.
         timeout: longest wait, in seconds.
         watch: called at every poll while waiting.
 
     Raises:
-        ServiceError: one of them did not become ready.
+        ServiceError: a server did not become ready.
     """
     teacher = f"http://{HOST}:{free_port()}"
     gateway = f"http://{HOST}:{port or free_port()}"
@@ -126,13 +126,13 @@ def teacher_service(
     """A stock vLLM server of one model.
 
     Args:
-        model: its checkpoint.
+        model: directory of the model's checkpoint.
         url: base URL to serve at.
         logs: directory for the log.
-        name: of the service, and of the model in requests.
-        cores: without a GPU, where the model computes, in a process of its own (indices of our cores). By
-            default it computes in the engine's process, as on one GPU.
-        threads: that it computes with there.
+        name: name of the service, and of the model in requests.
+        cores: without a GPU, the cores that the model computes on in a process of its own, as indices of
+            our cores. Empty: it computes in the engine's process, as on one GPU.
+        threads: number of threads of the model, without a GPU and if ``cores`` is empty.
         flags: further flags of vLLM's server.
     """
     cpu = is_cpu_build()
@@ -162,12 +162,12 @@ def gateway_service(
     """`wheels serve` for the pair.
 
     Args:
-        pair: the student and the router are of it.
-        teacher: base URL of its server.
+        pair: checkpoints of the student and the router.
+        teacher: base URL of the teacher's server.
         url: base URL to serve at.
         logs: directory for the log.
         flags: further flags of `wheels serve`.
-        name: of the service.
+        name: name of the service.
         cores: as in `teacher_service`.
         threads: as in `teacher_service`.
         engine_flags: further flags of vLLM's server, for the student.
@@ -219,10 +219,12 @@ def _address(url: str) -> list[str]:
 
 
 def _executor(cores: Sequence[int]) -> tuple[str, ...]:
-    """Flags of vLLM: a worker process, which it can bind to cores, or none, which starts in half the time.
+    """Flags of vLLM for its executor and cache.
 
-    The second is given by its path: vLLM's CPU build refuses the short name `uni`, as it could not bind it.
-    It is for a tiny model, whose cache is small: several engines have to fit into the memory of the tests.
+    With cores, vLLM starts a worker process, which it can bind to them. Without, the model computes in the
+    engine's process, which starts in half the time. That executor is named by its path: vLLM's CPU build
+    refuses the short name `uni`, as it could not bind it. The cache is small there: several engines of tiny
+    models have to fit into the memory of the tests.
     """
     if cores:
         return ("--kv-cache-memory-bytes", "1G")
@@ -230,7 +232,10 @@ def _executor(cores: Sequence[int]) -> tuple[str, ...]:
 
 
 def _threads(cores: Sequence[int], threads: int) -> dict[str, str]:
-    """Settings of vLLM. A tiny model has one thread: several would only wait for each other."""
+    """Environment variables of vLLM for a model's cores or threads.
+
+    A tiny model has one thread: several would only wait for each other.
+    """
     if not cores:
         return {"OMP_NUM_THREADS": str(threads)}
     available = sorted(os.sched_getaffinity(0))

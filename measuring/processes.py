@@ -28,7 +28,7 @@ for number in (signal.SIGTERM, signal.SIGKILL):
             os.killpg(group, number)
     time.sleep(float(sys.argv[1]))
 """
-"""A process that ends groups of processes when its parent is gone, also when that was killed."""
+"""Program of a process that ends process groups when its parent is gone, even if it was killed."""
 
 
 class ServiceError(PeerError):
@@ -42,13 +42,13 @@ class Service:
     name: str
     command: Sequence[str]
     ready_url: str
-    """Answers 200 once the service is ready."""
+    """URL that answers 200 once the service is ready."""
     log: Path
-    """Takes stdout and stderr."""
+    """File that takes stdout and stderr."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Added to our own environment."""
+    """Variables that are added to our own environment."""
     hidden: Collection[str] = ()
-    """Variables of ours that it does not get."""
+    """Names of our variables that the service does not get."""
 
 
 class Child:
@@ -72,7 +72,7 @@ class Child:
             )
 
     def check(self) -> None:
-        """See that the process runs.
+        """Check that the process runs.
 
         Raises:
             ServiceError: the process has ended.
@@ -82,20 +82,20 @@ class Child:
             raise self.error(f"ended with status {status}")
 
     def probe(self) -> bool:
-        """Ask whether the service is ready; remembers that it was."""
+        """Ask whether the service is ready. Once it was, the result stays True."""
         url = self.service.ready_url
         with suppress(OSError), urllib.request.urlopen(url, timeout=PROBE_SECONDS) as reply:
             self.ready = self.ready or reply.status == 200
         return self.ready
 
     def error(self, problem: str) -> ServiceError:
-        """What to raise for a problem of this service; its message ends with the tail of the log."""
+        """An error for the caller to raise; its message ends with the tail of the service's log."""
         tail = self.service.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
         headline = f"the {self.service.name} {problem}; {self.service.log} ends:"
         return ServiceError("\n".join([headline, *tail]))
 
     def signal(self, number: signal.Signals) -> bool:
-        """Send a signal to the process, or to all that is left of its group; False when nothing is."""
+        """Send a signal to the process or to its group; False if no process is left."""
         with suppress(ProcessLookupError):
             if number == signal.SIGTERM and self.process.poll() is None:
                 self.process.send_signal(number)  # vLLM ends its own children in order
@@ -131,12 +131,12 @@ def running(
     """Start all services at once, wait until each is ready, and end them when the block is left.
 
     Args:
-        services: what to start.
+        services: the services to start.
         timeout: longest wait for all of them, in seconds.
         watch: called at every poll while waiting.
 
     Raises:
-        ServiceError: one ended before it was ready, or was not ready in time.
+        ServiceError: a service ended before it was ready, or was not ready in time.
     """
     children: list[Child] = []
     try:
@@ -151,14 +151,14 @@ def running(
 
 @contextmanager
 def _guarded(children: Sequence[Child]) -> Iterator[None]:
-    """Their groups also end if this process is killed in the block."""
+    """A block in which the children's process groups end even if this process is killed."""
     groups = [str(child.process.pid) for child in children]
     command = (sys.executable, "-c", GUARD, str(GRACE_SECONDS), *groups)
     guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
         yield
     finally:
-        guard.kill()  # before the numbers of its groups can be others'
+        guard.kill()  # before the ids of its groups can be reused
         guard.communicate()
 
 
@@ -179,20 +179,20 @@ def _wait(children: list[Child], timeout: float, watch: Callable[[list[Child]], 
 
 
 def exit_at_signals() -> None:
-    """Make SIGTERM, and the end of the terminal, an exception, so that `running` ends the children."""
+    """Turn SIGTERM and SIGHUP (the terminal's end) into `SystemExit`, so that `running` ends the children."""
 
     def leave(number: int, _frame: object) -> None:
         sys.exit(128 + number)
 
     signal.signal(signal.SIGTERM, leave)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as `nohup` has it
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup` has us ignore it
         signal.signal(signal.SIGHUP, leave)
 
 
 def stop(children: Sequence[Child], grace: float = GRACE_SECONDS) -> None:
     """End all children: SIGTERM, and SIGKILL for what is left of their groups after ``grace`` seconds.
 
-    Killing is no rare case: vLLM loses a SIGTERM that reaches it while it starts its engine.
+    Killing is not rare: vLLM loses a SIGTERM that reaches it while it starts its engine.
     """
     try:
         for child in children:

@@ -13,8 +13,8 @@ def load_prompts(file: Path) -> list[Source]:
     """The prompts of a file, in order; at least one.
 
     A file whose first character is ``{`` holds JSON lines: objects with `messages`, else a `source`, else a
-    `prompt`. All else in them is left out. Any other file, and every ``.txt`` file,
-    is text with a prompt on each line that is not blank.
+    `prompt`. Other fields are ignored. Any other file, and every ``.txt`` file, is text with a prompt on each
+    line that is not blank.
 
     Raises:
         DataError: the file or a line of it cannot be used.

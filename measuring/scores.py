@@ -6,11 +6,11 @@ from itertools import accumulate
 
 
 def excess(by_teacher: Sequence[bool], fraction: float) -> float:
-    """Most teacher tokens that any prefix of a completion has above fraction * its length.
+    """Teacher tokens above fraction * length, in the prefix of a completion that has the most of them.
 
     Args:
-        by_teacher: who wrote each token; at least one.
-        fraction: of the completion's tokens.
+        by_teacher: for each token, whether the teacher wrote it; at least one token.
+        fraction: bound on teacher tokens / completion tokens.
     """
     spent = accumulate(by_teacher)
     return max(teacher - fraction * length for length, teacher in enumerate(spent, start=1))

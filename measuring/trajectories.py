@@ -1,4 +1,4 @@
-"""What student and teacher wrote together, as token ids: recorded by a gateway, learned from by a router."""
+"""Completions of student and teacher as token ids, which gateways record and routers learn from."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,35 +12,35 @@ SUFFIX = ".jsonl"
 
 
 class Trajectory(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One completion, and who wrote it."""
+    """One completion, with its prompt and the teacher's spans."""
 
     prompt: list[int]
-    """Token ids, as the student read them."""
+    """Token ids of the prompt, as the student read them."""
     tokens: list[int]
-    """Of the completion."""
+    """Token ids of the completion."""
     spans: list[tuple[int, int]] = []
-    """[start, end) of what the teacher wrote."""
+    """[start, end) token offsets of the teacher's spans."""
     budget: float | None = None
-    """The fraction of teacher tokens that the request could have; None: another kind of budget."""
+    """The request's budget as a fraction of completion tokens; None: a budget of another kind."""
 
     @property
     def by_teacher(self) -> list[bool]:
-        """Who wrote each token."""
+        """For each token, whether the teacher wrote it."""
         return within(self.spans, len(self.tokens))
 
 
 class TrajectoryFile:
-    """One file of trajectories, a line each, that is written until it is full.
+    """A file of trajectories, one on each line, that takes more until it is full.
 
-    A line is written whole. What a killed process left unfinished is not read, and cut off by the next that
-    writes into the same file.
+    A line is written at once. A killed process may leave an unfinished one. Nobody reads it, and the next
+    process that writes into the file cuts it off.
 
     Args:
-        file: made when the first trajectory comes; what it holds already counts.
-        max_bytes: of the file; what comes later is dropped.
+        file: path of the file, which the first trajectory creates; an existing file is continued.
+        max_bytes: largest size of the file; trajectories that do not fit are dropped.
 
     Raises:
-        OSError: the file is there and cannot be written.
+        OSError: the file exists and cannot be written.
     """
 
     def __init__(self, file: Path, max_bytes: int) -> None:
@@ -50,10 +50,10 @@ class TrajectoryFile:
         self._encoder = msgspec.json.Encoder()
 
     def add(self, trajectory: Trajectory) -> bool:
-        """Whether there was room for it.
+        """Append a trajectory; False if the file has no room for it.
 
         Raises:
-            OSError: it could not be written.
+            OSError: the file cannot be written.
         """
         line = self._encoder.encode(trajectory) + b"\n"
         if self._bytes + len(line) > self._max_bytes:
@@ -65,7 +65,7 @@ class TrajectoryFile:
 
 
 def _whole_lines(file: Path) -> int:
-    """Bytes of a file's whole lines, to which it is cut."""
+    """Cut off an unfinished last line; returns the bytes of the whole lines."""
     if not file.exists():
         return 0
     with file.open("r+b") as stream:
@@ -78,7 +78,7 @@ def read_trajectories(directory: Path) -> Iterator[Trajectory]:
     """All trajectories of a directory's files, in the order of their names.
 
     Raises:
-        DataError: there are none, or a line is none; the message names file and line.
+        DataError: there is no file, or a line is not a trajectory; the message names file and line.
     """
     files = sorted(directory.glob(f"*{SUFFIX}"))
     if not files:
@@ -96,7 +96,7 @@ def read_trajectories(directory: Path) -> Iterator[Trajectory]:
 
 
 def check(trajectory: Trajectory, place: str) -> None:
-    """Raises DataError unless it is a completion with spans in order."""
+    """Raises DataError if prompt or completion is empty, or the spans do not fit the completion."""
     if not trajectory.prompt or not trajectory.tokens:
         raise DataError(f"{place}: prompt or completion has no token")
     if not in_order(trajectory.spans, len(trajectory.tokens)):
@@ -104,7 +104,7 @@ def check(trajectory: Trajectory, place: str) -> None:
 
 
 def in_order(spans: Sequence[tuple[int, int]], tokens: int) -> bool:
-    """Whether these are stretches of a completion of this many tokens, one after the other."""
+    """Whether spans [start, end) are in order, do not overlap, and end within this many tokens."""
     written = 0
     for start, end in spans:
         if not written <= start <= end <= tokens:
@@ -114,7 +114,7 @@ def in_order(spans: Sequence[tuple[int, int]], tokens: int) -> bool:
 
 
 def within(spans: Sequence[tuple[int, int]], tokens: int) -> list[bool]:
-    """For each token of a completion whether it is in one of the spans [start, end)."""
+    """For each of a completion's tokens, whether it is in one of the spans [start, end)."""
     flags = [False] * tokens
     for start, end in spans:
         flags[start:end] = [True] * (end - start)
@@ -122,5 +122,5 @@ def within(spans: Sequence[tuple[int, int]], tokens: int) -> list[bool]:
 
 
 def file_of(directory: Path) -> Path:
-    """The file of this process: several gateways may record into one directory."""
+    """The file that this process writes: several gateways may record into one directory."""
     return directory / f"{os.uname().nodename}-{os.getpid()}{SUFFIX}"
