@@ -1,8 +1,8 @@
 """A calibration learned while serving: prices from the scores of live traffic, corrected by realised rates.
 
-A gate without a measured calibration starts here. Two things are learned while requests are served:
+It is for gates without a measured calibration. Two things are learned while requests are served:
 
-- The distribution of the gate's scores. A rate becomes a price by its quantile.
+- The distribution of the gate's scores. The price of a rate is a quantile of it.
 - A correction for each rate. Asking changes what the student writes next, and a bucket holds calls back.
   So the realised rate differs from the one that the quantile promises.
 """
@@ -19,17 +19,17 @@ from pydantic import BaseModel, ConfigDict
 KNOTS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 """Rates whose corrections are learned; between them the correction is interpolated."""
 WINDOW_TOKENS = 400
-"""Completion tokens over which a rate of twice the aim moves its correction by one."""
+"""Completion tokens over which a realised rate of twice the aim moves the correction by one."""
 WINDOW_PER_STREAM = 20
 """The window grows by this for every running request: their next tokens still answer to an older price."""
 MOST = 6.0
-"""Largest correction of the logit of a rate."""
+"""Largest correction of a rate's logit, up or down."""
 BORROWED_TOKENS = 400
-"""With this many completion tokens of its own a knot follows the others half as much."""
+"""A knot with this many completion tokens of its own follows other rates half as much as one without."""
 MEMORY_TOKENS = 10_000
 """Realised rates are reported over about this many completion tokens."""
 PRIOR_POSITIONS = 64
-"""Positions that the prior counts for: the scores that were seen soon outweigh it."""
+"""The prior weighs as much as this many positions, so the scores that were seen soon outweigh it."""
 
 STEPS = [step / 100 for step in range(101)]
 PRIOR_SCORES: dict[str, tuple[float, ...]] = {
@@ -40,16 +40,16 @@ PRIOR_SCORES: dict[str, tuple[float, ...]] = {
     "max_probability": tuple(-((1 - step) ** 0.25) for step in STEPS),
     "learned": tuple(2.0 * step**3 for step in STEPS),
 }
-"""Where each gate starts before it has seen anything: scores at even quantiles, increasing."""
+"""Prior distribution of each gate's scores: the scores at even quantiles, increasing."""
 
 
 class SeenScores(NamedTuple):
     """Scores of the positions at which the student could have asked."""
 
     quantiles: Sequence[float]
-    """At even quantiles from the least to the greatest, increasing."""
+    """Scores at even quantiles from the least to the greatest, increasing."""
     positions: int
-    """How many positions they stand for."""
+    """Number of positions that the quantiles summarise."""
 
 
 class Realised(NamedTuple):
@@ -58,11 +58,11 @@ class Realised(NamedTuple):
     aim: float
     rate: float
     completion_tokens: float
-    """The tokens it was measured on; older ones fade."""
+    """Completion tokens that the rate was measured on; older ones count less."""
 
 
 class TokenCount(NamedTuple):
-    """Tokens counted at one knot; older ones decay."""
+    """Tokens counted at one knot; older ones count less."""
 
     teacher_tokens: float
     completion_tokens: float
@@ -78,7 +78,7 @@ class Correction:
     completion_tokens: float = 0.0
 
     def count(self, teacher_tokens: float, completion_tokens: float) -> None:
-        """Add to what was realised here."""
+        """Add tokens to the counts; the older ones fade."""
         fade = math.exp(-completion_tokens / MEMORY_TOKENS)
         self.teacher_tokens = self.teacher_tokens * fade + teacher_tokens
         self.completion_tokens = self.completion_tokens * fade + completion_tokens
@@ -98,13 +98,13 @@ class SavedState(BaseModel):
     positions: int
     offsets: tuple[float, ...]
     counts: tuple[TokenCount, ...] = ()
-    """At each knot; files of older versions have none."""
+    """Token counts of each knot; files of older versions have none."""
 
 
 class AdaptiveCalibration:
     """Rates to prices, learned while serving. It answers like a measured `Calibration`.
 
-    `price` answers at any time. `see` takes newer scores, `observe` what was realised.
+    `price` answers at any time. `see` takes newer scores, and `observe` takes realised tokens.
     """
 
     def __init__(self, gate: str, ask_tokens: int) -> None:
@@ -117,16 +117,17 @@ class AdaptiveCalibration:
         self.gate = gate
         self.ask_tokens = ask_tokens
         self.observations = 0
-        """How often `observe` has learned something."""
+        """Number of calls of `observe` that changed something."""
         self._corrections = [Correction() for _ in KNOTS]
         self._restored = SeenScores((), 0)
         self._seen = SeenScores((), 0)
         self.see(self._seen)
 
     def see(self, scores: SeenScores) -> None:
-        """Take the distribution of scores that the engine has seen; it replaces the one before.
+        """Take the distribution of scores that the engine has seen; it replaces that of the last call.
 
-        A restored distribution gives way as the engine sees as many positions.
+        A restored distribution loses weight with every position that the engine sees. It has none left once
+        the engine has seen as many positions.
         """
         self._seen = scores
         older = max(self._restored.positions - scores.positions, 0)
@@ -180,7 +181,7 @@ class AdaptiveCalibration:
 
     @property
     def realised(self) -> list[Realised]:
-        """What came of each knot that was aimed at."""
+        """The realised rate at each knot that has traffic."""
         found = []
         for knot, correction in zip(KNOTS, self._corrections, strict=True):
             if correction.completion_tokens > 0.0:
@@ -190,7 +191,7 @@ class AdaptiveCalibration:
 
     @property
     def state(self) -> SavedState:
-        """What `restore` takes."""
+        """The state that `restore` takes."""
         offsets = []
         counts = []
         for correction in self._corrections:
@@ -207,7 +208,7 @@ class AdaptiveCalibration:
         )
 
     def restore(self, state: SavedState) -> bool:
-        """Go on from a saved state; False, and nothing happens, if it belongs to another gate."""
+        """Continue from a saved state. False if it has another gate or other knots: then nothing changes."""
         if state.gate != self.gate or len(state.offsets) != len(KNOTS):
             return False
         self._restored = SeenScores(state.quantiles, state.positions)
@@ -219,7 +220,7 @@ class AdaptiveCalibration:
         return True
 
     def _corrected(self, rate: float) -> float:
-        """The rate whose quantile gives this rate; it never falls while the rate rises."""
+        """The rate with its correction applied; it never decreases as the rate increases."""
         logits = []
         highest = -math.inf
         for knot, correction in zip(KNOTS, self._corrections, strict=True):
@@ -231,24 +232,26 @@ class AdaptiveCalibration:
         return 1.0 / (1.0 + math.exp(-logit))
 
     def _quantile(self, share: float) -> float:
-        """The score that this share of the positions does not exceed."""
+        """The score that is not exceeded at this share of the positions."""
         wanted = share * self._below[-1]
         return self._scores[min(bisect_right(self._below, wanted), len(self._scores) - 1)]
 
 
 def _weighted(quantiles: Sequence[float], positions: int) -> list[tuple[float, float]]:
-    """(score, weight) of each quantile: together they weigh as much as the positions."""
+    """(score, weight) of each quantile; the weights add up to the number of positions."""
     return list(zip(quantiles, repeat(positions / max(len(quantiles), 1))))
 
 
 class Place(NamedTuple):
-    """Where a rate lies between two knots, in logits; the ends of the range stand for what lies beyond."""
+    """The place of a rate between two knots, in logits. A rate beyond all knots has the place of the last."""
 
     left: int
+    """Index of the knot to the left."""
     share: float
+    """Distance from that knot, as a share of the distance between both knots."""
 
     def weight(self, knot: int) -> float:
-        """How much the rate has to do with a knot: 1 at the knot itself, 0 from the next one on."""
+        """Weight of a knot for the rate: 1 at the knot itself, 0 at the next knot and beyond."""
         if knot == self.left:
             return 1.0 - self.share
         return self.share if knot == self.left + 1 else 0.0

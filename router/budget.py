@@ -13,13 +13,13 @@ from router.money import Money, TokenPrices, picos
 EPSILON = 1e-9
 
 LONGEST = 10**12
-"""No completion has this many tokens. Up to here, a tiny fraction of a length is exact enough."""
+"""More tokens than any completion has. Up to this length, products with tiny fractions are exact enough."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
 
 def _whole(value: Any) -> Any:
-    """3.0 as 3: in JSON they are the same number."""
+    """Turn 3.0 into 3: in JSON they are the same number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -31,12 +31,12 @@ PARTS = ("fraction", "tokens", "calls", "cost")
 
 
 class Bounds(BaseModel):
-    """A bound on one teacher, or on all together: every part that is set holds.
+    """A bound on the use of one teacher, or of all teachers together. Every part that is set holds.
 
     - fraction: teacher tokens / completion tokens, in [0, 1]; exceeded by at most one span.
     - tokens: teacher tokens, never exceeded.
     - calls: teacher calls, never exceeded.
-    - cost: what the teacher reads and writes costs, by the gateway's prices; never exceeded.
+    - cost: money for the tokens that the teacher reads and writes, by the gateway's prices; never exceeded.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -69,11 +69,11 @@ class Bounds(BaseModel):
         return 0 in (self.fraction, self.tokens, self.calls, self.cost)
 
     def parts(self) -> dict[str, float]:
-        """The parts that are set."""
+        """The parts that are set, by name."""
         return {part: getattr(self, part) for part in PARTS if getattr(self, part) is not None}
 
     def exceeded_by(self, wanted: "Bounds") -> list[str]:
-        """What of ``wanted`` is more than this, in words."""
+        """For each part of ``wanted`` that is more than this bound allows, the problem in words."""
         most = self.parts()
         return [
             f"{part} {asked:g} is more than this key's maximum of {most[part]:g}"
@@ -83,7 +83,7 @@ class Bounds(BaseModel):
 
 
 def _by_name(value: Any) -> Any:
-    """A list of names as an object in which none has a budget of its own."""
+    """Turn a list of names into an object in which no teacher has a budget of its own."""
     if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
         return value
     if len(set(value)) < len(value):
@@ -92,12 +92,12 @@ def _by_name(value: Any) -> Any:
 
 
 class Budget(Bounds):
-    """How many tokens, calls and how much money a request may use of its teachers."""
+    """The tokens, calls and money of its teachers that one request may use."""
 
     teachers: (
         Annotated[dict[TeacherName, Bounds | None], BeforeValidator(_by_name), Field(min_length=1)] | None
     ) = None
-    """Those that may be asked, and what each may have of it, if that is less; None: all of them."""
+    """Teachers that may be asked, each with a smaller bound of its own if it has one; None: all teachers."""
 
     @property
     def _is_bound(self) -> bool:
@@ -112,20 +112,20 @@ class Budget(Bounds):
 
     @property
     def owns(self) -> list[Bounds]:
-        """What single teachers may have of it."""
+        """The bounds that single teachers have of their own."""
         return [own for own in (self.teachers or {}).values() if own is not None]
 
     @property
     def in_money(self) -> bool:
-        """Whether a part of it is a cost."""
+        """Whether the budget, or a single teacher's own bound, has a cost."""
         return any(part.cost is not None for part in (self, *self.owns))
 
     def own(self, teacher: str) -> Bounds | None:
-        """What one teacher may have, if that is bound by itself."""
+        """The bound that one teacher has of its own; None if it has none."""
         return None if self.teachers is None else self.teachers.get(teacher)
 
     def exceeded_by(self, wanted: Bounds) -> list[str]:
-        """As of `Bounds`; also teachers that are not among these."""
+        """See `Bounds.exceeded_by`; also checks the teachers of ``wanted`` and their own bounds."""
         exceeded = super().exceeded_by(wanted)
         if not isinstance(wanted, Budget):
             return exceeded
@@ -138,7 +138,7 @@ class Budget(Bounds):
         return exceeded
 
     def within(self, maximum: "Budget") -> "Budget":
-        """What of this and of the maximum is less, part by part."""
+        """The smaller of this budget and the maximum, part by part."""
         parts: dict[str, Any] = _least(self, maximum)
         if self.teachers is None or maximum.teachers is None:
             both = self.teachers or maximum.teachers
@@ -150,7 +150,7 @@ class Budget(Bounds):
         return Budget(**parts, teachers=both)
 
     def unknown(self, known: Collection[str]) -> str | None:
-        """A teacher that it names and nobody knows."""
+        """The first teacher of this budget that is not ``known``; None if all are."""
         return next((name for name in self.teachers or () if name not in known), None)
 
 
@@ -173,9 +173,9 @@ class Grant:
 
     tokens: int
     cost: int | None = None
-    """Picos that reading and writing may cost; None without such a budget."""
+    """Picos reserved for reading and writing; None if the budget has no cost."""
     planned: int = 0
-    """What the bucket's own prices make of that."""
+    """Picos that the call would cost at most by the bucket's own prices."""
     settled: bool = False
 
 
@@ -187,8 +187,8 @@ class Bucket:
         teacher_tokens <= fraction * completion_tokens + span_tokens
 
     The student asks for ``ask_tokens`` at a time, and asks again after them if its gate wants to:
-    a span ends where the gate no longer asks. They are granted when the bound still holds at their
-    end, so it holds inside them too.
+    a span ends where the gate no longer asks. The tokens are granted if the bound still holds after the
+    last of them, so it holds inside them too.
     """
 
     def __init__(
@@ -201,19 +201,19 @@ class Bucket:
         prices: TokenPrices | None = None,
         least: TokenPrices | None = None,
     ) -> None:
-        """Open an account.
+        """Create the bucket of one request.
 
         Args:
-            budget: what it holds the request to.
+            budget: the bound that the bucket enforces.
             span_tokens: longest span, and the credit that a fraction starts with.
             ask_tokens: tokens of one teacher call; None for a whole span.
             spent: teacher tokens so far.
             calls: teacher calls so far.
-            prices: the teacher's, of several the dearest one's; needed by a budget of a cost.
-            least: the cheapest teacher's; None for ``prices``.
+            prices: prices of the teacher, or of the dearest of several; needed if the budget has a cost.
+            least: prices of the cheapest teacher; None: the same as ``prices``.
 
         Raises:
-            ValueError: a call is longer than a span, or shorter than a token; or there are no prices.
+            ValueError: a call is longer than a span or shorter than a token, or needed prices are missing.
         """
         self.budget = budget
         self.span_tokens = span_tokens
@@ -229,9 +229,9 @@ class Bucket:
             self._priced = _Priced(prices, picos(budget.cost), least or prices)
 
     def earliest(self, reads: int = 0) -> int | None:
-        """Completion length from which a span may start; None when none may any more.
+        """Completion length from which a span may start; None if no span may start any more.
 
-        ``reads``: tokens that the teacher would read now. Later they are no fewer.
+        ``reads``: tokens that a call would read now. Later calls read at least as many.
         """
         budget = self.budget
         if budget.is_zero or self.tokens_left == 0 or self.calls_left == 0:
@@ -246,7 +246,7 @@ class Bucket:
     def spare_from(self) -> int | None:
         """Completion length from which a call fits into the fraction itself, without the span on top.
 
-        None when it never does, and for budgets without a fraction in (0, 1).
+        None if it never fits, and for budgets without a fraction in (0, 1).
         """
         fraction = self.budget.fraction
         if fraction is None or fraction in (0.0, 1.0):
@@ -254,14 +254,14 @@ class Bucket:
         return self._length(self.spent + self.ask_tokens, fraction)
 
     def _length(self, tokens: int, fraction: float) -> int | None:
-        """Completion length whose fraction, with a call after it, covers this many teacher tokens."""
+        """Least length with ``tokens <= fraction * (length + ask_tokens)``; None if no completion has it."""
         length = tokens / fraction - self.ask_tokens - EPSILON
         if length <= 0:
-            return 0  # also of a fraction so small that the length is minus infinity
+            return 0  # also for a fraction so small that the length is minus infinity
         return None if length > LONGEST else math.ceil(length)
 
     def credit(self, completion_tokens: int) -> float:
-        """Teacher tokens that a fraction leaves after this many completion tokens."""
+        """Teacher tokens that the fraction and the initial span still allow at this completion length."""
         fraction = 1.0 if self.budget.fraction is None else self.budget.fraction
         return fraction * completion_tokens + self.span_tokens - self.spent
 
@@ -282,13 +282,14 @@ class Bucket:
         Args:
             completion_tokens: the length of the completion now.
             at_most: tokens that the completion has left.
-            always: the teacher writes on for as long as it may: all tokens that are left are one call's.
+            always: whether the teacher writes without asking the gate. One call may then get all tokens that
+                are left, if the budget has neither calls nor a fraction below 1.
             reads: tokens that the call reads.
-            prices: of the teacher that is called; None for the bucket's.
-            whole: all that the budget has now is one call's, not only ``ask_tokens``.
+            prices: prices of the teacher that is called; None: the bucket's.
+            whole: whether the call gets all that the budget allows now, and not only ``ask_tokens``.
 
         Returns:
-            What is granted; None when the budget has no room for it.
+            The grant; None if the budget has no room for a call.
         """
         earliest = self.earliest(reads)
         if earliest is None or completion_tokens < earliest or at_most < 1:
@@ -312,7 +313,7 @@ class Bucket:
         return self._priced.reserve(reads, left, prices)
 
     def _room(self, completion_tokens: int, at_most: int) -> int:
-        """Tokens that a call may have if the fraction is to hold at its end."""
+        """Tokens that a call may write so that the bound of the fraction holds at its end."""
         fraction = self.budget.fraction
         if fraction is None or fraction == 1.0:
             return at_most
@@ -321,15 +322,15 @@ class Bucket:
         return min(at_most, math.floor(room + EPSILON))
 
     def settle(self, grant: Grant, used: int, cost: int | None = None) -> None:
-        """Give back what ``grant`` reserved and the teacher did not use.
+        """Give back the part of a grant that the teacher did not use.
 
         Args:
-            grant: what `reserve` gave.
-            used: tokens of it that are in the completion.
-            cost: picos that the call cost; None for all that was reserved.
+            grant: the grant that `reserve` returned.
+            used: tokens of the grant that are in the completion.
+            cost: picos that the call cost; None: all that were reserved.
 
         Raises:
-            ValueError: more was used than was granted.
+            ValueError: more tokens or more money were used than were granted.
         """
         if not 0 <= used <= grant.tokens:
             raise ValueError(f"a grant of {grant.tokens} tokens cannot be settled with {used}")
@@ -347,7 +348,7 @@ class Bucket:
             self.calls -= 1
 
     def affordable(self, reads: int, to_write: int) -> float | None:
-        """Teacher tokens that the cost still buys, if calls go on to cost what they did; None without a cost.
+        """Teacher tokens that the money left still buys if calls cost as much as so far; None without a cost.
 
         Args:
             reads: tokens that a call reads now.
@@ -398,7 +399,7 @@ class _Priced:
         self._charged += cost
 
     def expected(self, reads: int, to_write: int, ask_tokens: int) -> float:
-        """As `Bucket.affordable`. What is in the teacher's cache is known only from the calls so far."""
+        """See `Bucket.affordable`. Only past calls show how much of a prompt the teacher's cache has."""
         if self.prices.affordable(self.left, reads, to_write) == to_write:
             return to_write  # in one call
         share = self._charged / self._reserved if self._reserved else 1.0

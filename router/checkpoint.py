@@ -44,7 +44,7 @@ TENSORS_FILE = "router.safetensors"
 MERGED_ROUTER = "router"  # folder inside a merged student: vLLM loads every *.safetensors next to config.json
 HEAD_BYTES = 4096
 UNUSED = "value"
-"""Part of older checkpoints that nothing reads."""
+"""Prefix of tensors in older checkpoints, which nothing reads."""
 
 
 class Fingerprints(BaseModel):
@@ -61,7 +61,7 @@ class Fingerprints(BaseModel):
 
     @classmethod
     def of(cls, student: Path, reserved: ReservedRows, teacher: str) -> "Fingerprints":
-        """Of a student's directory and the name of its teacher."""
+        """The fingerprints of a student's directory and the name of its teacher."""
         return cls(
             student=fingerprint(student, reserved.start),
             tokenizer=tokenizer_fingerprint(student),
@@ -70,22 +70,22 @@ class Fingerprints(BaseModel):
 
 
 Points = list[tuple[float, float]]
-"""(teacher rate, price)."""
+"""Pairs of (teacher rate, price)."""
 Fact = float | int | str | Points
 """A setting, a figure, or pairs of (fraction, figure)."""
 
 
 class TeacherOutput(BaseModel):
-    """An output of the learned gate: one of several teachers."""
+    """The learned gate's output for one of several teachers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: TeacherName
-    """As the gateway's configuration has it."""
+    """The teacher's name, as in the gateway's configuration."""
     cost: PositiveFloat
-    """Of its token, in any one unit: its price is the common price times this."""
+    """Cost of the teacher's token, in any one unit: the teacher's price is the common price times this."""
     calibration: Points = Field(default_factory=list)
-    """(teacher rate, price) if it is the only teacher that is asked; may be empty."""
+    """Pairs of (teacher rate, price) if this is the only teacher that is asked; may be empty."""
 
 
 class RouterConfig(BaseModel):
@@ -104,19 +104,19 @@ class RouterConfig(BaseModel):
     expected_tokens: PositiveFloat
     """Mean completion length on validation data, in tokens."""
     calibration: dict[str, Points]
-    """Per gate: (teacher rate, price), see `router.policy.Calibration`."""
+    """Pairs of (teacher rate, price) by gate, see `router.policy.Calibration`."""
     spare: dict[str, Points] = Field(default_factory=dict)
-    """Per gate: (fraction, spare price that makes it the realised rate), see `router.policy.Policy`."""
+    """Pairs of (fraction, spare price that realises it) by gate, see `router.policy.Policy`."""
     fingerprints: Fingerprints
     budget_prompt: str | None = None
-    """Template of budgets in words, see `router.words`. Where there is one, the calibration of the learned
-    gate holds for prompts that have the words.
+    """Template of budgets in words, see `router.words`. If it is set, the calibration of the learned gate
+    holds for prompts that have the words.
     """
     training: dict[str, Fact] = Field(default_factory=dict)
-    """What trained it: objective, gain, seed, data. Nothing here is read when serving."""
+    """Facts about the training: objective, gain, seed, data. Serving reads none of them."""
     teachers: tuple[TeacherOutput, ...] = ()
-    """In the order of the learned gate's outputs, from the cheapest to the dearest, who judged the others.
-    Empty: one output, for whichever teacher.
+    """Teachers in the order of the learned gate's outputs, from the cheapest to the dearest. The dearest one
+    judged the others. Empty: the gate has one output, for any teacher.
     """
 
     @field_validator("budget_prompt")
@@ -144,7 +144,7 @@ class RouterConfig(BaseModel):
 
     @model_serializer(mode="wrap")
     def _as_ever(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """A router of one output is written as it was before there were others."""
+        """Leave out ``teachers`` if it is empty: such a file looks as in older versions."""
         data = dump(self)
         if not self.teachers:
             data.pop("teachers", None)
@@ -152,7 +152,7 @@ class RouterConfig(BaseModel):
 
     @property
     def words(self) -> BudgetWords | None:
-        """The budgets in words that the student wants to read; None where a price says it all."""
+        """The budgets in words that the student was trained with; None if it was trained without."""
         if self.budget_prompt is None:
             return None
         return BudgetWords(self.budget_prompt, [fraction for fraction, _ in self.calibration[LEARNED]])
@@ -160,7 +160,7 @@ class RouterConfig(BaseModel):
 
 @dataclass(frozen=True)
 class RouterCheckpoint:
-    """A router as its files hold it: settings, taps and the learned gate."""
+    """The contents of a router's files: settings, taps and the learned gate."""
 
     config: RouterConfig
     taps: Tensor
@@ -170,11 +170,15 @@ class RouterCheckpoint:
 
     @property
     def reserved(self) -> ReservedRows:
-        """The student's rows that are kept for the taps."""
+        """The student's reserved rows: the escalation token and the taps."""
         return ReservedRows(self.config.reserved_start, self.config.reserved_count)
 
     def build_gate(self, name: str = LEARNED) -> Gate:
-        """The gate of that name (see `router.gate.GATES`), ready for inference."""
+        """The gate with this name (see `router.gate.GATES`), ready for inference.
+
+        Raises:
+            CheckpointError: no gate has this name.
+        """
         if name not in GATES:
             raise CheckpointError(f"unknown gate {name!r}; known: {', '.join(GATES)}")
         if name != LEARNED:
@@ -189,7 +193,7 @@ class RouterCheckpoint:
 
     @property
     def outputs(self) -> tuple[GateOutput, ...]:
-        """Of the learned gate, one for each of several teachers; empty if it has one for all."""
+        """The learned gate's outputs, one for each of several teachers; empty if one is for all."""
         outputs = []
         for teacher in self.config.teachers:
             alone = Calibration(tuple(teacher.calibration)) if teacher.calibration else None
@@ -197,7 +201,7 @@ class RouterCheckpoint:
         return tuple(outputs)
 
     def check_teachers(self, names: Collection[str]) -> None:
-        """Raises CheckpointError where the learned gate was trained to choose between other teachers."""
+        """Raises CheckpointError if the learned gate was trained to choose between other teachers."""
         trained = [teacher.name for teacher in self.config.teachers]
         if trained and set(trained) != set(names):
             raise CheckpointError(
@@ -206,11 +210,11 @@ class RouterCheckpoint:
             )
 
     def calibration(self, name: str = LEARNED) -> Calibration:
-        """Raises CheckpointError where that gate was not calibrated."""
+        """The calibration of a gate. Raises CheckpointError if the router has none for it."""
         return self._calibrated(self.config.calibration, name)
 
     def spare(self, name: str = LEARNED) -> Calibration:
-        """Raises CheckpointError where that gate was not calibrated."""
+        """The spare prices of a gate. Raises CheckpointError if the router has none for it."""
         return self._calibrated(self.config.spare, name)
 
     @staticmethod
@@ -221,7 +225,7 @@ class RouterCheckpoint:
         return Calibration(tuple(points[name]))
 
     def save(self, directory: Path) -> None:
-        """Write both files into the directory, each of them whole, and `router.json` last."""
+        """Write both files into the directory. Each appears complete, and `router.json` last."""
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {"taps": self.taps}
         tensors |= {f"gate.{name}": tensor for name, tensor in self.gate.items()}
@@ -234,7 +238,11 @@ class RouterCheckpoint:
 
     @classmethod
     def load(cls, directory: Path) -> "RouterCheckpoint":
-        """Raises CheckpointError: missing or malformed file, unknown key, tensor of a wrong shape."""
+        """The router in a directory.
+
+        Raises:
+            CheckpointError: a file is missing or malformed, a key is unknown, or a tensor has a wrong shape.
+        """
         config_file = directory / CONFIG_FILE
         tensors_file = directory / TENSORS_FILE
         for file in (config_file, tensors_file):
@@ -267,19 +275,19 @@ class RouterCheckpoint:
             _ = checkpoint.outputs
             checkpoint.build_gate()
         except (ValueError, RuntimeError) as error:
-            problem = " ".join(str(error).split())  # torch's is drawn over several lines
+            problem = " ".join(str(error).split())  # torch's message has several lines
             raise CheckpointError(f"{directory}: {problem}") from error
         return checkpoint
 
     def digest(self) -> str:
-        """Identity of this router and, by its fingerprint, of its student: hex SHA-256."""
+        """Hex SHA-256 that identifies this router and, by its fingerprint, its student."""
         digest = hashlib.sha256(self.config.model_dump_json().encode())
         for name, tensor in sorted({"taps": self.taps, **self.gate}.items()):
             digest.update(name.encode() + tensor.detach().contiguous().cpu().float().numpy().tobytes())
         return digest.hexdigest()
 
     def check_student(self, student: Path) -> None:
-        """Raises CheckpointError when this router was trained for another student."""
+        """Raises CheckpointError if this router was trained for another student."""
         theirs = fingerprint(student, self.config.reserved_start)
         ours = self.config.fingerprints.student
         if theirs != ours:
@@ -291,7 +299,7 @@ class RouterCheckpoint:
     def merge(self, student: Path, out: Path) -> None:
         """Write ``student`` with the taps in its reserved rows to ``out``, all at once (see `copied`).
 
-        A student that has no rows to spare gets them.
+        A student that has no rows to spare gets new ones.
 
         Raises:
             CheckpointError: the router is for another student, or its rows and taps do not fit.
@@ -317,15 +325,21 @@ class RouterCheckpoint:
 
 
 def new_gate(reserved: ReservedRows, width: int, costs: Sequence[float] = ()) -> LearnedGate:
-    """An untrained one; ``costs``: of each teacher's token, if it has an output for each of several."""
+    """An untrained gate.
+
+    Args:
+        reserved: the student's reserved rows.
+        width: width of the hidden layers.
+        costs: cost of each teacher's token, for a gate with an output for each; empty: one output for all.
+    """
     return TeachersGate(reserved, width, costs) if costs else LearnedGate(reserved, width)
 
 
 def fingerprint(model: Path, reserved_start: int) -> str:
     """Identity of a model's weights: hex SHA-256 over name, shape, type and first 4 KiB of every tensor.
 
-    Cheap for a model of any size, and blind to the reserved rows, which `merge` overwrites. A model without
-    them has the identity of its copy with rows appended.
+    It is cheap for a model of any size. It ignores the reserved rows, which `merge` overwrites. A model
+    without such rows has the identity of its copy with rows appended.
     """
     digest = hashlib.sha256()
     heads: list[_Head] = []
@@ -350,7 +364,7 @@ class _Head(NamedTuple):
 
 
 def _heads(file: Path, reserved_start: int) -> Iterator[_Head]:
-    """Of all tensors in a file, without their reserved rows."""
+    """The beginnings of all tensors in a file, without their reserved rows."""
     with file.open("rb") as stream:
         header_size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(header_size))
@@ -367,7 +381,7 @@ def _heads(file: Path, reserved_start: int) -> Iterator[_Head]:
 
 
 def vocabulary(model: Path) -> set[tuple[str, int]]:
-    """(token, id) pairs of tokenizer.json, added tokens among them. Raises CheckpointError without one."""
+    """(token, id) pairs of tokenizer.json, with added tokens. Raises CheckpointError if there are none."""
     file = model / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"no tokenizer.json in {model}")
@@ -384,7 +398,7 @@ def vocabulary(model: Path) -> set[tuple[str, int]]:
 
 
 def tokenizer_fingerprint(model: Path) -> str:
-    """Identity of a vocabulary: hex SHA-256 over its sorted pairs."""
+    """Identity of a vocabulary: hex SHA-256 over its sorted (token, id) pairs."""
     return hashlib.sha256(json.dumps(sorted(vocabulary(model))).encode()).hexdigest()
 
 

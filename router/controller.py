@@ -1,8 +1,8 @@
 """Converts a shared budget to a rate that each request may aim at.
 
 The ledger makes a limit hold. With a ledger alone, requests are served first come, first served, and the
-tokens run out when they are worth most. The controller moves one rate for all, hence one price, so that the
-limit is just met: every request asks for the spans that are worth this price.
+tokens run out when they are worth most. The controller moves one rate for all requests, and so one price,
+until the limit is just met. Every request then asks for the spans that are worth this price.
 """
 
 import math
@@ -17,17 +17,17 @@ from router.policy import Prices
 GAIN = 100.0
 """An error of one hundredth of what a window allows moves the rate by a factor e."""
 LAG_SECONDS = 2.0
-"""The rate follows no faster than this: a new price reaches a request with its next segment."""
+"""Shortest time in which the rate follows: a new price reaches a request with its next segment."""
 STEP = 0.05
-"""Most that one span moves the logarithm of the rate: a small budget moves slowly."""
+"""Largest step of the rate's logarithm by one span, so a small budget moves slowly."""
 JUMP = 0.5
-"""Most that one update moves it: updates may be rare for a short window."""
+"""Largest step of the rate's logarithm by one update: updates may be rare for a short window."""
 AIM = 0.98
 """Share of a limit to aim at. With 1 the ledger would refuse now and then."""
 EVENLY = AIM * SUB_WINDOWS / (SUB_WINDOWS + 1)
-"""The same for tokens per window: the ledger's window is up to a sub-window longer than the limit's."""
+"""`AIM` for tokens per window: the ledger's window is up to a sub-window longer than the limit's."""
 FORGETTING = 0.99
-"""With every span, so much of what is known of the cost of a teacher token stays."""
+"""Share of their weight that older spans keep, with each new span, in the cost of a teacher token."""
 LEARNING = 0.05
 """Share of a window after which the traffic so far is taken as typical."""
 
@@ -36,11 +36,11 @@ class LedgerTotals(NamedTuple):
     """Totals that a ledger has counted under one limit up to some time."""
 
     seconds: float
-    """The moment, on a steady clock."""
+    """Time of the totals, on a steady clock."""
     spent: int
     """Teacher tokens, or nanos under a limit in money."""
     completion: int
-    """Tokens of both models."""
+    """Completion tokens of both models."""
 
 
 class RateRange(NamedTuple):
@@ -58,28 +58,31 @@ class RateController:
 
     The price is the limit's dual variable; its step is proportional to the limit's violation (adaptive
     pacing: Balseiro and Gur, Management Science 2019). Two things are changed here. The step is taken in the
-    logarithm of the rate, and `Prices` makes the price of it, so it knows neither the gate's units nor the
-    amount of traffic. And u stops at the ends of the calibrated range, so it does not wind up while the
-    limit does not bind.
+    logarithm of the rate, and `Prices` turns the rate into a price. So the controller knows neither the
+    gate's units nor the amount of traffic. And u stops at the ends of the calibrated range, so it does not
+    wind up while the limit does not bind.
 
-    The target of a fraction is that fraction. For tokens or money per window, it is the rate that spends
-    them on as much traffic as the last window brought, however unevenly. Before a window has passed, it is
-    the traffic that this pace would bring.
+    The target of a fraction is that fraction times `AIM`. For tokens or money per window, it is the rate that
+    spends them on as much traffic as the last window brought, however unevenly. Before a window has passed,
+    the traffic of a whole window is extrapolated.
     """
 
     limit: AnyLimit
     lowest: float
+    """Lowest rate of the calibrated range."""
     highest: float
-    """The calibrated range of rates."""
+    """Highest rate of the calibrated range."""
     span_tokens: int
     token_cost: float = 1.0
-    """What a teacher token takes of the limit: more or less than one, where it is in money."""
+    """Amount of the limit that a teacher token takes: 1, or its cost in nanos if the limit is in money."""
     u: float = 0.0
+    """Logarithm of rate / target."""
     target: float = 1.0
+    """Rate that meets the limit if every request realises it."""
     last: LedgerTotals | None = None
-    """At the last update."""
+    """Totals at the last update."""
     first: LedgerTotals | None = None
-    """At the first update."""
+    """Totals at the first update."""
 
     def __post_init__(self) -> None:
         if isinstance(self.limit, FractionOfTraffic) and self.limit.fraction < 1.0:
@@ -87,18 +90,18 @@ class RateController:
 
     @property
     def rate(self) -> float:
-        """1 if the limit cannot bind, 0 if it allows nothing."""
+        """The rate to aim at: 1 if the limit cannot bind, 0 if it allows nothing."""
         if not 0.0 < self.target < 1.0:
             return min(self.target, 1.0)
         return min(max(self.target * math.exp(self.u), self.lowest), self.highest)
 
     def update(self, now: float, status: Status) -> None:
-        """Learn what was spent up to ``now`` (seconds, of a steady clock); the more often, the better."""
+        """Learn what was spent up to ``now`` (seconds of a steady clock). Frequent calls are better."""
         totals = LedgerTotals(now, status.total_spent, status.total_completion)
         first = self.first
         last = self.last
         self.last = totals
-        if first is None or last is None or totals.completion < last.completion:  # it may have forgotten
+        if first is None or last is None or totals.completion < last.completion:  # counts may be lost
             self.first = totals
             return
         in_window = status.in_window
@@ -131,7 +134,7 @@ class PriceController:
     calibration: Prices
     span_tokens: int
     controllers: dict[str, RateController] = field(default_factory=dict)
-    """By scope id."""
+    """Controller of each limit, by scope id."""
     _cost: float = 0.0
     _cost_tokens: float = 0.0
 
@@ -141,7 +144,7 @@ class PriceController:
         return RateRange(points[0][0], points[-1][0])
 
     def calibrate(self, calibration: Prices, span_tokens: int) -> None:
-        """Go on with another router's: what was learned of the limits are rates, and stays."""
+        """Switch to another router's calibration. The limits' learned rates stay, within its range."""
         self.calibration = calibration
         self.span_tokens = span_tokens
         for controller in self.controllers.values():
@@ -153,7 +156,7 @@ class PriceController:
         """Learn the scopes' states. Every gateway learns from the same ledger, so all aim alike."""
         for status in statuses:
             if status.scope.limit.in_money and self.token_cost is None:
-                continue  # nobody knows yet which rate it allows
+                continue  # the rate that it allows is not known yet
             controller = self.controllers.get(status.scope.id)
             if controller is None or controller.limit != status.scope.limit:
                 controller = RateController(
@@ -166,11 +169,11 @@ class PriceController:
 
     @property
     def token_cost(self) -> float | None:
-        """Nanos that a teacher token has cost lately, with all that was read for it; None if unknown."""
+        """Recent cost of a teacher token in nanos, with what was read for it; None if unknown."""
         return self._cost / self._cost_tokens if self._cost_tokens and self._cost else None
 
     def learn_cost(self, nanos: int, tokens: int) -> None:
-        """A span of this many tokens has cost so much."""
+        """Learn from a span of ``tokens`` tokens that has cost ``nanos``."""
         self._cost = FORGETTING * self._cost + nanos
         self._cost_tokens = FORGETTING * self._cost_tokens + tokens
 

@@ -1,7 +1,7 @@
-"""The tree of exceptions. Whatever ends a command or a request on purpose is in it.
+"""The tree of exceptions: every error that ends a command or a request on purpose.
 
 WheelsError
-├── UnusableInput                 what a command was given cannot be used
+├── UnusableInput                 an input of a command cannot be used
 │   ├── ConfigError               settings of the gateway
 │   │   └── UnsupportedVllm       this vLLM lacks what the gateway reaches into
 │   ├── RecipeError               settings of training
@@ -18,7 +18,7 @@ WheelsError
 │   ├── ImportFailed              a model in GGUF format
 │   ├── FetchError                a data set that cannot be made here
 │   └── TrackerError              a tracker that is not installed
-├── PeerError                     another server is away, or answers what nobody can use
+├── PeerError                     another server is away, or gives an unusable answer
 │   ├── TeacherError              the teacher of a gateway
 │   │   └── DifferentVocabulary   its tokens are not the student's, or not those of its replicas
 │   ├── GatewayError              a gateway that is measured
@@ -26,7 +26,7 @@ WheelsError
 │   ├── JudgeError                a served model that rates answers
 │   ├── HubError                  the Hugging Face hub
 │   └── ServiceError              a process of the demo or of the benchmarks
-├── RunEnded                      a run came to an end that is not its aim
+├── RunEnded                      a run ended without its result
 │   ├── EngineDied                the student's engine is gone
 │   ├── ExportError               the export is not the trained model
 │   ├── Diverged                  a number of the training is not finite
@@ -47,9 +47,9 @@ class WheelsError(Exception):
     """An error with a message for its reader: one line that names what is wrong."""
 
     exit_status: ClassVar[int | None] = None
-    """Of the command that ends with it. None: the command's own, see `wheels.Command.failure`."""
+    """Exit status of a command that ends with this error. None: see `wheels.Command.failure`."""
     http_status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
-    """Of the reply to a request that ends with it."""
+    """Status of the reply to a request that ends with this error."""
 
 
 class UnusableInput(WheelsError):

@@ -1,7 +1,7 @@
-"""What a gate's features are made of, for all that compute them."""
+"""Layout of a gate's features, shared by all code that computes them."""
 
 TOP_LOG_PROBS = 8
-"""Log-probabilities of the best tokens, before entropy and margin."""
+"""Number of log-probabilities of the best tokens; entropy and margin follow them."""
 LOG_PROB_FLOOR = -30.0
-"""A masked token's log-probability is -inf; a feature must be finite."""
+"""Least log-probability in a feature: a masked token's is -inf, but features must be finite."""
 N_CONFIDENCE = TOP_LOG_PROBS + 2

@@ -1,6 +1,6 @@
 """The features that a gate sees at one position: the student's own logits, including the taps.
 
-There are two ways to the same numbers: compiled loops on a CPU, which take a third of the time there, and
+There are two ways to compute them: compiled loops on a CPU, which take a third of the time there, and
 torch's operations on a GPU or for gradients.
 """
 
@@ -17,7 +17,7 @@ from router.reserved import ReservedRows
 LOWEST = -80.0
 """A logit this far below the largest counts as masked; exp of it is still a normal float32."""
 BLOCK = 128
-"""Logits of which `largest` first takes the maximum."""
+"""Number of logits in each block whose maximum `largest` takes first."""
 
 
 def n_features(reserved: ReservedRows) -> int:
@@ -26,7 +26,7 @@ def n_features(reserved: ReservedRows) -> int:
 
 
 def features(logits: Tensor, reserved: ReservedRows) -> Tensor:
-    """Taps and confidence.
+    """The features of each position: taps, then confidence.
 
     logits: (..., V) raw logits of the student, V = reserved.end; any float type.
     Returns (..., F) float32.
@@ -37,7 +37,7 @@ def features(logits: Tensor, reserved: ReservedRows) -> Tensor:
 
 
 def confidence(logits: Tensor, reserved: ReservedRows) -> Tensor:
-    """Log-probabilities of the best 8 visible tokens, entropy, margin.
+    """The confidence features: log-probabilities of the best 8 visible tokens, entropy, margin.
 
     logits: (..., V) with at least the visible rows.
     Returns (..., 10) float32; log-probabilities and entropy in nats, margin = log p1 - log p2.
@@ -53,7 +53,7 @@ def confidence(logits: Tensor, reserved: ReservedRows) -> Tensor:
 
 
 def entropy(logits: Tensor, reserved: ReservedRows) -> Tensor:
-    """Of the visible tokens' distribution, in nats: (..., V) to (...) float32."""
+    """Entropy of the visible tokens' distribution, in nats: (..., V) to (...) float32."""
     if suits_loops(logits):
         return loop("entropy")(logits, reserved.start)
     visible = logits[..., : reserved.start].float()
@@ -69,20 +69,20 @@ def margin(logits: Tensor, reserved: ReservedRows) -> Tensor:
 
 
 def best_probability(logits: Tensor, reserved: ReservedRows) -> Tensor:
-    """Of the best visible token: (..., V) to (...) float32."""
+    """Probability of the best visible token: (..., V) to (...) float32."""
     if suits_loops(logits):
         return loop("best_probability")(logits, reserved.start)
     return logits[..., : reserved.start].float().softmax(-1).amax(-1)
 
 
 def suits_loops(logits: Tensor) -> bool:
-    """Whether `router.loops` can read them: there is no gradient to compute on a CPU."""
+    """Whether `router.loops` can read the logits: they are on the CPU and need no gradient."""
     return logits.is_cpu and not logits.requires_grad
 
 
 @cache
 def loop(name: str) -> Callable[..., Tensor]:
-    """What computes a feature by `router.loops`; loaded when it is needed, as numba takes 70 MiB."""
+    """The function of `router.loops` for a feature; imported on first use, as numba takes 70 MiB."""
     from router import loops
 
     return partial(loops.by_loop, vars(loops)[f"{name}_loop"])
@@ -91,7 +91,7 @@ def loop(name: str) -> Callable[..., Tensor]:
 def largest(x: Tensor, k: int) -> Tensor:
     """The k largest of the last dimension, in falling order: (..., V) to (..., k).
 
-    They are within the k blocks with the largest maxima: one pass over x, where `topk` takes many.
+    They are in the k blocks with the largest maxima. So one pass over x is enough, and `topk` takes many.
     """
     blocks = x.shape[-1] // BLOCK
     if blocks <= k:
@@ -112,7 +112,7 @@ class Uncertainty(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, largest: Tensor) -> "Uncertainty":
-        """x: (..., V) float32 logits; largest: (..., 1), their maximum.
+        """The uncertainty of logits x (..., V) float32; ``largest`` (..., 1) is their maximum.
 
         Entropy is log sum exp(x) - sum p x, with x taken relative to its maximum. For masked tokens,
         exp(LOWEST) adds nothing to a float32.

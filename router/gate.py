@@ -1,7 +1,7 @@
 """Gates: a score for how much asking the teacher would help at a position.
 
-A gate asks where its score exceeds the request's price. The learned gate is trained
-(`training`), the confidence gates need no training and work with any pair.
+A gate asks at positions whose score exceeds the request's price. The learned gate is trained by
+`training`. The confidence gates need no training and work with any pair.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ from router.reserved import ReservedRows
 
 
 class Gate(nn.Module, ABC):
-    """Scores positions; every gate shares this signature and differs in nothing else."""
+    """A module that scores positions. All gates have this interface."""
 
     def __init__(self, reserved: ReservedRows) -> None:
         super().__init__()
@@ -25,15 +25,15 @@ class Gate(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, logits: Tensor) -> Tensor:
-        """logits: (..., V) raw student logits. Returns the score (...), float32."""
+        """Scores (...) float32 from the student's raw logits (..., V)."""
 
     def freeze(self) -> Self:
-        """Make it ready to serve, on the device where it is: its tensors must not change any more."""
+        """Prepare the gate for serving on its current device. Its tensors must not change afterwards."""
         return self
 
 
 class Layer(NamedTuple):
-    """A linear layer's tensors. At every step, a module would look for hooks and names first."""
+    """A linear layer's tensors, without the module, which looks up hooks and names at every step."""
 
     weight: Tensor
     """(outputs, inputs)."""
@@ -44,7 +44,9 @@ class LearnedGate(Gate):
     """MLP over `router.features`; its score is the predicted value of asking, per teacher token."""
 
     mean: Tensor
+    """(F,), subtracted from the features."""
     scale: Tensor
+    """(F,), factor of the features after that."""
 
     def __init__(self, reserved: ReservedRows, width: int = 64, outputs: int = 1) -> None:
         super().__init__(reserved)
@@ -62,11 +64,11 @@ class LearnedGate(Gate):
         return self.score(features(logits, self.reserved))
 
     def score(self, x: Tensor) -> Tensor:
-        """x: (..., F) features. Returns (...)."""
+        """Scores (...) of features x (..., F)."""
         return self.outputs(x).squeeze(-1)
 
     def outputs(self, x: Tensor) -> Tensor:
-        """x: (..., F) features. Returns (..., 1), or as many numbers as the network has outputs."""
+        """The network's outputs (..., K) for features x (..., F); K is 1 unless there are several outputs."""
         if not self._frozen:
             outputs: Tensor = self.mlp((x - self.mean) * self.scale)
             return outputs
@@ -76,7 +78,7 @@ class LearnedGate(Gate):
         return functional.linear(x, last.weight, last.bias)
 
     def freeze(self) -> Self:
-        """As for every gate; the normalisation becomes a part of the first layer."""
+        """See `Gate.freeze`. The normalisation becomes a part of the first layer."""
         layers = [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
         frozen = [Layer(layer.weight.detach(), layer.bias.detach()) for layer in layers]
         weight = frozen[0].weight * self.scale
@@ -89,22 +91,23 @@ class TeachersGate(LearnedGate):
     """A learned gate for several teachers, with a score for each.
 
     A teacher's price is a common price times its cost. The score is the highest common price below which some
-    teacher is worth its price. So it is compared with the common price, as the score of any gate.
+    teacher is worth its price. So it is compared with the common price, like the score of any gate.
     """
 
     costs: Tensor
+    """(K,), cost of a token of each teacher."""
 
     def __init__(self, reserved: ReservedRows, width: int, costs: Sequence[float]) -> None:
-        """``costs``: of a token of each teacher, in any one unit."""
+        """``costs``: cost of a token of each teacher, in any one unit."""
         super().__init__(reserved, width, len(costs))
         self.register_buffer("costs", torch.tensor(costs), persistent=False)
 
     def worth(self, logits: Tensor) -> Tensor:
-        """logits: (..., V). Returns what asking each of the K teachers is worth, (..., K)."""
+        """What asking each of the K teachers is worth (..., K), from logits (..., V)."""
         return self.outputs(features(logits, self.reserved))
 
     def score(self, x: Tensor) -> Tensor:
-        """x: (..., F) features. Returns (...)."""
+        """Scores (...) of features x (..., F)."""
         return self.common(self.outputs(x))
 
     def common(self, worth: Tensor) -> Tensor:
@@ -113,15 +116,15 @@ class TeachersGate(LearnedGate):
         return torch.where(best > 0, (worth / self.costs).amax(-1), best)
 
     def margins(self, worth: Tensor, price: Tensor, least: Tensor | None = None) -> Tensor:
-        """What each teacher is worth above its price; the largest one decides, if it is above 0.
+        """What each teacher is worth above its price, (..., K). The largest margin above 0 decides.
 
-        worth: (..., K); price: (...), the common one; least: (..., K), no teacher's price is below it.
+        worth: (..., K); price: (...), the common price; least: (..., K), lower bounds of all prices.
         """
         prices = self.prices(price)
         return worth - (prices if least is None else torch.maximum(prices, least))
 
     def prices(self, price: Tensor) -> Tensor:
-        """Of each teacher, by the common price: (...) to (..., K). Below 0, costs do not count."""
+        """Each teacher's price from the common price, (...) to (..., K). Below 0, costs do not count."""
         return torch.where(price[..., None] > 0, price[..., None] * self.costs, price[..., None])
 
 
@@ -129,7 +132,7 @@ class RandomGate(Gate):
     """Uniform in [0, 1): asks with probability 1 - price."""
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Scores without a look at the logits."""
+        """Random scores, whatever the logits."""
         return torch.rand(logits.shape[:-1], device=logits.device)
 
 
@@ -145,7 +148,7 @@ class MarginGate(Gate):
     """Minus the logit gap between the best two tokens (= minus the gap of their log-probabilities)."""
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Minus the distance of the two highest logits."""
+        """Minus the gap between the two highest logits."""
         return -margin(logits, self.reserved)
 
 

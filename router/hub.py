@@ -22,30 +22,30 @@ NEEDED = (
     "*.safetensors",
     "*.json",
     "*.jinja",
-    "*.py",  # of models with code of their own, which vLLM loads only if it is told to
+    "*.py",  # code that some models bring along; vLLM loads it only if it is told to
     "*.model",
     "*.tiktoken",
     "merges.txt",
     "vocab.txt",
 )
 OF_OTHER_FORMATS = ("consolidated*", "original/*", "onnx/*", "openvino/*", "coreml/*")
-"""The same weights once more."""
+"""Files that have the same weights in other formats."""
 
 
 class NotOnHub(UnusableInput):
-    """A name is no model that the hub or its cache gives us; the message is one line and names it."""
+    """The hub and its cache give us no model of this name; the message is one line and names it."""
 
 
 def fetch(
     name: str, cache: Path | None = None, endpoint: str | None = None, *, others: Sequence[str] = ()
 ) -> Path:
-    """The directory of a model, downloaded if need be, with a progress bar on a terminal only.
+    """The directory of a model, downloaded if necessary. A progress bar appears on a terminal only.
 
     Args:
         name: OWNER/NAME, or OWNER/NAME@REVISION.
-        cache: default: the hub's own.
-        endpoint: default: the hub's own.
-        others: patterns of files that are needed besides `NEEDED`.
+        cache: directory of the cache; None: the hub client's default.
+        endpoint: URL of the hub; None: the hub client's default.
+        others: patterns of files that are needed in addition to `NEEDED`.
 
     Raises:
         NotOnHub: the hub has no such model, or cannot be reached and the cache is not enough.

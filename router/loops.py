@@ -1,7 +1,7 @@
 """Compiled single-threaded CPU loops for the features that gates read from logits.
 
-torch reads the rows once for every operation, and starts some twenty of them. A loop reads them twice. numba
-compiles it at its first call. It needs no C++ compiler, and vLLM brings it along.
+torch reads the rows once for each of some twenty operations. A loop reads them twice. numba compiles a loop
+at its first call. It needs no C++ compiler, and vLLM depends on it.
 """
 
 import math
@@ -20,17 +20,17 @@ Floats = NDArray[np.float32]
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 LANES = 256
-"""The best tokens are looked for in the lanes with the largest maxima; lane i holds tokens i, i + LANES, …"""
+"""Number of lanes; lane i holds tokens i, i + LANES, … The best tokens are in lanes with large maxima."""
 LOG2_E = np.float32(math.log2(math.e))
 LN_2 = math.log(2)
 LEAST_POWER = np.float32(-126)
-"""Two to this power is the least normal float32: next to the best token's 1, it adds nothing."""
+"""Two to this power is the smallest normal float32. Added to the best token's 1, it changes nothing."""
 C0, C1, C2, C3, C4, C5, C6 = (np.float32(math.log(2) ** i / math.factorial(i)) for i in range(7))
-"""The Taylor series of two to a power. Between -.5 and .5, the rest is as small as a float32's precision."""
+"""Taylor coefficients of 2 ** x. For x from -.5 to .5, the error is as small as a float32's precision."""
 
 
 def by_loop(loop: Callable[[Floats, int, Floats], None], logits: Tensor, visible: int, *width: int) -> Tensor:
-    """What a loop finds in the rows of logits (..., V): float32, (...) or (..., width)."""
+    """The results of a loop for the first ``visible`` logits of (..., V): float32 (...) or (..., width)."""
     rows = np.ascontiguousarray(logits.float().numpy())
     found = np.empty((*rows.shape[:-1], *width), np.float32)
     loop(rows.reshape(-1, rows.shape[-1]), visible, found.reshape(-1, *width))
@@ -38,7 +38,7 @@ def by_loop(loop: Callable[[Floats, int, Floats], None], logits: Tensor, visible
 
 
 def compiled(loop: Loop) -> Loop:
-    """Sums may be reordered, as vector instructions do. Other threads may run meanwhile.
+    """Compile a loop, in which sums may be reordered for vector instructions. Other threads run meanwhile.
 
     If numba's own variable NUMBA_CACHE_DIR names a directory, the next process finds the compiled loop there.
     """
@@ -50,7 +50,7 @@ def compiled(loop: Loop) -> Loop:
 
 @compiled
 def insert(x: float, best: Floats) -> None:
-    """Put x into its place among the best, which fall; the least of them goes."""
+    """Insert x into ``best``, which is in falling order, and drop the least entry."""
     place = len(best) - 1
     while place > 0 and best[place - 1] < x:
         best[place] = best[place - 1]
@@ -70,7 +70,7 @@ def find_maxima(row: Floats, lanes: Floats) -> None:
 
 @compiled
 def find_best(row: Floats, lanes: Floats, best: Floats) -> None:
-    """Fill ``best`` with the largest logits, falling, and -inf where there are fewer; ``lanes``: scratch."""
+    """Fill ``best`` with the largest logits in falling order, padded with -inf; ``lanes``: scratch space."""
     find_maxima(row, lanes)
     best[:] = -np.inf
     for x in lanes:
@@ -87,7 +87,7 @@ def find_best(row: Floats, lanes: Floats, best: Floats) -> None:
 
 @compiled
 def two_to(power: np.float32) -> np.float32:
-    """Of a float32 from LEAST_POWER to 0: a polynomial, whose exponent gets the whole part added to it."""
+    """2 ** power, from LEAST_POWER to 0: a polynomial, with the whole part added to its exponent."""
     whole = np.rint(power)
     x = power - whole
     y = C0 + x * (C1 + x * (C2 + x * (C3 + x * (C4 + x * (C5 + x * C6)))))
@@ -117,14 +117,14 @@ def spread(row: Floats, best: np.float32) -> tuple[float, float]:
 
 @compiled
 def find_best_and_spread(row: Floats, lanes: Floats, best: Floats) -> tuple[float, float]:
-    """Both of a row: fill ``best`` as `find_best` does, return what `spread` does."""
+    """Fill ``best`` as `find_best` does, and return what `spread` returns."""
     find_best(row, lanes, best)
     return spread(row, best[0])
 
 
 @compiled
 def margin_loop(rows: Floats, visible: int, found: Floats) -> None:
-    """The gap between the two largest of the first ``visible`` columns; rows: (B, V), found: (B,)."""
+    """Fill ``found`` (B,) with the gap of the two largest of the first ``visible`` columns of (B, V)."""
     lanes = np.empty(LANES, np.float32)
     best = np.empty(2, np.float32)
     for i in range(len(rows)):
@@ -134,7 +134,7 @@ def margin_loop(rows: Floats, visible: int, found: Floats) -> None:
 
 @compiled
 def entropy_loop(rows: Floats, visible: int, found: Floats) -> None:
-    """Of the same columns, in nats."""
+    """Fill ``found`` (B,) with the entropy, in nats, of the first ``visible`` columns of (B, V)."""
     lanes = np.empty(LANES, np.float32)
     best = np.empty(1, np.float32)
     for i in range(len(rows)):
@@ -143,7 +143,7 @@ def entropy_loop(rows: Floats, visible: int, found: Floats) -> None:
 
 @compiled
 def best_probability_loop(rows: Floats, visible: int, found: Floats) -> None:
-    """Of the same columns, the largest one's."""
+    """Fill ``found`` (B,) with the largest probability among the first ``visible`` columns of (B, V)."""
     lanes = np.empty(LANES, np.float32)
     best = np.empty(1, np.float32)
     for i in range(len(rows)):
@@ -152,7 +152,7 @@ def best_probability_loop(rows: Floats, visible: int, found: Floats) -> None:
 
 @compiled
 def features_loop(rows: Floats, visible: int, found: Floats) -> None:
-    """The taps, as many as there is place for, and `router.features.confidence`; found: (B, taps + 10)."""
+    """Fill ``found`` (B, taps + 10) with taps, as many as fit, and `router.features.confidence`."""
     lanes = np.empty(LANES, np.float32)
     taps = found.shape[1] - N_CONFIDENCE
     for i in range(len(rows)):

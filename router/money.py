@@ -9,9 +9,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 PICOS = 10**12
-"""A unit of money in the parts in which a request counts. A price of 1 for a million tokens is a million."""
+"""Picos in a unit of money: a request counts in picos. A price of 1 per million tokens is 10**6 for one."""
 NANOS = 10**9
-"""A unit of money in the parts in which a ledger counts: its sums are exact up to nine million units."""
+"""Nanos in a unit of money: a ledger counts in nanos. Its sums are exact up to nine million units."""
 MILLION = 10**6
 MOST = 1_000_000
 """The highest amount of money in a setting or a request; sums of these stay exact in Redis too."""
@@ -20,17 +20,17 @@ Money = Annotated[float, Field(ge=0.0, le=MOST, allow_inf_nan=False)]
 
 
 def picos(amount: float) -> int:
-    """An amount of money that may be spent, rounded down."""
+    """An amount of money that may be spent, in picos, rounded down."""
     return int((Decimal(repr(amount)) * PICOS).to_integral_value(ROUND_FLOOR))
 
 
 def nanos(amount: float) -> int:
-    """As `picos`, in the parts of a ledger."""
+    """An amount of money that may be spent, in nanos, rounded down."""
     return picos(amount) // (PICOS // NANOS)
 
 
 def nanos_of(cost: int) -> int:
-    """A cost in picos, rounded up."""
+    """The nanos of a cost in picos, rounded up."""
     return -(-cost // (PICOS // NANOS))
 
 
@@ -39,13 +39,15 @@ class TokenUsage:
     """Tokens that one model read and wrote."""
 
     input: int = 0
-    """Read, and not found in a prefix cache."""
+    """Tokens that were read and not found in a prefix cache."""
     cached_input: int = 0
+    """Tokens that were read from a prefix cache."""
     output: int = 0
+    """Tokens that were written."""
 
     @classmethod
     def total(cls, usages: Iterable["TokenUsage"]) -> "TokenUsage":
-        """The sum of several."""
+        """The sum of several usages, by kind of token."""
         whole = cls()
         for usage in usages:
             whole.input += usage.input
@@ -55,13 +57,13 @@ class TokenUsage:
 
     @classmethod
     def of(cls, read: int, cached: int, written: int = 0) -> "TokenUsage":
-        """Of ``read`` tokens, at most ``cached`` were in a prefix cache."""
+        """The usage of a call that read ``read`` tokens, with ``cached`` of them in a prefix cache."""
         cached = min(max(cached, 0), read)
         return cls(read - cached, cached, written)
 
 
 class KindCosts(BaseModel):
-    """Picos by kind of token."""
+    """Costs in picos, by kind of token."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -71,12 +73,12 @@ class KindCosts(BaseModel):
 
     @property
     def total(self) -> int:
-        """Of all kinds."""
+        """Sum over all kinds of token, in picos."""
         return self.input + self.cached_input + self.output
 
     @classmethod
     def of_all(cls, costs: Iterable["KindCosts"]) -> "KindCosts":
-        """The sum of several."""
+        """The sum of several costs, by kind of token."""
         whole = (0, 0, 0)
         for each in costs:
             whole = (whole[0] + each.input, whole[1] + each.cached_input, whole[2] + each.output)
@@ -89,9 +91,11 @@ class TokenPrices(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     input: Money
+    """Price of tokens that are read."""
     cached_input: Money | None = None
-    """Of tokens that are read from a prefix cache; None = as ``input``."""
+    """Price of tokens that are read from a prefix cache; None: as ``input``."""
     output: Money
+    """Price of tokens that are written."""
 
     @model_validator(mode="after")
     def _cache_is_no_dearer(self) -> "TokenPrices":
@@ -101,12 +105,12 @@ class TokenPrices(BaseModel):
 
     @property
     def rank(self) -> tuple[float, float]:
-        """By this, models are ordered from the cheapest to the dearest."""
+        """Sort key by which models are ordered from the cheapest to the dearest."""
         return self.output, self.input
 
     @cached_property
     def of_one(self) -> KindCosts:
-        """The cost of one token."""
+        """The cost of one token of each kind."""
         cached = self.input if self.cached_input is None else self.cached_input
         return KindCosts(input=_each(self.input), cached_input=_each(cached), output=_each(self.output))
 
@@ -124,7 +128,7 @@ class TokenPrices(BaseModel):
         return self.costs(usage).total
 
     def most(self, reads: int, writes: int) -> int:
-        """What a call costs at most: nothing of it may be in a cache. In picos."""
+        """The most that a call may cost, in picos: nothing that it reads is in a cache."""
         return reads * self.of_one.input + writes * self.of_one.output
 
     def affordable(self, cost: int, reads: int, at_most: int) -> int:
@@ -149,7 +153,7 @@ class PriceList(BaseModel):
         Annotated[TokenPrices, Tag("(one)")] | Annotated[dict[str, TokenPrices], Tag("(named)")],
         Discriminator(lambda value: "(named)" if _has_names(value) else "(one)"),
     ]
-    """Of the teacher; of several by their names. A tool without prices costs nothing."""
+    """Prices of the teacher, or of several teachers by name. A tool without prices costs nothing."""
 
     def of_teacher(self, name: str) -> TokenPrices | None:
         """The prices of a teacher; None if it has none."""
@@ -157,7 +161,7 @@ class PriceList(BaseModel):
 
     @cached_property
     def dearest(self) -> TokenPrices:
-        """Of the teacher whose tokens cost the most."""
+        """The prices of the teacher whose tokens cost the most."""
         if isinstance(self.teacher, TokenPrices):
             return self.teacher
         return max(self.teacher.values(), key=lambda prices: prices.rank)

@@ -1,4 +1,4 @@
-"""Decides from the state of a budget on which terms the student may ask."""
+"""Turns the state of a budget into the terms on which the student may ask."""
 
 import math
 from bisect import bisect_left
@@ -10,11 +10,11 @@ from router.adaptive import AdaptiveCalibration
 from router.budget import Bucket, Budget
 
 REFILL_TOKENS = 10
-"""A bucket that takes longer to gain a call raises its price less: the price stays for the whole segment."""
+"""If a bucket needs more tokens than this to gain a call, the price rises less: it is for a whole segment."""
 
 
 class LeastPrice(NamedTuple):
-    """A bound of one teacher's price."""
+    """A lower bound of one teacher's price."""
 
     teacher: str
     price: float
@@ -22,9 +22,9 @@ class LeastPrice(NamedTuple):
 
 @dataclass(frozen=True)
 class Terms:
-    """Terms of one student segment: ask where score > price, but not before that many tokens of it.
+    """Terms of one student segment: ask if score > price, but not in its first ``not_before`` tokens.
 
-    From ``spare_from`` tokens on the price is ``spare_price``, where there is one.
+    From ``spare_from`` tokens on the price is ``spare_price``, if there is one.
     """
 
     price: float
@@ -32,12 +32,12 @@ class Terms:
     spare_price: float | None = None
     spare_from: int = 0
     dearer: tuple[float, ...] = ()
-    """Prices above ``price``, none below the one before it: a score above the first is worth the second
-    cheapest teacher, and so on.
+    """Prices of all teachers but the cheapest, above ``price`` and not decreasing. A score above the first
+    of them is worth the second cheapest teacher, and so on.
     """
     least: tuple[LeastPrice, ...] = ()
-    """For a gate with an output for each of several teachers, in the order of the outputs. ``price`` is the
-    common one then. A teacher that may not be asked has inf here.
+    """Lower bounds of the teachers' prices, for a gate with an output for each, in the order of the outputs.
+    ``price`` is the common price then. A teacher that may not be asked has inf.
     """
 
     @property
@@ -47,7 +47,7 @@ class Terms:
 
     @property
     def always(self) -> bool:
-        """True when the teacher writes at once, without a look at the student."""
+        """True when the teacher writes at once, whatever the student's scores."""
         return self.price == -math.inf and self.not_before == 0
 
 
@@ -84,7 +84,7 @@ class Calibration:
 
     @classmethod
     def of_random_gate(cls, ask_tokens: int) -> "Calibration":
-        """The random gate needs no measurement.
+        """The calibration of the random gate, which needs no measurement.
 
         Asking at a share p of the positions gives the rate r = p K / (p K + 1 - p) for calls of K
         tokens, and the random gate asks with probability 1 - price.
@@ -114,23 +114,23 @@ class Calibration:
 
 @dataclass(frozen=True)
 class GateOutput:
-    """What a gate with an output for each of several teachers says of one of them."""
+    """One teacher's output, of a gate that has an output for each of several teachers."""
 
     teacher: str
     cost: float
-    """Of its token: its price is the common price times this. Below 0, costs do not count."""
+    """Cost of its token: its price is the common price times this. Below 0, costs do not count."""
     alone: Prices | None = None
-    """If it is the only teacher that is asked; None: nobody has measured that."""
+    """Prices if this is the only teacher that is asked; None: not measured."""
 
     def price(self, rate: float, common: Prices) -> float:
-        """At which it alone realises no more than a rate."""
+        """The price at which this teacher alone realises no more than a rate."""
         if self.alone is not None:
             return self.alone.price(rate)
         price = common.price(rate)
         return price * self.cost if price > 0 else price
 
     def common(self, price: float) -> float:
-        """The common price at which this one is its own."""
+        """The common price at which this teacher has a given price."""
         return price / self.cost if price > 0 else price
 
 
@@ -143,17 +143,18 @@ class Policy:
     spent by plan: what is left of them, divided by what is still to be written. So an eager start does not
     spend the whole budget.
 
-    A fraction is a bound that is not used up if more teacher tokens would not help. With ``spare`` it is
-    a rate to hit: while a call fits into the fraction itself, the price is the spare one, and the span on top
-    is kept for what is worth the other.
+    A fraction is a bound that is not used up if more teacher tokens would not help. With ``spare`` it is a
+    rate to hit. While a call fits into the fraction itself, its price is the spare one. The span on top is
+    kept for positions that are worth the other price.
     """
 
     calibration: Prices
     expected_tokens: float
-    """Mean completion length on validation data."""
+    """Mean completion length on validation data, in tokens."""
     spare: Calibration | None = None
+    """Spare price of each fraction; None: a fraction is only a bound."""
     outputs: tuple[GateOutput, ...] = ()
-    """Of a gate that has one for each of several teachers."""
+    """Outputs of a gate that has one for each of several teachers; else empty."""
 
     def terms(
         self,
@@ -170,14 +171,14 @@ class Policy:
         """Terms for a request that has written ``completion_tokens`` of at most ``max_tokens``.
 
         Args:
-            bucket: of the request.
-            completion_tokens: tokens so far.
-            max_tokens: the most that it may have.
+            bucket: bucket of the request.
+            completion_tokens: number of tokens so far.
+            max_tokens: largest length of the completion.
             ceiling: the rate that shared limits leave to aim at.
-            pause: for this many tokens it may not ask.
+            pause: number of tokens during which the student may not ask.
             reads: tokens that a call would now read.
-            caps: the rate that each teacher may have of it, from the cheapest to the dearest.
-            names: of these teachers, for a gate with an output for each.
+            caps: the highest rate of each teacher, from the cheapest to the dearest.
+            names: names of these teachers, for a gate with an output for each.
         """
         earliest = bucket.earliest(reads)
         if earliest is None or earliest >= max_tokens:
@@ -202,17 +203,17 @@ class Policy:
         )
 
     def rate(self, bucket: Bucket, completion_tokens: int, max_tokens: int, reads: int = 0) -> float:
-        """The rate at which a bucket is spent by plan; arguments as of `terms`."""
+        """The rate at which a bucket is spent by plan; arguments as in `terms`."""
         planned = self._planned(bucket, completion_tokens, max_tokens, reads)
         return min(1.0, self._fraction(bucket, completion_tokens), planned)
 
     def _dearer(self, price: float, rate: float, caps: Sequence[float]) -> tuple[float, ...]:
         """The prices of all teachers but the cheapest.
 
-        Each of n teachers gets a share of rate / n, or its cap if that is less: the dearest one what scores
-        highest, the next one what comes next. If a price is not above the first one, nobody knows the
-        difference, and that teacher is not asked by its score. A price that is the same for several rates
-        realises the lowest of them.
+        Each of n teachers gets a share of rate / n, or its cap if that is less. The dearest one gets the
+        highest scores, and the next one the scores below them. If a teacher's price is not above the first
+        one, the scores cannot tell, and that teacher is not asked by its score. A price that is the same for
+        several rates realises the lowest of them.
         """
         rate = min([rate, *(measured for measured, at in self.calibration.points if at <= price)])
         prices: list[float] = []
@@ -226,12 +227,13 @@ class Policy:
         return tuple(reversed(prices))
 
     def _by_outputs(self, terms: Terms, rate: float, caps: Mapping[str, float]) -> Terms:
-        """Each teacher has the common price times its cost. One with a cap has no less than the cap's price.
+        """Terms in which each teacher's price is the common price times its cost.
 
-        A teacher that is alone has the price that was measured for it alone.
+        A teacher with a cap has at least the price of its cap. A teacher that is alone has the price that was
+        measured for it alone.
         """
         there = [output for output in self.outputs if output.teacher in caps]
-        if not there:  # tools, say
+        if not there:  # only tools, for example
             return terms
         least = []
         for output in self.outputs:
@@ -246,13 +248,13 @@ class Policy:
     def observe(
         self, bucket: Bucket, teacher_tokens: int, completion_tokens: int, *, ceiling: float, running: int
     ) -> None:
-        """Tell a calibration that learns what a stretch of a completion realised.
+        """Report the realised rate of a stretch of a completion to a calibration that learns.
 
         Only a plain fraction teaches: other budgets, and shared limits below it, aim at other rates. With an
-        output for each teacher, it is the common price of all of them that is learned.
+        output for each teacher, the common price of all of them is learned.
 
         Args:
-            bucket: of the request.
+            bucket: bucket of the request.
             teacher_tokens: tokens of the stretch that the teacher wrote.
             completion_tokens: all tokens of the stretch.
             ceiling: the rate that shared limits leave to aim at.
@@ -268,7 +270,7 @@ class Policy:
             self.calibration.observe(budget.fraction, teacher_tokens, completion_tokens, running=running)
 
     def _planned(self, bucket: Bucket, completion_tokens: int, max_tokens: int, reads: int) -> float:
-        """Rate at which tokens, calls and money that are left last to the end; inf without such a budget."""
+        """Rate at which the tokens, calls and money left last to the end; inf without such a budget."""
         expected = min(self.expected_tokens, max_tokens)
         to_write = max(expected - completion_tokens, bucket.ask_tokens)
         rates = [math.inf]

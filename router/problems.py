@@ -4,7 +4,7 @@ from pydantic import ValidationError
 
 
 def problems(error: ValidationError) -> str:
-    """Each problem with its place in the value, with semicolons between them."""
+    """All problems in one line, separated by semicolons, each with its place in the value."""
     found = []
     for entry in error.errors():
         place = ".".join(map(str, entry["loc"]))

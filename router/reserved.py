@@ -7,9 +7,9 @@ RESERVED_ROWS = 32
 
 
 def visible_rows(token_ids: Iterable[int]) -> int:
-    """One past the highest id that a token has.
+    """Number of rows up to the highest token id.
 
-    Models pad their vocabulary: rows from here on are no tokens. Training leaves them out of every
+    Models pad their vocabulary: the rows after these are no tokens. Training leaves them out of every
     distribution, and serving masks them, so that neither student nor teacher writes one.
     """
     return max(token_ids, default=-1) + 1
@@ -33,7 +33,7 @@ class ReservedRows:
 
     @property
     def escalation(self) -> int:
-        """Token id that the student asks for the teacher with."""
+        """Token id with which the student asks for the teacher."""
         return self.start
 
     @property
@@ -48,7 +48,7 @@ class ReservedRows:
 
     @classmethod
     def at_end(cls, vocab_size: int, tokenizer_size: int, count: int = RESERVED_ROWS) -> "ReservedRows":
-        """The last ``count`` rows that the tokenizer leaves free (fewer where fewer are free).
+        """The last ``count`` rows that the tokenizer leaves free (fewer if fewer are free).
 
         Raises:
             ValueError: the vocabulary has no row to spare.
@@ -64,9 +64,9 @@ class ReservedRows:
 
     @classmethod
     def for_model(cls, vocab_size: int, tokenizer_size: int) -> "ReservedRows":
-        """The last rows that the tokenizer leaves free; where there are none, rows after all others.
+        """The last rows that the tokenizer leaves free; if there are none, rows after all others.
 
-        Such rows end after ``vocab_size``: the model has to get them (see `router.rows`).
+        Rows after all others end after ``vocab_size``: the model has to get them (see `router.rows`).
         """
         if vocab_size > tokenizer_size:
             return cls.at_end(vocab_size, tokenizer_size)

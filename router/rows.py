@@ -59,14 +59,19 @@ class VocabularyTensors(NamedTuple):
     """The tensors of a model that have a row for every token id."""
 
     files: dict[str, str]
-    """The file of each of them, by the tensor's name."""
+    """The file of each tensor, by the tensor's name."""
     outputs: tuple[str, ...]
-    """Names of the output matrix: two where a tied matrix is in the files twice."""
+    """Names of the output matrix: two if a tied matrix is in the files twice."""
     rows: int
+    """Number of rows of the output matrix."""
 
     @classmethod
     def of(cls, model: Path) -> "VocabularyTensors":
-        """Raises CheckpointError where the output matrix is quantised, or has a name that is not known."""
+        """The vocabulary tensors of a model.
+
+        Raises:
+            CheckpointError: the output matrix is quantised, or has an unknown name.
+        """
         files = _tensors(model)
         output = _first_layer(OUTPUT_LAYERS, files)
         source = _first_layer(INPUT_LAYERS, files)
@@ -88,7 +93,7 @@ class VocabularyTensors(NamedTuple):
         return cls({name: files[name] for name in names if name in files}, tuple(outputs), rows)
 
     def read(self, model: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """These tensors, or all of them."""
+        """The tensors with these names; None: all of them."""
         tensors: dict[str, Tensor] = {}
         for name in self.files if names is None else names:
             with opened(model / self.files[name]) as file:
@@ -96,7 +101,7 @@ class VocabularyTensors(NamedTuple):
         return tensors
 
     def check_growth(self, model: Path) -> None:
-        """Raises CheckpointError where the input matrix is quantised, or has another number of rows."""
+        """Raises CheckpointError if the input matrix is quantised, or has another number of rows."""
         files = _tensors(model)
         for name in self.files:
             layer = name.removesuffix(".weight").removesuffix(".bias")
@@ -106,7 +111,7 @@ class VocabularyTensors(NamedTuple):
                 raise CheckpointError(f"{name} of {model} has {found} rows, {self.outputs[0]} {self.rows}")
 
     def grown(self, model: Path, rows: int) -> dict[str, Tensor]:
-        """All of them with this many rows; the new ones are zero. Raises what `check_growth` does."""
+        """All tensors, with ``rows`` rows each; the new rows are zero. Raises what `check_growth` raises."""
         self.check_growth(model)
         tensors = self.read(model)
         for name, tensor in tensors.items():
@@ -117,10 +122,10 @@ class VocabularyTensors(NamedTuple):
 
 
 def vocabulary_rows(model: Path) -> int:
-    """Rows of the model's vocabulary: by its configuration, else by its output matrix.
+    """Number of rows of the model's vocabulary, by its configuration or else by its output matrix.
 
     Raises:
-        CheckpointError: neither tells.
+        CheckpointError: the configuration's number is unusable, or there is none and the matrix is unknown.
     """
     config = _config(model)
     rows = (config.get("text_config") or config).get("vocab_size")
@@ -132,7 +137,7 @@ def vocabulary_rows(model: Path) -> int:
 
 
 def check_decoder(model: Path) -> None:
-    """Raises CheckpointError for a model with an encoder, which cannot go on with what another one wrote."""
+    """Raises CheckpointError for a model with an encoder: it cannot continue another model's text."""
     config = _config(model)
     if config.get("is_encoder_decoder"):
         raise CheckpointError(
@@ -142,10 +147,11 @@ def check_decoder(model: Path) -> None:
 
 
 def append_rows(model: Path, out: Path, reserved: ReservedRows) -> None:
-    """Write a copy of the model to ``out`` whose vocabulary ends with these rows, all of them zero.
+    """Write a copy of the model to ``out`` whose vocabulary ends with the reserved rows, filled with zeros.
 
     Raises:
-        CheckpointError: its output or input matrix is quantised, or not known by name.
+        CheckpointError: the output or input matrix is quantised or has an unknown name, or the model has
+            more rows already.
     """
     vocabulary = VocabularyTensors.of(model)
     if vocabulary.rows > reserved.start:
@@ -164,17 +170,17 @@ def copied(
     vocab_size: int | None = None,
     without: Collection[str] = (),
 ) -> Iterator[Path]:
-    """A copy of the model with other tensors; the caller may add files to it before it takes its place.
+    """A copy of the model with other tensors; the block may add files before the copy appears at ``out``.
 
     Only the files with these tensors are written, and config.json if there is a ``vocab_size``. Every other
-    file is a symbolic link. The copy appears at ``out`` all at once. A copy that is there already stays, so
-    that of several gateways that start at once none takes the files from another.
+    file is a symbolic link. The copy appears at ``out`` all at once. An existing copy stays, so that several
+    gateways that start at once do not take the files from each other.
 
     Args:
         model: directory of the model.
         out: directory of the copy.
-        tensors: new values, by their names.
-        vocab_size: of the copy; None: the model's own.
+        tensors: new values of tensors, by name.
+        vocab_size: vocabulary size of the copy; None: the model's own.
         without: names of files or folders that the copy does not have.
     """
     files = {name: file for name, file in _tensors(model).items() if name in tensors}
@@ -204,7 +210,7 @@ def copied(
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """A file of tensors. Raises CheckpointError where it is missing or holds something else."""
+    """An open file of tensors. Raises CheckpointError if it is missing or not in safetensors format."""
     try:
         with safe_open(file, "pt") as tensors:
             yield tensors
@@ -223,7 +229,10 @@ def _write_tensors(source: Path, target: Path, changed: Mapping[str, Tensor]) ->
 
 
 def _with_vocab_size(config: dict[str, Any], rows: int) -> dict[str, Any]:
-    """With models of text and images, the language model has a configuration of its own."""
+    """A configuration with another vocabulary size.
+
+    In models of text and images, the language model has a configuration of its own.
+    """
     text = config.get("text_config")
     if isinstance(text, dict):
         config = config | {"text_config": text | {"vocab_size": rows}}
@@ -244,7 +253,7 @@ def _config(model: Path) -> dict[str, Any]:
 
 
 def _is_tied(model: Path) -> bool | None:
-    """Whether the configuration ties the output matrix to the input's; None where it does not tell."""
+    """Whether the configuration ties the output matrix to the input's; None if it does not tell."""
     try:
         config = _config(model)
     except CheckpointError:
@@ -256,9 +265,9 @@ def _is_tied(model: Path) -> bool | None:
 
 
 def _is_same(model: Path, files: Mapping[str, str], names: Collection[str]) -> bool:
-    """Whether these two matrices are one that is tied.
+    """Whether these two matrices are one tied matrix.
 
-    By the configuration, or by their values where it does not tell.
+    The configuration tells, or else their values.
     """
     tied = _is_tied(model)
     if tied is not None:
@@ -272,7 +281,7 @@ def _is_same(model: Path, files: Mapping[str, str], names: Collection[str]) -> b
 
 
 def _first_layer(layers: Collection[str], tensors: Collection[str]) -> str | None:
-    """The first layer that has tensors here, besides a bias."""
+    """The first of the layers that has tensors other than a bias; None if none has."""
     for layer in layers:
         if _parts(layer, tensors):
             return layer
@@ -285,7 +294,7 @@ def _parts(layer: str, tensors: Collection[str]) -> set[str]:
 
 
 def _check_plain(model: Path, files: Mapping[str, str], layer: str, role: str) -> None:
-    """Raises CheckpointError where other tensors of the layer, or its type, show that it is quantised."""
+    """Raises CheckpointError if other tensors of the layer, or its type, show that it is quantised."""
     name = f"{layer}.weight"
     others = _parts(layer, files) - {name}
     sign = min(others, default="")
@@ -303,7 +312,7 @@ def _shape(model: Path, files: Mapping[str, str], name: str) -> list[int]:
 
 
 def _tensors(model: Path) -> dict[str, str]:
-    """The file of every tensor."""
+    """The file of every tensor, by the tensor's name."""
     index = model / "model.safetensors.index.json"
     if index.is_file():
         try:

@@ -1,4 +1,4 @@
-"""A sketch of a gate's scores: the latest ones, and their quantiles."""
+"""A sketch of a gate's scores: the latest scores, and their quantiles."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from router.adaptive import SeenScores
 
 POSITIONS = 8192
-"""Scores that are kept: the distribution follows the traffic."""
+"""Number of scores that are kept: the latest ones, so the distribution follows the traffic."""
 QUANTILES = 257
 
 
@@ -33,7 +33,7 @@ class ScoreSketch:
         self._next = (self._next + len(scores)) % len(self._ring)
 
     def read(self) -> SeenScores:
-        """Quantiles of the scores that are kept."""
+        """Quantiles of the finite scores that are kept."""
         scores = self._ring.cpu()
         scores = scores[scores.isfinite()].sort().values
         if not len(scores):

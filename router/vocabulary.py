@@ -1,11 +1,11 @@
 """Compares two tokenizers: every id, every special token, and how they split text.
 
-A pair exchanges token ids, so one id with two meanings spoils everything after it. How text is split binds
-nobody: all text is split by the student's tokenizer, and the teacher reads its ids. But a teacher that would
-split the text, or begin it, in another way reads what it was not trained on. So that is worth a warning.
+A pair exchanges token ids, so one id with two meanings spoils everything after it. The ways of splitting text
+may differ: the student's tokenizer splits all text, and the teacher reads its ids. But a teacher that would
+split or begin the text in another way reads sequences that it was not trained on. So there is a warning.
 
-A `Question` is put to the other tokenizer, by HTTP or in process, and knows the answer of our own. Bodies and
-answers are those of vLLM's ``/detokenize`` and ``/tokenize``.
+A `Question` is put to the other tokenizer, by HTTP or in process. It holds the answer of our own tokenizer.
+Bodies and answers are those of vLLM's ``/detokenize`` and ``/tokenize``.
 """
 
 import random
@@ -16,13 +16,13 @@ from heapq import nlargest
 from typing import Any, NamedTuple, Protocol
 
 IDS = 32_768
-"""Token ids of one question."""
+"""Number of token ids in one question."""
 
 MIXED = 20_000
-"""Tokens whose texts are put in a row, to see how they are split again."""
+"""Number of tokens whose texts are joined, to see how the result is split."""
 
 CHARACTERS = 65_536
-"""Characters of one question about text."""
+"""Number of characters in one question about text."""
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -40,18 +40,18 @@ CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 UNKNOWN = "\ufffd"
 
 OTHER_SPLIT = "would split text differently from the student, whose token ids it reads"
-"""Said of a teacher with other answers to questions that are not binding."""
+"""Warning about a teacher that answers differently to a question that is not binding."""
 
 
 class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer that is used here."""
 
     @property
     def all_special_ids(self) -> list[int]:
         """Ids of tokens such as the end of a sequence."""
 
     def get_vocab(self) -> dict[str, int]:
-        """The id of every token, those that were added too."""
+        """The id of every token, added tokens included."""
 
     def decode(self, token_ids: list[int]) -> str:
         """The ids as text."""
@@ -61,7 +61,7 @@ class Tokenizer(Protocol):
 
 
 class Context(NamedTuple):
-    """Ids around one that is a part of a character, which together are whole characters."""
+    """Ids before and after a token that is a part of a character: together they are whole characters."""
 
     before: list[int]
     after: list[int]
@@ -71,11 +71,11 @@ ALONE = Context([], [])
 
 
 class Question(Protocol):
-    """Something that a tokenizer of the same vocabulary answers as ours does."""
+    """A question that every tokenizer of the same vocabulary answers as ours does."""
 
     @property
     def path(self) -> str:
-        """Of the request that puts the question to a server."""
+        """Path of the request that puts the question to a server."""
 
     @property
     def optional(self) -> bool:
@@ -83,11 +83,11 @@ class Question(Protocol):
 
     @property
     def binding(self) -> bool:
-        """Whether another answer means another vocabulary; if not, it is worth a warning."""
+        """Whether a different answer means another vocabulary; if not, it leads to a warning."""
 
     @property
     def body(self) -> dict[str, Any]:
-        """Of that request."""
+        """Body of that request."""
 
     def answered_by(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """The answer of a tokenizer in this process."""
@@ -98,7 +98,7 @@ class Question(Protocol):
 
 @dataclass(frozen=True)
 class IdsQuestion:
-    """What some ids are as text."""
+    """A question about the texts of some ids."""
 
     ids: Sequence[int]
     sequence: list[int]
@@ -106,14 +106,14 @@ class IdsQuestion:
     separator: str
     separator_id: int
     texts: list[str]
-    """By our tokenizer, of each id with its context."""
+    """Text of each id with its context, by our tokenizer."""
     optional: bool = False
     path: str = "/detokenize"
     binding: bool = True
 
     @property
     def body(self) -> dict[str, Any]:
-        """The text of all ids is asked for at once."""
+        """Body of a request for the text of all ids at once."""
         return {"tokens": self.sequence}
 
     def answered_by(self, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class IdsQuestion:
         return {"prompt": tokenizer.decode(self.sequence)}
 
     def difference(self, answer: Mapping[str, Any]) -> str | None:
-        """The first id whose text is another one."""
+        """The first id whose text differs."""
         text = answer.get("prompt")
         if not isinstance(text, str):
             return "the ids have no text there"
@@ -140,11 +140,11 @@ class IdsQuestion:
 
 @dataclass(frozen=True)
 class TextQuestion:
-    """How a text is split."""
+    """A question about the ids into which a text is split."""
 
     text: str
     ids: list[int]
-    """By our tokenizer."""
+    """Ids of the text, by our tokenizer."""
     add_special_tokens: bool = False
     optional: bool = False
     path: str = "/tokenize"
@@ -152,7 +152,7 @@ class TextQuestion:
 
     @property
     def body(self) -> dict[str, Any]:
-        """One text is asked for."""
+        """Body of a request for the ids of one text."""
         return {"prompt": self.text, "add_special_tokens": self.add_special_tokens}
 
     def answered_by(self, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class TextQuestion:
         return {"tokens": tokenizer.encode(self.text, add_special_tokens=self.add_special_tokens)}
 
     def difference(self, answer: Mapping[str, Any]) -> str | None:
-        """Where the two splits begin to differ."""
+        """The place at which the two splits begin to differ."""
         theirs = answer.get("tokens")
         if theirs == self.ids:
             return None
@@ -178,14 +178,14 @@ class TextQuestion:
 
 
 def questions(tokenizer: Tokenizer, rows: int = 0) -> list[Question]:
-    """All that another tokenizer must answer alike.
+    """All questions for another tokenizer.
 
     Args:
-        tokenizer: ours.
-        rows: ids below this are nobody's tokens if they are not ours.
+        tokenizer: our tokenizer.
+        rows: ids below this number that are no tokens of ours must be no tokens of the other tokenizer.
 
     Raises:
-        ValueError: no token can tell the others apart.
+        ValueError: no token's text can separate the texts of the others.
     """
     vocabulary = tokenizer.get_vocab()
     known = sorted(set(vocabulary.values()))
@@ -207,13 +207,13 @@ class Differences(NamedTuple):
     """The first differences between two tokenizers, each phrased as the middle of a sentence."""
 
     ids: str | None = None
-    """An id, for which they are no pair."""
+    """The first difference in an id, with which the two models are no pair."""
     texts: str | None = None
-    """A text that they split, or begin, in different ways."""
+    """The first text that the two tokenizers split or begin in different ways."""
 
 
 def differences(ours: Tokenizer, theirs: Tokenizer) -> Differences:
-    """What two tokenizers in this process do not agree on."""
+    """The differences between two tokenizers in this process."""
     here = ours.get_vocab().keys()
     there = theirs.get_vocab().keys()
     if here != there:
@@ -269,7 +269,7 @@ def _separators(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> Iterator
 
 
 def _text_questions(tokenizer: Tokenizer, texts: Mapping[int, str]) -> list[TextQuestion]:
-    """The probes, every special token amid text, and many tokens in a row, mixed: their merges meet there."""
+    """Questions about the probes, every special token amid text, and many mixed tokens, whose merges meet."""
     special_ids = set(tokenizer.all_special_ids)
     special: list[str] = []
     plain: list[str] = []
@@ -291,7 +291,7 @@ def _text_questions(tokenizer: Tokenizer, texts: Mapping[int, str]) -> list[Text
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """The length of what two sequences begin with alike."""
+    """Length of the common prefix of two sequences."""
     shorter = min(len(left), len(right))
     for position in range(shorter):
         if left[position] != right[position]:
@@ -300,9 +300,9 @@ def _common(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 def _contexts(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> dict[int, Context]:
-    """For every token that is a part of a character, what makes it whole: alone, all such look alike."""
+    """The context of every token that is a part of a character: alone, all these tokens look alike."""
     spelled = _byte_level(vocabulary) if _is_byte_level(tokenizer, vocabulary) else _byte_fallback(vocabulary)
-    ids: dict[int, int] = {}  # by the byte that a token is
+    ids: dict[int, int] = {}  # tokens that are one byte, by that byte
     for token_id, content in spelled.items():
         if len(content) == 1:
             ids[content[0]] = token_id
@@ -334,7 +334,7 @@ class _Missing(NamedTuple):
 
 
 def _completion(content: bytes) -> _Missing | None:
-    """What is missing before and after a part of UTF-8; None if nothing makes characters of it."""
+    """The bytes missing before and after a part of UTF-8; None if none make characters of it."""
     following = len(content) - len(content.lstrip(bytes(range(0x80, 0xC0))))
     before = {0: b"", 1: b"\xc2", 2: b"\xe1", 3: b"\xf1"}.get(following, b"")
     for after in (b"", b"\x80", b"\xa0", b"\x90", b"\x80\x80", b"\xa0\x80", b"\x90\x80\x80", b"\x80\x80\x80"):
@@ -348,7 +348,7 @@ def _is_byte_level(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> bool:
 
 
 def _byte_level(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
-    """Bytes of each token that is not ASCII, as GPT-2's tokenizer writes them: a character for every byte."""
+    """Bytes of each token that is not ASCII. GPT-2's tokenizer writes each byte as one character."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(printable))
     byte_of = dict(enumerate(others, start=256))

@@ -11,12 +11,12 @@ from string import Formatter
 
 @dataclass(frozen=True)
 class BudgetWords:
-    """The words of one router."""
+    """The template of one router, and the fractions that it knows."""
 
     template: str
-    """With the one field `{percent}`."""
+    """Text with the one field `{percent}`."""
     fractions: Sequence[float]
-    """Those that the router was calibrated for: it knows no other words."""
+    """Fractions that the router was calibrated for: it knows no others in words."""
 
     def __post_init__(self) -> None:
         check_budget_prompt(self.template)
@@ -24,10 +24,10 @@ class BudgetWords:
             raise ValueError("budgets in words: no fraction was calibrated")
 
     def text(self, rate: float) -> str | None:
-        """What the student reads where the teacher may write this share of the tokens.
+        """The words that the student reads if the teacher may write this share of the tokens.
 
-        The fraction of the words is the nearest one that they were trained for. Nothing is said where nothing
-        is to be decided: at 0 and at 1.
+        They name the nearest fraction that the router knows. None at 0 and at 1: the student has nothing to
+        decide there.
         """
         if not 0 < rate < 1:
             return None
@@ -35,7 +35,7 @@ class BudgetWords:
 
 
 def check_budget_prompt(template: str) -> str:
-    """Returns it. Raises ValueError where it has not the field `{percent}`, or another one."""
+    """The template itself. Raises ValueError unless `{percent}` is its only field."""
     try:
         fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
     except ValueError as error:
@@ -46,14 +46,14 @@ def check_budget_prompt(template: str) -> str:
 
 
 def budget_text(template: str, fraction: float) -> str:
-    """fraction: of completion tokens that the teacher may write, in [0, 1]."""
+    """The words for a fraction, in [0, 1], of completion tokens that the teacher may write."""
     return template.format(percent=f"{100 * fraction:g}")
 
 
 def turn_of_words(roles: Sequence[str]) -> int | None:
-    """The turn of a conversation that begins with the words: the user's last one, else the system's.
+    """Index of the turn that begins with the words: the user's last one, else the system's last one.
 
-    None where the conversation has neither.
+    None if the conversation has neither.
     """
     for role in ("user", "system"):
         places = [place for place, each in enumerate(roles) if each == role]

@@ -36,12 +36,12 @@ class MemoryLedgerConfig(BaseModel):
 
     type: Literal["memory"] = "memory"
     lease_seconds: Seconds = 30.0
-    """After this time a lease that nobody settled ends; a span may take 0.8 of it."""
+    """A lease that nobody settled ends after this time. A span may take 0.8 of it."""
     on_expiry: OnExpiry = "return"
-    """See `router.ledger.base.Ledger.on_expiry`."""
+    """What happens to a lease that nobody settled: see `router.ledger.base.Ledger.on_expiry`."""
 
     def build(self) -> Ledger:
-        """The ledger of these settings."""
+        """A ledger with these settings."""
         return MemoryLedger(**self.model_dump(exclude={"type"}))
 
 
@@ -65,19 +65,23 @@ class RedisLedgerConfig(BaseModel):
     cluster: bool = False
     """Whether the URL names a node of a Redis cluster."""
     prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "wheels"
+    """Prefix of all keys of the ledger in Redis."""
     lease_seconds: Seconds = 30.0
+    """See `MemoryLedgerConfig.lease_seconds`."""
     on_expiry: OnExpiry = "return"
+    """See `MemoryLedgerConfig.on_expiry`."""
     when_unavailable: WhenUnavailable = "refuse"
-    """What becomes of a reservation while Redis is away."""
+    """What happens to a reservation while Redis is away."""
     timeout: PositiveFloat = 1.0
-    """Longest wait for Redis, seconds."""
+    """Longest wait for Redis, in seconds."""
     retry_seconds: PositiveFloat = 1.0
-    """How often an absent Redis is tried again."""
+    """Seconds after which an absent Redis is tried again."""
     connections: PositiveInt = 16
+    """Largest number of connections to Redis."""
 
     def build(self) -> Ledger:
-        """The ledger of these settings."""
-        from router.ledger.redis import RedisLedger  # only who uses Redis needs its client
+        """A ledger with these settings."""
+        from router.ledger.redis import RedisLedger  # only users of Redis need its client
 
         return RedisLedger.connect(**self.model_dump(exclude={"type"}))
 

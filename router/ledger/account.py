@@ -1,4 +1,4 @@
-"""The state of one scope: a sliding window of what was spent, and the leases on what may be."""
+"""The state of one scope: a sliding window of spent tokens, and the leases on tokens that may be spent."""
 
 from dataclasses import dataclass
 
@@ -12,17 +12,19 @@ class _Held:
 
 
 class Account:
-    """What `router.ledger.scripts` does inside Redis, in one process; times are ms of one clock.
+    """The state of a scope in one process, kept as `router.ledger.scripts` keeps it in Redis.
 
-    The window is the current sub-window and the 60 before it: never shorter than asked for. A lease
-    counts wherever the window is, and its tokens are charged when they are settled, so after the
-    last of them was written. Hence any interval of the window's length holds no more than the limit:
-    what was written in it is, at its last reservation, still leased or charged to a sub-window that
-    the window still covers.
+    All times are ms of one clock. Amounts are teacher tokens, or nanos for a limit in money.
+
+    The window is the current sub-window and the 60 before it, so it is never shorter than configured. A
+    lease counts whatever the window covers. Its tokens are charged when they are settled, and so after the
+    last of them was written. Hence any interval of the window's length holds no more than the limit: at its
+    last reservation, all tokens written in it are still leased, or charged to a sub-window that the window
+    still covers.
     """
 
     def __init__(self, window_ms: int, on_expiry: OnExpiry, *, gone: bool = False) -> None:
-        """``gone``: of a session that is over, which has room for nothing."""
+        """``gone``: whether this is a session that is over, which has no room."""
         self.gone = gone
         self._width = sub_window_ms(window_ms)
         self._on_expiry = on_expiry
@@ -32,7 +34,7 @@ class Account:
         self._student_in: dict[int, int] = {}
         self.spent = self.student = self.reserved = 0
         self._total_spent = self._total_student = 0
-        self._leases: dict[str, _Held] = {}  # in the order of their ends: all are equally long
+        self._leases: dict[str, _Held] = {}  # in the order of their expiry: all are equally long
         self._lapsed: dict[str, _Held] = {}
 
     def advance(self, now_ms: int) -> None:
@@ -51,7 +53,7 @@ class Account:
             self._roll(self._now // self._width)
 
     def hold(self, lease_id: str, tokens: int, lease_ms: int) -> None:
-        """Keep tokens back for a lease."""
+        """Reserve tokens for a lease."""
         self._leases[lease_id] = _Held(tokens, self._now + lease_ms)
         self.reserved += tokens
 
@@ -62,7 +64,7 @@ class Account:
             self._charge(self._newest, used)
             return "settled"
         if held := self._lapsed.pop(lease_id, None):
-            # Written before the lease ended: charged to that time, if the window still covers it.
+            # Its tokens were written before it ended, so they are charged to that time.
             charged = held.tokens if self._on_expiry == "charge" else 0
             self._charge(held.expires_ms // self._width, used - charged)
             return "late"
@@ -75,7 +77,7 @@ class Account:
         self._total_student += student_tokens
 
     def snapshot(self) -> Snapshot:
-        """The account at this moment."""
+        """The account's state at this moment."""
         return Snapshot(
             now_ms=self._now,
             sub_window_ms=self._width,

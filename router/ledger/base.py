@@ -1,8 +1,8 @@
-"""The nouns of the ledger: scopes and their limits, leases, denials, and what a scope's state looks like.
+"""The nouns of the ledger: scopes and their limits, leases, denials, and the state of a scope.
 
-A ledger keeps the budgets that many requests share, of a tenant and of all together. (One request's own
-budget is a `router.budget.Bucket`: it needs no ledger.) Teacher tokens are reserved before a span, and
-settled after it.
+A ledger keeps the budgets that many requests share: those of a session, of a tenant, and of all requests.
+(One request's own budget is a `router.budget.Bucket`: it needs no ledger.) Teacher tokens are reserved
+before a span, and settled after it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,16 +20,16 @@ from router.budget import Count, Fraction, TeacherName
 from router.money import NANOS, Money, nanos
 
 SUB_WINDOWS = 60
-"""A window slides in steps of this fraction of itself."""
+"""Number of sub-windows in a window, which slides by one sub-window at a time."""
 
 SPENDABLE = 0.8
-"""Share of a lease in which its tokens may be written; the rest is for the settlement to arrive."""
+"""Share of a lease's time in which its tokens may be written. In the rest, the settlement arrives."""
 
 PARTS = 1_000_000
-"""A fraction counts in millionths, so that every comparison is one of whole numbers and exact."""
+"""A fraction is counted in millionths, so every comparison is between whole numbers and exact."""
 
 LIFETIME_MS = SUB_WINDOWS * 10**14
-"""A window that never slides: its first sub-window lasts longer than clocks run."""
+"""Length of a window that never slides, in ms: its first sub-window lasts longer than clocks run."""
 
 Window = Annotated[float, Field(ge=1.0, le=32 * 86400, allow_inf_nan=False)]
 OnExpiry = Literal["return", "charge"]
@@ -38,19 +38,19 @@ Settlement = Literal["settled", "late", "unknown", "deferred"]
 
 
 class Charge(NamedTuple):
-    """What a call of the teacher costs at most, in nanos: what limits in money are charged."""
+    """The most that a teacher call may cost, in nanos. Limits in money reserve this amount."""
 
     fixed: int = 0
-    """For what it reads."""
+    """Nanos for the tokens that the call reads."""
     each: int = 0
-    """For every token that it may write."""
+    """Nanos for every token that the call may write."""
 
     def cost(self, tokens: int) -> int:
-        """Of a call that writes ``tokens``. Never nothing, which means a lease that was given up."""
+        """The nanos of a call that writes ``tokens``. At least 1: 0 marks a lease that was given up."""
         return max(1, self.fixed + self.each * tokens)
 
     def tokens(self, cost: int, at_most: int) -> int:
-        """How many tokens a call may write that may cost this much."""
+        """Number of tokens, at most ``at_most``, that a call may write for ``cost`` nanos."""
         if cost < max(1, self.fixed):
             return 0
         return at_most if self.each == 0 else min(at_most, (cost - self.fixed) // self.each)
@@ -69,11 +69,11 @@ class TokensPerWindow(BaseModel):
     tokens: Count
     window_seconds: Window
     teacher: TeacherName | None = None
-    """Of several, the only one that counts; None: all do."""
+    """The only teacher whose tokens count; None: all teachers' tokens count."""
 
     @property
     def size(self) -> int:
-        """What may be spent in a window."""
+        """Teacher tokens that may be spent in a window."""
         return self.tokens
 
     def room(self, spent: int, reserved: int, student_tokens: int) -> int:
@@ -84,7 +84,7 @@ class TokensPerWindow(BaseModel):
 class FractionOfTraffic(BaseModel):
     """At every reservation, over the last window: teacher tokens <= fraction * completion tokens + slack.
 
-    Completion tokens are everybody's, the teacher's own among them. A fraction of 0 allows none at all,
+    Completion tokens are those of both models. A fraction of 0 allows no teacher token at all,
     whatever the slack; a fraction of 1 allows everything.
     """
 
@@ -94,10 +94,10 @@ class FractionOfTraffic(BaseModel):
 
     type: Literal["fraction"] = "fraction"
     fraction: Fraction
-    """Counted in whole millionths, the rest is cut off."""
+    """The fraction; digits after the sixth are cut off."""
     window_seconds: Window
     slack_tokens: PositiveInt = 8
-    """One span, with which the first request of all can ask."""
+    """Teacher tokens on top of the fraction: one span, so the very first request can ask."""
 
     @property
     def parts(self) -> int:
@@ -105,7 +105,7 @@ class FractionOfTraffic(BaseModel):
         return int(self.fraction * PARTS + 1e-6)
 
     def room(self, spent: int, reserved: int, student_tokens: int) -> int:
-        """As for `TokensPerWindow`: the bound still holds when all that is reserved has been written.
+        """See `TokensPerWindow.room`. The bound still holds when all reserved tokens have been written.
 
         held + n <= f (student + held + n) + slack, solved for n.
         """
@@ -118,9 +118,9 @@ class FractionOfTraffic(BaseModel):
 
 
 class CostPerWindow(BaseModel):
-    """What the teacher reads and writes in any interval of ``window_seconds`` costs at most ``cost``.
+    """The teacher's tokens, read and written, cost at most ``cost`` in any interval of ``window_seconds``.
 
-    Amounts of such a limit are whole nanos. Its ``student_tokens`` are everybody's: it needs no rate.
+    Amounts of such a limit are whole nanos. Its ``student_tokens`` are those of both models.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -130,24 +130,25 @@ class CostPerWindow(BaseModel):
     cost: Money
     window_seconds: Window
     teacher: TeacherName | None = None
-    """As of `TokensPerWindow`."""
+    """See `TokensPerWindow.teacher`."""
 
     @cached_property
     def size(self) -> int:
-        """As of `TokensPerWindow`, in nanos."""
+        """Nanos that may be spent in a window."""
         return nanos(self.cost)
 
     def room(self, spent: int, reserved: int, student_tokens: int) -> int:
-        """As of `TokensPerWindow`, in nanos."""
+        """See `TokensPerWindow.room`; in nanos."""
         return self.size - spent - reserved
 
 
 @dataclass(frozen=True)
 class InAll:
-    """What a session may spend from its begin to its end: teacher tokens, or nanos."""
+    """The limit of a session from its beginning to its end, in teacher tokens or in nanos."""
 
     type: Literal["tokens", "cost"]
     size: int
+    """Teacher tokens, or nanos, that the session may spend."""
     window_seconds: ClassVar[float] = inf
     teacher: ClassVar[None] = None
 
@@ -157,7 +158,7 @@ class InAll:
         return self.type == "cost"
 
     def room(self, spent: int, reserved: int, student_tokens: int) -> int:
-        """As of the other limits."""
+        """See `TokensPerWindow.room`; in nanos if ``in_money``."""
         return self.size - spent - reserved
 
 
@@ -166,40 +167,40 @@ AnyLimit = TokensPerWindow | FractionOfTraffic | CostPerWindow | InAll
 
 
 def tokens_within(limit: AnyLimit, room: int, charge: Charge, at_most: int) -> int:
-    """Tokens, at most ``at_most``, that a call may write where a limit has this much room."""
+    """Number of tokens, at most ``at_most``, that a call may write if a limit has this much room."""
     return charge.tokens(room, at_most) if limit.in_money else min(room, at_most)
 
 
 def shown(limit: AnyLimit, amount: int) -> float:
-    """An amount of a limit, for people: tokens, or units of money."""
+    """An amount of a limit as people read it: tokens, or units of money."""
     return amount / NANOS if limit.in_money else amount
 
 
 @dataclass(frozen=True)
 class Scope:
-    """Who shares a limit: the requests of one session, of one tenant, or all."""
+    """The requests that share a limit: those of one session, of one tenant, or all."""
 
     kind: Literal["session", "tenant", "global"]
     key: str
     """The tenant's name; "" for the global scope; `Session.key` for a session."""
     limit: AnyLimit
     idle_ms: int = 0
-    """A session's state vanishes when it was not used for this long. 0: that of a window goes with it."""
+    """Time without use, in ms, after which a session's state vanishes. 0: not a session, but a window."""
 
     @cached_property
     def id(self) -> str:
-        """Name of the scope's state. Another window is another state; another size of the limit is not."""
+        """Name of the scope's state. It depends on the limit's window, but not on its size."""
         of = "" if self.teacher is None else f":{self.teacher}"
         return f"{self.kind}:{self.key}:{self.limit.type}:{self.window_ms}{of}"
 
     @property
     def teacher(self) -> str | None:
-        """The one whose tokens count; None: all teachers' do."""
+        """The only teacher whose tokens count; None: all teachers' tokens count."""
         return self.limit.teacher
 
     @cached_property
     def window_ms(self) -> int:
-        """Length of the window, in milliseconds; a session's has no end."""
+        """Length of the window, in milliseconds; a session's window never ends."""
         return LIFETIME_MS if isinstance(self.limit, InAll) else round(self.limit.window_seconds * 1000)
 
 
@@ -219,36 +220,36 @@ class Lease:
     scopes: tuple[Scope, ...]
     tokens: int
     deadline: float
-    """On the clock of `time.monotonic`, seconds."""
+    """Time on the clock of `time.monotonic`, in seconds."""
     cost: int = 0
-    """Nanos reserved in limits in money."""
+    """Nanos reserved in the scopes with limits in money."""
     accounted: bool = True
-    """False where the ledger's store was away, and the ledger allows a span all the same."""
+    """False if the ledger's store was away, and the ledger allowed the span all the same."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a request says of the session that it belongs to."""
+    """The session that a request belongs to, as the request describes it."""
 
     owner: str
-    """Name of the tenant, whose sessions nobody else sees; "" where there are none."""
+    """Name of the tenant, whose sessions nobody else sees; "" if there are no tenants."""
     id: str
     tokens: int | None
-    """Teacher tokens of all its requests together; None if the request does not say."""
+    """Teacher tokens for all requests of the session together; None if the request sets none."""
     nanos: int | None
-    """What the teacher may cost in all of them."""
+    """Nanos for all requests of the session together; None if the request sets none."""
     idle_ms: int
-    """It is forgotten when it was not used for this long."""
+    """Time without use, in ms, after which the session is forgotten."""
     most: int
-    """This many sessions its owner may have at a time."""
+    """Largest number of sessions that the owner may have at a time."""
 
     @property
     def key(self) -> str:
-        """Its name among those of all owners: no owner's name has a slash."""
+        """Name of the session that no other owner's session has: owners' names have no slash."""
         return f"{self.owner}/{self.id}"
 
     def scopes(self, opened: "OpenedSession") -> tuple[Scope, ...]:
-        """Its limits, as it was opened."""
+        """A scope for each limit that the session was opened with."""
         limits = []
         if opened.tokens is not None:
             limits.append(InAll("tokens", opened.tokens))
@@ -265,14 +266,14 @@ class OpenedSession(NamedTuple):
 
 
 class SessionProblem(Enum):
-    """Why a session is not opened."""
+    """The reason why a session is not opened."""
 
     UNKNOWN = "unknown"
-    """It is new, and the request names no budget."""
+    """The session is new, and the request names no budget."""
     CONFLICT = "conflict"
     """The request names another budget than the session has."""
     FULL = "full"
-    """Its owner has too many sessions."""
+    """The owner has too many sessions."""
 
 
 @dataclass(frozen=True)
@@ -282,21 +283,21 @@ class Snapshot:
     now_ms: int
     sub_window_ms: int
     spent_in: Mapping[int, int]
-    """Teacher tokens by sub-window."""
+    """Spent teacher tokens, or nanos, by sub-window."""
     spent: int
     student: int
     reserved: int
     total_spent: int
     total_student: int
     next_expiry_ms: int | None
-    """When the first of the leases ends."""
+    """Time at which the first lease ends, in ms; None without leases."""
 
     def leaves_ms(self, sub_window: int) -> int:
-        """In how many ms the tokens of a sub-window leave the window."""
+        """Time in ms until the tokens of a sub-window leave the window."""
         return (sub_window + SUB_WINDOWS + 1) * self.sub_window_ms - self.now_ms
 
     def retry_after_ms(self, limit: AnyLimit, amount: int) -> int | None:
-        """In how many ms so much more may fit, if nobody else takes it; None = never."""
+        """Time in ms until ``amount`` may fit, if nobody else takes the room; None: never."""
         missing = amount - limit.room(self.spent, self.reserved, self.student)
         if missing <= 0:
             return 0
@@ -311,7 +312,7 @@ class Snapshot:
         return self.sub_window_ms if self.next_expiry_ms is None else self.next_expiry_ms - self.now_ms
 
     def _until_traffic_has_grown(self, limit: FractionOfTraffic, missing: int) -> int | None:
-        """An estimate: every student token makes room for f / (1 - f) teacher tokens."""
+        """Estimated time in ms: every student token makes room for f / (1 - f) teacher tokens."""
         if limit.parts == 0:
             return None
         window = self.sub_window_ms * SUB_WINDOWS
@@ -321,13 +322,13 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Denial:
-    """Nothing was reserved in any scope."""
+    """The refusal of a reservation: nothing was reserved in any scope."""
 
     scope: Scope
-    """The one with the least room."""
+    """The scope with the least room."""
     reason: Literal["tokens", "fraction", "cost", "unavailable"]
     retry_after_seconds: float | None
-    """When asking again may succeed: exact for spent tokens, else an estimate; None = never."""
+    """Seconds until asking again may succeed: exact for spent tokens, else an estimate; None: never."""
 
     @classmethod
     def of(cls, scope: Scope, snapshot: Snapshot, tokens: int, charge: Charge = FREE) -> "Denial":
@@ -338,32 +339,33 @@ class Denial:
 
     @property
     def label(self) -> str:
-        """Scope and reason in one word, one of few."""
+        """Scope and reason in one word, from a small fixed set."""
         return self.reason if self.reason == "unavailable" else f"{self.scope.kind}_{self.reason}"
 
 
 @dataclass(frozen=True)
 class Status:
-    """What a scope has spent of its limit: teacher tokens, or nanos if the limit is in money."""
+    """The use of a scope's limit. Amounts are teacher tokens, or nanos if the limit is in money."""
 
     scope: Scope
     spent: int
-    """Settled within the window."""
+    """Amount settled within the window."""
     reserved: int
-    """Of leases that are neither settled nor expired."""
+    """Amount of the leases that are neither settled nor expired."""
     student_tokens: int
-    """Completion tokens within the window that the teacher did not write; under a limit in money, all."""
+    """Completion tokens within the window without the teacher's; under a limit in money, all."""
     total_spent: int
-    """As ``spent``, since the scope's state exists: a counter, for differences."""
+    """Amount settled since the scope's state exists: a counter, for differences."""
     total_student: int
+    """Like ``student_tokens``, but counted since the scope's state exists."""
     reset_seconds: float
-    """When all that is spent now has left the window."""
+    """Seconds until the whole amount that is spent now has left the window."""
     retry_after_seconds: float | None
-    """When there may be room for anything; 0 where there is, None = never."""
+    """Seconds until there may be room for anything; 0 if there is room now; None: never."""
 
     @classmethod
     def of(cls, scope: Scope, snapshot: Snapshot) -> "Status":
-        """What a snapshot says of a scope's limit."""
+        """The status of a scope, from a snapshot of its state."""
         spent_in = [sub_window for sub_window, spent in snapshot.spent_in.items() if spent]
         return cls(
             scope=scope,
@@ -378,7 +380,7 @@ class Status:
 
     @property
     def remaining(self) -> int:
-        """What may still be reserved."""
+        """Amount that may still be reserved."""
         return max(0, self.scope.limit.room(self.spent, self.reserved, self.student_tokens))
 
     @property
@@ -401,20 +403,20 @@ class Status:
 
 
 class Ledger(Protocol):
-    """Where the budgets of tenants and of all together are kept.
+    """A store of the budgets that many requests share.
 
-    These hold whatever the interleaving. A reservation is made in all scopes or in none. What is spent and
-    reserved never exceeds a scope's limit. Settling twice is settling once. A lease that nobody settles
-    ends by itself.
+    These rules hold for every interleaving of calls. A reservation is made in all scopes or in none. The
+    amounts spent and reserved never exceed a scope's limit together. Settling twice has the effect of
+    settling once. A lease that nobody settles ends by itself.
     """
 
     on_expiry: OnExpiry
-    """What becomes of a lease that nobody settled.
+    """What happens to a lease that nobody settled.
 
-    "return": its tokens are free again. What its holder had written and not settled is not counted,
-    until it is settled late: then it is counted, and what is spent may exceed the limit by it.
+    "return": its tokens are free again. Tokens that its holder wrote and did not settle are not counted
+    until they are settled late. Then the amount spent may exceed the limit by them.
     "charge": its tokens count as spent; a late settlement gives back what was not written. The bound
-    then holds for every token written, by the dead too.
+    then holds for every token written, even by a process that died.
     """
 
     async def reserve(
@@ -426,37 +428,39 @@ class Ledger(Protocol):
         student_tokens: int = 0,
         charge: Charge = FREE,
     ) -> Lease | Denial:
-        """Reserve ``tokens`` in every scope, or what all have left if that is ``at_least`` this many.
+        """Reserve ``tokens`` in every scope, or all that is left if it is at least ``at_least`` tokens.
 
         ``student_tokens`` are recorded in the same step, granted or not: see `record`. Limits in money
-        reserve what ``charge`` says of the tokens that are granted.
+        reserve the cost of the granted tokens by ``charge``.
         """
         ...
 
     async def open_session(self, session: Session) -> OpenedSession | SessionProblem | None:
-        """The budget that a session has, which its first request sets; None where the store is away."""
+        """The budget of a session, which its first request sets; None if the store is away."""
         ...
 
     async def settle(self, lease: Lease, used: int, cost: int = 0) -> Settlement:
-        """Count ``used`` of the leased tokens and ``cost`` nanos as spent, give back the others.
+        """Count ``used`` of the leased tokens and ``cost`` nanos as spent, and give back the rest.
 
-        Again: no effect.
+        Settling a lease again has no effect.
 
-        Returns "late" for a lease that had expired, "unknown" where there is none (it was settled
-        before, or expired more than a window ago), "deferred" where the store is away: it is told later.
+        Returns:
+            "settled", or "late" for a lease that had expired. "unknown" if there is no such lease: it was
+            settled before, or expired more than a window ago. "deferred" if the store is away: it is told
+            later.
         """
         ...
 
     async def record(self, scopes: Sequence[Scope], student_tokens: int) -> None:
-        """Count completion tokens that the teacher did not write: what a fraction is a fraction of.
+        """Count completion tokens that the teacher did not write: fractions are of all completion tokens.
 
-        The teacher's own are counted by `settle`. Not repeated where the store is away: a lost record
-        only means less room.
+        `settle` counts the teacher's own. The call is not repeated if the store is away: a lost record only
+        means less room.
         """
         ...
 
     async def status(self, scopes: Sequence[Scope]) -> list[Status] | None:
-        """The state of each scope, all of one moment; None where the store is away."""
+        """The state of each scope, all at one moment; None if the store is away."""
         ...
 
     @property
@@ -465,7 +469,7 @@ class Ledger(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Settle what is still owed, if it can be done at once, and let go of connections."""
+        """Try once to settle all leases that are still owed, and close the connections."""
         ...
 
 
@@ -480,7 +484,7 @@ def lease_ids() -> Iterator[str]:
 
 
 def check_reservation(tokens: int, at_least: int | None, student_tokens: int) -> int:
-    """The least number of tokens to grant. Raises ValueError where the numbers make no sense."""
+    """The least number of tokens to grant. Raises ValueError if the numbers make no sense."""
     at_least = tokens if at_least is None else at_least
     if not 1 <= at_least <= tokens or student_tokens < 0:
         raise ValueError(f"cannot reserve {tokens} tokens, at least {at_least}, after {student_tokens}")
@@ -496,5 +500,5 @@ def check_settlement(lease: Lease, used: int, cost: int) -> None:
 
 
 def reserved_cost(scopes: Sequence[Scope], charge: Charge, tokens: int) -> int:
-    """Nanos that a lease of ``tokens`` holds."""
+    """Nanos that a lease of ``tokens`` reserves; 0 without a limit in money."""
     return charge.cost(tokens) if any(scope.limit.in_money for scope in scopes) else 0

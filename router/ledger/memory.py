@@ -1,4 +1,4 @@
-"""The ledger of a single gateway: in memory, without a lock because without an await."""
+"""The ledger of a single gateway, in memory. It needs no lock, as its methods never await."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ class MemoryLedger:
         self._clock = clock
         self._accounts: dict[str, Account] = {}
         self._sessions: dict[str, _OpenSession] = {}
-        """In the order of their last use; all that the gateway opens are kept for the same time."""
+        """Open sessions by key, in the order of their last use; the gateway keeps all for the same time."""
         self._ids = lease_ids()
 
     async def reserve(
@@ -90,8 +90,8 @@ class MemoryLedger:
             account = self._account(scope, now)
             outcomes.append(account.settle(lease.id, cost if scope.limit.in_money else used))
             if scope.limit.in_money and outcomes[-1] != "unknown":
-                account.record(used)  # nobody else would count them there
-        # The shorter a scope's window, the sooner it forgets.
+                account.record(used)  # no other call counts them there
+        # A scope with a short window may have forgotten the lease already.
         return next((outcome for outcome in outcomes if outcome != "unknown"), "unknown")
 
     async def record(self, scopes: Sequence[Scope], student_tokens: int) -> None:
@@ -162,4 +162,4 @@ class _OpenSession:
     opened: OpenedSession
     ends_ms: int = 0
     accounts: dict[str, Account] = field(default_factory=dict)
-    """By scope id."""
+    """The session's accounts, by scope id."""

@@ -43,13 +43,13 @@ from router.ledger.base import (
 logger = logging.getLogger(__name__)
 
 FAILURES = 3
-"""This many failures in a row, and Redis is left alone for a while."""
+"""Number of failures in a row after which Redis is left alone for a while."""
 PATIENCE = 3
-"""This many timeouts are waited for an answer at most, where this process itself or its queue was late."""
+"""Longest wait for an answer, in timeouts, if this process itself or its queue was late."""
 
 
 class _Unavailable(Exception):
-    """Redis gave no answer in time, or no useful one; where ``sent``, it may have done the work."""
+    """Redis gave no answer in time, or no useful one; if ``sent``, it may have done the work."""
 
     def __init__(self, *, sent: bool) -> None:
         super().__init__()
@@ -61,20 +61,20 @@ class _Question:
     """A call on its way to Redis."""
 
     is_trial: bool
-    """Whether it is the one that tries an absent Redis again."""
+    """Whether this call tries an absent Redis again."""
     sent: float = math.inf
-    """When it had a connection, of `time.monotonic`."""
+    """Time of `time.monotonic` at which the call had a connection; inf before."""
 
 
 class RedisLedger:
     """A `Ledger` shared by all gateways that name the same Redis and prefix.
 
-    No call waits longer than ``timeout`` seconds for Redis. (Where this process is late itself, or all its
+    No call waits longer than ``timeout`` seconds for Redis. (If this process is late itself, or all its
     connections are in use, that may take three times as long.) If Redis gives no answer, ``when_unavailable``
     decides whether a reservation is refused or allowed. After three failures in a row Redis is asked only
     once in ``retry_seconds``, so its absence costs nobody a wait. Settlements are kept and tried again.
 
-    What is spent is safe in Redis as far as Redis is safe: see docs/budgets.md for its settings.
+    The counts in Redis are as safe as its settings make them: see docs/budgets.md.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class RedisLedger:
         connections: int = 16,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        """``clock`` stands in for Redis's own in a test; in service there is no clock but Redis's."""
+        """``clock`` replaces the clock of Redis in tests; None: the clock of Redis."""
         self.on_expiry: OnExpiry = on_expiry
         self._client = client
         self._tag = f"{{{prefix}}}:"
@@ -111,7 +111,7 @@ class RedisLedger:
         cls, url: str, *, cluster: bool = False, timeout: float = 1.0, connections: int = 16, **options: Any
     ) -> "RedisLedger":
         """A ledger at ``url`` (redis://, rediss://, unix://), which need not be up yet."""
-        # The client must not try again by itself: a record is not idempotent. It has no timeouts either.
+        # The client must not try again by itself: a record is not idempotent. The ledger has its own timeout.
         kind: type[Redis] | type[RedisCluster] = RedisCluster if cluster else Redis
         client = kind.from_url(
             url,
@@ -208,7 +208,7 @@ class RedisLedger:
 
     @property
     def available(self) -> bool:
-        """Whether Redis answered the last time."""
+        """False after `FAILURES` failures in a row, until Redis answers again."""
         return self._failures < FAILURES
 
     async def aclose(self) -> None:
@@ -238,7 +238,7 @@ class RedisLedger:
         *,
         further: Sequence[str] = (),
     ) -> Any:
-        """Run a script over the scopes' keys, and ``further`` ones.
+        """Run a script over the scopes' keys and ``further`` keys.
 
         Raises:
             _Unavailable: Redis is away, or no answer comes in time.
@@ -277,7 +277,7 @@ class RedisLedger:
         against Redis. All in all the wait is `PATIENCE` timeouts at most.
 
         Raises:
-            TimeoutError: it is not done.
+            TimeoutError: the task is not done.
         """
         for _ in range(PATIENCE):
             due = time.monotonic() + self._timeout
@@ -337,12 +337,12 @@ def _keys(tag: str, scope_id: str) -> tuple[str, ...]:
 
 
 def _span(scope: Scope) -> tuple[int, int]:
-    """How long a scope's window is, and how long its state lives without use, as the scripts take it."""
+    """A scope's window and its idle time, both in ms, as the scripts take them."""
     return scope.window_ms, scope.idle_ms
 
 
 class _Owed(NamedTuple):
-    """A settlement that Redis has not heard of."""
+    """A settlement that has not reached Redis."""
 
     lease: Lease
     used: int
@@ -350,7 +350,7 @@ class _Owed(NamedTuple):
 
 
 class _LimitArguments(NamedTuple):
-    """A scope's limit, as the scripts take it."""
+    """A scope's limit, as the arguments of a script."""
 
     window_ms: int
     idle_ms: int

@@ -5,11 +5,11 @@ State of a scope, four keys in one slot (every key of a ledger carries one hash 
     state    hash: now, newest (sub-window), spent, student, reserved, total_spent, total_student,
              and s<i>, t<i>: teacher and student tokens of sub-window i
     held     hash: lease id -> tokens; 0 for one that was given up
-    (a limit in money counts nanos in the place of teacher tokens; the state of a session has its limit too)
+    (a limit in money counts nanos instead of teacher tokens; the state of a session has its limit too)
     leases   sorted set of lease ids by the ms at which they expire
     lapsed   sorted set of expired lease ids, with the same scores, and of those that were given up
 
-`router.ledger.account.Account` is the same in Python, with the reasons. The time is Redis's own.
+`router.ledger.account.Account` does the same in Python and gives the reasons. The clock is that of Redis.
 """
 
 from hashlib import sha1
