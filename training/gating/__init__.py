@@ -1,1 +1,1 @@
-"""The router over a frozen pair: closed-loop rollouts, what the gate is taught, its prices."""
+"""Trains the router of a frozen pair: closed-loop rollouts, the gate's lessons, its fit and its prices."""

@@ -1,4 +1,4 @@
-"""Completions that a running gateway is asked for, at budgets drawn at random."""
+"""Requests completions from a running gateway, at budgets drawn at random."""
 
 import random
 from collections.abc import Sequence
@@ -21,30 +21,30 @@ UNLIMITED = 2**62
 
 @dataclass(frozen=True)
 class AskedPrompts:
-    """The prompts of one round."""
+    """The prompts of one round, which a gateway completes."""
 
     gateway: RunningGateway
     tokenizer: PreTrainedTokenizerBase
     sources: Sequence[Source]
     budgets: Sequence[float]
-    """Each batch has one of them."""
+    """Fractions, of which each batch draws one."""
     batch: int
-    """Prompts that are asked together."""
+    """Number of prompts that are sent with one budget."""
     seed: int
     file: Path
-    """Of what was asked for."""
+    """File of the completions so far."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing is left to ask for."""
+        """Whether the file has a completion of every prompt."""
         return len(self._kept()) >= len(self.sources)
 
     def trajectories(self) -> list[Trajectory]:
-        """All of them, in order; what the file holds is not asked for again.
+        """The completions of all prompts, in order; those in the file are not requested again.
 
         Raises:
             GatewayError: the gateway cannot be used.
-            DataError: it makes other prompts of the sources than the tokenizer does.
+            DataError: the gateway's prompt of a source is not the tokenizer's.
         """
         found = self._kept()
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ class AskedPrompts:
 
 
 def check_prompt(prompt: list[int], reply: GatewayReply) -> None:
-    """Raises DataError if the gateway makes another prompt than this of a source."""
+    """Raises DataError if the gateway has read another number of tokens than this prompt has."""
     if reply.prompt_tokens != len(prompt):
         raise DataError(
             f"the gateway reads {reply.prompt_tokens} tokens, but the recipe's chat template makes "

@@ -1,7 +1,7 @@
-"""Where both answers to "ask the teacher?" lead from every position of some paths.
+"""Finds the next state after both actions, asking and writing, at every position of some paths.
 
-Under greedy decoding the next state is known for both. At most positions the two models want the same tokens,
-and the path itself goes there. The others are read by the student once more.
+Under greedy decoding, both next states are known. At most positions both models want the same tokens, and the
+next state lies on the path itself. At the others, the student reads the prefix of the next state once more.
 """
 
 import math
@@ -25,41 +25,42 @@ from training.reading import Stepper
 ENDED = -1
 """Number of the state after the end of a completion."""
 TOKENS = 2**14
-"""That the student reads at once: 512 prefixes of 32."""
+"""Most tokens that the student reads at once: 512 prefixes of 32 tokens."""
 
 
 Departures = dict[tuple[int, int], list[int]]
-"""By (row, step) at which the teacher would have written something else: what it would have written."""
+"""Tokens that the teacher would have written, by the (row, step) at which they leave the path."""
 
 
 class Fork(NamedTuple):
-    """A prefix that no path has."""
+    """A prefix that is not on any path."""
 
     row: int
-    """Of the path that it leaves."""
+    """Row of the path that the prefix leaves."""
     tokens: tuple[int, ...]
-    """Of the completion so far."""
+    """Tokens of the completion so far."""
 
 
 @dataclass(frozen=True)
 class Branches:
-    """Of N positions: the next state if the student writes, and the next one if the teacher does.
+    """The next states of N positions, if the student writes and if the teacher writes.
 
-    A state is a number: below N of a position, from N on of a state in `states`; ENDED after the end.
+    A state is a number. Numbers below N are positions, numbers from N on are rows of `states`, and ENDED is
+    the state after the end of a completion.
     """
 
     states: Tensor
-    """(D, H) the student's, after prefixes that no path has."""
+    """(D, H) the student's states after prefixes that are not on any path."""
     after_own: Tensor
     """(N,) number of the state after the student's own token."""
     after_call: Tensor
     """(N,) number of the state after the teacher's next tokens."""
     tokens: Tensor
-    """(N,) how many these are: fewer than `ask_tokens` at the end of a completion."""
+    """(N,) number of these tokens: fewer than `ask_tokens` at the end of a completion."""
 
     @classmethod
     def join(cls, parts: Sequence["Branches"]) -> "Branches":
-        """All of them, as `Lessons.join` orders their positions."""
+        """All parts as one, with positions in the order of `Lessons.join`."""
         positions = sum(len(part.tokens) for part in parts)
         before = 0
         forks_before = 0
@@ -86,14 +87,14 @@ def both_ways(
     completions: Sequence[Rollout],
     ask_tokens: int,
 ) -> Branches:
-    """The branches of all positions.
+    """The branches of all positions; the teacher writes the rest of calls that leave a path.
 
     Args:
         loop: the pair.
-        prompts: of the trajectories' rows.
+        prompts: the prompts of the trajectories' rows.
         trajectories: the positions.
-        completions: of the trajectories' rows.
-        ask_tokens: tokens of one call.
+        completions: the completions of the trajectories' rows.
+        ask_tokens: number of tokens in one call.
     """
     tokens = [completion.tokens for completion in completions]
     paths = _Paths.of(tokens, trajectories, loop.end, [loop.max_tokens] * len(tokens))
@@ -104,13 +105,13 @@ def both_ways(
 def one_token_ways(
     student: PreTrainedModel, end: int, served: Sequence[Trajectory], trajectories: Trajectories
 ) -> Branches:
-    """The branches of completions that were served, for calls of one token: no teacher has to write for them.
+    """The branches of served completions, for calls of one token, so that no teacher has to write.
 
     Args:
-        student: of the completions.
-        end: id of the end of a sequence.
-        served: the completions. One that has no end was cut off where it was the longest.
-        trajectories: their positions.
+        student: the student that wrote the completions.
+        end: id of the end-of-sequence token.
+        served: the completions. Those without an end token were cut off at their longest length.
+        trajectories: the positions of the completions.
     """
     tokens = [trajectory.tokens for trajectory in served]
     longest = [sys.maxsize if path[-1] == end else len(path) for path in tokens]
@@ -121,8 +122,9 @@ def one_token_ways(
 
 class _Call(NamedTuple):
     state: int
-    """Number of the state after it."""
+    """Number of the state after the call."""
     tokens: int
+    """Number of tokens in the call."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,9 @@ class _Paths:
     """Paths, and the forks that leave them."""
 
     tokens: list[list[int]]
-    """Of each row's completion."""
+    """The tokens of each row's completion."""
     first: list[int]
-    """Number of each row's first position."""
+    """Number of each row's first position, and last the number of all positions."""
     own: list[int]
     """The student's next token at each position."""
     theirs: list[int]
@@ -142,7 +144,7 @@ class _Paths:
     longest: list[int]
     """Most tokens of each row's completion."""
     forks: dict[Fork, int] = field(default_factory=dict)
-    """The numbers of their states."""
+    """The number of the state after each fork."""
 
     @classmethod
     def of(
@@ -160,7 +162,7 @@ class _Paths:
         prompts: Sequence[list[int]],
         trajectories: Trajectories,
     ) -> Branches:
-        """Of all positions; the student reads the forks."""
+        """The branches of all positions; the student reads the forks."""
         own = []
         called = []
         tokens = []
@@ -175,7 +177,7 @@ class _Paths:
         return Branches(states, torch.tensor(own), torch.tensor(called), torch.tensor(tokens))
 
     def disagreements(self) -> Departures:
-        """The teacher's one token, wherever the path took another."""
+        """The teacher's next token, at each position at which the path has another."""
         found: Departures = {}
         for row, path in enumerate(self.tokens):
             for step, token in enumerate(path):
@@ -185,7 +187,7 @@ class _Paths:
         return found
 
     def departures(self, loop: ClosedLoop, prompts: Prompts, ask_tokens: int) -> Departures:
-        """What a call would have brought, wherever the path took another token than the teacher's."""
+        """The tokens of a call, at each position at which the path has another token than the teacher's."""
         found = self.disagreements()
         if ask_tokens == 1:
             return found
@@ -212,7 +214,7 @@ class _Paths:
         return self._forked(row, [*path[:step], own])
 
     def after_call(self, row: int, step: int, ask_tokens: int, teacher: Departures) -> _Call:
-        """The state after a call, and the call's tokens."""
+        """The state after a call of the teacher, and the number of tokens in the call."""
         path = self.tokens[row]
         stop = min(step + ask_tokens, self.longest[row])
         for at in range(step, min(stop, len(path))):
@@ -233,7 +235,14 @@ class _Paths:
 
 @torch.no_grad()
 def states_after(student: PreTrainedModel, end: int, prefixes: Sequence[list[int]], like: Tensor) -> Tensor:
-    """The student's states (D, H) after these prefixes, on the CPU; `like` has their H and type."""
+    """The student's states (D, H) after these prefixes, on the CPU.
+
+    Args:
+        student: the model that reads.
+        end: id of the end-of-sequence token, used to pad.
+        prefixes: D lists of token ids.
+        like: a tensor (…, H) of the wanted type.
+    """
     found = like.new_empty(len(prefixes), like.shape[1])
     numbers: list[int] = []
     for number in sorted(range(len(prefixes)), key=lambda number: len(prefixes[number])):
@@ -247,6 +256,6 @@ def states_after(student: PreTrainedModel, end: int, prefixes: Sequence[list[int
 
 
 def _read(student: PreTrainedModel, end: int, rows: list[list[int]]) -> Tensor:
-    """States (rows, H) after the rows."""
+    """The student's states (rows, H) after the last token of each row."""
     ids, mask = left_padded(rows, end, student.device)
     return Stepper(student).step(ids, mask).states

@@ -1,8 +1,8 @@
-"""The prices of each budget, measured in the closed loop on validation data, under the bucket of that budget.
+"""Measures the prices of each budget in the closed loop on validation data, under the bucket of that budget.
 
-The price aims at the mean teacher rate that equals the fraction, unless that costs quality. A tight bucket
-can only be spent to its mean by emptying it on trifles. Then it is empty when it matters (docs/log.md).
-The spare price spends the rest of a fraction, for those who want a rate and not a bound.
+The price aims at a mean teacher rate that equals the fraction, unless that costs quality. To spend a tight
+bucket to its mean, a gate must empty it on trifles. Then the bucket is empty when it matters (docs/log.md).
+The spare price spends the rest of a fraction, for users who want a rate and not a bound.
 """
 
 import math
@@ -18,7 +18,9 @@ from training.gating.rollout import Rollout
 from training.gating.tree import Setting, Tree
 
 Run = Sequence[Rollout]
+"""The completions of one setting, one for each prompt."""
 Quality = Callable[[Run], float]
+"""Quality of a run."""
 Noise = Callable[[Run, Run], float]
 """Standard error of the difference between two runs' qualities, in the same unit."""
 
@@ -42,16 +44,20 @@ SHARES = (
     0.99,
     0.997,
 )
-"""Shares of positions below the prices that the aim is compared with: fine where asking is rare."""
+"""Shares of positions whose scores are below the prices that the aim is compared with.
+
+They are close to each other near 1, where asking is rare.
+"""
 TOLERANCE = 0.02
-"""Share of the gap between student and teacher that is not worth leaving the aim for."""
+"""Least gain in quality for leaving the aim, as a share of the gap between student and teacher."""
 ERRORS = 2.0
-"""Standard errors that the best of all those prices has to be better by."""
+"""Least gain in quality for leaving the aim, in standard errors of the gain."""
 ROUNDS = 12
+"""Number of bisections."""
 
 
 def teacher_rate(completions: Sequence[Rollout]) -> float:
-    """Teacher tokens / completion tokens, over all of them together."""
+    """Teacher tokens / completion tokens, over all completions together."""
     by_teacher = 0
     tokens = 0
     for completion in completions:
@@ -61,14 +67,14 @@ def teacher_rate(completions: Sequence[Rollout]) -> float:
 
 
 def standard_error(differences: Tensor) -> float:
-    """Of the mean of (N,) differences; inf of one, which tells nothing about others."""
+    """Standard error of the mean of differences (N,); inf if N < 2, because one shows no spread."""
     if len(differences) < 2:
         return math.inf
     return differences.std().item() / math.sqrt(len(differences))
 
 
 def no_noise(_first: Run, _second: Run) -> float:
-    """Every difference counts."""
+    """No noise at all, so that every difference in quality counts."""
     return 0.0
 
 
@@ -81,16 +87,16 @@ def calibrate(
     noise: Noise = no_noise,
     others: Sequence[float] = (),
 ) -> list[tuple[float, float]]:
-    """(fraction, price) for each of the increasing budgets; prices do not increase.
+    """(fraction, price) for each budget; prices do not rise with the fraction.
 
     Args:
-        tree: of the validation prompts.
-        gate: a name that the tree scores.
-        budgets: fractions.
+        tree: the tree of the validation prompts.
+        gate: name of a gate that the tree scores.
+        budgets: fractions, in increasing order.
         spans: (span_tokens, ask_tokens) of the bucket.
-        quality: in units of the gap between student and teacher.
-        noise: in the same unit.
-        others: further prices that are compared with the aim.
+        quality: quality of a run, in units of the gap between student and teacher.
+        noise: standard error of a difference in quality, in the same unit.
+        others: further prices to compare the aim with.
     """
     scores = tree.scores(gate).double()
     common = [*others, *torch.quantile(scores, torch.tensor(SHARES, dtype=torch.float64)).tolist()]
@@ -112,22 +118,23 @@ def calibrate(
 
 @dataclass(frozen=True)
 class PricePool:
-    """The price of some neighbouring budgets."""
+    """Neighbouring budgets that share one price."""
 
     budgets: list[float]
     price: float
     qualities: list[float]
-    """At prices that are the same for all choices, summed over the budgets."""
+    """Quality at each of the common prices, which all pools share; summed over the budgets."""
 
 
 def not_rising(choices: Sequence[PricePool], common: Sequence[float]) -> list[PricePool]:
-    """With prices that do not rise with the budget: where one would, both get the one that is best for both.
+    """The choices, pooled so that prices do not rise with the budget.
 
-    It is the pool of adjacent violators (Ayer et al. 1955) with quality in place of squares.
+    If a price is above that of the budget before it, both budgets get the common price that is best for
+    both. It is the pool of adjacent violators (Ayer et al. 1955) with quality in place of squares.
 
     Args:
-        choices: of increasing budgets.
-        common: the prices of their qualities.
+        choices: a choice for each budget, in increasing order of the budgets.
+        common: the common prices, at which the choices have their qualities.
     """
     pools: list[PricePool] = []
     for choice in choices:
@@ -146,7 +153,8 @@ def spare_prices(
 ) -> list[tuple[float, float]]:
     """(fraction, spare price) for each of `points`, see `router.policy.Policy`.
 
-    The spare price makes the fraction the realised rate. If the plain price does so already, it is that one.
+    With the spare price, the realised rate is the fraction. If the plain price already has this rate, the
+    spare price is the plain one.
     """
     fractions, prices = zip(*points, strict=True)
 
@@ -159,7 +167,7 @@ def spare_prices(
 
 
 def price_at_rate(tree: Tree, gate: str, rates: Sequence[float], spans: tuple[int, int]) -> list[float]:
-    """The lowest price, to 1 / 2^ROUNDS of all scores, that realises no more than each rate."""
+    """For each rate the lowest price that realises no more than it, to 1 / 2^ROUNDS of all scores."""
 
     def setting(number: int, price: float) -> Setting:
         return Setting(gate, price, rates[number], *spans)
@@ -172,10 +180,10 @@ def _bisect(
 ) -> list[float]:
     """For each rate the lowest price whose setting realises no more than it.
 
-    Over the quantiles of the scores in the tree: more asking raises the realised rate on average.
+    The bisection is over the quantiles of the tree's scores: on average, the rate falls as the price rises.
     """
-    scores = tree.scores(gate).double()  # as they are now: the tree grows meanwhile
-    # Shares of positions that lie under the price.
+    scores = tree.scores(gate).double()  # kept, because the tree grows in the meantime
+    # Shares of positions whose scores are below the price.
     low = [0.0] * len(rates)
     high = [1.0] * len(rates)
     for _ in range(ROUNDS):

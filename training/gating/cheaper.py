@@ -10,33 +10,33 @@ from router.gate_names import LEARNED
 from training.teacher import Teacher
 
 TEACHER = "teacher"
-"""Name of the recipe's `teacher`, the dearest one: a gateway calls one without a name so."""
+"""Name of the recipe's `teacher`, the dearest one; a gateway gives this name to a teacher without a name."""
 
 Model = TypeVar("Model", Path, Teacher)
 
 
 @dataclass(frozen=True)
 class Cheaper(Generic[Model]):
-    """One of them."""
+    """A cheaper teacher."""
 
     name: str
     cost: float
-    """Of its token, if one of `teacher` costs 1."""
+    """Cost of one of its tokens, if a token of `teacher` costs 1."""
     model: Model
-    """Its directory, or the model itself."""
+    """Directory of the model, or the model itself."""
 
 
 def costs_of(cheaper: Sequence[Cheaper[Model]]) -> list[float]:
-    """Of all teachers, from the cheapest to the dearest; empty if there is one alone."""
+    """Costs of all teachers' tokens, from the cheapest to the dearest; empty if there is only one teacher."""
     return [*(each.cost for each in cheaper), 1.0] if cheaper else []
 
 
 def outputs_of(cheaper: Sequence[Cheaper[Model]], alone: Mapping[str, Points]) -> tuple[TeacherOutput, ...]:
-    """The outputs of a gate in their order; none if there is one teacher alone.
+    """The teachers of a gate's outputs, in their order; none if there is only one teacher.
 
     Args:
-        cheaper: than `teacher`, from the cheapest to the dearest.
-        alone: the prices of each teacher by name, if it is the only one, as far as they are known.
+        cheaper: the teachers that are cheaper than `teacher`, from the cheapest to the dearest.
+        alone: by name, the known prices of each teacher if it is the only one that may be asked.
     """
     if not cheaper:
         return ()
@@ -47,5 +47,5 @@ def outputs_of(cheaper: Sequence[Cheaper[Model]], alone: Mapping[str, Points]) -
 
 
 def alone(teacher: str) -> str:
-    """Name of the learned gate if one of several teachers is the only one."""
+    """Name of the learned gate that may ask only this one of several teachers."""
     return f"{LEARNED}, {teacher} alone"

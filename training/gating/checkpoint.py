@@ -1,4 +1,4 @@
-"""A trained gate, as both stages of the router export it."""
+"""Makes the router checkpoint of a trained gate, for both stages of the router."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,16 +11,16 @@ from training.gating.head import Head
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What is known of a gate's prices."""
+    """The known prices of the gates, and the mean length of completions."""
 
     expected_tokens: float
-    """Mean length of a completion."""
+    """Mean length of a completion, in tokens."""
     prices: dict[str, Points] = field(default_factory=dict)
-    """By gate."""
+    """Calibrated prices by the name of the gate."""
     spares: dict[str, Points] = field(default_factory=dict)
-    """By gate: spare prices, see `router.policy.Policy`."""
+    """Spare prices by the name of the gate, see `router.policy.Policy`."""
     alone: dict[str, Points] = field(default_factory=dict)
-    """Of each of several teachers, if it is the only one."""
+    """By name, prices of each of several teachers if it is the only one that may be asked."""
 
 
 def checkpoint_of(
@@ -31,15 +31,15 @@ def checkpoint_of(
     fingerprints: Fingerprints,
     facts: Mapping[str, Fact],
 ) -> RouterCheckpoint:
-    """All of a router.
+    """The checkpoint of a router.
 
     Args:
-        head: taps and gate.
-        config: that it was trained by.
-        calibrated: its prices, as far as they are known.
-        cheaper: further teachers, from the cheapest to the dearest.
-        fingerprints: of the pair.
-        facts: what trained it.
+        head: its taps and gate.
+        config: the router part of the recipe that trained it.
+        calibrated: its known prices.
+        cheaper: the cheaper teachers, from the cheapest to the dearest.
+        fingerprints: the fingerprints of the pair.
+        facts: facts about its training, to keep in the checkpoint.
     """
     reserved = head.gate.reserved
     return RouterCheckpoint(

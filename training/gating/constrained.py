@@ -1,24 +1,25 @@
-"""Constrained path consistency for the gate: asking as a policy of its own, with a price for every token.
+"""Constrained path consistency for the gate: asking is a policy of its own, with a price for every token.
 
-The problem: maximise E[sum of r - price * c] + T * entropy. A token of the student's earns r = -gain and
-costs nothing. A call of n teacher tokens earns 0 and costs c = n. At the optimum, for every price
+The problem is to maximise E[sum of r - price * c] + T * entropy. A token of the student earns r = -gain and
+costs nothing. A call of n teacher tokens earns 0 and costs c = n. At the optimum, this holds for every price
 and both actions u (Nachum et al. 2017, arXiv 1702.08892; sub-paths of one decision, with a cost):
 
     C(u) = r(u) - price * c(u) + U(s'(u), price) - T log pi(u|s) - U(s, price) = 0
     logit pi(ask|s) = n (score(s) - price) / T
 
-Changed here: both models are deterministic, so both actions' next states are known (`branches`), and C is
-taken for both. Both are zero exactly if their difference and their mean under pi are:
+Changed here: both models are deterministic, so the next states of both actions are known (`branches`), and C
+is computed for both. Both are zero if and only if their difference and their mean under pi are zero:
 
     C(ask) - C(own) = gain + U(s'(ask)) - U(s'(own)) - n score(s)
     sum of pi(u|s) C(u)
 
-The difference teaches the score, and the mean teaches the critic U. So no error of U(s) reaches the score.
-With U = 0 the score is the plain regression of `fitting`, which is what this starts from. The score is an
-index: the price at which both actions are worth the same (Whittle 1988). So the difference is taken at the
-price that the score names. There what follows costs little where the score is low.
+The difference trains the score, and the mean trains the critic U. So no error of U(s) reaches the score.
+With U = 0 the score is the plain regression of `fitting`, from which this training starts. The score is an
+index: the price at which both actions are worth the same (Whittle 1988). So the difference is computed at the
+price that equals the score. If the score is low, later calls are cheap at that price.
 
-The critic sees the price. U is convex in it, and the value of the constraint, the teacher tokens to come, is
+The critic sees the price, and U is convex in it. The value of the constraint, the expected teacher tokens
+from here on, is
 
     V_C(s, price) = -dU / dprice
 """
@@ -40,16 +41,16 @@ from training.methods.pcl import half_square
 
 
 class Critic(nn.Module):
-    """U over what the gate sees and the price, in nats."""
+    """U in nats, as a function of the gate's features and the price."""
 
     middle: Tensor
-    """Of the prices' logarithms."""
+    """Middle of the range of log prices."""
     reach: Tensor
-    """From there to the ends."""
+    """Distance from the middle to the ends of this range."""
     mean: Tensor
-    """Of the features."""
+    """(F,) mean of the features."""
     scale: Tensor
-    """1 / their standard deviation."""
+    """(F,) 1 / the standard deviation of the features."""
 
     def __init__(self, features: int, width: int, prices: tuple[float, float]) -> None:
         super().__init__()
@@ -63,12 +64,12 @@ class Critic(nn.Module):
         )
 
     def standardise(self, head: Head) -> None:
-        """See features as the head's gate does."""
+        """Take the mean and scale of the features from the head's gate."""
         self.mean.copy_(head.gate.mean)
         self.scale.copy_(head.gate.scale)
 
     def forward(self, x: Tensor, price: Tensor) -> Tensor:
-        """x: (..., F) features; price: (...) nats. Returns U (...)."""
+        """U (...) of features x (..., F) at prices (...) in nats."""
         dear = (price.log() - self.middle) / self.reach
         seen = torch.cat(((x - self.mean) * self.scale, dear[..., None]), dim=-1)
         utility: Tensor = self.mlp(seen).squeeze(-1)
@@ -76,27 +77,27 @@ class Critic(nn.Module):
 
 
 class Ahead(NamedTuple):
-    """U of the next states of N positions, nats."""
+    """U of the next states of N positions, in nats."""
 
     called: Tensor
-    """(N,) after a call."""
+    """(N,) U after a call."""
     own: Tensor
-    """(N,) after the student's own token."""
+    """(N,) U after the student's own token."""
 
 
 class Residuals(NamedTuple):
-    """Of N positions, (N,) each."""
+    """Residuals C of both actions at N positions, and the policy there."""
 
     ask: Tensor
-    """C of asking, nats."""
+    """(N,) C of asking, in nats."""
     own: Tensor
-    """C of writing, nats."""
+    """(N,) C of writing, in nats."""
     share: Tensor
-    """pi(ask|s)."""
+    """(N,) pi(ask|s), the probability of asking."""
 
     @property
     def mean(self) -> Tensor:
-        """Under the policy."""
+        """(N,) mean of C under the policy, in nats."""
         return self.share * self.ask + (1 - self.share) * self.own
 
 
@@ -109,16 +110,16 @@ def residuals(
     price: Tensor,
     temperature: float,
 ) -> Residuals:
-    """C of both actions; all tensors (N,).
+    """The residuals C of both actions; all tensors are (N,).
 
     Args:
-        score: the gate's.
-        gain: what the student's next token loses, nats.
-        tokens: of a call.
-        utility: U at the position.
-        ahead: U at the next ones.
-        price: of a teacher token, nats.
-        temperature: T, nats.
+        score: the gate's scores, in nats.
+        gain: the loss of the student's next token, in nats.
+        tokens: number of tokens in a call.
+        utility: U at the positions, in nats.
+        ahead: U at the next states.
+        price: price of a teacher token, in nats.
+        temperature: T, in nats.
     """
     logit = tokens * (score - price) / temperature
     ask = -price * tokens + ahead.called - temperature * logsigmoid(logit) - utility
@@ -127,21 +128,21 @@ def residuals(
 
 
 def difference(score: Tensor, gain: Tensor, tokens: Tensor, ahead: Ahead) -> Tensor:
-    """(N,) C(ask) - C(own), per teacher token: neither U nor the price of the position is in it."""
+    """(N,) C(ask) - C(own) per teacher token, which depends neither on U(s) nor on the price there."""
     return (gain + ahead.called - ahead.own) / tokens - score
 
 
 class Choices(NamedTuple):
-    """What a policy is fitted on: positions, and where both actions lead from there."""
+    """The data that a policy is fitted on: positions, and the next states of both actions."""
 
     lessons: Lessons
-    """Their target is the gain of one token."""
+    """The positions; their target is the gain of one token."""
     branches: Branches
-    """Of the same positions."""
+    """The next states of the same positions."""
 
 
 class _States:
-    """All states of some choices, as the gate sees them."""
+    """Features of all states of some choices, by the states' numbers in `Branches`."""
 
     def __init__(self, head: Head, choices: Choices) -> None:
         self._head = head
@@ -149,23 +150,25 @@ class _States:
         self._confidence = head.confidence(self._states)
 
     def features(self, numbers: Tensor) -> Tensor:
-        """(N, F) of the states of these numbers."""
+        """(N, F) features of the states with these numbers."""
         states = self._states[numbers].to(self._head.taps.device)
         return self._head.features(states, self._confidence[numbers])
 
     @torch.no_grad()
     def utility(self, critic: Critic, numbers: Tensor, price: Tensor) -> Tensor:
-        """(N,) U of the states of these numbers, 0 after the end."""
+        """(N,) U of the states with these numbers; 0 after the end of a completion."""
         utility = critic(self.features(numbers.clamp(min=0)), price)
         return torch.where((numbers == ENDED).to(utility.device), 0.0, utility)
 
 
 class _Terms(NamedTuple):
-    """Of some positions, (N,) each."""
+    """The terms of the losses at N positions."""
 
     difference: Tensor
+    """(N,) C(ask) - C(own), per teacher token."""
     residuals: Residuals
     utility: Tensor
+    """(N,) U."""
 
 
 def fit_constrained(
@@ -179,8 +182,9 @@ def fit_constrained(
     """Train the gate and its critic.
 
     Returns:
-        The last epoch's `loss`; then means over all positions at the prices' geometric mean: `residual`, the
-        absolute one, `value` (V, nats) and `value_cost` (V_C, teacher tokens).
+        Scalars to log: the last epoch's `loss`, and means over all positions at the geometric mean of the
+        range of prices. They are `residual` (absolute), `value` (V, nats) and `value_cost` (V_C, teacher
+        tokens).
     """
     torch.manual_seed(seed)
     lessons, branches = choices
@@ -222,7 +226,7 @@ def fit_constrained(
 
 
 def _means(terms: Callable[[Tensor, Tensor], _Terms], prices: Tensor, batch: int) -> dict[str, float]:
-    """Over all positions, each at its own of the prices (N,), `batch` at a time."""
+    """Means of residual, V and V_C over N positions, each at its own price of `prices` (N,)."""
     residual = 0.0
     value = 0.0
     cost = 0.0

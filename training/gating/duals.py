@@ -1,9 +1,9 @@
 """A dual variable for every budget: the price at which the policy spends the budget on average.
 
-The constraint is E[teacher tokens] = budget * E[tokens]. Its dual variable rises by what was spent too much
-(dual ascent). Scores are spread over orders of magnitude, and so are prices. So the step is taken in the
-share of positions whose score is above the price: that share is what the rate depends on, in any unit.
-A budget above what the gate would spend for nothing has a negative price.
+The constraint is E[teacher tokens] = budget * E[tokens]. Dual ascent raises the price if too much was spent,
+and lowers it if too little was. Scores are spread over orders of magnitude, and so are prices. Therefore a
+step changes the share of positions whose score is above the price: the rate depends on this share, in any
+unit. If a budget is more than the gate spends at price 0, its price is negative.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,16 +17,16 @@ from training.gating.rollout import FREE, Rollout
 from training.gating.tree import Setting, Tree
 
 RECENT = 100_000
-"""Positions whose scores the prices of the next rollouts are quantiles of."""
+"""Number of latest positions, whose scores give the prices of the next rollouts as quantiles."""
 SETTLING = 12
-"""Steps of dual ascent with a gate that does not change any more."""
+"""Number of steps of dual ascent with a gate that no longer changes."""
 
 
 def wanted_rate(completions: Sequence[Rollout]) -> float:
-    """Teacher tokens / completion tokens that the policy itself would have spent, exploration apart.
+    """The teacher rate (teacher tokens / completion tokens) of the policy itself, without exploration.
 
-    Decisions are taken outside spans. If a share p of them is to ask, and a call brings n tokens, the rate is
-    p n / (p n + 1 - p).
+    The gate decides at positions outside spans. If it asks at a share p of them, and a call has n tokens, the
+    rate is p n / (p n + 1 - p).
     """
     decisions = 0
     wanted = 0
@@ -47,27 +47,38 @@ def wanted_rate(completions: Sequence[Rollout]) -> float:
 
 
 def asking_share(rate: float, tokens: int) -> float:
-    """Share of the decisions that has to be to ask for a rate, if a call brings this many tokens."""
+    """The share of decisions at which a gate must ask to realise a teacher rate.
+
+    Args:
+        rate: the teacher rate.
+        tokens: number of tokens in a call.
+    """
     return rate / (tokens * (1 - rate) + rate)
 
 
 def asking_price(scores: Tensor, rate: float, tokens: int) -> float:
-    """The price for a rate by the quantiles of scores (N,), as if asking did not change what comes next."""
+    """The price that realises a rate on scores (N,), as if asking did not change the later positions.
+
+    Args:
+        scores: (N,), the gate's scores.
+        rate: the teacher rate.
+        tokens: number of tokens in a call.
+    """
     return torch.quantile(scores, 1 - asking_share(rate, tokens)).item()
 
 
 def ascended(
     price: float, realised: float, budget: float, scores: Tensor, step: float = 1.0, tokens: int = 1
 ) -> float:
-    """One step of dual ascent.
+    """The price after one step of dual ascent.
 
     Args:
-        price: that `realised` was measured at.
-        realised: rate.
-        budget: rate that is wanted.
-        scores: (N,) of the gate as it is now.
-        step: 1 corrects all of the error at once.
-        tokens: of a call.
+        price: the price at which `realised` was measured.
+        realised: the realised teacher rate.
+        budget: the wanted teacher rate.
+        scores: (N,), scores of the present gate.
+        step: share of the error to correct; 1 corrects all of it.
+        tokens: number of tokens in a call.
     """
     too_much = asking_share(realised, tokens) - asking_share(budget, tokens)
     above = (scores > price).double().mean().item() - step * too_much
@@ -78,17 +89,18 @@ class Settling(NamedTuple):
     """A step of dual ascent."""
 
     realised: dict[float, float]
-    """Rates at the prices before it, by budget."""
+    """Realised rates by budget, at the prices before the step."""
     prices: dict[float, float]
-    """After it."""
+    """Prices by budget after the step."""
 
 
 def settling(tree: Tree, gate: str, prices: Mapping[float, float], ask_tokens: int) -> Iterator[Settling]:
     """Steps of dual ascent on the greedy completions of a tree's prompts, without a bucket.
 
-    Rollouts of a round are few for each budget, and with the gate the rates move. Here nothing is drawn.
+    In a round, each budget has few rollouts, and the rates change with the gate. Here the gate is fixed, and
+    nothing is drawn at random.
     """
-    scores = tree.scores(gate)  # as they are now: the tree grows meanwhile
+    scores = tree.scores(gate)  # kept, because the tree grows in the meantime
     for number in range(1, SETTLING + 1):
         runs = tree.run([Setting(gate, price, FREE, ask_tokens) for price in prices.values()])
         realised = dict(zip(prices, map(teacher_rate, runs), strict=True))

@@ -1,8 +1,9 @@
 """The target of `gain: quality`: the expected change of the metric by one teacher token.
 
-One completion's metric is nearly all noise: state and confidence of the student explain less than one percent
-of what a token changes in it. The critic also sees the teacher's distribution, which the gate never
-does (an asymmetric critic: Pinto et al. 2017, arXiv 1710.06542); the gate's target is free of that noise.
+The metric of one completion is nearly all noise: the student's state and confidence explain less than one
+percent of a token's effect on it. So a critic predicts this effect, and the gate learns the prediction. The
+critic also sees the teacher's distribution, which the gate never sees (an asymmetric critic: Pinto et al.
+2017, arXiv 1710.06542).
 """
 
 import torch
@@ -19,10 +20,15 @@ WIDTH = 32
 
 
 def expected_gain(head: Head, lessons: Lessons, seed: int, known: Tensor | None = None) -> Tensor:
-    """(N,) the expectation of the lessons' target if student and teacher differ, and 0 elsewhere.
+    """(N,) the expectation of the lessons' target if student and teacher differ, and 0 if they agree.
 
-    Each source has it from a critic that was fitted on others. `known` is the confidence (N, 10) of the
-    lessons' states, if it was computed before.
+    Each source gets it from a critic that was fitted on other sources.
+
+    Args:
+        head: computes the gate's features.
+        lessons: N positions.
+        seed: seed of the critics.
+        known: the confidence (N, 10) of the lessons' states; None: it is computed.
     """
     differ = lessons.view[:, 0] > 0
     result = torch.zeros_like(lessons.target)
@@ -46,7 +52,7 @@ def expected_gain(head: Head, lessons: Lessons, seed: int, known: Tensor | None 
 
 
 def _fit(x: Tensor, target: Tensor, asked: Tensor, seed: int) -> Tensor:
-    """Least squares on x (N, F) and target (N,); its values at asked (M, F)."""
+    """Values (M,) at `asked` (M, F) of a critic fitted to x (N, F) and target (N,) by least squares."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,7 +1,7 @@
-"""The difference form: the gate's score is a regression on what asking gains.
+"""Fits the gate by objective `difference`: its score is a regression on the gain of asking.
 
-The score says what the next span would gain if the teacher wrote it, per teacher token. The price that it is
-compared with at serving time plays lambda's part, so that one gate serves all budgets.
+The score predicts the gain per teacher token if the teacher writes the next call. At serving time, the score
+is compared with a price, which is the Lagrange multiplier of the budget. So one gate serves all budgets.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,9 +19,17 @@ from training.gating.lessons import Lessons
 def fit(
     head: Head, lessons: Lessons, config: GateConfig, seed: int, known: Tensor | None = None
 ) -> dict[str, float]:
-    """Least squares of the score on the target; `loss` is the last epoch's mean.
+    """Fit the score to the lessons' target by least squares.
 
-    `known` is the confidence (N, 10) of the lessons' states, if it was computed before.
+    Args:
+        head: taps and gate, which are changed.
+        lessons: N positions with their target.
+        config: epochs, batch and learning rate.
+        seed: seed of the batches' order.
+        known: the confidence (N, 10) of the lessons' states; None: it is computed.
+
+    Returns:
+        Scalars to log: `loss`, the last epoch's mean.
     """
     device = head.taps.device
     states = lessons.states
@@ -51,16 +59,19 @@ def descend(
     loss: Callable[[Part], Tensor],
     config: GateConfig,
 ) -> float:
-    """`config.epochs` epochs of AdamW, one cycle of the learning rate; returns the last epoch's mean loss.
+    """Run `config.epochs` epochs of AdamW with one cycle of the learning rate.
 
     Args:
-        parameters: to change.
-        steps: parts of an epoch.
-        epoch: gives the parts of the next epoch, in an order of its own.
-        loss: of a part.
+        parameters: the parameters to change.
+        steps: number of parts in an epoch.
+        epoch: gives the parts of the next epoch, in a new order.
+        loss: computes the loss of a part.
         config: epochs, learning rate and weight decay.
+
+    Returns:
+        The mean loss of the last epoch.
     """
-    # Fused: a gate is so small that a step would mostly be the overhead of its dozens of operations.
+    # Fused, because a gate is small: most of a step would be the overhead of its dozens of operations.
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )

@@ -1,12 +1,12 @@
-"""The long-range term of the gate's advantage, measured.
+"""Measures the advantage of a teacher token, with its effect until the end of the completion.
 
-It is what a teacher token at a position changes until the end of the completion:
+The advantage of asking at a position s is
 
     A(s) = worth of the completion after s and the teacher's token
          - worth of the completion after s and the student's own token
 
-After that token the student writes alone and greedily. So A is exact, and zero if the two models want the
-same token: only positions at which they differ cost rollouts.
+After that token, the student writes alone and greedily. So A is exact, and it is zero if the two models want
+the same token. Only positions at which they differ cost rollouts.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,34 +21,34 @@ from training.reading import Stepper
 from training.sampling import until_end
 
 Worth = Callable[[Sequence[int], Sequence[list[int]]], Tensor]
-"""Rows and whole completions (N of both) -> what they are worth (N,)."""
+"""Computes the worth (N,) of N whole completions, from their rows and tokens."""
 
 Finish = Callable[[Sequence[int], Sequence[list[int]]], list[list[int]]]
-"""Rows and begun completions (N of both) -> whole, as the student alone and greedily goes on."""
+"""Finishes N begun completions, from their rows and tokens; the student writes alone and greedily."""
 
 
 @dataclass(frozen=True)
 class Forks:
-    """The D of N positions at which the two models differ, and the M completions that lead on from there.
+    """The D of N positions at which the two models differ, and the M completions that go on from them.
 
     M is less than 2 D: until the teacher writes again, the student's own token leads to the same completion
     from every position.
     """
 
     positions: Tensor
-    """(D,) their numbers."""
+    """(D,) numbers of the positions at which the models differ."""
     own: list[int]
-    """D numbers of completions: with the student's next token."""
+    """For each of the D positions, number of the completion with the student's next token."""
     theirs: list[int]
-    """The same, with the teacher's."""
+    """For each of the D positions, number of the completion with the teacher's next token."""
     rows: list[int]
-    """The M rows that the completions belong to."""
+    """For each of the M completions, the row that it belongs to."""
     begun: list[list[int]]
-    """Their tokens up to where the student goes on alone."""
+    """For each of the M completions, its tokens up to the point from which the student writes alone."""
 
     @classmethod
     def of(cls, trajectories: Trajectories, completions: Sequence[Rollout]) -> "Forks":
-        """Of the completions of the trajectories' rows."""
+        """The forks of some positions, from the completions of their rows."""
         every = trajectories.positions
         differ = (every.own != every.theirs).nonzero().squeeze(1)
         forks = cls(differ, [], [], [], [])
@@ -74,13 +74,13 @@ class Forks:
 def worth_of_asking(
     trajectories: Trajectories, completions: Sequence[Rollout], finish: Finish, worth: Worth
 ) -> Tensor:
-    """(N,) A at every position, in the unit of `worth`.
+    """(N,) the advantage A at every position, in the unit of `worth`.
 
     Args:
-        trajectories: the positions.
-        completions: of the trajectories' rows.
-        finish: completions of these rows.
-        worth: of whole completions of these rows.
+        trajectories: N positions.
+        completions: the completions of the trajectories' rows.
+        finish: finishes begun completions of these rows.
+        worth: computes the worth of whole completions of these rows.
     """
     forks = Forks.of(trajectories, completions)
     worths = worth(forks.rows, finish(forks.rows, forks.begun))
@@ -90,7 +90,7 @@ def worth_of_asking(
 
 
 def room_left(begun: list[int], end: int, longest: int) -> int:
-    """Tokens that may follow a begun completion: none after its end."""
+    """Number of tokens that may follow a begun completion: 0 after its end token."""
     return 0 if begun[-1] == end else max(0, longest - len(begun))
 
 
@@ -98,7 +98,14 @@ def room_left(begun: list[int], end: int, longest: int) -> int:
 def finished(
     loop: ClosedLoop, prompts: Sequence[list[int]], rows: Sequence[int], begun: Sequence[list[int]]
 ) -> list[list[int]]:
-    """Every begun completion of a row, finished by the student alone, which reads a prompt once for all."""
+    """The begun completions, each finished by the student alone, which reads equal prompts once.
+
+    Args:
+        loop: the pair.
+        prompts: the prompt of each row, as token ids.
+        rows: the row of each begun completion.
+        begun: the tokens of each begun completion.
+    """
     whole = list(map(list, begun))
     going = []
     requests = []
@@ -114,7 +121,7 @@ def finished(
 
 
 def _rests(loop: ClosedLoop, requests: Sequence[Request]) -> list[list[int]]:
-    """What the student writes after each, greedily, the end token with it."""
+    """The student's greedy continuation of each request, including the end token."""
     student = Stepper(loop.student)
     prompts = [request.prompt for request in requests]
     reading, mask = student.start(prompts, [request.begun for request in requests], loop.end)

@@ -1,4 +1,4 @@
-"""Taps and learned gate over a frozen student."""
+"""Taps and learned gate of a frozen student, while they are trained."""
 
 from collections.abc import Sequence
 
@@ -15,17 +15,24 @@ from training.reading import Readout, bias_of
 
 
 class Head(nn.Module):
-    """Taps and learned gate over a frozen student, as they will be merged into it."""
+    """Taps and learned gate of a frozen student; they compute what they will compute when merged into it."""
 
     visible: Tensor
     """(V, H) the student's output matrix without the reserved rows."""
     bias: Tensor | None
-    """Of the output matrix."""
+    """(rows,) bias of the output matrix, with the reserved rows; None: it has no bias."""
 
     def __init__(
         self, student: PreTrainedModel, reserved: ReservedRows, width: int, costs: Sequence[float] = ()
     ) -> None:
-        """``costs``: of each teacher's token, for a gate with an output for each."""
+        """Make taps of zeros and a new gate.
+
+        Args:
+            student: the frozen student.
+            reserved: the student's rows for the router.
+            width: width of the gate's hidden layers.
+            costs: cost of each teacher's token, for a gate with an output for each; empty: one teacher.
+        """
         super().__init__()
         self.gate: LearnedGate = new_gate(reserved, width, costs)
         output = student.get_output_embeddings()
@@ -36,9 +43,11 @@ class Head(nn.Module):
         self._readout = Readout.of(student.config)
 
     def start_from(self, states: Tensor, known: Tensor | None = None) -> None:
-        """Taps = the directions of most variance of states (N, H); features standardised on them.
+        """Set the taps to the directions of largest variance of states (N, H), and standardise the features.
 
-        `known` is their `confidence`, if it was computed before.
+        Args:
+            states: (N, H), the student's states.
+            known: the states' `confidence` (N, 10); None: it is computed.
         """
         _, _, directions = torch.pca_lowrank(states, q=min(self.taps.shape), niter=4)
         self.taps.data[: directions.shape[1]] = directions.T
@@ -50,7 +59,7 @@ class Head(nn.Module):
 
     @classmethod
     def of(cls, student: PreTrainedModel, checkpoint: RouterCheckpoint) -> "Head":
-        """What a checkpoint holds, over its student."""
+        """The taps and the gate of a checkpoint, frozen, for its student."""
         costs = [teacher.cost for teacher in checkpoint.config.teachers]
         head = cls(student, checkpoint.reserved, checkpoint.config.gate_width, costs)
         head.taps.data.copy_(checkpoint.taps)
@@ -58,11 +67,11 @@ class Head(nn.Module):
         return head.requires_grad_(False).eval()
 
     def install(self, student: PreTrainedModel) -> None:
-        """Write the taps into the student: in memory what `RouterCheckpoint.merge` does to its files."""
+        """Write the taps into the student's rows in memory, as `RouterCheckpoint.merge` does in its files."""
         student.get_output_embeddings().weight.data[self.gate.reserved.taps] = self.taps.detach()
 
     def logits(self, states: Tensor) -> Tensor:
-        """(N, H) -> (N, V): what the merged student computes there. The escalation row stays 0."""
+        """Logits (N, V) of the merged student for states (N, H). The escalation row's logit is 0."""
         escalation = states.new_zeros(len(states), 1)
         return torch.cat((self._visible_logits(states), escalation, self._tapped(states)), dim=-1)
 
@@ -76,9 +85,9 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def confidence(self, states: Tensor) -> Tensor:
-        """(N, H) -> (N, 10): the features that training does not change.
+        """(N, 10) the confidence features of states (N, H), which training does not change.
 
-        They are as wide as the vocabulary while they are computed, so in pieces and once.
+        They need logits over the whole vocabulary, so they are computed in pieces, and only once.
         """
         features = []
         for chunk in pieces_of(states, len(self.visible)):
@@ -87,16 +96,21 @@ class Head(nn.Module):
         return torch.cat(features)
 
     def features(self, states: Tensor, confidence: Tensor) -> Tensor:
-        """(N, F): what the gate sees, as `router.features` computes it from logits."""
+        """(N, F) the gate's features, as `router.features` computes them from logits."""
         return torch.cat((self._tapped(states), confidence), dim=-1)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Scores (N,) of states (N, H)."""
+        """The gate's scores (N,) of states (N, H)."""
         return self.gate(self.logits(states))
 
     @torch.no_grad()
     def scores(self, states: Tensor, known: Tensor | None = None) -> Tensor:
-        """(N,) of states (N, H), on the CPU: in pieces, or from their `confidence` if it is known."""
+        """The gate's scores (N,) of states (N, H), on the CPU.
+
+        Args:
+            states: (N, H), the student's states.
+            known: the states' `confidence` (N, 10); None: it is computed, piece by piece.
+        """
         if known is not None:
             x = self.features(states.to(self.taps.device), known.to(self.taps.device))
             return self.gate.score(x).cpu()

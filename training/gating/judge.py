@@ -1,8 +1,8 @@
-"""The value of a completion with `gain: quality`: the task's metric and similarity.
+"""The worth of a completion with `gain: quality`: the task's metric and similarity.
 
-They are taken against the references, and against what the teacher itself would write.
-A token of a good answer is often not in the one reference. Completions drawn from the teacher are many, and
-what they agree on is what it is asked for (minimum Bayes risk: Eikema and Aziz 2020, arXiv 2005.10283).
+The completion is compared with the example's references, and with completions drawn from the teacher. A token
+of a good answer is often missing in a single reference. Many completions of the teacher show what it would
+write on average (minimum Bayes risk: Eikema and Aziz 2020, arXiv 2005.10283).
 """
 
 from collections import defaultdict
@@ -22,11 +22,20 @@ TEMPERATURE = 0.7
 BATCH = 512
 
 Draw = Callable[[list[list[int]]], list[list[int]]]
-"""Prompts, each once for every completion of it -> the teacher's completions, drawn at `TEMPERATURE`."""
+"""Draws a teacher's completion of each prompt, at `TEMPERATURE`; a prompt may come several times."""
 
 
 class Judge:
-    """Of completions of `examples`, whose prompts the teacher completes `count` times, once it has to."""
+    """Computes the worth of completions.
+
+    Args:
+        task: the task that scores completions.
+        tokenizer: the tokenizer of the pair.
+        examples: the examples that are completed.
+        prompts: the prompt of each example, as token ids.
+        count: number of the teacher's completions for each example, drawn when the example is first judged.
+        draw: draws the teacher's completions.
+    """
 
     def __init__(
         self,
@@ -41,16 +50,16 @@ class Judge:
         self._prompts = prompts
         self._count = count
         self._draw = draw
-        self._examples = list(examples)  # after them, those that the teacher wrote
+        self._examples = list(examples)  # later followed by the teacher's completions
         self._scorer = Scorer(task, tokenizer, self._examples)
         self._drawn: dict[int, range] = {}
 
     def worth(self, numbers: Sequence[int], completions: Sequence[list[int]]) -> Tensor:
-        """In points of 100: (N,); the references count as much as all that was drawn.
+        """(N,) worth in points of 100; the references count as much as all drawn completions together.
 
         Args:
-            numbers: of N examples.
-            completions: token ids, one for each number.
+            numbers: the numbers of N examples.
+            completions: a completion of each of these examples, as token ids.
         """
         given = self._scorer.worth(numbers, completions)
         if self._count == 0:
@@ -81,7 +90,7 @@ class Judge:
 
 
 def drawn_in_process(loop: ClosedLoop) -> Draw:
-    """By the loop's teacher."""
+    """A function that draws completions from the loop's teacher."""
 
     def draw(prompts: list[list[int]]) -> list[list[int]]:
         return complete(loop.teacher, prompts, loop.visible, loop.end, loop.max_tokens, TEMPERATURE)

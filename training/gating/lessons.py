@@ -1,4 +1,4 @@
-"""Training data of a gate: positions of rollouts, the gain of asking there, and the teacher's view."""
+"""Training data of a gate: positions of rollouts, with the gain of asking and the teacher's view at each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,22 +17,28 @@ class Trajectories:
 
     positions: Positions
     by_teacher: Tensor
-    """(N,) whether the teacher wrote the token there."""
+    """(N,) bool, whether the teacher wrote the token at the position."""
 
     def __len__(self) -> int:
         return len(self.by_teacher)
 
 
 class Collected(NamedTuple):
-    """What some requests gave."""
+    """The completions of some requests, with their positions."""
 
     trajectories: Trajectories
     completions: list[Rollout]
-    """In the order of the requests, as the trajectories' rows."""
+    """The completions in the order of the requests, which is that of the trajectories' rows."""
 
 
 def collect(loop: ClosedLoop, requests: Sequence[Request], batch: int = ROWS) -> Collected:
-    """The completions of the requests, with what was seen at every position."""
+    """Write the completions of the requests, and record every position.
+
+    Args:
+        loop: the pair.
+        requests: the requests.
+        batch: most requests to write at once.
+    """
     seen: list[Positions] = []
     completions = loop.write(requests, batch=batch, watch=seen.append)
     joined = concatenate(seen)
@@ -46,27 +52,27 @@ def collect(loop: ClosedLoop, requests: Sequence[Request], batch: int = ROWS) ->
 
 @dataclass(frozen=True)
 class Lessons:
-    """What a gate is fitted on: N positions, those of a path in one piece."""
+    """N positions that a gate is fitted on. The positions of a path follow each other."""
 
     states: Tensor
-    """(N, H) the student's."""
+    """(N, H) the student's states."""
     target: Tensor
-    """(N,) nats, or points. Of K teachers (N, K), from the cheapest to the dearest."""
+    """(N,) gain of asking, in nats or points; (N, K) with K teachers, from the cheapest to the dearest."""
     asked: Tensor
-    """(N,) whether the teacher wrote there."""
+    """(N,) bool, whether the teacher wrote the token at the position."""
     row: Tensor
-    """(N,) the path that a position belongs to."""
+    """(N,) number of the path that the position belongs to."""
     source: Tensor
-    """(N,) number of the path's source, the same for all paths from it."""
+    """(N,) number of the path's source; all paths from one source have the same number."""
     view: Tensor
-    """(N, 7) `teacher_view`."""
+    """(N, 7) the teacher's view of the position, see `teacher_view`."""
 
     def __len__(self) -> int:
         return len(self.target)
 
     @classmethod
     def join(cls, parts: Sequence["Lessons"]) -> "Lessons":
-        """All of them, their paths numbered on."""
+        """All parts as one, with paths numbered through all parts."""
         rows = []
         first = 0
         for part in parts:
@@ -78,7 +84,7 @@ class Lessons:
         return replace(cls(**columns), row=torch.cat(rows))
 
     def where(self, known: Tensor) -> "Lessons":
-        """At these positions (N,) only."""
+        """The positions selected by `known`, (N,) bool."""
         columns = {}
         for name, column in vars(self).items():
             columns[name] = column[known]
@@ -86,10 +92,11 @@ class Lessons:
 
 
 def teacher_view(seen: Positions) -> Tensor:
-    """(N, 7): what only the teacher knows of a position.
+    """(N, 7) the teacher's view of each position, which the gate never sees.
 
-    How much less it likes the student's token than its own (nats, 0 if they agree; and as a ratio), how much
-    it likes both, KL(student, teacher), its entropy.
+    The columns are the regret of the student's token (in nats, and as a ratio of probabilities), -log p_T of
+    the student's token, -log p_T and p_T of the teacher's best token, KL(student, teacher), and the
+    teacher's entropy.
     """
     lost = regret(seen).clamp(min=0, max=8)
     columns = (lost, (-lost).exp(), seen.surprisal, seen.best, (-seen.best).exp(), seen.kl, seen.entropy)
@@ -97,15 +104,15 @@ def teacher_view(seen: Positions) -> Tensor:
 
 
 def regret(seen: Positions) -> Tensor:
-    """(N,) log p_T(best) - log p_T(own), nats: zero if both agree, small among synonyms."""
+    """(N,) log p_T(best) - log p_T(own), in nats: zero if both models agree, small for synonyms."""
     return seen.surprisal - seen.best
 
 
 def token_gain(config: RegretGain | RatioGain, seen: Positions) -> Tensor:
-    """(N,) what asking at a position would gain there.
+    """(N,) the gain of asking for one token at each position; (N, K) with K teachers.
 
-    (N, K) with K teachers. The dearest one judges the others: a cheaper one gains what its token loses less
-    than the student's. That is below 0 if its token is the worse one.
+    The dearest teacher judges the others. The gain of a cheaper teacher is the loss of the student's token
+    minus the loss of the cheaper teacher's token. It is below 0 if the cheaper teacher's token is worse.
     """
     own = loss(config, regret(seen))
     if not seen.lost.shape[1]:
@@ -114,32 +121,37 @@ def token_gain(config: RegretGain | RatioGain, seen: Positions) -> Tensor:
 
 
 def loss(config: RegretGain | RatioGain, lost: Tensor) -> Tensor:
-    """What a token loses, as the recipe counts it, by the nats that the teacher likes its own one more."""
+    """The loss of a token in the unit of the recipe's gain.
+
+    Args:
+        config: the recipe's gain.
+        lost: log p_T of the teacher's best token minus that of this token, in nats.
+    """
     if isinstance(config, RatioGain):
         return (1 - (-lost).exp()).clamp(min=0)
     return lost.clamp(0, config.clip)
 
 
 class SpanGain(NamedTuple):
-    """What a call of several tokens gains."""
+    """The gain of a call of several tokens at N positions."""
 
     mean: Tensor
-    """(N,) or (N, K) over the student's own next tokens."""
+    """(N,) or (N, K) mean gain over the student's own next tokens."""
     known: Tensor
-    """(N,) bool."""
+    """(N,) bool, whether this mean is known."""
 
 
 def span_gain(gain: Tensor, row: Tensor, by_teacher: Tensor, span: int) -> SpanGain:
-    """Mean over the student's own next `span` tokens of gain, and where it is known.
+    """Mean gain over the student's own next `span` tokens, and whether it is known.
 
-    A position is known when the student itself wrote every token of the span before its last; spans that run
-    over the end of the completion count the missing tokens as zero.
+    It is known if the student wrote every token of the span except perhaps the last. If a span goes beyond
+    the end of the completion, the missing tokens count as zero.
 
     Args:
-        gain: (N,) of one token, or (N, K) of each of K teachers.
-        row: (N,) of each position, those of a row in order.
-        by_teacher: (N,) who wrote there.
-        span: tokens.
+        gain: (N,) gain of one token, or (N, K) with K teachers.
+        row: (N,) row of each position; the positions of a row are in order.
+        by_teacher: (N,) bool, whether the teacher wrote the token.
+        span: number of tokens in a call.
     """
     total = gain.clone()
     known = torch.ones_like(by_teacher)

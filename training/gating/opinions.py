@@ -1,7 +1,7 @@
-"""Student's and teacher's distributions at every position of finished completions.
+"""Reads finished completions with student and teacher, to compare their distributions at every position.
 
-One pass of each model over each completion. The teacher may be a server: then its likeliest tokens are known,
-and of all others what they have together.
+Each model reads each completion in one pass. The teacher may be a server. Then its likeliest tokens are
+known, and all other tokens count as one event.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,38 +23,40 @@ from training.teacher import Teacher, check_masses, remainder
 
 
 class Opinion(NamedTuple):
-    """The teacher's, of n positions; nats."""
+    """The teacher's opinion of n positions, in nats."""
 
     theirs: Tensor
-    """(n,) its likeliest token."""
+    """(n,) the teacher's likeliest token."""
     best: Tensor
-    """(n,) -log p_T of it."""
+    """(n,) -log p_T of the teacher's likeliest token."""
     surprisal: Tensor
-    """(n,) -log p_T of the student's own token. If a server does not list it, it is at least this."""
+    """(n,) -log p_T of the student's own token; a lower bound of it if a server does not list the token."""
     kl: Tensor
     """(n,) KL(pi || p_T)."""
     entropy: Tensor
-    """(n,) of p_T."""
+    """(n,) entropy of p_T."""
     lost: Tensor
-    """(n, K - 1) log p_T of its likeliest token less that of each cheaper teacher's; at least, as above."""
+    """(n, K - 1) log p_T of the teacher's likeliest token minus that of each cheaper teacher's token; a lower
+    bound of it if a server does not list the cheaper teacher's token.
+    """
 
 
 @dataclass(frozen=True)
 class Observer:
-    """Reads completions with both models."""
+    """Reads completions with student and teacher."""
 
     student: PreTrainedModel
     teacher: Teacher
     visible: int
     """Token ids below this may be written."""
     end: int
-    """Id of the end of a sequence, to pad with."""
+    """Id of the end-of-sequence token, used to pad."""
     cheaper: Sequence[Teacher] = ()
     """Further teachers, from the cheapest to the dearest."""
 
     @torch.no_grad()
     def seen(self, trajectories: Sequence[Trajectory]) -> Trajectories:
-        """All positions of some completions that are read together, in the order of (row, step).
+        """All positions of some completions, which are read together, in the order of (row, step).
 
         Raises:
             ServerError: a served teacher cannot be used.
@@ -62,7 +64,7 @@ class Observer:
         prompts = [trajectory.prompt for trajectory in trajectories]
         answers = [trajectory.tokens for trajectory in trajectories]
         batch = Batch.of(prompts, answers, self.end).to(self.student.device)
-        batch = replace(batch, comes_again=True)  # to a run that goes on after a stop
+        batch = replace(batch, comes_again=True)  # in a run that is resumed
         student = answer_outputs(self.student, batch, self.visible)
         row: list[int] = []
         step: list[int] = []
@@ -99,7 +101,7 @@ class Observer:
         return [slice(first, first + size) for first in range(0, batch.positions, size)]
 
     def _next_tokens(self, batch: Batch) -> Tensor:
-        """(n, K - 1) of the cheaper teachers."""
+        """(n, K - 1) the next tokens of the cheaper teachers."""
         columns = [torch.empty(batch.positions, 0, dtype=torch.long, device=batch.ids.device)]
         for teacher in self.cheaper:
             if isinstance(teacher, ServedTeacher):
@@ -112,7 +114,7 @@ class Observer:
         return torch.cat(columns, dim=1)
 
     def _opinions(self, batch: Batch, student: Outputs, cheaper: Tensor) -> Iterator[tuple[Tensor, Opinion]]:
-        """The student's own tokens and the teacher's opinions, a piece of the positions at a time."""
+        """The student's own tokens and the teacher's opinions, piece by piece of the positions."""
         pieces = self._pieces(batch)
         if isinstance(self.teacher, ServedTeacher):
             answer = self.teacher.likeliest(batch)
@@ -132,13 +134,13 @@ class Observer:
 
 
 def of_all(log_pi: Tensor, own: Tensor, log_p: Tensor, cheaper: Tensor) -> Opinion:
-    """Of a teacher whose log-probabilities are all known.
+    """The opinion of a teacher whose log-probabilities are all known.
 
     Args:
-        log_pi: (n, V) the student's.
-        own: (n,) its token.
-        log_p: (n, V) the teacher's.
-        cheaper: (n, K - 1) tokens of cheaper teachers.
+        log_pi: (n, V) the student's log-probabilities.
+        own: (n,) the student's token.
+        log_p: (n, V) the teacher's log-probabilities.
+        cheaper: (n, K - 1) the cheaper teachers' tokens.
     """
     best, theirs = log_p.max(-1)
     return Opinion(
@@ -152,26 +154,26 @@ def of_all(log_pi: Tensor, own: Tensor, log_p: Tensor, cheaper: Tensor) -> Opini
 
 
 def of_likeliest(log_pi: Tensor, own: Tensor, ids: Tensor, log_probs: Tensor, cheaper: Tensor) -> Opinion:
-    """Of a teacher whose likeliest tokens are known; all others count as one event.
+    """The opinion of a teacher whose likeliest tokens are known; all other tokens count as one event.
 
     Args:
-        log_pi: (n, V) the student's.
-        own: (n,) its token.
-        ids: (n, K) the teacher's likeliest.
-        log_probs: (n, K) theirs.
-        cheaper: (n, M) tokens of M cheaper teachers.
+        log_pi: (n, V) the student's log-probabilities.
+        own: (n,) the student's token.
+        ids: (n, K) the teacher's likeliest tokens.
+        log_probs: (n, K) their log-probabilities.
+        cheaper: (n, M) the tokens of M cheaper teachers.
     """
     ids = ids.to(log_pi.device)
     log_probs = log_probs.to(log_pi.device)
     events = remainder(log_probs)
     best, place = log_probs.max(-1)
-    # A token that is not among them is no likelier than the least of them, nor than the rest together.
+    # An unlisted token is at most as likely as the least of the listed tokens, and as all unlisted together.
     least = torch.minimum(log_probs.amin(-1), events[:, -1])
     tokens = torch.cat((own[:, None], cheaper), dim=1)
     same = ids[:, None] == tokens[:, :, None]
     known = torch.where(same, log_probs[:, None], -torch.inf).amax(-1)
     found = torch.where(same.any(-1), known, least[:, None])
-    pi = remainder(log_pi.gather(1, ids))  # adding up all the others would take as long as the logits
+    pi = remainder(log_pi.gather(1, ids))  # summing all other ids would take as long as the logits
     return Opinion(
         theirs=ids.gather(1, place[:, None]).squeeze(1),
         best=-best,

@@ -1,4 +1,4 @@
-"""Prompts of the rollouts: as they are, or with a budget in words, which only the student reads."""
+"""Prompts of the rollouts, as they are or with a budget in words, which only the student reads."""
 
 import hashlib
 import json
@@ -19,34 +19,38 @@ from training.tokenizer import encode_prompts
 
 @dataclass(frozen=True)
 class Prompts:
-    """Of rollouts."""
+    """The prompts of some rollouts, with the rates that these aim at."""
 
     ids: list[list[int]]
-    """As the student reads them."""
+    """Prompts as the student reads them, as token ids."""
     rates: list[float]
-    """Teacher rate that each one's rollout aims at."""
+    """Teacher rate that the rollout of each prompt aims at."""
     teacher_ids: list[list[int]]
-    """As the teacher reads them: without the words."""
+    """Prompts as the teacher reads them, without budget words."""
     sources: list[int]
-    """Number of each one's source: a source that comes again has the number that it had."""
+    """Number of each prompt's source; equal sources have the same number."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def part(self, number: int, size: int) -> "Prompts":
-        """One of the parts of `size`, by its number from 0."""
+        """Part `number`, from 0, of the prompts in parts of `size`."""
         cut = slice(number * size, (number + 1) * size)
         return Prompts(self.ids[cut], self.rates[cut], self.teacher_ids[cut], self.sources[cut])
 
     def digest(self) -> str:
-        """Of prompts, rates and sources."""
+        """A digest of prompts, rates and sources."""
         return hashlib.sha256(json.dumps([self.ids, self.rates, self.sources]).encode()).hexdigest()
 
 
 def rollout_prompts(
     tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source], config: GateConfig, seed: int
 ) -> Prompts:
-    """Their rates are the recipe's, or budgets: in turn if the objective is constrained, drawn with words."""
+    """The prompts of some sources, with their rates.
+
+    All rates are the recipe's `rate`. With a constrained objective, they are the recipe's budgets in turn.
+    With budgets in words, each prompt draws one of the budgets at random, and has it in words.
+    """
     prompts = encode_prompts(tokenizer, list(sources))
     known: dict[Source, int] = {}
     numbers = []
@@ -68,7 +72,15 @@ def rollout_prompts(
 
 
 class Trees:
-    """The closed loop of `sources` at each budget: one tree for all unless budgets are in the prompt."""
+    """The tree of `sources` for each budget: the same tree for all budgets, unless prompts have budget words.
+
+    Args:
+        loop: the pair.
+        tokenizer: the tokenizer of the pair.
+        sources: the sources of the prompts.
+        gates: the gates that score the trees' nodes, by name.
+        template: the template of the budget words; None: prompts have none.
+    """
 
     def __init__(
         self,
@@ -87,13 +99,13 @@ class Trees:
         self._trees: dict[float, Tree] = {}
 
     def add(self, name: str, gate: ScoreGate) -> None:
-        """To all trees; a gate of the same name is replaced."""
+        """Add a gate to all trees; a gate of the same name is replaced."""
         self._gates[name] = gate
         for tree in self._trees.values():
             tree.add(name, gate)
 
     def __call__(self, budget: float) -> Tree:
-        """At 0 there is nothing to say, and the prompts are as they are."""
+        """The tree for a budget. At budget 0, prompts have no budget words."""
         key = budget if self._template else 0.0
         if key not in self._trees:
             prompts = self._prompts

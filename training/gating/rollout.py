@@ -1,7 +1,7 @@
 """The closed loop in process: student and teacher step together, and the gate decides who writes.
 
-It follows the served path decision for decision, by the same `router.budget.Bucket`: no decision inside a
-span, and spans end with the completion. So what is calibrated and measured here holds there.
+It makes the same decisions as the gateway, with the same `router.budget.Bucket`: there is no decision inside
+a span, and spans end with the completion. So prices and rates that are measured here hold in the gateway.
 """
 
 import math
@@ -20,9 +20,10 @@ from training.read_prompts import ReadPrompts
 from training.reading import Stepper
 
 ScoreFn = Callable[[Tensor], Tensor]
-"""Raw student logits (B, V), taps included -> score (B,)."""
+"""Computes scores (B,) from the student's raw logits (B, V), taps included."""
 
-COMPACT = 0.7  # drop the finished rows from the batch when less than this share is left
+COMPACT = 0.7
+"""Share of unfinished rows below which finished rows are dropped from the batch."""
 
 
 ROWS = 512
@@ -30,54 +31,55 @@ ROWS = 512
 CACHE = 1e9
 """Bytes of the keys and values of all completions that are written at once.
 
-With buffers that grow, and what a model computes on the way, it takes three times that.
+Growing buffers and the models' intermediate values take memory as well: three times this in all.
 """
 FREE = 1 - 1e-6
-"""Fraction of a bucket that never binds; at 1 itself one span covers the whole completion."""
+"""Fraction of a bucket that never binds. At exactly 1, a single span would cover the whole completion."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and on which terms the teacher is asked."""
+    """A prompt, and the terms on which the teacher is asked."""
 
     prompt: list[int]
+    """The prompt's token ids, as the student reads them."""
     price: float = math.inf
-    """Ask if score > price."""
+    """Price: the gate asks if its score is above this."""
     fraction: float = 0.0
-    """Of the bucket that holds the request to its budget."""
+    """Fraction of the request's bucket."""
     teacher_prompt: list[int] | None = None
-    """What the teacher reads; None: the same. The student may read a budget in words besides."""
+    """The prompt's token ids as the teacher reads them, without budget words; None: the same."""
     max_tokens: int | None = None
-    """Longest completion, if it is shorter than the loop's."""
+    """Longest completion, in tokens, if it is shorter than the loop's."""
     begun: list[int] = field(default_factory=list)
-    """What stands between the prompt and the completion, for both models. Requests that go on after the same
-    prompt share what was read of it.
+    """Tokens between prompt and completion, which both models read. Requests with the same prompt share its
+    keys and values.
     """
 
 
 @dataclass
 class Rollout:
-    """A completion, and who wrote it."""
+    """A completion, and who wrote each token."""
 
     tokens: list[int] = field(default_factory=list)
-    """With the end-of-sequence token."""
+    """Tokens of the completion, including the end-of-sequence token."""
     by_teacher: list[bool] = field(default_factory=list)
-    """Who wrote each token."""
+    """Whether the teacher wrote each token."""
     starts: list[int] = field(default_factory=list)
     """Places of the spans' first tokens."""
     asked: list[int] = field(default_factory=list, compare=False)
-    """Number of each span's teacher, from the cheapest to the dearest. Not known of a gateway's replies."""
+    """Number of each span's teacher, from the cheapest to the dearest; empty for a gateway's replies."""
     wanted: list[bool] = field(default_factory=list, compare=False)
-    """What the gate said at each token, before exploration. A tree does not keep it."""
+    """Whether the gate wanted to ask at each token, before exploration; empty for walks in a tree."""
 
     @property
     def teacher_tokens(self) -> int:
-        """How many tokens the teacher wrote."""
+        """Number of tokens that the teacher wrote."""
         return sum(self.by_teacher)
 
     @property
     def stretches(self) -> list[tuple[int, int]]:
-        """[start, end) of the teacher's tokens; calls that follow each other are one."""
+        """[start, end) of each run of teacher tokens; calls that follow each other make one run."""
         found = []
         end = 0
         for by_teacher, tokens in groupby(self.by_teacher):
@@ -88,13 +90,13 @@ class Rollout:
         return found
 
     def alone_from(self, step: int) -> int:
-        """Place after the teacher's last token before `step`."""
+        """Place after the teacher's last token before `step`; 0 if there is none."""
         while step > 0 and not self.by_teacher[step - 1]:
             step -= 1
         return step
 
     def written_by(self, teachers: int) -> list[int]:
-        """How many tokens each of several teachers wrote, from the cheapest to the dearest."""
+        """Number of tokens that each of several teachers wrote, from the cheapest to the dearest."""
         counts = [0] * teachers
         asked = dict(zip(self.starts, self.asked, strict=True))
         writer = 0
@@ -110,21 +112,21 @@ class Draft:
 
     bucket: Bucket
     longest: int
-    """Tokens of the completion."""
+    """Most tokens in the completion."""
     completion: Rollout
     span_left: int = 0
-    """Tokens that the teacher still writes of the span that it was asked for."""
+    """Number of tokens that the teacher still writes in the present span."""
     writer: int = 0
-    """Number of that teacher."""
+    """Number of the teacher that writes the present span."""
 
     def write(self, own: int, theirs: Sequence[int], asks: bool, whom: int) -> int:
         """Append the next token, and return it.
 
         Args:
-            own: the student's.
-            theirs: of each teacher, from the cheapest to the dearest.
-            asks: whether the gate wants a teacher; inside a span it is not heard.
-            whom: number of the teacher that it wants.
+            own: the student's next token.
+            theirs: the next token of each teacher, from the cheapest to the dearest.
+            asks: whether the gate asks a teacher; ignored inside a span.
+            whom: number of the teacher that the gate asks.
         """
         length = len(self.completion.tokens)
         if asks and self.span_left == 0:
@@ -144,12 +146,12 @@ class Draft:
 
 @dataclass(frozen=True)
 class Positions:
-    """What one step saw, for the rows that were alive (R of them)."""
+    """The positions of one step, for the R rows that are not finished."""
 
     row: Tensor
     """(R,) index of the request."""
     step: Tensor
-    """(R,) tokens written so far."""
+    """(R,) number of tokens written so far."""
     states: Tensor
     """(R, H) the student's last hidden states."""
     own: Tensor
@@ -157,20 +159,20 @@ class Positions:
     theirs: Tensor
     """(R,) the teacher's next token."""
     surprisal: Tensor
-    """(R,) -log p_T of the student's own next token, nats."""
+    """(R,) -log p_T of the student's own next token, in nats."""
     best: Tensor
-    """(R,) -max log p_T, nats."""
+    """(R,) -max log p_T, in nats."""
     kl: Tensor
-    """(R,) KL(pi || p_T), nats."""
+    """(R,) KL(pi || p_T), in nats."""
     entropy: Tensor
-    """(R,) of p_T, nats."""
+    """(R,) entropy of p_T, in nats."""
     cheaper: Tensor
-    """(R, K - 1) the next token of each cheaper teacher, if there are K of them."""
+    """(R, K - 1) the next token of each cheaper teacher; K is the number of all teachers."""
     lost: Tensor
-    """(R, K - 1) log p_T of the teacher's next token less that of theirs, nats: it judges the others."""
+    """(R, K - 1) log p_T of the teacher's own next token minus that of each cheaper teacher's, in nats."""
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Positions":
-        """With every column changed alike."""
+        """The positions with `change` applied to every column."""
         columns = {}
         for name, column in vars(self).items():
             columns[name] = change(column)
@@ -186,42 +188,44 @@ def concatenate(parts: Sequence[Positions]) -> Positions:
 
 
 class _Rows(NamedTuple):
-    """The requests of a batch (B of them) that are not dropped from it."""
+    """The B requests that are in the batch."""
 
     number: Tensor
     """(B,) index of the request."""
     price: Tensor
-    """(B,)"""
+    """(B,) price of the request."""
     longest: Tensor
-    """(B,) most tokens of its completion."""
+    """(B,) most tokens in its completion."""
 
     def at(self, places: Tensor) -> "_Rows":
-        """Those at these places of the batch."""
+        """The requests at these places of the batch."""
         return _Rows(*(column[places] for column in self))
 
 
 @dataclass(frozen=True)
 class ClosedLoop:
-    """A pair and how it works together."""
+    """Student and teachers, and the terms on which they write together."""
 
     student: PreTrainedModel
     teacher: PreTrainedModel
     score: ScoreFn
+    """The gate."""
     visible: int
     """Token ids below this may be written."""
     end: int
-    """Id of the end of a sequence."""
+    """Id of the end-of-sequence token."""
     span_tokens: int = 1
+    """Longest span, in tokens."""
     ask_tokens: int | None = None
-    """Tokens of one call; None: a whole span."""
+    """Number of tokens in one call; None: a whole span."""
     max_tokens: int = 64
-    """Longest completion."""
+    """Longest completion, in tokens."""
     temperature: float = 0.0
-    """Of the student's own tokens, 0 is greedy; the teacher writes greedily."""
+    """Temperature of the student's own tokens; 0 is greedy. Teachers always write greedily."""
     explore: float = 0.0
-    """Probability of asking if the gate would not, or of not asking if it would."""
+    """Probability that a decision of the gate is reversed."""
     cheaper: tuple[PreTrainedModel, ...] = ()
-    """Further teachers, from the cheapest to the dearest. `teacher` is dearer than all of them."""
+    """Cheaper teachers, from the cheapest to the dearest. `teacher` is dearer than all of them."""
 
     @torch.inference_mode()
     def write(
@@ -231,13 +235,13 @@ class ClosedLoop:
         watch: Callable[[Positions], None] | None = None,
         kept: ReadPrompts | None = None,
     ) -> list[Rollout]:
-        """Completions in the order of the requests.
+        """Write the completions of the requests, and return them in the order of the requests.
 
         Args:
-            requests: any number of them.
-            batch: most that are written at once; fewer if their caches would take more than CACHE.
-            watch: is shown every step's positions.
-            kept: prompts that were read before; takes those that are read now.
+            requests: any number of requests.
+            batch: most requests to write at once; fewer if their caches would take more than CACHE.
+            watch: is called with the positions of every step.
+            kept: prompts that were read before; the prompts read now are added to it.
         """
         done = [Rollout() for _ in requests]
         for rows in self.batches(requests, batch):
@@ -245,11 +249,13 @@ class ClosedLoop:
         return done
 
     def batches(self, requests: Sequence[Request], most: int = ROWS) -> Iterator[list[int]]:
-        """Numbers of the requests that are written together, from the shortest prompts on.
+        """Numbers of the requests to write together, the shortest prompts first.
+
+        Begun requests with the same prompt follow each other.
 
         Args:
-            requests: any number of them; those that are begun after the same prompt follow each other.
-            most: at once; fewer if their caches would take more than CACHE.
+            requests: any number of requests.
+            most: most requests to write at once; fewer if their caches would take more than CACHE.
         """
         first: dict[tuple[int, ...], int] = {}
         order = []
@@ -266,7 +272,7 @@ class ClosedLoop:
             yield rows
 
     def rows_of(self, prompt: int) -> int:
-        """How many completions fit into CACHE, after prompts of this many tokens."""
+        """Number of completions that fit into CACHE, after prompts of `prompt` tokens."""
         token = sum(map(cache_bytes, (self.student, *self.cheaper, self.teacher)))
         return max(1, int(CACHE / (token * (prompt + self.max_tokens))))
 
@@ -309,7 +315,7 @@ class ClosedLoop:
             left = int(alive.sum())
             if left == 0:
                 return
-            if left < COMPACT * len(alive):  # copying the caches at every step would cost more than it saves
+            if left < COMPACT * len(alive):  # copying caches at every step would cost more
                 going = alive.nonzero().squeeze(1)
                 for stepper in (student, *teachers):
                     stepper.keep(going)
@@ -332,9 +338,9 @@ class ClosedLoop:
         return Draft(bucket, self._longest(request), completion)
 
     def _decided(self, logits: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether the gate asks (B,), and the number of the teacher (B,) that it means.
+        """Whether the gate asks (B,), and the number (B,) of the teacher that it asks.
 
-        A gate without an output for each means the dearest one; at random, any of them.
+        A gate with one output asks the dearest teacher; the random gate asks any teacher.
         """
         if isinstance(self.score, TeachersGate):
             worth = self.score.worth(logits)
@@ -355,7 +361,7 @@ class ClosedLoop:
         theirs: Tensor,
         alive: Tensor,
     ) -> Tensor:
-        """The next token (B,) of each draft that is alive; those that are not keep the student's."""
+        """Write and return the next tokens (B,) of unfinished drafts; finished rows get the student's."""
         tokens = []
         columns = torch.stack((row, wants.to(row.dtype), asks.to(row.dtype), whom, own), dim=1)
         columns = torch.cat((columns, theirs), dim=1)
@@ -373,7 +379,7 @@ class ClosedLoop:
 
 
 def cache_bytes(model: PreTrainedModel) -> int:
-    """Of the keys and values of one token, at most: by layers and width."""
+    """Upper bound of the bytes of one token's keys and values, from the model's layers and widths."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -395,16 +401,16 @@ def observe(
     alive: Tensor,
     cheaper: Tensor,
 ) -> Positions:
-    """What a step saw, on the CPU: all positions of a run together outgrow a GPU.
+    """The positions of one step, on the CPU, because all positions of a run do not fit on a GPU.
 
     Args:
         row: (B,) index of the request.
-        length: tokens written so far.
-        states: (B, H) the student's.
-        student: (B, visible) logits.
+        length: number of tokens written so far.
+        states: (B, H) the student's last hidden states.
+        student: (B, visible) the student's logits.
         own: (B,) the student's next token.
-        teacher: (B, visible) logits.
-        alive: (B,) the rows to report.
+        teacher: (B, visible) the teacher's logits.
+        alive: (B,) bool, the rows to report.
         cheaper: (B, K - 1) the cheaper teachers' next tokens.
     """
     log_pi = student[alive].log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Selects examples that leave room for a completion in the models' context."""
+"""Selects examples that leave room for a completion in the models' contexts."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,22 +11,22 @@ from measuring.json_lines import DataError
 from training.tokenizer import encode_prompts
 
 DRAWS = 20
-"""Examples that are looked at for each one that is wanted."""
+"""Most examples to look at for each example that is wanted."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """Tells examples that fit from those that are too long."""
+    """Selects examples whose prompts are short enough."""
 
     tokenizer: PreTrainedTokenizerBase
     longest: int | None
-    """Tokens of a prompt; None: any number."""
+    """Longest prompt, in tokens; None: no limit."""
 
     @classmethod
     def of(
         cls, tokenizer: PreTrainedTokenizerBase, models: Sequence[PretrainedConfig], max_tokens: int
     ) -> "Room":
-        """Of models that read a prompt and `max_tokens` of a completion."""
+        """The room of models that must read a prompt and a completion of `max_tokens` tokens."""
         known = []
         for model in models:
             context = getattr(model.get_text_config(), "max_position_embeddings", None)
@@ -35,7 +35,7 @@ class Room:
         return cls(tokenizer, min(known) - max_tokens if known else None)
 
     def fitting(self, examples: Sequence[Example]) -> list[Example]:
-        """Those that are short enough."""
+        """The examples that are short enough."""
         if self.longest is None or not examples:
             return list(examples)
         short = []
@@ -46,10 +46,10 @@ class Room:
         return short
 
     def drawn(self, stream: Iterator[Example], count: int) -> list[Example]:
-        """The next `count` of a stream that are short enough.
+        """The next `count` examples of a stream that are short enough.
 
         Raises:
-            DataError: there are hardly any.
+            DataError: nearly all examples are too long.
         """
         found: list[Example] = []
         for _ in range(DRAWS):
@@ -59,10 +59,14 @@ class Room:
         raise self._none_fits()
 
     def kept(self, examples: Sequence[Example], name: str) -> list[Example]:
-        """All of a split that are short enough; prints how many are left out.
+        """All examples of a split that are short enough; prints the number that are left out.
+
+        Args:
+            examples: the examples of the split.
+            name: name of the split, for the message.
 
         Raises:
-            DataError: none is.
+            DataError: no example is short enough.
         """
         found = self.fitting(examples)
         if not found:

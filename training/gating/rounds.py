@@ -1,7 +1,7 @@
-"""Rounds of closed-loop rollouts, each followed by a fit of the gate on all of them.
+"""Rounds of closed-loop rollouts, each followed by a fit of the gate on the rollouts of all rounds so far.
 
-What a round gave is written to a file: a killed run goes on after its last whole round, as if nothing had
-happened.
+Results are written to a file after each round. A killed run resumes after its last whole round, and ends as
+if it had not been killed.
 """
 
 import os
@@ -39,16 +39,16 @@ from training.tokenizer import decode_answer
 SHOWN = 2
 
 Judged = Callable[[Gate], float]
-"""How good a gate is on validation data."""
+"""Computes how good a gate is on validation data; more is better."""
 
 
 class Played(NamedTuple):
-    """What one round gave."""
+    """The results of one round."""
 
     metrics: dict[str, float]
     """Scalars to log."""
     asked: list[Rollout]
-    """The completions of the half that asked."""
+    """The completions of the half of the prompts whose gate may ask."""
 
 
 @dataclass(frozen=True)
@@ -56,37 +56,39 @@ class BestRound:
     """The round whose gate is exported."""
 
     round: int
-    """From 1."""
+    """Number of the round, from 1."""
     judged: float
-    """On validation data, more is better."""
+    """Quality of the gate on validation data, see `Judged`."""
     head: dict[str, Tensor]
-    """State dict."""
+    """State dict of taps and gate."""
     prices: dict[float, float]
-    """By budget."""
+    """Prices by budget."""
 
 
 @dataclass
 class Rounds:
-    """Of one pair."""
+    """The rounds of one pair."""
 
     loop: ClosedLoop
     head: Head
     config: GateConfig
     seed: int
     prices: dict[float, float]
-    """Of the next rollouts, by the rate that they aim at: with a constrained objective its dual variables."""
+    """Prices of the next rollouts, by the rate that they aim at; dual variables if the objective is
+    constrained.
+    """
     worth: Worth
-    """Of completions of any prompts, by number over all rounds, in points of 100; for `gain: quality`."""
+    """Computes the worth of completions in points of 100, for `gain: quality`; rows count over all rounds."""
     judged: Judged
-    """Which round of a constrained objective is the best."""
+    """Judges the gates of a constrained objective's rounds, to find the best one."""
     critic: Critic = field(init=False)
-    """Of a constrained objective."""
+    """Critic of a constrained objective."""
     seen: list[Lessons] = field(default_factory=list)
-    """Of past rounds."""
+    """The lessons of each past round."""
     branches: list[Branches] = field(default_factory=list)
-    """Of the same, for a constrained objective."""
+    """The branches of each past round, for a constrained objective."""
     best: BestRound | None = None
-    """So far, of a constrained objective: of its own rounds, and the last one of the regression."""
+    """Best round of a constrained objective so far: one of its own rounds, or the last regression's."""
 
     def __post_init__(self) -> None:
         objective = self.config.objective
@@ -95,7 +97,7 @@ class Rounds:
         self.critic = Critic(features, self.config.width, prices).to(self.head.taps.device)
 
     def play(self, prompts: Prompts) -> Played:
-        """One round of rollouts, and a fit of the gate on this one and all before."""
+        """Play one round of rollouts, and fit the gate on this round and all before it."""
         config = self.config
         loop = self.loop
         first = not self.seen
@@ -131,7 +133,7 @@ class Rounds:
 
     @property
     def _constrained(self) -> ConstrainedObjective | None:
-        """The objective of the round that is played, if it is constrained and has started."""
+        """The constrained objective, if the present round is one of its own; None in rounds of regression."""
         objective = self.config.objective
         if isinstance(objective, ConstrainedObjective) and len(self.seen) > objective.start_rounds:
             return objective
@@ -139,9 +141,9 @@ class Rounds:
 
     @property
     def _is_judged(self) -> bool:
-        """Whether the round that is played is one of the policy's, or the regression that it starts from.
+        """Whether the present round is one of the policy's rounds, or the regression that it starts from.
 
-        So no policy is exported that is worse than its start. A trial of one round has no policy.
+        So an exported policy is never worse than its start. A trial of one round has no policy.
         """
         objective = self.config.objective
         if not isinstance(objective, ConstrainedObjective):
@@ -149,7 +151,7 @@ class Rounds:
         return len(self.seen) >= objective.start_rounds < self.config.rounds
 
     def _requests(self, prompts: Prompts, alone: int) -> list[Request]:
-        """The first `alone` never ask, the others at the prices of the rates that they aim at."""
+        """Requests of all prompts: the first `alone` never ask, the others have the prices of their rates."""
         requests = []
         for number, (ids, teacher_ids) in enumerate(zip(prompts.ids, prompts.teacher_ids, strict=True)):
             if number < alone:
@@ -160,7 +162,7 @@ class Rounds:
         return requests
 
     def _fit(self) -> dict[str, float]:
-        """Scalars to log."""
+        """Fit the gate to all rounds so far, and return scalars to log."""
         config = self.config
         data = Lessons.join(self.seen)
         if objective := self._constrained:
@@ -177,7 +179,7 @@ class Rounds:
     def _lessons(
         self, prompts: Prompts, trajectories: Trajectories, completions: Sequence[Rollout]
     ) -> Lessons:
-        """What asking gains at every position of the rollouts, as the recipe counts it for one token."""
+        """The positions of the rollouts, with the recipe's gain of asking for one token at each."""
         config = self.config
         seen = trajectories.positions
         source = torch.tensor(prompts.sources)[seen.row]
@@ -193,7 +195,7 @@ class Rounds:
         return self.worth([first + row for row in rows], whole)
 
     def _priced(self, asked: Sequence[Rollout], aims: Sequence[float]) -> dict[str, float]:
-        """Move the prices, and judge the round; scalars to log."""
+        """Move the prices, judge the round, and return scalars to log."""
         scores = self.head.scores(torch.cat([taught.states for taught in self.seen])[-RECENT:])
         objective = self.config.objective
         tokens = self.config.ask_tokens
@@ -208,7 +210,7 @@ class Rounds:
         return metrics
 
     def _ascend(self, asked: Sequence[Rollout], aims: Sequence[float], scores: Tensor) -> dict[str, float]:
-        """Move every dual variable by what its rollouts spent too much; scalars to log."""
+        """Move every dual variable by the excess of its rollouts' rate, and return scalars to log."""
         metrics = {}
         step = (len(self.seen) - 1) ** -0.5
         by_aim: dict[float, list[Rollout]] = defaultdict(list)
@@ -222,7 +224,7 @@ class Rounds:
         return metrics
 
     def _judge(self) -> float:
-        """On validation data; keeps the round if it is the best."""
+        """Judge the gate on validation data, and keep the round if it is the best so far."""
         judged = self.judged(self.head.gate)
         if self.best is None or judged > self.best.judged:
             state = {name: tensor.detach().clone() for name, tensor in self.head.state_dict().items()}
@@ -230,11 +232,11 @@ class Rounds:
         return judged
 
     def save(self, file: Path, run: dict[str, object]) -> None:
-        """Atomic.
+        """Write the state of all rounds to a file, atomically.
 
         Args:
-            file: is replaced.
-            run: what must be the same in a run that goes on from it.
+            file: the file to replace.
+            run: values that must be the same in a run that resumes from the file.
         """
         scratch = file.with_suffix(".tmp")
         saved = {
@@ -250,7 +252,7 @@ class Rounds:
         os.replace(scratch, file)
 
     def restore(self, file: Path, run: dict[str, object]) -> None:
-        """Changes nothing where there is no file, or one of another run."""
+        """Restore the state of all rounds from a file, unless there is none or it is of another run."""
         if not file.exists():
             return
         saved: dict[str, Any] = torch.load(file)
@@ -266,27 +268,27 @@ class Rounds:
 
 
 class Trained(NamedTuple):
-    """What the rounds gave."""
+    """The gate that the rounds have trained."""
 
     head: Head
-    """Its taps are in the student's reserved rows."""
+    """Taps and gate; the taps are also in the student's reserved rows."""
     prices: dict[float, float]
-    """The dual variables of a constrained objective, by budget; else empty."""
+    """The dual variables of a constrained objective, by budget; empty for other objectives."""
     round: int
-    """That it is of, from 1."""
+    """Number of the round that the gate comes from, from 1."""
 
 
 def train_gate(
     rounds: Rounds, prompts: Prompts, tokenizer: PreTrainedTokenizerBase, directory: Path, origin: str
 ) -> Trained:
-    """Play what is left of `config.rounds`.
+    """Play the remaining rounds of `config.rounds`.
 
     Args:
-        rounds: what was played so far.
-        prompts: `config.prompts` for each round.
-        tokenizer: of the pair.
-        directory: of the log and of what a killed run goes on from.
-        origin: what identifies models and task.
+        rounds: the rounds of the pair; the file of a killed run is restored into them.
+        prompts: the prompts of all rounds, `config.prompts` for each.
+        tokenizer: the tokenizer of the pair.
+        directory: directory of the log and of the file that a killed run resumes from.
+        origin: a digest that identifies models and task.
     """
     config = rounds.config
     run = {
@@ -318,7 +320,14 @@ def train_gate(
 def settled(
     rounds: Rounds, prices: dict[float, float], prompts: list[list[int]], log: Log
 ) -> dict[float, float]:
-    """The dual variables of the gate that is exported."""
+    """The dual variables of the exported gate, after more steps of dual ascent.
+
+    Args:
+        rounds: the rounds, whose head is the exported one.
+        prices: the dual variables to start from, by budget.
+        prompts: the prompts to measure on, as token ids.
+        log: where the steps are logged.
+    """
     tree = Tree(rounds.loop, prompts, {LEARNED: rounds.head.gate})
     ask_tokens = rounds.config.ask_tokens
     tree.run([Setting(LEARNED, price, FREE, ask_tokens) for price in prices.values()])

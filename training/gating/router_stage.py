@@ -1,4 +1,4 @@
-"""The router over a frozen pair: on-policy rollouts, the gate, its calibration and the confidence gates'."""
+"""Trains the router of a frozen pair from rollouts in process, and calibrates it and the confidence gates."""
 
 import json
 from collections.abc import Sequence
@@ -40,24 +40,26 @@ from training.tokenizer import visible_ids
 
 @dataclass(frozen=True)
 class FrozenPair:
-    """Directories of two models that are not changed."""
+    """The directories of student and teachers, which are not changed."""
 
     teacher: Path
     student: Path
     tokenizer: PreTrainedTokenizerBase
     span_tokens: int
+    """Longest span, in tokens."""
     ask_tokens: int
+    """Number of tokens in one call."""
     max_tokens: int
-    """Longest completion."""
+    """Longest completion, in tokens."""
     cheaper: tuple[Cheaper[Path], ...] = ()
-    """Further teachers, from the cheapest to the dearest; all are cheaper than `teacher`."""
+    """The cheaper teachers, from the cheapest to the dearest."""
 
     def load(self) -> ClosedLoop:
-        """All models, asking at random.
+        """Load all models into a closed loop with a random gate.
 
         Raises:
-            RecipeError: one of them is not there.
-            UnreadableModel: one of them cannot be read as it computes.
+            RecipeError: a model does not exist.
+            UnreadableModel: a model's states and logits cannot be read as the model computes them.
         """
         for path in self.models:
             if not (path / "config.json").exists():
@@ -86,17 +88,17 @@ class FrozenPair:
 
     @property
     def teachers(self) -> dict[str, Path]:
-        """By name, from the cheapest to the dearest."""
+        """The teachers' directories by name, from the cheapest to the dearest."""
         return {**{each.name: each.model for each in self.cheaper}, TEACHER: self.teacher}
 
     @property
     def models(self) -> list[Path]:
-        """The directories of all."""
+        """The directories of all models."""
         return [self.student, self.teacher, *(each.model for each in self.cheaper)]
 
 
 class Fitted(NamedTuple):
-    """A gate, and what it was trained on."""
+    """A trained gate, and a digest of its training data."""
 
     trained: Trained
     data: str
@@ -105,7 +107,7 @@ class Fitted(NamedTuple):
 
 @dataclass(frozen=True)
 class RouterStage:
-    """Trains the router of one pair: fit, calibrate, export."""
+    """Trains the router of one pair: fits the gate, calibrates it, and exports the checkpoint."""
 
     pair: FrozenPair
     task: Task
@@ -113,14 +115,14 @@ class RouterStage:
     seed: int
 
     def run(self, work: Path, out: Path) -> RouterCheckpoint:
-        """Write the router to `out`.
+        """Train the router and write it to `out`.
 
         Args:
-            work: directory of the log and of what a killed run goes on from.
-            out: of the checkpoint.
+            work: directory of the log and of the file that a killed run resumes from.
+            out: directory of the checkpoint.
 
         Raises:
-            DataError: the task's examples do not fit into the models.
+            DataError: the task's examples do not fit into the models' contexts.
         """
         fitted = self.fitted(work)
         calibrated = self.calibrated(fitted.trained.head.gate, list(fitted.trained.prices.values()))
@@ -134,12 +136,12 @@ class RouterStage:
         tokenizer = self.pair.tokenizer
         examples = self._room.drawn(self.task.router(self.seed), config.prompts * config.rounds)
         prompts = rollout_prompts(tokenizer, sources_of(examples), config, self.seed)
-        torch.manual_seed(self.seed)  # of the first weights
+        torch.manual_seed(self.seed)  # for the gate's first weights
         costs = costs_of(self.pair.cheaper)
         head = Head(self.loop.student, self._reserved, config.width, costs).to(device())
         drawn = config.gain.teacher_references if isinstance(config.gain, QualityGain) else 0
         judge = Judge(self.task, tokenizer, examples, prompts.ids, drawn, drawn_in_process(self.loop))
-        # Random asking in the first round: with probability 1 - price.
+        # In the first round, the random gate asks with probability 1 - price.
         prices = {rate: 1 - asking_share(rate, config.ask_tokens) for rate in sorted(set(prompts.rates))}
         rounds = Rounds(self.loop, head, config, self.seed, prices, judge.worth, self._judged)
         models = [fingerprint(path, self._reserved.start) for path in self.pair.models]
@@ -149,16 +151,16 @@ class RouterStage:
         return Fitted(trained, sha256(f"{from_what} {prompts.digest()}".encode()).hexdigest())
 
     def calibrated(self, gate: Gate, duals: Sequence[float] = ()) -> Calibrated:
-        """Prices of this gate and of the confidence gates.
+        """Calibrate this gate and the confidence gates.
 
         Args:
-            gate: that was trained.
-            duals: prices that are compared with the others; empty: none.
+            gate: the trained gate.
+            duals: its dual variables, as further prices to choose from; empty: none.
         """
         config = self.config
         validation = self._validation
         gates: dict[str, Gate] = {LEARNED: gate}
-        if config.template is None:  # the others are calibrated for prompts as they are
+        if config.template is None:  # confidence gates are for prompts without budget words
             for name, make in CONFIDENCE_GATES.items():
                 gates[name] = make(self._reserved)
         for name, made in gates.items():
@@ -180,14 +182,14 @@ class RouterStage:
         return calibrated
 
     def checkpoint(self, fitted: Fitted, calibrated: Calibrated) -> RouterCheckpoint:
-        """All of it, as it is exported."""
+        """The router checkpoint to export."""
         fingerprints = Fingerprints.of(self.pair.student, self._reserved, self.pair.teacher.name)
         head = fitted.trained.head
         facts = self._facts(fitted)
         return checkpoint_of(head, self.config, calibrated, self.pair.cheaper, fingerprints, facts)
 
     def _facts(self, fitted: Fitted) -> dict[str, Fact]:
-        """What trained it."""
+        """Facts about the training, to keep in the checkpoint."""
         config = self.config
         facts: dict[str, Fact] = {
             "objective": config.objective.type,
@@ -204,7 +206,7 @@ class RouterStage:
         return facts
 
     def _judged(self, gate: Gate) -> float:
-        return self._validation.judged(gate)  # is made when the first gate is judged
+        return self._validation.judged(gate)  # made when the first gate is judged
 
     @cached_property
     def _validation(self) -> GateValidation:
@@ -230,29 +232,30 @@ class RouterStage:
 
 
 def show_prices(name: str, points: Sequence[tuple[float, float]]) -> None:
-    """Print them."""
+    """Print a gate's calibrated prices, (budget, price) for each budget."""
     shown = " ".join(f"{budget:g}:{price:.4g}" for budget, price in points)
     print(f"calibrated {name}: {shown}", flush=True)
 
 
 class GatePoints(NamedTuple):
-    """(fraction, price) of one gate."""
+    """Prices and spare prices of one gate, as (fraction, price) pairs."""
 
     prices: Points
     spares: Points
+    """Spare prices, see `router.policy.Policy`."""
 
 
 def calibrate_gate(
     trees: Trees, name: str, gap: Gap, config: GateConfig, others: Sequence[float] = ()
 ) -> GatePoints:
-    """Prices of all budgets.
+    """Prices and spare prices of one gate for all budgets.
 
     Args:
-        trees: of the validation prompts.
-        name: of the gate.
-        gap: of the pair on them.
+        trees: the trees of the validation prompts.
+        name: name of the gate in the trees.
+        gap: the gap between student and teacher on these prompts.
         config: budgets and spans.
-        others: prices that are compared with those that aim at a budget's rate.
+        others: further prices to compare with those that aim at a budget's rate.
     """
     spans = (config.span_tokens, config.ask_tokens)
     together: list[tuple[float, ...]] = [config.budgets]
@@ -269,19 +272,19 @@ def calibrate_gate(
 
 
 def falling(points: Points) -> Points:
-    """With prices that do not rise with the fraction, as a calibration must be: lowered where they do."""
+    """The points with prices that do not rise with the fraction: each is at most the price before it."""
     fractions, prices = zip(*points, strict=True)
     return list(zip(fractions, accumulate(prices, min), strict=True))
 
 
 def origin(models: Sequence[str], task: Task, examples: Sequence[Example], max_tokens: int) -> str:
-    """Digest of what rollouts come from, apart from their prompts: only such rounds are gone on with.
+    """Digest of all that rollouts come from except their prompts. A run resumes only if it is the same.
 
     Args:
-        models: the pair's fingerprints.
-        task: its name and options count.
-        examples: their references count.
-        max_tokens: longest completion.
+        models: the fingerprints of the models.
+        task: the task; its name and options count.
+        examples: the examples; their references count.
+        max_tokens: longest completion, in tokens.
     """
     references = [example.references.to_json() for example in examples]
     options = {name: str(value) for name, value in task.options.items()}

@@ -14,7 +14,7 @@ from training.tokenizer import decode_answers
 
 
 class SetScore(NamedTuple):
-    """Of a whole set of completions, in [0, 1]."""
+    """Scores of a whole set of completions, in [0, 1]."""
 
     quality: float
     similarity: float
@@ -22,7 +22,7 @@ class SetScore(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """One completion, scored."""
+    """The answer of one completion, with its scores in [0, 1]."""
 
     answer: str
     quality: float
@@ -30,15 +30,15 @@ class Scored(NamedTuple):
 
 
 class _Key(NamedTuple):
-    """A completion of an example."""
+    """A completion of an example, as a key."""
 
     number: int
-    """Of the example."""
+    """Number of the example."""
     tokens: tuple[int, ...]
 
 
 class Scorer:
-    """Scores completions of `examples`; remembers answers, of which a tree gives few different ones."""
+    """Scores completions of `examples`, each different completion once: in a tree, many are the same."""
 
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> None:
         self._task = task
@@ -47,28 +47,28 @@ class Scorer:
         self._known: dict[_Key, Scored] = {}
 
     def __call__(self, completions: Sequence[Rollout]) -> SetScore:
-        """Of one completion of each example."""
+        """Scores of a set with one completion of each example."""
         scored = self._scored(completions)
         answers, qualities, similarities = map(list, zip(*scored, strict=True))
         quality = self._task.quality(self._examples, answers, qualities)
         return SetScore(quality, sum(similarities) / len(scored))
 
     def qualities(self, completions: Sequence[Rollout]) -> Tensor:
-        """Quality of every completion: (examples,)."""
+        """(examples,) quality of one completion of each example."""
         return torch.tensor([scored.quality for scored in self._scored(completions)])
 
     def worth(self, numbers: Sequence[int], completions: Sequence[list[int]]) -> Tensor:
-        """Mean of quality and similarity, in points of 100: (N,).
+        """(N,) mean of quality and similarity, in points of 100.
 
         Args:
-            numbers: of N examples.
-            completions: token ids, one for each number.
+            numbers: the numbers of N examples.
+            completions: a completion of each of these examples, as token ids.
         """
         scored = self._look_up(map(_Key, numbers, map(tuple, completions)))
         return torch.tensor([50 * (found.quality + found.similarity) for found in scored])
 
     def _scored(self, completions: Sequence[Rollout]) -> list[Scored]:
-        """One completion of each example."""
+        """The scores of one completion of each example."""
         keys = []
         for number, completion in enumerate(completions):
             keys.append(_Key(number, tuple(completion.tokens)))

@@ -1,12 +1,12 @@
-"""The prices of the budgets, found with a running gateway: what a price realises on validation prompts.
+"""Finds the prices of the budgets with a running gateway, by the rates that they realise on validation data.
 
-A price is first a quantile of the gate's scores: at the share of positions that a budget needs. The router
-goes to the gateway with these prices, and the gateway answers the prompts under each budget's bucket. Where
-another rate comes out, the share is corrected, and the router goes there again.
+The first price of a budget is a quantile of the gate's scores, at the share of positions that the budget
+needs. The gateway gets the router with these prices, and answers the prompts under each budget's bucket. If
+the realised rate differs from the budget, the share is corrected, and the gateway gets the router again.
 
-A price that spends the whole budget may spend it on trifles. So where replies can be scored, each budget is
-tried at the prices of smaller ones too, as long as that gets no worse. If one is clearly better, it is taken.
-Where prices would then rise with the budget, neighbouring budgets share the one that is best for all of them.
+A price that spends the whole budget may spend it on trifles. So if replies can be scored, each budget is also
+tried at the prices of smaller budgets, until quality gets worse. A clearly better price is taken. If prices
+would then rise with the budget, neighbouring budgets share the price that is best for all of them.
 """
 
 import json
@@ -32,46 +32,49 @@ from training.loop.progress import console
 from training.running_gateway import RunningGateway
 
 PASSES = 5
-"""Most passes over the prompts for each budget, in which a price is found that spends it."""
+"""Most passes over the prompts for each budget, to find a price that spends it."""
 HIGHER = 4
-"""Most passes at prices of smaller budgets, and so at most this many budgets below."""
+"""Most passes at the prices of smaller budgets, and so the most budgets that such a price is below."""
 NEAR = 0.1
-"""Share of a budget by which the realised rate may miss it, within `LEAST` and `MOST`."""
+"""Largest error of the realised rate, as a share of the budget, limited to `LEAST` to `MOST`."""
 LEAST = 0.003
 MOST = 0.01
 STEP = 4.0
-"""A share is multiplied or divided by no more than this."""
+"""Largest factor by which a share changes between two passes."""
 TOGETHER = 50
-"""Prompts that are asked at every budget before the next ones: engines that keep prefixes read each once."""
+"""Prompts sent at every budget before the next prompts, so that engines with prefix caches read each once."""
 
 Qualities = Callable[[int, list[str]], list[float]]
-"""Number of a prompt, and the answers to it and to the prompts after it -> of each answer, in [0, 1]."""
+"""Computes the quality, in [0, 1], of the answers to consecutive prompts, from the first prompt's number."""
 
 
 class Found(NamedTuple):
-    """The prices of the budgets; none is above that of a smaller budget."""
+    """The prices of the budgets; no price is above that of a smaller budget."""
 
     prices: Points
     spares: Points
-    """Those that spend the whole budget."""
+    """The prices that spend the whole budgets."""
 
 
 class MeasuredReplies(NamedTuple):
-    """The replies to the first prompts, or to all of them, at one budget and price."""
+    """Counts and qualities of the replies to the first prompts, or to all, at one budget and price."""
 
     replies: int = 0
+    """Number of replies."""
     tokens: int = 0
+    """Number of tokens in all replies."""
     teacher_tokens: int = 0
+    """Number of these tokens that the teacher wrote."""
     qualities: tuple[float, ...] = ()
-    """Of each reply; empty where nothing scores them."""
+    """Quality of each reply; empty if replies are not scored."""
 
     @property
     def rate(self) -> float:
-        """The teacher's share of the tokens."""
+        """The realised teacher rate."""
         return self.teacher_tokens / self.tokens
 
     def then(self, more: "MeasuredReplies") -> "MeasuredReplies":
-        """With the replies to the next prompts."""
+        """These replies together with those to the next prompts."""
         return MeasuredReplies(
             self.replies + more.replies,
             self.tokens + more.tokens,
@@ -82,40 +85,40 @@ class MeasuredReplies(NamedTuple):
 
 NOTHING = MeasuredReplies()
 Kept = dict[tuple[float, float], MeasuredReplies]
-"""By budget and price."""
+"""The replies so far, by (budget, price)."""
 
 
 class Pass(NamedTuple):
-    """All prompts at one budget and price."""
+    """One pass over all prompts at one budget and price."""
 
     share: float
-    """Of the scores that are above the price."""
+    """Share of the scores that are above the price."""
     price: float
     rate: float
-    """Realised."""
+    """Realised teacher rate."""
 
 
 @dataclass
 class Search:
-    """For the price of one budget."""
+    """The search for the price that spends one budget."""
 
     budget: float
     share: float
-    """Of the positions that ask at the next price."""
+    """Share of positions whose scores are above the next price."""
     passes: list[Pass] = field(default_factory=list)
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing more is to be tried."""
+        """Whether the search has ended: a pass was near enough, or there were `PASSES`."""
         return len(self.passes) >= PASSES or any(map(self._is_near, self.passes))
 
     @property
     def best(self) -> Pass:
-        """The nearest."""
+        """The pass whose rate is nearest to the budget."""
         return min(self.passes, key=lambda tried: abs(tried.rate - self.budget))
 
     def saw(self, tried: Pass) -> None:
-        """Take in what a pass realised, and choose the next share."""
+        """Add a pass, and choose the next share."""
         self.passes.append(tried)
         below = [seen for seen in self.passes if seen.rate < self.budget]
         above = [seen for seen in self.passes if seen.rate >= self.budget]
@@ -134,25 +137,26 @@ class Search:
 
 @dataclass(frozen=True)
 class ServedCalibration:
-    """Of one router."""
+    """The calibration of one router with a running gateway."""
 
     gateway: RunningGateway
     sources: Sequence[Source]
-    """Of the validation examples."""
+    """Sources of the validation examples."""
     budgets: Sequence[float]
-    """Fractions, increasing."""
+    """Fractions, in increasing order."""
     ask_tokens: int
+    """Number of tokens in one call."""
     scores: Tensor
-    """(N,) of the gate."""
+    """(N,) scores of the gate."""
     put: Callable[[Found], None]
-    """Hands the router over with these prices."""
+    """Gives the gateway the router with these prices."""
     file: Path
-    """Of the replies so far: a stopped run goes on after the last ones."""
+    """File of the replies so far; a stopped run resumes after the last of them."""
     qualities: Qualities | None = None
-    """Scores replies; None: prices are chosen by the rate alone."""
+    """Scores replies; None: prices are chosen by the realised rate alone."""
 
     def found(self) -> Found:
-        """The gateway serves with the prices.
+        """Find the prices of all budgets. Afterwards the gateway serves with them.
 
         Raises:
             GatewayError: the gateway cannot be used.
@@ -170,7 +174,7 @@ class ServedCalibration:
         return found
 
     def _spending(self, kept: Kept) -> list[float]:
-        """The prices that spend the budgets."""
+        """The price of each budget that spends it."""
         searches = []
         for budget in self.budgets:
             searches.append(Search(budget, asking_share(budget, self.ask_tokens)))
@@ -188,7 +192,7 @@ class ServedCalibration:
         return list(self._prices(searches).values())
 
     def _better(self, spending: Sequence[float], kept: Kept) -> list[float]:
-        """For each budget its own price, or a higher one that is clearly better."""
+        """For each budget, the price that spends it, or a higher price that is clearly better."""
         least = TOLERANCE * self._gap(kept)
         best = list(spending)
         self._measure(self.budgets, self._by_budget(spending), kept, "router: found prices")
@@ -218,12 +222,12 @@ class ServedCalibration:
 
     @staticmethod
     def _quality(kept: Kept, budget: float, price: float) -> float:
-        """Mean of all prompts; -inf where this was not tried."""
+        """Mean quality over all prompts; -inf if this budget was not tried at this price."""
         measured = kept.get((budget, price))
         return -math.inf if measured is None else fmean(measured.qualities)
 
     def _gap(self, kept: Kept) -> float:
-        """Between student and teacher alone, by their mean qualities; 1 if there is none."""
+        """Gap between the mean qualities of student and teacher alone; 1 if the teacher is not better."""
         alone = (0.0, 0.0)
         teacher = (1.0, 0.0)
         self._ask([alone, teacher], kept, "router: both models alone")
@@ -231,7 +235,14 @@ class ServedCalibration:
         return gap if gap > 0 else 1.0
 
     def _measure(self, budgets: Sequence[float], prices: dict[float, float], kept: Kept, name: str) -> None:
-        """All prompts at these of the budgets, as far as it is not kept."""
+        """Measure all prompts at these budgets, except for replies that are kept already.
+
+        Args:
+            budgets: the budgets to measure.
+            prices: the prices of all budgets, which the gateway gets.
+            kept: the replies so far; new ones are added.
+            name: title of the progress bar.
+        """
         points = [(budget, prices[budget]) for budget in budgets]
         if all(self._is_whole(kept, point) for point in points):
             return
@@ -243,7 +254,7 @@ class ServedCalibration:
         return kept.get(point, NOTHING).replies == len(self.sources)
 
     def _ask(self, points: Sequence[tuple[float, float]], kept: Kept, name: str) -> None:
-        """The prompts that are missing at these budgets, at the prices that the gateway has."""
+        """Send the missing prompts at these (budget, price) points; the gateway has the prices already."""
         parts = []
         for first in range(0, len(self.sources), TOGETHER):
             parts += [(first, point) for point in points if kept.get(point, NOTHING).replies <= first]
@@ -254,7 +265,7 @@ class ServedCalibration:
             self._keep(kept)
 
     def _prices(self, searches: Sequence[Search]) -> dict[float, float]:
-        """By budget: what was found, else what is tried next; none is above that of a smaller budget."""
+        """By budget, the price found, or else the price to try next; none is above a smaller budget's."""
         prices = []
         for search in searches:
             prices.append(search.best.price if search.is_settled else self._price_at(search.share))
@@ -270,7 +281,7 @@ class ServedCalibration:
         return (self.scores.double() > price).double().mean().item()
 
     def _answered(self, first: int, budget: float) -> MeasuredReplies:
-        """The prompts from the first on, at the price that the gateway has."""
+        """The gateway's replies to `TOGETHER` prompts, from number `first` on, at its present price."""
         replies = self.gateway.replies(self.sources[first : first + TOGETHER], budget)
         if any(reply.clamped for reply in replies):
             raise GatewayError(
@@ -301,7 +312,7 @@ class ServedCalibration:
         return kept
 
     def _keep(self, kept: Kept) -> None:
-        """Whole or not at all."""
+        """Write the replies so far to the file, atomically."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         scratch = self.file.with_suffix(".tmp")
         rows = []
@@ -312,7 +323,7 @@ class ServedCalibration:
 
 
 def passes_of(budgets: int) -> int:
-    """Most passes over all prompts for this many budgets: also those of student and teacher alone."""
+    """Most passes over all prompts for this many budgets, including those of student and teacher alone."""
     return budgets * (PASSES + HIGHER) + 2
 
 

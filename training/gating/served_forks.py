@@ -1,4 +1,4 @@
-"""The gain `quality` of completions that a gateway wrote: it finishes their forks, with the student alone."""
+"""Computes the gain `quality` of completions that a gateway wrote; its student also finishes their forks."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,30 +21,31 @@ from training.teacher import Teacher
 from training.teacher_cache import key_of
 
 TOGETHER = 64
-"""Completions that a served teacher draws at once."""
+"""Number of completions that a served teacher draws in one request."""
 
 
 @dataclass(frozen=True)
 class ServedForks:
-    """Of the prompts of a judge."""
+    """The forks of completions by a gateway, whose worth a judge computes."""
 
     gateway: RunningGateway
     judge: Judge
     numbers: Mapping[tuple[int, ...], int]
-    """Of the judge's examples, by their prompts."""
+    """Numbers of the judge's examples, by their prompts as token ids."""
     kept: KeptTokens
+    """Keeps finished completions for a resumed run."""
     student: str
-    """Fingerprint of its weights."""
+    """Fingerprint of the student's weights."""
     end: int
-    """Id of the end of a sequence."""
+    """Id of the end-of-sequence token."""
     max_tokens: int
-    """Longest completion."""
+    """Longest completion, in tokens."""
 
     def worth_of_asking(self, served: Sequence[Trajectory], seen: Trajectories) -> Tensor:
-        """(N,) what a teacher token changes at every position, in points of 100.
+        """(N,) change of the completion's worth by a teacher token at every position, in points of 100.
 
         Args:
-            served: completions.
+            served: the completions.
             seen: their N positions.
 
         Raises:
@@ -63,7 +64,13 @@ class ServedForks:
     def finished(
         self, prompts: Sequence[list[int]], rows: Sequence[int], begun: Sequence[list[int]]
     ) -> list[list[int]]:
-        """Every begun completion of a prompt, finished."""
+        """The begun completions, each finished by the gateway's student alone.
+
+        Args:
+            prompts: the prompt of each row, as token ids.
+            rows: the row of each begun completion.
+            begun: the tokens of each begun completion.
+        """
         going = []
         read = []
         rooms = []
@@ -85,14 +92,14 @@ class ServedForks:
 
 
 def drawn_by(teacher: Teacher, kept: KeptTokens, *, visible: int, end: int, longest: int) -> Draw:
-    """By a teacher that reads what a gateway wrote.
+    """A function that draws completions from a teacher, and keeps them.
 
     Args:
-        teacher: in process, or behind a URL.
-        kept: keeps its completions.
+        teacher: a teacher in process, or behind a URL.
+        kept: keeps the drawn completions.
         visible: token ids below this may be written.
-        end: id of the end of a sequence.
-        longest: tokens of a completion.
+        end: id of the end-of-sequence token.
+        longest: most tokens in a completion.
     """
 
     def write(prompts: list[list[int]]) -> list[list[int]]:
@@ -119,7 +126,7 @@ def drawn_by(teacher: Teacher, kept: KeptTokens, *, visible: int, end: int, long
 
 
 def identity_of(teacher: Teacher) -> list[object]:
-    """JSON values that another teacher does not have."""
+    """JSON values that identify a teacher."""
     if isinstance(teacher, ServedTeacher):
         return [teacher.known_as, teacher.model]
     return [parameter.double().sum().item() for parameter in teacher.parameters()]

@@ -1,4 +1,4 @@
-"""Training data for a gate from served completions: both models read them, and none writes."""
+"""Makes training data for a gate from served completions: both models read them, and neither writes."""
 
 import random
 from collections.abc import Sequence
@@ -27,26 +27,26 @@ from training.teacher import Teacher
 from training.tokenizer import visible_ids
 
 HELD_OUT = 10
-"""One prompt of this many tells how good the gate is, and is not learned from in that trial."""
+"""One prompt in this many is held out from a trial fit, to tell how good the gate is on unseen prompts."""
 ROWS = 16
-"""Completions that are read together."""
+"""Number of completions that are read together."""
 
 
 class Taught(NamedTuple):
-    """What some completions taught."""
+    """The training data from some completions, at N positions."""
 
     lessons: Lessons
     branches: Branches | None
-    """Of the same positions; for a constrained objective."""
+    """The next states of the same positions, for a constrained objective; else None."""
     confidence: Tensor
-    """(N, 10) of the same positions, see `Head.confidence`.
+    """(N, 10) confidence features of the same positions, see `Head.confidence`.
 
-    Computing it takes as long as reading, so all fits have it from here.
+    Computing them takes as long as reading, so all fits share them.
     """
 
     @classmethod
     def join(cls, parts: Sequence["Taught"]) -> "Taught":
-        """All of them."""
+        """All parts as one."""
         branches = [part.branches for part in parts if part.branches is not None]
         lessons = Lessons.join([part.lessons for part in parts])
         confidence = torch.cat([part.confidence for part in parts])
@@ -55,7 +55,7 @@ class Taught(NamedTuple):
 
 @dataclass
 class TrafficReader:
-    """Makes lessons of trajectories."""
+    """Makes training data from trajectories."""
 
     model: PreTrainedModel
     """The student."""
@@ -64,17 +64,17 @@ class TrafficReader:
     config: GateConfig
     seed: int
     cheaper: Sequence[Teacher] = ()
-    """Further teachers, from the cheapest to the dearest."""
+    """The cheaper teachers, from the cheapest to the dearest."""
     forks: ServedForks | None = None
-    """For the gain `quality`."""
+    """Computes the gain `quality`; None with other gains."""
     sources: dict[tuple[int, ...], int] = field(default_factory=dict)
-    """Numbers of the prompts so far: one that comes again has the number that it had."""
+    """Numbers of the prompts so far; equal prompts have the same number."""
 
     def readable(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-        """Those that fit into the student's context.
+        """The trajectories that fit into the student's context.
 
         Raises:
-            DataError: there are hardly any, or they have ids that the tokenizer does not.
+            DataError: fewer than `HELD_OUT` fit, or they have ids that the tokenizer does not have.
         """
         longest = context_of(self.model)
         kept = []
@@ -90,7 +90,7 @@ class TrafficReader:
         return kept
 
     def taught(self, trajectories: Sequence[Trajectory], most: int) -> Taught:
-        """What asking gains at every position of the completions, or of some that have `most` at most."""
+        """Training data from the completions, or from a random part of them with at most `most` positions."""
         end = self.tokenizer.eos_token_id
         observer = Observer(self.model, self.teacher, self._visible, end, self.cheaper)
         lessons = []
@@ -109,7 +109,7 @@ class TrafficReader:
         return Taught(joined, Branches.join(branches) if branches else None, confidence)
 
     def _drawn(self, trajectories: Sequence[Trajectory], most: int) -> list[Trajectory]:
-        """All, or some at random."""
+        """All trajectories, or some at random that have at most `most` tokens together."""
         if sum(len(trajectory.tokens) for trajectory in trajectories) <= most:
             return list(trajectories)
         mixed = random.Random(self.seed).sample(trajectories, len(trajectories))
@@ -122,7 +122,7 @@ class TrafficReader:
         return drawn
 
     def _lessons_of(self, rows: Sequence[Trajectory], seen: Trajectories, sources: Tensor) -> Lessons:
-        """Of completions that come of these sources."""
+        """The lessons from completions of these sources."""
         positions = seen.positions
         target, known = self._gain_of(rows, seen)
         view = teacher_view(positions)
@@ -132,7 +132,7 @@ class TrafficReader:
         return lessons.where(known)
 
     def _gain_of(self, rows: Sequence[Trajectory], seen: Trajectories) -> SpanGain:
-        """What asking gains at each position."""
+        """The recipe's gain of asking at each position."""
         gain = self.config.gain
         if isinstance(gain, QualityGain):
             if self.forks is None:

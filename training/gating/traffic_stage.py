@@ -1,10 +1,10 @@
-"""Trains the router from served completions: recorded by gateways, or requested from one.
+"""Trains the router from served completions, which gateways have recorded or write on request.
 
-No model writes here. Both read what was written, once, and the gate is fitted to that. So the teacher may be
-a server, and prompts need no right answers.
+No model writes in this process. Both models read the completions once, and the gate is fitted to what they
+compute. So the teacher may be a server, and prompts need no right answers.
 
-Where the gateway takes routers, later rounds are written with the gate of the rounds before, and the prices
-of the budgets are found there too. Else the router has no calibration: its price is found while it serves, or
+If the gateway takes routers, it writes each later round with the gate of the rounds before, and the prices of
+the budgets are found with it. If not, the router has no calibration: its price is found while it serves, or
 by `wheels calibrate`.
 """
 
@@ -62,9 +62,9 @@ from training.teacher_cache import TeacherCache
 from training.tokenizer import encode_prompts, visible_ids
 
 POSITIONS = 250_000
-"""Most that the gate is fitted on: memory does not grow with the traffic."""
+"""Most positions that the gate is fitted on, so that memory does not grow with the traffic."""
 FORKS_BYTES = 1_000_000_000
-"""Of the file of finished completions: what was not used for longest is dropped."""
+"""Largest file of finished completions, in bytes; beyond it, the least recently used ones are dropped."""
 
 
 @dataclass(frozen=True)
@@ -78,22 +78,22 @@ class TrafficStage:
     task: Task
     config: GateConfig
     max_tokens: int
-    """Longest completion that a gateway is asked for."""
+    """Longest completion to request from a gateway, in tokens."""
     seed: int
     transport: Callable[[], DefaultAsyncHttpxClient] | None = None
-    """Makes an HTTP client in place of the gateway's own."""
+    """Makes the HTTP client for the gateway; None: the default one."""
     cheaper: Sequence[Cheaper[Teacher]] = ()
-    """Further teachers, from the cheapest to the dearest; all are cheaper than `teacher`."""
+    """The cheaper teachers, from the cheapest to the dearest."""
 
     def run(self, work: Path, out: Path) -> RouterCheckpoint:
-        """Write the router to `out`.
+        """Train the router and write it to `out`.
 
         Args:
-            work: directory of what a gateway was asked for.
-            out: of the checkpoint.
+            work: directory of the gateway's replies, from which a stopped run resumes.
+            out: directory of the checkpoint.
 
         Raises:
-            DataError: there are no completions, or they are not this student's.
+            DataError: there are too few completions, or they are not this student's.
             GatewayError: the gateway cannot be used.
             ServerError: the teacher's server cannot be used.
         """
@@ -108,7 +108,7 @@ class TrafficStage:
         return checkpoint
 
     def of_recorded(self, rollouts: RecordedRollouts) -> RouterCheckpoint:
-        """From what gateways recorded."""
+        """The router trained from completions that gateways recorded."""
         reader = self.reader
         trajectories = reader.readable(list(read_trajectories(rollouts.directory)))
         taught = reader.taught(trajectories, POSITIONS)
@@ -117,7 +117,10 @@ class TrafficStage:
         return self.checkpoint(head, trajectories)
 
     def of_gateway(self, rollouts: GatewayRollouts, work: Path) -> RouterCheckpoint:
-        """From what a gateway writes, round by round; it serves with the result if it takes routers."""
+        """The router trained from completions that a gateway writes, round by round.
+
+        If the gateway takes routers, it serves with the result afterwards.
+        """
         gateway = self.gateway(rollouts)
         examples = self.examples(rollouts)
         rounds = self.sources(examples)
@@ -150,21 +153,21 @@ class TrafficStage:
         return self.calibrated(gateway, router, rollouts.router, scores, work)
 
     def gateway(self, rollouts: GatewayRollouts) -> RunningGateway:
-        """The one that writes."""
-        assert rollouts.url is not None  # one without an address was started before, see `with_addresses`
+        """The gateway that writes the completions."""
+        assert rollouts.url is not None  # a started gateway has one, see `with_addresses`
         return RunningGateway(rollouts.url, self.max_tokens, rollouts.concurrency, transport=self.transport)
 
     def calibrated(
         self, gateway: RunningGateway, router: RouterCheckpoint, directory: Path, scores: Tensor, work: Path
     ) -> RouterCheckpoint:
-        """With the prices of the budgets that the gateway finds on validation prompts.
+        """The router with prices of all budgets, found with the gateway on validation prompts.
 
         Args:
-            gateway: serves with the router in `directory`.
-            router: to be calibrated.
-            directory: where it takes routers from.
-            scores: (N,) of the router's gate.
-            work: of what is kept of the passes.
+            gateway: a gateway that serves with the router in `directory`.
+            router: the router to calibrate.
+            directory: the directory from which the gateway loads routers.
+            scores: (N,), scores of the router's gate.
+            work: directory in which the gateway's replies are kept.
         """
         examples = self._room.kept(self.task.valid()[: self.config.calibration_examples], "validation")
 
@@ -188,26 +191,26 @@ class TrafficStage:
         return with_prices(router, *found)
 
     def sources(self, examples: list[Example]) -> list[list[Source]]:
-        """Of each round."""
+        """The sources of each round."""
         count = self.config.prompts
         drawn = sources_of(examples)
         return [drawn[first : first + count] for first in range(0, len(drawn), count)]
 
     def examples(self, rollouts: GatewayRollouts) -> list[Example]:
-        """Of all rounds. A gateway that keeps its gate writes one."""
+        """The examples of all rounds; there is one round if the gateway keeps its gate."""
         rounds = self.config.rounds if rollouts.router is not None else 1
         return self._room.drawn(self.task.router(self.seed), self.config.prompts * rounds)
 
     def forks(
         self, gain: QualityGain, examples: list[Example], gateway: RunningGateway, work: Path
     ) -> ServedForks:
-        """What asking gains in what the gateway writes.
+        """The object that computes the gain `quality` of the gateway's completions.
 
         Args:
-            gain: its settings.
-            examples: of all rounds.
-            gateway: writes.
-            work: of what a killed run goes on from.
+            gain: the recipe's gain.
+            examples: the examples of all rounds.
+            gateway: the gateway that writes the completions, and finishes their forks.
+            work: directory of the file of finished completions.
         """
         kept = KeptTokens(TeacherCache(work / "forks.sqlite", FORKS_BYTES))
         end = self.tokenizer.eos_token_id
@@ -228,7 +231,7 @@ class TrafficStage:
         )
 
     def report(self, taught: Taught) -> None:
-        """Print how well a gate that has not seen a tenth of the prompts tells what asking gains there."""
+        """Print the correlation of score and gain on a tenth of the prompts, for a gate fitted to the rest."""
         lessons = taught.lessons
         held_out = lessons.source % HELD_OUT == 0
         if not held_out.any() or held_out.all():
@@ -243,7 +246,7 @@ class TrafficStage:
         )
 
     def fitted(self, taught: Taught) -> Head:
-        """Taps and gate: the regression, or the policy that starts from it."""
+        """Fit taps and gate: by regression, or as a policy that starts from the regression."""
         head = self.regressed(taught.lessons, taught.confidence)
         objective = self.config.objective
         if isinstance(objective, ConstrainedObjective) and taught.branches is not None:
@@ -254,7 +257,12 @@ class TrafficStage:
         return head.requires_grad_(False).eval()
 
     def regressed(self, lessons: Lessons, confidence: Tensor) -> Head:
-        """Taps and gate whose score is a regression on the gain; `confidence` is of the same positions."""
+        """Fit taps and gate by regression of the score on the gain.
+
+        Args:
+            lessons: N positions.
+            confidence: (N, 10), the confidence features of the same positions.
+        """
         torch.manual_seed(self.seed)
         reserved = reserved_rows(self.model, self.tokenizer)
         head = Head(self.model, reserved, self.config.width, costs_of(self.cheaper)).to(device())
@@ -265,7 +273,7 @@ class TrafficStage:
         return head.requires_grad_(False).eval()
 
     def checkpoint(self, head: Head, trajectories: Sequence[Trajectory]) -> RouterCheckpoint:
-        """All of it but the prices."""
+        """The router checkpoint without prices."""
         config = self.config
         facts: dict[str, Fact] = {
             "gain": config.gain.type,
@@ -281,14 +289,14 @@ class TrafficStage:
         return checkpoint_of(head, config, length, self.cheaper, fingerprints, facts)
 
     def _first_prices(self, scores: Tensor) -> Points:
-        """Of all budgets, by the gate's scores (N,)."""
+        """The price of each budget, as a quantile of the gate's scores (N,)."""
         points = []
         for budget in self.config.budgets:
             points.append((budget, asking_price(scores.double(), budget, self.config.ask_tokens)))
         return points
 
     def _forget_another_run(self, work: Path, rounds: Sequence[Sequence[Source]]) -> None:
-        """What `work` holds is gone on with if it is of the same pair, prompts and settings."""
+        """Delete replies in `work` that are of another pair, other prompts or other settings."""
         settings = self.config.model_dump(mode="json", exclude=WHERE)
         reserved = reserved_rows(self.model, self.tokenizer)
         of: dict[str, Any] = {
@@ -318,7 +326,7 @@ class TrafficStage:
 
     @cached_property
     def reader(self) -> TrafficReader:
-        """Of all rounds."""
+        """The reader of all rounds."""
         cheaper = [each.model for each in self.cheaper]
         return TrafficReader(self.model, self.teacher, self.tokenizer, self.config, self.seed, cheaper)
 
@@ -332,7 +340,7 @@ class TrafficStage:
 
 
 def with_prices(router: RouterCheckpoint, prices: Points, spares: Points) -> RouterCheckpoint:
-    """With this calibration of the learned gate; none where there are no prices."""
+    """The router with these prices and spare prices of the learned gate; empty: no calibration."""
     calibration = {LEARNED: prices} if prices else {}
     spare = {LEARNED: spares} if spares else {}
     return replace(

@@ -1,9 +1,9 @@
 """The closed loop under greedy decoding, for many gates, prices, budgets and span lengths at once.
 
-Both models are deterministic then, so what can happen to a prompt is a tree: a node per prefix, with the
-student's and the teacher's next token, which are the same token at most nodes. A setting is a walk through
-it; only nodes that no walk has seen cost a forward pass. A grid of five gates and eleven rates costs 50 times
-less than decoding it.
+Greedy models are deterministic, so all completions of a prompt form a tree. It has a node for each prefix,
+with the next tokens of student and teacher, which are equal at most nodes. A completion with some gate, price
+and budget is a walk through the tree, and only new nodes cost a forward pass. For five gates and eleven
+rates, this costs 50 times less than decoding each combination.
 """
 
 import math
@@ -22,67 +22,72 @@ from training.read_prompts import ReadPrompts
 from training.reading import Readout
 
 PROMPTS = 4e9
-"""Bytes of the keys and values of prompts that a tree keeps."""
+"""Most bytes of prompts' keys and values that a tree keeps."""
 ScoreGate = Gate | Callable[[Positions], Tensor]
-"""A gate, or an oracle that sees more than a gate may."""
+"""A gate, or an oracle that sees more of a position than a gate sees."""
 
 
 @dataclass(slots=True)
 class Node:
-    """A prefix, and what the models write after it."""
+    """A prefix, and the next tokens of the models after it."""
 
     index: int
-    """Of its row in the tree's tensors."""
+    """Index of its row in the tree's tensors."""
     own: int
     """The student's next token."""
     theirs: list[int]
     """The next token of each teacher, from the cheapest to the dearest."""
     next: dict[int, "Node"] = field(default_factory=dict)
+    """The nodes after this one, by the token that leads to them."""
 
 
 class Prefix(NamedTuple):
-    """Where the tree grows."""
+    """A prefix at which the tree has to grow."""
 
     prompt: int
-    """Its number."""
+    """Number of the prompt."""
     tokens: tuple[int, ...]
-    """Of the completion so far."""
+    """Tokens of the completion so far."""
 
 
 class Alone(Gate):
-    """One output of a gate that has one for each of several teachers: what asking that one is worth."""
+    """A gate that may ask only one of several teachers: its score is that teacher's output of `gate`."""
 
     def __init__(self, gate: TeachersGate, number: int) -> None:
-        """``number``: of the teacher, from the cheapest to the dearest."""
+        """``number``: number of the teacher, from the cheapest to the dearest."""
         super().__init__(gate.reserved)
         self.gate = gate
         self.number = number
 
     def forward(self, logits: Tensor) -> Tensor:
-        """The output."""
+        """Scores of raw logits (…, V): the teacher's output of the gate."""
         return self.gate.worth(logits)[..., self.number]
 
 
 PERIODIC = "periodic"
-"""A baseline that looks at nothing but the place: it asks at a share 1 - price of the positions, evenly."""
+"""Name of a baseline that ignores the text: it asks at a share 1 - price of the positions, evenly spread."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Terms on which the completions of all prompts are written."""
+    """The terms on which the completions of all prompts are written."""
 
     gate: str
-    """A name that the tree scores, or PERIODIC."""
+    """Name of a gate that the tree scores, or PERIODIC."""
     price: float
+    """Price: the gate asks if its score is above this."""
     fraction: float
+    """Fraction of each completion's bucket."""
     span_tokens: int
+    """Longest span, in tokens."""
     ask_tokens: int | None = None
+    """Number of tokens in one call; None: a whole span."""
     spare: float | None = None
-    """Price while a call fits into the fraction itself; None: the same."""
+    """Price while a call fits into the fraction itself, without the bucket's credit; None: `price`."""
 
 
 def ends(gate: str) -> list[Setting]:
-    """Student alone and teacher alone."""
+    """The settings of the student alone and of the teacher alone."""
     return [Setting(gate, math.inf, 0.0, 1), Setting(gate, -math.inf, 1.0, 1)]
 
 
@@ -91,11 +96,11 @@ class Walk:
     """One completion on its way through the tree."""
 
     prompt: int
-    """Its number."""
+    """Number of the prompt."""
     done: Rollout
-    """What is written so far."""
+    """The completion so far."""
     steps: Iterator[None]
-    """Yields when the tree has to grow before the walk can go on."""
+    """Yields whenever the tree has to grow before the walk can go on."""
 
     def goes_on(self) -> bool:
         """Walk until the tree has to grow; False if the completion ends first."""
@@ -105,18 +110,18 @@ class Walk:
 
     @property
     def prefix(self) -> Prefix:
-        """Where the tree has to grow."""
+        """The prefix at which the tree has to grow."""
         return Prefix(self.prompt, tuple(self.done.tokens))
 
 
 class Tree:
-    """Grows on demand below each prompt.
+    """The tree of each prompt, which grows when walks need new nodes.
 
     Args:
-        loop: must decode greedily.
-        prompts: as the student reads them.
-        gates: that score the nodes, by name.
-        teacher_prompts: as the teacher reads them; None: the same.
+        loop: the pair; it must decode greedily.
+        prompts: prompts as the student reads them, as token ids.
+        gates: the gates that score the nodes, by name.
+        teacher_prompts: prompts as the teacher reads them; None: the same.
     """
 
     def __init__(
@@ -147,28 +152,28 @@ class Tree:
 
     @property
     def prompt_tokens(self) -> list[int]:
-        """Of the prompts as the teacher reads them."""
+        """Number of tokens in each prompt, as the teacher reads it."""
         return list(map(len, self._teacher_prompts))
 
     @property
     def positions(self) -> Positions:
-        """Of all nodes, by their index; `row` and `step` count within one growth of the tree only."""
+        """The positions of all nodes, by index; `row` and `step` count only within one growth of the tree."""
         self._seen = [concatenate(self._seen)]
         return self._seen[0]
 
     def add(self, name: str, gate: ScoreGate) -> None:
-        """Score all nodes, present and future; a gate of the same name is replaced."""
+        """Score all present and future nodes with a gate; a gate of the same name is replaced."""
         self._gates[name] = gate
         self._scores[name] = []
         self._worth[name] = []
         self._score(name, self.positions)
 
     def scores(self, name: str) -> Tensor:
-        """The gate's scores of all nodes: (nodes,)."""
+        """(nodes,) scores of all present nodes by the gate of this name."""
         return torch.tensor(self._scores[name])
 
     def run(self, settings: Sequence[Setting]) -> list[list[Rollout]]:
-        """For each setting the completions of all prompts."""
+        """The completions of all prompts, for each setting."""
         runs = []
         walks = []
         for setting in settings:
@@ -185,7 +190,7 @@ class Tree:
         return runs
 
     def _walk(self, node: Node, setting: Setting, done: Rollout) -> Iterator[None]:
-        """Writes `done`; yields when the tree has to grow before the walk can go on."""
+        """Write a completion into `done`; yields whenever the tree has to grow before the walk can go on."""
         bucket = Bucket(Budget(fraction=setting.fraction), setting.span_tokens, setting.ask_tokens)
         end = self._loop.end
         max_tokens = self._loop.max_tokens
@@ -202,7 +207,7 @@ class Tree:
             node = node.next[token]
 
     def _asked(self, node: Node, length: int, setting: Setting, bucket: Bucket) -> int | None:
-        """The number of the teacher that is asked; None if none is."""
+        """Number of the teacher that is asked at a node; None if the student writes."""
         dearest = len(node.theirs) - 1
         if setting.gate == PERIODIC:
             rate = 1 - setting.price
@@ -215,7 +220,7 @@ class Tree:
         return self._meant(setting.gate, node, price) if price > -math.inf else dearest
 
     def _meant(self, name: str, node: Node, price: float) -> int:
-        """The number of the teacher that a gate means at a price, if it asks."""
+        """Number of the teacher that a gate asks at this price, if it asks."""
         gate = self._gates[name]
         if isinstance(gate, Alone):
             return gate.number
@@ -225,7 +230,7 @@ class Tree:
         return int(gate.margins(worth, worth.new_tensor(price)).argmax())
 
     def path(self, prompt: int, tokens: Sequence[int]) -> list[int]:
-        """Indices of the nodes at which these tokens, which the tree holds, were written."""
+        """Indices of the nodes at which these tokens were written; the tree must have these nodes."""
         node = self._roots[prompt]
         indices = []
         for token in tokens[:-1]:
@@ -234,7 +239,7 @@ class Tree:
         return [*indices, node.index]
 
     def _grow(self, prefixes: Sequence[Prefix]) -> None:
-        """Add the nodes of the student's own way on from each prefix, as far as a completion goes."""
+        """Add the nodes of the student's own continuation of each prefix, up to the end of a completion."""
         if not prefixes:
             return
         requests = []
@@ -250,7 +255,7 @@ class Tree:
         self._loop.write(requests, watch=seen.append, kept=self._read_prompts)
         new = concatenate(seen)
         self._seen.append(new)
-        last: dict[int, Node] = {}  # of each row; `seen` is in order of time
+        last: dict[int, Node] = {}  # the last node of each row; `seen` is in order of time
         of_all = torch.cat((new.cheaper, new.theirs[:, None]), dim=1)
         for row, own, theirs in zip(new.row.tolist(), new.own.tolist(), of_all.tolist(), strict=True):
             node = Node(self._size, own, theirs)
@@ -273,7 +278,7 @@ class Tree:
         parent.next[prefix.tokens[-1]] = node
 
     def _score(self, name: str, positions: Positions) -> None:
-        """Keep what a gate says of these positions."""
+        """Keep a gate's scores of these positions."""
         gate = self._gates[name]
         if isinstance(gate, TeachersGate):
             worth = self._read(gate, gate.worth, positions)
@@ -286,7 +291,7 @@ class Tree:
 
     @torch.no_grad()
     def _read(self, gate: Gate, read: Callable[[Tensor], Tensor], positions: Positions) -> Tensor:
-        """What a part of the gate makes of the student's logits there."""
+        """Values of `read`, a function of the gate, on the student's logits at these positions."""
         student = self._loop.student
         output = student.get_output_embeddings()
         readout = Readout.of(student.config)

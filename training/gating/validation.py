@@ -1,4 +1,4 @@
-"""The closed loop on validation data: what gates and prices are worth there, in shares of the gap."""
+"""Measures gates and prices in the closed loop on validation data, in shares of the pair's gap in quality."""
 
 from dataclasses import dataclass
 
@@ -19,12 +19,12 @@ from training.tasks import Task
 
 RANDOM = "random"
 SHARES = (0.7, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
-"""Of positions below the prices that a gate is judged by."""
+"""Shares of positions whose scores are below the prices that a gate is judged at."""
 
 
 @dataclass(frozen=True)
 class Gap:
-    """Qualities as shares of the gap between student and teacher."""
+    """The gap in quality between student and teacher, and qualities in units of it."""
 
     scorer: Scorer
     student: float
@@ -32,26 +32,29 @@ class Gap:
 
     @property
     def size(self) -> float:
-        """1 if there is none, so that qualities stay what they are."""
+        """Size of the gap; 1 if the teacher is not better, so that qualities keep their unit."""
         return self.teacher - self.student if self.teacher > self.student else 1.0
 
     def share(self, run: Run) -> float:
-        """Quality of a run."""
+        """Quality of a run, in units of the gap."""
         return self.scorer(run).quality / self.size
 
     def noise(self, first: Run, second: Run) -> float:
-        """By the examples' own qualities, also if the task's is not their mean."""
+        """Standard error of the difference between two runs' qualities, in units of the gap.
+
+        It is computed from the examples' own qualities, even if the task's quality is not their mean.
+        """
         return standard_error(self.scorer.qualities(first) - self.scorer.qualities(second)) / self.size
 
 
 class GateValidation:
-    """Of one pair.
+    """Validation of one pair's gates.
 
     Args:
         loop: the pair.
-        task: scores the completions.
-        tokenizer: of the pair.
-        examples: of the validation split.
+        task: the task that scores the completions.
+        tokenizer: the tokenizer of the pair.
+        examples: the examples of the validation split.
         config: budgets and spans.
         reserved: the student's rows for the router.
     """
@@ -72,15 +75,16 @@ class GateValidation:
         alone, taught = self.trees(0.0).run(ends(RANDOM))
         self.gap = Gap(scorer, scorer(alone).quality, scorer(taught).quality)
         self.expected_tokens = sum(len(rollout.tokens) for rollout in alone) / len(alone)
-        """Mean length of the student's own completions."""
+        """Mean length of the student's own completions, in tokens."""
 
     def judged(self, gate: Gate) -> float:
-        """What the budgets recover under their buckets: mean share of the gap above the student.
+        """Mean share of the gap that the gate recovers, over all budgets under their buckets.
 
-        Each has the best of the same few prices, so the dual variables' noise is not in it.
+        Each budget gets the best of the same few prices, so the result does not depend on the dual variables'
+        noise.
 
         Args:
-            gate: the learned one; its taps are in the student.
+            gate: the learned gate, whose taps are in the student.
         """
         self.trees.add(LEARNED, gate)
         tree = self.trees(0.0)
