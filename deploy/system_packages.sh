@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs what PyPI does not have, from Debian's or Ubuntu's packages; does nothing if all of it is there.
-# `system_packages.sh setup`: what the engines need. `system_packages.sh tests`: also what the tests start.
-# PYTHON names a Python that can make environments, empty if there is none; BUILD is cpu or gpu.
+# Installs the Debian or Ubuntu packages of programs that PyPI does not have; does nothing if none is missing.
+# `system_packages.sh setup`: packages for the engines. `system_packages.sh tests`: also those that the tests start.
+# PYTHON names a Python that can make environments; empty if there is none. BUILD is cpu or gpu.
 set -euo pipefail
 
 HAS_HEADERS='import os, sysconfig; raise SystemExit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
@@ -23,14 +23,14 @@ stop() {
     exit 1
 }
 
-may_sudo() {  # Without a password, or with one that somebody at a terminal can type.
+may_sudo() {  # Whether sudo works without a password, or somebody at a terminal can type one.
     command -v sudo >/dev/null || return 1
     sudo -n true 2>/dev/null || { [[ -t 0 ]] && sudo -v; }
 }
 
 need python3-venv - "${PYTHON-python3}"
 if [[ ${BUILD-cpu} == cpu ]]; then
-    # With these vLLM compiles, at the first request for log-probabilities, what counts them.
+    # vLLM compiles a function with these at the first request for log-probabilities.
     need g++ - g++
     "${PYTHON:-python3}" -c "$HAS_HEADERS" 2>/dev/null || packages+=(python3-dev)
     if [[ $(ldconfig -p) != *'libnuma.so.1 '* ]]; then packages+=(libnuma1); fi
@@ -58,7 +58,7 @@ apt_get=("${as_root[@]}" apt-get -qq -o DPkg::Lock::Timeout=300)
 "${apt_get[@]}" update || stop 'apt-get update failed'
 "${apt_get[@]}" install --no-install-recommends "${packages[@]}" >/dev/null || stop 'apt-get install failed'
 
-# Debian starts what it installs, now and at every boot. The tests start their own, so these are in the way.
+# Debian starts installed services now and at every boot. The tests start their own, so stop these.
 for service in "${services[@]}"; do
     "${as_root[@]}" service "$service" stop >/dev/null 2>&1 || true
     "${as_root[@]}" update-rc.d "$service" disable >/dev/null 2>&1 || true

@@ -136,7 +136,7 @@ imagePullSecrets: {{ toYaml . | nindent 2 }}
 automountServiceAccountToken: false
 # A Service named "wheels" would set WHEELS_PORT, which is a setting of ours.
 enableServiceLinks: false
-# Time for the pod to leave the Service and to drain, then for the engine to end.
+# Time for the pod to leave the Service and to drain, and for the engine to end.
 terminationGracePeriodSeconds: {{ add $values.drainSeconds 30 }}
 securityContext:
   runAsNonRoot: true
