@@ -94,9 +94,9 @@ class Lessons:
 def teacher_view(seen: Positions) -> Tensor:
     """(N, 7) the teacher's view of each position, which the gate never sees.
 
-    The columns are the regret of the student's token (in nats, and as a ratio of probabilities), -log p_T of
-    the student's token, -log p_T and p_T of the teacher's best token, KL(student, teacher), and the
-    teacher's entropy.
+    The first columns are the regret of the student's token in nats (0 to 8), exp(-regret), and -log p_T of
+    the student's token. The others are -log p_T and p_T of the teacher's best token, KL(student, teacher),
+    and the teacher's entropy.
     """
     lost = regret(seen).clamp(min=0, max=8)
     columns = (lost, (-lost).exp(), seen.surprisal, seen.best, (-seen.best).exp(), seen.kl, seen.entropy)

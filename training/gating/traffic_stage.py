@@ -231,7 +231,7 @@ class TrafficStage:
         )
 
     def report(self, taught: Taught) -> None:
-        """Print the correlation of score and gain on a tenth of the prompts, for a gate fitted to the rest."""
+        """Print the correlation of score and gain on a tenth of the prompts, for a gate fitted to others."""
         lessons = taught.lessons
         held_out = lessons.source % HELD_OUT == 0
         if not held_out.any() or held_out.all():
