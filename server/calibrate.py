@@ -1,7 +1,7 @@
 """`wheels calibrate`: learns the prices of a gateway from a file of prompts instead of live traffic.
 
-The prompts are the traffic. A gateway that learns its prices gets them, and keeps what it learned where the
-next one of the same student, gate and spans begins (see `server.price_follower`).
+A gateway that learns its prices gets the prompts as its traffic, and saves what it learned. The next gateway
+with the same student, gate and spans starts from there (see `server.price_follower`).
 """
 
 import argparse
@@ -44,13 +44,13 @@ RATES = (0.05, 0.1, 0.2, 0.3, 0.5)
 FEW_TOKENS = 2_000
 """A rate over fewer completion tokens than this is rough."""
 SHARED = ("tenants", "limits", "ledger", "host", "port")
-"""Settings that a gateway of our own has not: its requests are nobody's, and only we call it."""
+"""Settings that a gateway of our own does not get: it has no tenants, and only this command calls it."""
 VLLM_SHARED = ("api-key", "ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "uds", "root-path")
-"""The same, of vLLM's server."""
+"""Settings of vLLM's server that a gateway of our own does not get either."""
 
 
 def main(argv: list[str]) -> int:
-    """Find the prices, print what they realise.
+    """Find the prices, and print the rates that they realise.
 
     Raises:
         WheelsError: the arguments or prompts cannot be used, a server failed, or there is nothing to learn.
@@ -168,19 +168,19 @@ class OwnGateway(NamedTuple):
     settings: dict[str, Any]
     vllm_flags: list[str]
     directory: Path
-    """Where it keeps its prices."""
+    """Directory in which it saves its prices."""
 
     def prices(self) -> dict[Path, FileState]:
-        """The files of prices that are there."""
+        """State of every file of prices, by its path."""
         return {file: FileState.of(file) for file in self.directory.glob("*.json")}
 
 
 def _own_gateway(options: argparse.Namespace, vllm_flags: list[str]) -> OwnGateway | None:
-    """What the arguments say of a gateway to start; None where they name a running one.
+    """The gateway to start by these arguments; None if they name a running one.
 
     Raises:
-        ConfigError: they say both or neither, or a setting is wrong.
-        NothingToLearn: the gateway would not learn.
+        ConfigError: the arguments name a running gateway and settings too, or a setting is wrong or missing.
+        NothingToLearn: the gateway would not learn prices.
     """
     names = {"config", *ServeConfig.model_fields} & vars(options).keys()
     flags = {name: getattr(options, name) for name in names}
@@ -210,11 +210,11 @@ def _without_shared(settings: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _served(own: OwnGateway, timeout: float | None, console: Console) -> Iterator[str]:
-    """The gateway's URL, once it is ready; it ends with the block."""
+    """Start the gateway and yield its URL when it is ready; the gateway ends with the block."""
     port = free_port()
     url = f"http://{HOST}:{port}"
     with tempfile.TemporaryDirectory(prefix="wheels-calibrate-") as name:
-        directory = Path(name)  # for us alone: the settings may hold keys
+        directory = Path(name)  # only this user may read it: the settings may hold keys
         file = directory / "settings.yaml"
         file.write_text(yaml.safe_dump(own.settings | {"host": HOST, "port": port}))
         variables = [each for each in os.environ if each.startswith(ENVIRONMENT_PREFIX)]
@@ -230,7 +230,7 @@ def _served(own: OwnGateway, timeout: float | None, console: Console) -> Iterato
             try:
                 yield url
             except GatewayError:
-                gateway.check()  # a dead one explains itself better
+                gateway.check()  # if the gateway has died, its own error tells more
                 raise
 
 
@@ -239,7 +239,7 @@ def _served(own: OwnGateway, timeout: float | None, console: Console) -> Iterato
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Progress]:
-    """A bar on a terminal, nothing elsewhere."""
+    """A progress bar on a terminal, nothing elsewhere."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield progress

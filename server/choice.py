@@ -19,7 +19,7 @@ from server.vllm_api import CompletionOutput, RequestOutputKind, SamplingParams
 
 
 class Step(NamedTuple):
-    """What the reader of a choice gets next, and who wrote it."""
+    """The next output for the reader of a choice, and who wrote it."""
 
     output: CompletionOutput
     source: Source
@@ -29,42 +29,42 @@ class Step(NamedTuple):
 class Choice:
     """One completion of a request.
 
-    The span loop writes it, and whoever reads it takes steps from a queue. So a slow reader holds up
-    neither model, and no reservation.
+    The span loop writes it, and its reader takes steps from a queue. So a slow reader holds up neither model,
+    and no reservation.
     """
 
     prompt: Mapping[str, Any]
     """vLLM's rendered prompt, of type "token"."""
     segment_params: SamplingParams
-    """What every student segment has in common."""
+    """Sampling parameters that all student segments have in common."""
     request_id: str
     affinity: bytes
-    """Ranks the teacher's replicas: the same for the same prompt."""
+    """Key by which the teacher's replicas are ranked; it is the same for the same prompt."""
     options: Mapping[str, Any]
     """Further arguments of `AsyncLLM.generate`, passed on to every student segment."""
     completion: Completion
     purse: Purse
     tenant: Tenant | None
     single_tokens: bool
-    """Whether its reader gets one token at a time: see `single_tokens`."""
+    """Whether the reader gets one token at a time: see `server.single_tokens`."""
     session: OpenSession | None = None
-    """The one that its request names."""
+    """Session that the request names; None if it names none."""
     original: OriginalPrompt | None = None
-    """What the prompt was before it was rendered, for a teacher with another vocabulary."""
+    """The prompt before it was rendered, for teachers with another vocabulary and for budgets in words."""
     constraint: Constraint | None = None
-    """Of structured output: what may be written next, whoever writes it."""
+    """Grammar of structured output at the end of the text, for both models; None without a grammar."""
     steps: asyncio.Queue[Step | None] = field(default_factory=asyncio.Queue)
-    """What the reader has not taken yet; None at the end."""
+    """Steps that the reader has not taken yet; None at the end."""
     thinking: Thinking | None = None
-    """What is left of `thinking_token_budget` after prompt and completion."""
+    """The rest of `thinking_token_budget` after prompt and completion; None without such a budget."""
     read_by_student: list[int] | None = None
-    """The prompt with a budget in words, which the student reads in its place, if it does."""
+    """Token ids of the prompt with a budget in words, if the student reads that instead."""
     cached_tokens: int | None = None
-    """Of the first segment's prompt, those that vLLM had in its prefix cache."""
+    """Tokens of the first segment's prompt that were in vLLM's prefix cache; None before it was read."""
 
     @property
     def params(self) -> SamplingParams:
-        """The caller's, for this choice alone."""
+        """The caller's sampling parameters, for this choice alone."""
         return self.completion.params
 
     @property
@@ -84,7 +84,7 @@ class Choice:
 
     @property
     def length(self) -> int:
-        """Tokens that the request's budget is a fraction of."""
+        """Number of tokens that the budget counts, including earlier completions on the same purse."""
         return self.purse.written + len(self.completion)
 
     @property
@@ -95,7 +95,7 @@ class Choice:
 
     @property
     def begun(self) -> bool:
-        """Whether something of it is written, or its prompt is read: it goes before new requests."""
+        """Whether it has tokens, or its prompt was read first; it then goes before new requests."""
         return len(self.completion) > 0 or self.params.prompt_logprobs is not None
 
     @property
@@ -111,7 +111,7 @@ class Choice:
 
     @property
     def prefix(self) -> list[int]:
-        """Prompt and completion so far, as token ids; no trace of an escalation is in it."""
+        """Prompt and completion so far, as token ids, without escalation tokens."""
         return self.prompt_ids + self.completion.token_ids
 
     @property
@@ -121,12 +121,12 @@ class Choice:
 
     @property
     def prefix_tokens(self) -> int:
-        """Length of the prefix: what a model reads before it writes on."""
+        """Number of tokens of the prefix, which a model reads before it continues."""
         return len(self.prompt_ids) + len(self.completion)
 
     @property
     def call_id(self) -> str:
-        """Names the teacher call at hand, for the teacher's log."""
+        """Id of the current teacher call, for the teacher's log."""
         return f"{self.request_id}-{self.report.calls}"
 
     @property
@@ -136,13 +136,13 @@ class Choice:
 
     @property
     def end_ids(self) -> list[int]:
-        """The student's end token, which ends the teacher's spans too; others are among the stop ids."""
+        """The student's end token, which ends the teacher's spans too; others are in `stop_token_ids`."""
         end = self.params.eos_token_id
         return [] if end is None else [end]
 
     @property
     def bias_room(self) -> int:
-        """Different tokens that may be written until the teacher would get too many biases for them."""
+        """Number of further tokens for which the teacher can still get biases, if there are penalties."""
         if not penalises(self.params):
             return self.completion.max_tokens + 1
         return MOST_BIASES - len({*(self.params.logit_bias or ()), *self.completion.token_ids})
@@ -161,19 +161,19 @@ class Choice:
 
     @property
     def seed(self) -> int | None:
-        """Seed of the next segment: another at every length, or each would draw the same numbers."""
+        """Seed of the next segment. It differs at every length, so that segments draw different numbers."""
         if self.params.seed is None:
             return None
         return (self.params.seed + len(self.completion) * 0x9E3779B1) % 2**63
 
     def student_reads(self, cached: int | None) -> None:
-        """The student has read the prefix, of which its cache had this many tokens."""
+        """Note that the student has read the prefix, of which its cache had ``cached`` tokens."""
         if self.cached_tokens is None:
             self.cached_tokens = cached
         self.report.sheet.student_reads(len(self.student_prompt) + len(self.completion), cached or 0)
 
     def extend(self, piece: Piece, source: Source) -> int:
-        """Append what ``source`` wrote and hand it to the reader; returns how many tokens are kept."""
+        """Append a piece by ``source`` and hand it to the reader; returns the number of kept tokens."""
         if source != STUDENT and self.thinking is not None:
             piece = piece.up_to(self.thinking.room(piece.token_ids))
         start = len(self.completion)

@@ -26,24 +26,24 @@ class Piece:
 
     token_ids: Sequence[int]
     logprobs: Sequence[Any] | None = None
-    """Per token: log-probabilities by token id, the written one among them."""
+    """Log-probabilities of each token by token id, including the written one."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     asks: bool = False
-    """The student asks for the teacher after these tokens."""
+    """Whether the student asks for the teacher after these tokens."""
     level: int = 0
-    """Of the row by which it asks: with several teachers it says which one is meant."""
+    """Offset of the asking row from the escalation token; it tells which of several teachers is meant."""
     text: str = ""
-    """Whole characters, where a teacher writes in tokens of its own."""
+    """Text in whole characters, if a teacher writes in tokens of its own."""
 
     def up_to(self, end: int) -> "Piece":
-        """The first tokens; the ending is lost with the last one."""
+        """The first ``end`` tokens; without the ending if the last token is cut off."""
         if end >= len(self.token_ids):
             return self
         return Piece(self.token_ids[:end], self.logprobs and self.logprobs[:end])
 
     def singles(self) -> Iterator["Piece"]:
-        """The same tokens one at a time; the ending is the last one's."""
+        """Pieces of one token each; the last one has the ending."""
         last = len(self.token_ids) - 1
         for place in range(last):
             part = slice(place, place + 1)
@@ -59,7 +59,7 @@ class Piece:
 def new_detokenizer(
     tokenizer: TokenizerLike | None, prompt_ids: list[int] | None, params: SamplingParams
 ) -> IncrementalDetokenizer:
-    """A detokenizer of vLLM, with its matcher of stop strings, as its engine makes one for each request."""
+    """A detokenizer of vLLM with its stop-string matcher, as vLLM's engine makes one for each request."""
     request = EngineCoreRequest(
         request_id="",
         prompt_token_ids=prompt_ids,
@@ -115,7 +115,7 @@ class Completion:
 
     @property
     def finished(self) -> bool:
-        """Whether there is a reason to finish."""
+        """Whether the completion has ended."""
         return self.finish_reason is not None
 
     @property
@@ -130,7 +130,7 @@ class Completion:
         after a stop string are dropped.
 
         Returns:
-            How many tokens were kept: those that count as written, in every budget and report.
+            Number of tokens that were kept; only these count in budgets and reports.
         """
         piece = self._up_to_the_end(piece)
         start = len(self)
@@ -155,9 +155,9 @@ class Completion:
         return kept
 
     def _up_to_the_end(self, piece: Piece) -> Piece:
-        """A piece without what comes after a token that ends the completion.
+        """A piece up to the first token that ends the completion.
 
-        A teacher may have other end tokens, and write on; and nobody else sees a repetition across borders.
+        A teacher with other end tokens may write more. A repetition across spans is noticed only here.
         """
         detects = self.params.repetition_detection is not None
         written = list(self.token_ids) if detects else []
@@ -174,9 +174,9 @@ class Completion:
         return piece
 
     def _spell(self, logprobs: dict[int, Logprob]) -> None:
-        """Give the next position's candidates their texts, which neither model sends.
+        """Add the texts of the next position's candidates, which neither model sends.
 
-        As vLLM does it, the token that ends a character has the text of those before it.
+        As in vLLM, the token that ends a character has the text of the tokens before it too.
         """
         if self._speller.tokenizer is None:
             return
@@ -186,7 +186,7 @@ class Completion:
             logprob.decoded_token = text
 
     def output(self) -> CompletionOutput:
-        """What the consumer has not seen yet (DELTA), or all there is (CUMULATIVE, FINAL_ONLY)."""
+        """Output with the tokens that were not handed out yet (DELTA), or all (CUMULATIVE, FINAL_ONLY)."""
         delta = self.params.output_kind == RequestOutputKind.DELTA
         start = self._handed_out if delta else 0
         self._handed_out = len(self)

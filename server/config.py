@@ -68,21 +68,21 @@ def _with_sources(file: Path) -> Path:
 
 
 def _budget(value: Any) -> Any:
-    """Flags and variables come as text: a fraction, or JSON."""
+    """A budget; a text, as from a flag or a variable, is a fraction or JSON."""
     return _from_json(value, "neither a fraction nor JSON") if isinstance(value, str) else value
 
 
 def _structure(value: Any) -> Any:
-    """Flags and variables come as text: JSON."""
+    """A structured value; a text, as from a flag or a variable, is JSON."""
     return _from_json(value, "not JSON") if isinstance(value, str) else value
 
 
 class _NamedTwice(ValueError):
-    """An object of JSON has two entries of one name."""
+    """A JSON object has two entries of the same name."""
 
 
 def _from_json(text: str, problem: str) -> Any:
-    """The value of JSON. Raises ValueError: it is none, which is the ``problem``, or has a name twice."""
+    """The value of a JSON text. Raises ValueError if it is not JSON (the ``problem``) or has a name twice."""
     try:
         return json.loads(text, object_pairs_hook=_entries)
     except _NamedTwice:
@@ -110,7 +110,7 @@ def _vllm_settings(value: Any) -> Any:
 
 
 def _teacher(value: Any) -> Any:
-    """Flags and variables come as text: addresses, or JSON by name."""
+    """The teachers; a text, as from a flag or a variable, is addresses, or JSON by name."""
     value = words(value)
     return _structure(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
 
@@ -310,7 +310,7 @@ class ServeConfig(BaseModel):
 
     @property
     def teachers(self) -> dict[str, TeacherSettings]:
-        """All teachers by name."""
+        """Settings of all teachers, by name."""
         if isinstance(self.teacher, dict):
             return self.teacher
         only = TeacherSettings(
@@ -328,7 +328,7 @@ class ServeConfig(BaseModel):
 
     @property
     def vllm_settings(self) -> dict[str, Any]:
-        """``vllm``, by vLLM's own spelling of its flags."""
+        """The setting ``vllm``, by vLLM's own spelling of its flags."""
         return {setting_name(name): value for name, value in self.vllm.items()}
 
 
@@ -337,7 +337,7 @@ class CommandLine(NamedTuple):
 
     words: list[str]
     vllm_flags: list[str]
-    """What follows a ``--``: flags of vLLM's own server."""
+    """Words after a ``--``: flags of vLLM's own server."""
 
     @classmethod
     def of(cls, argv: list[str]) -> "CommandLine":
@@ -352,7 +352,7 @@ def load(argv: list[str]) -> ServeConfig:
     """Configuration from the command line; flags of vLLM's own server may follow a ``--``.
 
     Raises:
-        ConfigError: a value is wrong, a key unknown or a file missing; it names the setting.
+        ConfigError: a value is wrong, a key unknown or a file missing; the message names the setting.
     """
     words, vllm_flags = CommandLine.of(argv)
     parser = argparse.ArgumentParser(
@@ -367,7 +367,7 @@ def load(argv: list[str]) -> ServeConfig:
 
 
 def add_settings(parser: argparse._ActionsContainer) -> None:
-    """A flag for every setting, and one for the file."""
+    """Add a flag for every setting, and one for the configuration file."""
     parser.add_argument("--config", type=Path, help="YAML file with the settings below, by name")
     for name, field in ServeConfig.model_fields.items():
         if name != "vllm":
@@ -377,7 +377,7 @@ def add_settings(parser: argparse._ActionsContainer) -> None:
 
 
 def _default(field: FieldInfo) -> str:
-    """The end of a flag's help: its default, as one would type it."""
+    """The end of a flag's help: its default, as it would be typed."""
     value = None if field.is_required() else field.default
     if isinstance(value, BaseModel):
         value = json.dumps(value.model_dump(mode="json", exclude_none=True))
@@ -395,7 +395,7 @@ def read_settings(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def checked(settings: dict[str, Any], vllm_flags: list[str]) -> ServeConfig:
-    """The configuration of these settings.
+    """The checked configuration from these settings and these flags of vLLM's server.
 
     Raises:
         ConfigError: see `load`.
@@ -412,7 +412,7 @@ def checked(settings: dict[str, Any], vllm_flags: list[str]) -> ServeConfig:
 
 
 def _merged(settings: Any, flags: dict[str, Any]) -> dict[str, Any]:
-    """The file's settings of vLLM, but for those that a flag replaces, and the flags."""
+    """The file's settings of vLLM and the flags; a flag replaces a setting of the same name."""
     try:
         checked = _vllm_settings(settings)
     except ValueError as error:
@@ -422,10 +422,10 @@ def _merged(settings: Any, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _problem(entry: Any) -> str:
-    if not entry["loc"]:  # it is about several settings
+    if not entry["loc"]:  # the error is about several settings
         return str(entry["msg"].removeprefix("Value error, "))
     name = entry["loc"][0]
-    # What stands in parentheses is a kind of value, not a part of the setting.
+    # A part in parentheses is a kind of value, not a part of the setting's name.
     path = ".".join(str(part) for part in entry["loc"] if not str(part).startswith("("))
     if entry["type"] == "missing" and len(entry["loc"]) == 1:
         return f"{name} is required (--{name.replace('_', '-')})"
@@ -435,7 +435,7 @@ def _problem(entry: Any) -> str:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML's own loader takes the last of several entries of one name; this one refuses them."""
+    """A YAML loader that refuses two entries of the same name; YAML's own loader takes the last one."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -450,7 +450,7 @@ class _YamlLoader(yaml.SafeLoader):
 
 
 def read_yaml(text: str | bytes) -> Any:
-    """The value of a YAML document. Raises YAMLError, also if a mapping has two entries of one name."""
+    """The value of a YAML document. Raises YAMLError, also if a mapping has two entries of the same name."""
     return yaml.load(text, _YamlLoader)
 
 

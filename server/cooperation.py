@@ -1,4 +1,4 @@
-"""How student and teachers work together, and what that allows a request."""
+"""How student and teachers work together, and the budget and teachers that a request gets."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from server.vllm_api import SamplingParams, VLLMValidationError
 
 @dataclass(frozen=True)
 class Cooperation:
-    """All that the engine needs to work with a teacher."""
+    """Everything that the engine needs to write with a teacher."""
 
     teachers: Teachers
     policy: Policy
@@ -32,27 +32,33 @@ class Cooperation:
     on_teacher_error: Literal["degrade", "error"] = "degrade"
     ask_tokens: int | None = None
     router: str | None = None
-    """Digest of the router in use; None where there is none."""
+    """Digest of the router in use; None without a router."""
     models: Mapping[str, Budget] = field(default_factory=dict)
-    """Budgets of requests that name one of these models, and no budget."""
+    """Budgets by model name, for requests that set no budget themselves."""
     client_priority: bool = False
-    """Whether a request may bring a priority of its own."""
+    """Whether a request may set its own priority."""
     recorder: Recorder | None = None
-    """Keeps what both models write."""
+    """Records what both models write; None if nothing is recorded."""
     prices: PriceList | None = None
-    """What tokens cost; None where nobody has set it."""
+    """Prices of tokens; None if none are configured."""
     parsers: bool = False
-    """Whether vLLM's HTTP layer parses reasoning or tool calls out of what is streamed."""
+    """Whether vLLM's HTTP layer parses reasoning or tool calls in streams."""
     words: BudgetWords | None = None
-    """Budgets in words, which the student reads."""
+    """Budgets in words, which the student reads; None if it reads none."""
 
     @property
     def wants_originals(self) -> bool:
-        """Whether it matters what a prompt was before it was rendered."""
+        """Whether prompts are needed as they were before rendering."""
         return self.words is not None or self.teachers.may_translate
 
     def budget(self, exchange: Exchange, prompt: Any, params: SamplingParams) -> Budget:
-        """The request's budget, or that of its model or the default one if these can hold."""
+        """The budget of a request: its own, its model's or the default one.
+
+        A parameter that rules out a teacher makes a budget of a model or a default 0.
+
+        Raises:
+            VLLMValidationError: the request's own budget is not usable, or not with its other parameters.
+        """
         budget = self._allowed(exchange)
         if budget.is_zero:
             return budget
@@ -76,12 +82,12 @@ class Cooperation:
     def teachers_for(
         self, budget: Budget, original: OriginalPrompt | None, params: SamplingParams
     ) -> list[NamedTeacher]:
-        """Of those that the budget allows, the ones that can honour all parameters."""
+        """The teachers that the budget allows and that can honour all parameters."""
         allowed = self._allowed_by(budget)
         return [teacher for teacher in allowed if teacher.obstacle(original, params) is None]
 
     def purse(self, budget: Budget, teachers: Sequence[NamedTeacher]) -> Purse:
-        """What a request may have of all its teachers, and of each."""
+        """Buckets for a budget: one for all teachers, and one for each teacher with bounds of its own."""
         lengths = (self.span_tokens, self.ask_tokens)
         models = [
             teacher.prices for teacher in teachers if teacher.prices is not None and not teacher.is_tool
@@ -96,7 +102,7 @@ class Cooperation:
         return Purse(Bucket(budget, *lengths, prices=dearest, least=least), own)
 
     def _allowed(self, exchange: Exchange) -> Budget:
-        """What the request asks for, by a budget or by the name of its model, within its tenant's maximum."""
+        """The request's own budget, its model's or the default one, within its tenant's maximum."""
         default = self.default_budget
         asked = exchange.budget or self.models.get(exchange.model)
         name = exchange.budget_name
@@ -118,7 +124,7 @@ class Cooperation:
         return budget
 
     def _allowed_by(self, budget: Budget) -> list[NamedTeacher]:
-        """The teachers that a budget names; all, if it names none."""
+        """The teachers that a budget names; all teachers if it names none."""
         return [
             teacher for teacher in self.teachers if budget.teachers is None or teacher.name in budget.teachers
         ]

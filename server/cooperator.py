@@ -37,7 +37,7 @@ PRIORITIES = 2**60
 
 
 class Cooperator:
-    """vLLM's `generate` around the span loop. With nothing to spend, a request is one plain request."""
+    """vLLM's `generate` around the span loop. With a budget of 0, a request is one plain request to vLLM."""
 
     def __init__(self, student: StudentEngine, cooperation: Cooperation) -> None:
         self._student = student
@@ -57,7 +57,7 @@ class Cooperator:
 
     @cooperation.setter
     def cooperation(self, cooperation: Cooperation) -> None:
-        """Another policy counts for running completions too, from their next segment on."""
+        """Change it. A new policy also applies to running completions, from their next segment on."""
         self._cooperation = cooperation
         self._loop.policy = cooperation.policy
         self._loop.span_tokens = cooperation.span_tokens
@@ -65,7 +65,7 @@ class Cooperator:
     def generate(
         self, prompt: Any, params: SamplingParams, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        """As `AsyncLLM.generate`; the budget and the reports travel in the context's `Exchange`.
+        """As `AsyncLLM.generate`; the budget and the reports are in the context's `Exchange`.
 
         Raises:
             VLLMValidationError: a parameter cannot be used with a budget above 0, or names a
@@ -100,7 +100,7 @@ class Cooperator:
             if self._parsed(params):
                 outputs = self._split(outputs, prompt, params)
             return self._plain(outputs, params, reports, exchange)
-        # Before the teacher is asked for anything; and with the ids that end the student's completions.
+        # vLLM's checks come before any teacher call. They add the ids that end the student's completions.
         params = self._student.check(prompt, params, request_id, **options)
         teachers = self._cooperation.teachers_for(budget, exchange.original(prompt), params)
         choices = []
@@ -125,7 +125,7 @@ class Cooperator:
         request_id: str,
         options: dict[str, Any],
     ) -> AsyncGenerator[RequestOutput, None]:
-        """One token of one beam. It is nobody's completion: what the client gets is counted at the end."""
+        """One step of a beam search, for one beam. Tokens are counted only for the choices at its end."""
         self._cooperation.budget(exchange, prompt, params)
         exchange.searched = partial(self._count_search, exchange.tenant)
         return self._student.generate(prompt, params, request_id, **options)
@@ -136,9 +136,9 @@ class Cooperator:
         self._cooperation.shared.share(tenant).close(tokens)
 
     def _priority(self, wanted: int) -> int:
-        """Priority of a new request in vLLM (a smaller one goes first); one less is left to continuations.
+        """Priority of a new request in vLLM (a smaller one goes first); its continuations have one less.
 
-        So a completion that a call interrupts does not wait again for requests that have not begun.
+        So after a teacher call, a completion does not wait again for requests that have not begun.
         """
         if wanted and not self._cooperation.client_priority:
             raise VLLMValidationError(
@@ -155,7 +155,7 @@ class Cooperator:
         prompt_ids = prompt["prompt_token_ids"]
         params = params.clone()
         params.n = 1
-        # A context that is full ends a completion as max_tokens does.
+        # A full context ends a completion as max_tokens does.
         room = max(1, self._student.max_model_len - len(prompt_ids))
         params.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         if params.seed is not None:
@@ -203,9 +203,10 @@ class Cooperator:
         segment.stop = []
         segment.detokenize = False
         segment.skip_clone = True
-        segment.prompt_logprobs = None  # they are read once, see `StudentEngine.read_prompt`
+        segment.prompt_logprobs = None  # the prompt is read once, see `StudentEngine.read_prompt`
         segment.skip_reading_prefix_cache = False
-        # With `min_tokens`, vLLM masks what ends a completion before the gate reads the rows after the first.
+        # With `min_tokens`, vLLM masks stop tokens before the gate reads the logits. The rows after the first
+        # are also taps, which the gate has to read.
         levels = 1 if params.min_tokens else max(1, len(self._cooperation.teachers.models))
         asks = range(reserved.escalation, reserved.escalation + levels)
         segment.stop_token_ids = [*(params.stop_token_ids or ()), *asks]
@@ -217,7 +218,7 @@ class Cooperator:
         return segment
 
     def _parsed(self, params: SamplingParams) -> bool:
-        """Whether a parser may read the outputs one after the other: it gets one token at a time."""
+        """Whether a parser may read the stream of outputs, which then have one token each."""
         return self._cooperation.parsers and params.output_kind == RequestOutputKind.DELTA
 
     async def _split(
@@ -236,7 +237,7 @@ class Cooperator:
         reports: list[Report],
         exchange: Exchange,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """A request with nothing to spend: the student's own outputs, counted."""
+        """The student's own outputs for a request with a budget of 0; counts their tokens."""
         delta = params.output_kind == RequestOutputKind.DELTA
         share = self._cooperation.shared.share(exchange.tenant)
         try:
@@ -262,7 +263,7 @@ class Cooperator:
         exchange: Exchange,
         request_id: str,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Cooperative completions as vLLM's outputs, in the kind that the caller wants."""
+        """The completions of two models as vLLM's outputs, in the kind that the caller wants."""
         final: list[CompletionOutput] = []
         reading = self._reading(choices[0])
         written = [self._written(choice, teachers, exchange, reading) for choice in choices]
@@ -285,7 +286,7 @@ class Cooperator:
                 yield request_output
 
     def _reading(self, choice: Choice) -> asyncio.Task[Any] | None:
-        """Reads the prompt, which is that of all choices, if anybody wants its log-probabilities."""
+        """A task that reads the choices' common prompt, if its log-probabilities are wanted; else None."""
         if choice.params.prompt_logprobs is None:
             return None
         return asyncio.create_task(self._student.read_prompt(choice))
@@ -297,7 +298,7 @@ class Cooperator:
         exchange: Exchange,
         reading: asyncio.Task[Any] | None,
     ) -> AsyncGenerator[Step, None]:
-        """What the span loop writes after the prompt is read, for a reader that may be slow, or leave."""
+        """The steps that the span loop writes after the prompt is read; the reader may be slow, or leave."""
         writing = asyncio.create_task(self._write(choice, teachers, reading))
         writing.add_done_callback(lambda _: choice.steps.put_nowait(None))
         with exchange.noting_failure(), counted([choice.report], budgeted=True, refusal=VLLMValidationError):
@@ -307,7 +308,7 @@ class Cooperator:
                 await writing
                 as_is = choice.adapter is None and not _used_tool(choice, teachers)
                 if self._cooperation.recorder is not None and as_is:
-                    self._cooperation.recorder.note(choice)  # a router learns from both models as they are
+                    self._cooperation.recorder.note(choice)  # a router learns from the two models alone
             finally:  # and counted only after the last token is written
                 writing.cancel()
                 await asyncio.wait([writing])
@@ -329,7 +330,7 @@ def _ids(prompt: Any) -> list[int] | None:
 
 
 def _used_tool(choice: Choice, teachers: Sequence[NamedTeacher]) -> bool:
-    """Whether a part of a choice is a tool's."""
+    """Whether a tool wrote a part of a choice."""
     return any(teacher.is_tool and teacher.name in choice.report.parts for teacher in teachers)
 
 

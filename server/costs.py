@@ -8,24 +8,24 @@ from router.money import KindCosts, PriceList, TokenUsage
 
 
 class Costs(NamedTuple):
-    """In picos."""
+    """Costs of a completion, in picos (see `router.money.PICOS`)."""
 
     student: KindCosts
     teachers: Mapping[str, KindCosts]
-    """Of each teacher that was called, by its name."""
+    """Cost of each teacher that was called, by its name."""
     alone: int
-    """By the teacher alone (of several the dearest one), with as much of the prompt in its cache as the
-    first model to read it had.
+    """Estimated cost of the teacher alone (of several, the dearest). As much of the prompt counts as cached
+    as the first model to read it had in its cache.
     """
 
     @property
     def teacher(self) -> KindCosts:
-        """Of all teachers."""
+        """Sum over all teachers."""
         return KindCosts.of_all(self.teachers.values())
 
     @property
     def saved(self) -> int:
-        """Below 0 if two models were dearer."""
+        """Cost of the teacher alone, minus the cost of both models; negative if both cost more."""
         return self.alone - self.student.total - self.teacher.total
 
 
@@ -34,27 +34,27 @@ class CostSheet:
     """What both models read and wrote for one choice, in their own tokens."""
 
     prices: PriceList | None = None
-    """None where the gateway has none: nothing is shown then."""
+    """Prices of the gateway; None if it has none, and costs are not reported then."""
     prompt_tokens: int = 0
     prompt_cached: int | None = None
-    """Of the prompt, those in the student's prefix cache; None if the student has not read it."""
+    """Prompt tokens in the student's prefix cache; None if the student has not read the prompt."""
     student: TokenUsage = field(default_factory=TokenUsage)
-    """What it wrote is left out: it wrote what the teacher did not."""
+    """Tokens that the student read. The tokens that it wrote are an argument of `costs`."""
     teachers: dict[str, list[TokenUsage]] = field(default_factory=dict)
-    """By the teacher's name, one for each of its spans; they grow while it writes."""
+    """Usage of each span, by the teacher's name; it grows while the teacher writes."""
 
     def student_reads(self, tokens: int, cached: int) -> None:
-        """The student begins a segment after this many tokens."""
+        """Count a segment of the student: ``tokens`` tokens to read, of which ``cached`` are in its cache."""
         if self.prompt_cached is None:
             self.prompt_cached = min(cached, self.prompt_tokens)
         self.student = TokenUsage.total([self.student, TokenUsage.of(tokens, cached)])
 
     def teacher_called(self, name: str, usage: TokenUsage) -> None:
-        """A teacher is called, and will count what it uses."""
+        """Add the usage of a new call, which grows while the teacher writes."""
         self.teachers.setdefault(name, []).append(usage)
 
     def add(self, other: "CostSheet") -> None:
-        """Add another choice of the same request."""
+        """Add the sheet of another choice of the same request."""
         self.prices = other.prices
         self.prompt_tokens += other.prompt_tokens
         self.prompt_cached = (self.prompt_cached or 0) + other._cached
@@ -63,7 +63,7 @@ class CostSheet:
             self.teachers.setdefault(name, []).extend(usages)
 
     def costs(self, completion_tokens: int, student_tokens: int) -> Costs | None:
-        """What it cost, of which the student wrote ``student_tokens``; None without prices."""
+        """Costs of a completion, of which the student wrote ``student_tokens``; None without prices."""
         if self.prices is None:
             return None
         alone = TokenUsage.of(self.prompt_tokens, self._cached, completion_tokens)

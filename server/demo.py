@@ -102,7 +102,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 @contextmanager
 def _start(pair: Pair, logs: Path, options: argparse.Namespace, console: Console) -> Iterator[Serving]:
-    """Both servers, with a progress display while they load."""
+    """Start both servers, with a progress display while they load."""
     flags = ["--examples", str(options.pair / EXAMPLES)]
     if options.gate:
         flags += ["--gate", options.gate]
@@ -142,10 +142,10 @@ def _watch(progress: Progress) -> Callable[[list[Child]], None]:
 
 @dataclass
 class DemoResults:
-    """What the gateway did at every budget."""
+    """Results of the gateway at every budget."""
 
     answered: dict[float, list[Answered]] = field(default_factory=dict)
-    """By budget."""
+    """Examples with their replies, by budget."""
     rows: list[BudgetResult] = field(default_factory=list)
 
     @property
@@ -171,7 +171,7 @@ async def _measure(
     """
     from router.checkpoint import RouterCheckpoint  # brings torch, which `wheels demo --help` can do without
 
-    assert pair.router is not None  # a pair in a directory has one
+    assert pair.router is not None  # a pair in a directory has a router
     span_tokens = RouterCheckpoint.load(pair.router).config.span_tokens
     try:
         async with GatewayClient(servers.gateway, concurrency=concurrency) as client:
@@ -246,7 +246,7 @@ class Comparison(NamedTuple):
     """One example at two budgets."""
 
     alone: Answered
-    """By the student alone."""
+    """Reply of the student alone."""
     helped: Answered
 
 
@@ -312,7 +312,7 @@ def _print_how_to_call(servers: Serving, example: Example, logs: Path, console: 
 
 
 def _wait(servers: Serving) -> None:
-    """Until Ctrl-C.
+    """Wait until Ctrl-C.
 
     Raises:
         ServiceError: a server died.

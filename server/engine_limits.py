@@ -1,7 +1,7 @@
 """Requests that would break vLLM's engine process are refused here, with a 400, at every budget.
 
-vLLM's own checks let these through. Its V2 model runner (the one on GPUs) raises in the worker above a number
-of ids, which ends the engine and with it every request. A lone surrogate, half of a character, has no UTF-8.
+vLLM's own checks let these through. Its V2 model runner (the one on GPUs) raises in the worker if there are
+too many ids, which ends the engine and every request. A lone surrogate, half of a character, has no UTF-8.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from server.vllm_api import (
 )
 
 END_TOKENS = 16
-"""Stop ids that are not the caller's: the escalation token, and what ends either model's completions."""
+"""Room for stop ids of the gateway: the escalation token, and the end tokens of either model."""
 
 
 def check_engine_limits(
@@ -32,10 +32,10 @@ def check_engine_limits(
     tokenizer: TokenizerLike | None,
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Refuse what the engine process could not take; ``names`` as of `server.http.names.names_as_sent`.
+    """Refuse parameters that would break the engine process; ``names``: see `server.http.names`.
 
     Raises:
-        VLLMValidationError: names the parameter.
+        VLLMValidationError: a parameter is too long or no text; the error names it.
     """
     texts = {
         "stop": params.stop,

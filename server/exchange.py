@@ -21,7 +21,7 @@ NO_PRICES = "this gateway has no prices; its operator can set them with --prices
 
 
 class PartFields(TypedDict):
-    """What one of several teachers did."""
+    """Tokens, calls, spans and cost of one of several teachers."""
 
     tokens: int
     calls: int
@@ -40,20 +40,20 @@ class ReportFields(TypedDict):
     degraded: bool
     clamped: bool
     session: NotRequired[SessionFields]
-    """What the request's session has and has spent, if it names one."""
+    """Budget and spending of the request's session, if it names one."""
     cost: NotRequired[float]
-    """What the teacher's reading and writing cost, where the gateway has prices."""
+    """Cost of what the teacher read and wrote, if the gateway has prices."""
     saved: NotRequired[float]
-    """What the teacher alone would have cost, less what both models did; below 0 if that was more."""
+    """Cost of the teacher alone, minus the cost of both models; negative if both cost more."""
     own_tokens: NotRequired[int]
-    """What the teacher wrote in tokens of its own, where its vocabulary is not the student's."""
+    """Number of tokens that the teacher wrote in its own vocabulary, if that is not the student's."""
     teachers: NotRequired[dict[str, PartFields]]
-    """Where teachers have names: what each of those did that were called."""
+    """Part of each teacher that was called, by name, if teachers have names."""
 
 
 @dataclass
 class Part:
-    """What one teacher did for a choice."""
+    """Tokens, calls and spans of one teacher in a choice."""
 
     tokens: int = 0
     calls: int = 0
@@ -72,15 +72,15 @@ class Report:
     denied: Counter[str] = field(default_factory=Counter)
     degraded: bool = False
     clamped: bool = False
-    """The key's maximum was less than the budget asked for."""
+    """Whether the request's budget was lowered to the key's maximum."""
     own_tokens: int | None = None
-    """What the teacher wrote in tokens of its own; None where its vocabulary is the student's."""
+    """Number of tokens that the teacher wrote in its own vocabulary; None if that is the student's."""
     parts: dict[str, Part] = field(default_factory=dict)
-    """By the name of each teacher that was called."""
+    """Part of each teacher that was called, by its name."""
     named: bool = False
-    """Whether the operator gave teachers names, which the report then has."""
+    """Whether the operator gave the teachers names; only then does the report list them."""
     source: Source = STUDENT
-    """Who wrote the tokens handed out last."""
+    """Writer of the tokens that were handed out last."""
     finished: bool = False
     sheet: CostSheet = field(default_factory=CostSheet)
 
@@ -90,7 +90,7 @@ class Report:
         return self.sheet.costs(self.completion_tokens, self.completion_tokens - self.tokens)
 
     def open_span(self, name: str) -> None:
-        """A teacher is called at the end of the completion."""
+        """Add an empty span at the end of the completion, for a call of this teacher."""
         span = [self.completion_tokens] * 2
         part = self.parts.setdefault(name, Part())
         part.calls += 1
@@ -99,13 +99,13 @@ class Report:
         self.spans.append(span)
 
     def taught(self, name: str, tokens: int, end: int) -> None:
-        """The last call brought tokens, up to this offset."""
+        """Add ``tokens`` tokens to the last call, whose span then ends at the offset ``end``."""
         self.tokens += tokens
         self.parts[name].tokens += tokens
         self.spans[-1][1] = end
 
     def as_dict(self) -> ReportFields:
-        """The report, as a response has it."""
+        """The report as the `teacher` field of a response."""
         fields: ReportFields = {
             "tokens": self.tokens,
             "calls": self.calls,
@@ -134,21 +134,21 @@ class Report:
 
 
 def _written(spans: list[list[int]]) -> list[list[int]]:
-    """Spans with a token."""
+    """The spans that have at least one token."""
     return [span for span in spans if span[0] < span[1]]
 
 
 @dataclass
 class Purse:
-    """A budget, and what is spent of it.
+    """The budget of a choice, and what is spent of it.
 
-    The engine may be called several times for one request, as for tools that the gateway runs: what comes
-    later goes on with what is left.
+    The engine may be called several times for one request, for example for tools that the gateway runs.
+    Later calls continue with the rest of the budget.
     """
 
     bucket: Bucket
     own: dict[str, Bucket] = field(default_factory=dict)
-    """What single teachers may have of it, by their names."""
+    """Budgets of single teachers within it, by their names."""
     written: int = 0
     """Tokens of the completions that ended, whoever wrote them."""
     in_use: bool = False
@@ -164,13 +164,13 @@ class Exchange:
     """One HTTP request: the budget it asked for and a report for each of its choices."""
 
     budget: Budget | None = None
-    """None where the caller named none."""
+    """Budget that the request itself sets; None if it sets none."""
     unsupported: str | None = None
     """A parameter of the HTTP request that rules out a teacher and that the engine never sees."""
     writes_nothing: bool = False
-    """Only the prompt is asked for, with its log-probabilities: whatever the budget, nobody spends it."""
+    """Whether only the prompt and its log-probabilities are wanted, so that no budget is spent."""
     searches: bool = False
-    """The choices come of a beam search."""
+    """Whether the choices come from a beam search."""
     budget_name: str = "teacher_budget"
     """The field or header that the budget came in."""
     asked_session: SessionBudget | None = None
@@ -178,25 +178,25 @@ class Exchange:
     session_name: str = "teacher_session"
     """The field or header that the session came in."""
     model: str = ""
-    """The name that the client calls the model by."""
+    """Model name that the request sent."""
     names: Mapping[str, str] = field(default_factory=dict)
-    """What the client calls a parameter that vLLM knows by another name."""
+    """Names of parameters as the client sent them, by vLLM's names."""
     tenant: Tenant | None = None
-    """Whose key the request came with; None where the gateway asks for none, or it was the admin's."""
+    """Owner of the request's key; None if the gateway needs no keys, or if it is an admin's."""
     reports: list[Report] = field(default_factory=list)
     purses: dict[int, list[Purse]] = field(default_factory=dict)
-    """By the index of a choice; several where the engine is called for several prompts at once."""
+    """Purses by the index of a choice; several if the engine is called for several prompts at once."""
     latest: Report = field(default_factory=Report)
-    """Of the choice that handed out tokens last."""
+    """Report of the choice that handed out tokens last."""
     failure: Exception | None = None
-    """Why the request ends without its completion, as the engine saw it."""
+    """Exception in the engine that ended the request; None if there was none."""
     searched: Callable[[list[Report]], None] | None = None
-    """Counts what comes of a beam search: the engine sees its steps only."""
+    """Counts the choices of a beam search at its end, because the engine sees only its steps."""
     originals: list[tuple[Any, OriginalPrompt]] = field(default_factory=list)
-    """Rendered prompts, and what each was before; noted where the teacher has another vocabulary."""
+    """Pairs of a rendered prompt and its original; noted only if `Cooperation.wants_originals`."""
 
     def original(self, prompt: Any) -> OriginalPrompt | None:
-        """What a rendered prompt was before; None where it came as token ids."""
+        """The original of a rendered prompt; None if it came as token ids."""
         return next((original for rendered, original in self.originals if rendered is prompt), None)
 
     @contextmanager
@@ -209,7 +209,7 @@ class Exchange:
             raise
 
     def end_search(self, choices: int, tokens: int) -> None:
-        """A beam search came to these choices, which have ``tokens`` tokens together."""
+        """Count a beam search that ended with ``choices`` choices and ``tokens`` tokens in all of them."""
         if self.searched is None or not choices:
             return
         for _ in range(choices):
@@ -218,12 +218,12 @@ class Exchange:
         self.searched(self.reports)
 
     def open(self) -> Report:
-        """Add a choice; choices are opened in the order of their indices in the response."""
+        """Add a choice's report; choices are opened in the order of their indices in the response."""
         self.reports.append(Report())
         return self.reports[-1]
 
     def purse(self, index: int, new: Purse) -> Purse:
-        """The budget of a choice: one that an earlier call of the engine has left, or a ``new`` one."""
+        """The purse of a choice: one that an earlier call of the engine has left, or ``new``."""
         purses = self.purses.setdefault(index, [])
         purse = next((purse for purse in purses if not purse.in_use), None)
         if purse is None:
@@ -233,7 +233,7 @@ class Exchange:
         return purse
 
     def hand_out(self, report: Report, source: Source, *, finished: bool) -> None:
-        """Note whose tokens of a choice go out next, and whether they are the last."""
+        """Note who wrote the next tokens of a choice, and whether they are the last."""
         report.source = source
         report.finished = finished
         self.latest = report
@@ -244,7 +244,7 @@ class Exchange:
         return bool(self.reports) and all(report.finished for report in self.reports)
 
     def total(self) -> Report:
-        """All choices as one; spans are offsets within a choice, so several have none in common."""
+        """The sum of all choices' reports. It has spans only for a single choice, as they are its offsets."""
         if len(self.reports) == 1:
             return self.reports[0]
         whole = Report()

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class FileState(NamedTuple):
-    """Changes with the file, also if another one has taken its place."""
+    """State of a file. It differs if the file has changed, or if another file has replaced it."""
 
     modified_ns: int
     size: int
@@ -13,6 +13,6 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, file: Path) -> "FileState":
-        """The state now. Raises OSError if there is no such file."""
+        """The file's state now. Raises OSError if there is no such file."""
         stat = file.stat()
         return cls(stat.st_mtime_ns, stat.st_size, stat.st_ino)

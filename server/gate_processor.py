@@ -41,14 +41,14 @@ SPARE_FROM = "wheels_spare_from"
 DEARER = "wheels_dearer"
 LEAST = "wheels_least"
 TERMS = frozenset({PRICE, NOT_BEFORE, SPARE_PRICE, SPARE_FROM, DEARER, LEAST, WRITTEN, GRAMMAR_FROM})
-"""What a client must not say: it is between the span loop and the engine."""
+"""Names in ``extra_args`` that clients must not use: the span loop sends them to the engine."""
 
 PIECE_ON_CPU = 2**20
-"""Logits that a gate reads at a time: 4 MiB."""
+"""Number of logits that a gate reads at a time on a CPU: 4 MiB in float32."""
 PIECE_ON_GPU = 2**26
-"""The same on a GPU: 256 MiB."""
+"""Number of logits that a gate reads at a time on a GPU: 256 MiB in float32."""
 MANY = 0.5
-"""From this share of a batch on, all its rows are read where they are, and none is copied."""
+"""If more than this share of a batch may ask, the gate reads all rows in place, and copies none."""
 
 
 def gate_settings(
@@ -65,10 +65,10 @@ def gate_settings(
     Args:
         reserved: the rows of escalation token and taps.
         gate: a name of `router.gate.GATES`.
-        router: checkpoint of a learned gate.
+        router: directory of the router checkpoint; None for a gate without training.
         visible: see `router.reserved.visible_rows`; default: all rows before the reserved ones.
-        sketch: keep the scores, for a price that is learned from them.
-        teachers: how many there are, each with a price of its own.
+        sketch: whether to keep the scores, from which prices are learned.
+        teachers: number of teachers, each with a price of its own.
     """
     settings: dict[str, Any] = {
         "reserved": [reserved.start, reserved.count],
@@ -85,7 +85,7 @@ def gate_settings(
 
 
 def visible_rows_of(additional_config: Any) -> int:
-    """From which row on there are no tokens, by the engine's ``additional_config``."""
+    """The first row that is no token, by the engine's ``additional_config``."""
     settings = additional_config[SETTINGS]
     return int(settings.get("visible", settings["reserved"][0]))
 
@@ -103,7 +103,7 @@ def terms_args(terms: Terms) -> dict[str, Any]:
 
 
 def price_steps(args: dict[str, Any]) -> list[tuple[float, float]]:
-    """(from that many tokens of the segment on, price), in order; never (inf) before the first."""
+    """Steps (start, price) in order: a price applies from ``start`` tokens of the segment on; before, inf."""
     steps = [(args.get(NOT_BEFORE, 0), args.get(PRICE, math.inf))]
     if SPARE_PRICE in args:
         steps.append((args[SPARE_FROM], args[SPARE_PRICE]))
@@ -118,16 +118,22 @@ def decide(
     visible: int | None = None,
     others: Tensor | None = None,
 ) -> Tensor:
-    """Force the escalation token where the gate's score exceeds the price, mask what no token has.
+    """Force the escalation token in rows whose score exceeds the price; mask the rows that are no tokens.
 
-    With several teachers, one of the rows from the escalation token on is forced. With one score, it says how
-    many of the dearer prices are exceeded. With an output for each teacher, it is that of the largest margin.
+    With several teachers, one of the rows from the escalation token on is forced. A gate with one score takes
+    the row by how many of the dearer prices it exceeds. A gate with an output for each teacher takes the row
+    of the largest margin.
 
-    Returns the scores of ``rows``.
+    Args:
+        gate: the gate that decides.
+        logits: (B, V) float32, changed in place.
+        price: (B,) float32, inf for a row that may not ask.
+        rows: (R,) int64, indices of the rows to score; None for all B.
+        visible: as in `mask_reserved`.
+        others: (B, teachers) float32, see `other_prices`; None with one teacher.
 
-    logits: (B, V) float32, changed in place; price: (B,) float32, inf where asking is forbidden;
-    rows: those that may ask, where others are not worth a look; visible: as in `mask_reserved`;
-    others: (B, teachers) float32, see `other_prices`.
+    Returns:
+        The scores of ``rows``, (R,).
     """
     if rows is not None:
         price = price[rows]
@@ -137,7 +143,7 @@ def decide(
     ask, levels = asked.ask, asked.levels
     if not logits.is_cpu:
         force(logits, gate.reserved.escalation, ask, rows, levels)
-    elif ask.any():  # on a CPU it costs nothing to know who
+    elif ask.any():  # on a CPU, nothing waits for this result
         asking = ask.nonzero().squeeze(-1) if rows is None else rows[ask]
         logits.index_fill_(0, asking, -math.inf)
         logits[asking, gate.reserved.escalation + (0 if levels is None else levels[ask])] = 0.0
@@ -145,18 +151,18 @@ def decide(
 
 
 class Asked(NamedTuple):
-    """What a gate says of R rows."""
+    """A gate's decisions for R rows."""
 
     scored: Tensor
-    """(R,) its scores."""
+    """(R,) scores of the gate."""
     ask: Tensor
-    """(R,) bool."""
+    """(R,) bool: whether the row asks."""
     levels: Tensor | None
-    """(R,) of a row that asks: by which row after the escalation token. None: by the token itself."""
+    """(R,) offset from the escalation token of the row to force, for rows that ask; None: always 0."""
 
 
 def ask_each(gate: Gate, logits: Tensor, price: Tensor, rows: Tensor | None, others: Tensor | None) -> Asked:
-    """Arguments as of `decide`, but price and others of ``rows`` alone."""
+    """A gate's decisions. Arguments as in `decide`, but ``price`` and ``others`` only have ``rows``."""
     if isinstance(gate, TeachersGate):
         worth = in_pieces(gate.worth, logits, rows)
         return ask_by_worth(gate, worth, price, others)
@@ -166,7 +172,7 @@ def ask_each(gate: Gate, logits: Tensor, price: Tensor, rows: Tensor | None, oth
 
 
 def ask_by_worth(gate: TeachersGate, worth: Tensor, price: Tensor, least: Tensor | None) -> Asked:
-    """Who asks, and whom, by what each teacher is worth; shapes as of `TeachersGate.margins`."""
+    """Which rows ask, and which teacher, by each teacher's worth; shapes as in `TeachersGate.margins`."""
     scored = gate.common(worth)
     if least is None:
         return Asked(scored, scored > price, gate.margins(worth, price).argmax(-1))
@@ -182,9 +188,10 @@ def ask_by_worth(gate: TeachersGate, worth: Tensor, price: Tensor, least: Tensor
 def force(
     logits: Tensor, escalation: int, ask: Tensor, rows: Tensor | None = None, levels: Tensor | None = None
 ) -> None:
-    """Leave those that ask nothing but the escalation token, without a wait for the device.
+    """Leave nothing but the escalation token to rows that ask, without a wait for the device.
 
-    Arguments as of `decide`; ask, levels: of ``rows``. All reserved rows are masked already.
+    Arguments as in `decide` and `Asked`; ``ask`` and ``levels`` only have ``rows``. All reserved rows are
+    masked already.
     """
     if rows is not None:
         ask = torch.zeros_like(logits[:, 0], dtype=torch.bool).index_copy_(0, rows, ask)
@@ -199,10 +206,10 @@ def force(
 
 
 def in_pieces(read: Callable[[Tensor], Tensor], logits: Tensor, rows: Tensor | None = None) -> Tensor:
-    """What a gate makes of these rows (default: all), computed piece by piece.
+    """What ``read`` returns for these rows (default: all), computed piece by piece.
 
-    A gate makes tensors as large as what it reads on a GPU, and a choice of rows is a copy. Pieces keep them
-    small: in the caches of a CPU, and out of the way of what vLLM has left of a GPU's memory.
+    On a GPU, a gate makes tensors as large as what it reads, and a selection of rows is a copy. Pieces keep
+    these tensors small: they fit into a CPU's caches, and into the GPU memory that vLLM leaves free.
     """
     if rows is None and logits.is_cpu and logits.is_contiguous():  # nothing is copied
         return read(logits)
@@ -213,18 +220,21 @@ def in_pieces(read: Callable[[Tensor], Tensor], logits: Tensor, rows: Tensor | N
 
 
 def mask_reserved(logits: Tensor, reserved: ReservedRows, visible: int | None = None) -> None:
-    """logits: (..., V), changed in place; visible: the first row to mask, where some before have no token."""
+    """Set the reserved rows of ``logits``, (..., V), to -inf in place.
+
+    ``visible``: the first row to mask, if rows before the reserved ones are no tokens either.
+    """
     start = reserved.start if visible is None else visible
     logits[..., start : reserved.end] = -math.inf
 
 
 class Decider:
-    """What both interfaces share: the gate of this process, and the rows that are no tokens."""
+    """Shared by both interfaces: the gate of this process, and the rows that are no tokens."""
 
     gate: Gate
     device: torch.device
     sketch: ScoreSketch | None
-    """The scores that were seen, for a price that is learned from them."""
+    """The scores that were seen, if prices are learned from them; else None."""
 
     def _build(self, vllm_config: Any, *, v2: bool) -> None:
         settings = vllm_config.additional_config[SETTINGS]
@@ -244,14 +254,14 @@ class Decider:
     def take(self, gate: Gate) -> None:
         """Decide by this gate from now on."""
         self.gate = gate.to(self.device).freeze()
-        self.gate(torch.zeros(1, gate.reserved.end, device=self.device))  # compiles what it runs
+        self.gate(torch.zeros(1, gate.reserved.end, device=self.device))  # the first call compiles the gate
 
     def _mask(self, logits: Tensor) -> Tensor:
         mask_reserved(logits, self.gate.reserved, self.visible)
         return logits
 
     def _new_others(self, rows: int) -> Tensor | None:
-        """The `other_prices` of every request; (rows, teachers), or None with one teacher."""
+        """A table for the `other_prices` of every request, (rows, teachers); None with one teacher."""
         return torch.full((rows, self.teachers), math.nan) if self.teachers > 1 else None
 
     def _decide(
@@ -265,11 +275,11 @@ class Decider:
 
 
 PROCESSORS: "WeakSet[Decider]" = WeakSet()
-"""This process's: one, or none where it only serves HTTP."""
+"""Processors of this process: one, or none if it only serves HTTP."""
 
 
 Waiting = tuple[list[tuple[float, float]], list[int]]
-"""The price steps still to come, and the request's growing output ids."""
+"""The price steps of a request that are still to come, and its growing output ids."""
 
 
 class GateProcessor(Decider, LogitsProcessor):
@@ -297,7 +307,7 @@ class GateProcessor(Decider, LogitsProcessor):
         return False
 
     def update_state(self, batch_update: Any) -> None:
-        """Take over which requests came, went and moved in the batch."""
+        """Follow the requests that came, left and moved in the batch."""
         if batch_update is not None:
             for row in batch_update.removed:
                 self._set(row, math.inf)
@@ -317,7 +327,7 @@ class GateProcessor(Decider, LogitsProcessor):
                 self._advance(row, steps, output_ids)
 
     def _advance(self, row: int, steps: list[tuple[float, float]], output_ids: list[int]) -> None:
-        """Set the price of the last step that has come; the others wait."""
+        """Set the price of the last step that is due; later steps wait."""
         due = [price for start, price in steps if start <= len(output_ids)]
         if due:
             self._set(row, due[-1])
@@ -336,13 +346,13 @@ class GateProcessor(Decider, LogitsProcessor):
         self.changed = True
 
     def _move(self, first: int, second: int, swap: bool) -> None:
-        """State of row ``first`` goes to ``second``, and back where they swap."""
+        """Move the state of row ``first`` to ``second``, and the other way round too if they swap."""
         first_price = self.prices[first].item()
         first_waiting = self.waiting.get(first)
         second_price = self.prices[second].item()
         second_waiting = self.waiting.get(second)
         self._restore(second, first_price, first_waiting)
-        if self.others is not None:  # without a swap, the row that is left has no price
+        if self.others is not None:  # without a swap, the first row has no price then
             self.others[[first, second]] = self.others[[second, first]]
         if swap:
             self._restore(first, second_price, second_waiting)
@@ -375,10 +385,10 @@ class GateProcessor(Decider, LogitsProcessor):
 
 
 def other_prices(params: SamplingParams, count: int) -> Tensor:
-    """A request's prices besides the first, NaN where it has none; (count,).
+    """A request's prices in addition to the first, (count,); NaN for missing ones.
 
-    Of a gate with one output, they are the prices of the dearer teachers. Of a gate with an output for each,
-    they are `router.policy.Terms.least`.
+    For a gate with one output, these are the prices of the dearer teachers. For a gate with an output for
+    each teacher, they are `router.policy.Terms.least`.
     """
     args = params.extra_args or {}
     prices = args.get(LEAST) or args.get(DEARER, ())
@@ -386,7 +396,7 @@ def other_prices(params: SamplingParams, count: int) -> Tensor:
 
 
 def rows_to_read(asking: Sequence[int], batch: int, device: torch.device) -> Tensor | None:
-    """The rows that a gate has to score; None: all, as they are too many to be copied."""
+    """Indices of the rows that a gate has to score; None for all, if too many would have to be copied."""
     if len(asking) > MANY * batch:
         return None
     return torch.tensor(asking, dtype=torch.int64).to(device, non_blocking=True)
@@ -404,17 +414,17 @@ class GateProcessorV2(Decider, LogitsProcessorV2):
         self._build(vllm_config, v2=True)
         self.written = WrittenInSlots(req_states.max_num_reqs, req_states.device)
         count_from(self.written.prompt_lengths, v2=True)
-        # two steps (from, price) of every slot
+        # (2, 2, slots): two price steps of every slot, each with its start and its price
         self.terms = torch.zeros(2, 2, req_states.max_num_reqs)
         self.device_terms = self.terms.to(req_states.device)
         self.others = self._new_others(req_states.max_num_reqs)
         self.device_others = None if self.others is None else self.others.to(req_states.device)
         self.changed = False
         self.asks_from = np.full(req_states.max_num_reqs, NEVER_ASKS, dtype=np.int64)
-        """Tokens of its segment from which a slot's request may ask; on the host, so that nobody waits."""
+        """(slots,) tokens of the segment from which its request may ask; on the host, to avoid a wait."""
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        """Note the terms of a request in its slot; True, as the gate is for every request."""
+        """Note the terms of a request in its slot; returns True, because the gate is for every request."""
         steps = price_steps(sampling_params.extra_args or {})
         first, second = [*steps, (math.inf, math.inf)][:2]
         self.terms[:, :, req_idx] = torch.tensor([first, second])

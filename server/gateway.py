@@ -59,11 +59,11 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: ServeConfig) -> int:
-    """Serve until a signal ends it; the exit status, 1 where requests were cut off.
+    """Serve until a signal; returns the exit status, which is 1 if requests were cut off.
 
     Raises:
-        ConfigError, CheckpointError, TeacherError: the gateway cannot start; one line says why.
-        EngineDied: it cannot go on.
+        ConfigError, CheckpointError, TeacherError: the gateway cannot start; the message is one line.
+        EngineDied: the student's engine died.
     """
     log_with_ids()
     return uvloop.run(_serve(config, ServedPair.of(config)))
@@ -87,7 +87,7 @@ def _vllm_arguments(config: ServeConfig, pair: ServedPair) -> Namespace:
     if current_platform.is_cpu():
         # The CPU default of 128 would recompute whole short prompts after every span.
         theirs.setdefault("block-size", 32)
-    # What is in mid-answer goes before what has not begun: see `Cooperator._priority`.
+    # Running completions go before new requests: see `Cooperator._priority`.
     theirs.setdefault("scheduling-policy", "priority")
     arguments = HttpLayer().parse(theirs, fixed=ours)
     if arguments.scheduling_policy != "priority":
@@ -103,7 +103,7 @@ async def _serve(config: ServeConfig, pair: ServedPair) -> int:
     deadline = time.monotonic() + config.teacher_wait
     async with build_teachers(config, pair.visible) as teachers:
         if not config.teacher_wait:
-            await teachers.connect()  # the engine takes a while: say at once what is missing
+            await teachers.connect()  # before the slow engine: reports a missing teacher at once
         http = HttpLayer()
         http.prepare(arguments)
         address, socket = http.listen(arguments)
@@ -150,7 +150,7 @@ def _tenants(config: ServeConfig) -> Tenants | None:
 
 
 def _engine(arguments: Namespace) -> CooperativeEngine:
-    # What vLLM's own server passes: its defaults for batches depend on it.
+    # vLLM's own server passes this too: vLLM's defaults for batches depend on it.
     usage = UsageContext.OPENAI_API_SERVER
     try:
         config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config(usage)
@@ -158,7 +158,7 @@ def _engine(arguments: Namespace) -> CooperativeEngine:
         raise ConfigError(f"vllm: {one_line(error)}") from error
     check_speculation(config)
     find_reports(v2=config.use_v2_model_runner)
-    if config.use_v2_model_runner:  # vLLM's choice on GPUs, known only now; it takes its own interface alone
+    if config.use_v2_model_runner:  # vLLM's choice on GPUs; this runner takes only its own interface
         config.model_config.logits_processors = ["server.gate_processor:GateProcessorV2"]
     install_scheduler(config)
     engine = CooperativeEngine.from_vllm_config(
@@ -200,7 +200,7 @@ def _cooperation(
 
 
 def _recorder(config: ServeConfig) -> Recorder | None:
-    """Raises ConfigError where nothing can be written."""
+    """The recorder; None if nothing is to be recorded. Raises ConfigError if it cannot write."""
     if config.record is None:
         return None
     try:
@@ -212,9 +212,9 @@ def _recorder(config: ServeConfig) -> Recorder | None:
 async def _router_reload(
     pair: ServedPair, engine: CooperativeEngine, follower: PriceFollower | None
 ) -> RouterReload | None:
-    """Follows the configured router; None where there is none, or the running student cannot take another.
+    """The watch on the configured router; None without one, or if the running student cannot take another.
 
-    ``follower``: None where no price is learned.
+    ``follower``: the follower of learned prices; None if no price is learned.
     """
     config = pair.config
     directory = config.router
@@ -224,7 +224,7 @@ async def _router_reload(
         logger.info("no router in %s yet: using the gate %s until one appears", directory, pair.gate)
     try:
         await engine.collective_rpc("check_router", args=(engine.model_config.get_hidden_size(),))
-    except Exception as error:  # of whatever kind: it comes from the engine's processes as text
+    except Exception as error:  # of any kind: it comes from the engine's processes as text
         logger.warning("new routers need a restart, because their directory is not watched: %s", error)
         return None
 
@@ -251,7 +251,7 @@ async def _router_reload(
 
 
 def _price_follower(pair: ServedPair, engine: CooperativeEngine) -> PriceFollower | None:
-    """What keeps a learned price up to date; None where the price is measured or fixed."""
+    """The follower that keeps a learned price up to date; None if the price is measured or fixed."""
     calibration = engine.cooperation.policy.calibration
     if not isinstance(calibration, AdaptiveCalibration):
         return None
@@ -310,7 +310,7 @@ def _model_of_request() -> str:
 
 @asynccontextmanager
 async def _background(works: Sequence[Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
-    """What goes on next to the requests."""
+    """Run coroutines next to the requests, until the end of the block."""
     tasks = [asyncio.create_task(work) for work in works]
     for task in tasks:
         task.add_done_callback(_report_death)
@@ -319,7 +319,7 @@ async def _background(works: Sequence[Coroutine[Any, Any, None]]) -> AsyncIterat
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.wait(tasks, timeout=CUT_OFF_SECONDS)  # learned prices are written
+        await asyncio.wait(tasks, timeout=CUT_OFF_SECONDS)  # so that learned prices are saved
 
 
 def _report_death(task: asyncio.Task[None]) -> None:

@@ -73,7 +73,7 @@ BUDGET_PRICE = Gauge(
 )
 LEDGER_AVAILABLE = Gauge("wheels_ledger_available", "1 while the ledger of shared limits answers")
 REPLICA = ["teacher", "replica"]
-"""The teacher's name is empty where there is one without a name: for Prometheus, no label."""
+"""Labels of a replica. The name of an only teacher is empty, which is no label for Prometheus."""
 BREAKER_OPEN = Gauge("wheels_breaker_open", "1 while the replica's last calls failed", REPLICA)
 TEACHER_UP = Gauge("wheels_teacher_up", "1 while the replica answers when it is probed", REPLICA)
 TEACHER_RUNNING = Gauge("wheels_teacher_running", "Calls under way", REPLICA)
@@ -81,7 +81,7 @@ TEACHER_RUNNING = Gauge("wheels_teacher_running", "Calls under way", REPLICA)
 
 @contextmanager
 def counted(reports: Sequence[Report], *, budgeted: bool, refusal: type[Exception]) -> Iterator[None]:
-    """Count the choices of a request once, however it ends; one that is refused at its begin has none."""
+    """Count the choices of a request once, however it ends; a request that is refused at once has none."""
     unfinished = "aborted"
     try:
         yield

@@ -1,6 +1,6 @@
 """The prompt before the student's chat template and tokenizer were applied.
 
-A teacher with others starts from there, and so do budgets in words.
+A teacher with another template or tokenizer starts from it, and so do budgets in words.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -12,26 +12,26 @@ from pydantic import BaseModel
 from router.words import turn_of_words
 
 OURS_ALONE = ("tokenize", "return_dict")
-"""Arguments of the student's template that say how it is rendered, not what."""
+"""Template arguments that say how the student's prompt is returned, not what is in it."""
 
 
 @dataclass(eq=False)
 class OriginalPrompt:
-    """A body for ``/tokenize`` of a server, which makes a prompt of it by its own template and tokenizer."""
+    """A body for a server's ``/tokenize``, which turns it into a prompt by its own template and tokenizer."""
 
     body: dict[str, Any]
     obstacle: str | None = None
-    """A parameter by which the student reads something else, if there is one."""
+    """Name of a parameter that makes the student read something else, if there is one."""
     teacher_ids: dict[str, list[int]] = field(default_factory=dict)
-    """What each teacher made of it, once it was asked: all choices of a request begin there."""
+    """The prompt's token ids at each teacher that was asked, by its name; all choices share them."""
     render: Callable[[str], Awaitable[list[int] | None]] | None = None
-    """Token ids of the student's prompt with these words in it; none where it has no place for them."""
+    """Returns the student's prompt with these words in it, as token ids; None if it has no place for them."""
 
     @classmethod
     def of_messages(
         cls, messages: Sequence[Any], chat: Any, tokenizing: Any, default_template: str | None
     ) -> "OriginalPrompt":
-        """Of a chat; ``chat`` and ``tokenizing`` are vLLM's `ChatParams` and `TokenizeParams`."""
+        """The original of a chat; ``chat`` and ``tokenizing``: vLLM's `ChatParams` and `TokenizeParams`."""
         arguments = dict(chat.chat_template_kwargs)
         obstacle = _truncated(tokenizing)
         if chat.chat_template != default_template or "chat_template" in arguments:
@@ -50,20 +50,20 @@ class OriginalPrompt:
 
     @classmethod
     def of_text(cls, text: str, tokenizing: Any) -> "OriginalPrompt":
-        """Of a text that is to be continued."""
+        """The original of a text that is to be continued; ``tokenizing``: vLLM's `TokenizeParams`."""
         special = tokenizing is None or tokenizing.add_special_tokens
         return cls({"prompt": text, "add_special_tokens": special}, _truncated(tokenizing))
 
 
 def _truncated(tokenizing: Any) -> str | None:
-    """Where the student reads a part of the prompt only, which no other tokenizer can find again."""
+    """The parameter that cuts the student's prompt, if it does: other tokenizers cannot find the same cut."""
     if tokenizing is None or tokenizing.truncate_prompt_tokens is None:
         return None
     return "truncate_prompt_tokens"
 
 
 def begun_with(messages: Sequence[Any], words: str) -> list[Any] | None:
-    """A conversation with words at the beginning of the turn that `turn_of_words` names; None without one."""
+    """A conversation with words at the start of the turn by `turn_of_words`; None without such a turn."""
     changed = list(messages)
     place = turn_of_words([_role(message) for message in changed])
     if place is None:
@@ -80,7 +80,7 @@ def _role(message: Any) -> str:
 
 
 def _content(content: Any, words: str) -> Any:
-    """A message's text, or its parts."""
+    """A message's content, a text or a list of parts, with words at its beginning."""
     if not isinstance(content, list):
         return words + (content or "")
     parts = list(content)
@@ -95,7 +95,7 @@ def _content(content: Any, words: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """As JSON has it: vLLM's own classes and iterables become objects and arrays."""
+    """A value as JSON: vLLM's own classes and iterables become objects and arrays."""
     if isinstance(value, BaseModel):
         return plain(value.model_dump(exclude_none=True))
     if isinstance(value, Mapping):

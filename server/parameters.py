@@ -13,7 +13,7 @@ def unsupported(prompt: Any, params: SamplingParams) -> str | None:
     if not isinstance(prompt, dict) or prompt.get("type") != "token":
         return "prompt"
     if params.repetition_penalty != 1.0:
-        # What is written comes to the teacher as a bias, which vLLM would scale by the other penalty.
+        # The teacher gets these penalties as biases, which vLLM would scale by the repetition penalty.
         for penalty in ("frequency_penalty", "presence_penalty"):
             if getattr(params, penalty):
                 return penalty
@@ -26,7 +26,7 @@ def check_reserved_rows(
     reserved: ReservedRows,
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Keep clients from the router's rows; ``names`` as of `server.http.names.names_as_sent`.
+    """Refuse token ids of the router's rows; ``names``: see `server.http.names.names_as_sent`.
 
     Raises:
         VLLMValidationError: a parameter has the id of a reserved row.
@@ -41,7 +41,7 @@ def check_reserved_rows(
     for parameter, ids in named.items():
         if not ids or max(ids) < reserved.start:
             continue
-        # Ids beyond the vocabulary are left to vLLM, which says what is wrong with them.
+        # Ids beyond the vocabulary are left to vLLM, which refuses them.
         if (row := next((i for i in ids if reserved.start <= i < reserved.end), None)) is not None:
             message = f"token ids from {reserved.start} to {reserved.end - 1} are reserved"
             raise VLLMValidationError(message, parameter=names.get(parameter, parameter), value=row)

@@ -20,21 +20,20 @@ SAVE_EVERY = 30
 
 
 class PriceFollower:
-    """Follows the traffic of one gateway.
+    """Learns the prices of one gateway from its traffic.
 
-    The state survives a restart: it is written next to the merged students, under a name that stands for
-    student, gate and spans.
+    The state survives a restart: it is saved in a file whose name depends on student, gate and spans.
     """
 
     def __init__(
         self, calibration: AdaptiveCalibration, read: Callable[..., Awaitable[Sequence[Any]]], file: Path
     ) -> None:
-        """Go on from what the file holds, if it holds something for this gate.
+        """Continue from the saved state, if the file has one for this gate.
 
         Args:
-            calibration: what the policy asks for prices.
+            calibration: the calibration from which the policy gets its prices.
             read: vLLM's `collective_rpc`.
-            file: where the state is kept.
+            file: the file of the saved state.
         """
         self._calibration = calibration
         self._read = read
@@ -44,15 +43,15 @@ class PriceFollower:
         self._taken = 0
         """Observations of the calibration at the last update."""
         self._failure = ""
-        """The last one that was logged: it may come again every second."""
+        """The last failure that was logged; the same one is not logged again."""
         self._restore()
 
     def switch(self, calibration: AdaptiveCalibration, file: Path) -> AdaptiveCalibration:
-        """Follow another gate; what is learned of the one that is followed goes on where it is the same.
+        """Follow another gate; if it is the same one, nothing that was learned is lost.
 
         Args:
-            calibration: of the gate, which knows nothing yet.
-            file: where its state is kept.
+            calibration: a new calibration of the gate, which has learned nothing yet.
+            file: the file of its saved state.
 
         Returns:
             The calibration that is followed from now on.
@@ -66,7 +65,7 @@ class PriceFollower:
         return self._calibration
 
     async def follow(self, seconds: float = 1.0) -> None:
-        """Update every so often, forever; saves at the end. An engine without traffic is left alone."""
+        """Update every ``seconds`` seconds while there is traffic, forever; saves at the end."""
         try:
             while True:
                 await asyncio.sleep(seconds)
@@ -81,13 +80,13 @@ class PriceFollower:
     async def _try_update(self) -> None:
         try:
             await self.update()
-        except Exception as error:  # from the engine's process, say: the next update may succeed
+        except Exception as error:  # for example in the engine's process: the next update may succeed
             if repr(error) != self._failure:
                 logger.exception("the price could not be updated")
             self._failure = repr(error)
 
     async def update(self) -> None:
-        """Take the engine's newest scores, and publish what was realised."""
+        """Learn from the engine's newest scores, and publish the realised rates."""
         observations = self._calibration.observations
         for answer in await self._read("gate_scores"):
             if answer is not None:  # a `SeenScores`, which arrives as a list
@@ -115,7 +114,7 @@ class PriceFollower:
             logger.info("learned prices read from %s", self._file)
 
     def _save(self) -> None:
-        """Write the state, whole or not at all."""
+        """Write the state to the file, as a whole or not at all."""
         self._unsaved = 0
         scratch = self._file.with_suffix(f".{os.getpid()}.tmp")
         try:

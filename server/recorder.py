@@ -17,10 +17,10 @@ class Recorder:
     It never harms a request: if the disk fails or the file is full, it logs that once and stops.
 
     Args:
-        directory: of the files; it is made if it is not there.
-        share: of the completions, in (0, 1].
-        max_bytes: of this gateway's file.
-        draw: decides which completions are kept.
+        directory: directory of the files; it is made if it is missing.
+        share: share of the completions to record, in (0, 1].
+        max_bytes: size at which this gateway's file is full.
+        draw: random numbers that decide which completions are recorded.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Recorder:
         self._draw = draw or random.Random()
 
     def note(self, choice: Choice) -> None:
-        """A completion has ended as a model, a limit or a stop string ended it."""
+        """Record a choice whose completion was ended by a model, a limit or a stop string."""
         if self._file is None or self._draw.random() >= self._share or not choice.completion.token_ids:
             return
         budget = choice.bucket.budget

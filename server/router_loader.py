@@ -1,4 +1,4 @@
-"""A router's way into the running engine: vLLM's worker writes its taps, and the processors take its gate."""
+"""Loads a router into the running engine: vLLM's worker writes its taps, the processors take its gate."""
 
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ PENDING = "pending_router"
 
 
 class RouterLoader:
-    """What vLLM's worker can do besides (its ``worker_extension_cls``).
+    """Methods added to vLLM's worker (its ``worker_extension_cls``).
 
     A router is replaced in two steps, so that all processes of the engine take it, or none.
     """
 
     def check_router(self, hidden_size: int) -> None:
-        """Raises CheckpointError where taps of this width cannot be written into the running model."""
+        """Raises CheckpointError if taps of this width cannot be written into the running model."""
         _check_output(_output(self, hidden_size), hidden_size)
 
     def prepare_router(self, directory: str) -> str:
@@ -31,14 +31,14 @@ class RouterLoader:
         return router.digest()
 
     def gate_scores(self) -> SeenScores | None:
-        """The scores that this process has seen; None if it keeps none."""
+        """The gate's scores that this process has seen; None if it keeps none."""
         for processor in PROCESSORS:
             if processor.sketch is not None:
                 return processor.sketch.read()
         return None
 
     def load_router(self, directory: str, gate_name: str) -> None:
-        """Take taps and gate from the prepared router, else from the directory, between two steps."""
+        """Load taps and gate of the prepared router, else from the directory, between two engine steps."""
         router = vars(self).pop(PENDING, None) or RouterCheckpoint.load(Path(directory))
         gate = router.build_gate(gate_name)
         output = _output(self, router.taps.shape[1])
@@ -46,12 +46,12 @@ class RouterLoader:
             write_taps(output, router)
         for processor in PROCESSORS:
             processor.take(gate)
-            if processor.sketch is not None:  # its scores are another gate's
+            if processor.sketch is not None:  # the old scores are another gate's
                 processor.sketch = ScoreSketch(processor.device)
 
 
 def _output(worker: Any, hidden_size: int) -> Any:
-    """The output matrix of a worker's model; None on a rank of a pipeline that has none."""
+    """The output matrix of a worker's model; None on a pipeline rank without one."""
     try:
         return output_matrix(worker.get_model(), hidden_size)
     except UnsupportedVllm as error:
@@ -71,7 +71,10 @@ def _check_output(output: Any, hidden_size: int) -> None:
 
 
 def write_taps(output: Any, router: RouterCheckpoint) -> None:
-    """``output``: vLLM's output matrix, of which this process may have only some rows (tensor parallel)."""
+    """Write a router's taps into the output matrix.
+
+    ``output``: vLLM's layer. With tensor parallelism, this process has only some rows of it.
+    """
     rows = rows_of(output)
     taps = router.reserved.taps
     mine = range(max(taps.start, rows.start), min(taps.stop, rows.stop))

@@ -18,10 +18,10 @@ async def load_everywhere(
 ) -> None:
     """Put a router into every process of the engine, or into none.
 
-    ``call``: vLLM's ``collective_rpc``; ``gate``: the one that decides from now on.
+    ``call``: vLLM's ``collective_rpc``; ``gate``: name of the gate that decides from now on.
 
     Raises:
-        CheckpointError: the directory's router is another one by now.
+        CheckpointError: the directory has another router by now.
     """
     digests = set(await call("prepare_router", args=(str(directory),)))
     if digests != {router.digest()}:
@@ -32,8 +32,8 @@ async def load_everywhere(
 class RouterReload:
     """Watches a router checkpoint's directory, and loads it whenever it changes.
 
-    `router.json` is looked at, which `RouterCheckpoint.save` writes last; a directory is also replaced by
-    another in its place, or by turning a symbolic link.
+    It looks at `router.json`, which `RouterCheckpoint.save` writes last. The directory may also be replaced
+    by another one, or be a symbolic link that is changed.
     """
 
     def __init__(
@@ -44,33 +44,38 @@ class RouterReload:
         reserved: ReservedRows,
         use: Callable[[RouterCheckpoint], Awaitable[None]],
     ) -> None:
-        """``use`` puts a checkpoint for this student into the engine and the policy.
+        """Prepare the watch.
 
-        ``running``: None where the directory is empty so far; ``reserved``: the running student's.
+        Args:
+            directory: the router's directory.
+            student: the student's checkpoint.
+            running: the router in use; None if the directory is still empty.
+            reserved: reserved rows of the running student.
+            use: puts a new router into the engine and the policy.
         """
         self._file = directory / CONFIG_FILE
         self._student = student
         self._running = running
         self._reserved = reserved
         self._use = use
-        self._seen: FileState | None = None  # what came while the gateway started is taken too
+        self._seen: FileState | None = None  # a change during the gateway's start counts too
 
     async def watch(self, seconds: float = 2.0) -> None:
-        """Look every so often, for ever; an unusable router is logged and changes nothing."""
+        """Look every ``seconds`` seconds, forever; an unusable router is logged and changes nothing."""
         while True:
             await asyncio.sleep(seconds)
             try:
                 await self.reload()
             except CheckpointError as error:
                 logger.error("the router was not replaced: %s", error)
-            except Exception:  # from the engine's process, say: the next checkpoint may do
+            except Exception:  # for example in the engine's process: the next checkpoint may work
                 logger.exception("the router could not be replaced")
 
     async def reload(self) -> bool:
-        """Whether there was another router, which is in use now.
+        """Load the router if it has changed; returns whether a new one is in use now.
 
         Raises:
-            CheckpointError: it cannot take the place of the one that runs, which goes on.
+            CheckpointError: the new router cannot be used; the old one stays in use.
         """
         seen = await asyncio.to_thread(self._stat)
         if seen is None or seen == self._seen:

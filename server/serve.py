@@ -1,4 +1,4 @@
-"""`wheels serve`."""
+"""The command `wheels serve`."""
 
 import os
 import signal
@@ -21,14 +21,14 @@ def main(argv: list[str]) -> int:
     # until the HTTP server has handlers of its own.
     signal.signal(signal.SIGTERM, _end_at_once)
     config = _with_directories(config)
-    # vLLM takes seconds to import: a wrong flag or name is reported before.
+    # vLLM takes seconds to import, so a wrong flag or name is reported before.
     from server.gateway import run
 
     return run(config)
 
 
 def _with_directories(config: ServeConfig) -> ServeConfig:
-    """The hub's client is imported only for a name that is no directory."""
+    """The configuration with directories for hub names. Only such a name needs the hub's client."""
     paths = (config.student, config.router)
     if all(path is None or path.is_dir() for path in paths):
         return config
@@ -38,7 +38,7 @@ def _with_directories(config: ServeConfig) -> ServeConfig:
 
 
 def _end_at_once(number: int, _frame: Any) -> None:
-    """Not by an exception, which is lost in vLLM's wait for its engine."""
+    """Kill all processes. An exception would be lost, because vLLM waits for its engine."""
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             process.kill()

@@ -17,16 +17,16 @@ from server.gate_processor import gate_settings
 
 
 class Spans(NamedTuple):
-    """Lengths in tokens."""
+    """Lengths of spans and calls, in tokens."""
 
     span_tokens: int
-    """Longest span."""
+    """Length of the longest span."""
     ask_tokens: int
-    """One teacher call."""
+    """Number of tokens that a teacher call asks for."""
 
 
 UNTRAINED_SPANS = Spans(span_tokens=4, ask_tokens=1)
-"""Without a router: a token a call, and a bucket that may run four tokens ahead of its fraction."""
+"""Lengths without a router: calls of one token, and an initial credit of four tokens for a fraction."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,16 @@ class ServedPair:
 
     config: ServeConfig
     student: Path
-    """What the engine loads: the router's taps are in it, where there is a router."""
+    """Directory that the engine loads; with a router, it contains the router's taps."""
     router: RouterCheckpoint | None
     reserved: ReservedRows
     visible: int
-    """Rows from here on are no tokens, see `router.reserved.visible_rows`."""
+    """The first row that is no token, and neither are later ones; see `router.reserved.visible_rows`."""
     spans: Spans
 
     @classmethod
     def of(cls, config: ServeConfig) -> "ServedPair":
-        """Raises ConfigError or CheckpointError where student, router and settings do not go together."""
+        """The configured pair. Raises ConfigError or CheckpointError if its parts do not fit together."""
         check_decoder(config.student)
         rows = vocabulary_rows(config.student)
         router, student = _merged(config)
@@ -66,12 +66,12 @@ class ServedPair:
         return pair
 
     def check_teachers(self) -> None:
-        """Raises CheckpointError where the gate that decides was trained for other teachers."""
+        """Raises CheckpointError if the gate in use was trained for other teachers."""
         if self.router is not None and self.gate == LEARNED:
             self.router.check_teachers(self.config.model_teachers)
 
     def with_router(self, router: RouterCheckpoint) -> "ServedPair":
-        """The pair with another router for the same student. Raises CheckpointError where it does not fit."""
+        """The pair with another router for the same student. Raises CheckpointError if it does not fit."""
         try:
             changed = replace(self, router=router, spans=_spans(self.config, router))
         except ConfigError as error:
@@ -85,7 +85,7 @@ class ServedPair:
         return changed
 
     def gate_settings(self) -> dict[str, Any]:
-        """The engine's ``additional_config``."""
+        """The gate's settings, as the engine's ``additional_config``."""
         router = None if self.router is None else self.student / MERGED_ROUTER
         return gate_settings(
             self.reserved,
@@ -98,26 +98,28 @@ class ServedPair:
 
     @property
     def gate(self) -> str:
-        """The configured gate; by default the learned one where there is a router."""
+        """Name of the configured gate; default: the learned gate with a router, else an untrained one."""
         if self.config.gate is not None:
             return self.config.gate
         return LEARNED if self.router is not None else UNTRAINED_GATE
 
     @property
     def words(self) -> BudgetWords | None:
-        """What the student reads of a request's budget, for a gate that was trained with it."""
+        """The text by which the student reads a request's budget; None if its gate was trained without."""
         return self.router.config.words if self.router is not None and self.gate == LEARNED else None
 
     @property
     def learns_its_price(self) -> bool:
-        """Whether nobody has measured which price gives which rate, so that serving has to find out."""
+        """Whether no price is set or measured, so that the gateway learns prices while serving."""
         return self.config.price is None and not self._is_calibrated and self.gate != "random"
 
     def policy(self, max_len: int) -> Policy:
-        """``max_len``: of the student, prompt and completion.
+        """The policy that turns budgets into prices.
+
+        ``max_len``: most tokens that the student takes, prompt and completion together.
 
         Raises:
-            ConfigError: the router cannot be served, or has nothing to aim a rate at.
+            ConfigError: the router cannot be served, or has no calibration for `aim: rate`.
         """
         config = self.config
         router = self.router
@@ -135,12 +137,12 @@ class ServedPair:
 
     @property
     def price_file(self) -> Path:
-        """Where a price that is learned while serving is kept."""
+        """File for the prices that are learned while serving."""
         name = f"{fingerprint(self.student, self.reserved.start)} {self.gate} {self.spans}"
         return self.config.cache / "prices" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
 
     def checked_policy(self, max_len: int) -> Policy:
-        """`policy`, of a router that is about to take another's place. Raises CheckpointError."""
+        """As `policy`, for a router that is about to replace the running one. Raises CheckpointError."""
         try:
             return self.policy(max_len)
         except ConfigError as error:
@@ -148,7 +150,7 @@ class ServedPair:
 
     @property
     def _is_calibrated(self) -> bool:
-        """Whether the router's calibration of the gate holds: it was measured with the router's spans."""
+        """Whether the router has a calibration of this gate, measured with these span lengths."""
         router = self.router
         return (
             router is not None
@@ -158,7 +160,10 @@ class ServedPair:
 
     @property
     def _outputs(self) -> tuple[GateOutput, ...]:
-        """Of a gate with one for each of several teachers; their own prices hold as the common one does."""
+        """Outputs of a learned gate for several teachers, one for each; empty for any other gate.
+
+        Their own measured prices are left out unless the common calibration is in use too.
+        """
         if self.router is None or self.gate != LEARNED:
             return ()
         measured = self.config.price is None and self._is_calibrated
@@ -179,11 +184,11 @@ class _Merged(NamedTuple):
 
     router: RouterCheckpoint | None
     student: Path
-    """What the engine loads."""
+    """Directory that the engine loads."""
 
 
 def _merged(config: ServeConfig) -> _Merged:
-    """The router, if there is one, in a student that the engine loads."""
+    """Merge the router, if there is one, into a student that the engine loads."""
     merged_router = config.student / MERGED_ROUTER
     if config.router is None or _is_awaited(config.router):
         if merged_router.is_dir():
@@ -204,12 +209,12 @@ def _merged(config: ServeConfig) -> _Merged:
 
 
 def _is_awaited(router: Path) -> bool:
-    """Whether a router is still to come: its directory is there, and empty."""
+    """Whether the router is still to come: its directory is empty."""
     return not any(router.iterdir())
 
 
 def _with_rows(config: ServeConfig) -> Path:
-    """The student; its copy with rows appended where the vocabulary has none to spare."""
+    """Directory of the student, or of its copy with more rows if its vocabulary has none to spare."""
     reserved = _free_rows(config.student)
     if reserved.end <= vocabulary_rows(config.student):
         return config.student
@@ -220,10 +225,10 @@ def _with_rows(config: ServeConfig) -> Path:
 
 
 def _copy_of_student(config: ServeConfig, contents: str) -> Path:
-    """Where the copy is kept. It links to files of the original: another place makes another copy."""
+    """Directory of a copy. It links to files of the original, so an original elsewhere has another copy."""
     student = config.student.resolve()
     digest = hashlib.sha256(f"{contents} {student}".encode())
-    digest.update((student / MODEL_CONFIG).read_bytes())  # no link in a copy with more rows
+    digest.update((student / MODEL_CONFIG).read_bytes())  # a copy with more rows has its own file
     return config.cache / "merged" / digest.hexdigest()[:16]
 
 
@@ -238,12 +243,12 @@ def _free_rows(student: Path) -> ReservedRows:
 
 def _known_rows(student: Path, reserved: ReservedRows) -> int:
     if not (student / "tokenizer.json").is_file():
-        return reserved.start  # a tokenizer of another kind: nobody knows
+        return reserved.start  # a tokenizer of another kind: its ids are not known
     return visible_rows(token_id for _, token_id in vocabulary(student))
 
 
 def _spans(config: ServeConfig | None, router: RouterCheckpoint | None) -> Spans:
-    """The configuration's, else the router's, else `UNTRAINED_SPANS`."""
+    """Lengths from the configuration, else from the router, else `UNTRAINED_SPANS`."""
     measured = UNTRAINED_SPANS
     if router is not None:
         measured = Spans(router.config.span_tokens, router.config.ask_tokens or router.config.span_tokens)

@@ -14,7 +14,7 @@ from router.ledger import Ledger, OpenedSession, Scope, Session, SessionProblem
 from router.money import NANOS, Money, nanos
 
 LARGEST = 2**53
-"""Redis tells whole numbers apart up to here."""
+"""Largest whole number up to which Redis counts exactly."""
 
 
 class TooManySessions(BadRequest):
@@ -35,7 +35,7 @@ class SessionBudget(BaseModel):
     tokens: Annotated[Count, Field(le=LARGEST)] | None = None
     """Teacher tokens, never exceeded."""
     cost: Money | None = None
-    """What the teacher reads and writes costs, never exceeded."""
+    """Cost of what the teacher reads and writes, never exceeded."""
 
     @model_validator(mode="before")
     @classmethod
@@ -47,13 +47,13 @@ class SessionLimits(NamedTuple):
     """Limits of each owner's sessions."""
 
     seconds: float = 3600.0
-    """A session is over when it was not used for this long."""
+    """Time after which an unused session expires, in seconds."""
     most: int = 1000
-    """Sessions that an owner may have at a time."""
+    """Most sessions that an owner may have at a time."""
 
 
 class SessionFields(TypedDict, total=False):
-    """The `session` of a response's `teacher`; the parts that its budget has."""
+    """The `session` in a response's `teacher` field, with the parts that its budget has."""
 
     id: str
     tokens: int
@@ -66,7 +66,7 @@ class SettlingShare(Protocol):
     """A choice's part in shared budgets."""
 
     async def settled(self) -> None:
-        """Wait until the choice has ended and all that it took is in the ledger."""
+        """Wait until the choice has ended and the ledger knows all that it took."""
 
 
 @dataclass
@@ -78,10 +78,10 @@ class OpenSession:
     scopes: tuple[Scope, ...]
     ledger: Ledger
     shares: list[SettlingShare] = field(default_factory=list)
-    """Of the request's choices."""
+    """Shares of the request's choices."""
 
     async def report(self) -> SessionFields:
-        """What the session has, and what all its requests have spent so far."""
+        """The session's budget, and what all its requests have spent so far."""
         for share in self.shares:
             await share.settled()
         fields = SessionFields(id=self.id)
@@ -107,15 +107,15 @@ async def open_session(
     """Open the session that a request names, or join it.
 
     Args:
-        ledger: where sessions are kept.
+        ledger: the ledger that keeps the sessions.
         owner: name of the tenant.
-        asked: what the request says of it.
-        limits: what holds for every session.
-        param: the field or header that names it.
+        asked: the session's id and budget in the request.
+        limits: limits of every owner's sessions.
+        param: the field or header that names the session.
 
     Raises:
-        BadRequest: it is new and has no budget, or has another budget.
-        TooManySessions: no more may be opened.
+        BadRequest: the session is new and the request sets no budget, or it has another budget.
+        TooManySessions: the owner already has the most sessions allowed.
     """
     session = Session(
         owner,
@@ -139,7 +139,7 @@ async def open_session(
             param, f"{param}: this API key already has {limits.most} open sessions, the most allowed"
         )
     if not isinstance(opened, OpenedSession):
-        # The ledger's store is away: by its own rule, reservations are refused or allowed.
+        # The ledger's store is unreachable. The ledger itself then refuses or allows all reservations.
         opened = OpenedSession(session.tokens, session.nanos)
         if opened == OpenedSession(None, None):
             opened = OpenedSession(0, None)

@@ -21,17 +21,17 @@ logger = logging.getLogger(__name__)
 DEFAULT_SESSIONS = SessionLimits()
 
 STEER_SECONDS = 0.5
-"""How often the prices follow what the ledger says; and how old a request's terms may be."""
+"""Seconds between two updates of the prices by the ledger; a request's terms may be this old."""
 IDLE_SECONDS = 10.0
-"""How often a limit is looked at that no request uses now, until what was spent has left its window: what the
-metrics show of it, and its price, follow the window too.
+"""Seconds between two looks at a limit that no request uses now. They go on until all spending has left the
+limit's window, because its metrics and its price follow the window.
 """
 HOLD_SECONDS = 0.25
-"""How long a choice keeps what its lease has left: asks that follow closely cost the ledger nothing."""
+"""Seconds for which a choice keeps the rest of its lease, so that asks soon after need no ledger call."""
 
 
 class SharedBudgets:
-    """The ledger, and the prices that it makes. Settlements and records run without the request."""
+    """The ledger, and the prices that follow it. Settlements and records run in the background."""
 
     def __init__(
         self,
@@ -52,12 +52,12 @@ class SharedBudgets:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def open_session(self, tenant: Tenant | None, asked: SessionBudget, param: str) -> OpenSession:
-        """See `server.sessions.open_session`."""
+        """Open a session or join it, see `server.sessions.open_session`."""
         owner = "" if tenant is None else tenant.name
         return await open_session(self.ledger, owner, asked, self.sessions, param)
 
     def share(self, tenant: Tenant | None, session: OpenSession | None = None) -> "Share":
-        """A new choice's part in the budgets of its session, of its tenant and of all."""
+        """A new choice's share of the budgets of its session, of its tenant and of all requests."""
         scopes = self.everybody if tenant is None else (*tenant.scopes, *self.everybody)
         if session is not None:
             scopes = (*session.scopes, *scopes)
@@ -67,7 +67,7 @@ class SharedBudgets:
         return share
 
     async def steer(self) -> None:
-        """Let the prices follow the ledger, for ever."""
+        """Let the prices follow the ledger, forever."""
         while True:
             await asyncio.sleep(STEER_SECONDS)
             try:
@@ -76,9 +76,12 @@ class SharedBudgets:
                 logger.exception("the prices could not be updated")
 
     async def update(self) -> Sequence[Status]:
-        """Let the prices follow the ledger once, under the limits that were used since the last time.
+        """Update the prices once by the ledger, for the limits that were used since the last update.
 
-        Now and then also those that have something in use, or spent in their window.
+        Every `IDLE_SECONDS`, also for other limits that have something reserved, or spent in their window.
+
+        Returns:
+            The status of each of these limits; empty if the ledger is unreachable.
         """
         now = time.monotonic()
         seen = self._used
@@ -88,7 +91,7 @@ class SharedBudgets:
             self._idle = {}
             self._idle_at = now + IDLE_SECONDS
         answer = await self.ledger.status(list(seen.values()))
-        if answer is None:  # it is away: all are looked at when it is back
+        if answer is None:  # unreachable: all limits are updated when it is back
             self._idle |= seen
         statuses = answer or []
         for status in statuses:
@@ -114,11 +117,11 @@ class SharedBudgets:
         BUDGET_PRICE.labels(*labels).set(self.prices.price([scope]))
 
     def use(self, scopes: Sequence[Scope]) -> None:
-        """Show these limits among the metrics from now on; sessions are too many to be shown."""
+        """Include these limits in the next update and in the metrics; sessions would be too many."""
         self._used |= {scope.id: scope for scope in scopes if scope.kind != "session"}
 
     def in_background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run to its end what no request has to wait for, whatever becomes of the request."""
+        """Run work to its end for which no request waits, whatever becomes of the request."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -137,16 +140,16 @@ class SharedBudgets:
 
 @dataclass(frozen=True)
 class Draw:
-    """Teacher tokens that a span may have: none of them at or after the deadline (of `time.monotonic`)."""
+    """Teacher tokens that a span may have before the deadline (of `time.monotonic`)."""
 
     tokens: int
     deadline: float
     cost: int | None = None
-    """Picos that it may cost; None if no shared limit is in money."""
+    """Most that the span may cost, in picos; None if no shared limit is in money."""
 
 
 def charge_of(prices: TokenPrices | None, reads: int) -> Charge:
-    """What a call that reads this many tokens costs at most; nothing without prices."""
+    """The highest cost of a call that reads this many tokens; zero without prices."""
     if prices is None:
         return FREE
     return Charge(nanos_of(prices.most(reads, 0)), nanos_of(prices.most(0, 1)))
@@ -154,7 +157,7 @@ def charge_of(prices: TokenPrices | None, reads: int) -> Charge:
 
 @dataclass
 class Share:
-    """The shared budgets of one choice. One span at a time: reserve, then settle."""
+    """The share of one choice in the shared budgets. It has one span at a time: reserve, then settle."""
 
     budgets: SharedBudgets
     scopes: tuple[Scope, ...]
@@ -162,35 +165,35 @@ class Share:
     recorded: int = 0
     """Student tokens of this choice that the ledger knows of."""
     lease: Lease | None = None
-    """What the spans are drawn from, while something of it is left."""
+    """The lease from which spans get their tokens, while it has some left."""
     used: int = 0
     """Tokens of the lease that were written."""
     cost: int = 0
-    """Nanos that they cost, if a limit is in money."""
+    """Cost of these tokens in nanos, if a limit is in money."""
     renew_at: float = 0.0
-    """A later span gets a lease of its own, so that it has time."""
+    """Time (of `time.monotonic`) from which a span gets a new lease, so that it has enough time."""
     release_later: asyncio.TimerHandle | None = None
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     settlement: asyncio.Task[Any] | None = None
-    """The last one, which comes after all others."""
+    """Task of the last settlement, which comes after all others."""
 
     @property
     def rate(self) -> float:
-        """The teacher rate that the shared limits leave to aim at; 1 where none binds."""
+        """The teacher rate to aim at under the shared limits of all teachers; 1 if no limit binds."""
         return self.rate_of(None)
 
     def rate_of(self, teacher: str | None) -> float:
-        """The rate that the limits of one teacher leave it; None: those of all together."""
+        """The rate to aim at under the limits of one teacher; with None, under those of all together."""
         scopes = [scope for scope in self.scopes if scope.teacher == teacher]
         return self.budgets.prices.rate(scopes, self.weight)
 
     def scopes_of(self, teacher: str | None) -> tuple[Scope, ...]:
-        """The limits that hold for a teacher: its own, and those of all."""
+        """The limits that apply to a teacher: its own, and those of all teachers together."""
         return tuple(scope for scope in self.scopes if scope.teacher in (None, teacher))
 
     @property
     def in_money(self) -> bool:
-        """Whether a limit of the lease is: every call then has a lease of its own, as each reads anew."""
+        """Whether a limit of the lease is in money. Each call then has its own lease, as it reads anew."""
         return self.lease is not None and any(scope.limit.in_money for scope in self.lease.scopes)
 
     async def reserve(
@@ -202,10 +205,14 @@ class Share:
         charge: Charge = FREE,
         teacher: str | None = None,
     ) -> Draw | Denial:
-        """Up to ``tokens`` for a choice of which the student has written ``student_tokens``.
+        """Reserve a span, from the current lease or from a new one.
 
-        Where the lease at hand does not have them, a new one is taken, of ``ahead`` tokens if that is more.
-        ``charge`` is what the call of the ``teacher`` costs at most.
+        Args:
+            tokens: the most tokens of the span.
+            student_tokens: tokens of the choice that the student has written so far.
+            ahead: tokens of a new lease, if that is more than ``tokens``.
+            charge: the highest cost of the call.
+            teacher: name of the teacher that is called; None for the limits of all teachers alone.
         """
         scopes = self.scopes_of(teacher)
         if not scopes:
@@ -233,14 +240,14 @@ class Share:
         return Draw(min(tokens, lease.tokens - self.used), lease.deadline, cost)
 
     def _covers(self, scopes: tuple[Scope, ...], tokens: int) -> bool:
-        """Whether the lease at hand has this many tokens under these limits."""
+        """Whether the current lease has this many tokens under these limits, and is not to be renewed."""
         lease = self.lease
         if lease is None or lease.scopes != scopes:
             return False
         return lease.tokens - self.used >= tokens and time.monotonic() < self.renew_at
 
     def _record_others(self, scopes: tuple[Scope, ...], student_tokens: int) -> int:
-        """New tokens of the student, for a reservation under these limits; the others are told too."""
+        """Number of the student's new tokens, for a reservation under ``scopes``; records them elsewhere."""
         new = self._unrecorded(student_tokens)
         others = [scope for scope in self.scopes if scope not in scopes]
         if others and new:
@@ -248,7 +255,10 @@ class Share:
         return new
 
     def settle(self, used: int, cost: int | None = 0) -> None:
-        """This many tokens of what was reserved last were written, at a cost in picos; None for all of it."""
+        """Note that ``used`` tokens of the last reservation were written.
+
+        ``cost``: their cost in picos; None if it is unknown, so that the whole reserved cost counts.
+        """
         if self.lease is None:
             return
         self.used += used
@@ -263,7 +273,7 @@ class Share:
             self.release_later = loop.call_later(self.budgets.hold_seconds, self.release)
 
     def release(self) -> None:
-        """Settle the lease: what is left of it is for others."""
+        """Settle the lease, so that other requests can have the rest of it."""
         self._keep()
         if self.lease is not None:
             work = self.budgets.ledger.settle(self.lease, self.used, self.cost)
@@ -271,7 +281,7 @@ class Share:
             self.lease = None
 
     def close(self, student_tokens: int) -> None:
-        """The choice has ended; record what the student has written since the last reservation."""
+        """End the share; record the tokens that the student has written since the last reservation."""
         self.release()
         if self.scopes and student_tokens > self.recorded:
             self.budgets.use(self.scopes)
@@ -280,13 +290,13 @@ class Share:
         self.closed.set()
 
     async def settled(self) -> None:
-        """Wait until the choice has ended and the ledger knows what it took."""
+        """Wait until the choice has ended and the ledger knows all that it took."""
         await self.closed.wait()
         if self.settlement is not None:
             await asyncio.wait([self.settlement])
 
     def _unrecorded(self, student_tokens: int) -> int:
-        """How many of them the ledger is not told yet; it is told now."""
+        """Number of these tokens that the ledger does not know yet; they count as recorded from now on."""
         new = student_tokens - self.recorded
         self.recorded = student_tokens
         return new

@@ -1,7 +1,7 @@
 """vLLM's outputs one token at a time, for the parsers of reasoning and of tool calls.
 
-vLLM merges what its reader has not taken yet, and drafted tokens come several at once. Several of vLLM's
-parsers go wrong on a delta in which one part of an answer ends and the next begins.
+vLLM merges outputs that its reader has not taken yet, and speculative decoding brings several tokens at
+once. Several of vLLM's parsers fail on a delta in which one part of an answer ends and the next begins.
 """
 
 import copy
@@ -19,7 +19,7 @@ from server.vllm_api import (
 
 
 class SingleTokens:
-    """Splits the deltas of one plain request; the texts are those that vLLM would have made of each token."""
+    """Splits the deltas of one plain request; each token has the text that vLLM would give it alone."""
 
     def __init__(
         self, tokenizer: TokenizerLike | None, prompt_ids: list[int] | None, params: SamplingParams
@@ -29,7 +29,7 @@ class SingleTokens:
             self._texts.append(new_detokenizer(tokenizer, prompt_ids, params))
 
     def split(self, output: RequestOutput) -> Iterator[RequestOutput]:
-        """The same tokens, log-probabilities and endings, in outputs of one token each."""
+        """Outputs of one token each, with the same tokens, log-probabilities and endings."""
         parts: list[CompletionOutput] = []
         for new in output.outputs:
             parts.extend(self._parts(new))
@@ -44,7 +44,7 @@ class SingleTokens:
         last = max(0, len(new.token_ids) - 1)
         for place in range(last):
             if text.update([new.token_ids[place]], False) is not None:
-                yield self._ending(new, text, place)  # what comes after a stop string comes with it
+                yield self._ending(new, text, place)  # tokens after a stop string stay with it
                 return
             part = self._part(new, slice(place, place + 1))
             yield replace(

@@ -3,4 +3,4 @@
 Source = str
 STUDENT = "student"
 TEACHER = "teacher"
-"""The name of the only teacher, if nobody gave it one."""
+"""Name of an only teacher to which the operator gave no name."""

@@ -24,10 +24,10 @@ from server.vllm_api import GracefulHTTPError
 logger = logging.getLogger(__name__)
 
 LEASE_TOKENS = 64
-"""Most that is reserved at a time under a shared limit, also for a request that may have all of it."""
+"""Most tokens that are reserved at a time under shared limits, even if no limit binds; or for a tool."""
 
 Student = Callable[[Choice, Terms], AsyncGenerator[Piece, None]]
-"""Continues a choice's prefix by one segment, on these terms; the last piece may ask for the teacher."""
+"""Writes a choice's next segment, on these terms; the last piece may ask for the teacher."""
 
 DOWN = TeacherError("breaker", "the teacher is marked as down")
 
@@ -42,12 +42,12 @@ class Span:
     slot: Slot
     meter: Meter
     used: int = 0
-    """Tokens of it that are in the completion."""
+    """Number of the span's tokens that are in the completion."""
     opened: bool = False
-    """Whether it counts as a call: a tool may have nothing to say."""
+    """Whether the span counts as a call; a tool without an answer does not."""
 
     def settle(self) -> None:
-        """Give back what the teacher did not use of the request's budgets."""
+        """Give back what the span did not use of the request's own budgets."""
         for bucket, grant in self.grants:
             bucket.settle(grant, self.used, self.meter.cost)
 
@@ -68,11 +68,11 @@ class SpanLoop:
         """Write one completion to its end.
 
         Args:
-            choice: that has just begun.
-            teachers: that it may ask: tools, then from the cheapest to the dearest.
+            choice: a completion that has just begun.
+            teachers: the teachers that it may ask: tools first, then from the cheapest to the dearest.
 
         Raises:
-            GracefulHTTPError: the teacher failed, and the gateway is to fail with it.
+            GracefulHTTPError: the teacher failed, and ``on_teacher_error`` is "error".
         """
         share = self.shared.share(choice.tenant, choice.session)
         standings = Standings.of(choice, teachers, share)
@@ -89,7 +89,7 @@ class SpanLoop:
             share.close(choice.student_tokens)
 
     def _terms(self, standings: Standings) -> Terms:
-        """On which terms the student may ask in its next segment."""
+        """The terms on which the student may ask in its next segment."""
         choice = standings.choice
         length = len(choice.completion)
         for standing in standings.each:
@@ -117,7 +117,7 @@ class SpanLoop:
         return self._terms(standings)
 
     def _cap(self, standings: Standings, standing: Standing) -> float:
-        """The rate that a teacher may have of the request, by its own budget and limits."""
+        """The highest teacher rate that a teacher's own budget and limits allow in this request."""
         choice = standings.choice
         shared = standings.share.rate_of(standing.name)
         if standing.bucket is None:
@@ -126,7 +126,7 @@ class SpanLoop:
         return min(shared, self.policy.rate(standing.bucket, choice.length, end, standing.view.reads))
 
     def _learn(self, standings: Standings) -> None:
-        """Show the policy what came of its price since the last time."""
+        """Tell the policy what its price has realised since the last call."""
         news = standings.news()
         if standings.may_ask and not standings.losses and not standings.pause:
             share = standings.share
@@ -140,7 +140,7 @@ class SpanLoop:
             )
 
     async def _ask(self, choice: Choice, terms: Terms) -> int | None:
-        """Let the student write a segment; None, or the level of the row by which it asks at its end."""
+        """Let the student write a segment; returns the level of the row by which it asks, or None."""
         level = None
         async with aclosing(self.student(choice, terms)) as pieces:
             async for piece in pieces:
@@ -151,7 +151,7 @@ class SpanLoop:
         return None if choice.thinking_ends else level
 
     async def _teach(self, standings: Standings, terms: Terms, level: int) -> None:
-        """Let the first teacher that can write a span, or let the choice ask later, or never again."""
+        """Let the first teacher that can write a span; without one, the choice asks later, or never again."""
         refusals: list[Refusal] = []
         for standing in standings.order(level, terms):
             refusal = await self._call(standings, terms, standing)
@@ -165,14 +165,14 @@ class SpanLoop:
         self._give_up(standings, refusals)
 
     async def _call(self, standings: Standings, terms: Terms, standing: Standing) -> Refusal | None:
-        """Let one teacher write a span; None if it was called, and what it wrote is there."""
+        """Let one teacher write a span; returns None if the call succeeded or brought tokens."""
         span = await self._reserve(standings, terms, standing)
         if isinstance(span, Refusal):
             return span
         refusal = await self._fill(standings, span)
         if refusal is None or not span.used:
             return refusal
-        self._give_up(standings, [refusal])  # in the middle of a span
+        self._give_up(standings, [refusal])  # the call failed in the middle of the span
         return None
 
     async def _reserve(self, standings: Standings, terms: Terms, standing: Standing) -> Span | Refusal:
@@ -182,7 +182,7 @@ class SpanLoop:
         if isinstance(room, Refusal):
             return room
         at_most = room
-        if share.scopes:  # what one holds, no other can have
+        if share.scopes:  # tokens that one request holds, no other can have
             at_most = min(room, LEASE_TOKENS if share.rate >= 1.0 else self.span_tokens)
         if standing.teacher.is_tool:  # its answer comes whole
             at_most = min(room, LEASE_TOKENS)
@@ -202,7 +202,7 @@ class SpanLoop:
             return self._denied(standings, standing, draw)
         try:
             pool = standing.teacher.pool
-            slot = await pool.admit(choice.affinity)  # last: it may be a breaker's only trial
+            slot = await pool.admit(choice.affinity)  # last, because it may be a breaker's only trial
         except BaseException as error:
             _cancel(grants)
             share.settle(0)
@@ -216,7 +216,7 @@ class SpanLoop:
     def _grants(
         self, choice: Choice, terms: Terms, standing: Standing, at_most: int
     ) -> list[tuple[Bucket, Grant]] | Refusal:
-        """The next span in the budget that the request gives this teacher, and in what it gives all."""
+        """Reserve the next span in the request's budget for this teacher, and in its budget for all."""
         grants: list[tuple[Bucket, Grant]] = []
         for bucket in (standing.bucket, choice.bucket):
             if bucket is None:
@@ -238,7 +238,7 @@ class SpanLoop:
         return grants
 
     def _denied(self, standings: Standings, standing: Standing, denial: Denial) -> Refusal:
-        """A limit that requests share has no room: of one teacher, or of all."""
+        """Pause after a shared limit without room: a limit of one teacher pauses only this one."""
         refusal = Refusal(denial.label, denial.reason == "unavailable", for_all=denial.scope.teacher is None)
         if refusal.for_all:
             standings.wait(PAUSE_TOKENS)
@@ -247,7 +247,7 @@ class SpanLoop:
         return refusal
 
     async def _room(self, standings: Standings, standing: Standing) -> int | Refusal:
-        """Tokens that the completion, its thinking, the teacher's biases and its context have left."""
+        """Tokens that a span may have: limited by completion, thinking, biases and the teacher's context."""
         choice = standings.choice
         constraint = choice.constraint
         if constraint is not None and not await constraint.catch_up(choice.completion.token_ids):
@@ -271,7 +271,7 @@ class SpanLoop:
         return room
 
     async def _fill(self, standings: Standings, span: Span) -> Refusal | None:
-        """Let the teacher write a span, and settle what it wrote; why it broke off, if it did."""
+        """Let the teacher write a span, and settle it; returns the reason if the span broke off."""
         choice = standings.choice
         refusal = None
         if not span.standing.teacher.is_tool:
@@ -294,13 +294,13 @@ class SpanLoop:
                 standings.share.settle(0)
         if not span.opened and refusal is None:
             refusal = UNNOTICED  # the tool leaves it to others
-        if not span.used:  # a character that is longer than the grant, or all was refused by a grammar
+        if not span.used:  # the next character needs a larger grant, or a grammar refused all
             span.standing.wait(len(choice.completion) + 1)
         return refusal
 
     @staticmethod
     def _open(choice: Choice, span: Span) -> None:
-        """A teacher is called now; the span, and what the teacher uses, grow as it writes."""
+        """Report that a teacher is called; the reported span and usage grow while it writes."""
         name = span.standing.name
         choice.report.open_span(name)
         choice.report.sheet.teacher_called(name, span.meter.usage)
@@ -320,7 +320,7 @@ class SpanLoop:
                     return
 
     def _lose(self, choice: Choice, standing: Standing, error: TeacherError) -> Refusal:
-        """A teacher did not write what it was asked for: it is left alone for a while, or for good."""
+        """Note that a call failed; the teacher is not asked again for a while, or at all."""
         length = len(choice.completion)
         if error.reason == "saturated":  # busy, not lost
             standing.wait(length + PAUSE_TOKENS)
@@ -332,7 +332,7 @@ class SpanLoop:
         return Refusal(error.reason, degraded=True, error=error)
 
     def _give_up(self, standings: Standings, refusals: Sequence[Refusal]) -> None:
-        """Nobody writes the span: the student goes on alone, or the gateway fails with its teacher."""
+        """Note that no teacher writes the span: the student continues alone, or the request fails."""
         lost = next((refusal.error for refusal in refusals if refusal.error is not None), None)
         if lost is not None and self.on_teacher_error == "error":
             raise GracefulHTTPError(lost.explanation, lost.http_status) from lost
@@ -340,6 +340,6 @@ class SpanLoop:
 
 
 def _cancel(grants: Sequence[tuple[Bucket, Grant]]) -> None:
-    """The call is not made."""
+    """Give back reservations, because the call is not made."""
     for bucket, grant in grants:
         bucket.cancel(grant)

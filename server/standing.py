@@ -24,28 +24,28 @@ class Standing:
     teacher: NamedTeacher
     view: TeacherView
     bucket: Bucket | None = None
-    """What the request gives this teacher alone, next to what it gives all."""
+    """Budget of the request for this teacher alone, in addition to the one for all; None without one."""
     may_ask: bool = True
     ask_from: int = 0
-    """Length of the completion from which it may be asked again."""
+    """Length of the completion, in tokens, from which the teacher may be asked again."""
     losses: int = 0
-    """How often it was lost since it last wrote something."""
+    """How often the teacher was lost since it last wrote something."""
 
     @property
     def name(self) -> str:
-        """The teacher's."""
+        """Name of the teacher."""
         return self.teacher.name
 
     def can_be_asked(self, length: int) -> bool:
-        """Whether there is any use in asking now, after ``length`` tokens of the completion."""
+        """Whether the teacher may be asked now, after ``length`` tokens of the completion, and is up."""
         return self.may_ask and self.ask_from <= length and not self.teacher.pool.down
 
     def follow_budget(self, length: int, completion: int) -> None:
-        """Wait until its own budget has room.
+        """Do not ask the teacher before its own budget has room.
 
         Args:
-            length: tokens that budgets are a fraction of.
-            completion: tokens of the completion.
+            length: number of tokens that the request's budgets count.
+            completion: number of tokens of the completion.
         """
         if self.bucket is None:
             return
@@ -56,11 +56,11 @@ class Standing:
             self.ask_from = max(self.ask_from, completion + earliest - length)
 
     def wait(self, length: int) -> None:
-        """It is not asked before the completion has this length."""
+        """Do not ask the teacher before the completion has this length, in tokens."""
         self.ask_from = max(self.ask_from, length)
 
     def lose(self, length: int) -> None:
-        """It is left alone, twice as long each time: a teacher that stays away costs little."""
+        """Note that the teacher was lost. The pause doubles each time, so a lost teacher costs little."""
         self.ask_from = length + PAUSE_TOKENS * (1 << self.losses)
         self.losses += 1
 
@@ -72,13 +72,13 @@ class Refusal:
     reason: str
     degraded: bool = False
     error: TeacherError | None = None
-    """The teacher was lost by this."""
+    """Error by which the teacher was lost; None if it was not lost."""
     for_all: bool = False
-    """No other teacher would write it either."""
+    """Whether no other teacher would write the span either."""
 
 
 UNNOTICED = Refusal("")
-"""Nobody has to know: the choice asks again soon."""
+"""A refusal that is not reported, because the choice asks again soon."""
 
 
 class Written(NamedTuple):
@@ -94,17 +94,17 @@ class Standings:
 
     choice: Choice
     each: Sequence[Standing]
-    """Tools, then from the cheapest to the dearest."""
+    """One for each teacher: tools first, then from the cheapest to the dearest."""
     share: Share
     """The choice's part in the budgets that requests share."""
     ranked: Sequence[Standing] = ()
-    """Those that the terms of the last segment were made for, by price."""
+    """Standings for which the last segment's terms were made, by price."""
     told: Written = field(default_factory=Written)
-    """What `news` has told so far."""
+    """Tokens that `news` has reported so far."""
 
     @classmethod
     def of(cls, choice: Choice, teachers: Sequence[NamedTeacher], share: Share) -> "Standings":
-        """Before anybody was asked."""
+        """The standings of a choice before any teacher was asked."""
         own = choice.purse.own
         each = [Standing(teacher, teacher.view(choice), own.get(teacher.name)) for teacher in teachers]
         return cls(choice, each, share)
@@ -128,12 +128,12 @@ class Standings:
 
     @property
     def losses(self) -> int:
-        """How often all teachers were lost since one last wrote something."""
+        """The fewest losses of any model since it last wrote something; 0 if one of them was not lost."""
         return min((standing.losses for standing in self.models), default=0)
 
     @property
     def lost(self) -> bool:
-        """Whether all that may be asked are down."""
+        """Whether all teachers that may be asked are down."""
         return all(standing.teacher.pool.down for standing in self.each if standing.may_ask)
 
     @property
@@ -142,10 +142,10 @@ class Standings:
         return max((standing.view.reads for standing in self.each), default=0)
 
     def order(self, level: int, terms: Terms) -> list[Standing]:
-        """Whom to ask, one after the other.
+        """The standings of the teachers to ask, one after the other.
 
-        Tools come first. Of the models that the terms were made for, the first is the one that the ``level``
-        of the row means, or the dearest if they are to ask always. Then come dearer ones, then cheaper ones.
+        Tools come first. Then comes the model that the ``level`` of the row means, or the dearest if the
+        terms ask always. Then come dearer models, then cheaper ones.
         """
         tools = [standing for standing in self.each if standing.teacher.is_tool]
         place = self._place(level, terms)
@@ -156,18 +156,18 @@ class Standings:
         return [standing for standing in order if standing.may_ask and standing.ask_from <= length]
 
     def _place(self, level: int, terms: Terms) -> int:
-        """The place in `ranked` of who is meant."""
+        """Index in `ranked` of the teacher that the row means."""
         last = max(0, len(self.ranked) - 1)
         if terms.always:
             return last
         if not terms.least:
             return min(last, level)
         names = [standing.name for standing in self.ranked]
-        name = terms.least[min(level, len(terms.least) - 1)].teacher  # of another router, just before
+        name = terms.least[min(level, len(terms.least) - 1)].teacher  # perhaps of the last router
         return names.index(name) if name in names else 0
 
     def news(self) -> Written:
-        """What was written since the last call."""
+        """Tokens that were written since the last call of `news`."""
         before = self.told
         self.told = Written(self.choice.report.tokens, len(self.choice.completion))
         return Written(
@@ -176,17 +176,17 @@ class Standings:
         )
 
     def wait(self, tokens: int) -> None:
-        """The student writes this many tokens before the choice may ask again."""
+        """Let the student write this many tokens before the choice may ask again."""
         for standing in self.each:
             standing.wait(len(self.choice.completion) + tokens)
 
     def ask_no_more(self) -> None:
-        """The student writes the rest alone."""
+        """Let the student write the rest alone."""
         for standing in self.each:
             standing.may_ask = False
 
     def denied(self, refusals: Sequence[Refusal]) -> None:
-        """The student goes on alone, for these reasons."""
+        """Report the reasons for which the student continues alone."""
         report = self.choice.report
         for reason in dict.fromkeys(refusal.reason for refusal in refusals if refusal.reason):
             report.denied[reason] += 1

@@ -17,27 +17,27 @@ from server.written import written_args
 
 
 def _unconstrained(*_: Any) -> None:
-    """For a student whose requests have no structured output."""
+    """No constraint, for a student whose requests have no structured output."""
 
 
 @dataclass(frozen=True)
 class StudentEngine:
-    """What the gateway uses of vLLM's engine."""
+    """The parts of vLLM's engine that the gateway uses."""
 
     generate: Callable[..., AsyncGenerator[RequestOutput, None]]
-    """vLLM's own: one plain request."""
+    """vLLM's own `generate`, for one plain request."""
     check: Callable[..., SamplingParams]
-    """vLLM's own checks of a request; its parameters with the model's end tokens, as vLLM runs them."""
+    """vLLM's own checks of a request; returns its parameters, with the model's end tokens added."""
     tokenizer: TokenizerLike | None
     max_model_len: int
     """The student's context, in tokens."""
     reserved: ReservedRows
     markers: ReasoningMarkers | None = None
-    """Of thinking, if its engine knows some."""
+    """Markers of thinking; None if the engine knows none."""
     ranks: int = 1
     """Data-parallel copies of the student, each with a prefix cache of its own."""
     constrain: Callable[..., Constraint | None] = _unconstrained
-    """As `Grammars.constrain`."""
+    """Makes the constraint of a completion, as `Grammars.constrain`."""
 
     def rank(self, affinity: bytes) -> int | None:
         """The copy that writes all segments of a prompt, so that it finds their prefix in its cache."""
@@ -69,9 +69,9 @@ class StudentEngine:
                 yield self._piece(output)
 
     async def read_prompt(self, choice: Choice) -> Any:
-        """The `prompt_logprobs` of a choice's request, in a request of their own: its one token is dropped.
+        """The `prompt_logprobs` of a choice's prompt, from a separate request whose one token is dropped.
 
-        Whoever writes first, the student has read the prompt then, and its cache has it.
+        After it, the student's cache has the prompt, whichever model writes first.
         """
         params = SamplingParams(
             max_tokens=1,
@@ -104,7 +104,7 @@ class StudentEngine:
     def _params(self, choice: Choice, terms: Terms) -> SamplingParams:
         params = copy.copy(choice.segment_params)
         params.max_tokens = choice.segment_tokens
-        # vLLM masks what ends a completion before the gate runs, so the student may still ask.
+        # vLLM masks end tokens before the gate runs, so the student may still ask.
         params.min_tokens = min(choice.min_tokens, params.max_tokens)
         params.seed = choice.seed
         if choice.params.min_tokens:

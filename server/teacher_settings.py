@@ -21,13 +21,13 @@ from router.budget import TeacherName
 from server.sources import STUDENT, TEACHER
 
 NAMED = re.compile(r"([A-Za-z0-9._-]{1,64})=(.*)", re.DOTALL)
-"""A word of the command line: a name and an address."""
+"""Matches a word of the command line with a name and an address."""
 MOST_MODELS = 8
-"""Each has a row of the student's vocabulary, by which the student asks for it."""
+"""Most teachers that are models. The student asks for each of them by a row of its vocabulary."""
 
 
 def several(value: Any) -> Any:
-    """One, or several: as a list, or as text with commas between them."""
+    """One or several values as a list; a text has commas between them. Raises ValueError for a repetition."""
     values = (
         value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     )
@@ -46,16 +46,16 @@ class TeacherSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     url: Addresses | None = None
-    """Base URLs of its replicas, without /v1."""
+    """Base URLs of the teacher's replicas, without /v1."""
     tool: Addresses | None = None
-    """In place of ``url``: where an HTTP function is called, at each of its replicas."""
+    """URLs of a tool's replicas, an HTTP function that is called in place of a model at ``url``."""
     model: str | None = None
-    """Model name at the teacher; default: its first one."""
+    """Model name at the teacher's server; default: the first one that it serves."""
     vocabulary: Literal["auto", "same", "other"] = "auto"
     api_key: SecretStr | None = None
-    """Sent as a bearer token."""
+    """API key that is sent as a bearer token."""
     timeout: PositiveFloat | None = None
-    """As ``teacher_timeout``, which is its default."""
+    """Longest wait for a token, in seconds; default: ``teacher_timeout``."""
 
     @model_validator(mode="before")
     @classmethod
@@ -72,7 +72,7 @@ class TeacherSettings(BaseModel):
 
 
 def words(value: Any) -> Any:
-    """What the flag brings, once or several times: addresses, NAME=ADDRESS, or JSON."""
+    """The teachers from one or several words of the flag: addresses, NAME=ADDRESS, or NAME=JSON."""
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
@@ -90,7 +90,7 @@ def words(value: Any) -> Any:
 
 
 def _described(name: str, text: str) -> Any:
-    """An address, or JSON."""
+    """A teacher's address, or its settings if the text is JSON."""
     if not text.startswith("{"):
         return text
     try:
@@ -112,7 +112,7 @@ Setting = Annotated[
 
 
 def check_names(named: Named) -> None:
-    """Raises ValueError: a name has another meaning, or there are too many."""
+    """Raises ValueError if a teacher is named like the student, or if too many teachers are models."""
     if STUDENT in named:
         raise ValueError(f"a teacher cannot be named {STUDENT!r}")
     models = [name for name, settings in named.items() if settings.tool is None]

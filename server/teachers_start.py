@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_teachers(config: ServeConfig, visible: int) -> Teachers:
-    """Clients of all teachers; ``visible``: the student has the ids below this."""
+    """Clients of all configured teachers; ``visible``: the student's token ids are below this."""
     prices = config.prices
     each = []
     for name, settings in config.teachers.items():
@@ -69,13 +69,13 @@ def _tool_pool(config: ServeConfig, name: str, settings: TeacherSettings) -> Tea
 
 
 async def introduce(teachers: Teachers, config: ServeConfig, tokenizer: TokenizerLike, rows: int) -> None:
-    """Compare the vocabulary of every teacher that is there with the student's; later ones follow.
+    """Compare the vocabulary of every reachable teacher with the student's; others are compared later.
 
     Args:
-        teachers: of `build_teachers`.
-        config: what was expected of each.
-        tokenizer: the student's.
-        rows: ids below this that the student does not have must be nobody's.
+        teachers: the teachers from `build_teachers`.
+        config: the configuration, which tells the vocabulary expected of each teacher.
+        tokenizer: the student's tokenizer.
+        rows: the first reserved row; a teacher may have no id below it that the student does not have.
 
     Raises:
         TeacherError: a teacher has another vocabulary than it should, or than its other replicas; or the
@@ -93,7 +93,7 @@ async def introduce(teachers: Teachers, config: ServeConfig, tokenizer: Tokenize
 
 
 class _WordsOfStudent:
-    """Made when the first teacher needs them: not every tokenizer can continue a text."""
+    """The student's words, made when a teacher first needs them: not every tokenizer can continue a text."""
 
     def __init__(self, tokenizer: TokenizerLike) -> None:
         self._tokenizer = tokenizer
@@ -106,7 +106,7 @@ class _WordsOfStudent:
 
 
 class _Crossing:
-    """The check of every server of one teacher, which finds out whether something has to be translated."""
+    """Checks every server of one teacher, and makes a translator if the vocabularies differ."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class _Crossing:
         self._translator: Translator | None = None
 
     async def __call__(self, teacher: Teacher) -> None:
-        """As `Vocabularies`. Raises TeacherError also if the student cannot take another model's text."""
+        """Check a server as `Vocabularies`. Raises TeacherError too if the student cannot take other text."""
         await self._vocabularies(teacher)
         if self._vocabularies.found != "other" or self._translator is not None:
             return
@@ -138,5 +138,5 @@ class _Crossing:
         self._translator = Translator(words, self._words, self._tokenizer, self._name)
 
     def translator(self) -> Translator | None:
-        """None if the teacher has the student's vocabulary, or nobody knows yet."""
+        """The translator; None if the teacher has the student's vocabulary, or it is not known yet."""
         return self._translator

@@ -4,7 +4,7 @@
     tenants:
       - name: acme
         keys: [<sha256>, <sha256>]      # two while a key is replaced
-        default_budget: 0.1             # of requests that name none
+        default_budget: 0.1             # for requests that set none
         maximum_budget: {fraction: 0.3, calls: 40}
         over_maximum: clamp             # or: refuse
         limits:
@@ -63,16 +63,16 @@ class Tenant(BaseModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
     keys: Annotated[tuple[KeyHash, ...], Field(min_length=1)]
     default_budget: Budget | None = None
-    """Of requests that name none; None = the server's default."""
+    """Budget of requests that set none; None for the server's default."""
     maximum_budget: Budget | None = None
     over_maximum: Literal["clamp", "refuse"] = "clamp"
-    """A request that asks for more gets the maximum, or a 400."""
+    """Whether a request that asks for more gets the maximum ("clamp"), or a 400 ("refuse")."""
     limits: tuple[Limit, ...] = ()
-    """What all requests of the tenant share."""
+    """Limits that all requests of the tenant share."""
     exhausted: Literal["student", "refuse"] = "student"
-    """With nothing left of a limit, the student writes alone, or the request gets a 429."""
+    """Whether the student writes alone when a limit is used up, or the request gets a 429 ("refuse")."""
     priority: PositiveFloat = 1.0
-    """Of a limit that all tenants share, it may aim at this many times the common rate."""
+    """Under a limit that all tenants share, this tenant aims at this many times the common rate."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Tenant":
@@ -93,7 +93,7 @@ class Tenant(BaseModel):
 
     @property
     def in_money(self) -> str | None:
-        """A setting that is an amount of money; None if there is none."""
+        """Name of a setting that is an amount of money; None if there is none."""
         for name in ("default_budget", "maximum_budget"):
             budget = getattr(self, name)
             if budget is not None and budget.in_money:
@@ -101,20 +101,24 @@ class Tenant(BaseModel):
         return "limits" if any(limit.in_money for limit in self.limits) else None
 
     def unknown_teacher(self, known: Collection[str]) -> str | None:
-        """A teacher that a budget or a limit names and nobody knows."""
+        """Name of a teacher in a budget or limit that is not ``known``; None if all are."""
         for budget in (self.default_budget, self.maximum_budget):
             if budget is not None and (stranger := budget.unknown(known)) is not None:
                 return stranger
         return next((limit.teacher for limit in self.limits if limit.teacher not in (None, *known)), None)
 
     def resolve(self, requested: Budget | None, server_default: Budget) -> Resolved:
-        """The budget of a request that names ``requested``, or none.
+        """The budget that a request gets.
 
-        A part of the maximum that the request does not name holds besides what it names. A default that is
-        more than the maximum is lowered without a word: nobody asked for it.
+        A part of the maximum also applies if the request does not set this part. A default above the maximum
+        is lowered without notice, because the request did not ask for it.
+
+        Args:
+            requested: the budget that the request sets; None if it sets none.
+            server_default: the server's default budget.
 
         Raises:
-            BudgetRefused: a part is more than the maximum, and this tenant's requests are refused then.
+            BudgetRefused: a part is more than the maximum, and ``over_maximum`` is "refuse".
         """
         budget = requested or self.default_budget or server_default
         if self.maximum_budget is None:
@@ -152,17 +156,17 @@ ADMIN = Literal["admin"]
 class Tenants:
     """The current tenants, read from a file, and again when the file changes.
 
-    ``source`` is the file's path, or the contents themselves (from an environment variable): whatever has
-    a line break or begins with a brace.
+    ``source`` is the file's path, or the contents themselves (from an environment variable). A text with a
+    line break or a brace at its beginning is contents.
     """
 
     def __init__(self, source: str, *, priced: bool = False, teachers: Collection[str] = (TEACHER,)) -> None:
         """Read the tenants.
 
         Args:
-            source: see the class.
+            source: path or contents, see the class.
             priced: whether the gateway has prices.
-            teachers: their names.
+            teachers: names of all configured teachers.
 
         Raises:
             ConfigError: the source is not usable.
@@ -183,9 +187,9 @@ class Tenants:
         return self._current
 
     def authenticate(self, credential: str | None) -> "Tenant | ADMIN | None":
-        """Whose key it is: a tenant's, the admin's ("admin"), or nobody's.
+        """The owner of a key: a tenant, "admin", or None if the key is missing or unknown.
 
-        credential: an Authorization header (``Bearer KEY``) or an x-api-key header (the key).
+        ``credential``: an Authorization header (``Bearer KEY``) or an x-api-key header (the key).
         """
         if credential is None:
             return None
@@ -194,10 +198,10 @@ class Tenants:
         return owner if hmac.compare_digest(stored, digest) else None
 
     def reload(self) -> bool:
-        """Read the source if it has changed since it was read last; True where it had.
+        """Read the file again if it has changed; returns whether it had.
 
         Raises:
-            ConfigError: it is not usable; the tenants of before stay.
+            ConfigError: the file is not usable; the old tenants stay.
         """
         seen = self._stat()
         if seen == self._seen:
@@ -217,7 +221,7 @@ class Tenants:
         self._owners = owners
 
     async def watch(self, seconds: float = 2.0) -> None:
-        """Reload whenever the file changes, for ever; an unusable file is logged once and changes nothing."""
+        """Reload whenever the file changes, forever; an unusable file is logged once and changes nothing."""
         logged = ""
         while True:
             await asyncio.sleep(seconds)
@@ -235,7 +239,7 @@ class Tenants:
         return hmac.digest(self._secret, digest.encode(), "sha256")
 
     def _stat(self) -> FileState | None:
-        """None if the contents do not come from a file."""
+        """State of the file; None if the contents do not come from a file."""
         if self._path is None:
             return None
         try:
@@ -270,5 +274,5 @@ def key_of(credential: str) -> str:
 
 
 def hash_key(key: str) -> str:
-    """What the tenants file keeps of an API key."""
+    """SHA-256 of an API key in hex, as the tenants file keeps it."""
     return hashlib.sha256(key.encode()).hexdigest()

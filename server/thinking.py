@@ -1,8 +1,8 @@
 """The thinking budget (`thinking_token_budget`), over the whole completion.
 
-vLLM writes the end of the thinking itself when the budget is used up. It finds the beginning in a prompt too,
-so the student's engine counts right after a span. The teacher's server has no part in it: a span ends where
-the budget does, and the student goes on.
+vLLM writes the end of the thinking itself when the budget is used up. It also finds the beginning in a
+prompt, so the student's engine counts correctly after a span. The teacher's server is not involved: a span
+ends where the budget ends, and the student continues.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,12 +18,12 @@ class Thinking:
     markers: ReasoningMarkers
     budget: int
     left: int | None = None
-    """Tokens that the thinking may still have; None where nobody thinks."""
+    """Tokens that the thinking may still have; None outside of thinking."""
     tail: tuple[int, ...] = ()
-    """The last tokens, as many as a marker has."""
+    """The last tokens, as many as the longer marker has."""
 
     def after(self, token_ids: Iterable[int]) -> "Thinking":
-        """What is left when these tokens have come."""
+        """What is left after these further tokens."""
         markers = self.markers
         left = self.left
         tail = self.tail
@@ -53,9 +53,9 @@ class Thinking:
 
     @property
     def segment(self) -> int | None:
-        """The most tokens of the student's next segment, where they are to end with a marker.
+        """Most tokens of the student's next segment, if it has to write or continue a marker; else None.
 
-        vLLM does not see a marker of which one half is in the prompt and the other half is written.
+        vLLM does not see a marker that begins in a prompt and ends in the output.
         """
         if self.ends:
             return len(self.markers.forced)

@@ -18,7 +18,7 @@ class CallSpan:
             attributes["wheels.teacher"] = teacher
         self._span = TRACER.start_span("teacher call", kind=SpanKind.CLIENT, attributes=attributes)
         self.headers: dict[str, str] = {}
-        """They make the teacher's own spans, if it has any, part of the trace."""
+        """Headers that make the teacher's own spans, if it has any, part of the trace."""
         if self._span.is_recording():
             propagate.inject(self.headers, trace.set_span_in_context(self._span))
 
@@ -26,8 +26,8 @@ class CallSpan:
         """End the span.
 
         Args:
-            outcome: as in wheels_teacher_calls_total.
-            tokens: how many the teacher wrote.
+            outcome: the outcome of the call, as in wheels_teacher_calls_total.
+            tokens: number of tokens that the teacher wrote.
         """
         self._span.set_attributes({"wheels.outcome": outcome, "wheels.tokens.written": tokens})
         if outcome not in ("ok", "aborted"):

@@ -1,7 +1,7 @@
 """Every name of vLLM that the gateway uses, so that an upgrade of vLLM touches this file.
 
-Public names first, then vLLM's HTTP server, then what vLLM does not offer: each of its private names is
-reached through one function here, which `tests/unit/server/test_vllm_contract.py` checks against vLLM itself.
+vLLM's public names come first, then its HTTP server, then its private names. Each private name is reached
+through one function here, which `tests/unit/server/test_vllm_contract.py` checks against vLLM itself.
 """
 
 import inspect
@@ -57,12 +57,12 @@ class Listening(NamedTuple):
     """The address of a server."""
 
     address: str
-    """For the operator."""
+    """Address as shown to the operator."""
     socket: socket.socket
 
 
 class HttpLayer:
-    """vLLM's OpenAI server around any engine; imported late, as the engine's process needs none of it."""
+    """vLLM's OpenAI server around any engine; imported late, as the engine's process does not need it."""
 
     def __init__(self) -> None:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -75,10 +75,14 @@ class HttpLayer:
         self._setup_server = setup_server
 
     def parse(self, settings: Mapping[str, Any], fixed: Mapping[str, Any] | None = None) -> Namespace:
-        """Settings by flag name as vLLM's server arguments, with ``fixed`` ones that nobody may change.
+        """Server arguments of vLLM from settings by flag name.
+
+        Args:
+            settings: the operator's settings.
+            fixed: the gateway's own settings, which the operator may not set.
 
         Raises:
-            ConfigError: a setting is unknown, wrong, fixed, or nothing that a gateway can honour.
+            ConfigError: a setting is unknown, wrong, fixed, or not supported by a gateway.
         """
         from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
 
@@ -95,7 +99,7 @@ class HttpLayer:
         return arguments
 
     def prepare(self, arguments: Namespace) -> None:
-        """Set up logging and the start of processes, as vLLM's own entry does before it starts an engine.
+        """Set up logging and the start of processes, as vLLM's own entry point does before its engine.
 
         Raises:
             ConfigError: the logging configuration is not usable.
@@ -110,21 +114,21 @@ class HttpLayer:
             raise ConfigError(f"vllm's logging-config: {one_line(error)}") from error
 
     def listen(self, arguments: Namespace) -> Listening:
-        """The address for the operator, and its socket.
+        """Bind the server's socket; returns it with the address.
 
         Raises:
-            ConfigError: it cannot be listened on, or a parser of tools or reasoning is unknown.
+            ConfigError: the address cannot be used, or a parser of tools or reasoning is unknown.
         """
         try:
             address, listening = self._setup_server(arguments, reuse_port=False)
         except (ImportError, KeyError, OSError) as error:
             raise ConfigError(f"vllm: {one_line(error)}") from error
-        if arguments.ssl_certfile is not None:  # a key of its own is no condition
+        if arguments.ssl_certfile is not None:  # the key may be in the same file
             address = address.replace("http://", "https://", 1)
         return Listening(address, listening)
 
     def serve_options(self, arguments: Namespace, *, keep_alive_seconds: int) -> dict[str, Any]:
-        """What vLLM's own entry passes to `serve_http` besides app and socket."""
+        """The options that vLLM's own entry point passes to `serve_http`, without app and socket."""
         from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 
         log_config = get_uvicorn_log_config(arguments)
@@ -161,12 +165,12 @@ def _parser() -> ArgumentParser:
 
 
 def max_bad_words_tokens() -> int:
-    """The most tokens that the V2 model runner takes of all bad words of a request."""
+    """Most tokens that all bad words of a request may have together in the V2 model runner."""
     return int(envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS)
 
 
 def data_parallel_ranks(parallel: Any) -> int:
-    """How many ranks a request may be sent to, by vLLM's ``ParallelConfig``."""
+    """Number of ranks that a request may be sent to, by vLLM's ``ParallelConfig``."""
     if parallel.local_engines_only:
         return int(parallel.data_parallel_size_local)
     return int(parallel.data_parallel_size)
@@ -177,18 +181,18 @@ class ReasoningMarkers(NamedTuple):
 
     start: tuple[int, ...]
     end: tuple[int, ...]
-    """As the parser of reasoning has it."""
+    """End marker in the reasoning parser."""
     forced: tuple[int, ...]
-    """What vLLM writes when a budget for thinking is used up; ``end`` is the last of it."""
+    """Tokens that vLLM writes when a thinking budget is used up; the last of them are ``end``."""
 
     @property
     def longest(self) -> int:
-        """Tokens of the longer marker."""
+        """Number of tokens of the longer marker."""
         return max(len(self.start), len(self.end))
 
 
 def reasoning_markers(vllm_config: Any) -> ReasoningMarkers | None:
-    """Of a vLLM configuration; None if it knows none, so that vLLM takes no `thinking_token_budget`."""
+    """The markers of a vLLM configuration; None if it has none, and takes no `thinking_token_budget`."""
     reasoning = vllm_config.reasoning_config
     if reasoning is None or not reasoning.enabled:
         return None
@@ -200,17 +204,17 @@ def reasoning_markers(vllm_config: Any) -> ReasoningMarkers | None:
 
 
 def repeats(token_ids: Sequence[int], params: SamplingParams) -> bool:
-    """Whether the last tokens are a repetition that ``params`` have detected."""
+    """Whether the last tokens are a repetition that ``params`` ask to detect."""
     detection = params.repetition_detection
     return detection is not None and check_sequence_repetition(token_ids, detection)
 
 
 class UnsupportedVllm(ConfigError):
-    """This vLLM has no longer what the gateway reaches into; the message is one line for the operator."""
+    """This vLLM lacks a private name that the gateway uses; the message is one line for the operator."""
 
 
-# Where each model runner of vLLM computes the scores that it reports. None of these places has a hook.
-# All see the logits before any processor does. A module that imports a function has a name of its own for it.
+# Functions by which each model runner of vLLM computes the scores that it reports. None of them has a hook.
+# All see the logits before any processor does. A module that imports a function has its own name for it.
 REPORTS_V1 = (
     ("vllm.v1.sample.sampler", "Sampler.compute_logprobs"),
     ("vllm.v1.sample.sampler", "Sampler.gather_logprobs"),
@@ -225,8 +229,8 @@ REPORTS_V2 = (
 )
 
 
-# Where each model runner of vLLM looks at what a request wrote. The last name is the argument that separates
-# it from the prompt.
+# Functions by which each model runner of vLLM looks at a request's own tokens. The last name is the argument
+# that separates these tokens from the prompt.
 COUNTS_V1 = (
     ("vllm.v1.sample.sampler", "apply_all_penalties", "output_token_ids"),
     ("vllm.v1.sample.sampler", "apply_bad_words", "past_tokens_ids"),
@@ -238,7 +242,7 @@ COUNTS_V2 = (
 
 
 class VllmFunction(NamedTuple):
-    """A function of vLLM's, and where vLLM looks it up."""
+    """A function of vLLM, with the owner and the name by which vLLM looks it up."""
 
     owner: Any
     name: str
@@ -246,7 +250,7 @@ class VllmFunction(NamedTuple):
 
 
 def _find(module: str, path: str) -> VllmFunction:
-    """Raises UnsupportedVllm where it is gone."""
+    """The function at this path of a module. Raises UnsupportedVllm if it is gone."""
     try:
         *owners, name = path.split(".")
         owner = reduce(getattr, owners, import_module(module))
@@ -256,25 +260,25 @@ def _find(module: str, path: str) -> VllmFunction:
 
 
 def find_reports(*, v2: bool) -> list[VllmFunction]:
-    """What computes reported scores in one model runner; the first argument is the logits (..., V).
+    """The functions of a model runner that compute reported scores; their first argument is logits (..., V).
 
-    Raises UnsupportedVllm where one is gone.
+    Raises UnsupportedVllm if one is gone.
     """
     return [_find(module, path) for module, path in (REPORTS_V2 if v2 else REPORTS_V1)]
 
 
 def find_counts(*, v2: bool) -> list[VllmFunction]:
-    """What looks at a request's own tokens in one model runner. Raises UnsupportedVllm where one is gone."""
+    """The functions of a runner that read a request's own tokens. Raises UnsupportedVllm if one is gone."""
     return [_find(module, path) for module, path, _ in (COUNTS_V2 if v2 else COUNTS_V1)]
 
 
 def count_from(change: Callable[[Any], Any], *, v2: bool) -> None:
-    """Have vLLM count what a request wrote from another token on.
+    """Have vLLM count a request's own tokens from another token on.
 
     Args:
-        change: of V1, makes of the output ids of every row those to count; of V2, of the prompt's length in
-            every slot the one to count from.
-        v2: which model runner.
+        change: for V1, turns the output ids of every row into the ids to count. For V2, turns the prompt
+            length of every slot into the number of tokens after which the count starts.
+        v2: whether the V2 model runner is used, else V1.
 
     Raises:
         UnsupportedVllm: a function or its argument is gone.
@@ -316,7 +320,7 @@ def hide_from_reports(rows: slice, *, v2: bool) -> None:
 def _hiding(original: Callable[..., Any], rows: slice) -> Callable[..., Any]:
     @wraps(original)
     def hiding(logits: Tensor, *args: Any, **options: Any) -> Any:
-        hidden = logits[..., rows].clone()  # and put back: a copy of all the logits would be large
+        hidden = logits[..., rows].clone()  # restored below: a copy of all logits would be large
         logits[..., rows] = -math.inf
         try:
             return original(logits, *args, **options)
@@ -328,11 +332,11 @@ def _hiding(original: Callable[..., Any], rows: slice) -> Callable[..., Any]:
 
 
 def keep_from_adapters(rows: slice) -> None:
-    """Have LoRA adapters leave these rows of the vocabulary as they are: they are the router's.
+    """Have LoRA adapters leave these rows of the vocabulary unchanged, because they are the router's.
 
-    An adapter of the original model may have no such rows, where they were appended.
+    If the rows were appended, an adapter of the original model does not have them.
     """
-    # Here, as only the engine's process needs them: they take a second to import.
+    # Imported here, because only the engine's process needs them, and they take a second.
     from vllm.lora.layers import LogitsProcessorWithLoRA
     from vllm.lora.lora_model import LoRAModel
 
@@ -368,14 +372,14 @@ def _with_rows(name: str, tensor: Tensor, rows: slice) -> Tensor:
 
 
 class _Found(Exception):
-    """Ends `compute_logits` where it has shown its matrix."""
+    """Ends `compute_logits` after it has shown its matrix."""
 
 
 def output_matrix(model: Any, hidden_size: int) -> Any:
-    """The layer from which the model computes its logits, whatever its family calls it.
+    """The layer by which the model computes its logits, whatever its name in the model.
 
-    It is seen where the model hands it to vLLM's logits processor; a model without one has it under the usual
-    name. None on a rank of a pipeline that has none.
+    The model passes this layer to vLLM's logits processor, where it is found. In a model without such a
+    processor, it has the usual name. It is None on a pipeline rank without this layer.
 
     Raises:
         UnsupportedVllm: the model computes its logits in a way of its own.
@@ -383,7 +387,7 @@ def output_matrix(model: Any, hidden_size: int) -> Any:
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
     from vllm.lora.layers import LogitsProcessorWithLoRA
 
-    kinds = (LogitsComputation, LogitsProcessorWithLoRA)  # with adapters the second stands for the first
+    kinds = (LogitsComputation, LogitsProcessorWithLoRA)  # with adapters, the second replaces the first
     processors = [module for module in modules if isinstance(module, kinds)]
     output = _seen_by(processors, model, hidden_size) if processors else getattr(model, "lm_head", None)
     output = getattr(output, "base_layer", output)
@@ -395,7 +399,7 @@ def output_matrix(model: Any, hidden_size: int) -> Any:
 
 
 def _seen_by(processors: Sequence[torch.nn.Module], model: Any, hidden_size: int) -> Any:
-    """What the model hands to one of these logits processors; None where it asks none of them."""
+    """The layer that the model passes to one of these logits processors; None if it calls none of them."""
     found = []
 
     def see(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -422,24 +426,24 @@ def rows_of(output: Any) -> range:
 
 
 def weight_of(output: Any) -> Tensor | None:
-    """The rows themselves, (rows, H); None where they are quantised."""
+    """The weights of an output matrix, (rows, H); None if they are quantised."""
     weight = getattr(output, "weight", None)
     plain = isinstance(weight, Tensor) and weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
     return weight if plain else None
 
 
 def pack_again(output: Any) -> None:
-    """After a change of its rows: an output matrix may hold a copy, packed for the CPU's kernels."""
+    """Renew an output matrix's copy for the CPU's kernels, if it has one, after a change of its rows."""
     if hasattr(output, "cpu_linear"):
         output.quant_method.process_weights_after_loading(output)
 
 
 class PromptLengths(NamedTuple):
-    """Of every request slot of the V2 runner."""
+    """Prompt length of every request slot of the V2 runner, in tokens: (slots,)."""
 
     device: Tensor
     host: Any
-    """numpy array"""
+    """The same as a numpy array."""
 
 
 def prompt_lengths(req_states: Any) -> PromptLengths:
@@ -458,10 +462,10 @@ DRAFTS_WITHOUT_THE_STUDENTS_ROWS = frozenset({"ngram", "ngram_gpu", "draft_model
 
 
 def check_speculation(config: Any) -> None:
-    """Raises ConfigError where the student's speculative decoding cannot work with a gate.
+    """Raises ConfigError if the student's speculative decoding cannot work with a gate.
 
-    The V1 runner takes no custom logits processor with it. With the V2 runner, drafts come from the text, or
-    from a model of its own; other drafters compute theirs from the student's output matrix, taps among them.
+    The V1 runner takes no custom logits processor together with it. With the V2 runner, drafts must come from
+    the text or from a separate model. Other drafters use the student's output matrix, including the taps.
     """
     speculative = config.speculative_config
     if speculative is None:
@@ -481,8 +485,8 @@ def answer_by_name(state: Any, model_of_request: Callable[[], str]) -> None:
     """Have every reply name its model as the request did; vLLM would give the first of the served names.
 
     Args:
-        state: of vLLM's app, initialised.
-        model_of_request: the name in the request at hand.
+        state: the initialised state of vLLM's app.
+        model_of_request: returns the model name in the current request.
     """
     models = state.openai_serving_models
     first = models.model_name
@@ -500,15 +504,15 @@ def keep_originals(
     note: Callable[[Any, OriginalPrompt], None],
     wanted: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Have vLLM's renderer tell what every prompt was before its template and tokenizer.
+    """Have vLLM's renderer report every prompt as it was before its template and tokenizer.
 
-    Chats of every API come here as messages. A prompt of token ids was nothing else before.
+    Chats of every API reach the renderer as messages. A prompt of token ids has no other form.
 
     Args:
-        renderer: of the engine.
+        renderer: the engine's renderer.
         default_template: the chat template of requests that bring none.
-        note: is given the prompt that goes to the engine, and what it was.
-        wanted: whether anybody wants to know.
+        note: called with the prompt that goes to the engine, and its original.
+        wanted: returns whether originals are needed.
     """
     renderer.render_chat_async = _noting_chats(renderer.render_chat_async, default_template, note, wanted)
     renderer.render_cmpl_async = _noting_texts(renderer.render_cmpl_async, note, wanted)
@@ -568,7 +572,7 @@ def _noting_texts(
 
 
 def parses_streams(arguments: Namespace) -> bool:
-    """Whether vLLM's HTTP layer reads reasoning or tool calls out of what is streamed."""
+    """Whether vLLM's HTTP layer parses reasoning or tool calls in streams."""
     structured = arguments.structured_outputs_config.reasoning_parser
     return bool(arguments.tool_call_parser or arguments.reasoning_parser or structured)
 
@@ -582,7 +586,7 @@ GRAMMAR_BACKENDS = {
 
 
 def grammar_backend(name: str, vllm_config: Any, tokenizer: Any) -> Any:
-    """What compiles the grammars of structured output."""
+    """The backend of this name, which compiles the grammars of structured output."""
     module, _, backend = GRAMMAR_BACKENDS[name].rpartition(".")
     vocab_size = vllm_config.model_config.get_vocab_size()
     return getattr(import_module(module), backend)(vllm_config, tokenizer=tokenizer, vocab_size=vocab_size)
@@ -594,23 +598,23 @@ def backend_name(params: Any) -> str:
 
 
 def grammar_start(manager: StructuredOutputManager, request: Any, new_ids: Sequence[int]) -> int:
-    """The first of the tokens just appended that the grammar takes; above their number, it has not begun."""
+    """Index of the first new token that the grammar takes; more than their number before it has begun."""
     return int(manager._get_constraint_bounds(request, new_ids, spec_tokens_committed=True).grammar_start)
 
 
 def is_constrained(manager: StructuredOutputManager, request: Any) -> bool:
-    """Whether the grammar has begun: before that, there is reasoning."""
+    """Whether the grammar has begun; reasoning may come before it."""
     return bool(manager._get_constraint_bounds(request, ()).constraint_start == 0)
 
 
 def grammar_fields(params: Any) -> dict[str, Any]:
-    """The structured output of a request as vLLM's HTTP layer takes it."""
+    """The structured output of a request, as fields for vLLM's HTTP layer."""
     fields = vars(params.structured_outputs)
     return {name: value for name, value in fields.items() if name[0] != "_" and value not in (None, False)}
 
 
 def error_info(error: Exception) -> Any:
-    """What vLLM's server answers after an exception: its `message`, `type`, `code` and `param`."""
+    """The error that vLLM's server returns for an exception: `message`, `type`, `code` and `param`."""
     from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
     return create_error_response(error).error

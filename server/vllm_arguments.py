@@ -9,7 +9,7 @@ from server.vllm_flags import setting_name
 
 
 def check_arguments(arguments: Namespace) -> None:
-    """Raises ConfigError where the gateway cannot do what vLLM's own entry would do."""
+    """Raises ConfigError if a gateway cannot support one of vLLM's arguments."""
     _refuse_what_one_gateway_cannot_do(arguments)
     _check_adapters(arguments)
     _check_tls(arguments)
@@ -18,12 +18,12 @@ def check_arguments(arguments: Namespace) -> None:
 def check_fixed(
     settings: Mapping[str, object], fixed: Mapping[str, object], actions: Mapping[str, Action]
 ) -> None:
-    """Raises ConfigError where a setting is one that the gateway makes itself, in any spelling.
+    """Raises ConfigError if the operator sets what the gateway sets itself, in any spelling.
 
     Args:
-        settings: the operator's, by flag name.
-        fixed: the gateway's.
-        actions: of vLLM's parser, by flag.
+        settings: the operator's settings, by flag name.
+        fixed: the gateway's own settings, by flag name.
+        actions: actions of vLLM's parser, by flag.
     """
     ours = {_destination(name, actions) for name in fixed}
     if clash := [name for name in settings if _destination(name, actions) in ours]:
@@ -32,12 +32,12 @@ def check_fixed(
 
 
 def one_line(message: object) -> str:
-    """Errors of pydantic and argparse are drawn over several lines."""
+    """The message on one line; pydantic and argparse use several lines."""
     return " ".join(str(message).split())
 
 
 def _destination(name: str, actions: Mapping[str, Action]) -> str:
-    """What vLLM calls the argument, whichever of its flags is used."""
+    """Name in vLLM of the argument that a flag sets, in any of its spellings."""
     flag = setting_name(name).partition(".")[0]
     action = actions.get(flag if flag.startswith("-") else f"--{flag}")
     return flag if action is None else action.dest
@@ -62,7 +62,7 @@ def _refuse_what_one_gateway_cannot_do(arguments: Namespace) -> None:
 
 
 def _check_adapters(arguments: Namespace) -> None:
-    """Every model has a name of its own."""
+    """Raises ConfigError if two models have the same name."""
     names = set(arguments.served_model_name or ())
     for adapter in arguments.lora_modules or ():
         if adapter.name in names:
@@ -71,7 +71,7 @@ def _check_adapters(arguments: Namespace) -> None:
 
 
 def _check_tls(arguments: Namespace) -> None:
-    """Load certificate and key once, before the engine takes its time to start."""
+    """Load certificate and key once, before the slow start of the engine. Raises ConfigError if it fails."""
     if arguments.ssl_certfile is None:
         unused = ("ssl_keyfile", "ssl_ca_certs", "ssl_ciphers")
         if given := [name.replace("_", "-") for name in unused if getattr(arguments, name) is not None]:

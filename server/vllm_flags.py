@@ -47,7 +47,7 @@ def read_flags(words: Sequence[str]) -> dict[str, Any]:
 
 
 def setting_name(flag: str) -> str:
-    """A flag without its two dashes, as vLLM spells it; what follows a dot is a key of its value."""
+    """A flag without its two dashes, as vLLM spells it; a part after a dot is a key of its value."""
     name, dot, path = flag.removeprefix("--").partition(".")
     return name.replace("_", "-") + dot + path
 
@@ -104,14 +104,14 @@ def _text(value: Any) -> str:
 
 
 def _long(flag: str, action: Action | None) -> str:
-    """The flag's full name: vLLM joins the keys of one spelling alone."""
+    """The flag's long form: vLLM joins keys only if all of them use the same spelling."""
     if action is None:
         return flag
     return next((other for other in action.option_strings if other.startswith("--")), flag)
 
 
 def _mapping(flag: str, value: Mapping[str, Any]) -> list[str]:
-    """Key by key, so that ``--flag.key`` on the command line replaces that key and no other."""
+    """A mapping's words, key by key, so that ``--flag.key`` on the command line replaces only that key."""
     if value and all(isinstance(key, str) and PLAIN_KEY.fullmatch(key) for key in value):
         return [f"{flag}.{key}={json.dumps(each, default=str)}" for key, each in value.items()]
     return [f"{flag}={_text(value)}"]
@@ -126,7 +126,7 @@ def _list(flag: str, values: Sequence[Any], action: Action) -> list[str]:
     if action.nargs not in ("+", "*"):
         raise ValueError(f"{flag} takes one value, got {' '.join(words)}")
     if len(words) == 1:
-        return [f"{flag}={words[0]}"]  # also where it begins with a dash
+        return [f"{flag}={words[0]}"]  # also if it begins with a dash
     return [flag, *words] if words else []
 
 

@@ -1,4 +1,4 @@
-"""All log-probabilities of a token, without the rows that are no tokens."""
+"""Log-probabilities of the whole vocabulary, without the rows that are no tokens."""
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -7,7 +7,7 @@ from typing import Any
 from server.vllm_api import Logprob, RequestOutput, SamplingParams
 
 Entry = dict[int, Logprob] | None
-"""By token id; None for the first token of a prompt."""
+"""Log-probabilities at one position, by token id; None for the first token of a prompt."""
 
 
 def reports_all(params: SamplingParams) -> bool:
@@ -18,7 +18,7 @@ def reports_all(params: SamplingParams) -> bool:
 async def tokens_only(
     outputs: AsyncGenerator[RequestOutput, None], visible: int
 ) -> AsyncGenerator[RequestOutput, None]:
-    """A request's outputs, with log-probabilities of ids below ``visible`` only."""
+    """A request's outputs with log-probabilities of ids below ``visible`` only."""
     async with aclosing(outputs):
         async for output in outputs:
             output.prompt_logprobs = _visible(output.prompt_logprobs, visible)

@@ -1,6 +1,6 @@
-"""Budgets in words, served: a student whose router wants them reads the request's budget in its prompt.
+"""Budgets in words: a student whose router was trained with them reads the request's budget in its prompt.
 
-Nobody else sees the words: teachers, usage, echoes and records have the prompt as it was sent.
+Only the student sees these words: teachers, usage, echoes and records have the prompt as it was sent.
 """
 
 from router.policy import Policy
@@ -9,16 +9,16 @@ from server.choice import Choice
 
 
 async def say_budget(choice: Choice, words: BudgetWords, policy: Policy, context: int) -> None:
-    """Let the student read the request's budget, where its prompt and its context have a place for it.
+    """Let the student read the request's budget, if its prompt and its context have room for the words.
 
     Args:
-        choice: that has just begun.
-        words: of the router.
-        policy: that spends the budget.
-        context: of the student, in tokens. The words take their room there.
+        choice: a choice that has just begun.
+        words: the router's wording of budgets.
+        policy: the policy that spends the budget.
+        context: length of the student's context, in tokens; it includes the words.
     """
     original = choice.original
-    if original is None or original.render is None:  # token ids: nobody knows where a message begins
+    if original is None or original.render is None:  # token ids: the beginning of a message is not known
         return
     end = choice.length + choice.completion.tokens_left
     text = words.text(policy.rate(choice.bucket, choice.length, end, choice.prefix_tokens))

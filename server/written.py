@@ -1,7 +1,7 @@
-"""What a completion had before a segment, which vLLM counts as the segment's own.
+"""Earlier tokens of a completion, which vLLM has to count as a segment's own output.
 
-A segment's prompt ends with the tokens that are written already. For vLLM they would be the prompt's:
-`presence_penalty`, `frequency_penalty` and `bad_words` look at what a request wrote itself.
+A segment's prompt ends with the completion so far. To vLLM these tokens would be a part of the prompt, but
+`presence_penalty`, `frequency_penalty` and `bad_words` look only at a request's own output.
 """
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 from server.vllm_api import SamplingParams
 
 WRITTEN = "wheels_written"
-"""In the ``extra_args`` of a segment: this many tokens at the end of its prompt are the completion's."""
+"""Key in a segment's ``extra_args``: number of tokens at the end of its prompt that are the completion's."""
 GRAMMAR_FROM = "wheels_grammar_from"
-"""Likewise: the place in the segment's prompt from which a grammar has to take tokens."""
+"""Key in a segment's ``extra_args``: index in its prompt from which a grammar has to take the tokens."""
 
 
 def written_args(params: SamplingParams, written: int) -> dict[str, int]:
@@ -26,24 +26,24 @@ def _written(params: SamplingParams) -> int:
 
 
 class WrittenInRows:
-    """V1: by row of the persistent batch."""
+    """Earlier tokens of each request in the V1 runner, by row of the persistent batch."""
 
     def __init__(self) -> None:
         self._ids: dict[int, list[int]] = {}
 
     def set(self, row: int, params: SamplingParams, prompt_ids: list[int] | None) -> None:
-        """A request takes a row."""
+        """Note the earlier tokens of a request that takes a row."""
         self.drop(row)
         count = _written(params)
         if count and prompt_ids:
             self._ids[row] = prompt_ids[-count:]
 
     def drop(self, row: int) -> None:
-        """A request leaves its row."""
+        """Forget the request that leaves a row."""
         self._ids.pop(row, None)
 
     def move(self, first: int, second: int, *, swap: bool) -> None:
-        """The request of row ``first`` goes to ``second``, and back if they swap."""
+        """Move the request of row ``first`` to ``second``, and the other way round too if they swap."""
         here = self._ids.pop(first, None)
         there = self._ids.pop(second, None)
         if here is not None:
@@ -52,7 +52,7 @@ class WrittenInRows:
             self._ids[first] = there
 
     def outputs(self, output_ids: list[list[int]]) -> list[list[int]]:
-        """The output ids of every row, with those that came before."""
+        """The output ids of every row, after the earlier ids of its completion."""
         if not self._ids:
             return output_ids
         whole = list(output_ids)
@@ -63,7 +63,7 @@ class WrittenInRows:
 
 
 class WrittenInSlots:
-    """V2: by request slot; ids are on the device anyway, so the border is all there is to move."""
+    """Number of earlier tokens in the V2 runner, by request slot; their ids are on the device already."""
 
     def __init__(self, slots: int, device: torch.device) -> None:
         self._counts = torch.zeros(slots, dtype=torch.int32)
@@ -71,12 +71,12 @@ class WrittenInSlots:
         self._changed = False
 
     def set(self, slot: int, params: SamplingParams) -> None:
-        """A request takes a slot."""
+        """Note the number of earlier tokens of a request that takes a slot."""
         self._counts[slot] = _written(params)
         self._changed = True
 
     def prompt_lengths(self, lengths: Tensor) -> Tensor:
-        """The prompt's length in every slot, without what is written. (slots,) int32."""
+        """Length of every slot's prompt without the earlier tokens of its completion, (slots,) int32."""
         if self._changed:
             self._on_device.copy_(self._counts)
             self._changed = False
