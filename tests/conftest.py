@@ -1,4 +1,4 @@
-"""By the place of this file, what lies next to it can be imported by every test."""
+"""Settings of all tests. The place of this file makes the folder importable for every test."""
 
 import gc
 import hashlib
@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.paths import ROOT
 from tests.helpers.redis_server import RedisServer
 
-# It takes each process three seconds to compile the loops of gates: engines and later runs find them.
+# A process needs three seconds to compile the loops of gates. With a cache, engines and later runs find them.
 # numba looks for changes in the loops alone, not in the constants that they import.
 _sources = b"".join((ROOT / "router" / name).read_bytes() for name in ("feature_layout.py", "loops.py"))
 _loops = hashlib.sha256(_sources).hexdigest()[:12]
@@ -20,9 +20,9 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / "build" / "numba" / _loops))
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What the tests import stays: to look for garbage in it again and again takes a sixth of the time.
+    """Keep imported objects out of garbage collection, which would take a sixth of the time.
 
-    And in what they make it is looked for more rarely than by default, after 700 objects.
+    New objects are collected less often than by default, which is after 700 objects.
     """
     gc.disable()
     try:

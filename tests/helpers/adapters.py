@@ -1,4 +1,4 @@
-"""A tiny model without a row to spare, and LoRA adapters of it, as PEFT writes them."""
+"""A tiny model without a spare vocabulary row, and LoRA adapters for it, as PEFT writes them."""
 
 import json
 from pathlib import Path
@@ -16,11 +16,11 @@ LINEAR = {
     "mlp.gate_proj": (HIDDEN, FEED_FORWARD),
     "mlp.down_proj": (FEED_FORWARD, HIDDEN),
 }
-"""Inputs and outputs of what is adapted in every layer."""
+"""(inputs, outputs) of each adapted matrix in a layer, by name."""
 
 
 def save_base(directory: Path, tokenizer_of: Path) -> int:
-    """A random model with exactly the rows of a tokenizer; returns how many."""
+    """Save a random model with one row for each token of a tokenizer; returns the number of rows."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     rows = len(tokenizer)
     config = LlamaConfig(
@@ -37,7 +37,7 @@ def save_base(directory: Path, tokenizer_of: Path) -> int:
     )
     torch.manual_seed(3)
     model = LlamaForCausalLM(config)
-    for weights in model.parameters():  # larger ones: a random model that does not repeat a token for ever
+    for weights in model.parameters():  # with larger weights it does not repeat one token for ever
         weights.data.mul_(4 if weights.ndim == 2 else 1)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -45,7 +45,7 @@ def save_base(directory: Path, tokenizer_of: Path) -> int:
 
 
 def save_adapter(directory: Path, rows: int, seed: int) -> Path:
-    """A random adapter of all kinds of matrices, the first and the last among them."""
+    """Save a random adapter of all kinds of matrices, the input and the output matrix included."""
     random = torch.Generator().manual_seed(seed)
 
     def values(*shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What the integration tests ask and read, in a few words."""
+"""Short calls with which integration tests ask a gateway and read its replies and metrics."""
 
 import asyncio
 import re
@@ -10,17 +10,17 @@ from openai import AsyncOpenAI
 
 MODEL = "wheels"
 PRICES = {"student": {"input": 0.1, "output": 0.4}, "teacher": {"input": 2, "output": 10}}
-"""Of the shared gateway. What is cached costs the same, so that a reply's cost can be computed from it."""
+"""Prices of the shared gateway. Cached tokens cost the same, so a reply's cost follows from its usage."""
 PATIENCE = 600
-"""Seconds that a client waits. Next to other programs an engine is slow; a test has a limit of its own."""
+"""Seconds that a client waits: next to other programs an engine is slow. Tests have a limit of their own."""
 COMMAND_SECONDS = 1500
-"""For a whole command that starts engines, such as training from a gateway."""
+"""Longest time of a whole command that starts engines, such as training from a gateway."""
 UNHURRIED = ("--teacher-timeout", "600", "--span-timeout", "600", "--teacher-queue", "600")
-"""Flags of a gateway whose teacher may be slow as the machine is busy, where that is not what is tested."""
+"""Flags of a gateway for tests that are not about time: its teacher may be slow on a busy machine."""
 
 
 def openai_client(url: str) -> AsyncOpenAI:
-    """The official client, without retries: every failure shows."""
+    """The official client without retries, so that every failure shows."""
     return AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
 
 
@@ -46,7 +46,7 @@ def source_of_tokens(reply: Any, choice: int = 0) -> list[bool]:
 
 
 def excess(reply: Any, fraction: float, span_tokens: int) -> float:
-    """Most tokens by which any prefix of the completion is above the bound."""
+    """Largest number of tokens by which a prefix of the completion is above its bound."""
     spent, worst = 0, 0.0
     for length, by_teacher in enumerate(source_of_tokens(reply), start=1):
         spent += by_teacher
@@ -68,7 +68,7 @@ def metric(url: str, name: str, key: str | None = None, **labels: str) -> float:
 
 
 async def eventually(true: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait for what comes by itself, late on a busy machine; the test that needs it fails if it does not."""
+    """Wait until a condition is true, at most for ``seconds``; a test that needs it fails afterwards."""
     for _ in range(int(seconds * 5)):
         if true():
             return
@@ -78,7 +78,7 @@ async def eventually(true: Callable[[], bool], seconds: float = 60) -> None:
 async def settled(
     url: str, name: str, value: float, seconds: float = 60, key: str | None = None, **labels: str
 ) -> float:
-    """Wait until a metric has reached a value; returns what it is in the end."""
+    """Wait until a metric has reached a value; returns the metric's last value."""
     for _ in range(int(seconds * 10)):
         if metric(url, name, key, **labels) == value:
             break

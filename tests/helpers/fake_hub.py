@@ -1,4 +1,4 @@
-"""As much of the Hugging Face hub as its client needs for a download, from a dictionary."""
+"""The part of the Hugging Face hub that its client needs for a download, served from a dictionary."""
 
 import hashlib
 from types import TracebackType
@@ -12,7 +12,7 @@ class FakeHub:
     """Serves models on the loopback; ``asked`` has the paths of all files that were fetched."""
 
     def __init__(self, models: dict[str, dict[str, bytes]], revisions: tuple[str, ...] = ("main",)) -> None:
-        """``models``: files by their paths, by the name of the model."""
+        """``models``: for each model's name, the contents of its files by path."""
         self._models = models
         self._revisions = {*revisions, SHA}
         self.asked: list[str] = []
@@ -23,7 +23,7 @@ class FakeHub:
         app.router.add_get(f"/api/models/{model}/revision/{{revision}}", self._info)
         app.router.add_get(f"/api/models/{model}", self._info)
         app.router.add_get(f"/api/models/{model}/tree/{{revision}}", self._tree)
-        app.router.add_get(f"/{model}/resolve/{{revision}}/{{path:.+}}", self._file)  # HEAD too
+        app.router.add_get(f"/{model}/resolve/{{revision}}/{{path:.+}}", self._file)  # also answers HEAD
         self._runner = web.AppRunner(app)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)

@@ -1,4 +1,4 @@
-"""A teacher's HTTP side, answering as a test says."""
+"""A teacher's HTTP server with the answers that a test gives it."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Server:
-    """A teacher on loopback that plays one answer, or several in turn, the last one again and again."""
+    """A teacher on the loopback that gives one answer, or several in turn and then the last one for ever."""
 
     def __init__(self) -> None:
         self.answers: list[Answer] = []
@@ -23,11 +23,11 @@ class Server:
         """Set when a client hangs up on `until_lost`."""
         self.models: object = {"data": [{"id": "big", "max_model_len": 512}, {"id": "other"}]}
         self.tokenizer: Any = None
-        """What /tokenize and /detokenize answer by."""
+        """Tokenizer for the answers of /tokenize and /detokenize."""
         self.generates = 404
-        """What /inference/v1/generate answers an empty request with: 400 where it is served."""
+        """Status of /inference/v1/generate for an empty request: 400 on a server that has this path."""
         self.missing = "1 validation error: {'type': 'missing', 'loc': 'body.token_ids'}"
-        """How it refuses that request."""
+        """Message of that refusal."""
         self.health = 200
         self.health_seconds = 0.0
         self.url = ""
@@ -85,7 +85,7 @@ class Server:
 
 
 def choice(ids: list[int] | None, finish: str | None = "length", **more: object) -> dict[str, Any]:
-    """One reply of vLLM's /v1/completions, with what else it sends and we do not read."""
+    """One reply of vLLM's /v1/completions, with the fields that we do not read."""
     entry = {"index": 0, "text": "…", "token_ids": ids, "finish_reason": finish, "stop_reason": None, **more}
     return {"id": "cmpl-1", "object": "text_completion", "choices": [entry], "usage": None}
 

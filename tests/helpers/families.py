@@ -1,4 +1,4 @@
-"""Tiny models of many families, randomly initialised, whose vocabulary has no row to spare."""
+"""Tiny models of many families, randomly initialised, without a spare row in their vocabulary."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 ORIGINAL = "original"
 MERGED = "merged"
 LOGITS = "logits.safetensors"
-"""What `family_worker` leaves of a family."""
+"""File in which `family_worker` leaves the logits of a family."""
 ROWS = 96
 APPENDED = ReservedRows(ROWS)
 HIDDEN = 64
@@ -24,7 +24,7 @@ USUAL: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "head_dim": 32,  # vLLM has no kernels for smaller ones on a CPU
+    "head_dim": 32,  # on a CPU vLLM has no kernels for smaller heads
     "max_position_embeddings": 128,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -71,11 +71,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "GLM-4": ("Glm4Config", USUAL),
     "EXAONE 4": ("Exaone4Config", USUAL),
 }
-"""The name of a family, its class of transformers' configurations, and what it is given."""
+"""Name, class of the configuration in transformers, and the configuration's arguments of each family."""
 NOT_IN_VLLM = (
-    "Gemma 3, text and images",  # vLLM's class needs torchvision, which its CPU build does not bring
+    "Gemma 3, text and images",  # vLLM's class needs torchvision, which its CPU build lacks
 )
-"""Families that no engine is started with in the tests."""
+"""Families for which the tests start no engine."""
 IN_VLLM = [family for family in FAMILIES if family not in NOT_IN_VLLM]
 
 
@@ -87,7 +87,7 @@ def config_of(family: str) -> "PreTrainedConfig":
 
 
 def model_of(family: str) -> "PreTrainedModel":
-    """Weights are large enough that logits differ, and biases are not zero."""
+    """A random model of a family. With its large weights logits differ, and its biases are not zero."""
     import torch
 
     torch.manual_seed(0)
@@ -101,19 +101,19 @@ def model_of(family: str) -> "PreTrainedModel":
 
 
 def load(family: str, directory: Path) -> "PreTrainedModel":
-    # Only eager attention caps its scores, as Gemma 2 wants it.
+    # Only eager attention caps its scores, which Gemma 2 needs.
     model = _class_of(family).from_pretrained(directory, attn_implementation="eager")
     return model.eval().requires_grad_(False)
 
 
 def write(family: str, directory: Path) -> Path:
-    """The model's files, without a tokenizer."""
+    """Write the model's files, without a tokenizer."""
     model_of(family).save_pretrained(directory)
     return directory
 
 
 def router_for(student: Path) -> "RouterCheckpoint":
-    """Its taps are random."""
+    """A router for the student, with random taps."""
     import torch
 
     from router.checkpoint import Fingerprints, RouterCheckpoint, RouterConfig, fingerprint

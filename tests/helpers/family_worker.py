@@ -1,7 +1,7 @@
-"""Writes with the models of `families`, one after the other in this process; a line of JSON for each.
+"""Lets the models of `families` write, one after the other in this process; prints a line of JSON for each.
 
 Every model is loaded twice: in stock vLLM as it is, and in vLLM as the gateway's copy with a router. The
-first is the teacher, the second the student. So whoever writes, the completion has to be the same.
+first is the teacher, the second the student. So the completion has to be the same, whoever writes.
 
 The models and the logits that the gate saw stay in the directory: another process compares them with those of
 transformers, because vLLM changes classes of transformers that it runs itself.
@@ -48,7 +48,7 @@ Completions = list[list[int]]
 
 
 class ScriptedGate(Gate):
-    """A gate whose score is a rule's; it keeps the logits that it was given."""
+    """A gate that scores by a rule and keeps the logits that it was given."""
 
     def __init__(self, reserved: ReservedRows, rule: Callable[[Tensor], Tensor]) -> None:
         super().__init__(reserved)
@@ -69,7 +69,7 @@ def always(logits: Tensor) -> Tensor:
 
 
 def in_turns() -> Callable[[Tensor], Tensor]:
-    """Asks for every third row, at each step for others: no model decides how much the teacher writes."""
+    """A rule that asks in every third row, and in other rows at each step, so no model decides the share."""
     steps = itertools.count()
 
     def rule(logits: Tensor) -> Tensor:
@@ -95,11 +95,11 @@ def engine(model: Path, **settings: Any) -> LLM:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be written after some ids."""
+    """A continuation to write after some ids."""
 
     ids: list[int]
     tokens: int
-    """At most."""
+    """Largest number of tokens to write."""
 
 
 def written(llm: LLM, requests: list[Request], **settings: Any) -> Completions:
@@ -121,14 +121,14 @@ def alone(llm: LLM, **settings: Any) -> Completions:
 
 @dataclass
 class Cooperative:
-    """What two engines wrote together."""
+    """Completions that two engines wrote together."""
 
     completions: Completions
     teacher_tokens: int
 
 
 def together(student: LLM, teacher: LLM) -> Cooperative:
-    """Each continues the whole prefix of what was written, as the span loop makes them do."""
+    """Let both engines write in turns, each after the whole prefix so far, as in the span loop."""
     done: Completions = [[] for _ in PROMPTS]
     teacher_tokens = 0
     while waiting := [index for index, tokens in enumerate(done) if len(tokens) < TOKENS]:
@@ -158,7 +158,7 @@ def _rest(done: Completions, indices: list[int], most: int = TOKENS) -> list[Req
 
 
 def register(model: Path) -> None:
-    """Its class, which vLLM otherwise looks at in a process of its own, for seconds."""
+    """Register the model's class. Otherwise vLLM inspects it in another process, which takes seconds."""
     (name,) = json.loads((model / "config.json").read_text())["architectures"]
     known = ModelRegistry.models[name]
     if getattr(known, "module_name", None) is None:  # registered for an earlier family
@@ -173,8 +173,8 @@ def compared(family: str, directory: Path) -> dict[str, Any]:
     router_for(original).merge(original, merged)
     register(original)
     teacher = engine(original)
-    # A gate that is replaced below. Those that read logits load numba, and after that vLLM starts no further
-    # engine in this process: it calls vars() on the objects of all modules, which llvmlite's do not stand.
+    # This gate is replaced below. Gates that read logits load numba. After that vLLM cannot start another
+    # engine in this process: it calls vars() on the objects of all modules, which fails in llvmlite.
     settings = gate_settings(APPENDED, "random", None, ROWS)
     student = engine(
         merged, logits_processors=["server.gate_processor:GateProcessor"], additional_config=settings
@@ -196,7 +196,7 @@ def main(directory: str, families: list[str]) -> None:
         place = Path(directory) / str(number)
         try:
             result = compared(family, place)
-        except Exception as error:  # the next family may work
+        except Exception as error:  # go on: the next family may work
             result = {"failed": f"{type(error).__name__}: {error}"}
         gc.collect()
         result |= {"family": family, "place": str(place), "cpu_seconds": time.process_time() - start}

@@ -1,6 +1,6 @@
-"""A teacher with a tokenizer of its own, which knows one text by heart: what a stock vLLM server answers.
+"""A teacher with a tokenizer of its own that knows one text by heart. It answers as a stock vLLM server does.
 
-Its text comes a token at a time, in whole characters: what is half written comes with the token that ends it.
+Its text comes token by token in whole characters: a part of a character comes with the token that ends it.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ TEMPLATE = (
 
 
 def byte_level(texts: Iterable[str], size: int = 600) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with merges of these texts; every text has ids."""
+    """A byte-level tokenizer with merges of these texts; it can encode every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -37,7 +37,7 @@ def byte_level(texts: Iterable[str], size: int = 600) -> PreTrainedTokenizerFast
 
 
 class FluentTeacher(Server):
-    """Goes on with its text wherever it finds the prompt's end in it, and ends where the text does."""
+    """Continues its text after the part with which the prompt ends, and stops at the end of the text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, text: str) -> None:
         super().__init__()
@@ -46,16 +46,16 @@ class FluentTeacher(Server):
         self.models = {"data": [{"id": "big"}]}
         self.answers = [self._recite]
         self.asked: list[dict[str, Any]] = []
-        """Bodies of ``/tokenize``."""
+        """Bodies of the requests to ``/tokenize``."""
         self.prompts: list[str] = []
-        """What it was asked to continue, with its special tokens."""
+        """Prompts that it was asked to continue, with their special tokens."""
         self.written: list[list[int]] = []
-        """Ids of each call that it sent."""
+        """Token ids of each answer."""
         self.ends = True
-        """Whether it ends with its text, or has more to say."""
+        """Whether the completion ends with the text; if not, the teacher has more to write."""
 
     def after(self, prompt: str) -> str:
-        """Its text after what a prompt already has of it, or all of it."""
+        """The rest of the text after the part that ends the prompt; the whole text if there is none."""
         written = prompt.rsplit(f"{START}assistant\n", 1)[-1]
         return self.text.removeprefix(written)
 

@@ -30,7 +30,7 @@ def margins(*gaps: float) -> Tensor:
 
 
 def asks(logits: Tensor) -> list[bool]:
-    """Which rows were left nothing but the escalation token; the others must have lost it."""
+    """For each row, whether only the escalation token is left; the other rows must have lost it."""
     assert (logits[:, ESCALATION + 1 :] == -math.inf).all()
     alone = (logits == -math.inf).sum(-1) == ROWS - 1
     assert (alone == (logits[:, ESCALATION] == 0.0)).all()
@@ -57,7 +57,7 @@ def spare(price: float, not_before: int, spare_price: float, spare_from: int) ->
 
 
 class CountingGate(MarginGate):
-    """Counts the rows that it is shown."""
+    """A margin gate that counts the rows that it scores."""
 
     seen = 0
 
@@ -81,7 +81,7 @@ class V2:
         self.sampler.needs_logits_processing[slot] = self.processor.add_request(slot, sampling_params)
 
     def logits(self, slots: list[int], pos: list[int]) -> Tensor:
-        """What vLLM samples from, at a margin of 2."""
+        """The logits that vLLM samples from, at a margin of 2."""
         self.processor.apply_staged_writes()
         step = v2_runner.context(slots, pos)
         return self.sampler.apply_sampling_params(

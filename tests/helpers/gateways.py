@@ -6,4 +6,4 @@ from contextlib import AbstractContextManager
 from measuring.pair import Serving
 
 StartGateway = Callable[..., AbstractContextManager[Serving]]
-"""Takes a directory for the log, flags of `wheels serve`, and a router, if it is not the pair's."""
+"""Called with a directory for the log, flags of `wheels serve`, and a router if it is not the pair's."""

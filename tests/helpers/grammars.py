@@ -1,4 +1,4 @@
-"""Grammars of the shipped student: its configuration, and requests as vLLM has checked them."""
+"""Grammars for the shipped student: vLLM's configuration, and requests after vLLM's own check."""
 
 import json
 from functools import cache
@@ -46,7 +46,7 @@ def checked(config: Any, *, backend: str = "auto", extra_args: Any = None, **gra
 
 
 def segment(params: SamplingParams, written: list[int] | None = None, **given: Any) -> EngineRequest:
-    """A request of the student's engine, which continues what is written."""
+    """A request to the student's engine that continues the tokens written so far."""
     return EngineRequest("r-0", [*PROMPT_IDS, *(written or ())], params, None, **given)
 
 

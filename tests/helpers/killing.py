@@ -1,4 +1,4 @@
-"""A loss that dies at a call, as a process does that is killed."""
+"""A loss that fails at one call, as if its process were killed there."""
 
 from training.loop.trainer import Loss
 
@@ -8,7 +8,7 @@ class Killed(Exception):
 
 
 def killing(loss: Loss, at: int | None) -> Loss:
-    """`loss`, which raises Killed in place of its call number ``at``; None: never."""
+    """The loss, which raises Killed instead of its call number ``at``; None: never."""
     calls = 0
 
     def counted(model, batch):

@@ -1,4 +1,4 @@
-"""A gateway without engines that learns its prices, by the real calibration, policy and bucket."""
+"""A gateway without engines that learns its prices with the real calibration, policy and bucket."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -17,17 +17,17 @@ class _Server(ThreadingHTTPServer):
 
 
 class LearningGateway:
-    """Answers with completions of `ScoredTraffic`."""
+    """A gateway that answers with completions of `ScoredTraffic`."""
 
     def __init__(self, *, learned: bool = True, teacher: Mapping[str, Any] | None = None) -> None:
         self.traffic = ScoredTraffic("entropy", scale=3.0, after_teacher=1.0)
         self.budgets: list[float] = []
-        """Of every completion."""
+        """Budget of every completion, in order."""
         self.watch: Callable[[], None] = lambda: None
         """Called at every completion."""
         self._learned = learned
         self._teacher = teacher or {}
-        """What the report of a completion has besides."""
+        """Further fields of a completion's report."""
         self._lock = Lock()
 
     def answer(self, path: str, body: bytes) -> Any:
@@ -50,7 +50,7 @@ class LearningGateway:
 
     @contextmanager
     def served(self) -> Iterator[str]:
-        """Its URL, in a thread of this process."""
+        """Serve from a thread of this process; yields the URL."""
         gateway = self
 
         class Handler(BaseHTTPRequestHandler):

@@ -1,6 +1,6 @@
 """A gateway's life as a hypothesis state machine, against a model that only keeps lists.
 
-The model knows what was written and when, and recomputes everything else from that at every step; it
+The model knows which tokens were written when, and recomputes everything else at every step. It
 shares no code with the ledger. It runs against any ledger: subclasses say how to build one.
 """
 
@@ -33,13 +33,13 @@ BOB = Scope("tenant", "bob", TokensPerWindow(tokens=15, window_seconds=30))
 ALL = Scope("global", "", TokensPerWindow(tokens=30, window_seconds=120))
 RATE = Scope("global", "", FractionOfTraffic(fraction=0.25, window_seconds=60, slack_tokens=4))
 MONEY = Scope("global", "", CostPerWindow(cost=90e-9, window_seconds=60))
-"""90 nanos: calls read for up to 30 of them, and write tokens for 5."""
+"""A limit of 90 nanos: a call costs up to 30 nanos to read, and 5 for each token that it writes."""
 SCOPES = (ALICE, BOB, ALL, RATE, MONEY)
 TOGETHER = ((ALICE,), (ALICE, ALL), (BOB, ALL, MONEY), (BOB, ALL, RATE), (ALICE, RATE, MONEY))
 
 
 class Clock:
-    """Time that passes when told to."""
+    """A clock that moves only when a test moves it."""
 
     def __init__(self) -> None:
         self.ms = START_MS
@@ -50,14 +50,14 @@ class Clock:
 
 @dataclass
 class Holding:
-    """A lease in the hands of a gateway, and what was written on it."""
+    """A lease that a gateway holds, and the tokens written on it."""
 
     lease: Lease
     expires_ms: int
     deadline_ms: int
     charge: Charge
     writes: list[tuple[int, int]] = field(default_factory=list)
-    """(ms, tokens)"""
+    """(ms, tokens) of each writing."""
     settled: bool = False
     in_time: bool = True
 
@@ -67,26 +67,26 @@ class Holding:
 
     @property
     def cost(self) -> int:
-        """What the call cost: half of what it read was cached."""
+        """Cost of the call in nanos, with half of its prompt cached; 0 without a limit in money."""
         in_money = MONEY in self.lease.scopes
         return self.charge.fixed // 2 + self.charge.each * self.used if in_money else 0
 
     def held(self, scope: Scope) -> int:
-        """What the lease holds in a scope, in its unit."""
+        """Amount that the lease reserves in a scope, in the scope's unit."""
         return self.lease.cost if scope == MONEY else self.lease.tokens
 
     def spent(self, scope: Scope) -> int:
-        """What was used of that."""
+        """Amount that was used of it, in the same unit."""
         return self.cost if scope == MONEY else self.used
 
 
 @dataclass
 class Books:
-    """One scope, by the model."""
+    """The model's record of one scope."""
 
     scope: Scope
     charges: list[tuple[int, int]] = field(default_factory=list)
-    """(ms, teacher tokens), corrections below 0 among them"""
+    """(ms, teacher tokens) of each charge; corrections may be below 0."""
     student: list[tuple[int, int]] = field(default_factory=list)
 
     @property
@@ -94,14 +94,14 @@ class Books:
         return int(self.scope.limit.window_seconds * 1000 / 60)
 
     def covers(self, ms: int, now: int) -> bool:
-        """Whether the window, the current sub-window and the 60 before it, holds that moment."""
+        """Whether a moment is in the window: the current sub-window and the 60 before it."""
         return ms // self.width >= now // self.width - 60
 
     def within(self, entries: list[tuple[int, int]], now: int) -> int:
         return sum(tokens for ms, tokens in entries if self.covers(ms, now))
 
     def room(self, reserved: int, now: int, charge: Charge) -> int:
-        """Tokens that still fit."""
+        """Number of tokens that may still be reserved."""
         limit, held = self.scope.limit, self.within(self.charges, now) + reserved
         if isinstance(limit, CostPerWindow):
             n = 0
@@ -118,7 +118,7 @@ class Books:
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Subclasses set `on_expiry`, and open and reopen a ledger on `self.clock`."""
+    """The state machine. Subclasses set `on_expiry`, and open and reopen a ledger on `self.clock`."""
 
     on_expiry = "return"
     forgets = False
@@ -155,7 +155,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.ledger = self.open()
 
-    # What happens to a gateway
+    # Events in a gateway's life
 
     @rule(ms=st.sampled_from([1, 100, 1000, 2500, 7999, 8000, 10_000, 30_000, 60_000, 61_000, 122_000]))
     def wait(self, ms: int) -> None:
@@ -194,14 +194,14 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(holding=leases, tokens=st.integers(1, 12))
     def write(self, holding: Holding, tokens: int) -> None:
-        """The teacher writes, if the deadline has not passed."""
+        """The teacher writes tokens on a lease, if its deadline has not passed."""
         tokens = min(tokens, holding.lease.tokens - holding.used)
         if tokens and not holding.settled and self.now < holding.deadline_ms:
             holding.writes.append((self.now, tokens))
 
     @rule(holding=leases)
     def settle(self, holding: Holding) -> None:
-        """In time, late, again: all the same call."""
+        """Settle a lease: in time, late, or once more."""
         outcome = self.run(self.ledger.settle(holding.lease, holding.used, holding.cost))
         known = holding in self.holdings and not holding.settled
         in_time = known and self.now < holding.expires_ms
@@ -230,7 +230,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        """The gateway dies with all its leases in hand, and comes back."""
+        """The gateway dies without settling its leases, and starts again."""
         self.ledger = self.reopen()
         if self.forgets:
             self.now = self.clock.ms
@@ -239,10 +239,10 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(ms=st.sampled_from([1, 1000, 40_000]))
     def set_clock_back(self, ms: int) -> None:
-        """For the ledger, time then stands still until the clock shows more than it ever did."""
+        """Set the clock back. The ledger's time stands still until the clock shows a later time than ever."""
         self.clock.ms -= ms
 
-    # What must hold
+    # Invariants
 
     @invariant()
     def accounts_agree(self) -> None:
@@ -255,7 +255,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def never_over_the_bound(self) -> None:
-        """Tokens really written, in any interval of a window's length."""
+        """The tokens written in any interval of a window's length stay within the bound."""
         for books in self.books.values():
             if not isinstance(books.scope.limit, TokensPerWindow):
                 continue
@@ -271,7 +271,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert written <= books.scope.limit.tokens
 
     def teardown(self) -> None:
-        """Whatever happened: once the last lease has ended and a window passed, all of it is back."""
+        """After any events: once all leases have ended and a window has passed, the whole limit is free."""
         if hasattr(self, "ledger"):
             self.clock.ms = self.now
             self._pass(LEASE_SECONDS * 1000)
@@ -284,7 +284,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.close()
 
     def _counts(self, holding: Holding) -> bool:
-        """Whether the bound speaks of it: where leases are given back, not what their holders hid."""
+        """Whether the bound covers a lease: unsettled tokens of returned leases are not covered."""
         if self.on_expiry == "charge":
             return True
         return holding.in_time and (holding.settled or self.now < holding.expires_ms)

@@ -1,8 +1,8 @@
-"""One gateway's worth of reservations, as a process of its own.
+"""The reservations of one gateway, in a process of its own.
 
     python -m tests.helpers.ledger_worker URL SEED
 
-Prints a line after every settlement: how many tokens it was settled with, or "-" for a refusal.
+Prints a line after every settlement with the number of settled tokens, or "-" for a refusal.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ async def stream(ledger: RedisLedger, rng: random.Random) -> None:
             if reply.reason == "unavailable":
                 continue
             print("-", flush=True)
-            await asyncio.sleep(0.2)  # the dead may have held what is left
+            await asyncio.sleep(0.2)  # a dead process may still hold the rest
             continue
         await asyncio.sleep(rng.uniform(0.0, 0.02))
         used = rng.randint(0, reply.tokens)

@@ -1,4 +1,4 @@
-"""A network between two programs that can be cut: nothing gets through, and what was sent arrives later."""
+"""A network between two programs that can be cut: then nothing gets through, and data arrives later."""
 
 import asyncio
 import random
@@ -6,10 +6,10 @@ from contextlib import suppress
 
 
 class Network:
-    """A proxy on the loopback to another of its ports."""
+    """A proxy on the loopback to another port."""
 
     def __init__(self, port: int, straggle: float = 0.5) -> None:
-        """Whole again, every connection takes up to ``straggle`` seconds to notice: TCP backs off."""
+        """After a cut, every connection takes up to ``straggle`` seconds to go on, as TCP backs off."""
         self._to = port
         self._straggle = straggle
         self._whole = asyncio.Event()
@@ -43,7 +43,7 @@ class Network:
             back.transport.abort()
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """To the end, also when the sender has gone meanwhile: what it sent is on its way."""
+        """Carry data to the end, even if the sender has gone: what it sent still arrives."""
         with suppress(ConnectionError):
             while data := await reader.read(65536):
                 if not self._whole.is_set():

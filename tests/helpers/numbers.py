@@ -1,4 +1,4 @@
-"""The demo's task in small: its tokenizer, and an untrained pair."""
+"""A small version of the demo's task: its tokenizer, and an untrained pair."""
 
 from copy import deepcopy
 from functools import cache
@@ -14,8 +14,8 @@ from training.tokenizer import train_tokenizer
 
 
 def tokenizer_of_numbers(context: int = 512) -> PreTrainedTokenizerBase:
-    """With 300 ids, from 500 training examples."""
-    return deepcopy(_trained(context))  # who changes theirs changes nobody else's
+    """A tokenizer with 300 ids, trained on 500 training examples."""
+    return deepcopy(_trained(context))  # a test may change its copy
 
 
 @cache
@@ -27,7 +27,7 @@ def _trained(context: int) -> PreTrainedTokenizerBase:
 
 
 def save_untrained_pair(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """`teacher` and `student` in this directory."""
+    """Save `teacher` and `student` in a directory."""
     for role, hidden in (("teacher", 64), ("student", 32)):
         shape = Shape(hidden=hidden, layers=2, heads=1, feed_forward=32)
         save_model(new_model(shape, tokenizer, hidden), tokenizer, directory / role)

@@ -1,4 +1,4 @@
-"""The teachers of a gateway that has one, without a name of its own."""
+"""The teachers of a gateway that has a single teacher without a name."""
 
 from typing import Any
 
@@ -9,6 +9,6 @@ from server.teacher.translation import Translator
 
 
 def one_teacher(pool: Any, prices: PriceList | None = None, translator: Translator | None = None) -> Teachers:
-    """``pool`` may be a scripted one."""
+    """Teachers with this pool, which may be scripted, as the only one."""
     own = None if prices is None else prices.of_teacher(TEACHER)
     return Teachers([NamedTeacher(TEACHER, pool, own, lambda: translator)])

@@ -1,4 +1,4 @@
-"""Two processes of test_parallel.py: each trains its share, is killed, resumes."""
+"""The two processes of test_parallel.py: each trains its share, is killed, and resumes."""
 
 import os
 
@@ -17,7 +17,7 @@ from training.tasks import make_task
 from training.tokenizer import load_tokenizer
 
 SHAPE = Shape(hidden=32, layers=2, heads=1, feed_forward=32)
-KILL_AT = 11  # call of the loss, two a step: in step 6, after the checkpoint of step 4
+KILL_AT = 11  # call of the loss, which has two a step: in step 6, after the checkpoint of step 4
 
 
 def run(tokenizer, directory, *, kill_at=None):
@@ -49,7 +49,7 @@ def main(tokenizer_directory, directory):
 
 
 def as_torchrun(rank, port, tokenizer_directory, directory):
-    """`main` with the variables that `torchrun` sets for each of two processes."""
+    """Call `main` with the variables that `torchrun` sets for each of two processes."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     main(tokenizer_directory, directory)

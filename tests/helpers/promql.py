@@ -1,4 +1,4 @@
-"""The PromQL that we ship: in alert and recording rules, and in dashboards."""
+"""The PromQL expressions that we ship, in alert and recording rules and in dashboards."""
 
 import json
 import re
@@ -15,18 +15,18 @@ FILES = ROOT / "deploy" / "helm" / "files"
 RULES = tuple(sorted((FILES / "rules").glob("*.yml")))
 DASHBOARDS = tuple(sorted((FILES / "dashboards").glob("*.json")))
 
-# What Grafana puts in place of its variables: its own, and ours with their defaults.
+# Values of Grafana's variables: its own, and the defaults of ours.
 GRAFANA = {"$__rate_interval": "1m", "$__range": "1h", "$namespace": ".*"}
 
 
 class Expression(NamedTuple):
-    """A PromQL expression and where it stands."""
+    """A PromQL expression and its place."""
 
     place: str
     text: str
 
     def selectors(self) -> list[VectorSelector]:
-        """Every selector of series in it."""
+        """All selectors of series in the expression."""
         found: list[VectorSelector] = []
 
         def visit(node: Any) -> bool:
@@ -39,19 +39,19 @@ class Expression(NamedTuple):
 
 
 def rules() -> Iterator[dict[str, Any]]:
-    """Every rule: ``record`` or ``alert``, ``expr``, …"""
+    """Every rule as a dictionary with ``record`` or ``alert``, ``expr``, …"""
     for path in RULES:
         for group in yaml.safe_load(path.read_text())["groups"]:
             yield from group["rules"]
 
 
 def recorded() -> set[str]:
-    """Names of the series that the recording rules make."""
+    """Names of the series that the recording rules create."""
     return {rule["record"] for rule in rules() if "record" in rule}
 
 
 def panels() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every panel that shows data, after the name of its dashboard's file."""
+    """(name of the dashboard's file, panel) of every panel that shows data."""
     for path in DASHBOARDS:
         for panel in json.loads(path.read_text())["panels"]:
             if panel["type"] != "row":
@@ -59,7 +59,7 @@ def panels() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def panel_expressions() -> list[Expression]:
-    """What the panels query, with Grafana's variables replaced by their defaults."""
+    """The queries of all panels, with Grafana's variables replaced by their defaults."""
     found = []
     for dashboard, panel in panels():
         for target in panel["targets"]:
@@ -84,8 +84,8 @@ def rule_expressions() -> list[Expression]:
 def existing(selector: VectorSelector) -> str:
     """The selector with every value of a label replaced by "there is such a label".
 
-    Which outcomes and reasons occur is a matter of luck; that the series has these labels is not.
-    A matcher that also takes an absent label asks for nothing.
+    The outcomes and reasons that occur are a matter of luck, but the series must have these labels.
+    A matcher that also accepts an absent label asks for nothing.
     """
     matchers = [m.name for m in selector.matchers.matchers if not _takes_absence(m.op, m.value)]
     wanted = ", ".join(f'{name}!=""' for name in matchers)

@@ -1,7 +1,7 @@
-"""Memory and hours of the recipe `hf-pair` on one card, on paper: `python -m tests.helpers.real_sizes`.
+"""Computed memory and hours of the recipe `hf-pair` on one card: `python -m tests.helpers.real_sizes`.
 
 The engines' times are those of `server.bench.roofline` on an H100. The trainer's come from its FLOPs, and
-from what is assumed of transformers, which writes the student's own completions token by token.
+from assumptions about transformers, which writes the student's own completions token by token.
 """
 
 from typing import NamedTuple
@@ -19,37 +19,37 @@ from training.pieces import PIECE
 from training.started_servers import READ_AT_ONCE
 
 PROMPT = 500
-"""Tokens, assumed."""
+"""Tokens of a prompt, assumed."""
 FLOAT, HALF = 4, 2
 TRAINED = 0.4 * 989e12
 """FLOPs a second of training passes in bf16: 0.4 of the peak, assumed."""
 FULL = 0.4 * 67e12
-"""The same in float32."""
+"""FLOPs a second of training passes in float32: 0.4 of the peak, assumed."""
 EAGER_STEP = 30e-3
-"""Seconds of a step of transformers for all rows, assumed: 28 layers, bound by launches."""
+"""Seconds in which transformers writes a token for all rows, assumed: 28 layers, bound by launches."""
 ACTIVATIONS = 34
-"""Bytes of a layer for each token and unit of width (Korthikanti et al. 2022, arXiv 2205.05198)."""
+"""Bytes of a layer's activations, per token and unit of width (Korthikanti et al. 2022, arXiv 2205.05198)."""
 READOUTS = 1
-"""Times that all positions are multiplied by the output matrix for what the gate sees of the logits."""
+"""How often all positions are multiplied by the output matrix for the gate's features."""
 LOSS_COPIES = 8
-"""Tensors of a piece of logits in a loss, see `training.pieces`."""
+"""Number of tensors as large as a piece of logits in a loss, see `training.pieces`."""
 WORKSPACE = 4e9
-"""CUDA's own memory, and what allocators lose, of three processes; assumed."""
+"""Bytes of CUDA itself and lost by allocators, in three processes; assumed."""
 TEACHER_SHARE, STUDENT_SHARE = 0.35, 0.15
-"""Of the card, for the two engines of the evaluation (vLLM's --gpu-memory-utilization)."""
+"""Shares of the card for the two engines of the evaluation (vLLM's --gpu-memory-utilization)."""
 CACHE = 4 * 2**30
-"""Bytes of keys and values of an engine that the router's stage starts, see `training.started_servers`."""
+"""Bytes of keys and values in an engine that the router's stage starts, see `training.started_servers`."""
 SCORES = 3 * int(READ_AT_ONCE) * QWEN_8.vocabulary * FLOAT
-"""Bytes of logits and log-probabilities of what the teacher's engine reads in a step; assumed: 3 tensors."""
+"""Bytes of logits and log-probabilities in a step of the teacher's engine, with 3 tensors (assumed)."""
 CARD = 80e9
 
 
 class Stage(NamedTuple):
-    """What a stage takes."""
+    """The memory and time of a stage."""
 
     name: str
     parts: dict[str, float]
-    """Bytes on the card."""
+    """Bytes on the card, by part."""
     seconds: dict[str, float]
 
     @property
@@ -59,17 +59,17 @@ class Stage(NamedTuple):
 
     @property
     def hours(self) -> float:
-        """Of the whole stage."""
+        """Hours of the whole stage."""
         return sum(self.seconds.values()) / 3600
 
 
 def weights(shape: DecoderShape) -> int:
-    """How many the model has; norms are left out."""
+    """Number of the model's weights, without norms."""
     return shape.layer_weights + shape.matrix * (1 if shape.tied else 2)
 
 
 def adapters(shape: DecoderShape, rank: int) -> int:
-    """Weights of the adapters of all linear layers."""
+    """Number of weights in the adapters of all linear layers."""
     attention = 2 * shape.hidden + 2 * (shape.heads + shape.kv_heads) * shape.head_size + 2 * shape.hidden
     feed_forward = 3 * (shape.hidden + shape.feed_forward)
     return shape.layers * rank * (attention + feed_forward)
@@ -138,7 +138,7 @@ def router_stage() -> Stage:
 
 
 def evaluation() -> Stage:
-    """1,000 examples at seven budgets, through the gateway."""
+    """Evaluation of 1,000 examples at seven budgets, through the gateway."""
     recipe = load_recipe(find_recipe("hf-pair"))
     tokens = 7 * 1000 * recipe.max_tokens
     engines = {"teacher's engine": TEACHER_SHARE * CARD, "gateway's engine": STUDENT_SHARE * CARD}
@@ -156,7 +156,7 @@ STAGES = (student_stage, router_stage, evaluation)
 
 
 def table() -> str:
-    """In Markdown."""
+    """All stages as a table in Markdown."""
     lines = ["| stage | memory | of it | hours | of them |", "| --- | ---: | --- | ---: | --- |"]
     for stage in (make() for make in STAGES):
         parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in stage.parts.items())

@@ -1,4 +1,4 @@
-"""Recipes of the demo's task in small, over a pair that is there."""
+"""Recipes of a small version of the demo's task, for an existing pair."""
 
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ ROUTER = {
 
 
 def write_recipe(directory: Path, pair: Path, **fields: Any) -> str:
-    """The path of a recipe in `directory`, whose output and work go there too.
+    """Write a recipe into `directory`, with its output and work there too; returns its path.
 
     Args:
-        directory: nothing else need be in it.
-        pair: has `teacher` and `student`, which are taken as they are.
-        fields: of the recipe, in place of those here.
+        directory: directory of the recipe; it may be empty.
+        pair: directory with `teacher` and `student`, which are used as they are.
+        fields: fields of the recipe that replace the ones set here.
     """
     recipe = {
         "output": f"{directory}/out",

@@ -1,4 +1,4 @@
-"""A model that knows one text by heart: what parsers of tool calls and reasoning read is then known."""
+"""A model that knows one text by heart, so tests know what parsers of tool calls and reasoning read."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,14 +7,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-HIDDEN = 128  # one dimension for each token, those of the reserved rows among them
+HIDDEN = 128  # one dimension for each token and each reserved row
 PROMPT, UNKNOWN, END = "<prompt>", "<unknown>", "<end>"
 
 
 def save_reciter(pieces: Sequence[str], directory: Path) -> None:
-    """Save a Llama that answers every prompt with ``pieces``, a token each, no two of them the same.
+    """Save a Llama that answers every prompt with ``pieces``. Each piece is one token, and no two are equal.
 
-    Its only layer does nothing, so the last token alone says which is the next.
+    Its only layer does nothing, so the last token alone determines the next one.
     """
     tokens = [PROMPT, *pieces, END, UNKNOWN]
     if len(set(tokens)) < len(tokens) or len(tokens) > HIDDEN - 1:
@@ -39,7 +39,7 @@ def save_reciter(pieces: Sequence[str], directory: Path) -> None:
         model.model.norm.weight.fill_(1.0)
         model.lm_head.weight.zero_()
         for i in range(tokens.index(END)):
-            model.lm_head.weight[i + 1, i] = 2.0  # times the norm, the root of HIDDEN: a sure thing
+            model.lm_head.weight[i + 1, i] = 2.0  # times the norm, the root of HIDDEN: the token is certain
     model.save_pretrained(directory)
 
 

@@ -1,4 +1,4 @@
-"""What the closed loop wrote, as a gateway records it."""
+"""Completions of the closed loop, as a gateway records them."""
 
 from typing import NamedTuple
 
@@ -11,18 +11,18 @@ from training.gating.rollout import FREE, ClosedLoop, Request, Rollout
 
 
 class Recorded(NamedTuple):
-    """20 completions."""
+    """20 completions, in the closed loop's form and as a gateway records them."""
 
     prompts: list[list[int]]
     seen: Trajectories
-    """Their positions."""
+    """Positions of the completions."""
     completions: list[Rollout]
     served: list[Trajectory]
-    """The same, as a gateway records them."""
+    """The same completions, as a gateway records them."""
 
 
 def recorded(loop: ClosedLoop) -> Recorded:
-    """At a price of .7, without a bucket."""
+    """Write 20 completions at a price of .7, without a bucket."""
     torch.manual_seed(0)
     prompts = [torch.randint(2, VISIBLE, (3 + i % 5,)).tolist() for i in range(20)]
     seen, completions = collect(loop, [Request(prompt, 0.7, FREE) for prompt in prompts])

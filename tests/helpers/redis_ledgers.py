@@ -1,4 +1,4 @@
-"""What the tests of the Redis ledger share."""
+"""Settings and waits that the tests of the Redis ledger share."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""A redis-server of the tests' own."""
+"""A redis-server that the tests start for themselves."""
 
 import shutil
 import socket
@@ -44,6 +44,6 @@ class RedisServer:
         self.process.wait()
 
     def command(self, *words: str) -> str:
-        """What redis-cli answers."""
+        """The answer of redis-cli to a command."""
         command = ["redis-cli", "-p", str(self.port), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -1,4 +1,4 @@
-"""The documents of settings, from the code: `python -m tests.helpers.reference` writes them anew."""
+"""The documents of all settings, generated from the code: `python -m tests.helpers.reference` writes them."""
 
 import ast
 import inspect
@@ -28,11 +28,11 @@ NAMES = {
     NoneType: "null",
     Any: "anything",
 }
-"""Types, as a reader of YAML knows them."""
+"""Names of types for a reader of YAML."""
 
 
 def configuration() -> str:
-    """docs/configuration.md."""
+    """The text of docs/configuration.md."""
     lines = [
         "# Configuration",
         "",
@@ -63,7 +63,7 @@ def configuration() -> str:
 
 
 def recipe() -> str:
-    """docs/recipe.md."""
+    """The text of docs/recipe.md."""
     lines = [
         "# Every field of a recipe",
         "",
@@ -85,12 +85,12 @@ def recipe() -> str:
 
 
 def introduction(model: type[BaseModel]) -> list[str]:
-    """Its docstring, for a reader of the document."""
+    """The model's docstring, as lines of the document."""
     return inspect.cleandoc(model.__doc__ or "").splitlines()
 
 
 def models_of(first: type[BaseModel]) -> list[type[BaseModel]]:
-    """A model, and all that its fields are made of, each once."""
+    """A model and all models that its fields contain, each once."""
     found: list[type[BaseModel]] = []
     waiting = [first]
     while waiting:
@@ -104,7 +104,7 @@ def models_of(first: type[BaseModel]) -> list[type[BaseModel]]:
 
 
 def classes_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models in an annotation, however they are nested in it."""
+    """The models in an annotation, at any depth."""
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in typing.get_args(annotation):
@@ -112,7 +112,7 @@ def classes_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def type_of(annotation: Any) -> str:
-    """As a reader of YAML understands it."""
+    """Name of a type for a reader of YAML."""
     origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
     if origin is None:
@@ -131,7 +131,7 @@ def type_of(annotation: Any) -> str:
 
 
 def default_of(field: FieldInfo) -> str:
-    """For a table; empty if the field is required."""
+    """The field's default as a cell of a table, or "required"."""
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
@@ -145,12 +145,12 @@ def default_of(field: FieldInfo) -> str:
 
 
 def cell(text: str) -> str:
-    """One line of a table."""
+    """A text as a cell of a table, in one line."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def docstrings_of(model: type[BaseModel]) -> dict[str, str]:
-    """The text below each field, its base classes' fields included."""
+    """The text below each field of a model, with the fields of its base classes."""
     found: dict[str, str] = {}
     for cls in reversed(model.__mro__):
         module = inspect.getmodule(cls)

@@ -1,8 +1,8 @@
-"""Replies of two servers, in a form in which they can be compared."""
+"""Turns the replies of two servers into a form in which they can be compared."""
 
 from typing import Any
 
-# Of each answer alone, or ours.
+# Fields that differ with each answer, or that only we have.
 NOT_COMPARED = {
     *(
         "id",
@@ -21,10 +21,10 @@ CACHED = ("cache_creation_input_tokens", "cache_read_input_tokens")
 
 
 def comparable(value: Any) -> Any:
-    """Without what differs between two servers, and what their caches had of the input."""
+    """A reply without the fields that differ between two servers, and without the counts of cached input."""
     if isinstance(value, dict):
         kept = {name: comparable(v) for name, v in value.items() if name not in NOT_COMPARED}
-        for name in CACHED:  # Anthropic's input tokens are those that no cache had
+        for name in CACHED:  # Anthropic's input tokens do not include cached ones
             if name in kept:
                 kept["input_tokens"] += kept.pop(name) or 0
         return kept

@@ -1,4 +1,4 @@
-"""Schemas and tools as programs send them: what a structured answer of two models is held to.
+"""Schemas and tools as programs send them, which structured answers of two models must fit.
 
 All are finite, so that a model of any quality reaches the end: strings and arrays have a largest length.
 """
@@ -13,7 +13,7 @@ FLAG: Schema = {"type": "boolean"}
 
 
 def record(properties: dict[str, Schema], *optional: str, **more: Any) -> Schema:
-    """An object that has these properties and no others."""
+    """The schema of an object that has these properties and no others."""
     required = [name for name in properties if name not in optional]
     fields = {"type": "object", "properties": properties, "required": required}
     return fields | {"additionalProperties": False} | more
@@ -28,7 +28,7 @@ def pattern(regex: str) -> Schema:
 
 
 CLOCK = pattern("^([01][0-9]|2[0-3]):[0-5][0-9]$")
-"""Not `"format": "time"`, whose fractions of a second have no end."""
+"""Used instead of `"format": "time"`, in which fractions of a second may be endless."""
 
 SCALARS: list[Schema] = [
     SHORT,
@@ -226,7 +226,7 @@ REAL: list[Schema] = [
 ]
 
 SCHEMAS: list[Schema] = [*SCALARS, *STRINGS, *ARRAYS, *OBJECTS, *CHOICES, *REFERENCES, *REAL]
-"""One hundred."""
+"""All schemas, one hundred."""
 
 
 def tool(name: str, parameters: Schema) -> dict[str, Any]:

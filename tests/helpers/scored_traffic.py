@@ -1,4 +1,4 @@
-"""Synthetic traffic for a calibration that learns: scores, the real policy and the real bucket."""
+"""Synthetic traffic for a calibration that learns: invented scores, the real policy and the real bucket."""
 
 import math
 import random
@@ -11,7 +11,7 @@ TOKENS = 24
 
 
 class ScoredTraffic:
-    """Completions whose scores depend on who wrote the token before; with the engine's sketch."""
+    """Completions in which a score depends on who wrote the token before; with the engine's sketch."""
 
     def __init__(
         self, gate: str, *, scale: float, after_teacher: float, ask_tokens: int = 1, seed: int = 0
@@ -29,7 +29,7 @@ class ScoredTraffic:
         return -1.0 / value if self.calibration.gate == "margin" else value
 
     def complete(self, fraction: float) -> tuple[int, int]:
-        """Teacher tokens and all tokens of one completion."""
+        """Write one completion; returns its teacher tokens and all its tokens."""
         bucket = Bucket(Budget(fraction=fraction), span_tokens=4, ask_tokens=self.ask_tokens)
         length = self.rng.randint(TOKENS // 2, TOKENS * 3 // 2)
         written = teacher = 0
@@ -56,7 +56,7 @@ class ScoredTraffic:
         return teacher, written
 
     def serve(self, fraction: float, completions: int) -> float:
-        """The realised rate."""
+        """Write several completions; returns their realised rate."""
         teacher = written = 0
         for number in range(completions):
             by_teacher, tokens = self.complete(fraction)
@@ -68,7 +68,7 @@ class ScoredTraffic:
         return teacher / written
 
     def show_scores(self) -> None:
-        """What the gateway reads from the engine every now and then."""
+        """Give the calibration the sketch's scores, as the gateway does now and then."""
         recent = sorted(self.scores[-8192:])
         if recent:
             steps = [recent[len(recent) * step // 256] for step in range(256)]

@@ -1,4 +1,4 @@
-"""The picture of the README: `python -m tests.helpers.screenshot URL`, of a gateway that serves the demo."""
+"""Takes the README's picture: `python -m tests.helpers.screenshot URL`; URL: a gateway with the demo pair."""
 
 import shutil
 import sys
@@ -10,7 +10,7 @@ from tests.helpers.paths import ROOT
 IMAGE = ROOT / "docs" / "images" / "playground.png"
 PROMPT = "The book has 695 pages and costs £89.56."
 BUDGET = 10
-"""Percent."""
+"""Budget, in percent."""
 FLAGS = ["--no-sandbox", "--disable-gpu"]
 
 

@@ -1,4 +1,4 @@
-"""A scripted vLLM and a scripted teacher as a pair, and what tests of the span loop ask of it."""
+"""A pair of a scripted vLLM and a scripted teacher, with calls for tests of the span loop."""
 
 import asyncio
 import contextlib
@@ -40,7 +40,7 @@ class Call:
 
 @dataclass
 class ScriptedTeacher:
-    """Writes a token per piece; fails or hangs at some place, ends at one."""
+    """A teacher that writes one token per piece; it fails, hangs or ends at places that a test sets."""
 
     breaker: Breaker = field(default_factory=lambda: Breaker(1, 60.0))
     max_model_len: int | None = None
@@ -48,12 +48,12 @@ class ScriptedTeacher:
     fails_at: int | None = None
     hangs_at: int | None = None
     writes_on: bool = False
-    """Whether it writes a token, and more, although the call is cancelled while it hangs."""
+    """Whether it goes on writing tokens although the call is cancelled while it hangs."""
     refuses: str | None = None
     caches: float = 0.0
     """Share of every prompt that it reports as cached."""
     first: str = "A"
-    """What it writes at the begin of a completion; at other places, what comes after it."""
+    """Letter that it writes at the beginning of a completion; later places have the letters after it."""
     calls: list[Call] = field(default_factory=list)
     asks: list[Ask] = field(default_factory=list)
     hanging: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
@@ -121,7 +121,7 @@ class ScriptedTeacher:
 
 
 class Engine:
-    """What is tested, with the segments that reached its scripted vLLM and the last request's exchange."""
+    """The tested engine over a scripted vLLM, with the exchange of its last request."""
 
     def __init__(self, vllm: ScriptedLLM, cooperation: Cooperation, **student: Any) -> None:
         self.cooperator = cooperator(vllm, cooperation, **student)
@@ -140,7 +140,7 @@ class Engine:
 
     @property
     def spent(self) -> list[int]:
-        """Teacher tokens on the books of every choice."""
+        """Teacher tokens that the bucket of every choice has spent."""
         return [purse.bucket.spent for purses in self.exchange.purses.values() for purse in purses]
 
 
@@ -158,7 +158,7 @@ class Result:
         return bytes(token for token in self.ids(index) if token < EOS).decode()
 
     def ids(self, index: int = 0) -> list[int]:
-        """Of DELTA outputs."""
+        """Token ids of a choice, joined from DELTA outputs."""
         return [token for new in self.choice(index) for token in new.token_ids]
 
     def choice(self, index: int = 0) -> list[CompletionOutput]:
@@ -197,7 +197,7 @@ def count(name: str, **labels: str) -> float:
 
 
 def spent(engine: Engine) -> tuple[int, int]:
-    """Teacher tokens and calls on the books of the only choice."""
+    """Teacher tokens and calls that the bucket of the only choice has spent."""
     ((purse,),) = engine.exchange.purses.values()
     return purse.bucket.spent, purse.bucket.calls
 
@@ -211,7 +211,7 @@ def tokens(count: int) -> TokensPerWindow:
 
 
 async def on_the_books(shared: SharedBudgets) -> tuple[int, int, int]:
-    """Spent, reserved and student's tokens under the only limit, once everything is settled."""
+    """(spent, reserved, student's) tokens under the only limit, after everything is settled."""
     await shared.aclose()
     (status,) = await shared.ledger.status(shared.everybody)
     return status.spent, status.reserved, status.student_tokens

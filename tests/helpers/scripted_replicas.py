@@ -1,4 +1,4 @@
-"""Scripted replicas of a teacher, and the pool over them."""
+"""Scripted replicas of a teacher, and their pool."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -16,7 +16,7 @@ DOWN = TeacherError("unreachable", "the script says so")
 
 
 class Replica:
-    """Writes three tokens, the second of which may never come; what goes wrong is set from outside."""
+    """A replica that writes three tokens. A test can hold back the second token, and set failures."""
 
     def __init__(self, number: int) -> None:
         self.url = f"http://replica-{number}:8000"

@@ -1,8 +1,8 @@
 """The student's side of the span loop: a scripted vLLM in place of the real one.
 
-It writes small letters of the alphabet by their place in the completion, a scripted teacher capitals.
-So a completion's text shows who wrote each token and that every prefix was right: "abCDef" is two tokens of
-the student, a span of two, two tokens of the student.
+It writes the small letters of the alphabet, each at its place in the completion. A scripted teacher writes
+capital letters. So a completion's text shows who wrote each token and that every prefix was right: "abCDef"
+is two tokens of the student, a span of two tokens, and two tokens of the student.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from server.vllm_api import (
     SamplingParams,
 )
 
-EOS = 256  # of the `tokenizer` fixture, whose other ids are bytes
+EOS = 256  # end of sequence of the `tokenizer` fixture, whose other ids are bytes
 RESERVED = ReservedRows(start=260, count=4)
 VOCABULARY = 5000
 PROMPT_IDS = list(b"Hi")
@@ -63,9 +63,9 @@ class Segment:
 
 
 class ScriptedLLM:
-    """vLLM's engine: asks at some places where its terms allow it, ends at one.
+    """A scripted vLLM engine. At given places it asks if its terms allow it, and at one place it ends.
 
-    With several teachers, ``ask_at`` has for each place how many of the dearer prices are exceeded there.
+    With several teachers, ``ask_at`` maps each place to the number of dearer prices that are exceeded there.
     """
 
     def __init__(self, tokenizer: Any, ask_at: Collection[int], ends_at: int | None) -> None:
@@ -135,7 +135,7 @@ class ScriptedLLM:
 
     @staticmethod
     def _of_prompt(segment: Segment) -> Any:
-        """-1 for the prompt's second token, -2 for its third, and so on."""
+        """Log-probabilities of the prompt: -1 for its second token, -2 for its third, and so on."""
         if segment.params.prompt_logprobs is None:
             return None
         others = enumerate(segment.prefix[1:], start=1)
@@ -143,14 +143,14 @@ class ScriptedLLM:
 
 
 def cooperator(vllm: Any, cooperation: Cooperation, **student: Any) -> Cooperator:
-    """What is tested, over a scripted vLLM."""
+    """The tested cooperator, over a scripted vLLM."""
     return Cooperator(
         StudentEngine(vllm.generate, vllm.check, vllm.tokenizer, 200, RESERVED, **student), cooperation
     )
 
 
 class RecitingLLM(ScriptedLLM):
-    """Writes the bytes of a text, again and again; after half a character, that character's other bytes."""
+    """Writes the bytes of a text again and again; a begun character is completed first."""
 
     def __init__(self, tokenizer: Any, text: str, ask_at: Collection[int]) -> None:
         super().__init__(tokenizer, ask_at, None)
@@ -178,7 +178,7 @@ class RecitingLLM(ScriptedLLM):
 
 
 def half_character(text: bytes) -> bytes:
-    """The bytes at the end of a text that are no whole character."""
+    """The bytes at the end of a text that form no whole character."""
     for length in range(1, 4):
         tail = text[-length:]
         if 0xC0 <= tail[0] < 0xF8:

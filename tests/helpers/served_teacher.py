@@ -1,4 +1,4 @@
-"""A stand-in for the vLLM server of a teacher, in process."""
+"""A stand-in for a teacher's vLLM server, in this process."""
 
 import json
 
@@ -13,7 +13,7 @@ BATCH = Batch.of([[5, 6], [7]], [[1, 2], [3, 256]], pad=256)
 
 
 class VLLM:
-    """Answers as a vLLM server of `model` does, whose vocabulary has only the visible ids."""
+    """Answers as a vLLM server of `model` does if the vocabulary has only the visible ids."""
 
     def __init__(self, model):
         self.model, self.asked, self.weights = model, [], None
@@ -33,7 +33,7 @@ class VLLM:
             if top := body.get("prompt_logprobs"):
                 choice["prompt_logprobs"] = [None, *self.prompt_logprobs(row, top)]
             choices.append(choice)
-        return {"choices": choices[::-1]}  # the order is not promised
+        return {"choices": choices[::-1]}  # vLLM does not promise their order
 
     @torch.no_grad()
     def prompt_logprobs(self, row, top):

@@ -1,4 +1,4 @@
-"""What the configuration says of settings that cannot be."""
+"""The error message of the configuration for impossible settings."""
 
 import pytest
 

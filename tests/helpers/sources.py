@@ -1,4 +1,4 @@
-"""The project's Python files, and what they say to a reader. Each file is read once."""
+"""The project's Python files, with their docstrings and comments. Each file is read once."""
 
 import ast
 import re
@@ -29,13 +29,13 @@ def statements(node: ast.AST) -> Iterator[ast.stmt]:
 
 @cache
 def parsed(source: Path) -> ast.Module:
-    """The syntax tree of a file of the project, which nobody changes."""
+    """The syntax tree of a file of the project; callers must not change it."""
     return ast.parse(source.read_text())
 
 
 @cache
 def docstrings(source: Path) -> tuple[str, ...]:
-    """Docstrings, and the texts below fields."""
+    """A file's docstrings, and the texts below fields."""
     return tuple(
         statement.value.value
         for statement in statements(parsed(source))

@@ -1,9 +1,9 @@
-"""Time that passes only while nobody has anything to do: timeouts that do not depend on the machine.
+"""Time that passes only while nothing can run, so timeouts do not depend on the machine's speed.
 
-A test marked `steady_time` runs in a loop with a clock of its own. The clock is still while a task can run
-or a message is on its way, however long a busy machine takes for that. When everybody waits, the clock moves
-on to the next timer. So a timeout of 0.2 s passes at once where nothing else can happen, and nowhere else.
-All parties have to be in this one process: clients, servers and what is between them.
+A test marked `steady_time` runs in a loop with a clock of its own. The clock stands still while a task can
+run or a message is on its way, however long a busy machine takes for that. When all tasks wait, the clock
+moves on to the next timer. So a timeout of 0.2 s passes at once if nothing else can happen, and only then.
+Clients, servers and proxies between them all have to be in this one process.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ GRACE_SECONDS = 0.01
 
 
 class SteadyClock(selectors.DefaultSelector):
-    """Waits for messages. Where there are none, the next timer is due."""
+    """Waits for messages. If there are none, the next timer is due."""
 
     now = time.monotonic()
     """What `time.monotonic` returns in a test of steady time."""
@@ -31,7 +31,7 @@ class SteadyClock(selectors.DefaultSelector):
 
 
 class SteadyLoop(asyncio.SelectorEventLoop):
-    """An event loop that lives by this clock."""
+    """An event loop that takes its time from `SteadyClock`."""
 
     def __init__(self) -> None:
         super().__init__(SteadyClock())

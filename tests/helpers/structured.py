@@ -1,4 +1,4 @@
-"""Structured answers: how they are asked for, and whether they are what was asked for."""
+"""Requests for structured answers, and checks of the answers against their schemas."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from tests.helpers.client import MODEL
 
 @dataclass
 class Answer:
-    """What a client got, and the schema that it has to fit."""
+    """An answer that a client got, and the schema that it has to fit."""
 
     text: str
     schema: dict[str, Any]
@@ -23,11 +23,11 @@ class Answer:
 
     @property
     def cut(self) -> bool:
-        """Whether `max_tokens` ended it."""
+        """Whether `max_tokens` ended the answer."""
         return self.finish_reason == "length"
 
     def fault(self) -> str | None:
-        """Why it is not what was asked for."""
+        """The reason why the answer does not fit its schema; None if it fits."""
         try:
             jsonschema.validate(json.loads(self.text), self.schema)
         except (ValueError, jsonschema.ValidationError) as error:
@@ -36,7 +36,7 @@ class Answer:
 
 
 def check_all(answers: Sequence[Answer], budget: float) -> None:
-    """Each is what was asked for or cut, at most half are cut, and the teacher wrote its part."""
+    """Check that each answer fits or is cut, at most half are cut, and the teacher wrote its part."""
     faults = [(answer.text, answer.fault()) for answer in answers if not answer.cut and answer.fault()]
     assert faults == []
     assert sum(answer.cut for answer in answers) <= len(answers) // 2
@@ -61,7 +61,7 @@ async def ask_for_schema(
 async def ask_for_tool(
     client: AsyncOpenAI, tool: dict[str, Any], budget: Any, seed: int, max_tokens: int = 200
 ) -> Answer:
-    """A tool that has to be called: by its name, or with an odd seed as one of those that there are."""
+    """Ask for the call of a tool: by its name, or with an odd seed as any one of the tools."""
     function = tool["function"]
     named = {"type": "function", "function": {"name": function["name"]}}
     reply = await client.chat.completions.create(

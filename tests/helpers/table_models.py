@@ -1,4 +1,4 @@
-"""Models whose next token depends on the last one alone, by a table: what they know is known."""
+"""Models whose next token depends on the last one alone, by a table, so tests know what a model knows."""
 
 from collections.abc import Mapping
 
@@ -9,11 +9,11 @@ from tests.helpers.tiny_models import END, RESERVED, VISIBLE
 
 HIDDEN = 64  # a dimension for each visible token
 NATS = 4.0
-"""By how much the token of the table is likelier than any other one."""
+"""Logit of the table's token above every other token's."""
 
 
 def model_of(table: Mapping[int, int]) -> PreTrainedModel:
-    """Writes ``table[token]`` after a token. Its only layer does nothing."""
+    """A model that writes ``table[token]`` after a token. Its only layer does nothing."""
     config = LlamaConfig(
         vocab_size=RESERVED.end,
         hidden_size=HIDDEN,
@@ -33,5 +33,5 @@ def model_of(table: Mapping[int, int]) -> PreTrainedModel:
     made.model.embed_tokens.weight.data[:VISIBLE, :VISIBLE] = torch.eye(VISIBLE)
     made.model.norm.weight.data.fill_(1.0)
     for token, after in table.items():
-        made.lm_head.weight.data[after, token] = NATS / HIDDEN**0.5  # the norm makes its root of a one
+        made.lm_head.weight.data[after, token] = NATS / HIDDEN**0.5  # the norm makes 1 the root of HIDDEN
     return made

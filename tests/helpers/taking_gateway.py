@@ -1,4 +1,4 @@
-"""A stand-in for a gateway that takes routers, and the router's stage over it."""
+"""A stand-in for a gateway that takes new routers, and a router's stage that uses it."""
 
 import json
 from pathlib import Path
@@ -19,9 +19,9 @@ from training.tokenizer import encode_prompts
 class TakingGateway:
     """A stand-in for a gateway: OpenAI's client reads its replies.
 
-    Its completions have ten tokens, whose scores are .1 to 1. With a router in its directory the teacher
-    writes those above the price, but two that a bucket holds back. Without one it writes one. Begun
-    completions go on with one token, over and over.
+    Its completions have ten tokens with scores of .1 to 1. With a router in its directory, the teacher writes
+    the tokens whose scores are above the price, except two that a bucket holds back. Without a router, the
+    teacher writes one token. Begun completions are continued with one token, over and over.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ def stage_of(
     seed: int = 0,
     gain: Gain = RegretGain(type="regret"),  # noqa: B008 (it is frozen)
 ) -> TrafficStage:
-    """Two rounds of 20 prompts, or one where the gateway takes no routers."""
+    """A router's stage with ``rounds`` rounds of 20 prompts, over the gateway."""
     config = GateConfig(
         span_tokens=1,
         ask_tokens=1,

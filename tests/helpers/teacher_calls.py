@@ -1,4 +1,4 @@
-"""Calls of the client of a teacher, and what is read of them."""
+"""Calls of a teacher's client, and readings of their results and metrics."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,11 +15,11 @@ from server.teacher.errors import TeacherError
 from server.vllm_api import SamplingParams
 from tests.helpers.fake_teacher import Answer, body, stream
 
-SHORT, LONG = STREAM_ABOVE, STREAM_ABOVE + 1  # spans that come as one body, as a stream
+SHORT, LONG = STREAM_ABOVE, STREAM_ABOVE + 1  # spans that come as one body, and as a stream
 EITHER = pytest.mark.parametrize("tokens", [SHORT, LONG], ids=["body", "stream"])
 VOCABULARY = 100
-PATIENCE, IMPATIENCE = 20.0, 0.2  # timeouts that must not, and must, pass
-CALL = ("request_id", "started", "deadline")  # what is said of a call, not asked of the teacher
+PATIENCE, IMPATIENCE = 20.0, 0.2  # timeouts that must not pass, and that must pass
+CALL = ("request_id", "started", "deadline")  # arguments that describe a call and are not sent in `Ask`
 
 
 def client(url: str, timeout: float = PATIENCE, failures: int = 3, **settings: Any) -> Teacher:
@@ -28,7 +28,7 @@ def client(url: str, timeout: float = PATIENCE, failures: int = 3, **settings: A
 
 
 def either(tokens: int, *replies: object) -> Answer:
-    """The replies as a stream, or the last one as a body, as the span's length asks for."""
+    """The replies as a stream, or the last one as a body, depending on the span's length."""
     return stream(*replies) if tokens > STREAM_ABOVE else body(replies[-1])
 
 

@@ -1,4 +1,4 @@
-"""Random models: with a vocabulary of 40 ids and its reserved rows, and with a tokenizer of its own."""
+"""Random models: with a vocabulary of 40 ids and reserved rows, and with a tokenizer of their own."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ RESERVED = ReservedRows(VISIBLE)
 
 
 class Words:
-    """As much of a tokenizer as `new_model` needs."""
+    """The part of a tokenizer that `new_model` needs."""
 
     eos_token_id = END
 
@@ -26,14 +26,14 @@ class Words:
 def model(seed: int, layers: int = 1) -> PreTrainedModel:
     shape = Shape(hidden=32, layers=layers, heads=1, feed_forward=32)
     made = new_model(shape, Words(), seed).eval().requires_grad_(False)
-    # Larger weights: random models that do not repeat one token for ever.
+    # With larger weights, random models do not repeat one token for ever.
     for p in made.parameters():
         p.data.mul_(4 if p.ndim == 2 else 1)
     return made
 
 
 def save_teacher_of_other_words(directory: Path) -> Path:
-    """A random model whose tokenizer has other merges and special tokens than the demo pair's."""
+    """Save a random model whose tokenizer has other merges and special tokens than the demo pair's."""
     tokenizer = byte_level([(ROOT / "LICENSE").read_text()], 600)  # a text that does not change
     made = new_model(Shape(hidden=32, layers=1, heads=1, feed_forward=32), tokenizer, seed=3)
     for name, weights in made.named_parameters():
@@ -47,5 +47,5 @@ def save_teacher_of_other_words(directory: Path) -> Path:
 
 
 def _not_ascii(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that a random model would make no text of."""
+    """Ids of tokens that are not ASCII, with which a random model writes no text."""
     return [token_id for token_id in range(len(tokenizer)) if not tokenizer.decode([token_id]).isascii()]

@@ -1,4 +1,4 @@
-"""What several unit tests share: a tokenizer whose ids are bytes, and a tiny router."""
+"""A tokenizer whose ids are bytes and a tiny router, which several unit tests share."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models
@@ -13,14 +13,14 @@ HIDDEN = 4
 
 
 def _byte_characters() -> list[str]:
-    """Character by which a byte-level tokenizer writes each byte (GPT-2's table)."""
+    """The character with which a byte-level tokenizer writes each byte (GPT-2's table)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level; the ids of a text are its UTF-8 bytes, 256 is the end of sequence."""
+    """A byte-level tokenizer: the ids of a text are its UTF-8 bytes, and 256 is the end of sequence."""
     vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
     fast = Tokenizer(models.BPE(vocabulary | {"<eos>": EOS}, merges=[]))
     fast.decoder = decoders.ByteLevel()
@@ -46,7 +46,7 @@ def tiny_router(reserved: ReservedRows) -> RouterCheckpoint:
 
 
 def tiny_router_of_two(reserved: ReservedRows) -> RouterCheckpoint:
-    """The same for two teachers: small is worth the logit of row 11, big (twice as dear) that of row 12."""
+    """A router for two teachers: small is worth the logit of row 11, big (twice as dear) that of row 12."""
     one = tiny_router(reserved)
     teachers = (
         TeacherOutput(name="small", cost=0.5, calibration=[(0.1, 1.5), (0.3, 0.5)]),
@@ -58,7 +58,7 @@ def tiny_router_of_two(reserved: ReservedRows) -> RouterCheckpoint:
 
 
 def _reading_taps(gate: LearnedGate) -> LearnedGate:
-    """Each output is a tap: silu(x) - silu(-x) = x, so two units carry a number through a layer unchanged."""
+    """Make each output a tap: silu(x) - silu(-x) = x, so two units carry a number through a layer."""
     for parameter in gate.parameters():
         parameter.data.zero_()
     first, second, last = gate.mlp[0], gate.mlp[2], gate.mlp[4]

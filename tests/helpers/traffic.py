@@ -1,8 +1,8 @@
 """Synthetic traffic in which some requests need the teacher more than others, and which shifts.
 
-At every position a span of the teacher would be worth something: little and often nothing where the request
-is easy, much where it is hard. The gate sees that worth through noise. Requests come and go; one step of the
-simulation is one token of each.
+At every position a span of the teacher has a worth: little and often nothing in an easy request, much in a
+hard one. The gate sees that worth through noise. Requests come and go. In one step of the simulation, each
+request gets one token.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ STEP_SECONDS = 0.05
 MEAN_LENGTH = 80
 NOISE = 0.3
 SHIFTS = (0.5, 0.1, 0.9, 0.3, 0.7, 0.05)
-"""Share of hard requests, in one part of the traffic after the other."""
+"""Share of hard requests in each part of the traffic, in order."""
 
 
 @dataclass
@@ -33,14 +33,14 @@ class Request:
     bucket: Bucket
     written: int = 0
     pause: int = 0
-    """Tokens until it may ask again."""
+    """Number of tokens until the request may ask again."""
     price: float = math.inf
-    """Stays as it is until the request asks: the gate is told once per segment."""
+    """Price of the segment. It stays until the request asks, as the gate gets one price per segment."""
 
 
 @dataclass
 class Traffic:
-    """Reproducible: the same seed brings the same requests, whatever is decided about them."""
+    """Synthetic traffic. The same seed brings the same requests, whatever is decided about them."""
 
     seed: int
     steps: int
@@ -48,7 +48,7 @@ class Traffic:
     shifts: Sequence[float] = SHIFTS
 
     def requests(self) -> Iterator[tuple[int, bool, int]]:
-        """(step of arrival, hard, length)"""
+        """(step of arrival, whether it is hard, length in tokens) of each request."""
         rng = random.Random(self.seed)
         arrivals = self.streams / MEAN_LENGTH
         for step in range(self.steps):
@@ -58,17 +58,17 @@ class Traffic:
 
 
 def worth(rng: random.Random, hard: bool) -> float:
-    """Of a teacher token here, e.g. in nats of regret."""
+    """Worth of a teacher token at a position, for example in nats of regret."""
     return rng.expovariate(1.0) * (1.0 if hard else 0.25)
 
 
 def score(rng: random.Random, value: float) -> float:
-    """What the gate makes of it."""
+    """The gate's score for a worth."""
     return value * math.exp(rng.gauss(0.0, NOISE))
 
 
 def calibrate(seed: int = 0, positions: int = 20_000, hard: float = 0.5, ask: int = SPAN) -> Calibration:
-    """Prices by rate on half easy, half hard traffic: asking at a share p gives p K / (p K + 1 - p)."""
+    """Prices by rate for traffic with a share ``hard``: asking at a share p gives p K / (p K + 1 - p)."""
     rng = random.Random(seed)
     scores = sorted((score(rng, worth(rng, rng.random() < hard)) for _ in range(positions)), reverse=True)
     points = []
@@ -81,16 +81,16 @@ def calibrate(seed: int = 0, positions: int = 20_000, hard: float = 0.5, ask: in
 
 @dataclass
 class Outcome:
-    """What became of a budget."""
+    """The result of a simulation under one budget."""
 
     student: int = 0
     teacher: int = 0
     value: float = 0.0
     refused: int = 0
     worst_excess: float = -math.inf
-    """Most by which the hard bound was exceeded at a reservation; at most 0."""
+    """Largest excess over the hard bound at a reservation; never above 0."""
     rates: list[float] = field(default_factory=list)
-    """Realised over the ledger's window, once a window has passed."""
+    """Realised rates over the ledger's window, after the first window."""
 
     @property
     def rate(self) -> float:
@@ -102,12 +102,12 @@ Price = Callable[[Request, PriceController, Sequence[Scope]], float]
 
 
 def first_come(request: Request, controller: PriceController, scopes: Sequence[Scope]) -> float:
-    """Every request spends its own budget as it sees fit, while there is any."""
+    """Every request spends its own budget by itself, first come, first served."""
     return controller.calibration.price(request.bucket.budget.fraction)
 
 
 def fixed_price(rate: float) -> Price:
-    """The calibrated price of the budget, never corrected."""
+    """A policy with the calibrated price of the budget, which is never corrected."""
 
     def price(request: Request, controller: PriceController, scopes: Sequence[Scope]) -> float:
         return controller.calibration.price(rate)
@@ -116,7 +116,7 @@ def fixed_price(rate: float) -> Price:
 
 
 def fixed_schedule(rate: float) -> Price:
-    """The same share for everybody: a span every N tokens."""
+    """A policy with the same share for every request: a span every N tokens."""
 
     def price(request: Request, controller: PriceController, scopes: Sequence[Scope]) -> float:
         due = request.bucket.spent + SPAN / 2 <= rate * (request.written + SPAN / 2)
@@ -126,7 +126,7 @@ def fixed_schedule(rate: float) -> Price:
 
 
 def controlled(request: Request, controller: PriceController, scopes: Sequence[Scope]) -> float:
-    """What this package does."""
+    """The policy of this project: a price by the controller."""
     policy = Policy(controller.calibration, MEAN_LENGTH)
     terms = policy.terms(request.bucket, request.written, request.length, ceiling=controller.rate(scopes))
     return terms.price
@@ -199,17 +199,17 @@ async def simulate(
 
 
 async def excess(ledger: MemoryLedger, scope: Scope) -> float:
-    """By how much the bound would be exceeded, were all that is reserved written."""
+    """Tokens above the bound if all reserved tokens were written; negative if there is room."""
     (status,) = await ledger.status([scope])
     held, limit = status.spent + status.reserved, scope.limit
     return held - limit.fraction * (status.student_tokens + held) - limit.slack_tokens
 
 
 def hindsight(traffic: Traffic, rate: float) -> float:
-    """The value of one price for all, known from the end: nobody can do better with this gate.
+    """The value with one price for all requests, chosen in hindsight: no policy does better with this gate.
 
-    At every position of the same requests the span is taken if its score is among the best; positions
-    inside a span are not looked at, as in the simulation.
+    At every position of the same requests, a span is taken if its score is among the best. Positions inside a
+    span are skipped, as in the simulation.
     """
     low, high = 0.0, 20.0
     value = 0.0

@@ -1,4 +1,4 @@
-"""Stands in for vLLM's app behind our fields, and for its client."""
+"""Stand-ins for vLLM's app, on which our middleware is put, and for its client."""
 
 import json
 from collections.abc import Awaitable, Callable, Iterable
@@ -17,7 +17,7 @@ COMPLETIONS = "/v1/completions"
 
 @dataclass
 class Upstream:
-    """Stands in for vLLM's app: notes what reaches it, and sends what it was told to."""
+    """A stand-in for vLLM's app: it notes the requests that reach it, and sends what a test sets."""
 
     status: int = 200
     content_type: str = "application/json"
@@ -43,7 +43,7 @@ class Upstream:
         if self.exchange is not None:
             self.exchange.reports = list(self.reports)
             self.before_start(self.exchange)
-        # ASGI's messages may leave out what has its default: an empty body, and no more of it.
+        # ASGI's messages may leave out fields with their defaults: an empty body, and no more of it.
         headers = [
             (b"content-type", self.content_type.encode()),
             (b"content-length", str(sum(map(len, self.chunks))).encode()),
@@ -87,7 +87,7 @@ async def post(
     headers: Iterable[tuple[str, str]] = (),
     more: dict[str, Any] | None = None,
 ) -> Answer | None:
-    """Sends a request through the middleware; the client leaves behind its body. None: no answer.
+    """Send a request through the middleware. The client disconnects after its body. None: no answer.
 
     ``more`` goes into the request's scope.
     """

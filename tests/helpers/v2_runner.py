@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 
 
 class Kernel:
-    """Called as Triton's: ``kernel[grid](...)``."""
+    """A function that is called as a kernel of Triton: ``kernel[grid](...)``."""
 
     def __init__(self, program: Callable[..., None]) -> None:
         self.program = program
@@ -43,7 +43,7 @@ def flatten_sampled(
 def count_tokens(
     slots: Tensor, ids: Tensor, _ids_stride: int, prompts: Tensor, ends: Tensor, *rest: Any, **_: Any
 ) -> None:
-    """Of `bincount`: packed bits of the prompt's tokens, counts of the others."""
+    """The kernel of `bincount`: packed bits of the prompt's tokens, and counts of the other tokens."""
     mask, _mask_stride, counts, _counts_stride = rest
     for slot in slots.tolist():
         for place in range(int(ends[slot])):
@@ -64,7 +64,7 @@ def mask_bad_words(
     _ends: int,
     *rest: Any,
 ) -> None:
-    """Of `apply_bad_words`, without drafts."""
+    """The kernel of `apply_bad_words`, without drafts."""
     counts, ids, _ids_stride, prompts, totals, *_ = rest
     for row, slot in enumerate(slots.tolist()):
         written = ids[slot, int(prompts[slot]) : int(totals[slot])].tolist()
@@ -102,7 +102,7 @@ def request_states(prompts: list[int], vocabulary: int) -> LogitsProcRequestStat
 
 
 def context(slots: list[int], pos: list[int]) -> LogitsContext:
-    """One step: every row's slot and position; rows of one slot are its drafts."""
+    """The context of one step: every row's slot and position. Several rows of one slot are its drafts."""
     requests = list(dict.fromkeys(slots))
     bounds = [max(p for s, p in zip(slots, pos, strict=True) if s == slot) + 1 for slot in requests]
     return LogitsContext(
@@ -117,7 +117,7 @@ def context(slots: list[int], pos: list[int]) -> LogitsContext:
 
 
 def sampler_with(processor: Any, slots: int) -> sampler.Sampler:
-    """vLLM's sampler as far as it prepares logits: one custom processor, no other parameters of requests."""
+    """The part of vLLM's sampler that prepares logits, with one custom processor and no other parameters."""
     bare = object.__new__(sampler.Sampler)
     bare.logits_processors = [processor]
     bare.needs_logits_processing = np.zeros(slots, dtype=bool)

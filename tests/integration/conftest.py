@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.integration)
             if item.get_closest_marker("timeout") is None:
-                item.add_marker(pytest.mark.timeout(1800))  # engines on a machine that is full
+                item.add_marker(pytest.mark.timeout(1800))  # engines are slow on a busy machine
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def stack(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
 
 @pytest.fixture(scope="session")
 def gateway(stack: Serving, pair: Pair) -> StartGateway:
-    """`gateway(directory, *flags)` starts one more gateway, for the teacher that is there: half of a pair."""
+    """`gateway(directory, *flags)` starts one more gateway for the teacher that runs already."""
 
     @contextmanager
     def start(directory: Path, *flags: str, router: Path = pair.router) -> Iterator[Serving]:
@@ -65,7 +65,7 @@ def gateway(stack: Serving, pair: Pair) -> StartGateway:
 
 @pytest.fixture(scope="session")
 def twins(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """Teacher = student, a gate that asks at random, and a teacher that takes token ids alone."""
+    """A pair in which teacher = student, the gate asks at random, and the teacher takes only token ids."""
     twin = Pair(teacher=pair.student, student=pair.student, router=pair.router)
     logs = tmp_path_factory.mktemp("twins")
     flags = (*UNHURRIED, "--gate", "random")

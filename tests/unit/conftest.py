@@ -1,4 +1,4 @@
-"""Fixtures of the unit tests. They import when used: the process that hands tests out loads no torch."""
+"""Fixtures of the unit tests. They import torch when used: the process that distributes tests needs none."""
 
 import asyncio
 import logging
@@ -26,21 +26,21 @@ settings.load_profile("unit")
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Tests marked `steady_time` get its loop, others Python's."""
+    """Tests marked `steady_time` get the steady loop, others get Python's loop."""
     steady = item.get_closest_marker("steady_time") is not None
     return {"loop": SteadyLoop if steady else asyncio.new_event_loop}
 
 
 @pytest.fixture(autouse=True)
 def _one_clock(request: pytest.FixtureRequest) -> None:
-    """In steady time, what asks the system for the time gets the loop's."""
+    """In steady time, code that asks the system for the time gets the loop's time."""
     if request.node.get_closest_marker("steady_time") is not None:
         request.getfixturevalue("monkeypatch").setattr(time, "monotonic", lambda: SteadyClock.now)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c_arrives() -> None:
-    """Also where a shell started the tests in the background: what it starts there ignores SIGINT."""
+    """Let SIGINT arrive even if a shell started the tests in the background, where processes ignore it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -55,10 +55,10 @@ def _a_worker_has_one_core() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_loggers_get_handlers() -> Iterator[None]:
-    """Pytest adds its handlers, six times a test, to each logger that passes nothing on.
+    """Six times a test, pytest adds its handlers to each logger that does not propagate.
 
-    Torch has 80 of these: here they pass on what they log, as others do. The rest are looked for once, not
-    among a thousand loggers each time.
+    Torch has 80 such loggers: here they propagate, as others do. The others are searched for once, not among
+    a thousand loggers each time.
     """
     loggers = [each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)]
     for logger in loggers:
@@ -84,7 +84,7 @@ def _few_loggers_get_handlers() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _lines_of_every_logger_arrive() -> None:
-    """Undo what an earlier test did to logging, or a library that it imported: one sets the root to ERROR."""
+    """Undo changes to logging by an earlier test, or by a library: one sets the root logger to ERROR."""
     if logging.root.manager.disable != logging.NOTSET:
         logging.disable(logging.NOTSET)
     set_level(logging.getLogger(), logging.WARNING)
@@ -97,7 +97,7 @@ def _lines_of_every_logger_arrive() -> None:
 
 
 def set_level(logger: logging.Logger, level: int) -> None:
-    """Only if it is another: a new level makes thousands of loggers forget what they knew of theirs."""
+    """Set a logger's level only if it changes: a new level clears the caches of thousands of loggers."""
     if logger.level != level:
         logger.setLevel(level)
 
@@ -111,7 +111,7 @@ def tokenizer() -> "PreTrainedTokenizerFast":
 
 @pytest.fixture
 def reserved() -> ReservedRows:
-    """Ten visible tokens, the escalation token 10, the taps 11 to 13."""
+    """Reserved rows after ten visible tokens: the escalation token is 10, the taps are 11 to 13."""
     return ReservedRows(start=10, count=4)
 
 
