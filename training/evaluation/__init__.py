@@ -1,1 +1,1 @@
-"""Quality against realised teacher rate, compared with the baselines."""
+"""Measures quality against realised teacher rate, and compares it with baselines."""

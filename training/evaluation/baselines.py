@@ -1,4 +1,4 @@
-"""Baselines that are not gates: whole requests to the teacher, chosen by the student's own answer."""
+"""Baselines that are not gates: they send whole requests to the teacher, chosen by the student's answer."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,13 +12,13 @@ from training.gating.tree import Tree
 def query_level(
     alone: Sequence[Rollout], taught: Sequence[Rollout], worth: Tensor, shares: Iterable[float]
 ) -> list[list[Rollout]]:
-    """For each share of the requests the completions if those of most worth go to the teacher.
+    """The completions for each share of requests to send to the teacher, those of largest worth first.
 
     Args:
-        alone: by the student alone.
-        taught: by the teacher alone.
-        worth: (requests,) of asking.
-        shares: of the requests.
+        alone: the completions by the student alone.
+        taught: the completions by the teacher alone.
+        worth: (requests,), worth of sending each request to the teacher.
+        shares: shares of the requests to send.
     """
     order = worth.argsort(descending=True).tolist()
     mixed = []
@@ -31,9 +31,9 @@ def query_level(
 
 
 def hesitation(tree: Tree, alone: Sequence[Rollout]) -> Tensor:
-    """Mean entropy of the student's own completions, nats: (requests,).
+    """(requests,) mean entropy of the student over its own completions, in nats.
 
-    A router of whole requests that looks at prompts only knows less.
+    A real query-level router knows less, because it sees only the prompts.
     """
     scores = tree.scores("entropy")
     means = []

@@ -1,4 +1,4 @@
-"""A running gateway, measured as its users see it: held-out sources through OpenAI's own client."""
+"""Measures a running gateway as its users see it: test sources are sent through OpenAI's own client."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,44 +15,45 @@ from training.gating.tree import Setting
 from training.tasks import Task
 
 BUDGETS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+"""Fractions to measure unless others are given."""
 
 
 class Replies(Protocol):
-    """What is measured: replies at a budget."""
+    """A gateway that can be measured."""
 
     def replies(self, sources: Sequence[Source], budget: float) -> list[GatewayReply]:
-        """Greedy, in the order of the sources."""
+        """Greedy replies at a budget, in the order of the sources."""
 
 
 @dataclass(frozen=True)
 class MeasuredGateway:
-    """A gateway at several budgets."""
+    """The measurements of a gateway at several budgets."""
 
     student: float
     """Quality at budget 0."""
     teacher: float
     """Quality at budget 1."""
     rows: list[Row]
-    """Of all budgets: see `training.evaluation.scoring.Point`, with `pgr`, `settled_rate` and `degraded`.
+    """A row for each budget: a `training.evaluation.scoring.Point` with `pgr`, `settled_rate` and `degraded`.
 
-    `settled_rate` is the teacher rate of the requests after the first third, in which a gate without a
+    `settled_rate` is the teacher rate without the first third of the requests, in which a gate without a
     calibration learns its price. `degraded` is the number of requests that lost their teacher.
     """
     completions: list[list[Rollout]]
-    """Of each row."""
+    """The completions of each row."""
 
 
 def measure(
     gateway: Replies, task: Task, examples: list[Example], budgets: Sequence[float], span_tokens: int
 ) -> MeasuredGateway:
-    """Rows at these budgets and at 0 and 1.
+    """Measure a gateway at these budgets, and also at 0 and 1.
 
     Args:
-        gateway: what is measured.
-        task: scores the replies.
-        examples: of the task.
+        gateway: the gateway to measure.
+        task: the task that scores the replies.
+        examples: the examples to send.
         budgets: fractions of a completion's tokens.
-        span_tokens: what the gateway's bucket lends, for `excess`.
+        span_tokens: the span that the gateway's bucket lends, for `excess`.
 
     Raises:
         GatewayError: the gateway cannot be measured.
@@ -68,7 +69,7 @@ def measure(
         measured = point(
             completions[-1],
             [reply.prompt_tokens for reply in replies],
-            Setting("gateway", 0.0, budget, span_tokens),  # its price is its own
+            Setting("gateway", 0.0, budget, span_tokens),  # the gateway has its own price, so 0 stands for it
             task.quality(examples, answers, scores.quality),
             sum(scores.similarity) / len(examples),
         )
@@ -85,6 +86,6 @@ def measure(
 
 
 def completion_of(reply: GatewayReply) -> Rollout:
-    """The reply, as completions in process are counted."""
+    """The reply as a `Rollout`, to count it like a completion in process."""
     starts = [start for start, _ in reply.spans]
     return Rollout(reply.token_ids, reply.by_teacher, starts)

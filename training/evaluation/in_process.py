@@ -1,4 +1,4 @@
-"""A pair in process: quality against realised teacher rate for every gate, oracle and baseline."""
+"""Measures a pair in process: quality against realised teacher rate of every gate, oracle and baseline."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -60,19 +60,20 @@ SHARES = (
     0.98,
     0.99,
 )
-"""Of positions below the prices of a curve."""
+"""Shares of positions whose scores are below the prices of a curve."""
 
 QUERY_SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
+"""Shares of requests that the query-level baselines send to the teacher."""
 
 
 class Evaluation:
-    """A pair over some examples.
+    """The evaluation of a pair on some examples.
 
     Args:
         pair: directory of teacher, student and router.
-        task: scores the completions.
-        examples: of the task; those that are too long are left out.
-        max_tokens: longest completion.
+        task: the task that scores the completions.
+        examples: examples of the task; those that are too long are left out.
+        max_tokens: longest completion, in tokens.
         others: directories of further routers for the same student, by name.
     """
 
@@ -117,7 +118,7 @@ class Evaluation:
         self.teacher = self.scorer(self.taught).quality
 
     def row(self, completions: Sequence[Rollout], setting: Setting) -> Row:
-        """What a setting's completions come to."""
+        """The row of a setting: the scores and counts of its completions."""
         measured = point(completions, self.tree.prompt_tokens, setting, *self.scorer(completions))
         row = asdict(measured) | {"pgr": recovered(measured.quality, self.student, self.teacher)}
         if self.router.outputs:
@@ -125,19 +126,19 @@ class Evaluation:
         return row
 
     def rows(self, settings: Sequence[Setting]) -> list[Row]:
-        """A row for each setting, of prompts without a budget in words."""
+        """A row for each setting, from prompts without a budget in words."""
         return list(map(self.row, self.tree.run(settings), settings))
 
     def prompted(self, budget: float, setting: Setting) -> Row:
-        """The trained gate's row at this budget, in words if budgets are prompted."""
+        """The row of a setting, from prompts with this budget in words if the router needs words."""
         return self.row(self.trees(budget).run([setting])[0], setting)
 
     def curve(self, name: str, span: int) -> list[Row]:
-        """PGR at rising rates, without a bucket.
+        """A method's rows in order of the realised rate, at several prices without a bucket.
 
         Args:
-            name: of a gate, an oracle or PERIODIC.
-            span: tokens of a call.
+            name: name of a gate or an oracle, or PERIODIC.
+            span: number of tokens in a call.
         """
         if name == LEARNED and self.router.config.budget_prompt is not None:
             return self.prompted_curve(span)
@@ -147,7 +148,10 @@ class Evaluation:
         return sorted(self.rows(settings), key=lambda row: row["rate"])
 
     def prompted_curve(self, span: int) -> list[Row]:
-        """A point for each calibrated budget, in words, at the price that its share of positions exceeds."""
+        """The learned gate's curve with budgets in words: a row for each calibrated budget.
+
+        At each budget, the price is the quantile that a share of the scores equal to the budget exceeds.
+        """
         rows = []
         for budget, _ in self.router.config.calibration[LEARNED]:
             price = torch.quantile(self.trees(budget).scores(LEARNED).double(), 1 - budget).item()
@@ -155,13 +159,13 @@ class Evaluation:
         return sorted(rows, key=lambda row: row["rate"])
 
     def query_level(self, worth: torch.Tensor) -> list[Row]:
-        """Whole requests to the teacher, those of most worth (requests,) first."""
+        """Rows of a query-level baseline, which sends the requests of largest `worth` (requests,) first."""
         mixed = query_level(self.alone, self.taught, worth, QUERY_SHARES)
-        # The teacher writes these completions whole: a fraction of 1, and no price.
+        # The teacher writes these completions as a whole, so the fraction is 1, and there is no price.
         return [self.row(run, Setting("query", 0.0, 1.0, 1)) for run in mixed]
 
     def curves(self, spans: Sequence[int]) -> dict[str, list[Row]]:
-        """A curve for every method, those with other calls than the router's last."""
+        """A curve for every method: first with the router's calls, then with calls of other lengths."""
         ask = self.spans[1]
         curves = self._gate_curves(ask, "")
         curves["query"] = self.query_level(hesitation(self.tree, self.alone))
@@ -181,7 +185,7 @@ class Evaluation:
         return curves
 
     def budgets(self) -> dict[str, list[Row]]:
-        """Rows of each calibrated gate, under the buckets of `BUDGETS`."""
+        """The rows of each calibrated gate, under the buckets of `BUDGETS`."""
         rows = {}
         for name in self.router.config.calibration:
             prices = self.router.calibration(name)
@@ -206,13 +210,13 @@ class Evaluation:
         return rows
 
     def at_budgets(self, settings: Sequence[Setting]) -> list[Row]:
-        """A row for each setting, its budget in words if budgets are prompted."""
+        """A row for each setting, from prompts with its budget in words if the router needs words."""
         if self.router.config.budget_prompt is None:
             return self.rows(settings)
         return [self.prompted(setting.fraction, setting) for setting in settings]
 
     def served_qualities(self, budgets: Sequence[float]) -> Tensor:
-        """(examples,) quality under the bucket at calibrated prices, mean over these budgets."""
+        """(examples,) quality under the bucket at calibrated prices, as the mean over these budgets."""
         prices = self.router.calibration()
         qualities = []
         for budget in budgets:
@@ -227,21 +231,21 @@ class Evaluation:
 
 
 def kl(positions: Positions) -> Tensor:
-    """The score of an oracle: (N,) KL(student, teacher)."""
+    """Scores (N,) of the oracle that knows the teacher's distribution: KL(student, teacher), in nats."""
     return positions.kl
 
 
 def spans_of(router: RouterCheckpoint) -> tuple[int, int]:
-    """(span_tokens, ask_tokens) that it was trained for."""
+    """(span_tokens, ask_tokens) that a router was trained for."""
     config = router.config
     return config.span_tokens, config.ask_tokens or config.span_tokens
 
 
 def further_router(directory: Path, student: Path) -> RouterCheckpoint:
-    """Another router of the same student.
+    """Load another router of the same student.
 
     Raises:
-        CheckpointError: it is for another student or several teachers, or its budgets are prompted.
+        CheckpointError: the router is for another student or several teachers, or it needs budgets in words.
     """
     checkpoint = RouterCheckpoint.load(directory)
     checkpoint.check_student(student)
@@ -257,7 +261,7 @@ def further_router(directory: Path, student: Path) -> RouterCheckpoint:
 
 
 def gate_of(router: RouterCheckpoint, student: PreTrainedModel) -> Callable[[Positions], Tensor]:
-    """The scores of its learned gate, whose taps need not be in the student."""
+    """A function that scores positions with a router's learned gate; its taps need not be in the student."""
     head = Head.of(student, router)
     return lambda positions: head.scores(positions.states)
 
@@ -270,14 +274,14 @@ def evaluate_pair(
     max_tokens: int,
     others: dict[str, Path] | None = None,
 ) -> QualityReport:
-    """Curves and budgets of all methods.
+    """Measure curves and budgets of all methods.
 
     Args:
         pair: directory of teacher, student and router.
-        task: scores the completions.
-        examples: of the task.
-        spans: tokens of the curves' calls, besides the router's own; None: no curves.
-        max_tokens: longest completion.
+        task: the task that scores the completions.
+        examples: examples of the task.
+        spans: lengths of the curves' calls in tokens, in addition to the router's own; None: no curves.
+        max_tokens: longest completion, in tokens.
         others: directories of further routers, by name.
     """
     evaluation = Evaluation(pair, task, examples, max_tokens, others or {})

@@ -1,4 +1,4 @@
-"""The report of `wheels evaluate` as plots."""
+"""Plots of the report of `wheels evaluate`."""
 
 from pathlib import Path
 
@@ -27,11 +27,11 @@ SHOWN = {
     "oracle_kl": "knowing the teacher's distribution",
     GATEWAY: "gateway, measured",
 }
-"""Names of methods for people, in the legend's order; a further router has its own."""
+"""Titles of the methods, in the legend's order; a further router keeps its own name."""
 
 
 def plot(report: QualityReport, directory: Path) -> None:
-    """Draw `quality.png`, `calibration.png` and `where.png`."""
+    """Draw `quality.png`, `calibration.png` and `where.png` in the directory."""
     import matplotlib
 
     matplotlib.use("Agg")

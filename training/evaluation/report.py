@@ -1,4 +1,4 @@
-"""What `wheels evaluate` found: quality against realised teacher rate by method, as JSON and a table."""
+"""The report of `wheels evaluate`: quality against realised teacher rate by method, as JSON and a table."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -15,8 +15,10 @@ from training.gating.rollout import Rollout
 from training.gating.tree import PERIODIC
 
 BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)
+"""Fractions that calibrated gates are measured at."""
 BINS = 10
 SPENT = "learned, aim: rate"
+"""Name of the learned gate with its spare prices, which aim at the rate."""
 GATEWAY = "gateway"
 METHODS = (LEARNED, *CONFIDENCE_GATES, "oracle", "oracle_kl", PERIODIC, "query", "query_oracle", GATEWAY)
 """Names that no further router can have."""
@@ -27,37 +29,38 @@ COSTS = {"calls": "teacher calls", "runs": "runs of calls", "positions": "teache
 
 @dataclass(frozen=True)
 class QualityReport:
-    """How well the methods of asking use the teacher.
+    """How well each method of asking uses the teacher.
 
-    A gateway that was measured is a method of its own, `gateway`, under the bucket in `curves` too. Its PGR
-    is of the gap between its own budgets 0 and 1. Alone, it is what all the rest is of.
+    A measured gateway is a method of its own, `gateway`. Its rows are under the bucket, in `curves` too. Its
+    PGR refers to the gap between its own budgets 0 and 1. In a report of a gateway alone, all fields are of
+    the gateway.
     """
 
     student: float
-    """Its quality alone."""
+    """Quality of the student alone."""
     teacher: float
-    """Its quality alone."""
+    """Quality of the teacher alone."""
     curves: dict[str, list[Row]]
-    """Per method, PGR at realised rates without a bucket; empty if they were not measured.
+    """By method, rows at several realised rates without a bucket; empty if curves were not measured.
 
-    Calls have the router's ask_tokens; those of a method with `@K` have K.
+    Calls have the router's `ask_tokens`, or K tokens if the method's name ends with `@K`.
     """
     area: dict[str, float]
-    """Below each curve."""
+    """Area below each curve of PGR over the rate."""
     calibration_mae: float
-    """Mean |realised - requested| rate of the learned gate if it aims at the rate."""
+    """Mean |realised - requested| rate of the learned gate when it aims at the rate."""
     budgets: dict[str, list[Row]]
-    """Gates under the bucket, at their calibrated prices."""
+    """By gate, rows under the bucket at calibrated prices."""
     asked: list[float]
     """Share of the learned gate's calls (budget 0.1) in each tenth of the completion."""
 
     def to_json(self) -> str:
-        """All fields, as one object."""
+        """All fields, as one JSON object."""
         return json.dumps(asdict(self))
 
 
 def gateway_report(measured: MeasuredGateway) -> QualityReport:
-    """Of a gateway alone."""
+    """The report of a gateway alone."""
     between = [row for row in measured.rows if 0 < row["budget"] < 1]
     example = min(range(len(measured.rows)), key=lambda i: abs(measured.rows[i]["budget"] - 0.1))
     return QualityReport(
@@ -72,7 +75,7 @@ def gateway_report(measured: MeasuredGateway) -> QualityReport:
 
 
 def joined(report: QualityReport, gateway: QualityReport) -> QualityReport:
-    """What was computed in process, and the gateway's rows."""
+    """The report of a pair in process, with the gateway's rows added."""
     return replace(
         report,
         curves=report.curves | gateway.curves,
@@ -82,28 +85,28 @@ def joined(report: QualityReport, gateway: QualityReport) -> QualityReport:
 
 
 def column(rows: Sequence[Row], name: str) -> list[float]:
-    """One number of every row."""
+    """The value of this name in every row."""
     return [row[name] for row in rows]
 
 
 def rate_and_pgr(rows: Sequence[Row]) -> list[tuple[float, float]]:
-    """The points of a curve."""
+    """The (rate, PGR) points of a curve."""
     return list(zip(column(rows, "rate"), column(rows, "pgr"), strict=True))
 
 
 def missed(row: Row) -> float:
-    """How far the realised rate is from the budget."""
+    """Absolute difference between a row's realised rate and its budget."""
     return abs(row["rate"] - row["budget"])
 
 
 def anchored(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points at rising rates between (0, 0) and (1, 1)."""
+    """The points in order of the rate, with the ends (0, 0) and (1, 1) added."""
     inner = [point for point in points if 0 < point[0] < 1]
     return [(0.0, 0.0), *sorted(inner), (1.0, 1.0)]
 
 
 def area(points: Sequence[tuple[float, float]]) -> float:
-    """Area below PGR over the rate in [0, 1], trapezoids, ends anchored at (0, 0) and (1, 1)."""
+    """Area below PGR over rates in [0, 1], by trapezoids, with ends anchored at (0, 0) and (1, 1)."""
     total = 0.0
     for (rate, pgr), (next_rate, next_pgr) in pairwise(anchored(points)):
         total += (next_rate - rate) * (pgr + next_pgr) / 2
@@ -120,13 +123,13 @@ def where_asked(completions: Sequence[Rollout]) -> list[float]:
 
 
 def at_rate(rows: Sequence[Row], rate: float) -> float:
-    """PGR at a realised rate: linear between the points of a curve, ends anchored at (0, 0) and (1, 1)."""
+    """PGR at a realised rate, linear between a curve's points, with ends anchored at (0, 0) and (1, 1)."""
     rates, values = zip(*anchored(rate_and_pgr(rows)), strict=True)
     return float(np.interp(rate, rates, values))
 
 
 def table(report: QualityReport) -> str:
-    """The report, to read."""
+    """The report as text for people to read."""
     lines = [f"student {report.student:.4f}, teacher {report.teacher:.4f}"]
     if LEARNED in report.budgets:
         lines += ["", *_in_process(report)]

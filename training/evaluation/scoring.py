@@ -1,4 +1,4 @@
-"""Quality against realised teacher rate, in process."""
+"""Scores and counts of a set of completions: quality, teacher rate, calls and costs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,34 +10,37 @@ from training.gating.rollout import Rollout
 from training.gating.tree import Setting
 
 Row = dict[str, float]
-"""A `Point` and what is computed of it, by name."""
+"""The fields of a `Point`, and values computed from them, by name."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting over a set of examples."""
+    """The scores and counts of one setting over a set of examples."""
 
     budget: float
-    """The fraction that the requests have."""
+    """Fraction of the requests' budget."""
     price: float
     rate: float
-    """Realised."""
+    """Realised teacher rate."""
     quality: float
-    """In [0, 1]."""
+    """Quality of the whole set, in [0, 1]."""
     similarity: float
-    """In [0, 1]."""
+    """Mean edit similarity, in [0, 1]."""
     calls: float
-    """Of the teacher, per request."""
+    """Teacher calls per request."""
     runs: float
-    """Of calls that follow each other without a token between, per request."""
+    """Runs of teacher calls without a student token between them, per request."""
     positions: float
-    """That the teacher processes per request, catching up included, its cache kept between calls."""
-    tokens: float
-    """Mean completion length."""
-    excess: float
-    """How many tokens the worst prefix of a completion is above its bound fraction * length + span.
+    """Positions that the teacher processes per request, if it keeps its cache between calls.
 
-    Never above 0.
+    They include all tokens that it reads to catch up with the student.
+    """
+    tokens: float
+    """Mean length of the completions, in tokens."""
+    excess: float
+    """Teacher tokens above the bound fraction * length + span, in the worst prefix of any completion.
+
+    It must not be above 0.
     """
 
 
@@ -48,7 +51,15 @@ def point(
     quality: float,
     similarity: float,
 ) -> Point:
-    """Counts and scores of a setting's completions."""
+    """The scores and counts of a setting's completions.
+
+    Args:
+        completions: the completion of each example.
+        prompt_tokens: number of tokens in each prompt, as the teacher reads it.
+        setting: the terms of the completions.
+        quality: quality of the whole set.
+        similarity: mean edit similarity.
+    """
     count = len(completions)
     calls = 0
     runs = 0
@@ -75,11 +86,11 @@ def point(
 
 
 def relative_cost(completions: Sequence[Rollout], costs: Sequence[float]) -> float:
-    """What teachers wrote per token of the completions, in tokens of the dearest one.
+    """Cost of all teachers' tokens per completion token, in tokens of the dearest teacher.
 
     Args:
-        completions: of a setting.
-        costs: of each teacher's token, from the cheapest to the dearest.
+        completions: the completions of a setting.
+        costs: cost of each teacher's token, from the cheapest to the dearest.
     """
     spent = 0.0
     tokens = 0
@@ -91,7 +102,7 @@ def relative_cost(completions: Sequence[Rollout], costs: Sequence[float]) -> flo
 
 
 def teacher_positions(completion: Rollout, prompt_tokens: int) -> int:
-    """Prompt and all that was written up to the last teacher token; 0 for one that never asked."""
+    """Number of positions that the teacher processes: all before its last token; 0 if it was never asked."""
     if True not in completion.by_teacher:
         return 0
     after_last = completion.by_teacher[::-1].index(True)

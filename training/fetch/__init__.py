@@ -1,1 +1,1 @@
-"""`wheels fetch`: data sets that anybody can make anew from public sources."""
+"""`wheels fetch`: makes data sets from public sources, so that anybody can make them again."""

@@ -1,4 +1,4 @@
-"""Debian's package index, through apt: its own sources and keys, in a folder of ours, so without root."""
+"""Reads Debian's package index through apt, with apt's sources and keys, in a folder that needs no root."""
 
 import shutil
 import subprocess
@@ -11,15 +11,15 @@ from typing import NamedTuple
 from router.errors import UnusableInput
 
 SECONDS = 900
-"""For the download of the index, 16 MB."""
+"""Longest time for the download of the index, which has 16 MB."""
 ORIGIN = "Debian"
 COMPONENT = "main"
-"""Free packages alone."""
+"""Component with free packages only."""
 TARGETS = "$(CREATED_BY)\t$(ORIGIN)\t$(COMPONENT)\t$(CODENAME)\t$(FILENAME)"
 
 
 class FetchError(UnusableInput):
-    """Data cannot be fetched; the message is one line and names what is missing."""
+    """Data cannot be fetched; the message is one line and names the problem."""
 
 
 class Package(NamedTuple):
@@ -27,27 +27,29 @@ class Package(NamedTuple):
 
     name: str
     source: str
-    """The source package that it is built from."""
+    """Name of the source package that it is built from."""
     synopsis: str
-    """One line."""
+    """Its short description, of one line."""
     description: str
-    """As it is written, line by line."""
+    """Its long description, with the line breaks of the index."""
 
 
 class IndexFiles(NamedTuple):
-    """Where apt keeps the index of one release."""
+    """The files in which apt keeps the index of one release."""
 
     release: str
+    """Codename of the release."""
     packages: Path
+    """File of the packages."""
     translation: Path
-    """English descriptions."""
+    """File of the English descriptions."""
 
 
 def debian_packages() -> list[Package]:
-    """Every package of this machine's Debian and architecture; of several releases the first one's.
+    """All packages of this machine's Debian and architecture, each from the first release that has it.
 
     Raises:
-        FetchError: there is no apt, its sources name no Debian, or the download fails.
+        FetchError: apt is not installed, its sources name no Debian, or the download fails.
     """
     if shutil.which("apt-get") is None:
         raise FetchError("apt-get is not installed; it is needed to read Debian's package index")
@@ -63,7 +65,7 @@ def debian_packages() -> list[Package]:
 
 @contextmanager
 def updated_index() -> Iterator[list[IndexFiles]]:
-    """The files of a fresh index, by release; they are gone afterwards."""
+    """The files of a fresh index, for each release; they are deleted after the block."""
     with tempfile.TemporaryDirectory(prefix="wheels-apt-") as scratch:
         for folder in ("lists/partial", "cache/archives/partial"):
             (Path(scratch) / folder).mkdir(parents=True)
@@ -79,7 +81,7 @@ def updated_index() -> Iterator[list[IndexFiles]]:
 
 
 def index_files(targets: str) -> list[IndexFiles]:
-    """The index of every release of Debian, by name, from the table that apt-get prints in `TARGETS`."""
+    """The index files of every release, by name, from the table that apt-get prints in format `TARGETS`."""
     files: dict[tuple[str, str], dict[str, Path]] = {}
     for line in targets.splitlines():
         kind, origin, component, release, file = line.split("\t")
@@ -93,7 +95,7 @@ def index_files(targets: str) -> list[IndexFiles]:
 
 
 def read_packages(files: IndexFiles) -> Iterator[Package]:
-    """Every package of one release that has an English description."""
+    """All packages of one release that have an English description."""
     sources: dict[str, str] = {}
     for fields in paragraphs(files.packages):
         name = fields["Package"]
@@ -106,7 +108,7 @@ def read_packages(files: IndexFiles) -> Iterator[Package]:
 
 
 def paragraphs(file: Path) -> Iterator[dict[str, str]]:
-    """The fields of each paragraph of a file in Debian's control format; further lines keep their breaks."""
+    """The fields of each paragraph in a file of Debian's control format; values keep their line breaks."""
     fields: dict[str, str] = {}
     name = ""
     with file.open(encoding="utf-8") as lines:
@@ -125,7 +127,7 @@ def paragraphs(file: Path) -> Iterator[dict[str, str]]:
 
 
 def _apt(options: list[str], *arguments: str) -> str:
-    """What apt-get prints. Raises FetchError with its last complaint."""
+    """Run apt-get, and return what it prints. Raises FetchError with its last error line if it fails."""
     command = ["apt-get", "--quiet"]
     for option in options:
         command += ["-o", option]

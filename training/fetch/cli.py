@@ -1,4 +1,4 @@
-"""`wheels fetch DATASET DIRECTORY`: write `{train,valid,test}.jsonl`, as the task `jsonl` reads them."""
+"""`wheels fetch DATASET DIRECTORY`: writes `{train,valid,test}.jsonl` for the task `jsonl`."""
 
 import argparse
 import json
@@ -12,11 +12,12 @@ from training.fetch.synopses import ABOUT, SynopsisSplits, synopses
 
 
 class Dataset(NamedTuple):
-    """A data set by its name."""
+    """A data set that can be fetched."""
 
     fetch: Callable[[], SynopsisSplits]
+    """Fetches the examples of all splits."""
     about: str
-    """Where it comes from, its rules, and its licence; written next to it."""
+    """Its source, its rules and its licence, written to a file next to the data."""
 
 
 DATASETS = {"synopses": Dataset(lambda: synopses(debian_packages()), ABOUT)}
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
     """Run `wheels fetch`.
 
     Raises:
-        FetchError: the data cannot be had, or the directory exists.
+        FetchError: the data cannot be fetched, or the directory exists.
     """
     arguments = fetch_parser().parse_args(argv)
     directory: Path = arguments.directory
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
 
 
 def fetch_parser() -> argparse.ArgumentParser:
-    """Arguments of `wheels fetch`."""
+    """The parser of the arguments of `wheels fetch`."""
     parser = argparse.ArgumentParser("wheels fetch", description="Create a data set from a public source.")
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument(
@@ -51,7 +52,7 @@ def fetch_parser() -> argparse.ArgumentParser:
 
 
 def write(splits: SynopsisSplits, about: str, directory: Path) -> None:
-    """All files at once."""
+    """Write the files of a data set to a directory, which appears all at once."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
         finished = Path(scratch) / "finished"

@@ -1,4 +1,4 @@
-"""`synopses`: the description of a Debian package, and the one line that sums it up; people wrote both."""
+"""The data set `synopses`: descriptions of Debian packages, and the synopsis of each; people wrote both."""
 
 import hashlib
 import re
@@ -8,14 +8,15 @@ from typing import NamedTuple
 from training.fetch.apt import Package
 
 LEFT_OUT = re.compile(r"-(dev|doc|data|common|dbg)$")
-"""Names of packages that say nothing of their own."""
+"""Names of packages to leave out, because their descriptions repeat that of another package."""
 DESCRIPTION = range(120, 1201)
-"""Lengths, in characters."""
+"""Lengths of a description, in characters."""
 SYNOPSIS = range(20, 81)
+"""Lengths of a synopsis, in characters."""
 BEGINNING = 80
-"""Descriptions that begin alike are of one family."""
+"""Number of first characters by which two descriptions count as the same."""
 HELD_OUT = 1000
-"""Examples to validate on, and as many to test on."""
+"""Number of validation examples, and of test examples."""
 ABOUT = """The description of a Debian package, and its synopsis of one line; people wrote both.
 
 From the package index of Debian, read through apt. One package of each source package, none of -dev, -doc,
@@ -28,7 +29,7 @@ The texts are under the licences of their packages, which are all free.
 
 
 class Synopsis(NamedTuple):
-    """An example: what is read, and what is to be written."""
+    """An example: a description as its source, and the synopsis as its target."""
 
     source: str
     target: str
@@ -52,7 +53,7 @@ def synopses(packages: Iterable[Package]) -> SynopsisSplits:
 
 
 def distinct(packages: Iterable[Package]) -> Iterator[Package]:
-    """One package of each source package, without texts that came before."""
+    """One package of each source package, without texts that an earlier package has."""
     sources: set[str] = set()
     texts: set[str] = set()
     for package in packages:
@@ -70,7 +71,7 @@ def distinct(packages: Iterable[Package]) -> Iterator[Package]:
 
 
 def joined(description: str) -> str:
-    """In one line; a dot alone is Debian's empty line."""
+    """The description in one line; a line with only a dot is Debian's empty line."""
     words = []
     for line in description.splitlines():
         if line.strip() != ".":

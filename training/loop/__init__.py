@@ -1,1 +1,1 @@
-"""The training loop, on one process or many: steps, checkpoints, validation, progress."""
+"""The training loop, in one process or many: steps, checkpoints, validation, progress."""

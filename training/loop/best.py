@@ -11,11 +11,12 @@ from training.method_config import Schedule
 
 
 class Best:
-    """Follows `valid_quality`, and `valid_similarity` among equals.
+    """The best validation so far, by `valid_quality`, and by `valid_similarity` if that is equal.
 
     Args:
-        directory: of the run; the best weights lie there as `best-STEP.pt`.
-        state: what `state` gave when the run was interrupted; empty at its start.
+        directory: directory of the run; the best weights are kept there as `best-STEP.pt`.
+        schedule: says whether to keep the best weights, and when to end the run.
+        state: result of `state` when the run was interrupted; empty at the start of a run.
     """
 
     def __init__(self, directory: Path, schedule: Schedule, state: dict[str, Any]) -> None:
@@ -27,16 +28,16 @@ class Best:
         self._misses: int = state.get("misses", 0)
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """The state to keep in the checkpoint."""
         return {"step": self.step, "score": self._score, "misses": self._misses}
 
     @property
     def exhausted(self) -> bool:
-        """Whether as many validations as `patience` have passed without a better one."""
+        """Whether `patience` validations have passed without a better one."""
         return 0 < self._patience <= self._misses
 
     def note(self, step: int, metrics: dict[str, float], model: PreTrainedModel) -> None:
-        """One validation."""
+        """Take note of a validation; if it is the best so far, keep the model's weights."""
         score = [metrics["valid_quality"], metrics["valid_similarity"]]
         if self._score and score <= self._score:
             self._misses += 1
@@ -48,14 +49,14 @@ class Best:
             save_weights(self._file(step), model)
 
     def tidy(self) -> None:
-        """Delete older weights, once a checkpoint names the new ones."""
+        """Delete older weights; call it after a checkpoint that names the new ones."""
         if parallel.is_first():
             for file in self._directory.glob("best-*.pt"):
                 if file != self._file(self.step):
                     file.unlink()
 
     def load_into(self, model: PreTrainedModel) -> bool:
-        """Give the model the best weights. False if the last ones are to be kept."""
+        """Load the best weights into the model. Returns False if the model keeps its last weights."""
         if not self._keep or self.step == 0:
             return False
         load_weights(self._file(self.step), model)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: one file, the same whatever the number of processes."""
+"""Checkpoints of a run: one file, which does not depend on the number of processes."""
 
 import os
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ RESTORED = StateDictOptions(full_state_dict=True, strict=False)  # frozen parame
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds besides weights and optimizers."""
+    """The values of a checkpoint other than weights and optimizer states."""
 
     step: int
-    """To go on from; 0 without a checkpoint."""
+    """Number of steps that are done; 0 without a checkpoint."""
     best: dict[str, Any]
-    """State of `training.loop.best.Best`; empty without one."""
+    """State of `training.loop.best.Best`; empty without a checkpoint."""
 
 
 def save(
@@ -40,15 +40,15 @@ def save(
     best: dict[str, Any] | None = None,
     record: dict[str, Any] | None = None,
 ) -> None:
-    """Atomic: a kill leaves the old one or the new one. Frozen parameters are not in it.
+    """Write a checkpoint, without frozen parameters. A kill leaves the old checkpoint or the new one.
 
     Args:
-        directory: of the run.
-        step: the last one that was done.
-        model: its trained parameters are kept.
-        optimizers: their states are kept.
+        directory: directory of the run.
+        step: number of steps that are done.
+        model: the model, whose trained parameters are kept.
+        optimizers: the optimizers, whose states are kept.
         best: state of the best validation.
-        record: what the recipe says of this stage, see `training.record`.
+        record: the record of this stage, see `training.record`.
     """
     weights, states = get_state_dict(model, optimizers, options=TRAINED)
     if parallel.is_first():
@@ -58,7 +58,7 @@ def save(
 
 
 def restore(directory: Path, model: PreTrainedModel, optimizers: list[Optimizer]) -> Restored:
-    """Fill model and optimizers. The checkpoint may come from another number of processes."""
+    """Load a run's checkpoint into model and optimizers. Another number of processes may have written it."""
     if not (directory / CHECKPOINT).exists():
         return Restored(0, {})
     state = torch.load(directory / CHECKPOINT, weights_only=True, mmap=True)
@@ -73,15 +73,16 @@ def restore(directory: Path, model: PreTrainedModel, optimizers: list[Optimizer]
 
 
 class Saved(NamedTuple):
-    """What the next run must know before it goes on."""
+    """Step and record of a checkpoint, to check before a run resumes."""
 
     step: int
+    """Number of steps that are done."""
     record: dict[str, Any] | None
-    """None: written before there were records."""
+    """Record of the stage; None if an earlier version wrote the checkpoint without a record."""
 
 
 def saved(directory: Path) -> Saved | None:
-    """Of a directory's checkpoint, without its weights; None without a checkpoint."""
+    """Step and record of a directory's checkpoint, without loading its weights; None without a checkpoint."""
     if not (directory / CHECKPOINT).exists():
         return None
     state = torch.load(directory / CHECKPOINT, weights_only=True, mmap=True)
@@ -89,7 +90,7 @@ def saved(directory: Path) -> Saved | None:
 
 
 def save_weights(file: Path, model: PreTrainedModel) -> None:
-    """Atomic; of the trained parameters alone."""
+    """Write the trained parameters to a file, atomically; all processes take part."""
     weights = get_model_state_dict(model, options=TRAINED)
     if parallel.is_first():
         _write(_trained(weights, model), file)
@@ -97,13 +98,13 @@ def save_weights(file: Path, model: PreTrainedModel) -> None:
 
 
 def load_weights(file: Path, model: PreTrainedModel) -> None:
-    """The trained parameters of `save_weights`."""
+    """Load a model's trained parameters from a file that `save_weights` has written."""
     weights = torch.load(file, weights_only=True, mmap=True)
     set_model_state_dict(model, weights, options=RESTORED)
 
 
 def _trained(weights: Mapping[str, object], model: PreTrainedModel) -> dict[str, object]:
-    """Without a frozen output matrix that is the embedding too and comes under its second name."""
+    """The weights without frozen parameters, also under the second name of a matrix that serves twice."""
     kept = dict(weights)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""Muon, also for CPUs without bfloat16, on which torch's own takes half a second for every matrix."""
+"""The optimizer Muon, also for CPUs without bfloat16: torch's own takes half a second per matrix there."""
 
 from collections.abc import Iterable
 
@@ -16,10 +16,10 @@ C = 2.0315
 
 
 class Muon(Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024, with Nesterov's step), for matrices (rows, columns).
+    """Orthogonalised momentum (Jordan et al. 2024) with Nesterov's step, for matrices (rows, columns).
 
-    The update has the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that both share a learning
-    rate.
+    Updates have the size of AdamW's updates (Liu et al. 2025, arXiv 2502.16982), so both optimizers share a
+    learning rate.
     """
 
     def __init__(self, params: Iterable[Tensor], weight_decay: float, momentum: float = 0.95) -> None:
@@ -27,7 +27,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody gives it a closure
-        """Change the parameters by their gradients."""
+        """Update the parameters from their gradients."""
         for group in self.param_groups:
             rate = group["lr"]
             momentum = group["momentum"]
@@ -44,7 +44,7 @@ class Muon(Optimizer):
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal rows or columns, roughly: singular values of 0.7 to 1.2."""
+    """Roughly the nearest matrix with orthonormal rows or columns; its singular values are 0.7 to 1.2."""
     x = matrix.to(torch.bfloat16 if fast_bf16(matrix.device) else torch.float32)
     tall = x.size(0) > x.size(1)
     x = x.T if tall else x

@@ -16,11 +16,17 @@ from training.loop.stopping import Diverged
 from training.loop.trackers import TRACKERS, JsonLines, Tracker
 
 console = Console(highlight=False, soft_wrap=True)
-"""Prints above the progress bar while there is one."""
+"""Console of all progress reports; it prints above the progress bar if there is one."""
 
 
 class Progress:
-    """Steps, tokens per second and time left; silent where standard output is no terminal."""
+    """A progress bar with steps, tokens per second and time left; hidden if stdout is not a terminal.
+
+    Args:
+        name: title of the bar.
+        start: number of steps that are done already.
+        steps: number of all steps.
+    """
 
     def __init__(self, name: str, start: int, steps: int) -> None:
         self._bar = Bar(
@@ -46,7 +52,7 @@ class Progress:
         self._bar.__exit__(kind, error, trace)
 
     def advance(self, tokens: int) -> None:
-        """One step further."""
+        """Advance by one step, which trained `tokens` positions."""
         self._tokens += tokens
         elapsed = self._bar.tasks[0].elapsed
         rate = f"{self._tokens / elapsed:,.0f}" if elapsed else "…"
@@ -54,11 +60,12 @@ class Progress:
 
 
 class Log:
-    """Scalars to the trackers and standard output, by the first process alone.
+    """Writes scalars to the trackers and to stdout; only the first process writes.
 
     Args:
-        start: step of the checkpoint that the run goes on from.
-        trackers: by their names in `TRACKERS`; `log.jsonl` is always written.
+        directory: directory of the run.
+        start: step of the checkpoint that the run resumes from; 0 without one.
+        trackers: names of trackers in `TRACKERS`; `log.jsonl` is always written.
     """
 
     def __init__(self, directory: Path, start: int, trackers: Sequence[str] = ("tensorboard",)) -> None:
@@ -78,7 +85,7 @@ class Log:
             tracker.close()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Raises Diverged where one is not finite."""
+        """Log the scalars of a step. Raises Diverged if one of them is not finite."""
         if not all(map(math.isfinite, metrics.values())):
             raise Diverged(f"step {step}: a metric is not finite: {metrics}")
         if not parallel.is_first():

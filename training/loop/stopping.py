@@ -1,6 +1,7 @@
 """Reasons that end a run before its last step: non-finite numbers, and signals.
 
-SIGTERM and SIGINT end it at the end of its step, with a checkpoint; the second one ends it at once.
+The first SIGTERM or SIGINT ends the run after the present step, with a checkpoint. The second one ends it at
+once.
 """
 
 import signal
@@ -19,21 +20,24 @@ class Diverged(RunEnded, FloatingPointError):
 
 
 class Stopped(RunEnded):
-    """The run was asked to stop and has written a checkpoint; the same command goes on from it."""
+    """The run was asked to stop and has written a checkpoint; the same command resumes from it."""
 
     exit_status = 130
 
 
 class StopRequests:
-    """What the signals have set so far."""
+    """The request to stop, which signals set."""
 
     requested = False
-    """Whether the run is to end after this step."""
+    """Whether the run should end after the present step."""
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequests]:
-    """Only the main thread can receive signals; elsewhere nothing is ever requested."""
+    """Handle signals as requests to stop during the block.
+
+    Only the main thread can receive signals; in other threads, nothing is ever requested.
+    """
     requests = StopRequests()
     if threading.current_thread() is not threading.main_thread():
         yield requests

@@ -1,4 +1,4 @@
-"""Trackers: where the metrics of a run are written."""
+"""Trackers, which write the metrics of a run to files or services."""
 
 import importlib
 import json
@@ -13,21 +13,24 @@ from router.errors import UnusableInput
 
 
 class TrackerError(UnusableInput):
-    """A tracker that is not there; the message says how to install it."""
+    """A tracker's package is not installed; the message says how to install it."""
 
 
 class Tracker(Protocol):
-    """Made with the run's directory and the step it goes on from."""
+    """Writes the metrics of a run.
+
+    It is made with the run's directory and the step that the run resumes from.
+    """
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Take down the scalars of a step."""
+        """Write the scalars of a step."""
 
     def close(self) -> None:
-        """End of the run."""
+        """Finish writing at the end of the run."""
 
 
 class JsonLines:
-    """`log.jsonl`; what was written after the step that the run goes on from is forgotten."""
+    """Writes `log.jsonl`. Lines after the step that the run resumes from are deleted first."""
 
     def __init__(self, directory: Path, start: int) -> None:
         self._file = directory / "log.jsonl"
@@ -39,32 +42,32 @@ class JsonLines:
         self._file.write_text("".join(kept))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One line."""
+        """Append a line with the scalars of a step."""
         with self._file.open("a") as file:
             file.write(json.dumps({"step": step} | metrics) + "\n")
 
     def close(self) -> None:
-        """Nothing is open between two lines."""
+        """Do nothing: the file is closed after each line."""
 
 
 class TensorBoard:
-    """Event files in `tensorboard`."""
+    """Writes event files to the run's folder `tensorboard`."""
 
     def __init__(self, directory: Path, start: int) -> None:
         self._board = SummaryWriter(directory / "tensorboard", purge_step=start)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """A point on every curve."""
+        """Add a point to the curve of each scalar."""
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush."""
+        """Flush and close the event files."""
         self._board.close()
 
 
 class WeightsAndBiases:
-    """A run of `wandb`, under the name of its directory; a resumed run goes on in it."""
+    """Writes to a run of `wandb`, named after its directory; a resumed run continues the same one."""
 
     def __init__(self, directory: Path, start: int) -> None:
         place = directory.resolve()
@@ -77,11 +80,11 @@ class WeightsAndBiases:
         )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """The scalars of a step."""
+        """Log the scalars of a step."""
         self._run.log(metrics, step=step)
 
     def close(self) -> None:
-        """Upload the rest."""
+        """Upload all remaining data."""
         self._run.finish()
 
 
@@ -99,6 +102,6 @@ TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Raises TrackerError for one whose package is missing."""
+    """Raises TrackerError if the package of a tracker is not installed."""
     if "wandb" in names:
         _wandb()

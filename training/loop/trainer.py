@@ -1,8 +1,8 @@
-"""The training loop: batch, step, log, checkpoint; a killed run resumes and repeats itself exactly.
+"""The training loop: batch, step, log, checkpoint. A killed run resumes and repeats itself exactly.
 
 A step's batch is split into equal parts over the processes (`training.parallel`), prepared, and split over
-`schedule.accumulate` passes. The loss of each counts by its share of the positions. So however the batch is
-split, the gradient is the whole batch's.
+`schedule.accumulate` passes. The loss of each pass is weighted by its share of the positions. So the gradient
+is that of the whole batch, however it is split.
 """
 
 import time
@@ -30,22 +30,24 @@ from training.models import trained
 from training.sampling import evaluating
 
 Loss = Callable[[PreTrainedModel, Batch], BatchLoss]
+"""Computes the loss of a prepared batch."""
 Prepare = Callable[[PreTrainedModel, Batch], Batch]
-"""What the loss is taken of, e.g. the model's own completions; called without gradient."""
+"""Makes the batch for the loss, e.g. with the model's own completions; called without gradient."""
 Validate = Callable[[PreTrainedModel], dict[str, float]]
+"""Validates a model, and returns scalars to log."""
 
 
 Record = dict[str, Any]
 
 
 class Batches(Protocol):
-    """Batch number `step`, the same in every process."""
+    """The batches of a run, by step, the same in every process."""
 
     def __getitem__(self, step: int) -> Batch: ...
 
 
 def unchanged(model: PreTrainedModel, batch: Batch) -> Batch:
-    """Prepares nothing: the loss is of the batch itself."""
+    """The batch itself, for a loss that needs no preparation."""
     return batch
 
 
@@ -62,19 +64,19 @@ def train(
     record: Record | None = None,
     trackers: Sequence[str] = ("tensorboard",),
 ) -> None:
-    """Train `model` in place for `schedule.steps`, from `directory`'s checkpoint where there is one.
+    """Train `model` in place for `schedule.steps`, from the checkpoint in `directory` if there is one.
 
     Args:
-        model: is changed in place.
-        loss: what is minimised.
-        batches: by step.
-        schedule: steps, optimizer and rates.
-        directory: of checkpoints and log.
-        prepare: makes of a batch what the loss is taken of.
-        validate: gives the scalars of a validation; None: there is none.
-        seed: of everything that a step draws.
-        record: what the recipe says of this stage, kept in the checkpoint.
-        trackers: names in `training.loop.trackers.TRACKERS`.
+        model: the model, which is changed in place.
+        loss: computes the loss to minimise.
+        batches: the batches, by step.
+        schedule: steps, optimizer and learning rates.
+        directory: directory of checkpoints and log.
+        prepare: makes the batch for the loss.
+        validate: validates the model; None: no validation.
+        seed: seed of all random numbers in a step.
+        record: the record of this stage, kept in the checkpoint.
+        trackers: names of trackers in `training.loop.trackers.TRACKERS`.
 
     Raises:
         Stopped: on SIGTERM or SIGINT, after writing a checkpoint.
@@ -98,7 +100,7 @@ def train(
 
 @dataclass(frozen=True)
 class Run:
-    """The steps of one model from its checkpoint on."""
+    """The training of one model, from its checkpoint to its last step."""
 
     model: PreTrainedModel
     loss: Loss
@@ -112,7 +114,7 @@ class Run:
     best: Best
 
     def go_on(self, batches: Batches, start: int, log: Log, progress: Progress, stop: StopRequests) -> None:
-        """Step by step to the end; see `train`."""
+        """Run all steps from `start` on; see `train` for the errors."""
         schedule = self.schedule
         speed = Speed(start)
         for step in range(start, schedule.steps):
@@ -137,7 +139,7 @@ class Run:
                 )
 
     def update(self, batch: Batch, step: int) -> "Updated":
-        """One optimizer step, see `update`."""
+        """Make one optimizer step, see `update`."""
         return update(
             self.model,
             self.loss,
@@ -150,7 +152,7 @@ class Run:
         )
 
     def _is_due(self, done: int, every: int) -> bool:
-        """What is done every N steps is done after the last one too; 0: never."""
+        """Whether an action of every `every` steps is due, also after the last step; 0: never."""
         return every > 0 and (done % every == 0 or done == self.schedule.steps)
 
     def _note(self, validate: Validate, done: int, log: Log) -> None:
@@ -161,14 +163,14 @@ class Run:
 
 
 def announce(schedule: Schedule, name: str) -> None:
-    """What of the schedule this machine cannot do."""
+    """Print which settings of the schedule this machine does not support."""
     if schedule.precision == "bf16" and parallel.is_first() and not parallel.fast_bf16(parallel.device()):
         console.print(f"{name}: this CPU has no bf16 instructions, so fp32 is used")
 
 
 @contextmanager
 def named_failures(name: str) -> Iterator[None]:
-    """Numbers that are not finite are reported with the run they belong to."""
+    """Add the run's name to the message of Diverged, if the block raises it."""
     try:
         yield
     except Diverged as error:
@@ -176,7 +178,7 @@ def named_failures(name: str) -> Iterator[None]:
 
 
 def finish(model: PreTrainedModel, best: Best, name: str) -> None:
-    """Leave the model with the weights that are to be exported."""
+    """Load the weights to export into the model."""
     kept = best.load_into(model)
     if parallel.is_first():
         if best.exhausted:
@@ -195,11 +197,11 @@ class Speed:
         self._began = time.monotonic()
 
     def count(self, tokens: int) -> None:
-        """Of one step."""
+        """Add the trained positions of one step."""
         self._tokens += tokens
 
     def since_last(self, step: int) -> dict[str, float]:
-        """Metrics since the last call."""
+        """Steps and trained positions per second since the last call, as metrics."""
         now = time.monotonic()
         seconds = now - self._began
         speeds = {
@@ -213,14 +215,14 @@ class Speed:
 
 
 class Updated(NamedTuple):
-    """One optimizer step."""
+    """The result of one optimizer step."""
 
     metrics: dict[str, Tensor]
-    """This process's; their sum over the processes is the whole batch's, but for `grad_norm`, which is known
-    to all.
+    """This process's part of each metric, whose sum over the processes is the metric of the whole batch. Only
+    `grad_norm` is already that of the whole batch.
     """
     positions: int
-    """Trained positions of the whole batch."""
+    """Number of trained positions in the whole batch."""
 
 
 def update(
@@ -233,17 +235,18 @@ def update(
     schedule: Schedule,
     seed: int,
 ) -> Updated:
-    """One optimizer step on this process's share of the batch, which is prepared once.
+    """Make one optimizer step on this process's share of the batch, which is prepared once.
 
-    Raises Diverged, before the weights change, where a loss or the gradient is not finite.
+    Raises:
+        Diverged: a loss or the gradient is not finite; the weights are unchanged.
     """
-    torch.manual_seed(seed * 1_000_003 + step)  # a resumed run draws the same
+    torch.manual_seed(seed * 1_000_003 + step)  # so a resumed run draws the same numbers
     device = parallel.device()
     bf16 = schedule.precision == "bf16" and parallel.fast_bf16(device)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     accumulate = schedule.accumulate
     size = parallel.size()
-    batch.parts(accumulate * size)  # refuses what does not come out even
+    batch.parts(accumulate * size)  # refuses a batch that does not split evenly
     mine = batch.parts(size)[parallel.rank()]
     with torch.no_grad(), amp:
         parts = prepare(model, mine.to(device)).parts(accumulate)
@@ -270,7 +273,7 @@ def update(
 
 
 def check_finite(step: int, losses: list[Tensor], norm: Tensor) -> None:
-    """Raises Diverged, in all processes, where one of them has a loss or gradient that is not."""
+    """Raises Diverged in all processes, if one of them has a loss or a gradient that is not finite."""
     values = torch.stack([*losses, whole_number(norm).to(losses[0].device)])
     if parallel.any_of(not bool(values.isfinite().all())):
         *seen, size = [f"{value:g}" for value in values.tolist()]
@@ -281,12 +284,12 @@ def check_finite(step: int, losses: list[Tensor], norm: Tensor) -> None:
 
 
 def whole_number(norm: Tensor) -> Tensor:
-    """Of a norm that may be spread over the processes."""
+    """The whole value of a norm that may be sharded over the processes."""
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def averaged(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """The whole batch's metrics as numbers."""
+    """The metrics of the whole batch as numbers, summed over all processes."""
     numbers = {}
     for name, metric in metrics.items():
         if name == "grad_norm":
@@ -297,13 +300,13 @@ def averaged(metrics: dict[str, Tensor]) -> dict[str, float]:
 
 
 def learning_rate_factor(step: int, schedule: Schedule) -> float:
-    """Linear warm-up, constant, linear to zero."""
+    """Factor of the learning rate at a step: linear warm-up, constant, linear decay to zero."""
     left = (schedule.steps - step) / (schedule.steps * schedule.decay)
     return min(1.0, (step + 1) / max(1, schedule.warmup), left)
 
 
 def make_optimizers(model: PreTrainedModel, schedule: Schedule) -> list[Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for all else."""
+    """The schedule's optimizers: AdamW, and with `muon` also Muon for the matrices inside the layers."""
     inner = []
     if schedule.optimizer == "muon":
         inner = [matrix for matrix in trained(parallel.blocks_of(model)) if matrix.ndim == 2]

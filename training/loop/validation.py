@@ -1,4 +1,4 @@
-"""Validation in the loop: the task's own metric of greedy completions, and a few of them to read."""
+"""Validation in the loop: scores greedy completions with the task's metric, and prints a few of them."""
 
 from dataclasses import dataclass
 
@@ -18,15 +18,21 @@ SHOWN = 2
 
 @dataclass(frozen=True)
 class Validation:
-    """Of the first `examples` of the task's validation split; completions of at most `longest` tokens."""
+    """Validation of a model on the first examples of the task's validation split."""
 
     task: Task
     tokenizer: PreTrainedTokenizerBase
     examples: int
+    """Number of examples."""
     longest: int
+    """Longest completion, in tokens."""
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        """Every process completes its share; scalars to log: `valid_quality`, `valid_similarity`."""
+        """Complete and score the examples, of which each process completes its share.
+
+        Returns:
+            Scalars to log: `valid_quality` and `valid_similarity`.
+        """
         examples = self.task.valid()[: self.examples]
         prompts = encode_prompts(self.tokenizer, sources_of(examples))
         # Sharded models run in step: a process whose share is shorter completes its last prompt again.

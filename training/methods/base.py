@@ -1,4 +1,4 @@
-"""What a method is: a loss of one batch."""
+"""The base class of training methods: a method computes the loss of a batch."""
 
 from abc import ABC, abstractmethod
 from typing import Generic, Protocol, TypeVar
@@ -15,7 +15,7 @@ ConfigT = TypeVar("ConfigT")
 
 
 class Sampler(Protocol):
-    """`training.sampling.sampled`, or what stands in for it."""
+    """A function that draws completions, such as `training.sampling.sampled`."""
 
     def __call__(
         self, model: PreTrainedModel, batch: Batch, visible: int, end: int, *, longest: int
@@ -24,17 +24,22 @@ class Sampler(Protocol):
 
 
 class Method(ABC, Generic[ConfigT]):
-    """A loss, and what it is taken of.
+    """A loss, and the preparation of its batches.
 
     Args:
+        config: the method's part of the recipe.
         visible: number of token ids that may be written; the rows after them are the router's.
-        end: id of the end of a sequence.
-        longest: tokens of the model's own completions.
+        teacher: the teacher; None for a method without one.
+        end: id of the end-of-sequence token.
+        longest: most tokens in the model's own completions.
+
+    Raises:
+        ValueError: the method needs a teacher, and there is none.
     """
 
     needs_teacher = True
     piece = PIECE
-    """Logits that may exist at a time, see `training.pieces`."""
+    """Number of logits that may exist at a time, see `training.pieces`."""
 
     def __init__(
         self,
@@ -55,21 +60,21 @@ class Method(ABC, Generic[ConfigT]):
 
     @property
     def teacher(self) -> Teacher:
-        """Raises ValueError for a method that has none."""
+        """The method's teacher. Raises ValueError if it has none."""
         if self._teacher is None:
             raise ValueError(f"{type(self).__name__} has no teacher")
         return self._teacher
 
     @property
     def on_policy(self) -> float:
-        """Share of the steps on the model's own completions."""
+        """Share of the steps that are on the model's own completions."""
         return 0.0
 
     def prepare(self, model: PreTrainedModel, batch: Batch) -> Batch:
-        """What `loss` is taken of.
+        """The batch to compute `loss` on.
 
-        With probability `on_policy` the model's own completions of the batch's prompts, else the batch. All
-        processes of a run choose alike.
+        With probability `on_policy`, it has the model's own completions of the batch's prompts. If not, it is
+        the batch itself. All processes of a run make the same choice.
         """
         if torch.rand(()) >= self.on_policy:
             return batch
@@ -77,8 +82,8 @@ class Method(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def loss(self, model: PreTrainedModel, batch: Batch) -> BatchLoss:
-        """Scalar to minimise, the mean over the positions of a prepared batch's answers; scalars to log."""
+        """The loss of a prepared batch, as the mean over the positions of its answers, and scalars to log."""
 
     def views(self, model: PreTrainedModel, batch: Batch) -> Views:
-        """Of student and teacher, at the positions of the answers."""
+        """The views of student and teacher, at the positions that predict the answers."""
         return both(model, self.teacher, batch, self.visible, self.piece)

@@ -1,8 +1,7 @@
-"""A divergence on the student's own text (generalised knowledge distillation, Agarwal et al. 2023).
+"""Generalised knowledge distillation: a divergence on the student's own text.
 
-Their paper is arXiv 2306.13649.
-`beta` interpolates the generalised Jensen-Shannon divergence: 0 is the forward KL, 1 the reverse KL, as in
-TRL.
+See Agarwal et al. 2023, arXiv 2306.13649. The divergence is the generalised Jensen-Shannon divergence, which
+`beta` interpolates: 0 is the forward KL, 1 is the reverse KL, as in TRL.
 """
 
 import torch
@@ -16,10 +15,15 @@ from training.teacher import LogProbs
 
 
 def generalised_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """(N,) the generalised Jensen-Shannon divergence, nats.
+    """(N,) the generalised Jensen-Shannon divergence, in nats.
 
-    It is beta KL(p_T || m) + (1 - beta) KL(pi || m), with m = beta p_T + (1 - beta) pi. Both arguments are
-    logits (N, V). At the ends 0 and 1 it is the limit: KL(p_T || pi) and KL(pi || p_T).
+    It is beta KL(p_T || m) + (1 - beta) KL(pi || m), with m = beta p_T + (1 - beta) pi. At beta 0 it is
+    KL(p_T || pi), and at beta 1 it is KL(pi || p_T).
+
+    Args:
+        student: (N, V), the student's logits.
+        teacher: (N, V), the teacher's logits.
+        beta: weight, from 0 to 1.
     """
     log_pi = student.log_softmax(-1)
     log_p = teacher.log_softmax(-1)
@@ -33,20 +37,20 @@ def generalised_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """(N,) KL(a || b); both (N, V) log-probabilities."""
+    """(N,) KL(a || b) in nats, from log-probabilities (N, V)."""
     return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 
 class GKD(Method[GKDConfig]):
-    """The divergence of both distributions, softened by `temperature`; gradients keep their size."""
+    """T^2 times the divergence of both distributions at temperature T, so that gradients keep their size."""
 
     @property
     def on_policy(self) -> float:
-        """As the recipe says."""
+        """Share of the steps that are on the student's own completions, from the recipe."""
         return self.config.on_policy
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> BatchLoss:
-        """Mean divergence, nats."""
+        """The mean divergence times T^2, in nats."""
         t = self.config.temperature
 
         def divergence(pair: LogProbs) -> Tensor:

@@ -1,11 +1,11 @@
-"""Joint training of a student with its gate: distillation where the gate does not ask.
+"""Joint training of a student with its gate: distillation at the positions at which the gate does not ask.
 
-So the student's capacity goes where the teacher will not help.
+So the student's capacity is spent at the positions at which the teacher will not help.
 
-The cooperating pair pays, at a position, KL(p_T || pi) where the student writes and the price where it asks.
-With the gate's ask probability q = sigmoid((score - price) / T) the student's part of that is (1 - q) KL; the
-anchor keeps it a language model where q is near 1. The gate itself is not moved here: the router's stage fits
-it, with its taps, to the new student (alternating descent).
+At each position, the pair pays KL(p_T || pi) if the student writes, and the price if it asks. The gate asks
+with probability q = sigmoid((score - price) / T), so the student's part of the cost is (1 - q) KL. The anchor
+adds a multiple of KL, so that the student stays a language model at positions with q near 1. The gate itself
+is not trained here: the router's stage fits gate and taps to the new student (alternating descent).
 """
 
 import torch
@@ -28,14 +28,14 @@ from training.tokenizer import encode_prompts
 
 
 class Joint(Method[JointConfig]):
-    """Every row is trained for a budget drawn from `rates`, by its price.
+    """Trains every row for a budget drawn from `rates`, at the budget's price.
 
-    With a template the budget is in words too, which the student alone reads. Raises ValueError for a
-    teacher behind a URL.
+    With a template, the student also reads the budget in words. Raises ValueError if the teacher is behind a
+    URL.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    """Of the words; set where there is a template."""
+    """The pair's tokenizer, needed only for budgets in words."""
 
     def __init__(
         self,
@@ -52,12 +52,12 @@ class Joint(Method[JointConfig]):
         checkpoint = RouterCheckpoint.load(config.router)
         self.gate = checkpoint.learned_gate()
         self.taps = checkpoint.taps
-        # In words, the student must also know what to do without any.
+        # A student that reads budgets in words must also learn prompts without words.
         self.rates = (0.0, *config.rates) if config.budget_prompt else config.rates
         self.prices = torch.tensor([checkpoint.calibration().price(rate) for rate in self.rates])
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> BatchLoss:
-        """Mean of the student's part of what the pair pays, with the anchor; nats."""
+        """The mean of the student's part of the pair's cost, with the anchor, in nats."""
         device = batch.ids.device
         drawn = torch.randint(len(self.rates), (len(batch.ids),))
         student = answer_outputs(model, self._prompted(batch, drawn), self.visible)
@@ -78,7 +78,7 @@ class Joint(Method[JointConfig]):
         return BatchLoss(loss, {"loss": loss.detach(), "kl": kl.detach(), "asks": asks.detach()})
 
     def _tapped(self, model: PreTrainedModel, states: Tensor) -> Tensor:
-        """Logits (N, taps) of states (N, H), as they will be when the taps are rows of the model."""
+        """Logits (N, taps) of the taps for states (N, H), as if the taps were rows of the model."""
         reserved = self.gate.reserved
         bias = bias_of(model, reserved.end)
         if bias is not None:
@@ -86,7 +86,13 @@ class Joint(Method[JointConfig]):
         return Readout.of(model.config)(states, self.taps.to(states), bias)
 
     def asking(self, tapped: Tensor, logits: Tensor, price: Tensor) -> Tensor:
-        """Probability (N,) that the gate asks, from taps (N, taps), visible logits and price (N,)."""
+        """Probability (N,) that the gate asks.
+
+        Args:
+            tapped: (N, taps), logits of the taps.
+            logits: (N, visible), logits of the other ids.
+            price: (N,), price at each position.
+        """
         gate = self.gate.to(tapped.device)
         x = torch.cat((tapped, confidence(logits, gate.reserved)), dim=-1)
         return ((gate.score(x.float()) - price) / self.config.temperature).sigmoid()

@@ -11,16 +11,16 @@ from training.teacher import LogProbs
 
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """(N,) KL(p_T || pi) in nats. Both (N, V) logits."""
+    """(N,) KL(p_T || pi) in nats, from logits (N, V) of student and teacher."""
     divergence = kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none")
     return divergence.sum(-1)
 
 
 class KD(Method[KDConfig]):
-    """T^2 KL of both distributions at temperature T, so that gradients keep their size (Hinton et al.)."""
+    """T^2 times the KL at temperature T, so that gradients keep their size (Hinton et al. 2015)."""
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> BatchLoss:
-        """Mean divergence, nats."""
+        """The mean divergence times T^2, in nats."""
         t = self.config.temperature
 
         def divergence(pair: LogProbs) -> Tensor:

@@ -17,7 +17,7 @@ class SFT(Method[SupervisedConfig]):
     needs_teacher = False
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> BatchLoss:
-        """Mean cross-entropy, nats."""
+        """The mean cross-entropy of the answers' tokens, in nats."""
         outputs = answer_outputs(model, batch, self.visible)
         targets = batch.targets
         smoothing = self.config.label_smoothing

@@ -1,6 +1,7 @@
 """Tasks by name.
 
-`numbers` makes its own data, `jsonl` reads files of lines, `dataset` what the library `datasets` reads.
+`numbers` makes its own data, `jsonl` reads files of JSON lines, and `dataset` reads all that the library
+`datasets` can read.
 """
 
 from measuring.examples import Example, References

@@ -1,4 +1,4 @@
-"""A task: examples with all their right answers, fixed splits, and a metric."""
+"""The base class of tasks: examples with all their right answers, fixed splits, and a metric."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +11,7 @@ from measuring.examples import Example
 
 @dataclass(frozen=True)
 class Scores:
-    """Per-example metrics, each in [0, 1]; `quality` is what curves and gaps are computed on."""
+    """Metrics of each example, in [0, 1]; curves and gaps are computed from `quality`."""
 
     quality: list[float]
     similarity: list[float]
@@ -28,18 +28,18 @@ class Task(ABC):
 
     name: str
     is_finite: bool = False
-    """Whether training examples come again, epoch by epoch."""
+    """Whether training examples repeat, epoch by epoch."""
     has_references: bool = True
     """Whether every example has a right answer."""
     options: Mapping[str, Any] = MappingProxyType({})
-    """What `make_task` made it with."""
+    """The options that `make_task` made the task with."""
 
     @abstractmethod
     def train(self, seed: int) -> Iterator[Example]:
-        """Examples for training; another seed, other examples (or another order of finite data)."""
+        """Examples for training; another seed gives other examples, or another order of finite data."""
 
     def router(self, seed: int) -> Iterator[Example]:
-        """Examples for the router's rollouts; where possible the pair was trained on none of them."""
+        """Examples for the router's rollouts; if possible, the pair was trained on none of them."""
         return self.train(ROUTER_SEED + seed)
 
     @abstractmethod
@@ -51,7 +51,7 @@ class Task(ABC):
         """Examples for evaluation."""
 
     def score(self, examples: list[Example], answers: list[str]) -> Scores:
-        """Exact match against all right answers, and edit similarity to the nearest."""
+        """Exact match with any right answer as quality, and edit similarity to the nearest right answer."""
         scores = Scores([], [])
         for example, answer in zip(examples, answers, strict=True):
             scores.quality.append(float(example.references.accepts(answer)))
@@ -59,12 +59,12 @@ class Task(ABC):
         return scores
 
     def quality(self, examples: list[Example], answers: list[str], qualities: list[float]) -> float:
-        """Quality of a whole set, in [0, 1].
+        """Quality of a whole set, in [0, 1]: the mean, unless the metric is defined on whole sets.
 
         Args:
-            examples: the set.
-            answers: to its examples.
-            qualities: what `score` gave; their mean is the result unless the metric is defined on sets.
+            examples: the examples of the set.
+            answers: the answer to each example.
+            qualities: the quality of each answer, from `score`.
         """
         return sum(qualities) / len(qualities)
 
@@ -74,13 +74,18 @@ TaskClass = TypeVar("TaskClass", bound=type[Task])
 
 
 def register(cls: TaskClass) -> TaskClass:
-    """Make a task known by its name to `make_task`."""
+    """Register a task under its name for `make_task`."""
     TASKS[cls.name] = cls
     return cls
 
 
 def make_task(name: str, **options: Any) -> Task:
-    """Raises KeyError that lists the known names, TypeError for options that the task does not have."""
+    """Make the task of this name.
+
+    Raises:
+        KeyError: there is no such task; the message lists the known names.
+        TypeError: the task does not have an option.
+    """
     if name not in TASKS:
         raise KeyError(f"unknown task {name!r}; known: {', '.join(sorted(TASKS))}")
     task = TASKS[name](**options)

@@ -1,4 +1,4 @@
-"""`dataset`: what the `datasets` library reads: names on the hub, and files of Parquet, CSV or JSON."""
+"""The task `dataset`: data sets on the hub, and Parquet, CSV or JSON files; `datasets` reads them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,21 +13,23 @@ Files = str | list[str] | dict[str, str | list[str]]
 
 @register
 class HubDataset(FiniteTask):
-    """Splits of a dataset. With a judge, a row needs no target.
+    """A task over splits of a dataset. With a judge, a row needs no target.
 
     Args:
         path: a name on the hub, a directory, or a format: parquet, csv, json.
         name: the dataset's configuration, if it has several.
-        revision: of a name on the hub.
+        revision: revision of a dataset on the hub; None: the latest.
         data_files: files of a format, by split if there are several.
-        train: split to train on, also a part of one: `train[:90%]`.
+        train: split to train on, or a part of one, e.g. `train[:90%]`.
         valid: split to validate and calibrate on.
         test: split to evaluate on.
-        source: column of the text that is asked.
+        source: column of the source, the text of a user message.
         target: column of the answer.
-        messages: column of whole conversations, in place of `source`. An answer of the assistant at its end
-            is the target.
-        metric: see `FiniteTask`, as `judge` and `router`.
+        messages: column of whole conversations, used instead of `source`. If a conversation ends with the
+            assistant's answer, this answer is the target.
+        metric: see `FiniteTask`.
+        judge: see `FiniteTask`.
+        router: see `FiniteTask`.
 
     Raises:
         DataError: the dataset cannot be read, or a row cannot be used.

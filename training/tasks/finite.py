@@ -1,4 +1,4 @@
-"""A task over three sets of examples, whatever they were read from."""
+"""The base class of tasks over three finite sets of examples."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -16,23 +16,23 @@ class Splits(NamedTuple):
     """Three sets of examples."""
 
     train: list[Example]
-    """To train on; what is in the other two is left out of it."""
+    """Examples to train on; sources that are also in another split are left out."""
     valid: list[Example]
-    """To validate and calibrate on."""
+    """Examples to validate and calibrate on."""
     test: list[Example]
-    """To evaluate on."""
+    """Examples to evaluate on."""
 
 
 class FiniteTask(Task):
-    """Examples that come again, epoch by epoch.
+    """A task whose training examples repeat, epoch by epoch.
 
     Args:
-        splits: all of them.
+        splits: the examples of all splits.
         metric: a name in `training.tasks.metrics.METRICS`, or `module:function` of target and answer.
         judge: `module:function` of messages and answer, or the fields of a
-            `training.tasks.judging.ServedJudge`; in place of a metric, and for examples without a target.
-        router: training examples kept for the router's rollouts. A teacher knows by heart what it was trained
-            on, and would look better there than it is.
+            `training.tasks.judging.ServedJudge`. It replaces the metric, and examples need no target.
+        router: number of training examples to keep for the router's rollouts. A teacher looks better than it
+            is on examples that it was trained on.
 
     Raises:
         DataError: the examples cannot be used.
@@ -68,16 +68,16 @@ class FiniteTask(Task):
         self._train = examples[router:]
 
     def train(self, seed: int) -> Iterator[Example]:
-        """The training examples again and again, shuffled."""
+        """The training examples, repeated without end, in a new order every time."""
         return self._shuffled(self._train, seed)
 
     def router(self, seed: int) -> Iterator[Example]:
-        """What is kept for the router, or the training examples if nothing is."""
+        """The examples kept for the router, or else the training examples, repeated without end."""
         return self._shuffled(self._router or self._train, seed)
 
     @staticmethod
     def _shuffled(examples: list[Example], seed: int) -> Iterator[Example]:
-        """Without end, in another order every time."""
+        """The examples, repeated without end, in a new order every time."""
         rng = random.Random(seed)
         while True:
             yield from rng.sample(examples, len(examples))
@@ -91,7 +91,10 @@ class FiniteTask(Task):
         return self._test
 
     def score(self, examples: list[Example], answers: list[str]) -> Scores:
-        """By the judge or metric that the recipe names, and edit similarity to the target."""
+        """Quality by the recipe's judge or metric, and edit similarity to the target.
+
+        If an example has no target, its similarity is its quality.
+        """
         qualities = self._qualities(examples, answers)
         scores = Scores(qualities, [])
         for example, answer, quality in zip(examples, answers, qualities, strict=True):
@@ -111,17 +114,21 @@ class FiniteTask(Task):
         return qualities
 
     def quality(self, examples: list[Example], answers: list[str], qualities: list[float]) -> float:
-        """By the metric's own definition on a whole set, if it has one."""
+        """Quality of a whole set, by the metric's own definition on sets if it has one; else the mean."""
         if self._corpus is None:
             return super().quality(examples, answers, qualities)
         return self._corpus([example.references.first() for example in examples], answers)
 
 
 def conversation(messages: Any, target: str | None = None) -> Example:
-    """An example from messages. If the last turn is the assistant's, it is the target.
+    """An example from a conversation.
+
+    Args:
+        messages: the turns of the conversation.
+        target: the answer; None: the last turn, if it is the assistant's.
 
     Raises:
-        DataError: they are no conversation, or ask nothing.
+        DataError: the messages are not a conversation, or have no question before the answer.
     """
     asked: tuple[Turn, ...] = turns(messages)
     if target is None and asked[-1].role == "assistant":
@@ -133,5 +140,5 @@ def conversation(messages: Any, target: str | None = None) -> Example:
 
 
 def example(source: Source, target: str | None) -> Example:
-    """An example with one right answer, or with none."""
+    """An example with one right answer, or with none if `target` is None."""
     return Example(source) if target is None else Example(source, References.one(target))

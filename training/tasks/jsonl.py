@@ -1,4 +1,4 @@
-"""`jsonl`: files of lines `{"source": ..., "target": ...}` or `{"messages": ...}`."""
+"""The task `jsonl`: files of lines `{"source": ..., "target": ...}` or `{"messages": ...}`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,17 +12,19 @@ from training.tasks.finite import FiniteTask, Splits, conversation, example
 
 @register
 class Jsonl(FiniteTask):
-    """Files of a directory. With a judge, a line needs no target.
+    """A task over files in a directory. With a judge, a line needs no target.
 
     Args:
-        directory: of the files.
+        directory: directory of the files.
         train: name of the file to train on.
         valid: name of the file to validate and calibrate on.
         test: name of the file to evaluate on.
-        metric: see `FiniteTask`, as `judge` and `router`.
+        metric: see `FiniteTask`.
+        judge: see `FiniteTask`.
+        router: see `FiniteTask`.
 
     Raises:
-        DataError: a file or a line of it cannot be used; the message names them.
+        DataError: a file or one of its lines cannot be used; the message names it.
         ValueError: see `FiniteTask`.
     """
 

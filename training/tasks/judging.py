@@ -1,4 +1,4 @@
-"""A served model as the judge of answers."""
+"""Lets a served model judge answers."""
 
 import re
 from collections.abc import Sequence
@@ -16,8 +16,9 @@ QUESTION = (
     "Reply with the number alone."
 )
 AT_ONCE = 16
+"""Number of concurrent requests to the judge."""
 SHOWN = 60
-"""Characters of a judge's reply that a message shows."""
+"""Number of characters of a judge's reply that a message shows."""
 
 
 class JudgeError(PeerError):
@@ -26,20 +27,21 @@ class JudgeError(PeerError):
 
 @dataclass(frozen=True)
 class ServedJudge:
-    """A model behind an OpenAI-style URL gives each answer a number from 0 to 10."""
+    """A judge behind an OpenAI-style URL, which rates each answer from 0 to 10."""
 
     url: str
-    """Without /v1."""
+    """Base URL of the server, without /v1."""
     model: str | None = None
-    """The name it is served by; None: the first one there."""
+    """The model's name at the server; None: the first model there."""
     question: str = QUESTION
+    """Instruction to the judge, before conversation and answer."""
     api_key: str = "none"
 
     def rate(self, sources: Sequence[Source], answers: Sequence[str]) -> list[float]:
-        """In [0, 1], one for each answer.
+        """A rating in [0, 1] of each answer.
 
         Raises:
-            JudgeError: there is no rating.
+            JudgeError: the judge cannot be reached, or a reply is not a rating.
         """
         with OpenAI(base_url=f"{self.url.rstrip('/')}/v1", api_key=self.api_key) as client:
             try:

@@ -1,4 +1,4 @@
-"""Metrics of answers: by name, or your own function as `module:function`."""
+"""Metrics of answers, chosen by name or given as your own `module:function`."""
 
 import importlib
 import sys
@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 from measuring.chats import Source, messages_of
 
 Metric: TypeAlias = Callable[[str, str], float]
-"""Target and answer -> in [0, 1]."""
+"""Computes the quality of an answer, in [0, 1], from target and answer."""
 JudgeFunction: TypeAlias = Callable[[list[dict[str, str]], str], float]
-"""Messages and answer -> in [0, 1]."""
+"""Computes the quality of an answer, in [0, 1], from messages and answer."""
 
 
 def _exact() -> Metric:
@@ -43,7 +43,7 @@ METRICS: dict[str, Callable[[], Metric]] = {
     "chrf": _chrf,
     "rouge_l": _rouge_l,
 }
-"""Their packages are imported when a task needs them."""
+"""Makers of the known metrics, by name; a metric's package is imported when it is made."""
 
 
 def _corpus_bleu(targets: list[str], answers: list[str]) -> float:
@@ -59,11 +59,14 @@ def _corpus_chrf(targets: list[str], answers: list[str]) -> float:
 
 
 CORPUS: dict[str, Callable[[list[str], list[str]], float]] = {"bleu": _corpus_bleu, "chrf": _corpus_chrf}
-"""Metrics that are defined on a whole set; the others are means over its examples."""
+"""Metrics that are defined on a whole set, by name; the others are means over its examples."""
 
 
 def metric_maker(name: str) -> Callable[[], Metric]:
-    """Of a name in `METRICS`, or of `module:function`.
+    """The maker of a metric.
+
+    Args:
+        name: a name in `METRICS`, or `module:function`.
 
     Raises:
         ValueError: there is no such metric.
@@ -77,7 +80,7 @@ def metric_maker(name: str) -> Callable[[], Metric]:
 
 
 def judge_of(name: str) -> Callable[[Source, str], float]:
-    """A function `module:function` of messages and answer.
+    """The judge function that `module:function` names, which gets a source and an answer.
 
     Raises:
         ValueError: there is no such function.
@@ -87,10 +90,14 @@ def judge_of(name: str) -> Callable[[Source, str], float]:
 
 
 def imported(name: str, what: str) -> Callable[..., Any]:
-    """The function that `module:function` names; modules may be in the working directory.
+    """The function that `module:function` names; the module may be in the working directory.
+
+    Args:
+        name: `module:function`.
+        what: what the function is used as, for messages.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such function.
     """
     here = str(Path.cwd())
     if here not in sys.path:
@@ -106,7 +113,7 @@ def imported(name: str, what: str) -> Callable[..., Any]:
 
 
 def in_range(value: Any, name: str) -> float:
-    """A function's result. Raises ValueError unless it is a number from 0 to 1."""
+    """The result of the function `name`. Raises ValueError unless it is a number from 0 to 1."""
     number = float(value)
     if not 0 <= number <= 1:
         raise ValueError(f"{name} returned {value!r}, expected a number from 0 to 1")

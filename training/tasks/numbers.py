@@ -1,9 +1,9 @@
-"""`numbers`: English sentences with numbers, dates and amounts -> German with all of them spelled out.
+"""The task `numbers`: English sentences become German ones, with numbers, dates and amounts spelled out.
 
-Parts are easy (fixed words, small numbers). Parts are hard (inverted tens, long numbers, "halb drei" for
-2:30). Most sentences leave free choices (word order, synonyms, "vierzehn Uhr dreißig"). All of these are
-right, so a student that hesitates there makes no mistake. Training targets are drawn uniformly among the
-right answers.
+Some parts are easy (fixed words, small numbers). Others are hard (inverted tens, long numbers, "halb drei"
+for 2:30). Most sentences have free choices (word order, synonyms, "vierzehn Uhr dreißig"). All choices are
+right, so a student that hesitates between them makes no mistake. Training targets are drawn uniformly from
+the right answers.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from training.tasks.spelling import Value
 
 
 def among(*pairs: tuple[str, str]) -> Callable[[random.Random], Value]:
-    """Words with a fixed translation; alternatives after a bar."""
+    """A function that draws one of these words; alternative translations are separated by a bar."""
     values = []
     for english, german in pairs:
         values.append(Value(english, tuple(german.split("|"))))
@@ -30,7 +30,7 @@ def among(*pairs: tuple[str, str]) -> Callable[[random.Random], Value]:
 
 
 def names(*words: str) -> Callable[[random.Random], Value]:
-    """Words that are the same in both languages."""
+    """A function that draws one of these words, which are the same in both languages."""
     return among(*zip(words, words, strict=True))
 
 
@@ -83,8 +83,8 @@ KINDS: dict[str, Callable[[random.Random], Value]] = {
     "grew": among(("rose", "stieg|wuchs"), ("fell", "sank|fiel")),
 }
 
-# English variants on the first line, separated by a bar; German forms below. <kind> or <kind:label> is a
-# value, {a|b} a free choice.
+# The first line of a template has English variants, separated by a bar. The indented lines are German forms.
+# <kind> or <kind:label> is a value, {a|b} is a free choice.
 TEMPLATES = """
 The train to <city> leaves at <clock>.|The train for <city> departs at <clock>.
   {Der Zug|Die Bahn} nach <city> {fährt|geht} um <clock>{| los}.
@@ -189,11 +189,11 @@ class Template:
 
     english: list[str]
     german: list[list[str]]
-    """Forms, each cut into pieces."""
+    """The German forms, each as a list of its pieces."""
 
     @classmethod
     def parse(cls, text: str) -> list["Template"]:
-        """Templates of a text: English on lines of their own, German forms indented below."""
+        """The templates in a text: lines of English variants, each with indented German forms below."""
         templates: list[Template] = []
         for line in text.strip().splitlines():
             if line.startswith("  "):
@@ -204,18 +204,18 @@ class Template:
         return templates
 
     def fill(self, english: str, values: dict[str, Value]) -> "Filled":
-        """The sentence with these values.
+        """Fill a sentence with values.
 
         Args:
-            english: one of the variants.
-            values: by their places in the template.
+            english: one of the English variants.
+            values: the values, by their places in the template, e.g. `<city:2>`.
         """
         for place, value in values.items():
             english = english.replace(place, value.english)
         return Filled(english, self, values)
 
     def forms(self, values: dict[str, Value]) -> list[list[Slot]]:
-        """The German forms with these values, before neighbouring slots are joined."""
+        """The German forms with these values, as slots; neighbouring slots are not joined yet."""
         forms = []
         for pieces in self.german:
             form = [_slot(piece, values) for piece in pieces]
@@ -225,7 +225,7 @@ class Template:
 
 
 class Filled(NamedTuple):
-    """A template with its values."""
+    """A template filled with values."""
 
     english: str
     template: Template
@@ -235,14 +235,15 @@ class Filled(NamedTuple):
 class Drawn(NamedTuple):
     """A sentence, perhaps between an opening and a closing.
 
-    Its source is cheap. Its translations are not, and most of what is drawn belongs to another split.
+    Its source is cheap to compute, but its translations are not. So they are computed only for sentences of
+    the wanted split.
     """
 
     parts: list[Filled]
 
     @property
     def source(self) -> str:
-        """All parts in English."""
+        """The English text of all parts."""
         return " ".join(part.english for part in self.parts)
 
     def example(self) -> Example:
@@ -263,7 +264,7 @@ def _slot(piece: str, values: dict[str, Value]) -> Slot:
 
 
 def _merge(slots: list[Slot]) -> Form:
-    """Join neighbours that leave no choice."""
+    """Join neighbouring slots without a choice."""
     merged: list[Slot] = []
     for slot in slots:
         if merged and len(slot) == len(merged[-1]) == 1:
@@ -306,7 +307,7 @@ def _fixed(templates: list[Template], rng: random.Random) -> Filled:
 
 
 def split_of(source: str) -> str:
-    """A source belongs to one split for good, by its hash: no seed brings a test sentence into training."""
+    """The split of a source, by its hash, so that no seed brings a test sentence into training."""
     bucket = hashlib.sha256(source.encode()).digest()[0]
     if bucket < 13:
         return "test"
@@ -314,7 +315,7 @@ def split_of(source: str) -> str:
 
 
 def sentences(split: str, seed: int | str) -> Iterator[Drawn]:
-    """Those of one split, without end."""
+    """The sentences of one split, without end."""
     rng = random.Random(f"{Numbers.name}/{split}/{seed}")
     while True:
         drawn = draw(rng)
@@ -324,7 +325,7 @@ def sentences(split: str, seed: int | str) -> Iterator[Drawn]:
 
 @cache
 def held_out(split: str, count: int) -> tuple[Example, ...]:
-    """Distinct sentences, the same on every machine."""
+    """`count` distinct examples of a split, the same on every machine."""
     distinct: dict[str, Drawn] = {}
     for drawn in sentences(split, "fixed"):
         distinct.setdefault(drawn.source, drawn)
@@ -340,13 +341,13 @@ class Numbers(Task):
     name = "numbers"
 
     def train(self, seed: int) -> Iterator[Example]:
-        """Without end; another seed, other sentences."""
+        """Examples without end; another seed gives other sentences."""
         return map(Drawn.example, sentences("train", seed))
 
     def valid(self) -> list[Example]:
-        """500 sentences."""
+        """500 validation examples."""
         return list(held_out("valid", 500))
 
     def test(self) -> list[Example]:
-        """1000 sentences."""
+        """1000 test examples."""
         return list(held_out("test", 1000))

@@ -1,7 +1,8 @@
 """English values with digits, and all the ways in which German spells them out.
 
-Each kind draws `(english, german alternatives)`. Spelling is num2words', names of months and days are
-Babel's; what is here is only the grammar around them (Uhr, halb, Viertel vor, Komma, inflected ordinals).
+Each kind draws an English value with its German alternatives. The spelling is by num2words, and the names of
+months and days are by Babel. This file adds the grammar around them (Uhr, halb, Viertel vor, Komma, inflected
+ordinals).
 """
 
 import random
@@ -14,11 +15,11 @@ from num2words import num2words
 
 
 class Value(NamedTuple):
-    """What a place in a sentence is filled with."""
+    """A value that fills a place in a sentence."""
 
     english: str
     german: tuple[str, ...]
-    """All right ways to say it."""
+    """All right ways to say the value."""
 
 
 MONTHS = list(zip(get_month_names(locale="en").values(), get_month_names(locale="de").values(), strict=True))
@@ -28,8 +29,8 @@ SMALL = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
 
 @lru_cache(maxsize=1 << 16)
 def cardinal(n: int) -> str:
-    """14: vierzehn."""
-    if 1000 <= n < 100_000:  # most numbers of the task, which num2words takes long for
+    """The cardinal number in German; 14 is "vierzehn"."""
+    if 1000 <= n < 100_000:  # most numbers of the task; num2words is slow for them
         rest = n % 1000
         return f"{before_noun(n // 1000)}tausend{cardinal(rest) if rest else ''}"
     return num2words(n, lang="de")
@@ -37,7 +38,7 @@ def cardinal(n: int) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def cardinals(n: int) -> tuple[str, ...]:
-    """Both "einhundertzwei" and "hundertzwei", "eintausend..." and "tausend..." are right."""
+    """All right cardinals: "einhundertzwei" and "hundertzwei", "eintausend..." and "tausend..."."""
     word = cardinal(n)
     if 100 <= n < 200 or 1000 <= n < 2000:
         return (word, word.removeprefix("ein"))
@@ -46,36 +47,36 @@ def cardinals(n: int) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1 << 12)
 def year_word(n: int) -> str:
-    """1848: achtzehnhundertachtundvierzig."""
+    """The number of a year in German; 1848 is "achtzehnhundertachtundvierzig"."""
     return num2words(n, lang="de", to="year")
 
 
 @lru_cache(maxsize=1 << 10)
 def ordinal(n: int) -> str:
-    """Weak inflection, as after "am", "dem", "im": "dritten"."""
+    """The ordinal in weak inflection, as after "am", "dem" or "im", e.g. "dritten"."""
     return num2words(n, lang="de", to="ordinal") + "n"
 
 
 def digits(text: str) -> str:
-    """Figure by figure."""
+    """The digits of a text, spelled one by one."""
     return " ".join(map(cardinal, map(int, text)))
 
 
 def before_noun(n: int) -> str:
-    """As it is said before a masculine or neuter noun."""
+    """The cardinal as it is said before a masculine or neuter noun."""
     return "ein" if n == 1 else cardinal(n)
 
 
 def small(rng: random.Random) -> Value:
-    """A number of two to twelve, in words on both sides."""
+    """A number from two to twelve, in words in both languages."""
     n = rng.randrange(2, 13)
     return Value(SMALL[n - 2], (cardinal(n),))
 
 
 def whole(low: int, high: int) -> Callable[[random.Random], Value]:
-    """Numbers of low to high digits, every length equally often.
+    """A function that draws numbers with `low` to `high` digits, every length equally often.
 
-    Never ...01, whose gender depends on the noun.
+    No number ends with 01, because its gender would depend on the noun.
     """
 
     def draw(rng: random.Random) -> Value:
@@ -98,7 +99,7 @@ def decimal(rng: random.Random) -> Value:
 
 
 def percent(rng: random.Random) -> Value:
-    """A whole number or a decimal."""
+    """A percentage: a whole number or a decimal."""
     if rng.random() < 0.5:
         return decimal(rng)
     n = rng.randrange(2, 100)
@@ -118,7 +119,7 @@ def digit_string(rng: random.Random) -> Value:
 
 
 def years(low: int, high: int) -> Callable[[random.Random], Value]:
-    """Years from low to below high."""
+    """A function that draws years from `low` to `high` - 1."""
 
     def draw(rng: random.Random) -> Value:
         n = rng.randrange(low, high)
@@ -138,14 +139,14 @@ def year(rng: random.Random) -> Value:
 
 
 def floor(rng: random.Random) -> Value:
-    """An ordinal, as of floors in a building."""
+    """An ordinal, e.g. of a floor in a building."""
     n = rng.randrange(2, 60)
     suffix = "th" if 10 < n % 100 < 14 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
     return Value(f"{n}{suffix}", (ordinal(n),))
 
 
 def date(rng: random.Random) -> Value:
-    """For use after "am" or "vom"."""
+    """A date for use after "am" or "vom", sometimes with a year."""
     number = rng.randrange(12)
     english, german = MONTHS[number]
     day = rng.randint(1, (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)[number])
@@ -161,7 +162,7 @@ def date(rng: random.Random) -> Value:
 
 
 def clock(rng: random.Random) -> Value:
-    """Official ("vierzehn Uhr dreißig") or, where there is one, colloquial ("halb drei")."""
+    """A time of day: official ("vierzehn Uhr dreißig") and, if there is one, colloquial ("halb drei")."""
     hour = rng.randint(1, 23)
     minute = rng.choice((0, 15, 30, 45, rng.randrange(5, 60, 5), rng.randrange(1, 60)))
     english = f"{hour}:{minute:02d}"
@@ -190,7 +191,7 @@ CURRENCIES = (("€", "Euro", "Cent"), ("$", "Dollar", "Cent"), ("£", "Pfund", 
 
 
 def price(rng: random.Random) -> Value:
-    """An amount of money, most with hundredths."""
+    """An amount of money, usually with hundredths."""
     sign, unit, hundredth = rng.choice(CURRENCIES)
     whole_units = rng.randrange(1, 1000 if rng.random() < 0.25 else 100)
     hundredths = rng.randrange(2, 100)
@@ -216,6 +217,6 @@ def day(rng: random.Random) -> Value:
 
 
 def month(rng: random.Random) -> Value:
-    """A month by its name."""
+    """The name of a month."""
     english, german = rng.choice(MONTHS)
     return Value(english, (german,))
