@@ -86,7 +86,7 @@ def train(argv: list[str]) -> int:
     recipe = load_recipe(find_recipe(args.recipe), args.overrides)
     wanted = args.stage or [*STAGES, *([TURNS] if recipe.turns is not None else [])]
     if TURNS in wanted:
-        turns_of(recipe)  # before anything is trained
+        turns_of(recipe)  # refuses before anything is trained
     stages = tuple(stage for stage in STAGES if stage in wanted)
     if args.dry_run:
         dry_run(recipe, stages)

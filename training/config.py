@@ -103,7 +103,7 @@ class Recipe(Frozen):
     seed: int = 0
     """Seed of all random numbers."""
     threads: PositiveInt = 1
-    """CPU threads that torch uses."""
+    """Number of CPU threads that torch uses."""
     max_tokens: PositiveInt = 64
     """Longest completion in rollouts, calibration and evaluation, in tokens."""
     max_length: PositiveInt | None = None

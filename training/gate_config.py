@@ -9,7 +9,7 @@ from training.settings import BudgetPrompt, Frozen, Rate
 
 
 class RegretGain(Frozen):
-    """How much less likely the teacher finds the student's token than its best one, in nats."""
+    """How much less likely the student's token is to the teacher than the teacher's best token, in nats."""
 
     type: Literal["regret"]
     clip: PositiveFloat = 8.0
@@ -110,7 +110,7 @@ class GatewayRollouts(Frozen):
     the teacher's server unless the teacher is behind a URL.
     """
     concurrency: PositiveInt = 16
-    """Concurrent requests."""
+    """Number of concurrent requests."""
     router: Path | None = None
     """Router directory of the gateway behind `url` (its `--router`). Each new router is written there, and
     the gateway loads it. None: the gateway keeps its gate, so there is one round and no calibration. A
@@ -201,7 +201,7 @@ class GateConfig(Frozen):
     explore: float = Field(default=0.1, ge=0, lt=1)
     """Share of decisions in later rounds that are reversed."""
     epochs: PositiveInt = 8
-    """Passes over the positions of the rollouts in each fit."""
+    """Number of passes over the positions of the rollouts in each fit."""
     batch: PositiveInt = 2048
     """Number of positions in one optimizer step."""
     learning_rate: PositiveFloat = 3e-3

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def import_parser() -> argparse.ArgumentParser:
-    """Arguments of `wheels import`."""
+    """The parser of the arguments of `wheels import`."""
     parser = argparse.ArgumentParser(
         "wheels import", description="Convert a GGUF model to a Hugging Face directory."
     )

@@ -79,7 +79,7 @@ def _change(weights: dict[str, Tensor], name: str, layer: BaseTunerLayer) -> Ten
     elif isinstance(layer, lora.Linear):
         down = weights[f"{name}.lora_A.{adapter}.weight"]
         up = weights[f"{name}.lora_B.{adapter}.weight"]
-        turned = layer.fan_in_fan_out  # GPT-2 stores its matrices the other way round
+        turned = layer.fan_in_fan_out  # GPT-2 stores its matrices transposed
     else:
         raise LoraError(f"the adapter of {name} cannot be merged into plain weights")
     return layer.scaling[adapter] * transpose(up @ down, turned)

@@ -12,15 +12,15 @@ class Schedule(Frozen):
     """Warm-up, constant, then linear decay to zero (WSD), so that a run can be extended before the decay."""
 
     steps: PositiveInt
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch: PositiveInt
-    """Examples of one optimizer step, over all processes."""
+    """Number of examples in one optimizer step, over all processes."""
     accumulate: PositiveInt = 1
     """Number of parts into which a process splits its share of the batch: less memory, same gradient."""
     learning_rate: PositiveFloat
-    """The rate after the warm-up and before the decay."""
+    """Learning rate after the warm-up and before the decay."""
     warmup: NonNegativeInt = 100
-    """Steps until the full learning rate."""
+    """Number of steps until the full learning rate."""
     decay: Rate = 0.5
     """Share of the steps in which the learning rate decays."""
     weight_decay: float = 0.0
@@ -28,27 +28,27 @@ class Schedule(Frozen):
     clip: PositiveFloat = 1.0
     """Largest norm of the gradient; larger gradients are scaled down."""
     optimizer: Literal["adamw", "muon"] = "muon"
-    """muon for training whole models, adamw for adapters."""
+    """Optimizer: muon for training whole models, adamw for adapters."""
     compile: bool = True
     """Compile the decoder: nearly twice as fast for small models on a CPU, after half a minute."""
     gradient_checkpointing: bool = False
     """Recompute the activations inside a layer in the backward pass: less memory, a third more time."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: matrix products under autocast, if the hardware supports it (not a CPU with only AVX2); weights
-    and optimizer stay float32.
+    """Precision of matrix products. bf16: under autocast, if the hardware supports it (not a CPU with only
+    AVX2); weights and optimizer stay float32.
     """
     checkpoint_every: PositiveInt = 250
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
     log_every: PositiveInt = 25
-    """Steps between log lines."""
+    """Number of steps between log lines."""
     validate_every: NonNegativeInt = 0
-    """Steps between validations (greedy completions, scored by the task); 0: never."""
+    """Number of steps between validations (greedy completions, scored by the task); 0: never."""
     validate_examples: PositiveInt = 100
-    """Examples in each validation."""
+    """Number of examples in each validation."""
     keep: Literal["last", "best"] = "last"
     """Which weights to export: those of the last step, or of the best validation."""
     patience: NonNegativeInt = 0
-    """Training ends after this many validations without improvement; 0: it runs to the last step."""
+    """Number of validations without improvement after which training ends; 0: it runs to the last step."""
 
     @model_validator(mode="after")
     def _validated(self) -> Self:
@@ -146,7 +146,7 @@ class PCLConfig(MethodBase):
 
 
 class JointConfig(MethodBase):
-    """Trains a student further with its router: distillation where the gate does not ask.
+    """Trains a student further with its router: distillation at the positions at which the gate does not ask.
 
     See `training.methods.joint`. The router's stage then fits the gate to the new student.
     """

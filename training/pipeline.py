@@ -206,7 +206,7 @@ def check(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
         check_training(recipe, role)
     check_trackers(recipe.trackers)
     name = recipe.ready_tokenizer
-    if name is not None:  # a tokenizer that is trained on the task has new models alone
+    if name is not None:  # with a tokenizer trained on the task, all models are new
         check_pair(recipe, ready_tokenizer(name, recipe.chat))
     check_joint(recipe)
     check_pruned(recipe)
@@ -470,7 +470,7 @@ def rollout_server(
 
 def place(model: PreTrainedModel, compiled: bool) -> None:
     """Move a model to this process's device, shard it over the processes, and compile it if `compiled`."""
-    if compiled:  # a sharded model gathers parameters between its layers: compile those
+    if compiled:  # a sharded model gathers parameters between its layers, so layers are compiled
         blocks = parallel.blocks_of(model) if parallel.size() > 1 else [model.get_decoder()]
         for block in blocks:
             block.compile(dynamic=True)

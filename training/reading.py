@@ -283,7 +283,7 @@ def check_steps(model: PreTrainedModel, name: str) -> None:
         with torch.compiler.set_stance("force_eager"):
             whole = model(input_ids=ids, use_cache=False).logits[0]
             stepper = Stepper(model)
-            padded = torch.cat((ids.new_zeros(1, 2), ids), dim=1)  # 2 of padding, as next to longer prompts
+            padded = torch.cat((ids.new_zeros(1, 2), ids), dim=1)  # 2 of padding, as a shorter prompt has
             mask = (torch.arange(padded.shape[1], device=ids.device) >= 2).long()[None]
             stepped = [stepper.step(padded[:, :4], mask[:, :4]).logits[0]]
             for end in range(5, padded.shape[1] + 1):

@@ -122,7 +122,7 @@ def small_stage(recipe: Recipe, pair: FrozenPair, task: Task, prompts: int, exam
     examples = min(examples, config.calibration_examples, len(task.valid()))
     few = {"prompts": prompts, "rounds": 1, "calibration_examples": max(1, examples)}
     stage = RouterStage(pair, task, config.model_copy(update=few), recipe.seed)
-    _ = stage.loop  # loaded before the time counts
+    _ = stage.loop  # loaded before the clock starts
     with TemporaryDirectory() as work, redirect_stdout(io.StringIO()):
         began = time.monotonic()
         gate = stage.fitted(Path(work)).trained.head.gate

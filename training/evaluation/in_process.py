@@ -150,7 +150,7 @@ class Evaluation:
     def prompted_curve(self, span: int) -> list[Row]:
         """The learned gate's curve with budgets in words: a row for each calibrated budget.
 
-        At each budget, the price is the quantile that a share of the scores equal to the budget exceeds.
+        At a budget b, the price is the 1 - b quantile of the scores.
         """
         rows = []
         for budget, _ in self.router.config.calibration[LEARNED]:

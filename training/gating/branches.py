@@ -140,7 +140,7 @@ class _Paths:
     theirs: list[int]
     """The teacher's next token at each position."""
     end: int
-    """Id of the end of a sequence."""
+    """Id of the end-of-sequence token."""
     longest: list[int]
     """Most tokens of each row's completion."""
     forks: dict[Fork, int] = field(default_factory=dict)

@@ -52,7 +52,7 @@ class Observer:
     end: int
     """Id of the end-of-sequence token, used to pad."""
     cheaper: Sequence[Teacher] = ()
-    """Further teachers, from the cheapest to the dearest."""
+    """The cheaper teachers, from the cheapest to the dearest."""
 
     @torch.no_grad()
     def seen(self, trajectories: Sequence[Trajectory]) -> Trajectories:
@@ -64,7 +64,7 @@ class Observer:
         prompts = [trajectory.prompt for trajectory in trajectories]
         answers = [trajectory.tokens for trajectory in trajectories]
         batch = Batch.of(prompts, answers, self.end).to(self.student.device)
-        batch = replace(batch, comes_again=True)  # in a run that is resumed
+        batch = replace(batch, comes_again=True)  # if the run is resumed
         student = answer_outputs(self.student, batch, self.visible)
         row: list[int] = []
         step: list[int] = []

@@ -29,7 +29,7 @@ COMPACT = 0.7
 ROWS = 512
 """Most completions that are written at once."""
 CACHE = 1e9
-"""Bytes of the keys and values of all completions that are written at once.
+"""Most bytes of keys and values for all completions that are written at once.
 
 Growing buffers and the models' intermediate values take memory as well: three times this in all.
 """
@@ -401,7 +401,7 @@ def observe(
     alive: Tensor,
     cheaper: Tensor,
 ) -> Positions:
-    """The positions of one step, on the CPU, because all positions of a run do not fit on a GPU.
+    """The positions of one step, on the CPU, because all positions of a run may not fit on a GPU.
 
     Args:
         row: (B,) index of the request.

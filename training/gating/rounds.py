@@ -101,7 +101,7 @@ class Rounds:
         config = self.config
         loop = self.loop
         first = not self.seen
-        torch.manual_seed(self.seed * 1_000_003 + len(self.seen))  # a resumed run draws the same
+        torch.manual_seed(self.seed * 1_000_003 + len(self.seen))  # so a resumed run draws the same
         gate: Gate = RandomGate(self.head.gate.reserved) if first else self.head.gate
         asking = with_gate(loop, gate, 0.0 if first else config.explore)
         # Half of the rollouts never ask: most of a served completion is the student's own path.

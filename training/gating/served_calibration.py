@@ -34,9 +34,9 @@ from training.running_gateway import RunningGateway
 PASSES = 5
 """Most passes over the prompts for each budget, to find a price that spends it."""
 HIGHER = 4
-"""Most passes at the prices of smaller budgets, and so the most budgets that such a price is below."""
+"""Most passes at the prices of smaller budgets; each pass takes the price of the next smaller budget."""
 NEAR = 0.1
-"""Largest error of the realised rate, as a share of the budget, limited to `LEAST` to `MOST`."""
+"""Largest error of the realised rate, as a share of the budget; at least `LEAST` and at most `MOST`."""
 LEAST = 0.003
 MOST = 0.01
 STEP = 4.0
