@@ -24,13 +24,13 @@ class Continuation(NamedTuple):
 
     extra_args: dict[str, int]
     options: dict[str, Any]
-    """Of `AsyncLLM.generate`."""
+    """Options of `AsyncLLM.generate`."""
 
 
 class Constraint:
-    """One of vLLM's matchers, at the end of the text so far.
+    """One of vLLM's grammar matchers, at the end of the text so far.
 
-    It starts where vLLM starts it: after the reasoning, if there is a parser that knows its end.
+    The grammar starts where vLLM starts it: after the reasoning, if there is a parser that knows its end.
     """
 
     def __init__(self, manager: GrammarManager, new_request: Callable[[], Any]) -> None:
@@ -57,18 +57,18 @@ class Constraint:
 
     @property
     def unfinished(self) -> bool:
-        """Whether the grammar has begun, and not come to an end."""
+        """Whether the grammar has begun and has not ended."""
         return is_constrained(self._manager, self._request) and not self._grammar.is_terminated()
 
     async def catch_up(self, token_ids: Sequence[int]) -> bool:
-        """Take what is written since the last time; whether the teacher's tokens can be checked.
+        """Take the tokens written since the last call; returns whether the teacher's tokens can be checked.
 
         Args:
-            token_ids: all of the completion.
+            token_ids: all ids of the completion.
         """
         if self._grammar is None:
             await self._compiled()
-        if len(token_ids) < self._fed:  # some that a teacher wrote did not stay
+        if len(token_ids) < self._fed:  # some of a teacher's tokens did not stay
             self._begin_again()
         while self._start is None and self._fed < len(token_ids):  # one by one, as the engine does
             self._feed(token_ids[self._fed : self._fed + 1])
@@ -116,7 +116,7 @@ class Constraint:
         return bool(int(self._mask[0, token_id // 32]) >> token_id % 32 & 1)
 
     def allowed(self, at_most: int) -> list[int] | None:
-        """The ids that may come next; None where there are more than ``at_most``."""
+        """The ids that may come next; None if there are more than ``at_most``."""
         if not self.unfinished:
             return None
         self._fill()
@@ -127,7 +127,7 @@ class Constraint:
         return ids
 
     def continuation(self, prompt_tokens: int) -> Continuation:
-        """How the student goes on, after `catch_up`."""
+        """Arguments for the student's next segment, after `catch_up`; ``prompt_tokens``: prompt length."""
         if self._start is None:
             return Continuation({}, {"reasoning_ended": False})
         return Continuation({GRAMMAR_FROM: prompt_tokens + self._start}, {"reasoning_ended": True})
@@ -149,7 +149,7 @@ class Constraint:
 
 
 def _retrieve(compiling: "asyncio.Future[Any]") -> None:
-    """The exception is logged already; without this asyncio would log it again."""
+    """Read the exception, which is logged already; otherwise asyncio would log it again."""
     if not compiling.cancelled():
         compiling.exception()
 
@@ -163,13 +163,13 @@ class Grammars:
     def constrain(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams, options: Mapping[str, Any]
     ) -> Constraint | None:
-        """The constraint of a new completion; None where its parameters have no grammar.
+        """The constraint of a new completion; None if its parameters have no grammar.
 
         Args:
-            request_id: for the log.
+            request_id: id of the request, for the log.
             prompt_ids: token ids of the prompt.
-            params: checked by vLLM.
-            options: of `AsyncLLM.generate`.
+            params: parameters that vLLM has checked.
+            options: options of `AsyncLLM.generate`.
         """
         if params.structured_outputs is None or params.structured_outputs.all_constraints_none():
             return None

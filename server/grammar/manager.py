@@ -1,8 +1,8 @@
 """vLLM's grammars, as the student's engine and the gateway both use them.
 
-The gateway continues a completion by a longer prompt, for which vLLM would start its grammar anew. Here the
-grammar of a segment takes what is written already before vLLM masks the first logits, and the gate may ask
-wherever the grammar has not ended.
+The gateway continues a completion by a longer prompt, for which vLLM would start its grammar again. Here the
+grammar of a segment takes the completion so far before vLLM masks the first logits. The gate may ask at any
+place before the grammar's end.
 """
 
 import json
@@ -21,7 +21,7 @@ from server.written import GRAMMAR_FROM
 
 XGRAMMAR = "xgrammar"
 SCHEDULER = "scheduler"
-"""Of the engine's settings: the operator's own scheduler, if there is one."""
+"""Key in the engine's settings: the operator's own scheduler, if there is one."""
 
 
 class GrammarManager(StructuredOutputManager):
@@ -36,7 +36,7 @@ class GrammarManager(StructuredOutputManager):
         self.set_up()
 
     def set_up(self) -> None:
-        """Make what vLLM's own manager has not."""
+        """Add the attributes that vLLM's own manager does not have."""
         self.backends: dict[str, Any] = {}
         self.building = threading.Lock()
 
@@ -51,14 +51,14 @@ class GrammarManager(StructuredOutputManager):
     def grammar_init(self, request: Any) -> None:
         """Start to compile the grammar of a new request."""
         if request.structured_output_request is not None and self.backend is None:
-            self.backend = self.backend_of(request)  # it allocates the bitmask, which has one form for all
+            self.backend = self.backend_of(request)  # it allocates the bitmask, which is the same for all
         super().grammar_init(request)
 
     def repaired(self, params: Any) -> dict[str, str]:
-        """The fields of a request's structured output that are not used as they were sent, by name.
+        """The fields of a request's structured output that are used in another form, by name.
 
-        A string's length is a pattern, see `server.grammar.strings`. With `disable_any_whitespace` the JSON
-        of tool calls has little white space too.
+        Bounds of a string's length become a pattern, see `server.grammar.strings`. With
+        `disable_any_whitespace`, the JSON of tool calls has little white space too.
         """
         outputs = params.structured_outputs
         if backend_name(params) != XGRAMMAR:
@@ -92,7 +92,7 @@ class EngineGrammars(GrammarManager):
 
     @classmethod
     def take_over(cls, manager: Any, reserved: ReservedRows) -> None:
-        """Turn the engine's manager into one of these: the engine has made it and keeps it."""
+        """Turn the engine's own manager into this class, because the engine has made it and keeps it."""
         manager.__class__ = cls
         manager.reserved = reserved
         manager.set_up()
@@ -113,7 +113,7 @@ class EngineGrammars(GrammarManager):
         structured_output_request_ids: list[str],
         scheduled_spec_decode_tokens: dict[str, list[int]],
     ) -> Any:
-        """The masks of vLLM, with the reserved rows open: the gate reads them, and masks them afterwards."""
+        """The masks of vLLM with the reserved rows allowed: the gate reads them and masks them afterwards."""
         bitmask = super().grammar_bitmask(
             requests, structured_output_request_ids, scheduled_spec_decode_tokens
         )
@@ -128,16 +128,16 @@ class EngineGrammars(GrammarManager):
         return bitmask
 
     def accept_tokens(self, request: Any, new_token_ids: list[int]) -> bool:
-        """Advance the grammar by what was sampled, save the escalation token that ends a segment."""
+        """Advance the grammar by the sampled tokens, without the escalation token that ends a segment."""
         if new_token_ids and new_token_ids[-1] >= self.reserved.escalation:
             new_token_ids = new_token_ids[:-1]
         return bool(super().accept_tokens(request, new_token_ids))
 
 
 def _may_only_end(request: Any, bitmask: Any) -> bool:
-    """Whether `min_tokens` forbids all that the grammar allows.
+    """Whether `min_tokens` forbids all tokens that the grammar allows.
 
-    Then vLLM allows an end all the same, if it sees that nothing else is left: no row may be open.
+    vLLM then allows an end anyway, but only if nothing else is allowed. So no reserved row may be allowed.
     """
     params = request.sampling_params
     if request.num_output_tokens >= params.min_tokens:
@@ -165,10 +165,10 @@ def _bits_of(reserved: ReservedRows) -> tuple[int, Any]:
 
 
 def scheduler(*, vllm_config: Any, structured_output_manager: Any, **options: Any) -> Any:
-    """A scheduler of vLLM's; it is made in the engine's process, after its manager of grammars.
+    """Make vLLM's scheduler in the engine's process, after changing the engine's manager of grammars.
 
-    It goes where vLLM expects a scheduler's class: the one place where its engine process takes code by name,
-    also where the workers are processes of their own (tensor parallel).
+    vLLM calls this function in place of a scheduler's class. It is the one place where the engine's process
+    takes code by name, also if the workers are processes of their own (tensor parallel).
     """
     settings = vllm_config.additional_config[SETTINGS]
     EngineGrammars.take_over(structured_output_manager, ReservedRows(*settings["reserved"]))
@@ -180,7 +180,7 @@ def scheduler(*, vllm_config: Any, structured_output_manager: Any, **options: An
 
 
 def install_scheduler(vllm_config: Any) -> None:
-    """Have the engine's process make its scheduler by `scheduler`."""
+    """Have the engine's process make its scheduler by the function `scheduler`."""
     config = vllm_config.scheduler_config
     vllm_config.additional_config[SETTINGS][SCHEDULER] = config.scheduler_cls
     config.scheduler_cls = f"{scheduler.__module__}.{scheduler.__name__}"

@@ -1,19 +1,20 @@
-"""Strings of bounded length: xgrammar allows raw control characters in them, which JSON forbids.
+"""Replaces bounds of a string's length by a pattern.
 
-A pattern says the same without them: xgrammar reads it as one of a string in JSON.
+In strings of bounded length, xgrammar allows raw control characters, which JSON forbids. A pattern bounds the
+length without them. xgrammar reads it as the pattern of a string in JSON.
 """
 
 from typing import Any
 
 CHARACTER = r'[^\x00-\x1f"\\]'
-"""What xgrammar allows in such a string, less the control characters."""
+"""Pattern of a character that xgrammar allows in such a string, without the control characters."""
 BOUNDS = ("minLength", "maxLength")
 VALUES = ("const", "enum", "default", "examples")
 """Keys whose values are no schemas."""
 
 
 def without_control_characters(node: Any) -> Any:
-    """A JSON schema, or what has schemas in it, with a pattern in place of the bounds of each string."""
+    """A JSON schema, or a value with schemas in it, with a pattern in place of the bounds of each string."""
     if isinstance(node, list):
         return [without_control_characters(part) for part in node]
     if not isinstance(node, dict):

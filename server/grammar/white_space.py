@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 MOST = 1
-"""Characters in a row. xgrammar takes no 0."""
+"""Most white-space characters in a row. xgrammar takes no 0."""
 
 
 def with_little_white_space(structural_tag: str) -> str:

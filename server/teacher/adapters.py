@@ -9,10 +9,10 @@ class Adapters:
     def __init__(self) -> None:
         self._names: frozenset[str] = frozenset()
         self.missed = False
-        """Whether one was wanted that the server did not have."""
+        """Whether an adapter was wanted that the server did not have."""
 
     def served(self, names: Iterable[str]) -> None:
-        """The server has these models now."""
+        """Note the models that the server has now."""
         self._names = frozenset(names)
         self.missed = False
 
@@ -26,7 +26,7 @@ class Adapters:
         return base
 
     def lost(self, adapter: str | None) -> bool:
-        """The server no longer knows this adapter; False if it was not asked for one."""
+        """Note that the server no longer has this adapter; returns False if it was not known to have it."""
         if adapter not in self._names:
             return False
         self._names -= {adapter}

@@ -17,14 +17,14 @@ STREAM_ABOVE = 8
 
 
 class SpelledIds:
-    """Token ids as JSON, of a list that only grows: every id is spelled once, not at every call."""
+    """A growing list of token ids as JSON: every id is spelled once, not at every call."""
 
     def __init__(self) -> None:
         self._text = bytearray()
         self._count = 0
 
     def spell(self, ids: Sequence[int], more: Sequence[int] = ()) -> msgspec.Raw:
-        """The list ``ids``, which begins with all earlier ones, and after it ``more`` of this call alone."""
+        """JSON of ``ids``, which begin with all earlier ones, followed by ``more`` for this call alone."""
         self._append(self._text, ids[self._count :])
         self._count = len(ids)
         text = bytearray(self._text)
@@ -39,16 +39,16 @@ class SpelledIds:
 
 @dataclass(frozen=True)
 class Ask:
-    """What one call asks the teacher for."""
+    """The request of one call to the teacher."""
 
     prompt_ids: Sequence[int]
-    """Prompt and completion so far."""
+    """Token ids of prompt and completion so far."""
     tokens: int
-    """The most that it may write."""
+    """Most tokens that the teacher may write."""
     params: SamplingParams
-    """The caller's."""
+    """The caller's sampling parameters."""
     written: int = 0
-    """Tokens at the end of ``prompt_ids`` that are the completion's."""
+    """Number of tokens at the end of ``prompt_ids`` that are the completion's."""
     min_tokens: int = 0
     seed: int | None = None
     end_ids: Sequence[int] = ()
@@ -57,19 +57,19 @@ class Ask:
     meter: Meter = field(default_factory=Meter)
     """Counts what the span costs, and may bound it."""
     as_text: bool = False
-    """The ids are the teacher's own; its text is what is wanted, and the call is closed when it is enough."""
+    """Whether the ids are the teacher's own. Only its text is used then, until the call is closed."""
     constraint: Constraint | None = None
-    """Of structured output. It has to be at the end of the prompt, and advances with what is written."""
+    """Constraint of structured output, at the end of the prompt. It advances with the written tokens."""
     grammar: Mapping[str, Any] = field(default_factory=dict)
-    """Of structured output that is checked elsewhere: fields of the request, for the teacher to keep to."""
+    """Request fields of structured output for the teacher to follow, if it is checked elsewhere."""
     adapter: str | None = None
-    """The student's LoRA adapter: the teacher uses its own of that name, if it has one."""
+    """Name of the student's LoRA adapter: the teacher uses its own of that name, if it has one."""
     spelled: SpelledIds = field(default_factory=SpelledIds)
     """Spells the prompt; one that spelled an earlier prompt of the same choice has most of it already."""
 
     @property
     def wants_ids_alone(self) -> bool:
-        """Whether ids and an ending are all that the reply has to tell, and no rule needs text."""
+        """Whether the reply needs nothing but ids and an ending, and no rule needs text."""
         told = self.as_text or self.params.num_logprobs is not None
         return not told and self.constraint is None and not self.params.bad_words
 
@@ -96,36 +96,36 @@ class AskProgress:
     """Ids that the teacher drew for the next token: they end a bad word there, or a grammar refuses them."""
     refused_in_a_row: int = 0
     takes_grammar: bool = True
-    """Whether the teacher has not refused the grammar itself."""
+    """False after the teacher has refused the grammar itself."""
     ended: bool = False
     """Whether the last piece had an ending."""
 
     @property
     def completion(self) -> list[int]:
-        """All that is written."""
+        """Token ids of the completion so far."""
         start = len(self.ask.prompt_ids) - self.ask.written
         return [*self.ask.prompt_ids[start:], *self.written]
 
     def tail(self, tokens: int) -> list[int]:
-        """The last ``tokens`` of what is written, or all."""
+        """The last ``tokens`` ids of the completion, or all."""
         here = self.written[max(0, len(self.written) - tokens) :]
         before = min(tokens - len(here), self.ask.written)
         return [*self.ask.prompt_ids[len(self.ask.prompt_ids) - before :], *here]
 
     @property
     def tokens_left(self) -> int:
-        """Tokens of the ask that are still to come."""
+        """Number of the ask's tokens that are still to come."""
         return self.ask.tokens - len(self.written)
 
     def allowed(self) -> list[int] | None:
-        """What the grammar leaves for the next token, if that one is asked for alone, and they are few."""
+        """The ids that the grammar allows next, if one token is asked for and they are few; else None."""
         if self.ask.constraint is None or not (self.banned or self.tokens_left == 1):
             return None
         return next_ids(self.ask.constraint, self.ask.params)
 
     @property
     def grammar(self) -> dict[str, Any]:
-        """The grammar for a teacher that is asked from its beginning on."""
+        """Request fields of the grammar, if the teacher can begin with it; else empty."""
         if self.banned or not self.takes_grammar:
             return {}
         if self.ask.constraint is None:
@@ -133,7 +133,7 @@ class AskProgress:
         return self.ask.constraint.fields
 
     def take(self, reply: Reply) -> None:
-        """Count what came."""
+        """Note a reply of the teacher."""
         self.ended = reply.piece.finish_reason is not None
         if reply.piece.token_ids:
             self.written += reply.piece.token_ids

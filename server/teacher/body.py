@@ -20,10 +20,10 @@ FORWARDED = (
 """Sampling parameters that vLLM takes under the same name."""
 
 COMPLETIONS = "/v1/completions"
-"""Every server has it. It turns the whole prompt into text and echoes it, at every request."""
+"""Endpoint of every server. At every request, it turns the whole prompt into text and echoes it."""
 
 GENERATE = "/inference/v1/generate"
-"""Token ids in, token ids out: only with `--enable-scale-out`."""
+"""Endpoint that takes and returns token ids alone; a server has it only with `--enable-scale-out`."""
 
 
 class Post(NamedTuple):
@@ -32,7 +32,7 @@ class Post(NamedTuple):
     path: str
     body: dict[str, Any]
     tokens: int
-    """The most that the reply may hold."""
+    """Most tokens that the reply may hold."""
 
 
 def post(
@@ -46,14 +46,14 @@ def post(
     """The request for what is left of an ask.
 
     Args:
-        progress: the ask, and what it has brought.
-        screen: what the request cannot know.
-        model: the name that the server knows it by.
-        allowed: the next token has to be one of these, and is asked for alone; None for any.
+        progress: the ask, and its results so far.
+        screen: rules that the server cannot apply by itself.
+        model: the model's name at the server.
+        allowed: the ids that the next token may have, if it is asked for alone; None for any.
         generates: whether the server has `GENERATE`.
     """
     ask = progress.ask
-    tokens = 1 if progress.banned else progress.tokens_left  # a ban holds for the next token
+    tokens = 1 if progress.banned else progress.tokens_left  # a ban is for the next token only
     sampling = _sampling(progress, screen, tokens, allowed)
     ids = ask.spelled.spell(ask.prompt_ids, progress.written)
     fixed: dict[str, Any] = {"model": model, "stream": ask.streamed, "cache_salt": ask.cache_salt}
@@ -75,7 +75,7 @@ def post(
 def _sampling(
     progress: AskProgress, screen: Screen, tokens: int, allowed: Sequence[int] | None
 ) -> dict[str, Any]:
-    """What both endpoints name alike."""
+    """Sampling parameters that have the same names at both endpoints."""
     ask = progress.ask
     sampling: dict[str, Any] = {name: getattr(ask.params, name) for name in FORWARDED}
     min_tokens = max(0, min(ask.min_tokens - len(progress.written), tokens))
@@ -99,9 +99,9 @@ def _given(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stops(ask: Ask, charged: Collection[int]) -> list[int]:
-    """Where the teacher stops: at what ends the completion, and at what the screen would cut after.
+    """Stop ids: those that end the completion, and ``charged`` ones, after which the screen would cut.
 
-    With `min_tokens` vLLM would not write a stop token at all.
+    With `min_tokens`, ``charged`` is empty, because vLLM would not write a stop token at all.
     """
     stops = list(ask.params.stop_token_ids or ())
     ends = () if ask.params.ignore_eos else ask.end_ids
@@ -110,7 +110,7 @@ def _stops(ask: Ask, charged: Collection[int]) -> list[int]:
 
 
 def _next_seed(seed: int | None, progress: AskProgress) -> int | None:
-    """A second request with the same seed would draw the same id again."""
+    """Seed of the next request; with the same seed, it would draw the same id again."""
     if seed is None:
         return None
     refused = len(progress.padded) + len(progress.banned)
@@ -118,7 +118,7 @@ def _next_seed(seed: int | None, progress: AskProgress) -> int | None:
 
 
 def _biases(progress: AskProgress) -> dict[int, float]:
-    """The caller's and those of what is written, less the ids that the teacher must not write."""
+    """Biases of the caller and of the written tokens, and -100 for ids that the teacher must not write."""
     biases = carried_biases(progress.ask.params, progress.completion)
     for token_id in sorted(progress.padded):
         if len(biases) < MOST_BIASES:

@@ -29,7 +29,7 @@ class Breaker:
         return self._failures >= self._limit
 
     def allow(self) -> bool:
-        """Whether to make this call; takes the one trial where it is due."""
+        """Whether to make this call; if the breaker's one trial is due, this call is the trial."""
         if self.open:
             return False
         if self.tripped:

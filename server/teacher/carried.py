@@ -1,7 +1,7 @@
 """Applies rules of the whole completion to a teacher's server, which sees only a span.
 
-For a stock server what is written is part of the prompt. So it gets the penalties for it as biases, and its
-tokens are screened: after some of them the same rules need another request.
+To a stock server, the completion so far is part of the prompt. So it gets the penalties for these tokens as
+biases, and its tokens are screened: after some of them, the rules need another request.
 """
 
 from collections import Counter
@@ -12,18 +12,21 @@ from server.completion import Piece
 from server.vllm_api import SamplingParams
 
 MOST_BIASES = 1000
-"""vLLM takes 1,024 biases in a request: some are left for ids that a teacher must not write."""
+"""Most biases for written tokens. vLLM takes 1,024 in a request: some are left for ids that a teacher must
+not write.
+"""
 
 
 def penalises(params: SamplingParams) -> bool:
-    """Whether every token that is written becomes a bias."""
+    """Whether every written token becomes a bias."""
     return bool(params.frequency_penalty or params.presence_penalty)
 
 
 def carried_biases(params: SamplingParams, written: Iterable[int]) -> dict[int, float]:
-    """The caller's biases, with what the penalties take off for the tokens that are written.
+    """The caller's biases, minus the penalties for the written tokens.
 
-    vLLM adds biases and subtracts penalties one after the other, so the sum is what one model would subtract.
+    vLLM adds biases and subtracts penalties one after the other, so both together have the same effect as
+    penalties in one model.
     """
     biases = dict(params.logit_bias or {})
     if penalises(params):
@@ -34,33 +37,33 @@ def carried_biases(params: SamplingParams, written: Iterable[int]) -> dict[int, 
 
 
 class Screened(NamedTuple):
-    """A piece of the teacher's, as far as it can stay."""
+    """The part of a teacher's piece that can stay."""
 
     piece: Piece
-    """Without an ending where the teacher is asked again."""
+    """The part that stays; without an ending if the teacher is asked again."""
     again: bool = False
-    """The teacher is to be asked again from here."""
+    """Whether the teacher is to be asked again from here."""
     banned: int | None = None
-    """The id that would have come next, and ends a bad word, or that a grammar refuses."""
+    """The next id, if it was cut off because it ends a bad word, or because a grammar refuses it."""
 
 
 class Screen(NamedTuple):
-    """What one request to the teacher cannot know."""
+    """Rules that a teacher's server cannot apply by itself in one request."""
 
     charged: Collection[int] = ()
     """Ids with a `presence_penalty` in their bias: once one comes again, vLLM would subtract it twice."""
     bad_words: Sequence[Sequence[int]] = ()
-    """As token ids; vLLM sees those that begin in the span."""
+    """Bad words as token ids; vLLM itself sees only those that begin in the span."""
 
     @classmethod
     def of(cls, params: SamplingParams, written: Iterable[int]) -> "Screen":
-        """Of a request after these tokens of the completion."""
+        """The screen of a request after these tokens of the completion."""
         charged = frozenset(written) if params.presence_penalty else frozenset()
         return cls(charged, params.bad_words_token_ids or ())
 
     @property
     def reach(self) -> int:
-        """Tokens before a piece that matter for it."""
+        """Number of tokens before a piece that matter for it."""
         return max(map(len, self.bad_words), default=1) - 1
 
     def apply(self, piece: Piece, before: Sequence[int]) -> Screened:
@@ -85,12 +88,12 @@ class Screen(NamedTuple):
 
 
 def _without_ending(piece: Piece, end: int) -> Piece:
-    """The first tokens of a piece, or all of them, to be followed by others."""
+    """The first ``end`` tokens of a piece, without its ending."""
     return Piece(piece.token_ids[:end], piece.logprobs and piece.logprobs[:end])
 
 
 def _ends_at(piece: Piece, place: int) -> bool:
-    """Whether a piece ends with this token for another reason than that the screen asked for it."""
+    """Whether a piece ends with this token for another reason than being a stop token of the screen."""
     if place + 1 < len(piece.token_ids) or piece.finish_reason is None:
         return False
     return piece.finish_reason != "stop" or piece.stop_reason != piece.token_ids[place]

@@ -30,7 +30,7 @@ from server.tracing import CallSpan
 logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 2.0
-"""A health check has this long, or ``teacher_timeout`` if that is less."""
+"""Longest wait for a health check, in seconds; ``teacher_timeout`` if that is less."""
 
 ECHOED = 16
 """Bytes of one token id of the prompt, which vLLM echoes in the first line of a stream."""
@@ -42,7 +42,7 @@ REFUSED_IN_A_ROW = 8
 """A span ends with an error when the teacher draws an id that cannot stay this often."""
 
 UNREAD = ("unreachable", "status")
-"""What keeps a teacher from reading a prompt, unless it has begun to write."""
+"""Failures after which the teacher has not read the prompt, unless it has begun to write."""
 
 
 class _Model(msgspec.Struct):
@@ -55,7 +55,7 @@ class _Models(msgspec.Struct):
 
 
 def _screened(reply: Reply, screen: Screen, progress: AskProgress) -> Reply:
-    """A reply as far as it can stay, with the ending that the whole ask has there."""
+    """The part of a reply that can stay, with the ending that the whole ask has there."""
     ask = progress.ask
     screened = screen.apply(reply.piece, progress.tail(screen.reach))
     piece, again, banned = screened if ask.constraint is None else constrained(screened, ask.constraint)
@@ -65,7 +65,7 @@ def _screened(reply: Reply, screen: Screen, progress: AskProgress) -> Reply:
     if progress.banned and piece.token_ids and piece.finish_reason == "length" and not full:
         return Reply(replace(piece, finish_reason=None), again=True)
     if ask.end_ids and piece.stop_reason == ask.end_ids[0]:
-        piece.stop_reason = None  # as where the student ends by itself
+        piece.stop_reason = None  # as if the student had ended by itself
     padded = None if again else reply.padded
     return Reply(piece, again=again or padded is not None, padded=padded, banned=banned)
 
@@ -88,24 +88,24 @@ class Teacher:
         """Describe the server; entering the client opens it.
 
         Args:
-            url: where it is, without /v1; a user and a password in it are sent as basic authentication.
-            model: the name that it must serve; None for its first one.
+            url: base URL, without /v1; a user and a password in it are sent as basic authentication.
+            model: the model name that it must serve; None for its first one.
             api_key: sent as a bearer token.
-            timeout: longest wait for the next token, in seconds; the first may take longer, by the prompt.
-            span_timeout: longest wait for 64 tokens, and for what is left of them, in seconds.
-            breaker: counts its failures.
-            vocabulary: the student has the ids below this.
-            of: the teacher's name in metrics, where there are several.
+            timeout: longest wait for the next token, in seconds; longer for the first after a long prompt.
+            span_timeout: longest wait for 64 tokens, or for the last ones of a span, in seconds.
+            breaker: the circuit breaker that counts its failures.
+            vocabulary: the student's token ids are below this.
+            of: the teacher's name in metrics; empty for an only teacher.
 
         Raises:
-            TeacherError: there are two kinds of credentials.
+            TeacherError: the URL has a password, and there is an API key too.
         """
         self._connection = Connection(url, api_key=api_key, connect_timeout=timeout)
         self.model = model
         self.adapters = Adapters()
         self.max_model_len: int | None = None
         self.generates = False
-        """Whether it takes and gives token ids alone: much cheaper for it after a long prompt."""
+        """Whether the server has `GENERATE`, which is much cheaper for it after a long prompt."""
         self.timeout = timeout
         self.span_timeout = span_timeout
         self.breaker = breaker
@@ -129,18 +129,18 @@ class Teacher:
 
     @property
     def url(self) -> str:
-        """Without credentials."""
+        """Base URL without credentials."""
         return self._connection.url
 
     def _patience(self) -> Patience:
-        """With a question that is no completion."""
+        """The patience with a question that is no completion."""
         return Patience(self.timeout, self.span_timeout)
 
     async def connect(self) -> None:
-        """Find the served model.
+        """Find the served model, its context and its endpoints.
 
         Raises:
-            TeacherError: nothing is served, or not the named model.
+            TeacherError: the server does not answer, or does not serve the named model.
         """
         models = await self._connection.decoded("GET", "/v1/models", _Models, self._patience())
         names = [model.id for model in models.data]
@@ -154,10 +154,10 @@ class Teacher:
         self.generates = await self._takes_token_ids()
 
     async def _takes_token_ids(self) -> bool:
-        """Whether the server has `GENERATE`: then it misses them in an empty request."""
+        """Whether the server has `GENERATE`: it then reports that an empty request has no token ids."""
         try:
             async with self._connection.request("POST", GENERATE, self._patience(), {}):
-                return False  # whatever it is, it is not vLLM's
+                return False  # an endpoint of this name, but not vLLM's
         except TeacherError as error:
             return error.refused and "token_ids" in str(error)
 
@@ -172,7 +172,7 @@ class Teacher:
         return reply
 
     async def healthy(self) -> bool | None:
-        """Whether the teacher reports that it is well; None if it does not answer in time, nor any call."""
+        """Whether the health check succeeds; None if neither it nor any call was answered in time."""
         asked = time.monotonic()
         try:
             async with asyncio.timeout(min(PROBE_SECONDS, self.timeout)):
@@ -184,13 +184,13 @@ class Teacher:
             return True if self._served_at > asked else None
 
     async def _look_for_adapters(self) -> None:
-        """Find out whether the teacher has those by now that it did not have when it was asked for them."""
-        with suppress(TeacherError):  # it is asked again at the next probe
+        """Ask again for the teacher's adapters, because a missing one was asked for."""
+        with suppress(TeacherError):  # the next probe asks again
             models = await self._connection.decoded("GET", "/v1/models", _Models, self._patience())
             self.adapters.served([model.id for model in models.data])
 
     def first_wait(self, prompt_tokens: int) -> float:
-        """Seconds that the first token after a prompt may take."""
+        """Longest wait for the first token after a prompt of this length, in seconds."""
         return Patience(self.timeout, self.span_timeout, prompt_tokens=prompt_tokens).seconds
 
     async def write(
@@ -203,19 +203,19 @@ class Teacher:
     ) -> AsyncGenerator[Piece]:
         """Continue the ask's prompt, in pieces as they arrive.
 
-        The last piece has a finish reason: "length" where the span is full, else the teacher ended the
+        The last piece has a finish reason: "length" if the span is full, else the teacher ended the
         completion. A span of up to 8 tokens comes as a whole. Closing the iterator closes the connection,
-        at which vLLM aborts the call. Ids that the student does not have are dropped, and the teacher is
+        and vLLM then aborts the call. Ids that the student does not have are dropped, and the teacher is
         asked again from there.
 
         Args:
-            ask: what the teacher is asked for.
-            request_id: sent along, for the teacher's log.
-            started: when the span began, of `time.monotonic`; None for now.
-            deadline: no piece comes after this, of `time.monotonic`.
+            ask: the request to the teacher.
+            request_id: id of the call in the teacher's log.
+            started: start of the span, in seconds of `time.monotonic`; None for now.
+            deadline: time after which no piece comes, in seconds of `time.monotonic`.
 
         Raises:
-            TeacherError: whatever went wrong; pieces handed out before it stay valid.
+            TeacherError: the call failed; pieces handed out before stay valid.
         """
         read = len(ask.prompt_ids)
         patience = Patience(
@@ -251,10 +251,10 @@ class Teacher:
             self.breaker.succeeded()
 
     async def _judged(self, error: Exception, patience: Patience) -> TeacherError:
-        """What a failure is called, and whether it speaks against the teacher.
+        """The failure with its reason, and whether it is a fault of the teacher.
 
-        A teacher that makes a call wait is busy, not broken, if it serves other calls or reports that it is
-        well: its queue, or one long prompt, must not take it from everybody.
+        A teacher that makes a call wait is busy, not broken, if it serves other calls or its health check
+        succeeds. So its queue, or one long prompt, does not stop all other calls.
         """
         if not isinstance(error, TeacherError):
             logger.error(
@@ -272,7 +272,7 @@ class Teacher:
     async def _pieces(
         self, ask: Ask, headers: Mapping[str, str], patience: Patience
     ) -> AsyncGenerator[Piece]:
-        """An ask's pieces, of one request or of several."""
+        """The pieces of an ask, from one HTTP request or from several."""
         progress = AskProgress(ask)
         while not progress.ended:
             allowed = progress.allowed()
@@ -299,7 +299,7 @@ class Teacher:
         headers: Mapping[str, str],
         patience: Patience,
     ) -> AsyncGenerator[Piece]:
-        """The pieces that one request brings."""
+        """The pieces from one HTTP request."""
         try:
             async with aclosing(self._replies(progress, allowed, headers, patience)) as replies:
                 async for reply in replies:
@@ -311,13 +311,13 @@ class Teacher:
         except TeacherError as error:
             if error.status == 404 and self.adapters.lost(progress.ask.adapter):
                 progress.ask.meter.failed(reached=False)
-            elif error.status in (403, 404) and self.generates:  # it was started anew without it
+            elif error.status in (403, 404) and self.generates:  # the server was restarted without it
                 self.generates = False
                 progress.ask.meter.failed(reached=False)
             elif error.refused and progress.grammar:
                 progress.takes_grammar = False
             else:
-                raise  # otherwise it is asked again, without
+                raise  # otherwise the teacher is asked again, without it
 
     async def _replies(
         self,
@@ -354,7 +354,7 @@ class Teacher:
                     complete = reply.piece.finish_reason is not None
                     reply = _screened(reply, screen, progress)
                     if complete:
-                        with suppress(TeacherError), patience.ending():  # nothing that is still needed
+                        with suppress(TeacherError), patience.ending():  # nothing of it is needed
                             async for payload in payloads:  # to the end, so that the connection is reused
                                 self._note_usage(ask.meter, payload)
                     elif reply.again and ask.streamed:
@@ -365,7 +365,7 @@ class Teacher:
         raise TeacherError("nonsense", f"the reply of {self.name} ended without a finish reason")
 
     def _note_usage(self, meter: Meter, payload: bytes) -> None:
-        """Read on the meter what the teacher reports at the end of a request."""
+        """Give the meter the usage that the teacher reports at the end of a request."""
         counted = None if meter.prices is None else read_usage(payload)
         if counted is None:
             return

@@ -12,17 +12,17 @@ class CompletionText:
     """Follows a completion in whole characters."""
 
     def __init__(self, words: StudentWords, tokenizer: TokenizerLike, choice: Choice) -> None:
-        """``tokenizer``: the student's, as its engine has it."""
+        """``tokenizer``: the student's tokenizer, as its engine has it."""
         self._words = words
         self._choice = choice
         reading = SamplingParams(output_kind=RequestOutputKind.DELTA)  # without stop strings
         self._reader = new_detokenizer(tokenizer, choice.prompt_ids, reading)
         self._known = 0
-        """The student's ids that were read."""
+        """Number of the student's ids that were read."""
         self.text = ""
-        """Up to the last whole character, as of the last `read`."""
+        """Text up to the last whole character, as of the last `read`."""
         self._unread = 0
-        """The student's ids at the end that are not in the text."""
+        """Number of the student's last ids that are not in the text."""
 
     @property
     def half_written(self) -> bool:
@@ -34,7 +34,7 @@ class CompletionText:
         return self._words.decode(ids).endswith(UNFINISHED)
 
     def read(self) -> None:
-        """Take in what was written since the last time."""
+        """Add the text that was written since the last `read`."""
         written = self._choice.completion.token_ids
         unread = written[self._known :]
         self._known = len(written)

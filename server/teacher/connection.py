@@ -1,4 +1,4 @@
-"""HTTP to one server of the teacher: kept connections, waits that end, bodies that are not too long."""
+"""HTTP client of one server of the teacher: kept connections, bounded waits, bounded bodies."""
 
 import asyncio
 import io
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class _ClosedConnection(TeacherError):
-    """The other side closed a connection that was kept alive, before it answered: try another."""
+    """The server closed a kept connection before it answered: try another connection."""
 
 
 @dataclass
@@ -34,11 +34,11 @@ class _Sending:
     """One request on its way."""
 
     reused: bool = False
-    """On a connection that had another before."""
+    """Whether its connection had an earlier request."""
 
 
 def _note_reuse() -> aiohttp.TraceConfig:
-    """Tell a connection that was closed while nobody used it from a server that hangs up."""
+    """Notes reused connections, so that one closed while idle is not taken for a server that hangs up."""
 
     async def reused(_session: aiohttp.ClientSession, context: Any, _: Any) -> None:
         if context.trace_request_ctx is not None:
@@ -50,24 +50,24 @@ def _note_reuse() -> aiohttp.TraceConfig:
 
 
 class Connection:
-    """All requests to one server go through it."""
+    """Sends all requests to one server."""
 
     def __init__(self, url: str, *, api_key: str | None, connect_timeout: float) -> None:
-        """Entering the connection opens it.
+        """Describe the server; entering the connection opens it.
 
         Args:
-            url: of the server; a user and a password in it are sent as basic authentication.
+            url: base URL of the server; a user and a password in it are sent as basic authentication.
             api_key: sent as a bearer token.
             connect_timeout: longest wait for a new connection, in seconds.
 
         Raises:
-            TeacherError: there are two kinds of credentials.
+            TeacherError: the URL has a password, and there is an API key too.
         """
         parts = urlsplit(url.rstrip("/"))
         self.name = parts.netloc.rpartition("@")[2]
         """Host and port."""
         self.url = urlunsplit(parts._replace(netloc=self.name))
-        """Without credentials."""
+        """Base URL without credentials."""
         self._headers = _credentials(self.name, parts.username, parts.password, api_key)
         self._connect_timeout = connect_timeout
         self._session: aiohttp.ClientSession | None = None
@@ -92,7 +92,7 @@ class Connection:
         return self._session
 
     async def status(self, path: str) -> int | None:
-        """What a GET is answered with; None if there is no answer.
+        """HTTP status of a GET; None if there is no answer.
 
         Raises:
             TimeoutError: no connection came in time.
@@ -108,7 +108,7 @@ class Connection:
     async def decoded(
         self, method: str, path: str, type_: type[T], patience: Patience, body: dict[str, Any] | None = None
     ) -> T:
-        """The JSON that a request is answered with.
+        """The answer to a request, decoded from JSON as ``type_``.
 
         Raises:
             TeacherError: there is no useful reply.
@@ -143,7 +143,7 @@ class Connection:
                 raise TeacherError("status", message, refused=refused, status=response.status)
             yield response
         finally:
-            # Read to the end, the connection goes back to the pool; cut short, this closes it.
+            # After a response that was read to its end, the connection is reused; otherwise it is closed.
             if response.content.at_eof():
                 response.release()
             else:
@@ -173,7 +173,7 @@ class Connection:
             try:
                 return await self._wait(request, patience)
             except _ClosedConnection:
-                # All that were kept may be closed by now; of new ones a second is tried.
+                # All kept connections may be closed by now, so each is tried; of new ones, two are tried.
                 fresh += not sending.reused
                 if fresh > 1:
                     raise
@@ -181,7 +181,7 @@ class Connection:
     async def payloads(
         self, response: aiohttp.ClientResponse, patience: Patience, longest: int, *, stream: bool
     ) -> AsyncGenerator[bytes]:
-        """The body, or the data of each server-sent event up to the last."""
+        """The whole body; with ``stream``, the data of each server-sent event."""
         if not stream:
             yield await self.read(response, patience, longest)
             return
@@ -235,7 +235,7 @@ class Connection:
 
 
 def _credentials(name: str, user: str | None, password: str | None, api_key: str | None) -> dict[str, str]:
-    """The header that holds what is secret: it is nowhere else from here on."""
+    """The header with the credentials, which are kept nowhere else."""
     if user is None and password is None:
         return {"Authorization": f"Bearer {api_key}"} if api_key else {}
     if api_key:

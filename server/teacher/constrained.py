@@ -1,4 +1,4 @@
-"""A teacher under a grammar. A stock server cannot continue one, so its tokens are checked here."""
+"""Checks a teacher's tokens by a grammar, because a stock server cannot continue a grammar."""
 
 from dataclasses import replace
 
@@ -7,11 +7,11 @@ from server.teacher.carried import Screened
 from server.vllm_api import SamplingParams
 
 MOST_ALLOWED = 1000
-"""Up to this many ids that a grammar leaves are sent; vLLM takes 1,024."""
+"""Most allowed ids that are sent to the teacher; vLLM takes 1,024."""
 
 
 def next_ids(constraint: Constraint, params: SamplingParams) -> list[int] | None:
-    """What the grammar and the caller leave for the next token; None where that is too much to be sent."""
+    """The ids that grammar and caller allow for the next token; None if they are too many to be sent."""
     allowed = constraint.allowed(MOST_ALLOWED)
     if allowed is None or params.allowed_token_ids is None:
         return allowed
@@ -19,9 +19,9 @@ def next_ids(constraint: Constraint, params: SamplingParams) -> list[int] | None
 
 
 def constrained(screened: Screened, constraint: Constraint) -> Screened:
-    """A piece up to the first token that the grammar refuses; the constraint advances by what is left.
+    """A piece up to the first token that the grammar refuses; the constraint advances by the kept tokens.
 
-    A server may end a completion by what is no end to the student. Then only the span ends.
+    If the teacher ends the completion before the grammar has ended, only the span ends.
     """
     piece = screened.piece
     taken = constraint.take(piece.token_ids)

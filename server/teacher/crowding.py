@@ -13,9 +13,9 @@ SHORT = 0.25
 class Crowding:
     """A limit on a replica's calls: halved when its queue is long, otherwise raised by one.
 
-    A replica that is sent more than it can serve makes every call wait. The calls that are too many are
-    better not made: their students write on and ask again later. (The rule is that of TCP: additive
-    increase, multiplicative decrease; Chiu and Jain, 1989.)
+    A replica that gets more calls than it can serve makes every call wait. The surplus calls are better not
+    made: their students continue and ask again later. (The rule is that of TCP: additive increase,
+    multiplicative decrease; Chiu and Jain, 1989.)
     """
 
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -28,9 +28,9 @@ class Crowding:
         """Learn from a call's first token.
 
         Args:
-            running: calls under way, this one among them.
-            waited: how long it took, in seconds.
-            longest: how long it might have taken, in seconds.
+            running: number of calls under way, including this one.
+            waited: time until the first token, in seconds.
+            longest: the longest time that was allowed for it, in seconds.
         """
         if waited > LONG * longest:
             self._halve(running, waited)
@@ -42,7 +42,7 @@ class Crowding:
         self._halve(running, waited)
 
     def _halve(self, running: int, waited: float) -> None:
-        """Once for all calls that waited together: the next ones show what that has brought."""
+        """Halve the limit, once for all calls that waited together; later calls show the effect."""
         now = self._clock()
         if now < self._halve_from:
             return

@@ -3,22 +3,23 @@
 from server.teacher.words import UNFINISHED, StudentWords, same_characters
 
 LONGEST_WORD = 64
-"""Characters that are held back at most, for the rest of a word to come."""
+"""Most characters that are held back until the rest of a word comes."""
 
 
 class Delivery:
-    """One span's text: what arrives goes out word by word, as the student would split it.
+    """One span's text, delivered word by word, as the student would split it.
 
-    It is full when the next character does not fit into the grant. `rest` is what did not fit.
+    It is full when the next character does not fit into the grant. `rest` is the text that did not fit.
     """
 
     def __init__(self, words: StudentWords, tokens: int, *, to_the_end: bool) -> None:
         """Begin a span.
 
         Args:
-            words: of the student.
-            tokens: ids that may be delivered.
-            to_the_end: the completion ends there; as where one model writes, perhaps within a character.
+            words: the student's words.
+            tokens: the most ids that may be delivered.
+            to_the_end: whether the completion ends after them; then, as with one model, perhaps within a
+                character.
         """
         self._words = words
         self._to_the_end = to_the_end
@@ -41,7 +42,7 @@ class Delivery:
         return self._deliver(last_border(self.rest))
 
     def flush(self) -> list[int]:
-        """The ids of what is held back: nothing more comes."""
+        """The ids of the text that is held back, at the end of the span."""
         return self._deliver(len(self.rest))
 
     def _deliver(self, characters: int) -> list[int]:
@@ -59,7 +60,7 @@ class Delivery:
         return self._counted(encoded.ids)
 
     def _cut(self, ids: list[int]) -> list[int]:
-        """As many ids as there is room for, up to the end of a character."""
+        """The first ids, as many as there is room for, up to the end of a character."""
         self.full = True
         if self._to_the_end:
             self.rest = ""
@@ -78,7 +79,7 @@ class Delivery:
 
 
 def last_border(text: str) -> int:
-    """Where the last word of a text begins, with the space before it: what comes may still belong to it."""
+    """Index of a text's last word, with the space before it; later text may still belong to this word."""
     for place in range(len(text) - 1, 0, -1):
         if text[place].isspace() and not text[place - 1].isspace():
             return place
@@ -86,7 +87,7 @@ def last_border(text: str) -> int:
 
 
 def after(text: str, beginning: str) -> str:
-    """What follows a beginning, which may be composed of its characters in another way."""
+    """The text after its beginning, whose characters may be composed in another way."""
     if text.startswith(beginning):
         return text[len(beginning) :]
     for end in range(1, len(text) + 1):

@@ -36,11 +36,11 @@ class TeacherError(PeerError):
 
         Args:
             reason: one of a few words, fit for a metric's label. "breaker" and "saturated" are calls that
-                were not made, or that waited in the teacher's queue for too long.
+                were not made, or that waited too long in the teacher's queue.
             message: for the log.
             refused: the teacher would refuse the same call again.
-            well: this does not speak against the teacher.
-            status: what the server answered with, if not 200.
+            well: the failure is not a fault of the teacher.
+            status: HTTP status of the answer, if it is not 200.
         """
         super().__init__(message)
         self.reason: Reason = reason
@@ -50,5 +50,5 @@ class TeacherError(PeerError):
 
     @property
     def explanation(self) -> str:
-        """One of a few sentences, without names, addresses or replies."""
+        """The failure for clients: one of a few sentences, without names, addresses or replies."""
         return REFUSED if self.refused else EXPLANATIONS[self.reason]

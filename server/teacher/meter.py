@@ -9,41 +9,41 @@ from router.money import TokenPrices, TokenUsage
 class Meter:
     """Counts the requests of one span, one after the other.
 
-    Nothing counts as cached until the teacher reports it (vLLM's `--enable-prompt-tokens-details`), so what
-    is counted is never too little.
+    Nothing counts as cached until the teacher reports it (vLLM's `--enable-prompt-tokens-details`), so the
+    cost is never too low.
     """
 
     prices: TokenPrices | None = None
     most: int | None = None
-    """Picos that all requests together may cost; None for no bound."""
+    """Most that all requests together may cost, in picos; None for no bound."""
     usage: TokenUsage = field(default_factory=TokenUsage)
     lost: bool = False
-    """A request broke off: the teacher may have written more than what arrived."""
+    """Whether a request broke off, so that the teacher may have written more than what arrived."""
     _reads: int = 0
-    """Of the request under way."""
+    """Tokens that the current request reads, without those that are known to be cached."""
     _writes: int = 0
     _wrote: int = 0
 
     @property
     def cost(self) -> int | None:
-        """Picos; None if nobody can tell, so that all that was reserved counts."""
+        """Cost of all requests in picos; None if it is unknown, so that the whole reservation counts."""
         return None if self.prices is None or self.lost else self.prices.cost(self.usage)
 
     def admits(self, reads: int, writes: int) -> bool:
-        """Whether one more request may be made: the bound holds whatever is in the teacher's cache."""
+        """Whether the bound allows one more request, whatever is in the teacher's cache."""
         if self.most is None or self.prices is None:
             return True
         return not self.lost and self.prices.cost(self.usage) + self.prices.most(reads, writes) <= self.most
 
     def begin(self, reads: int, writes: int) -> None:
-        """A request goes out that reads this many tokens, and may write that many."""
+        """Count a request that reads ``reads`` tokens, and may write ``writes`` tokens."""
         self._reads = reads
         self._writes = writes
         self._wrote = 0
         self.usage.input += reads
 
     def failed(self, *, reached: bool) -> None:
-        """The request failed; if nothing of it ``reached`` the teacher, it was not read."""
+        """Count a failed request; one that has not ``reached`` the teacher was not read."""
         if reached or self._wrote:
             self.lost = True
         else:
@@ -51,12 +51,12 @@ class Meter:
             self._reads = 0
 
     def wrote(self, tokens: int) -> None:
-        """Tokens arrived."""
+        """Count tokens that arrived."""
         self._wrote += tokens
         self.usage.output += tokens
 
     def report(self, cached: int, written: int) -> None:
-        """What the teacher itself counted of a request that has ended."""
+        """Correct the count by the teacher's own report of a request that has ended."""
         cached = min(max(cached, 0), self._reads)
         self.usage.input -= cached
         self.usage.cached_input += cached

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SPAN = 64
-"""The teacher has ``span_timeout`` for this many tokens, and as long again for as many more."""
+"""Number of tokens for which the teacher has ``span_timeout``; it has the same time for as many more."""
 
 READING = 4096
-"""The wait for the first token is twice ``teacher_timeout`` for a prompt of this many tokens, and so on."""
+"""For each this many tokens of the prompt, the first token may take one more ``teacher_timeout``."""
 
 END_SECONDS = 1.0
-"""After its last token a teacher has this long to end its reply, or the connection is not used again."""
+"""Seconds that a teacher has to end its reply after its last token; else the connection is not reused."""
 
 
 class Patience:
@@ -32,9 +32,9 @@ class Patience:
         Args:
             timeout: longest wait for a token, in seconds.
             span_timeout: longest wait for 64 tokens, in seconds.
-            prompt_tokens: what the teacher has to read first.
-            started: when the span began, of `time.monotonic`; None for now.
-            deadline: nothing may come later than this, of `time.monotonic`.
+            prompt_tokens: number of tokens that the teacher has to read first.
+            started: start of the span, in seconds of `time.monotonic`; None for now.
+            deadline: time after which nothing may come, in seconds of `time.monotonic`.
         """
         now = time.monotonic()
         self._timeout = timeout
@@ -46,13 +46,13 @@ class Patience:
         self._due = min(now + longer * timeout, begun + longer * span_timeout)
         self._first_token = math.inf
         self.last_token = now
-        """When the last token came; before there is one, when the call began."""
+        """Time of the last token, or of the call's start before there is one; of `time.monotonic`."""
         self.written = 0
-        """Tokens that have come."""
+        """Number of tokens that have come."""
 
     @property
     def seconds(self) -> float:
-        """What is left now; 0 or less when the time is up."""
+        """Seconds left now; 0 or less when the time is up."""
         return min(self._due, self._end, self._deadline) - time.monotonic()
 
     def came(self, tokens: int) -> None:
@@ -67,7 +67,7 @@ class Patience:
 
     @contextmanager
     def ending(self) -> Iterator[None]:
-        """Nothing more is needed of this reply: wait for its end only. A further request has full time."""
+        """Wait at most `END_SECONDS` in the block, for the reply's end. A later request has its full time."""
         self._end = time.monotonic() + END_SECONDS
         try:
             yield

@@ -20,7 +20,7 @@ from server.teacher.errors import TeacherError
 logger = logging.getLogger(__name__)
 
 ABSENT = ("unreachable", "timeout")
-"""What keeps a replica out until it answers; anything else its operator has to change."""
+"""Failures that keep a replica out until it answers; its operator has to fix any other failure."""
 
 
 class VocabularyCheck(Protocol):
@@ -38,19 +38,19 @@ class Replica:
         self.crowding = Crowding(concurrency)
         self.running = 0
         self.up = False
-        """Whether it counts as there, by what it said at the start and to the probes since."""
+        """Whether the replica counts as reachable, by its answers at the start and to later probes."""
         self.late = False
         """Whether the last probe had no answer in time: a busy server may miss one."""
         self.checked = False
-        """Whether it is known to serve the right model with the right vocabulary."""
+        """Whether the replica is known to serve the right model with the right vocabulary."""
         self.out_for = ""
-        """Why it answers and stays out all the same; logged once."""
+        """Why the replica is not used although it answers; logged once. Empty if there is no such reason."""
         TEACHER_RUNNING.labels(teacher.of, teacher.name).set_function(lambda: self.running)
         TEACHER_UP.labels(teacher.of, teacher.name).set_function(lambda: self.up)
 
     @property
     def down(self) -> bool:
-        """Whether it is not to be asked now."""
+        """Whether the replica may not be asked now."""
         return not self.up or self.teacher.breaker.open
 
 
@@ -83,7 +83,7 @@ class _Waiting:
 
 
 class TeacherPool:
-    """Teachers with one vocabulary: each call goes to one that is up and has room.
+    """Replicas of one teacher: each call goes to one that is up and has room.
 
     A key has its own order of preference among the replicas (rendezvous hashing: Thaler and Ravishankar,
     1998). So the spans of a request find its prefix in the cache of the replica that wrote the last one. A
@@ -91,7 +91,7 @@ class TeacherPool:
     """
 
     def __init__(self, teachers: Sequence[Teacher], *, concurrency: int, queue_seconds: float) -> None:
-        """``concurrency``: calls at once for each replica; ``queue_seconds``: longest wait for one's turn."""
+        """``concurrency``: most calls at once for each replica; ``queue_seconds``: longest wait of a call."""
         self.replicas = [Replica(teacher, concurrency) for teacher in teachers]
         self._queue_seconds = queue_seconds
         self._waiting: deque[_Waiting] = deque()
@@ -117,25 +117,25 @@ class TeacherPool:
 
     @property
     def max_model_len(self) -> int | None:
-        """The shortest context of all replicas, in tokens; None where none tells."""
+        """The shortest context of all replicas, in tokens; None if no replica reports it."""
         lengths = [replica.teacher.max_model_len for replica in self.replicas]
         return min((length for length in lengths if length is not None), default=None)
 
     @property
     def down(self) -> bool:
-        """Whether no replica would be asked now."""
+        """Whether no replica may be asked now."""
         return all(replica.down for replica in self.replicas)
 
     async def connect(self) -> None:
-        """Find out who is there; later ones join when they answer a probe.
+        """Find the replicas that are up; others join when they answer a probe.
 
         Raises:
-            TeacherError: nobody is there, or one serves another model.
+            TeacherError: no replica is up, or one serves another model.
         """
         await self._introduce(self.replicas)
 
     async def check_vocabulary(self, check: VocabularyCheck) -> None:
-        """Check every replica that is there; later ones are checked before they are asked for anything.
+        """Check every replica that is up; others are checked before they are asked for anything.
 
         Raises:
             TeacherError: a replica has a different vocabulary from the student.
@@ -161,7 +161,7 @@ class TeacherPool:
         replica.up = replica.checked = True
 
     async def healthy(self) -> bool:
-        """Whether a replica that may be asked answers its health check now; the first that does decides."""
+        """Whether any replica that may be asked answers its health check now."""
         asked = [
             asyncio.create_task(replica.teacher.healthy()) for replica in self.replicas if replica.checked
         ]
@@ -175,7 +175,7 @@ class TeacherPool:
                 task.cancel()
 
     async def watch(self, seconds: float) -> None:
-        """Probe every replica, for ever and each by itself: a slow one delays no other."""
+        """Probe every replica, forever and separately, so that a slow one delays no other."""
         await asyncio.gather(*(self._watch(replica, seconds) for replica in self.replicas))
 
     async def _watch(self, replica: Replica, seconds: float) -> None:
@@ -194,7 +194,7 @@ class TeacherPool:
             replica.late = answer is None
             if answer is None and not late_before:
                 return
-            # Who comes back may be another: it is checked again.
+            # A server that comes back may be another one, so it is checked again.
             replica.up = replica.checked = bool(answer)
         else:
             await self._probe_unknown(replica)
@@ -216,7 +216,7 @@ class TeacherPool:
         """As `Teacher.ask`, at the first replica in the key's order that is up and answers.
 
         Raises:
-            TeacherError: "breaker", all are down; else as `Teacher.ask`.
+            TeacherError: all replicas are down ("breaker"); else as `Teacher.ask`.
         """
         problem = TeacherError("breaker", "every replica of the teacher is marked as down")
         for replica in self._ranked(key):
@@ -233,10 +233,10 @@ class TeacherPool:
     async def admit(self, key: bytes) -> Slot:
         """The right to a call at the first replica in the key's order that is up and has room.
 
-        Whoever has to wait gets it in the order of coming.
+        Calls that have to wait get it in the order of their arrival.
 
         Raises:
-            TeacherError: "breaker", all are down; "saturated", none had room in time.
+            TeacherError: all replicas are down ("breaker"), or none had room in time ("saturated").
         """
         waiting = _Waiting(self._ranked(key), asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
@@ -253,14 +253,14 @@ class TeacherPool:
             raise
 
     def _leave(self, waiting: _Waiting) -> None:
-        """Stop waiting; a slot that came at the last moment goes to the next one."""
+        """Stop waiting; a slot that came at the last moment goes to the next call."""
         if waiting in self._waiting:
             self._waiting.remove(waiting)
         elif waiting.slot.done() and not waiting.slot.cancelled() and not waiting.slot.exception():
             waiting.slot.result().release()
 
     def wake(self) -> None:
-        """Let those in that have waited longest, as far as there is room."""
+        """Give free slots to the calls that have waited longest."""
         while self._waiting:
             first = self._waiting[0]
             if first.slot.done():  # cancelled
@@ -278,7 +278,7 @@ class TeacherPool:
     async def write(
         self, slot: Slot, ask: Ask, *, started: float | None = None, **options: Any
     ) -> AsyncGenerator[Piece]:
-        """As `Teacher.write`; where a replica fails before its first token, another is asked, once.
+        """As `Teacher.write`; if the replica fails before its first token, another one is asked, once.
 
         Raises:
             TeacherError: as `Teacher.write`.
@@ -307,7 +307,7 @@ class TeacherPool:
                 moved = True
 
     async def _observed(self, slot: Slot, ask: Ask, **options: Any) -> AsyncGenerator[Piece]:
-        """A call at the slot's replica, from whose first token its crowding learns."""
+        """A call at the slot's replica; its first token adjusts the replica's limit of calls."""
         replica = slot.replica
         sent = time.monotonic()
         first = True
@@ -335,7 +335,7 @@ class TeacherPool:
 
     @staticmethod
     def _free(replicas: Sequence[Replica]) -> Replica | None:
-        """The first that may be called now; where it was down for a while, this is its trial."""
+        """The first replica that may be called now, or None. After an open breaker, the call is its trial."""
         for replica in replicas:
             if not replica.up or replica.running >= replica.crowding.limit:
                 continue

@@ -47,12 +47,12 @@ class _Error(msgspec.Struct):
 class _Completion(msgspec.Struct):
     choices: list[_Choice] = []
     error: _Error | None = None
-    """What a stream holds where a plain reply would have another status."""
+    """Error in a stream, in place of the status of a plain reply."""
     usage: _Usage | None = None
 
 
 class Counted(NamedTuple):
-    """What a server counted of one request."""
+    """Tokens of one request, as its server counted them."""
 
     written: int
     cached: int | None
@@ -60,17 +60,17 @@ class Counted(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """A piece of the teacher's, cut before the first id that cannot stay."""
+    """A piece from the teacher, cut before the first id that cannot stay."""
 
     piece: Piece
     again: bool = False
-    """The teacher is to be asked again from here: the piece has no ending, and what came after it is lost."""
+    """Whether the teacher is to be asked again from here; the piece then has no ending."""
     padded: int | None = None
     """The next id, if the student does not have it."""
     banned: int | None = None
     """The next id, if it ends a bad word, or a grammar refuses it."""
     received: int = 0
-    """Tokens that arrived, those that are cut off among them."""
+    """Number of tokens that arrived, including those that were cut off."""
 
 
 def quoted(text: str) -> str:
@@ -84,11 +84,11 @@ def read_reply(payload: bytes, *, room: int, params: SamplingParams, vocabulary:
     Args:
         payload: JSON of vLLM's completion or of one of its chunks.
         room: the most tokens that it may hold.
-        params: say which log-probabilities were asked for.
-        vocabulary: the student has the ids below this.
+        params: the caller's parameters, with the log-probabilities that were asked for.
+        vocabulary: the student's token ids are below this.
 
     Raises:
-        TeacherError: the payload is an error, or nothing that was asked for.
+        TeacherError: the payload is an error, or not what was asked for.
     """
     choice = _choice(payload)
     ids = choice.token_ids or []
@@ -112,11 +112,11 @@ def read_reply(payload: bytes, *, room: int, params: SamplingParams, vocabulary:
 
 
 def read_usage(payload: bytes) -> Counted | None:
-    """What a body, or the last event of a stream, reports of its request; None if it reports nothing."""
+    """The token counts in a body, or in the last event of a stream; None if it has none."""
     try:
         usage = msgspec.json.decode(payload, type=_Completion).usage
     except (msgspec.MsgspecError, ValueError):
-        return None  # it is nothing that the completion needs
+        return None  # the completion does not need it
     if usage is None:
         return None
     details = usage.prompt_tokens_details
@@ -149,7 +149,7 @@ def _visible(ids: Sequence[int], vocabulary: int) -> Sequence[int]:
 def _entries(
     ids: Sequence[int], reply: _Logprobs | None, wanted: Sequence[int] | None, vocabulary: int
 ) -> list[dict[int, Logprob]]:
-    """The dictionary that vLLM has for each token: of the ``wanted`` ids, or of the best."""
+    """Log-probabilities by id for each token, as vLLM has them: of the ``wanted`` ids, or of the best."""
     if reply is None:
         raise TeacherError("nonsense", "the teacher's reply has no log-probabilities")
     tops = reply.top_logprobs or [None] * len(ids)
@@ -167,7 +167,7 @@ def _entries(
 
 
 def _by_id(top: dict[str, float]) -> dict[int, float]:
-    """Keys of ``top`` are ``token_id:17``."""
+    """Log-probabilities by token id, from ``top`` with keys such as ``token_id:17``."""
     try:
         return {int(token.removeprefix("token_id:")): value for token, value in top.items()}
     except ValueError as error:
@@ -175,7 +175,7 @@ def _by_id(top: dict[str, float]) -> dict[int, float]:
 
 
 def _best(by_id: dict[int, float], vocabulary: int) -> dict[int, Logprob]:
-    """The best ones in order.
+    """The best log-probabilities in order, with their ranks.
 
     A teacher may have rows beyond the common ``vocabulary``: they are left out, as the student's are.
     """
@@ -185,7 +185,7 @@ def _best(by_id: dict[int, float], vocabulary: int) -> dict[int, Logprob]:
 
 
 def _of(wanted: Sequence[int], by_id: dict[int, float], vocabulary: int) -> dict[int, Logprob]:
-    """Those of `logprob_token_ids`, in their order; a row beyond the ``vocabulary`` is no token."""
+    """Log-probabilities of the ``wanted`` ids, in their order; -inf for an id beyond the ``vocabulary``."""
     logprobs = {}
     for rank, token_id in enumerate(wanted, start=1):
         value = by_id.get(token_id) if token_id < vocabulary else -math.inf

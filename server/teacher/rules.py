@@ -6,7 +6,7 @@ from server.teacher.carried import Screen
 
 
 def allowed_ids(choice: Choice, ids: list[int]) -> list[int]:
-    """The student's ids up to one that ends a bad word, or that a grammar refuses."""
+    """The student's ids before the first one that ends a bad word, or that a grammar refuses."""
     screen = Screen(bad_words=choice.params.bad_words_token_ids or ())
     before = choice.completion.token_ids[-screen.reach :] if screen.reach else ()
     kept = list(screen.apply(Piece(ids), before).piece.token_ids)

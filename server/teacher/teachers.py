@@ -22,11 +22,11 @@ from server.vllm_api import SamplingParams
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.5
-"""How often a teacher is looked for that is not up yet."""
+"""Seconds between two tries to connect to a teacher that is not up yet."""
 
 
 def _same_vocabulary() -> None:
-    """No translator."""
+    """No translator, because the teacher has the student's vocabulary."""
 
 
 @dataclass
@@ -37,17 +37,17 @@ class NamedTeacher:
     pool: TeacherPool
     prices: TokenPrices | None = None
     find_translator: Callable[[], Translator | None] = _same_vocabulary
-    """A teacher that joins late is not known before."""
+    """Returns `translator`; the vocabulary of a teacher that joins late is not known before."""
     is_tool = False
 
     @property
     def is_known(self) -> bool:
-        """Whether a server of it has answered yet."""
+        """Whether one of its servers has answered and been checked."""
         return any(replica.checked for replica in self.pool.replicas)
 
     @property
     def translator(self) -> Translator | None:
-        """What text crosses by; None if the teacher has the student's vocabulary."""
+        """The translator of texts between the models; None if the teacher has the student's vocabulary."""
         return self.find_translator()
 
     def view(self, choice: Choice) -> TeacherView:
@@ -61,15 +61,15 @@ class NamedTeacher:
 
 
 class Teachers:
-    """All teachers of a gateway. Tools come first: they are asked first."""
+    """All teachers of a gateway. Tools come first, because they are asked first."""
 
     def __init__(self, each: Sequence[NamedTeacher], *, priced: bool = False) -> None:
-        """``priced``: they are ordered by their prices; else they stay as they are."""
+        """``priced``: whether to order the teachers by their prices; else their order stays."""
         ordered = sorted(each, key=_rank) if priced else list(each)
         self.tools = tuple(teacher for teacher in ordered if teacher.is_tool)
         self.models = tuple(teacher for teacher in ordered if not teacher.is_tool)
         self._stack = AsyncExitStack()
-        for teacher in each:  # a series is there before anything is counted
+        for teacher in each:  # each series exists before anything is counted
             COMPLETION_TOKENS.labels(teacher.name)
             for kind in KindCosts.model_fields if teacher.prices is not None else ():
                 COST.labels(teacher.name, kind)
@@ -80,17 +80,17 @@ class Teachers:
 
     @property
     def names(self) -> list[str]:
-        """Of all."""
+        """Names of all teachers."""
         return [teacher.name for teacher in self]
 
     @property
     def have_names(self) -> bool:
-        """Whether the operator named them."""
+        """Whether the operator named the teachers."""
         return self.names != [TEACHER]
 
     @property
     def may_translate(self) -> bool:
-        """Whether text may cross to one of them, now or when it joins: prompts are kept as they came."""
+        """Whether a teacher may exchange text, now or when it joins; original prompts are then kept."""
         return any(teacher.is_tool or teacher.translator or not teacher.is_known for teacher in self)
 
     async def __aenter__(self) -> "Teachers":
@@ -109,10 +109,12 @@ class Teachers:
         return "teachers " + "; ".join(f"{teacher.name}: {teacher.pool}" for teacher in self)
 
     async def connect(self, deadline: float = 0.0) -> None:
-        """Find out who is there; until the ``deadline``, wait for all. Later ones join when they answer.
+        """Connect to all teachers; wait for them until the ``deadline``. Later ones join when they answer.
+
+        ``deadline``: in seconds of `time.monotonic`.
 
         Raises:
-            TeacherError: nobody is there, or one serves another model.
+            TeacherError: no teacher is up, or one serves another model.
         """
         outcomes = await asyncio.gather(
             *(_connect(teacher.pool, deadline) for teacher in self), return_exceptions=True
@@ -120,16 +122,16 @@ class Teachers:
         self._judge(outcomes)
 
     async def healthy(self) -> dict[str, bool]:
-        """Who would answer now."""
+        """Whether each teacher answers its health check now, by its name."""
         answers = await asyncio.gather(*(teacher.pool.healthy() for teacher in self))
         return dict(zip(self.names, answers, strict=True))
 
     async def watch(self, seconds: float) -> None:
-        """Probe all servers of all teachers, for ever."""
+        """Probe all servers of all teachers, forever."""
         await asyncio.gather(*(teacher.pool.watch(seconds) for teacher in self))
 
     def _judge(self, outcomes: Sequence[BaseException | None]) -> None:
-        """A teacher that is absent may come later, if another one is there."""
+        """Raise an error that stops the start: any but the absence of some teachers, which may come later."""
         errors = [error for error in outcomes if error is not None]
         for error in errors:
             absent = isinstance(error, TeacherError) and error.reason in ABSENT

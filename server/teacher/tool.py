@@ -29,7 +29,7 @@ from server.teacher.words import StudentWords
 from server.vllm_api import SamplingParams, TokenizerLike
 
 ABSENT_BEHIND_A_PROXY = (502, 503, 504)
-"""What a proxy answers if there is nobody."""
+"""Statuses of a proxy whose server is absent."""
 
 
 class _Answer(msgspec.Struct):
@@ -38,7 +38,7 @@ class _Answer(msgspec.Struct):
 
 @dataclass(frozen=True)
 class ToolAsk(Ask):
-    """What one call shows a tool."""
+    """The request of one call to a tool; ``question`` is its JSON body."""
 
     question: Mapping[str, Any] = field(default_factory=dict)
 
@@ -49,7 +49,7 @@ class Tool(Teacher):
     def __init__(
         self, url: str, *, api_key: str | None = None, timeout: float, breaker: Breaker, of: str
     ) -> None:
-        """As of `Teacher`; ``url`` is where the tool is called."""
+        """Arguments as for `Teacher`; ``url`` is the whole URL at which the tool is called."""
         parts = urlsplit(url)
         super().__init__(
             urlunsplit(parts._replace(path="", query="", fragment="")),
@@ -64,16 +64,16 @@ class Tool(Teacher):
         self._path = urlunsplit(("", "", parts.path, parts.query, ""))
 
     async def connect(self) -> None:
-        """See whether its server is there.
+        """Check that the tool's server answers.
 
         Raises:
-            TeacherError: it is not.
+            TeacherError: it does not.
         """
         if not await self.healthy():
             raise TeacherError("unreachable", f"the tool at {self.name} does not answer")
 
     async def healthy(self) -> bool | None:
-        """Whether its server answers `/health`, whatever it says: a tool need not know that path."""
+        """Whether its server answers `/health` with any status, because a tool need not know that path."""
         try:
             async with asyncio.timeout(min(PROBE_SECONDS, self.timeout)):
                 status = await self._connection.status("/health")
@@ -84,7 +84,7 @@ class Tool(Teacher):
     async def _pieces(
         self, ask: Ask, headers: Mapping[str, str], patience: Patience
     ) -> AsyncGenerator[Piece]:
-        """The answer as one piece of text; an empty one if the tool has nothing to say."""
+        """The answer as one piece of text, which is empty if the tool has no answer."""
         question = dict(ask.question) if isinstance(ask, ToolAsk) else {}
         connection = self._connection
         async with connection.request("POST", self._path, patience, question, headers) as response:
@@ -117,13 +117,13 @@ class ToolView:
         return self._written.half_written
 
     async def room(self) -> int | None:
-        """A tool has no context that could be full."""
+        """None, because a tool has no context that could be full."""
         return None
 
     async def write(
         self, slot: Slot, tokens: int, deadline: float, meter: Meter
     ) -> AsyncGenerator[Piece, None]:
-        """The answer in the student's tokens: all of it, or nothing if it does not fit or may not stay."""
+        """The whole answer in the student's tokens; nothing if it does not fit, or if a rule forbids it."""
         choice = self._choice
         self._written.read()
         ask = ToolAsk((), tokens, choice.params, meter=meter, as_text=True, question=self._question(tokens))
@@ -139,7 +139,7 @@ class ToolView:
         if allowed_ids(choice, ids) == ids:
             meter.wrote(len(ids))
             yield Piece(ids)
-        elif choice.constraint is not None:  # it has taken a part of what does not stay
+        elif choice.constraint is not None:  # it has taken a part of the answer
             await choice.constraint.catch_up(choice.completion.token_ids)
 
     def _question(self, tokens: int) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class NamedTool(NamedTeacher):
     """A tool among the teachers."""
 
     student_words: Callable[[], StudentWords] | None = None
-    """Set before the first request."""
+    """Returns the student's words; set before the first request."""
     tokenizer: TokenizerLike | None = None
     is_tool = True
 
@@ -170,5 +170,5 @@ class NamedTool(NamedTeacher):
         return ToolView(self.student_words(), self.tokenizer, self.pool, choice)
 
     def obstacle(self, original: OriginalPrompt | None, params: SamplingParams) -> str | None:
-        """Name of a parameter that a text of somebody else cannot honour, if the request has one."""
+        """Name of a parameter that a tool's text cannot honour, if the request has one."""
         return of_one_vocabulary(params)

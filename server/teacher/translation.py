@@ -1,8 +1,8 @@
 """A teacher with another vocabulary: the models exchange text, in whole characters.
 
-A choice has two lists of ids. The student's are the completion. The teacher's are its own prompt, rendered by
-its own template, and the completion's text in its own tokens. As long as nobody else writes, these are the
-ids that it wrote itself, so that over several calls it goes on as it would in one.
+A choice has two lists of ids. The student's ids are the completion. The teacher's ids are its own prompt,
+rendered by its own template, and the completion's text in its own tokens. While only the teacher writes,
+these are the ids that it wrote itself, so several calls continue as one call would.
 """
 
 import copy
@@ -25,7 +25,7 @@ from server.teacher.words import UNFINISHED, StudentWords, TeacherWords, ids_of
 from server.vllm_api import SamplingParams, TokenizerLike
 
 UNSETTLED = 256
-"""Characters of the completion that are encoded again for the teacher, at most."""
+"""Most characters of the completion that are encoded again for the teacher."""
 
 UNSUPPORTED = {
     "logprobs": None,
@@ -36,16 +36,16 @@ UNSUPPORTED = {
     "frequency_penalty": 0.0,
     "presence_penalty": 0.0,
 }
-"""What a model has to know of each token that it may write, with the value that leaves it unused."""
+"""Parameters about single tokens, which need the student's tokens, each with its value if it is unused."""
 
 
 class Translator:
-    """What all choices of a pair share."""
+    """Tokenizers and names that all choices of a pair share."""
 
     def __init__(
         self, student: StudentWords, teacher: TeacherWords, tokenizer: TokenizerLike, name: str = TEACHER
     ) -> None:
-        """``tokenizer``: the student's, as its engine has it; ``name``: the teacher's."""
+        """``tokenizer``: the student's tokenizer, as its engine has it; ``name``: the teacher's name."""
         self.name = name
         self.student = student
         self.teacher = teacher
@@ -84,18 +84,18 @@ class Translation:
         self._choice = choice
         self._written = CompletionText(translator.student, translator.tokenizer, choice)
         self._settled: list[int] = []
-        """The teacher's ids of the text up to `_border`; they stay."""
+        """The teacher's ids of the text up to `_border`; they do not change any more."""
         self._border = 0
         self._tail: list[int] = []
-        """Its ids of the text from there on, as it was when the teacher was asked last."""
+        """The teacher's ids of the text from `_border` on, as of the last call."""
         self._own: list[int] = []
-        """Ids that it wrote itself since."""
+        """Ids that the teacher wrote itself since then."""
         self._ahead = ""
-        """What it wrote beyond a grant: it comes next, if nobody else writes."""
+        """Text that the teacher wrote beyond a grant; it comes next, unless the student writes first."""
         self._over = False
-        """Whether its sequence ends there."""
+        """Whether the teacher's sequence ends after this text."""
         self._last_writer_at = -1
-        """The completion's length after the teacher's last token."""
+        """The completion's length after the teacher's last token; -1 if its ids have to be encoded again."""
 
     @property
     def half_written(self) -> bool:
@@ -104,7 +104,7 @@ class Translation:
 
     @property
     def reads(self) -> int:
-        """Its prompt and the completion in its own tokens; before it was asked for them, the student's."""
+        """Number of tokens of prompt and completion: the teacher's tokens, or until known, the student's."""
         prompt = self._choice.original
         if prompt is None or self._name not in prompt.teacher_ids:
             return self._choice.prefix_tokens
@@ -126,7 +126,7 @@ class Translation:
         choice = self._choice
         start = len(choice.completion)
         self.stuck = False
-        self._last_writer_at = -1  # until the end: a call may be cut off anywhere
+        self._last_writer_at = -1  # set at the end again: a call may be cut off anywhere
         delivery = Delivery(self._student, tokens, to_the_end=tokens >= choice.completion.tokens_left)
         async with aclosing(self._delivered(slot, delivery, deadline, meter)) as parts:
             async for ids in parts:
@@ -148,7 +148,7 @@ class Translation:
     async def _delivered(
         self, slot: Slot, delivery: Delivery, deadline: float, meter: Meter
     ) -> AsyncGenerator[list[int], None]:
-        """What is left of the last call, and then a call's text, as the student's ids."""
+        """The rest of the last call's text, and then a new call's text, as the student's ids."""
         yield delivery.add(self._ahead)
         ask = None if self._over or delivery.done else self._ask(delivery.left, meter)
         try:
@@ -181,9 +181,9 @@ class Translation:
         return [*prompt.teacher_ids[self._name], *self._settled, *self._tail, *self._own]
 
     def _ask(self, tokens: int, meter: Meter) -> Ask | None:
-        """What the teacher is asked for, to deliver ``tokens`` of the student's; None if its context is full.
+        """The request for text of ``tokens`` student tokens; None if the teacher's context is full.
 
-        How many tokens of its own that takes is not known: the call ends when the grant is full.
+        The number of the teacher's own tokens for it is not known: the call ends when the grant is full.
         """
         prefix = self._prefix
         own = 2 * tokens + BYTES_OF_A_CHARACTER

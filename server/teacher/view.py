@@ -15,25 +15,25 @@ class TeacherView(Protocol):
 
     @property
     def half_written(self) -> bool:
-        """Whether the student has to write on before the teacher can read it."""
+        """Whether the student has to finish a character before the teacher can read the completion."""
 
     @property
     def reads(self) -> int:
-        """Tokens of its own that the teacher reads in a call; after `room`, of the next one."""
+        """Number of its own tokens that the teacher reads in a call; exact for the next call after `room`."""
 
     @property
     def stuck(self) -> bool:
         """Whether the last call ended at a character that the student has no tokens for."""
 
     async def room(self) -> int | None:
-        """Tokens that the teacher's context has left; None if it does not tell. Raises TeacherError."""
+        """Tokens that the teacher's context has left; None if its context is unknown. Raises TeacherError."""
 
     def write(self, slot: Slot, tokens: int, deadline: float, meter: Meter) -> AsyncGenerator[Piece, None]:
         """Let the teacher write at most this many of the student's tokens; as `TeacherPool.write`."""
 
 
 class SameTokens:
-    """For a teacher with the student's vocabulary: it reads and writes the same ids."""
+    """A choice as a teacher with the student's vocabulary sees it: both read and write the same ids."""
 
     half_written = False
     stuck = False
@@ -45,16 +45,16 @@ class SameTokens:
 
     @property
     def reads(self) -> int:
-        """Prompt and completion."""
+        """Number of tokens of prompt and completion."""
         return self._choice.prefix_tokens
 
     async def room(self) -> int | None:
-        """What the teacher's context has left after prompt and completion."""
+        """Tokens that the teacher's context has left after prompt and completion."""
         context = self._teacher.max_model_len
         return None if context is None else context - self.reads
 
     def write(self, slot: Slot, tokens: int, deadline: float, meter: Meter) -> AsyncGenerator[Piece, None]:
-        """Prompt and completion are what the teacher continues."""
+        """Let the teacher continue prompt and completion."""
         choice = self._choice
         ask = Ask(
             choice.prefix,

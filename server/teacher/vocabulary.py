@@ -1,4 +1,4 @@
-"""Checks whether the teacher's servers have the student's vocabulary, and all the same one."""
+"""Checks whether the teacher's servers have the student's vocabulary, or at least all the same one."""
 
 import asyncio
 import hashlib
@@ -26,17 +26,17 @@ class DifferentVocabulary(TeacherError):
 
 
 class SameVocabulary:
-    """Asks a stock vLLM server all that tells its vocabulary from the student's.
+    """Asks a stock vLLM server questions that show whether its vocabulary is the student's.
 
-    What is asked is made once. A server answers within a second, also for 150,000 tokens.
+    The questions are made once. A server answers within a second, also for 150,000 tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, rows: int) -> None:
-        """``tokenizer``: the student's; ids below ``rows`` that it does not have must be nobody's."""
+        """``tokenizer``: the student's; below ``rows``, a teacher may have no ids that the student lacks."""
         self.questions: list[Question] = questions(tokenizer, rows)
 
     async def __call__(self, teacher: Teacher) -> None:
-        """Compare. The first text that is split in another way is logged; a pair can do with that.
+        """Compare the vocabularies. The first text that is split in another way is logged, but allowed.
 
         Raises:
             DifferentVocabulary: the vocabularies differ.
@@ -64,11 +64,11 @@ class OneVocabulary:
     """Checks that all servers of a teacher split texts and write prompts alike, whatever the student does."""
 
     def __init__(self, asked: Sequence[Question], words: TeacherWords) -> None:
-        """Begin.
+        """Prepare the questions.
 
         Args:
             asked: the questions of `SameVocabulary`; their texts are used.
-            words: learn from the first server how it continues a text.
+            words: the teacher's words; they learn from the first server how to continue a text.
         """
         self._bodies = [question.body for question in asked if isinstance(question, TextQuestion)]
         self._words = words
@@ -80,7 +80,7 @@ class OneVocabulary:
         """Compare a server with the first one.
 
         Raises:
-            DifferentVocabulary: they differ.
+            DifferentVocabulary: the two servers differ.
             TeacherError: the server does not answer, or its tokenizer cannot continue a text.
         """
         async with self._lock:
@@ -104,7 +104,7 @@ class OneVocabulary:
             raise TeacherError("nonsense", f"{error}: {teacher.name}") from error
 
     async def _chat(self, teacher: Teacher) -> bytes:
-        """The prompt of a chat; empty where it has no chat template, as a base model."""
+        """Digest of a chat's prompt; empty if the server has no chat template, like that of a base model."""
         try:
             return _digest(await teacher.ask("/tokenize", GREETING))
         except TeacherError as error:
@@ -115,7 +115,7 @@ class OneVocabulary:
 
 
 class Vocabularies:
-    """The check of every server of the teacher; by the first one it finds out whether text has to cross."""
+    """Checks every server of a teacher; the first one tells whether the models have to exchange text."""
 
     def __init__(
         self,
@@ -127,21 +127,21 @@ class Vocabularies:
         """Make the questions.
 
         Args:
-            tokenizer: the student's.
-            rows: ids below this that it does not have must be nobody's.
-            words: the teacher's, if its vocabulary is another.
-            wanted: what the vocabulary has to be; "auto" for either.
+            tokenizer: the student's tokenizer.
+            rows: the first reserved row; below it, the teacher may have no ids that the student lacks.
+            words: the teacher's words, for another vocabulary.
+            wanted: the expected vocabulary; "auto" for either.
         """
         self._same = SameVocabulary(tokenizer, rows)
         self._one = OneVocabulary(self._same.questions, words)
         self._lock = asyncio.Lock()
         self.found: Literal["same", "other"] | None = None if wanted == "auto" else wanted
-        """How the teacher's vocabulary is to the student's; None until the first server was asked."""
+        """Whether the teacher's vocabulary is the student's; None until the first server was asked."""
         self.difference = "it is set"
-        """By what the first server differs."""
+        """How the first server's vocabulary differs, for the log."""
 
     async def __call__(self, teacher: Teacher) -> None:
-        """Check a server. Raises TeacherError: it cannot be asked, or not together with the others."""
+        """Check a server. Raises TeacherError if it does not answer, or has not the expected vocabulary."""
         async with self._lock:
             if self.found is None:
                 await self._find_out(teacher)

@@ -1,8 +1,8 @@
-"""Tokenizes a text that will continue; typed names of special tokens never become special tokens.
+"""Tokenizes text that continues other text; names of special tokens in it never become special tokens.
 
-Ids of the parts of a text, one after the other, are ids of the whole text. So a completion can grow by text
-of either model. What a tokenizer puts before every text (SentencePiece: a space) would be in the middle of
-it, so a part is encoded after a *lead*, whose ids are then left out.
+The ids of a text's parts, one after the other, are ids of the whole text. So a completion can grow by text of
+either model. Some tokenizers put something before every text (SentencePiece: a space), which would then be
+in the middle. So a part is encoded after a *lead*, whose ids are left out.
 """
 
 import asyncio
@@ -18,15 +18,15 @@ from server.teacher.errors import TeacherError
 from server.vllm_api import TokenizerLike
 
 LEADS = ("", "\n", "a", ".")
-"""What a text may be encoded after; the first that works is used."""
+"""Leads that a text may be encoded after; the first one that works is used."""
 
 STARTS = ("x", " x", ".", "\n", "9", "The", "  x")
-"""How texts begin that have to fit after another one."""
+"""Beginnings of texts that have to fit after another text."""
 
 BASE = "Hello"
 
 LIKELY_SPECIAL = re.compile(r"[^\w\s].*\w.*[^\w\s]", re.DOTALL)
-"""How names of special tokens look: ``</s>``, ``<|im_end|>``, ``[INST]``. Others may look so too."""
+"""Matches names of special tokens, such as ``</s>``, ``<|im_end|>`` and ``[INST]``, and some other texts."""
 
 
 class UnusableTokenizer(UnusableInput):
@@ -34,7 +34,7 @@ class UnusableTokenizer(UnusableInput):
 
 
 class SpecialStrings:
-    """Names of special tokens, which a tokenizer would take for the tokens wherever it finds them."""
+    """Names of special tokens, which a tokenizer would turn into the tokens wherever it finds them."""
 
     def __init__(self, strings: Iterable[str] = ()) -> None:
         self._strings: set[str] = set()
@@ -42,7 +42,7 @@ class SpecialStrings:
         self.add(strings)
 
     def add(self, strings: Iterable[str]) -> bool:
-        """Further ones; whether any of them is new."""
+        """Add further names; returns whether any of them is new."""
         new = {string for string in strings if len(string) > 1} - self._strings
         if not new:
             return False
@@ -52,7 +52,7 @@ class SpecialStrings:
         return True
 
     def cut(self, text: str) -> list[str]:
-        """The text in parts none of which has such a name: each name is cut after its first character."""
+        """Split a text into parts without such names: each name is cut after its first character."""
         parts: list[str] = []
         while self._pattern is not None and (match := self._pattern.search(text)):
             border = match.start() + 1
@@ -62,7 +62,7 @@ class SpecialStrings:
 
 
 class Encoded(NamedTuple):
-    """Ids, and the text that they stand for."""
+    """Token ids, and the text that they stand for."""
 
     ids: list[int]
     text: str
@@ -72,10 +72,10 @@ class StudentWords:
     """The student's tokenizer, in this process."""
 
     def __init__(self, tokenizer: TokenizerLike) -> None:
-        """``tokenizer``: of the student's engine; a copy of its own is used.
+        """``tokenizer``: the tokenizer of the student's engine, of which a copy is used.
 
         Raises:
-            UnusableTokenizer: it cannot say what another model writes.
+            UnusableTokenizer: the tokenizer changes texts, or cannot continue one.
         """
         self._tokenizer: Tokenizer = copy.deepcopy(tokenizer)
         added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -100,7 +100,7 @@ class StudentWords:
         return Encoded(ids, text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids that come after others."""
+        """The text of ids that come after other ids."""
         return self._plain([*self._lead_ids, *ids])[len(self._lead_text) :]
 
     def _ids(self, text: str) -> list[int]:
@@ -110,7 +110,7 @@ class StudentWords:
         return ids
 
     def _keeps(self, text: str, ids: list[int]) -> bool:
-        """Whether ids stand for a text or its normal form: special tokens, as the unknown one, do not."""
+        """Whether ids stand for a text or its normal form; special tokens, such as an unknown one, do not."""
         if not self._special_ids.isdisjoint(ids):
             return False
         decoded = self.decode(ids)
@@ -142,14 +142,14 @@ class AsksTokenizer(Protocol):
     """Puts a question to ``/tokenize`` or ``/detokenize`` of a server."""
 
     def __call__(self, path: str, body: dict[str, Any], /) -> Awaitable[dict[str, Any]]:
-        """The answer."""
+        """The server's answer, decoded from JSON."""
 
 
 class TeacherWords:
-    """The teacher's tokenizer, behind stock ``/tokenize``.
+    """The teacher's tokenizer, through a stock server's ``/tokenize``.
 
-    A stock server reads names of special tokens as the tokens, and does not tell which they are. So a token
-    whose text looks like such a name is cut, and the text is encoded again.
+    A stock server turns names of special tokens into the tokens, and does not report the names. So if a
+    token's text looks like such a name, it is cut, and the text is encoded again.
     """
 
     def __init__(self) -> None:
@@ -158,10 +158,10 @@ class TeacherWords:
         self._lead_ids: list[int] = []
 
     async def prepare(self, ask: AsksTokenizer) -> None:
-        """Find out how its tokenizer continues a text.
+        """Find the lead after which the teacher's tokenizer continues a text.
 
         Raises:
-            UnusableTokenizer: it cannot.
+            UnusableTokenizer: there is no such lead.
         """
         base = await _tokens(ask, BASE)
         for lead in LEADS:
@@ -173,7 +173,7 @@ class TeacherWords:
         raise UnusableTokenizer("the teacher's tokenizer cannot continue a text")
 
     async def encode(self, ask: AsksTokenizer, text: str) -> list[int]:
-        """The ids of a text that comes after another."""
+        """The ids of a text that comes after another text."""
         parts = await asyncio.gather(*(self._encode(ask, part) for part in self._specials.cut(text)))
         return [token_id for part in parts for token_id in part]
 
@@ -188,16 +188,16 @@ class TeacherWords:
         return ids[len(self._lead_ids) :]
 
     async def whole(self, ask: AsksTokenizer, ids: list[int]) -> list[int]:
-        """The ids without half a character at the end, which is at most three tokens."""
+        """The ids without an incomplete character at the end, which has at most three tokens."""
         for end in range(len(ids), max(0, len(ids) - 4), -1):
             tail = _text_of(await ask("/detokenize", {"tokens": ids[max(0, end - 8) : end]}))
             if not tail.endswith(UNFINISHED):
                 return ids[:end]
-        return ids  # what looks like half a character is how it writes
+        return ids  # the text itself has this character
 
 
 UNFINISHED = "\ufffd"
-"""At the end of a text: the bytes so far are no character."""
+"""Character at the end of a text whose last bytes are no complete character."""
 
 
 def same_characters(left: str, right: str) -> bool:
@@ -216,7 +216,7 @@ async def _tokens(ask: AsksTokenizer, text: str) -> list[int]:
 
 
 def ids_of(answer: Mapping[str, Any]) -> list[int]:
-    """What ``/tokenize`` made of a text. Raises TeacherError if there is nothing."""
+    """The token ids in an answer of ``/tokenize``. Raises TeacherError if there are none."""
     ids = answer.get("tokens")
     if not isinstance(ids, list):
         raise TeacherError("nonsense", "the teacher's /tokenize answered without tokens")
@@ -231,7 +231,7 @@ def _text_of(answer: Mapping[str, Any]) -> str:
 
 
 async def _continues(ask: AsksTokenizer, base: list[int], lead: str, lead_ids: list[int]) -> bool:
-    """Whether a text that is encoded after this lead fits after another one."""
+    """Whether a text that is encoded after this lead fits after another text."""
     for start in STARTS:
         ids = await _tokens(ask, lead + start)
         if ids[: len(lead_ids)] != lead_ids:
