@@ -13,8 +13,8 @@ from server.tenants import ADMIN, Tenant, Tenants, hash_key, key_of
 
 METRICS = "/metrics"
 ADAPTERS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters")
-"""What changes the student for everybody."""
-# What probes and browsers fetch; nothing of it costs or tells anything of a tenant.
+"""Paths that change the student for everybody: they need an admin's key."""
+# Paths that probes and browsers fetch; they cost nothing, and tell nothing about a tenant.
 OPEN = {
     "/",
     "/playground/examples",
@@ -31,13 +31,13 @@ class Access:
     """ASGI middleware: 401 without a known key; 429 for a used-up limit, if the tenant is configured so.
 
     The request's state gets the owner of its key as ``tenant``: a `Tenant` or "admin". Without tenants, only
-    the metrics may want a key.
+    the metrics may need a key.
     """
 
     def __init__(
         self, app: App, tenants: Tenants | None, ledger: Ledger, *, metrics_key: str | None = None
     ) -> None:
-        """``metrics_key``: a key that opens the metrics; an admin's does so too."""
+        """``metrics_key``: a key for the metrics, in addition to an admin's; None for none."""
         self.app = app
         self.tenants = tenants
         self.ledger = ledger
@@ -57,7 +57,7 @@ class Access:
         if owner == "admin" or not owner.scopes or scope.get("method") != "POST":
             return await self.app(scope, receive, send)
         if owner.exhausted == "refuse":
-            shared = [scope for scope in owner.scopes if scope.teacher is None]  # another one has room
+            shared = [scope for scope in owner.scopes if scope.teacher is None]  # not of one teacher alone
             used_up = _used_up(await self.ledger.status(shared) or ())
             if used_up is not None:
                 told = headers([used_up.status]) | retry_after(used_up.status.retry_after_seconds)
@@ -73,7 +73,7 @@ class Access:
         return route_path(scope) in OPEN and scope.get("method") in ("GET", "HEAD")
 
     def _owner(self, scope: Message) -> Tenant | ADMIN | None:
-        """The owner of the request's key; None if it may not see what it asks for."""
+        """The owner of the request's key; None if the key is unknown, or not allowed for this path."""
         sent = dict(scope["headers"])
         credential = sent.get(b"authorization") or sent.get(b"x-api-key")
         if credential is None:
@@ -91,7 +91,7 @@ class Access:
         return "admin" if owner == "admin" else None
 
     def _telling(self, tenant: Tenant, send: Send) -> Send:
-        """Adds the tenant's `x-ratelimit-*` headers to the response."""
+        """A `send` that adds the tenant's `x-ratelimit-*` headers to the response."""
 
         async def tell(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -103,7 +103,7 @@ class Access:
 
 
 def _is_preflight(scope: Message) -> bool:
-    """Whether a browser asks what it may send. vLLM's CORS middleware answers, and no route."""
+    """Whether a browser asks what it may send; vLLM's CORS middleware answers it, and no route."""
     if scope.get("method") != "OPTIONS":
         return False
     names = {name for name, _ in scope["headers"]}
@@ -131,7 +131,7 @@ class _UsedUp(NamedTuple):
 def _used_up(statuses: Sequence[Status]) -> _UsedUp | None:
     """A limit in tokens with nothing left, or in money with less than a hundredth left.
 
-    A fraction has room again with the next completion. Money for no call may be left for ever.
+    A fraction has room again with the next completion. Less money than one call costs may be left forever.
     """
     for status in statuses:
         limit = status.scope.limit

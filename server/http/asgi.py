@@ -12,7 +12,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""The `X-Request-Id` of the request at hand."""
+"""The `X-Request-Id` of the current request."""
 
 
 def route_path(scope: Message) -> str:
@@ -21,5 +21,5 @@ def route_path(scope: Message) -> str:
 
 
 def encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    """Headers as ASGI wants them."""
+    """Headers as ASGI takes them: pairs of bytes."""
     return [(name.encode(), value.encode()) for name, value in headers.items()]

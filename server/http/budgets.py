@@ -14,7 +14,7 @@ from server.tenants import ADMIN, Tenant, Tenants
 
 
 class BudgetView(TypedDict):
-    """One limit. Teacher tokens are spent, reserved and remaining; or money, if the limit is in money."""
+    """One limit, with teacher tokens spent, reserved and remaining; amounts of money if it is in money."""
 
     scope: Literal["tenant", "global"]
     tenant: str | None
@@ -23,9 +23,9 @@ class BudgetView(TypedDict):
     reserved: float
     remaining: float
     student_tokens: int
-    """Under a limit in money, all completion tokens."""
+    """Student tokens in the window; all completion tokens if the limit is in money."""
     rate: float | None
-    """None under a limit in money."""
+    """Realised teacher rate in the window; None if the limit is in money."""
     reset_seconds: float
     aim: float | None
     """The teacher rate that the price aims at."""
@@ -33,17 +33,17 @@ class BudgetView(TypedDict):
 
 
 class BudgetsView(TypedDict):
-    """The whole answer."""
+    """The body of the response."""
 
     available: bool
     """Whether the ledger's store answers; if not, there are no budgets to show."""
     budgets: list[BudgetView]
     tenants: list[dict[str, Any]]
-    """Their settings, without keys and limits."""
+    """Settings of the tenants, without keys and limits."""
 
 
 async def answer(shared: SharedBudgets, tenants: Tenants | None, owner: Tenant | ADMIN | None) -> BudgetsView:
-    """What the owner of a key may see: a tenant its own budgets, the admin all; without keys, all."""
+    """The budgets that the owner of a key may see: a tenant its own, an admin all; without keys, all."""
     if isinstance(owner, Tenant):
         seen = [owner]
         scopes = list(owner.scopes)
@@ -58,7 +58,7 @@ async def answer(shared: SharedBudgets, tenants: Tenants | None, owner: Tenant |
 def view(
     statuses: Sequence[Status] | None, tenants: Sequence[Tenant], prices: PriceController | None
 ) -> BudgetsView:
-    """The answer as JSON knows it; ``statuses`` None where the ledger's store is away."""
+    """The body of the response, ready for JSON; ``statuses`` is None if the ledger's store is unreachable."""
     return {
         "available": statuses is not None,
         "budgets": [_budget(status, prices) for status in statuses or ()],

@@ -10,7 +10,7 @@ from server.http.asgi import REQUEST_ID, Message, Send, encoded, route_path
 
 ANTHROPIC = "/v1/messages"
 RESPONSES = "/v1/responses"
-# The names that vLLM gives its own errors, and those of Anthropic's API.
+# Names of errors by status: vLLM's own names, and those of Anthropic's API.
 OPENAI_TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
@@ -44,7 +44,7 @@ class ApiError:
 
     @classmethod
     def of(cls, error: Exception) -> "ApiError":
-        """What the client gets after this exception: vLLM decides for those that are not the gateway's."""
+        """The client's error for an exception; vLLM decides for exceptions that are not the gateway's own."""
         if isinstance(error, BadRequest):
             return cls(error.http_status, str(error), error.param)
         from server.vllm_api import error_info  # loads vLLM, which raised it

@@ -18,7 +18,7 @@ from server.sessions import SessionBudget
 from server.tenants import Tenant
 
 STREAMED = ("/v1/chat/completions", "/v1/completions", RESPONSES, "/v1/messages")
-# The student alone answers these: what is asked for is no completion, or never passes the gate.
+# The student alone answers requests to these paths: they return no completion, or do not pass the gate.
 ALONE = ("/generative_scoring", "/v1/systemone", "/inference/v1/generate", "/cohere/v2/chat")
 # /invocations is SageMaker's name for any of them.
 PATHS = (*STREAMED, "/v1/chat/completions/batch", "/invocations", *ALONE)
@@ -36,15 +36,15 @@ _FLAG = TypeAdapter(bool)
 class TeacherFields:
     """ASGI middleware: takes the budget out of the request, puts the report into the response.
 
-    All surfaces of vLLM are behind it, so a new one needs its path here and no more. The `Exchange` that
-    carries budget and reports travels to the engine in a context variable.
+    All APIs of vLLM pass through it, so a new one only needs its path here. The `Exchange` with budget and
+    reports goes to the engine in a context variable.
     """
 
     def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Take our field out of the request, and hand the rest on."""
+        """Take the gateway's fields out of the request, and pass the rest on."""
         path = route_path(scope) if scope["type"] == "http" else None
         if path not in PATHS or scope["method"] != "POST":
             return await self.app(scope, receive, send)
@@ -74,15 +74,15 @@ class TeacherFields:
 class _Opened(NamedTuple):
     exchange: Exchange
     body: bytes
-    """Without our field."""
+    """The request's body without the gateway's fields."""
 
 
 def _open_exchange(body: bytes) -> _Opened:
-    """The exchange that a request body opens, and the body without our field.
+    """The exchange of a request body, and the body without the gateway's fields.
 
     Raises:
-        BadRequest: the body is not JSON, `teacher_budget` is neither a fraction nor a budget, or the request
-            is for the background.
+        BadRequest: the body is not JSON, `teacher_budget` or `teacher_session` is not usable, or `background`
+            is set.
     """
     request = read_body(body)
     if not isinstance(request, dict):

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from router.errors import BadRequest
 
 DEEPEST = 200
-"""Levels of nesting that a body may have. Python's own readers and writers of JSON end at some 1,000."""
+"""Most levels of nesting that a body may have. Python's own readers and writers of JSON fail near 1,000."""
 HALF = re.compile("[\ud800-\udfff]")
 
 
 class _NotFinite(Exception):
-    """A number that JSON does not have."""
+    """A number that JSON does not allow, such as NaN or infinity."""
 
 
 class _Value(NamedTuple):
@@ -25,14 +25,14 @@ class _Value(NamedTuple):
     param: str | None = None
     """The field at the top of the body that it belongs to."""
     where: str = ""
-    """The way to it, such as ``messages[0].content``."""
+    """Path to the value, such as ``messages[0].content``."""
 
 
 def read_body(body: bytes) -> Any:
     """The value of a body. As in vLLM's own reader, the last of several equal names counts.
 
     Raises:
-        BadRequest: it is not JSON, is nested too deeply, or has a number or a string that JSON does not have.
+        BadRequest: the body is not JSON, is too deep, or has a number or a string that JSON does not allow.
     """
     try:
         text = body.decode(json.detect_encoding(body))
@@ -92,7 +92,7 @@ def _is_deep(text: str, value: Any) -> bool:
 
 
 def _containers(level: list[Any]) -> list[Any]:
-    """The containers in these."""
+    """The lists and objects that are entries of these containers."""
     found: list[Any] = []
     for container in level:
         entries = container.values() if isinstance(container, dict) else container
@@ -101,7 +101,7 @@ def _containers(level: list[Any]) -> list[Any]:
 
 
 def _name_problem(value: Any) -> None:
-    """Raises BadRequest for the value that is no JSON, or too deep."""
+    """Raises BadRequest for the first value that JSON does not allow, or that is nested too deeply."""
     for found in _values(value):
         _check(found)
 

@@ -16,14 +16,14 @@ logger = logging.getLogger(__name__)
 READS = ("GET", "HEAD", "OPTIONS")
 HAND_OVER_SECONDS = 5
 """Seconds that requests are still answered after SIGTERM, each with `Connection: close`. A client that keeps
-its connection busy opens its next one elsewhere, and loses nothing. Others' connections are idle for as long
-as clients keep them (OpenAI's: 5 s) when the gateway closes them.
+its connection busy opens its next one elsewhere, and loses nothing. When the gateway closes the other
+connections, they have been idle for as long as clients keep them (OpenAI's: 5 s).
 """
 CUT_OFF_SECONDS = 5
-"""Seconds that requests have which are cut off, to give back what they hold."""
+"""Seconds that a request has to give back what it holds after it was cut off."""
 KEEP_ALIVE_SECONDS = 75
-"""Seconds that idle connections are kept. Load balancers (mostly 60 s) and clients keep them for less. Else
-the gateway would close one on which a request may be on its way.
+"""Seconds that idle connections are kept. Load balancers (mostly 60 s) and clients keep them for less time.
+Otherwise the gateway would close a connection on which a request may be on its way.
 """
 
 
@@ -42,9 +42,9 @@ class Lifecycle:
       and teacher calls.
     - The server stops.
 
-    vLLM's own way would not do. At SIGTERM its engine aborts what it writes, or refuses whatever is added,
-    and the student's next segment is an addition. So nobody tells the engine before the last request has
-    ended. Connections are closed after ``drain_seconds``, at a second signal, and at SIGINT, which a
+    vLLM's own shutdown does not work here. At SIGTERM, its engine aborts running requests or refuses new
+    ones, and the student's next segment is a new request. So the engine is not told before the last request
+    has ended. Connections are closed after ``drain_seconds``, at a second signal, and at SIGINT, which a
     terminal sends to the engine's process too. Their requests are then aborted and settled.
     """
 
@@ -52,7 +52,7 @@ class Lifecycle:
         self.app = app
         self.drain_seconds = drain_seconds
         self.cut_off = 0
-        """Requests that did not come to their end."""
+        """Number of requests that were cut off."""
         self.interrupted = False
         self._refuses = False
         self._requests: set[asyncio.Task[Any]] = set()
@@ -83,7 +83,7 @@ class Lifecycle:
     async def run(self, state: Any, serving: Awaitable[Any]) -> None:
         """Run vLLM's ``serve_http`` until a signal, or the engine's death, ends it.
 
-        ``state``: the app's, where `serve_http` puts uvicorn's server.
+        ``state``: the app's state, in which `serve_http` puts uvicorn's server.
         """
         task = asyncio.ensure_future(serving)
         loop = asyncio.get_running_loop()
@@ -94,7 +94,7 @@ class Lifecycle:
         await (await task)
 
     def signal(self, number: int) -> None:
-        """Begin to end; at once at SIGINT, or the second time."""
+        """Begin the shutdown; SIGINT or a second signal ends it at once."""
         self.interrupted = self.interrupted or self._drain is not None or number == signal.SIGINT
         if self._drain is None:
             self._patience = asyncio.timeout(0 if self.interrupted else self.drain_seconds)
@@ -126,7 +126,7 @@ class Lifecycle:
 
 
 def _closing(send: Send) -> Send:
-    """`send`, with the word to the client that its connection ends with this response."""
+    """A `send` that tells the client that its connection ends with this response."""
 
     async def closing(message: Message) -> None:
         if message["type"] == "http.response.start":

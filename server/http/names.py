@@ -5,7 +5,7 @@ from typing import Any
 
 
 def names_as_sent(request: Mapping[str, Any]) -> dict[str, str]:
-    """What the client calls the sampling parameters that vLLM makes of others in its request."""
+    """The client's names of parameters that vLLM turns into sampling parameters, by vLLM's names."""
     names = {}
     if _given(request, "top_logprobs"):
         names["logprobs"] = "top_logprobs"

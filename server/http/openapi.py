@@ -1,4 +1,4 @@
-"""Our fields in the OpenAPI document of vLLM's app."""
+"""Adds the gateway's fields to the OpenAPI document of vLLM's app."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from server.http.fields import FIELD, HEADER, PATHS, SESSION_FIELD, SESSION_HEAD
 from server.sessions import SessionBudget
 from server.sources import TEACHER
 
-# Statuses of the gateway's own, next to vLLM's.
+# Statuses that the gateway adds to vLLM's.
 REFUSALS = {
     "401": "Missing or unknown API key",
     "429": "A limit of the API key is used up",
@@ -22,9 +22,9 @@ REFUSALS = {
 
 
 def document(app: Any, teachers: Sequence[str] = (TEACHER,)) -> None:
-    """Put ours into the app's OpenAPI document: `teacher_budget`, its header, `teacher` and `source`.
+    """Add to the app's OpenAPI document: `teacher_budget`, its header, `teacher` and `source`.
 
-    ``teachers``: their names.
+    ``teachers``: names of the configured teachers.
     """
     vllms = app.openapi
 
@@ -46,12 +46,12 @@ def document(app: Any, teachers: Sequence[str] = (TEACHER,)) -> None:
         schemas |= report.pop("$defs")
         schemas["Teacher"] = report
         for path in PATHS:
-            if path not in document["paths"]:  # vLLM has it where it is switched on
+            if path not in document["paths"]:  # vLLM has it only if it is switched on
                 continue
             operation = document["paths"][path]["post"]
             ours = {header["name"] for header in _HEADERS}
             others = [each for each in operation.get("parameters", ()) if each.get("name") not in ours]
-            operation["parameters"] = [*others, *_HEADERS]  # vLLM hands out one document, again and again
+            operation["parameters"] = [*others, *_HEADERS]  # vLLM returns the same document every time
             if "requestBody" in operation:
                 body = operation["requestBody"]["content"]["application/json"]["schema"]
                 properties = schemas[body["$ref"].rsplit("/", 1)[1]]["properties"]
@@ -70,13 +70,13 @@ def document(app: Any, teachers: Sequence[str] = (TEACHER,)) -> None:
 
 
 def _bounds() -> dict[str, Any]:
-    """Bounds of no part are refused, which their own schema does not say."""
+    """JSON schema of `Bounds`, with the rule that at least one part is set, which its own schema lacks."""
     some = [{"required": [part], "properties": {part: {"type": "number"}}} for part in PARTS]
     return Bounds.model_json_schema() | {"anyOf": some}
 
 
 def _budget(names: Sequence[str]) -> dict[str, Any]:
-    """Bounds of all teachers together, and of some."""
+    """JSON schema of a budget: bounds of all teachers together, and of single ones."""
     bounds = _bounds()
     number = {"type": "number", "minimum": 0, "maximum": 1}
     own = {"anyOf": [number, {"$ref": "#/components/schemas/Bounds"}, {"type": "null"}]}
@@ -113,7 +113,7 @@ _HEADERS = [
 
 
 def _answer(content: dict[str, Any], *, streams: bool) -> dict[str, Any]:
-    """Media types of a response, with our fields. vLLM itself does not describe what is in them."""
+    """Media types of a response, with the gateway's fields. vLLM itself does not describe the contents."""
     report = {"$ref": "#/components/schemas/Teacher"}
     body = {"type": "object", "properties": {"teacher": report}, "required": ["teacher"]}
     content = {**content, "application/json": {"schema": body}}

@@ -7,14 +7,14 @@ from router.policy import Prices
 
 
 class PriceView(TypedDict):
-    """The price at one rate."""
+    """The price of a teacher token at one teacher rate."""
 
     rate: float
     price: float
 
 
 class RealisedView(TypedDict):
-    """What came of one rate, over recent traffic."""
+    """The realised rate for one aimed rate, over recent traffic."""
 
     aim: float
     rate: float
@@ -22,22 +22,22 @@ class RealisedView(TypedDict):
 
 
 class PricesView(TypedDict):
-    """The whole answer."""
+    """The body of the response."""
 
     router: str | None
-    """Digest of the router in use; null where there is none."""
+    """Digest of the router in use; null without a router."""
     learned: bool
     """Whether the traffic moves the prices; if not, they were measured with the router or set."""
     prices: list[PriceView]
-    """By rate, increasing."""
+    """Prices by increasing rate."""
     realised: list[RealisedView]
-    """Only where the prices are learned."""
+    """Realised rates; empty unless the prices are learned."""
 
 
 def view(calibration: Prices, router: str | None) -> PricesView:
-    """The answer as JSON knows it.
+    """The body of the response, ready for JSON.
 
-    ``router``: digest of the one in use.
+    ``router``: digest of the router in use; None without a router.
     """
     prices: list[PriceView] = [{"rate": rate, "price": price} for rate, price in calibration.points]
     if not isinstance(calibration, AdaptiveCalibration):

@@ -10,15 +10,16 @@ UNBOUNDED = 2**52
 
 
 def tightest(statuses: Sequence[Status]) -> Status | None:
-    """The one with the least left, of those that bound anything."""
+    """The status with the least left, of those that bound anything; None without any."""
     bounded = [status for status in statuses if status.remaining < UNBOUNDED]
     return min(bounded, key=lambda status: status.remaining, default=None)
 
 
 def headers(statuses: Sequence[Status]) -> dict[str, str]:
-    """Teacher tokens and cost: the limit, what is left of it, and when nothing of it will be spent any more.
+    """Headers for teacher tokens and cost: the limit, its rest, and the time until all of it is free again.
 
-    Named as OpenAI's `x-ratelimit-*-tokens` are, which speak of all tokens. Of several limits, the tightest.
+    The names follow OpenAI's `x-ratelimit-*-tokens`, which are about all tokens. Of several limits, the
+    tightest is shown.
     """
     told: dict[str, str] = {}
     for what, in_money in (("tokens", False), ("cost", True)):
@@ -36,7 +37,7 @@ def headers(statuses: Sequence[Status]) -> dict[str, str]:
 
 
 def retry_after(seconds: float | None) -> dict[str, str]:
-    """The header, in whole seconds; none where waiting does not help."""
+    """The header `Retry-After` in whole seconds; empty if waiting does not help."""
     return {} if seconds is None else {"retry-after": str(max(1, math.ceil(seconds)))}
 
 
@@ -45,7 +46,7 @@ def _number(amount: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """As OpenAI writes it: ``250ms``, ``6m0s``, ``1h0m30s``."""
+    """A duration as OpenAI writes it: ``250ms``, ``6m0s``, ``1h0m30s``."""
     if 0 < seconds < 1:
         return f"{math.ceil(seconds * 1000)}ms"
     minutes, rest = divmod(math.ceil(seconds), 60)

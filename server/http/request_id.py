@@ -9,7 +9,7 @@ from server.http.asgi import REQUEST_ID, App, Message, Receive, Send, encoded
 from server.http.errors import ApiError, refuse
 
 HEADER = "x-request-id"
-# It becomes part of request ids, log lines and headers of other servers.
+# An id becomes part of request ids, log lines and headers of other servers.
 PATTERN = re.compile(r"[!-~]{1,128}")
 FORMAT = "%(levelname)s %(asctime)s [%(name)s] %(request_id)s%(message)s"
 
@@ -43,7 +43,7 @@ class RequestIds:
 
 
 def log_with_ids(stream: Any = None) -> None:
-    """The gateway's own loggers write to ``stream`` (default: stderr), each line with its request's id."""
+    """Let the gateway's own loggers write to ``stream`` (default: stderr), with each line's request id."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter(FORMAT, "%m-%d %H:%M:%S"))
     handler.addFilter(_identify)

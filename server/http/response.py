@@ -1,4 +1,4 @@
-"""Our fields in vLLM's responses: `teacher` in bodies and last events, `source` in every event."""
+"""Adds fields to vLLM's responses: `teacher` in bodies and last events, `source` in every event."""
 
 import logging
 from collections.abc import Iterable
@@ -14,17 +14,17 @@ from server.sessions import SessionFields
 
 logger = logging.getLogger(__name__)
 
-# How a chunk of a chat completion or completion starts; an error does not.
+# Start of a chunk of a chat completion or completion; an error starts differently.
 PLAIN_EVENTS = b'data: {"id":'
-# What /v1/responses streams before it asks the engine for anything.
+# Starts of the events that /v1/responses streams before it asks the engine for anything.
 OPENING_EVENTS = (b"event: response.created\n", b"event: response.in_progress\n")
 INTERNAL = ApiError(500, "Internal server error")
 
 
 class AnnotatedResponse:
-    """The `send` of one request: writes reports into what vLLM sends, and ends a stream that breaks off.
+    """The `send` of one request: adds reports to vLLM's response, and ends a stream that breaks off.
 
-    A response's start is held back until it is sure that no error takes its place.
+    A response's start is held back until it is certain that no error replaces it.
     """
 
     def __init__(self, exchange: Exchange, scope: Message, send: Send) -> None:
@@ -33,13 +33,13 @@ class AnnotatedResponse:
         self.send = send
         self.path = route_path(scope)
         self.kind: Literal["json", "stream", "error"] | None = None
-        """What vLLM answers; None if it is passed on as it is."""
+        """Kind of vLLM's response; None if it is passed on unchanged."""
         self.held: list[Message] = []
         self.ended = False
         self.next_event = 0
         """The sequence number of the next event, as /v1/responses counts them."""
         self.session: SessionFields | None = None
-        """As of the last time when all choices had ended."""
+        """Report of the session, as of the last time when all choices had ended."""
         self._session_shares = -1
 
     async def __call__(self, message: Message) -> None:
@@ -81,7 +81,7 @@ class AnnotatedResponse:
             return None
         if start["status"] == 200:
             return "json"
-        # vLLM knows Anthropic's shape, but not the names in it. What vLLM itself refuses stays in its words.
+        # vLLM knows Anthropic's shape, but not the names in it. vLLM's own refusals keep its words.
         ours = self.exchange.failure is not None or start["status"] >= 500
         return "error" if ours and speaks_anthropic(self.path) else None
 
@@ -91,7 +91,7 @@ class AnnotatedResponse:
         return INTERNAL if failure is None else ApiError.of(failure)
 
     async def _refuse(self, error: ApiError) -> None:
-        """Send an error in place of what is held back."""
+        """Send an error in place of the messages that are held back."""
         self.ended = True
         await refuse(self.scope, self.send, error)
 
@@ -152,7 +152,7 @@ class AnnotatedResponse:
             return line
         reports = self.exchange.reports
         if len(reports) == 1 and not reports[0].finished and line.startswith(PLAIN_EVENTS):
-            # Nearly every event of nearly every stream: nothing to read in it, so it is not parsed.
+            # This is nearly every event of nearly every stream. Nothing in it is needed, so it is not parsed.
             return b'data: {"source":"%s",%s' % (reports[0].source.encode(), line[len(b"data: ") + 1 :])
         event = msgspec.json.decode(line[len(b"data: ") :])
         if "error" in event:
@@ -168,21 +168,21 @@ class AnnotatedResponse:
         return b"data: " + msgspec.json.encode(event)
 
     async def _ask_session(self) -> None:
-        """Ask the ledger what the request's session has spent, once for all choices that there are."""
+        """Ask the ledger what the request's session has spent, once for each number of choices."""
         session = self.exchange.session
         if session is not None and self._session_shares != len(session.shares):
             self._session_shares = len(session.shares)
             self.session = await session.report()
 
     def _fields(self, report: Report) -> ReportFields:
-        """A report, with the session where it is about all choices."""
+        """A report's fields, with the session if all choices have ended."""
         fields = report.as_dict()
         if self.session is not None and self.exchange.finished:
             fields["session"] = self.session
         return fields
 
     def _error_event(self, line: bytes) -> bytes:
-        """The last event of a stream that failed. vLLM tells Anthropic's clients of its own surprise."""
+        """The last event of a failed stream. For Anthropic's clients, it replaces vLLM's internal error."""
         if not speaks_anthropic(self.path):
             return line
         return b"data: " + msgspec.json.encode(self._failure.document(self.path))

@@ -23,23 +23,23 @@ PLAYGROUND_HEADERS = {
 
 
 class Ready(TypedDict):
-    """Which of the two answer, and whether they share a vocabulary."""
+    """Whether student and teacher answer, and whether they share a vocabulary."""
 
     student: bool
     teacher: bool
     teacher_vocabulary: Literal["same", "other"]
     teachers: NotRequired[dict[str, bool]]
-    """Who of several answers."""
+    """Whether each teacher answers, by its name; only if the teachers have names."""
 
 
 def routes(examples: Path | None, tenants: Tenants | None) -> APIRouter:
-    """Router of the gateway's own pages; ``examples``: JSONL with a `source`, prompts for the playground."""
+    """The gateway's own routes; ``examples``: JSONL file of prompts (`source`) for the playground."""
     router = APIRouter()
     prompts = [] if examples is None else load_sources(examples)
 
     @router.get("/ready", response_model=Ready, responses={503: {"model": Ready, "description": "Not ready"}})
     async def ready(request: Request) -> JSONResponse:
-        """200 when the student's engine and a teacher that may be asked answer, else 503 and who does not."""
+        """200 if the student's engine and a teacher answer, else 503; the body tells which of them do."""
         engine: Any = request.app.state.engine_client
         student = engine.is_running and not engine.errored
         teachers: Teachers = engine.cooperation.teachers

@@ -1,8 +1,8 @@
-"""OpenTelemetry: a span for every request, in it one for each segment of the student and each teacher call.
+"""OpenTelemetry: a span for every request, with a span for each segment of the student and each teacher call.
 
-Off until an exporter is set, by vLLM's ``--otlp-traces-endpoint``. The student's spans are vLLM's own
-(``llm_request``, one for each segment); those of a teacher that traces too hang below our calls. No span
-holds text or token ids.
+Tracing is off until an exporter is set by vLLM's ``--otlp-traces-endpoint``. The student's spans are vLLM's
+own (``llm_request``, one for each segment). The spans of a teacher that traces too are below the gateway's
+calls. No span holds text or token ids.
 """
 
 from opentelemetry import propagate
@@ -15,7 +15,7 @@ from server.tracing import TRACER
 
 
 class Traces:
-    """ASGI middleware: a span around every request that writes, under its client's where it names one."""
+    """ASGI middleware: a span around every request that writes, below its client's span if it names one."""
 
     def __init__(self, app: App) -> None:
         self.app = app
