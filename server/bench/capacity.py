@@ -24,7 +24,7 @@ from server.bench.servers import (
 )
 
 STREAMS = {0.0: (1, 2, 4, 8, 16, 32, 64), 0.1: (1, 4, 16, 64)}
-"""By budget."""
+"""Numbers of concurrent streams, by budget."""
 FIT_STREAMS = (1, 4, 16)
 SPANS = (1, 4, 16)
 MEMORY_STREAMS = (64, 512)
@@ -33,7 +33,7 @@ BATCH = 16
 DEMAND = 1000  # requests/s
 PAUSE = 0.1
 RATES = (0.05, 0.1, 0.2)
-"""Of the traffics whose demand is predicted."""
+"""Teacher rates of the traffic whose demand is predicted."""
 
 LOAD_COLUMNS: Columns[Sample] = {
     "requests/s": lambda sample: sample.run.requests_per_second,
@@ -51,7 +51,7 @@ class GridPoint:
     completion: int
     rate: float
     span: int
-    """Tokens of a call."""
+    """Tokens of a teacher call."""
 
 
 MIDDLE = GridPoint(prompt=64, completion=64, rate=0.1, span=1)
@@ -70,12 +70,12 @@ GRID = (
 
 @dataclass(frozen=True)
 class CapacityServers:
-    """What this section measures."""
+    """The servers that this section measures."""
 
     pair: PairServers
-    """With the pair's learned gate."""
+    """Teacher and gateway, with the pair's learned gate."""
     random: dict[int, MeasuredServer]
-    """Gateways that ask at random places, by tokens of a call: only speed counts."""
+    """Gateways that ask at random places, by tokens of a call. Only their speed matters, not their text."""
 
 
 def run(plan: Plan) -> Section:
@@ -139,16 +139,16 @@ async def _load(pair: PairServers, budget: float, plan: Plan, count: int, stream
 
 
 class EngineCosts(NamedTuple):
-    """Times of an engine without other load."""
+    """Times of the steps of an engine without other load."""
 
     step: Line
-    """Seconds, over the batch."""
+    """Seconds of a step, as a line over the batch size."""
     read: float
     """Seconds for a position that is read."""
 
 
 async def _fit(pair: PairServers, plan: Plan) -> StepCosts:
-    """Each engine alone: steps at several batches, and prompts that are only read."""
+    """Costs of each engine alone, from steps at several batch sizes, and from prompts that are only read."""
     rounds = 1 if plan.quick else plan.rounds
     student = await _engine_costs(pair.gateway, 64, rounds)
     teacher = await _engine_costs(pair.teacher, 8, rounds)
@@ -160,7 +160,7 @@ async def _fit(pair: PairServers, plan: Plan) -> StepCosts:
 
 
 async def _engine_costs(server: MeasuredServer, length: int, rounds: int) -> EngineCosts:
-    """From completions of ``length`` tokens."""
+    """Costs of one engine, from completions of ``length`` tokens."""
     steps: list[tuple[float, float]] = []
     reads: list[float] = []
     for turn in range(rounds):
@@ -195,7 +195,7 @@ async def _grid(servers: CapacityServers, plan: Plan, costs: StepCosts) -> list[
 
 
 async def _load_point(servers: CapacityServers, point: GridPoint, turn: int) -> Sample:
-    """The same prompts in every round."""
+    """Measure one load of the grid, with the same prompts in every round."""
     server = servers.random[point.span].with_budget(point.rate)
     requests = synthetic(GRID_STREAMS, point.prompt, point.completion)
     return await measure(server, requests, GRID_STREAMS, teacher=servers.pair.teacher)
@@ -246,7 +246,7 @@ async def _memory(server: MeasuredServer, plan: Plan) -> list[Row]:
 
 
 def _resident(statm: Path) -> int:
-    """Bytes."""
+    """Resident memory of a process in bytes, from its `statm` file in /proc."""
     return int(statm.read_text().split()[1]) * PAGE
 
 

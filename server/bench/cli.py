@@ -1,4 +1,4 @@
-"""`wheels bench`: sections in order, their tables as they are done, one JSON object last."""
+"""`wheels bench`: runs sections in order, prints each one's tables when it is done, and JSON at the end."""
 
 import argparse
 import importlib
@@ -79,7 +79,7 @@ def _plan(pair: Pair, options: argparse.Namespace, work: Path, shared: ExitStack
 
 
 def _measure(plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
-    """Run the sections, show each when it is done; returns them for JSON, by name."""
+    """Run the sections, and show each one when it is done; returns them for JSON, by name."""
     stored: dict[str, Any] = {}
     for name in options.section or SECTIONS:
         start = time.monotonic()
@@ -136,7 +136,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _say(text: str, to_stderr: bool) -> None:
-    """With --json, stdout is for the one object."""
+    """Print a text; with --json it goes to stderr, because stdout is for the one object."""
     print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
 
 

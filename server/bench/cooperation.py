@@ -13,20 +13,20 @@ from server.bench.together import READ, STUDENT, TEACHER, Together, measured
 
 @dataclass(frozen=True)
 class Ideal:
-    """What the tokens of one cooperative run would cost elsewhere: seconds at as many streams."""
+    """Seconds that the tokens of one cooperative run would take elsewhere, at the same number of streams."""
 
     student: float
-    """For the student alone, its tokens."""
+    """Seconds for the student's tokens, if the student writes alone."""
     teacher: float
-    """For the teacher alone, its tokens."""
+    """Seconds for the teacher's tokens, if the teacher writes alone."""
     positions: int
-    """For the teacher to read: every prompt and every token of the student once."""
+    """Number of positions that the teacher has to read: every prompt and every student token, once."""
     reading: float
-    """For the teacher, to read them."""
+    """Seconds that the teacher takes to read these positions."""
 
     @classmethod
     def from_samples(cls, run: Sample, student: Sample, teacher: Sample, read_per_second: float) -> "Ideal":
-        """From one run of each in the same round, and the positions/s that the teacher reads."""
+        """The ideal by one run of each side in the same round, and by the teacher's reading in positions/s."""
         positions = 0
         for answer in run.run.answers:
             if answer.calls:
@@ -40,40 +40,40 @@ class Ideal:
 
     @property
     def one_after_the_other(self) -> float:
-        """The student's tokens, then the teacher's."""
+        """Seconds for the student's tokens and then the teacher's."""
         return self.student + self.teacher
 
     @property
     def side_by_side(self) -> float:
-        """Each on its own core, both busy all the time."""
+        """Seconds if each model has its own core, and both are busy all the time."""
         return max(self.student, self.teacher)
 
     @property
     def with_reading(self) -> float:
-        """One after the other, and what the teacher reads."""
+        """Seconds one after the other, plus those for the teacher's reading."""
         return self.student + self.teacher + self.reading
 
 
 @dataclass(frozen=True)
 class Split:
-    """Where the seconds of the requests went, summed over them; in order of a token's way."""
+    """Parts of the requests' seconds, summed over all requests, in the order of a token's way."""
 
     student_decode: float
     student_first_step: float
-    """Of every segment: reads what the teacher wrote, and a part of a block again; writes one token."""
+    """First step of every segment: reads the teacher's tokens and a part of a block; writes one token."""
     student_queue: float
     teacher_first_step: float
-    """Of every call: reads what is new to the teacher, and a part of a block again; writes one token."""
+    """First step of every call: reads the student's tokens and a part of a block; writes one token."""
     teacher_decode: float
-    """Further tokens of a call."""
+    """Steps for the further tokens of a call."""
     teacher_queue: float
-    """Scheduled later than its engine saw it."""
+    """Time from a call's arrival at the engine until it is scheduled."""
     teacher_busy: float
-    """A call waits for the step that runs when it arrives, before its engine sees it; for its core, too."""
+    """Time before the engine sees a call: it waits for the running step to end, and for the core."""
     network: float
-    """HTTP on both sides, and the teacher's front end."""
+    """Time of HTTP on both sides, and of the teacher's front end."""
     gateway: float
-    """All the rest: the gateway's Python, and its HTTP towards the client."""
+    """The remaining time: the gateway's Python, and its HTTP towards the client."""
 
     @classmethod
     def from_sample(cls, sample: Sample, network_per_call: float | None = None) -> "Split":
@@ -81,8 +81,8 @@ class Split:
 
         Args:
             sample: the run.
-            network_per_call: seconds of a call outside the teacher's engine when nobody else asks it. What a
-                call takes beyond them counts as *teacher busy*. None: nobody else asked here.
+            network_per_call: seconds of a call outside the teacher's engine, without other calls. What a call
+                takes beyond them counts as *teacher busy*. None: this run has no concurrent calls.
 
         Raises:
             ValueError: the sample has no teacher.
@@ -147,7 +147,7 @@ class Round:
 
     @property
     def read_over_once(self) -> float:
-        """Positions that the teacher read, over those that it had to read once."""
+        """Positions that the teacher read, divided by those that it had to read once."""
         if self.together.teacher is None:
             return 0.0
         return self.together.teacher.read / max(1, self.ideal.positions)
@@ -228,6 +228,6 @@ def network_seconds(samples: Sequence[Sample]) -> float:
     """Seconds of a call outside the teacher's engine.
 
     Args:
-        samples: of one stream, with many calls.
+        samples: samples at one stream, with many calls.
     """
     return median(Split.from_sample(sample).network / max(1, sample.run.calls) for sample in samples)

@@ -15,9 +15,9 @@ class Line:
 
     @classmethod
     def fit(cls, points: Sequence[tuple[float, float]]) -> "Line":
-        """Least squares through (x, y), each weighted by 1/y: a small step counts as much as a long one.
+        """Fit by least squares to points (x, y), weighted by 1/y: a small step counts as much as a long one.
 
-        Neither of the two numbers is negative.
+        Neither number of the line is negative.
 
         Raises:
             ValueError: all x are the same.
@@ -36,13 +36,13 @@ class Line:
         return cls(max(0.0, float(mean_y - each * mean_x)), each)
 
     def predict(self, x: float) -> float:
-        """The line's y."""
+        """The line's y at ``x``."""
         return self.fixed + self.each * x
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Requests of one kind."""
+    """Requests of one kind, with their lengths in tokens."""
 
     prompt: float
     completion: float
@@ -52,29 +52,29 @@ class Traffic:
 
     @property
     def calls(self) -> float:
-        """Per request."""
+        """Number of teacher calls of a request."""
         return self.completion * self.rate / self.call_tokens
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Seconds of one engine. A step writes one token for each of a batch of requests."""
+    """Costs in seconds, for engines whose steps write one token for each request of a batch."""
 
     student_step: Line
-    """Over the batch."""
+    """Seconds of a student's step, over the batch size."""
     student_read: float
-    """For a position that is read, not written."""
+    """Seconds of the student for a position that is read, not written."""
     teacher_step: Line
-    """Over the batch."""
+    """Seconds of a teacher's step, over the batch size."""
     teacher_read: float
-    """For a position that is read, not written."""
+    """Seconds of the teacher for a position that is read, not written."""
     front: float
-    """CPU seconds of the gateway's own process for a token: one core, however many engines."""
+    """CPU seconds of the gateway's own process for a token; it has one core for any number of engines."""
     block: int = 32
     """Tokens of a block of the prefix cache. Half of the last block is read again at every call."""
 
     def student(self, traffic: Traffic, batch: int) -> float:
-        """Engine seconds of one request in a batch that is kept full."""
+        """The student's engine seconds of one request, in a batch that is kept full."""
         written = traffic.completion * (1 - traffic.rate)
         read = traffic.prompt + traffic.completion * traffic.rate + traffic.calls * self.block / 2
         return written * self.student_step.predict(batch) / batch + read * self.student_read
@@ -88,6 +88,6 @@ class StepCosts:
         return written * self.teacher_step.predict(batch) / batch + read * self.teacher_read
 
     def requests_per_second(self, traffic: Traffic, batch: int) -> float:
-        """What one student, one teacher and one gateway process carry: the first that is full decides."""
+        """Requests/s of one student, one teacher and one gateway process: the first that is full decides."""
         front = self.front * traffic.completion
         return 1 / max(self.student(traffic, batch), self.teacher(traffic, batch), front)

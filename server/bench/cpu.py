@@ -15,7 +15,7 @@ class Usage:
     cpu_seconds: float
     """User and system time of all processes that live, front end and engine."""
     front_cpu_seconds: float
-    """Of the first process alone: HTTP, tokeniser, span loop."""
+    """CPU seconds of the first process alone: HTTP, tokeniser, span loop."""
     front_memory: int
     """Resident bytes of the first process."""
 

@@ -15,7 +15,7 @@ class Scrape:
 
     @classmethod
     def parse(cls, text: str) -> "Scrape":
-        """From Prometheus's text format."""
+        """A scrape from Prometheus's text format."""
         values: dict[str, float] = {}
         for family in text_string_to_metric_families(text):
             if family.type not in ("counter", "histogram"):
@@ -27,7 +27,7 @@ class Scrape:
 
     @classmethod
     def fetch(cls, url: str) -> "Scrape":
-        """From a server's base URL.
+        """A scrape of the server at a base URL.
 
         Raises:
             OSError: the server does not answer.
@@ -43,7 +43,7 @@ class Scrape:
         return Scrape(growth)
 
     def __getitem__(self, name: str) -> float:
-        """0 for a series that has not been counted yet: clients make them at their first use."""
+        """Value of a series; 0 if it does not exist yet, because clients make series at their first use."""
         return self.values.get(name, 0.0)
 
 
@@ -57,12 +57,12 @@ class EngineWork:
     read: int
     """Prompt tokens that were computed, not found in the prefix cache."""
     written: int
-    """Tokens."""
+    """Tokens that the engine wrote."""
     queue_seconds: float
     prefill_seconds: float
     decode_seconds: float
     total_seconds: float
-    """From arrival to the last token, as its front end sees it."""
+    """Seconds from arrival to the last token, as the front end sees them."""
     drafts: int
     """Steps that verified what a draft model had written; 0 without speculative decoding."""
     drafted: int
@@ -74,14 +74,14 @@ class EngineWork:
     def positions(self) -> int:
         """Tokens that went through the model.
 
-        The step that reads a prompt's last token also writes the first one: one less for each request. A
-        refused draft went through the model as well.
+        The step that reads a prompt's last token also writes the first one, so each request has one position
+        less. A refused draft went through the model as well.
         """
         return self.read + self.written - self.requests + self.drafted - self.accepted
 
     @classmethod
     def from_growth(cls, growth: Scrape) -> "EngineWork":
-        """From the growth of the engine's series."""
+        """The work by the growth of the engine's series."""
         return cls(
             requests=int(growth["vllm:e2e_request_latency_seconds_count"]),
             steps=int(growth["vllm:iteration_tokens_total_count"]),

@@ -22,7 +22,7 @@ from server.gate_processor import decide
 
 ROWS = (1, 32, 256)
 VOCABULARIES = (49_184, 128_288, 151_936)
-"""Of SmolLM2, Llama 3 and Qwen 3, with reserved rows."""
+"""Vocabulary sizes of SmolLM2, Llama 3 and Qwen 3, with reserved rows."""
 QUICK_ROWS = (1, 32)
 QUICK_VOCABULARIES = (49_184, 151_936)
 UNIT = "log_softmax"
@@ -34,7 +34,7 @@ Times = dict[str, list[float]]
 
 
 class Effort(NamedTuple):
-    """How long each pair of rows and vocabulary is measured: for this many turns, and this many seconds."""
+    """How long each pair of rows and vocabulary is measured: at least this many turns and seconds."""
 
     turns: int
     seconds: float
@@ -70,7 +70,7 @@ def run(plan: Plan) -> Section:
 
 
 def seconds(pair: Pair, rows: int, turns: int = 20) -> float:
-    """CPU seconds in which a pair's own gate decides for as many requests, on one thread; the median."""
+    """Median CPU seconds in which a pair's own gate decides for ``rows`` requests, on one thread."""
     gate = _gate(pair)
     price = torch.full((rows,), 1e9)
     found: list[float] = []
@@ -82,7 +82,7 @@ def seconds(pair: Pair, rows: int, turns: int = 20) -> float:
 
 
 def _gate(pair: Pair) -> Gate:
-    """The pair's router, or what the gateway takes where there is none."""
+    """The gate of the pair's router; without a router, the gateway's default gate."""
     if pair.router is not None:
         return RouterCheckpoint.load(pair.router).build_gate().freeze()
     return GATES[UNTRAINED_GATE](ReservedRows(vocabulary_rows(pair.student))).freeze()
@@ -106,7 +106,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _works(logits: torch.Tensor) -> dict[str, Work]:
-    """What is timed, by name, for rows like these."""
+    """Functions to time, by name, for logits of this shape."""
     reserved = ReservedRows(logits.shape[-1] - 32)
     price = torch.full(logits.shape[:-1], 1e9)
     works: dict[str, Work] = {
@@ -120,7 +120,7 @@ def _works(logits: torch.Tensor) -> dict[str, Work]:
 
 
 def _times(count: int, size: int, effort: Effort) -> Times:
-    """Each turn is in another order, so that none always comes after the same one."""
+    """Time every function in turns, each in another order, so that none always comes after the same one."""
     logits = torch.randn(count, size) * 3
     works = list(_works(logits).items())
     times: Times = {name: [] for name, _ in works}

@@ -21,7 +21,7 @@ silybench-data (github.com/tgarg01/silybench-data, CC BY 4.0), run 20260924T1250
 """
 
 TEACHER = Model("heavy teacher", resident=412e6, weights=412e6, flops=206e6, cache=0)
-"""The teacher of docs/results/cooperation.md: 103 M parameters in float32. Its cache is too small."""
+"""The teacher of docs/results/cooperation.md: 103 M parameters in float32. Its small cache does not count."""
 CORE = Machine(
     bandwidth=412e6 / 35.4e-3,
     flops=206e6 / 2.54e-3,
@@ -33,14 +33,14 @@ CORE = Machine(
     overlaps=False,
     one_card=False,
 )
-"""A core, from docs/results/capacity.md: the teacher's step takes 37.1 ms, the student's 1.69. To read a
-position takes the teacher 2.54. A call's 5.5 ms are the share *network* of docs/results/cooperation.md."""
+"""A core, from docs/results/capacity.md: the teacher's step takes 37.1 ms, the student's 1.69 ms. The teacher
+reads a position in 2.54 ms. A call's 5.5 ms are the share *network* of docs/results/cooperation.md."""
 STUDENT = Model("student", resident=0.9e6, weights=0.9e6, flops=CORE.flops * 0.018e-3, cache=0)
-"""It reads a position in 0.018 ms."""
+"""The student of the same page: it reads a position in 0.018 ms."""
 TWO_CORES = replace(CORE, bandwidth=1.07 * CORE.bandwidth, flops=1.4 * CORE.flops)
-"""As the teacher alone is faster with them."""
+"""Two cores, by how much faster the teacher alone is with them."""
 ACCEPTED = 0.91
-"""Of a drafted token: 1.79 of 2, 3.22 of 4 and 4.41 of 6 were accepted."""
+"""Probability that a drafted token is accepted: 1.79 of 2, 3.22 of 4 and 4.41 of 6 were."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class MeasuredRow:
     drafts: int = 0
     rate: float = 0.0
     calls: float = 0.0
-    """Of a request."""
+    """Teacher calls of a request."""
 
 
 ROWS = (
@@ -76,7 +76,7 @@ ROWS = (
 )
 PROMPT = 31
 COMPLETION = 33
-"""Tokens of the pair's examples."""
+"""Tokens of a prompt and of a completion, in the pair's examples."""
 
 
 def predicted(row: MeasuredRow) -> float:
@@ -91,7 +91,7 @@ def predicted(row: MeasuredRow) -> float:
 
 
 def core_rows() -> list[Row]:
-    """Measured and predicted on CPU cores."""
+    """Measured and predicted tokens/s on CPU cores."""
     rows: list[Row] = []
     for row in ROWS:
         found = predicted(row)
@@ -108,7 +108,7 @@ def core_rows() -> list[Row]:
 
 
 def published_rows(machine: Machine, model: Model) -> list[Row]:
-    """Measured and predicted on an H100: the teacher alone."""
+    """Measured and predicted tokens/s of the teacher alone on an H100."""
     rows: list[Row] = []
     for (prompt, completion), measured in PUBLISHED.items():
         for streams, speed in measured.items():

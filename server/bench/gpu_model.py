@@ -39,13 +39,15 @@ QWEN_32 = DecoderShape("Qwen3-32B", 64, 5120, 64, 8, 128, 25_600, 151_936, tied=
 STREAMS = (1, 4, 16, 64, 256)
 RATES = (0.05, 0.1, 0.2, 0.3, 0.5)
 ACCEPTANCE = 0.76
-"""Of a drafted token. A published run of Qwen3-32B with Qwen3-1.7B wrote 2.8 tokens a step with 3 drafts."""
+"""Probability that a drafted token is accepted. A published run of Qwen3-32B with Qwen3-1.7B wrote 2.8 tokens
+a step with 3 drafts.
+"""
 TRAFFIC = Traffic(prompt=500, completion=500, rate=0.1, call_tokens=4)
 
 
 @dataclass(frozen=True)
 class ModelledSetting:
-    """What is compared, and on what."""
+    """A pair of models, and the machine and traffic for which ways to use it are compared."""
 
     student: Model
     teacher: Model
@@ -55,12 +57,12 @@ class ModelledSetting:
     acceptance: float = ACCEPTANCE
 
     def load(self, streams: int) -> Load:
-        """The traffic, as many at a time."""
+        """The traffic with this many requests at a time."""
         return Load(self.traffic, streams, self.cached)
 
     @property
     def name(self) -> str:
-        """Of the pair."""
+        """Name of the pair."""
         return f"{self.student.name} / {self.teacher.name.removeprefix('Qwen3-')}"
 
     def together(self, streams: int) -> float:
@@ -68,9 +70,9 @@ class ModelledSetting:
         return cooperation(self.machine, self.student, self.teacher, self.load(streams))
 
     def one_model(self, streams: int) -> float:
-        """Tokens/s of the best that has the teacher's quality: the teacher alone or speculative decoding.
+        """Tokens/s of the faster way with the teacher's quality: the teacher alone or speculative decoding.
 
-        With a card for each model, both cards do this, and each serves half of the streams.
+        If each model has its own card, both cards do this, and each serves half of the streams.
         """
         cards = 1 if self.machine.one_card else min(2, streams)
         machine = replace(self.machine, one_card=True)
@@ -79,7 +81,7 @@ class ModelledSetting:
         return cards * max(alone(machine, self.teacher, load), speculation.tokens_per_second)
 
     def gain(self, streams: int) -> float | None:
-        """Cooperation's tokens/s over those of one model; None if there is not enough memory."""
+        """Tokens/s of cooperation, divided by those of `one_model`; None if there is not enough memory."""
         try:
             return self.together(streams) / self.one_model(streams)
         except TooLarge:
@@ -119,12 +121,12 @@ CHANGES: Mapping[str, Callable[[ModelledSetting], ModelledSetting]] = {
     "the same, student's cache a quarter as large": _small_cache,
     "two cards, one for each model": _machine(one_card=False),
 }
-"""What could change the answer, each alone."""
+"""Single changes of a setting that could change the answer, by name."""
 CHANGE_STREAMS = (1, 16, 64)
 
 
 def run(plan: Plan) -> Section:
-    """All tables; the plan is not needed, since nothing is measured."""
+    """All tables of predictions; the plan is not needed, since nothing is measured."""
     return Section(
         {
             "speed": Table("Tokens/s on one H100", _speed_rows(), _about()),

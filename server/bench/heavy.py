@@ -1,8 +1,8 @@
 """A teacher that is as slow as a big model and writes the same as a small one.
 
-A tiny pair shows quality but no speed: all that can be seen is the engine's own work per step. So the pair's
-teacher is deepened without changing its function. Further decoder layers whose `o_proj` and `down_proj` are
-zero leave the residual stream as it is (zero-initialised residual branches as in Goyal et al. 2017,
+A tiny pair shows quality but no speed: only the engine's own work per step can be seen. So the pair's teacher
+is deepened without changing its function. It gets further decoder layers whose `o_proj` and `down_proj` are
+zero. They leave the residual stream as it is (zero-initialised residual branches as in Goyal et al. 2017,
 arXiv 1706.02677; used to grow a model as in Net2Net, arXiv 1511.05641). The old layers get a wider
 feed-forward, padded with zeros. An engine computes all of it.
 """
@@ -22,7 +22,7 @@ from router.errors import UnusableInput
 WEIGHTS = "model.safetensors"
 FIRST_LAYER = "model.layers.0."
 SILENT = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-"""What a decoder layer adds to the residual stream goes through these."""
+"""Matrices through which a decoder layer adds to the residual stream."""
 
 
 class HeavyError(UnusableInput):
@@ -31,7 +31,7 @@ class HeavyError(UnusableInput):
 
 @dataclass(frozen=True)
 class Deepening:
-    """What the deepened model has. The defaults with a hidden size of 128 are 100 M parameters."""
+    """Size of the deepened model. With a hidden size of 128, the defaults give 100 M parameters."""
 
     layers: int = 32
     feed_forward: int = 8192
@@ -77,7 +77,8 @@ def deepen(source: Path, target: Path, shape: Deepening | None = None, seed: int
 def lengthen(source: Path, target: Path, context: int) -> None:
     """Write a checkpoint to ``target`` that is ``source`` with room for ``context`` tokens.
 
-    Rotary embeddings have no weights. What the model writes there is nonsense, and costs the same.
+    Rotary embeddings have no weights. In the new part of the context, the model writes nonsense, at the same
+    cost.
     """
     shutil.copytree(source, target)
     config = json.loads((target / "config.json").read_text())
@@ -86,7 +87,7 @@ def lengthen(source: Path, target: Path, context: int) -> None:
 
 
 def parameters(checkpoint: Path) -> int:
-    """Parameters of a checkpoint in one safetensors file."""
+    """Number of parameters of a checkpoint in one safetensors file."""
     return _size(load_file(checkpoint / WEIGHTS))
 
 

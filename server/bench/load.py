@@ -14,7 +14,7 @@ import aiohttp
 from measuring.chats import Source, messages_of
 
 EVENT = b"data: "
-"""Begins every line of a stream that carries an event."""
+"""Beginning of every line of a stream that has an event."""
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,18 @@ class BenchRequest:
     """A request to be made."""
 
     path: str
-    """Below the server's address."""
+    """Path below the server's address."""
     body: Mapping[str, Any]
 
     @classmethod
     def chat(cls, source: Source, **fields: Any) -> "BenchRequest":
-        """A chat, answered greedily to its end."""
+        """A request for a chat, answered greedily to its end."""
         messages = messages_of(source)
         return cls("/v1/chat/completions", {"messages": messages, "temperature": 0} | fields)
 
     @classmethod
     def tokens(cls, prompt: Sequence[int], length: int, **fields: Any) -> "BenchRequest":
-        """Token ids continued by exactly ``length`` tokens."""
+        """A request that continues token ids by exactly ``length`` tokens."""
         fixed = {"prompt": list(prompt), "max_tokens": length, "ignore_eos": True, "temperature": 0}
         return cls("/v1/completions", fixed | fields)
 
@@ -44,14 +44,14 @@ class Answer:
 
     start: float
     arrivals: tuple[float, ...]
-    """Of every chunk that brought text."""
+    """Time of every chunk that brought text."""
     end: float
     text: str
     tokens: int
     prompt_tokens: int
     teacher_tokens: int = 0
     calls: int = 0
-    """Of the teacher."""
+    """Number of teacher calls."""
 
     @property
     def first(self) -> float:
@@ -60,7 +60,7 @@ class Answer:
 
     @property
     def seconds(self) -> float:
-        """The whole request's time."""
+        """Seconds of the whole request."""
         return self.end - self.start
 
     @property
@@ -78,22 +78,22 @@ class LoadRun:
 
     @property
     def tokens(self) -> int:
-        """Completion tokens."""
+        """Number of completion tokens."""
         return sum(answer.tokens for answer in self.answers)
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
+        """Number of tokens of all prompts."""
         return sum(answer.prompt_tokens for answer in self.answers)
 
     @property
     def teacher_tokens(self) -> int:
-        """Completion tokens that the teacher wrote."""
+        """Number of completion tokens that the teacher wrote."""
         return sum(answer.teacher_tokens for answer in self.answers)
 
     @property
     def calls(self) -> int:
-        """Calls of the teacher."""
+        """Number of teacher calls."""
         return sum(answer.calls for answer in self.answers)
 
     @property
@@ -118,18 +118,18 @@ class LoadRun:
 
     @property
     def first_ms(self) -> float:
-        """Median time to the first text."""
+        """Median time to the first text, in milliseconds."""
         return 1000 * median(answer.first for answer in self.answers)
 
     def gap_ms(self, share: float) -> float:
-        """Quantile of the times between chunks."""
+        """Quantile of the times between chunks, in milliseconds; ``share`` in [0, 1]."""
         gaps: list[float] = []
         for answer in self.answers:
             gaps += answer.gaps
         return 1000 * quantile(gaps, share)
 
     def latency_ms(self, share: float) -> float:
-        """Quantile of whole requests' times."""
+        """Quantile of the whole requests' times, in milliseconds; ``share`` in [0, 1]."""
         return 1000 * quantile(self.latencies, share)
 
 
@@ -167,7 +167,7 @@ async def _answers(
     streams: int,
     fixed: Mapping[str, Any],
 ) -> tuple[Answer, ...]:
-    """In the order of the requests; ``fixed``: what every body has."""
+    """The answers in the order of the requests; ``fixed``: fields that every body has."""
     answers: dict[int, Answer] = {}
     waiting = iter(range(len(requests)))
 
@@ -190,7 +190,7 @@ class Arrival(NamedTuple):
 
     moment: float
     event: bytes
-    """JSON."""
+    """JSON of the event."""
 
 
 async def _ask(session: aiohttp.ClientSession, path: str, body: Mapping[str, Any]) -> Answer:
@@ -239,7 +239,7 @@ def _answer(start: float, arrivals: Sequence[Arrival], end: float) -> Answer:
 
 
 def _text(choice: Mapping[str, Any]) -> str:
-    """What a choice says, in a chat or not, streamed or not."""
+    """Text of a choice, in a chat or not, streamed or not."""
     message = choice.get("delta") or choice.get("message") or choice
     text: str | None = message.get("content") or message.get("text")
     return text or ""

@@ -26,7 +26,7 @@ STREAMS = (1, 8, 32, 64)
 PROMPT = 24
 LENGTH = 64
 BUDGET = 0.1
-"""At which the gate works too."""
+"""Budget at which the gate is measured too."""
 ASKING = f"gateway, budget {BUDGET:g}"
 # This is vLLM's own client; the console script `vllm bench serve` fails in the CPU build.
 VLLM_BENCH = (
@@ -44,7 +44,7 @@ REPORTED = {
     "ITL p99 ms": "p99_itl_ms",
     "failed": "failed",
 }
-"""By column, the key in the report of vLLM's client."""
+"""Keys in the report of vLLM's client, by column."""
 
 SPEED: Columns[Sample] = {"tokens/s": lambda sample: sample.run.tokens_per_second}
 TIMES: Columns[Sample] = {
@@ -57,7 +57,7 @@ TIMES: Columns[Sample] = {
 
 
 def run(plan: Plan) -> Section:
-    """The gateway at budget 0 and vLLM's own server, by our client and by vLLM's."""
+    """The gateway at budget 0 and vLLM's own server, measured by our client and by vLLM's."""
     servers = plan.once(students)
     rows = asyncio.run(_all(servers, plan))
     tables = {
@@ -83,7 +83,7 @@ def _sides(servers: StudentServers) -> dict[str, MeasuredServer]:
 
 
 def _step_seconds(samples: Sequence[Sample]) -> float:
-    """Of the engine: between two tokens of a request."""
+    """Median seconds of an engine's step, between two tokens of a request."""
     return median(
         sample.work.decode_seconds / (sample.work.written - sample.work.requests) for sample in samples
     )
@@ -126,9 +126,9 @@ def vllm_bench(server: MeasuredServer, tokenizer: Path, prompts: int, work: Path
     """One run of vLLM's own client, 32 streams at most.
 
     Args:
-        server: which to measure.
+        server: the server to measure.
         tokenizer: directory of the model's tokenizer.
-        prompts: how many.
+        prompts: number of prompts.
         work: directory for the client's report.
 
     Returns:

@@ -17,7 +17,7 @@ STREAMS = (1, 16)
 LENGTHS = (1, 16)
 DIRECT = "vLLM itself"
 LIVENESS = "/health/liveliness"
-"""LiteLLM spells it so."""
+"""Path of LiteLLM's liveness check, in LiteLLM's own spelling."""
 
 LATENCIES: Columns[Sample] = {
     "p50 ms": lambda sample: sample.run.latency_ms(0.5),
@@ -104,7 +104,7 @@ def _row(name: str, streams: int, length: int, samples: dict[str, list[Sample]])
 
 
 def _added(samples: Sequence[Sample], direct: Sequence[Sample], share: float) -> Spread:
-    """A quantile of latencies above the other server's, round by round."""
+    """Spread of the difference in a quantile of latencies to the direct server, round by round."""
     added: list[float] = []
     for sample, reference in zip(samples, direct, strict=True):
         added.append(sample.run.latency_ms(share) - reference.run.latency_ms(share))

@@ -20,30 +20,30 @@ class Deepened(NamedTuple):
 
     pair: Pair
     parameters: int
-    """Of its teacher."""
+    """Number of its teacher's parameters."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The pair to measure, how much to measure, and what was made for it."""
+    """The pair to measure, how much to measure, and what the sections share."""
 
     pair: Pair
     examples_file: Path
     rounds: int
     quick: bool
-    """Less of everything: to see that it works, not to report."""
+    """Whether to measure less of everything, which shows that it works, but is not for reports."""
     work: Path
-    """For logs and the heavy teacher; thrown away afterwards."""
+    """Directory for logs and the heavy teacher; deleted afterwards."""
     shared: ExitStack
-    """Ends what several sections share."""
+    """Stack that ends the servers which several sections share."""
     litellm: Path | None = None
-    """A Python that has LiteLLM's proxy."""
+    """Python interpreter with LiteLLM's proxy; None if there is none."""
     _made: dict[Any, Any] = field(default_factory=dict)
-    """By the function that made it."""
+    """Results of `once`, by the function that made them."""
 
     @cached_property
     def examples(self) -> Sequence[Example]:
-        """Of the pair.
+        """Examples of the pair.
 
         Raises:
             DataError: there are none.
@@ -63,7 +63,7 @@ class Plan:
 
     @property
     def heavy_size(self) -> str:
-        """Parameters of its teacher, for people."""
+        """Number of the heavy teacher's parameters, as text."""
         return f"{self._deepened.parameters / 1e6:.0f} M parameters"
 
     def once(self, make: "Callable[[Plan], T]") -> T:
@@ -74,7 +74,7 @@ class Plan:
         return made
 
     def some(self, count: int, turn: int) -> list[Example]:
-        """``count`` examples, other ones in every round while there are any."""
+        """``count`` examples; every round has other ones until all are used."""
         start = turn * count % len(self.examples)
         return [*self.examples, *self.examples][start : start + count]
 
@@ -90,10 +90,10 @@ def synthetic(count: int, prompt: int, length: int, turn: int = 0) -> list[Bench
     """Prompts of token ids that differ from their first token on, and between rounds.
 
     Args:
-        count: how many.
-        prompt: tokens of each.
-        length: tokens to continue each by.
-        turn: the round.
+        count: number of prompts.
+        prompt: tokens of each prompt.
+        length: tokens by which each prompt is continued.
+        turn: number of the round.
     """
     requests: list[BenchRequest] = []
     for index in range(count):

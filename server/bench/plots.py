@@ -19,7 +19,7 @@ MARKERS = {
     "cooperation": "o",
     "cooperation on both cores": "P",
 }
-"""By what comes first in a side."""
+"""Markers by the kind of a side, which is the first part of its name."""
 
 
 def plot(name: str, section: Section, directory: Path) -> list[Path]:
@@ -100,18 +100,18 @@ def _shares(pyplot: Any, section: Section) -> Any:
 
 
 def _capacity(pyplot: Any, section: Section) -> Any:
-    """One line for each budget."""
+    """Tokens/s against streams, one line for each budget."""
     rows = section.tables["streams"].rows
     return _streams(pyplot, _grouped(rows, lambda row: f"budget {row['budget']}"))
 
 
 def _overhead(pyplot: Any, section: Section) -> Any:
-    """One line for the gateway at budget 0, one for vLLM's own server."""
+    """Tokens/s against streams, one line for each budget of the gateway, one for vLLM's own server."""
     return _streams(pyplot, _grouped(section.tables["client"].rows, itemgetter("server")))
 
 
 def _teacher_call(pyplot: Any, section: Section) -> Any:
-    """Two lines for each endpoint: the teacher's front end, and the gateway's own time."""
+    """Milliseconds of a call, two lines for each endpoint: the teacher's front end and the gateway's time."""
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for endpoint, rows in _grouped(section.tables["calls"].rows, itemgetter("endpoint")).items():
         x = _numbers(rows, "prefix")
@@ -130,7 +130,7 @@ def _teacher_call(pyplot: Any, section: Section) -> Any:
 
 
 def _gpu_model(pyplot: Any, section: Section) -> Any:
-    """One panel for each pair, one line for each way to use it."""
+    """Tokens/s against streams, one panel for each pair, one line for each way to use it."""
     pairs = _grouped(section.tables["speed"].rows, itemgetter("pair"))
     figure, panels = pyplot.subplots(1, len(pairs), figsize=(5 * len(pairs), 4))
     for axes, (pair, rows) in zip(panels, pairs.items(), strict=True):
@@ -181,12 +181,12 @@ DRAWN: Mapping[str, Callable[[Any, Section], Any]] = {
 
 
 def _kind(row: Row) -> str:
-    """Sides of one kind have one marker."""
+    """Kind of a row's side; all sides of a kind have the same marker."""
     return str(row["side"]).partition(", ")[0]
 
 
 def _detail(row: Row) -> str:
-    """What tells a side from others of its kind."""
+    """The part of a side's name that tells it from others of its kind."""
     return str(row["side"]).partition(", ")[2]
 
 
@@ -201,7 +201,7 @@ def _numbers(rows: Sequence[Row], column: str) -> NDArray[np.float64]:
 
 
 def _ranges(rows: Sequence[Row], column: str) -> NDArray[np.float64]:
-    """How far the lowest and the highest measurement are from the median: (2, rows)."""
+    """Distances of the lowest and of the highest measurement from the median: (2, rows)."""
     spreads = [value for value in (row[column] for row in rows) if isinstance(value, Spread)]
     if len(spreads) < len(rows):
         return np.zeros((2, len(rows)))

@@ -22,7 +22,7 @@ UNDER_BUDGET = {
     "recovered": "pgr",
     "calls/request": "calls",
 }
-"""By column, the key in the report."""
+"""Keys in the report, by column."""
 QUICK_EXAMPLES = 50
 
 
@@ -76,7 +76,7 @@ def _budget_rows(report: Mapping[str, Any]) -> list[Row]:
 
 
 def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
-    """On straight lines between points, the student at (0, 0) and the teacher at (1, 1); x in [0, 1]."""
+    """The curve's y at ``x`` in [0, 1], on straight lines between its points, (0, 0) and (1, 1)."""
     curve = sorted([*points, (0.0, 0.0), (1.0, 1.0)])
     for (x0, y0), (x1, y1) in pairwise(curve):
         if x0 <= x <= x1:

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Spread:
-    """Several measurements of one thing."""
+    """Median, lowest and highest of several measurements of one quantity."""
 
     median: float
     low: float
@@ -21,7 +21,7 @@ class Spread:
 
     @classmethod
     def from_values(cls, values: Iterable[float]) -> "Spread":
-        """Median, lowest and highest.
+        """The spread of these values.
 
         Raises:
             ValueError: there is no value.
@@ -43,7 +43,7 @@ Row = Mapping[str, Value]
 
 
 Columns = Mapping[str, Callable[[T], float]]
-"""By a column's title, what it shows of one measurement."""
+"""Functions from a measurement to the value of a column, by the column's title."""
 
 
 def spreads(measurements: Sequence[T], columns: Columns[T]) -> dict[str, Value]:
@@ -61,7 +61,7 @@ class Table:
     title: str
     rows: Sequence[Row]
     about: str = ""
-    """What was done, and how much of it."""
+    """Explanation: what was measured, and how often."""
 
     def markdown(self) -> str:
         """Title, explanation and rows."""
@@ -80,10 +80,10 @@ def _line(cells: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Section:
-    """What one section of the benchmark found."""
+    """Results of one section of the benchmark."""
 
     tables: Mapping[str, Table]
-    """By a short name that stays the same from run to run."""
+    """Tables by a short name that stays the same from run to run."""
     notes: Sequence[str] = ()
     machine: Mapping[str, str | int] = field(default_factory=lambda: machine())
 
@@ -97,12 +97,12 @@ class Section:
         return "\n\n".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The section as plain values, for JSON."""
         return asdict(self)
 
 
 def machine() -> dict[str, str | int]:
-    """What the numbers were measured on."""
+    """The machine on which the numbers were measured."""
     cpu = "unknown"
     for line in _lines(Path("/proc/cpuinfo")):
         if line.startswith("model name"):
@@ -112,7 +112,7 @@ def machine() -> dict[str, str | int]:
 
 
 def number(value: float) -> str:
-    """Three significant digits, without an exponent."""
+    """A number as text: three significant digits, without an exponent."""
     if value == 0:
         return "0"
     size = abs(value)

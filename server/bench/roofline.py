@@ -1,10 +1,10 @@
 """Predicted tokens/s of two models on one machine, from its datasheet and their published shapes.
 
 A step of an engine moves bytes and computes. The slower of the two decides (Williams, Waterman and Patterson
-2009, "Roofline", doi:10.1145/1498765.1498785); added here are what a step costs whatever it does, and how
-two engines share a card. Speculative decoding is Leviathan et al. 2023 (arXiv 2211.17192, equation 1). How
-many streams are at which engine follows from Little's law, as in approximate mean value analysis (Schweitzer
-1979). Units: seconds, bytes, FLOPs; a multiplication and an addition are two FLOPs.
+2009, "Roofline", doi:10.1145/1498765.1498785). This module adds a fixed cost for each step, and a model of
+two engines that share a card. Speculative decoding is Leviathan et al. 2023 (arXiv 2211.17192, equation 1).
+The number of streams at each engine follows from Little's law, as in approximate mean value analysis
+(Schweitzer 1979). Units: seconds, bytes, FLOPs; a multiplication and an addition are two FLOPs.
 """
 
 import math
@@ -16,10 +16,11 @@ from router.errors import UnusableInput
 from server.bench.cost_model import Traffic
 
 BF16 = 2
-"""Bytes of a number."""
+"""Bytes of a number in BF16."""
 FP8 = 1
+"""Bytes of a number in FP8."""
 ROUNDS = 400
-"""Of the iteration that spreads streams over two engines; half of a step each, so it settles."""
+"""Rounds of the iteration that spreads streams over two engines; each goes half of a step, so it settles."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ class DecoderShape:
 
     @property
     def matrix(self) -> int:
-        """Weights of the output matrix. The input matrix is as large, but a step reads some rows of it."""
+        """Weights of the output matrix. The input matrix is as large, but a step reads few rows of it."""
         return self.hidden * self.vocabulary
 
     def model(self, weight: int = BF16) -> "Model":
-        """What steps cost if a layer's weights have ``weight`` bytes each; matrices and cache have 2.
+        """The costs if each weight of a layer has ``weight`` bytes; numbers of matrices and cache have 2.
 
         Tensor cores compute twice as fast in FP8, so its FLOPs count half.
         """
@@ -64,50 +65,50 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class Model:
-    """What the steps of one model cost."""
+    """Costs of the steps of one model."""
 
     name: str
     resident: float
-    """Bytes that it occupies."""
+    """Bytes of memory that the model occupies."""
     weights: float
-    """Bytes that a step reads, whatever it does."""
+    """Bytes of weights that every step reads."""
     flops: float
-    """For a position. Those of attention are left out: 2 % at 600 tokens of context, 25 % at 8,000."""
+    """FLOPs of a position. Attention is left out: 2 % at 600 tokens of context, 25 % at 8,000."""
     cache: float
-    """Bytes of keys and values of a token. A step reads those of every token before."""
+    """Bytes of the keys and values of a token. A step reads those of every earlier token."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a card, or a core, does in practice."""
+    """Speed and memory of a card, or of a core, in practice."""
 
     bandwidth: float
-    """Bytes a second."""
+    """Memory bandwidth in bytes a second."""
     flops: float
     """FLOPs a second."""
     memory: float
     """Bytes for weights and caches."""
     step: float
-    """Seconds of a step that its work doesn't explain: scheduling, launches, sampling."""
+    """Fixed seconds of a step, in addition to its work: scheduling, launches, sampling."""
     draft: float
-    """The same for a step of a draft model, inside a step of its target."""
+    """Fixed seconds of a step of a draft model, inside a step of its target."""
     call: float
     """Seconds of a teacher call outside both engines."""
     block: int
     """Tokens of a block of the prefix cache. Half of the last block is read again at every visit."""
     overlaps: bool = True
-    """Whether it reads weights while it computes. A GPU does, one core of a CPU hardly."""
+    """Whether the machine reads weights while it computes. A GPU does; one core of a CPU hardly does."""
     one_card: bool = True
-    """Whether both engines share it. Otherwise each has one like it."""
+    """Whether both engines share the card. Otherwise each engine has one like it."""
 
     def work(self, model: Model, streams: float, positions: float, context: float) -> float:
         """Seconds of a step that need the card.
 
         Args:
-            model: which model's.
-            streams: requests in the step.
-            positions: tokens in the step, of all its requests.
-            context: tokens before, of each request.
+            model: the model of the step.
+            streams: number of requests in the step.
+            positions: number of tokens in the step, of all its requests.
+            context: number of earlier tokens of each request.
         """
         weights = model.weights / self.bandwidth
         compute = positions * model.flops / self.flops
@@ -115,11 +116,11 @@ class Machine:
         return cache + (max(weights, compute) if self.overlaps else weights + compute)
 
     def reading(self, model: Model, positions: float) -> float:
-        """Seconds to read as many tokens of prompts; there are enough of them to be bound by FLOPs."""
+        """Seconds to read this many tokens of prompts, if they are enough to be bound by FLOPs."""
         return positions * model.flops / self.flops
 
     def room(self, models: Sequence[Model], context: float) -> float:
-        """Requests whose caches fit next to the weights."""
+        """Number of requests whose caches fit into memory next to the weights."""
         if not self.one_card:
             return min(self._room([model], context) for model in models)
         return self._room(models, context)
@@ -135,29 +136,29 @@ class TooLarge(UnusableInput):
 
 
 class Speculation(NamedTuple):
-    """The best that speculative decoding can do."""
+    """The highest speed of speculative decoding, and the drafts for it."""
 
     tokens_per_second: float
     drafts: int
-    """Tokens of a draft with which it does."""
+    """Number of tokens of a draft at this speed."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """Requests of one kind, as many at a time as ``streams``; those that do not fit into memory wait."""
+    """Requests of one kind, ``streams`` at a time; requests that do not fit into memory wait."""
 
     traffic: Traffic
     streams: int
     cached: float = 0.0
-    """Tokens before the prompt that are in all caches already: earlier turns of a conversation."""
+    """Tokens before the prompt that are already in all caches: earlier turns of a conversation."""
 
     @property
     def context(self) -> float:
-        """Tokens before a position, on average."""
+        """Average number of tokens before a position."""
         return self.cached + self.traffic.prompt + self.traffic.completion / 2
 
     def running(self, machine: Machine, models: Sequence[Model]) -> int:
-        """Requests at a time.
+        """Number of requests that run at a time.
 
         Raises:
             TooLarge: there is not enough memory for one.
@@ -181,7 +182,7 @@ def alone(machine: Machine, model: Model, load: Load) -> float:
 
 
 def accepted(acceptance: float, drafts: int) -> float:
-    """Tokens that one step of speculative decoding writes, its own among them.
+    """Average tokens that one step of speculative decoding writes, including the target's own token.
 
     Args:
         acceptance: probability that a drafted token is right, if all before it are.
@@ -228,17 +229,17 @@ class Engine:
     machine: Machine
     model: Model
     writes: float
-    """Tokens of a visit."""
+    """Tokens that the engine writes in a visit."""
     reads: float
-    """Tokens of the other engine before it, and the part of a block."""
+    """Tokens that the engine reads in a visit: the other engine's, and a part of a block."""
     prompt: float
     """Tokens of prompts that are read for a visit, on average."""
     context: float
 
     def work(self, streams: float) -> float:
-        """Seconds of a step that need the card, if as many requests are here on average.
+        """Seconds of a step that need the card, with an average of ``streams`` requests at this engine.
 
-        Fewer than one: there is one, but not always.
+        With fewer than one, a step has one request, and runs only a part of the time.
         """
         batch = max(1.0, streams)
         positions = batch * (self.reads + self.writes) / self.writes
@@ -246,7 +247,7 @@ class Engine:
         return self.machine.work(self.model, batch, positions, self.context) + prompts
 
     def busy(self, streams: float) -> float:
-        """Share of the time in which it wants the card."""
+        """Share of the time in which the engine needs the card."""
         work = self.work(streams)
         return min(1.0, streams) * work / (work + self.machine.step)
 
@@ -254,9 +255,9 @@ class Engine:
         """Seconds of a visit.
 
         Args:
-            here: requests here, on average.
-            others: of those, the ones that a request finds here.
-            rival: share of its time for which the other engine wants the card, as a request finds it here.
+            here: average number of requests at this engine.
+            others: average number of other requests that an arriving request finds here.
+            rival: share of the time in which the other engine needs the card, as an arriving request sees it.
         """
         step = self.machine.step + self.work(here) * (1 + (rival if self.machine.one_card else 0.0))
         # A request that arrives waits for the step that runs.

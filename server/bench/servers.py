@@ -55,20 +55,20 @@ class MeasuredServer:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one load on one server did."""
+    """Measurements of one load on one server."""
 
     run: LoadRun
-    """As the client saw it."""
+    """The load as its client saw it."""
     usage: Usage
-    """By /proc."""
+    """CPU time and memory of the server, from /proc."""
     growth: Scrape
-    """Of the server's series."""
+    """Growth of the server's Prometheus series."""
     teacher: EngineWork | None = None
-    """Of the teacher behind a gateway."""
+    """Work of the teacher behind a gateway; None if it was not measured."""
 
     @property
     def work(self) -> EngineWork:
-        """By the engine's own account."""
+        """Work of the server's engine, by its own account."""
         return EngineWork.from_growth(self.growth)
 
 
@@ -76,9 +76,9 @@ class StudentServers(NamedTuple):
     """Two servers of one student, on the same core."""
 
     stock: MeasuredServer
-    """That of vLLM."""
+    """vLLM's own server."""
     gateway: MeasuredServer
-    """Asked with a budget of 0."""
+    """The gateway, asked with a budget of 0."""
 
 
 class PairServers(NamedTuple):
@@ -89,19 +89,19 @@ class PairServers(NamedTuple):
 
 
 def stock(checkpoint: Path, logs: Path, name: str, cores: Sequence[int], *flags: str) -> Service:
-    """A server of vLLM's own."""
+    """Service of vLLM's own server with this checkpoint."""
     url = f"http://{HOST}:{free_port()}"
     return _resettable(teacher_service(checkpoint, url, logs, name, cores=cores, flags=flags))
 
 
 def gateway(pair: Pair, teacher: Service, logs: Path, *flags: str, name: str = "gateway") -> Service:
-    """`wheels serve` for the pair's student, in front of a teacher, on the first core."""
+    """Service of `wheels serve` for the pair's student, in front of a teacher, on the first core."""
     url = f"http://{HOST}:{free_port()}"
     return _resettable(gateway_service(pair, base_url(teacher), url, logs, flags, name, cores=FIRST))
 
 
 def students(plan: Plan) -> StudentServers:
-    """The student behind vLLM's own server and behind a gateway."""
+    """Start the student behind vLLM's own server and behind a gateway."""
     teacher = stock(plan.pair.teacher, plan.work, "light-teacher", LAST)
     theirs = stock(plan.pair.student, plan.work, "stock", FIRST)
     ours = gateway(plan.pair, teacher, plan.work, name="light-gateway")
@@ -110,20 +110,20 @@ def students(plan: Plan) -> StudentServers:
 
 
 def heavies(plan: Plan) -> PairServers:
-    """The heavy teacher's server and a gateway in front of it."""
+    """Start the heavy teacher's server and a gateway in front of it."""
     teacher = stock(plan.heavy.teacher, plan.work, "teacher", LAST)
     ours = gateway(plan.heavy, teacher, plan.work)
     return PairServers(*plan.shared.enter_context(started([teacher], [ours])))
 
 
 def base_url(service: Service) -> str:
-    """Where a service answers, without a path."""
+    """Base URL of a service, without a path."""
     return service.ready_url.rpartition("/")[0]
 
 
 @contextmanager
 def started(services: Sequence[Service], gateways: Sequence[Service] = ()) -> Iterator[list[MeasuredServer]]:
-    """All of them, ready; first the stock servers, then the gateways (asked with a budget of 0)."""
+    """Run all servers until the block's end: stock servers, then gateways (asked with a budget of 0)."""
     with running([*services, *gateways], timeout=START_SECONDS) as children:
         servers: list[MeasuredServer] = []
         for child in children:
@@ -149,13 +149,13 @@ async def measure(
     teacher: MeasuredServer | None = None,
     stream: bool = True,
 ) -> Sample:
-    """One load, from an empty prefix cache.
+    """Measure one load, from an empty prefix cache.
 
     Args:
-        server: which to measure.
-        requests: what to send; the server's own fields are added.
-        streams: requests at a time.
-        teacher: the one behind a gateway, if its work counts.
+        server: the server to measure.
+        requests: the requests to send; the server's own fields are added.
+        streams: number of requests at a time.
+        teacher: the teacher behind a gateway, if its work is to be measured too.
         stream: whether answers are streamed.
 
     Raises:
@@ -175,7 +175,7 @@ async def measure(
 
 
 def _reset(server: MeasuredServer) -> Scrape:
-    """Empty the server's prefix cache; what it has counted until now."""
+    """Empty the server's prefix cache; returns its series until now."""
     server.child.check()
     forget(server)
     return Scrape.fetch(server.engine_url)
@@ -184,9 +184,15 @@ def _reset(server: MeasuredServer) -> Scrape:
 async def in_turn(
     sides: Mapping[str, Callable[[int], Awaitable[T]]], rounds: int, pause: float = QUIET_SECONDS
 ) -> dict[str, list[T]]:
-    """Every side once per round, in alternating order, with silence before each.
+    """Measure every side once per round, in alternating order, with a pause before each.
 
-    A side is called with the number of the round.
+    Args:
+        sides: functions that measure a side, by name; they get the number of the round.
+        rounds: number of rounds.
+        pause: seconds of silence before each measurement.
+
+    Returns:
+        The results of each side, in the order of rounds.
     """
     names = list(sides)
     results: dict[str, list[T]] = {}

@@ -12,14 +12,14 @@ PARALLEL = STREAMS[-1]
 
 
 class SideTotals(NamedTuple):
-    """Several runs of one side together."""
+    """Sums over several runs of one side."""
 
     tokens: int = 0
     teacher_tokens: int = 0
     steps: int = 0
-    """Of the teacher's engine."""
+    """Steps of the teacher's engine."""
     positions: int = 0
-    """Of the teacher's engine."""
+    """Positions that went through the teacher."""
     drafts: int = 0
     accepted: int = 0
 
@@ -74,7 +74,7 @@ def _exact_match(samples: Sequence[Sample], plan: Plan) -> float:
 
 
 def _totals(samples: Sequence[Sample], is_student: bool) -> SideTotals:
-    """Sums over the samples; ``is_student``: the measured server is no teacher, but may have one."""
+    """Sums over the samples; ``is_student``: the measured server runs the student, and may have a teacher."""
     totals = SideTotals()
     for sample in samples:
         engine = sample.teacher if is_student else sample.work

@@ -25,15 +25,15 @@ PREFIXES = (100, 1000, 8000, 32_000, 75_000)
 QUICK_PREFIXES = (100, 8000)
 CONTEXT = 80_000
 CALLS = 6
-"""Of one side, one after the other; each prefix is longer than the one before, as in a completion."""
+"""Calls of one side, one after the other; each prefix is longer than the last one, as in a completion."""
 GROWTH = 10
-"""Tokens between two calls."""
+"""Tokens by which the prefix grows between two calls."""
 PAUSE = 0.1
 PATIENCE = 300.0
 VOCABULARY = 400
-"""Ids of prefixes are below this."""
+"""Token ids of prefixes are below this."""
 ENDPOINTS = {"completions": False, "token ids": True}
-"""By side, whether the gateway's client uses the endpoint that takes and gives token ids alone."""
+"""Whether the gateway's client uses the endpoint that takes and gives token ids alone, by side."""
 
 PARTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "completion": (COMPLETIONS, {"return_token_ids": True, "add_special_tokens": False}),
@@ -41,7 +41,7 @@ PARTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "token ids, and text": (GENERATE, {}),
     "token ids alone": (GENERATE, {"detokenize": False}),
 }
-"""Requests to the server itself, each without one thing that the one before it has."""
+"""Direct requests to the server, by name: the path, and fields that tell what the server has to do."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +49,20 @@ class Calls:
     """Calls of one side, each for one token."""
 
     seconds: Sequence[float]
-    """Of each call."""
+    """Seconds of each call."""
     own: float
-    """CPU seconds of this process, per call: what the gateway's client takes."""
+    """CPU seconds of this process per call, which are the gateway's client's."""
     engine: float
-    """Seconds in the teacher's engine, per call: queue, what it reads, what it writes."""
+    """Seconds in the teacher's engine per call: waiting, reading and writing."""
 
     @property
     def each(self) -> float:
-        """Seconds of a call."""
+        """Average seconds of a call."""
         return sum(self.seconds) / len(self.seconds)
 
     @property
     def front(self) -> float:
-        """Seconds in the teacher's front end and on the way, per call: all the rest."""
+        """Remaining seconds per call: in the teacher's front end and on the way."""
         return self.each - self.own - self.engine
 
 
@@ -78,7 +78,7 @@ Call = Callable[[list[int]], Awaitable[None]]
 
 
 def run(plan: Plan) -> Section:
-    """A stock server with a long context, asked by the gateway's client and directly."""
+    """Calls to a stock server with a long context, by the gateway's client and directly."""
     checkpoint = plan.work / "long"
     lengthen(plan.pair.student, checkpoint, CONTEXT)
     service = stock(checkpoint, plan.work, "long", FIRST, "--enable-scale-out")
@@ -109,7 +109,7 @@ def run(plan: Plan) -> Section:
 
 
 async def _all(server: MeasuredServer, plan: Plan) -> tuple[list[Row], list[Row]]:
-    """Rows by our client, and rows of what the server does."""
+    """Rows of calls by the gateway's client, and rows of what the server's front end does."""
     calls: list[Row] = []
     parts: list[Row] = []
     teacher = Teacher(
@@ -138,7 +138,7 @@ def _sides(
 
 
 async def _measure(server: MeasuredServer, call: Call, prefix: int, turn: int) -> Calls:
-    """One side's calls; the first one fills the cache, and is not counted."""
+    """Time one side's calls; the first one fills the cache, and is not counted."""
     ids = [5 + (position * 7919 + prefix) % (VOCABULARY - 5) for position in range(prefix)]
     await call(ids)
     before = Scrape.fetch(server.engine_url)
@@ -179,7 +179,7 @@ async def _post(
 
 
 def _parts_row(prefix: int, sides: Sequence[Sequence[Calls]]) -> Row:
-    """What each request takes longer than the one after it, each at its fastest."""
+    """Milliseconds that echo and text add to a request, by the fastest call of each kind."""
     echoed, plain, text, ids = map(_fastest, sides)
     return {
         "prefix": prefix,

@@ -1,7 +1,7 @@
 """One measurement for two sections: all ways to use one pair, on the same examples.
 
 The teacher is made heavy (`heavy.py`), and every way has the same two cores in all. Student and teacher have
-one each; or the teacher has both, so that it gets what the student leaves of its own; or one process has two
+one core each. Or the teacher has both cores, and shares one of them with the student. Or one process has two
 threads.
 """
 
@@ -46,10 +46,10 @@ Side = Callable[[int], Awaitable[Sample]]
 
 @dataclass(frozen=True)
 class Together:
-    """What the measurement found."""
+    """Samples of all sides."""
 
     samples: dict[int, dict[str, list[Sample]]]
-    """By streams and side, in the order of rounds."""
+    """Samples by streams and side, in the order of rounds."""
 
     @property
     def rounds(self) -> int:
@@ -68,13 +68,13 @@ class SideServers:
 
     pair: PairServers
     alone: dict[str, MeasuredServer]
-    """Sides of one server."""
+    """Servers of the sides that need only one, by side."""
     together: dict[str, PairServers]
-    """Sides of a teacher and a gateway."""
+    """Teacher and gateway of each kind of cooperation, by its name."""
 
 
 def measured(plan: Plan) -> Together:
-    """All sides, measured."""
+    """Measure all sides."""
     pair = plan.once(heavies)
     services: dict[str, Service] = {}
     gateways: list[Service] = []
@@ -93,7 +93,7 @@ def measured(plan: Plan) -> Together:
 
 
 def _speculative(plan: Plan, tokens: int) -> Service:
-    """Draft and target run in one process."""
+    """Service of speculative decoding, with draft and target in one process."""
     config = {"method": "draft_model", "model": str(plan.pair.student), "num_speculative_tokens": tokens}
     flags = ("--speculative-config", json.dumps(config))
     return stock(plan.heavy.teacher, plan.work, f"speculative-{tokens}", BOTH, *flags)

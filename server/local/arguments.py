@@ -18,7 +18,7 @@ class IncompletePair(UnusableInput):
 
 
 def positive(text: str) -> int:
-    """A number of 1 or more, as argparse's ``type``."""
+    """A whole number of 1 or more, for argparse's ``type``."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")

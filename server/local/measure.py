@@ -10,7 +10,7 @@ from measuring.gateway import GatewayClient, GatewayReply
 from measuring.scores import excess, recovered
 
 DIGITS = 6
-"""Of rounded results, after the point."""
+"""Decimal places of rounded results."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,17 @@ class Answered:
 
     @property
     def similarity(self) -> float:
-        """To the nearest right answer, in [0, 1]."""
+        """Similarity to the nearest right answer, in [0, 1]."""
         return self.example.references.similarity(self.reply.text)
 
     def excess(self, fraction: float, span_tokens: int) -> float:
-        """Most tokens that any prefix has above its bound: fraction * length + one span; at least 0."""
+        """Most teacher tokens of any prefix above its bound, fraction * length + one span; at least 0."""
         return round(max(0.0, excess(self.reply.by_teacher, fraction) - span_tokens), DIGITS)
 
 
 @dataclass(frozen=True)
 class BudgetResult:
-    """Many completions at one budget."""
+    """Results of many completions at one budget."""
 
     budget: float
     """A fraction of completion tokens."""
@@ -53,13 +53,13 @@ class BudgetResult:
     def from_answers(
         cls, answered: Sequence[Answered], *, budget: float, span_tokens: int, seconds: float
     ) -> "BudgetResult":
-        """The completions summed up.
+        """The results of these completions.
 
         Args:
-            answered: at least one.
-            budget: what they were asked with.
-            span_tokens: the longest span.
-            seconds: what all took together.
+            answered: examples with their replies, at least one.
+            budget: the budget that they were asked with.
+            span_tokens: length of the longest span, in tokens.
+            seconds: time that all completions took together.
         """
         tokens = 0
         teacher_tokens = 0

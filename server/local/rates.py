@@ -9,9 +9,9 @@ from router.errors import UnusableInput
 from router.policy import Calibration
 
 SHARED_LIMITS = ("tenant_", "global_", "unavailable")
-"""How the reasons begin for which shared limits refuse a span."""
+"""Beginnings of the reasons for which shared limits refuse a span."""
 LEARNING_PASSES = 1
-"""Passes that count only as traffic: in them the prices are still on their way."""
+"""Passes that only teach the gateway: their rates do not count, because the prices still change."""
 
 
 class NothingToLearn(UnusableInput):
@@ -24,17 +24,17 @@ class RatePass:
 
     asked: float
     passes: int
-    """With this one."""
+    """Number of passes at this rate, including this one."""
     teacher_tokens: int
     completion_tokens: int
     degraded: int
-    """Requests that lost their teacher."""
+    """Number of requests that lost their teacher."""
     limited: int
-    """Requests that a shared limit refused a span."""
+    """Number of requests to which a shared limit refused a span."""
 
     @classmethod
     def of(cls, asked: float, passes: int, replies: Sequence[GatewayReply]) -> "RatePass":
-        """The replies summed up.
+        """The sums over all replies of a pass.
 
         Raises:
             NothingToLearn: the key's maximum was less than the rate.
@@ -70,21 +70,21 @@ class RateFinder:
     client: GatewayClient
     prompts: Sequence[Source]
     passes: int
-    """Over the prompts, at most, for each rate."""
+    """Most passes over the prompts for each rate."""
     tolerance: float
     start: Callable[[float, int], Callable[[], None]] = lambda rate, number: lambda: None
     """Called before each pass with its rate and number; what it returns is called after each reply."""
     last: dict[float, RatePass] = field(default_factory=dict)
-    """The last pass at each rate that was asked for."""
+    """The last pass at each rate, by the rate that was asked for."""
     prices: GatewayPrices | None = None
-    """As they are after the last pass."""
+    """The gateway's prices after the last pass; None before the first."""
 
     async def find(self, rates: Sequence[float]) -> None:
         """Teach the gateway these rates.
 
         Raises:
             GatewayError: a request failed.
-            NothingToLearn: the gateway does not learn, or its key may not ask for so much.
+            NothingToLearn: the gateway does not learn, or the key may not ask for a rate this high.
         """
         self.prices = await self.client.prices()
         if not self.prices.learned:
@@ -105,7 +105,7 @@ class RateFinder:
         self.prices = await self.client.prices()
 
     def price(self, rate: float) -> float:
-        """What the gateway asks for this rate now; needs a pass."""
+        """The gateway's current price for this rate; needs a pass first."""
         assert self.prices is not None
         points = tuple((each.rate, each.price) for each in self.prices.prices)
         return Calibration(points).price(rate)
