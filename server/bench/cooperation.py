@@ -26,7 +26,7 @@ class Ideal:
 
     @classmethod
     def from_samples(cls, run: Sample, student: Sample, teacher: Sample, read_per_second: float) -> "Ideal":
-        """The ideal by one run of each side in the same round, and by the teacher's reading in positions/s."""
+        """The ideal by one run of each side in a round, and by the teacher's reading speed in positions/s."""
         positions = 0
         for answer in run.run.answers:
             if answer.calls:
