@@ -1,6 +1,7 @@
-"""Realised against aimed rates, while a calibration learns.
+"""Compares realised rates with aimed rates, while a calibration learns.
 
-Four distributions of scores, which shift after a teacher's token: 100 completions to learn, 200 to measure.
+There are four distributions of scores, which shift after a teacher's token. With each, 100 completions teach
+the calibration and 200 are measured.
 
     python -m tests.benchmarks.bench_adaptive
 """
@@ -13,7 +14,7 @@ TRAFFIC = (("entropy", 0.3, -1.0), ("entropy", 3.0, 1.0), ("margin", 0.2, 0.0), 
 
 
 def realised(gate: str, scale: float, after_teacher: float, fraction: float) -> float:
-    """The rate after the calibration has learned."""
+    """The realised rate after the calibration has learned."""
     traffic = ScoredTraffic(gate, scale=scale, after_teacher=after_teacher)
     traffic.serve(fraction, 100)
     return traffic.serve(fraction, 200)

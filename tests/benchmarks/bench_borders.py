@@ -1,4 +1,4 @@
-"""How long a completion waits when a span begins or ends.
+"""Measures how long a completion waits when a span begins or ends.
 
 There are more streams than the student's engine has places, so requests queue. *Continuations first* is the
 gateway as it is. *In turn* is the same gateway without priorities: a completion in mid-answer queues after
@@ -41,11 +41,11 @@ class Waits:
     """Seconds that the requests waited."""
 
     first: list[float] = field(default_factory=list)
-    """Before the first token of each."""
+    """Seconds before the first token of each request."""
     border: list[float] = field(default_factory=list)
-    """At every border between the two models."""
+    """Seconds at every border between the two models."""
     wall: float = 0.0
-    """In all."""
+    """Seconds for all requests together."""
 
     async def stream(self, client: AsyncOpenAI, example: Example, budget: float) -> None:
         """Make one request, and note its waits."""
@@ -79,7 +79,7 @@ class Waits:
 
 
 async def measure(url: str, examples: Sequence[Example], budget: float) -> Waits:
-    """All examples at once."""
+    """Request all examples at once; returns their waits."""
     waits = Waits()
     began = time.perf_counter()
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:

@@ -1,11 +1,11 @@
-"""What a budget buys.
+"""Compares what a budget buys under several policies.
 
-The same synthetic traffic (see tests/helpers/traffic.py) and the same global limit, enforced by the real
-ledger; only the way in which it is spent differs. Half of the mixture that the prices were calibrated on
-is hard; the traffic shifts from 50 % to 10, 90, 30, 70 and 5 % hard requests.
+All policies get the same synthetic traffic (see tests/helpers/traffic.py) and the same global limit, which
+the real ledger enforces. Half of the requests that the prices were calibrated on are hard. The traffic shifts
+from 50 % to 10, 90, 30, 70 and 5 % hard requests.
 
-Then the same traffic without a global limit, every request with a budget of its own: one price throughout,
-against one that follows what is left of the request's bucket.
+The second table has the same traffic without a global limit: every request has a budget of its own. It
+compares one price throughout with a price that follows the rest of the request's bucket.
 
     python -m tests.benchmarks.bench_controller
 """
@@ -35,7 +35,7 @@ ANYTHING = TokensPerWindow(tokens=10**12, window_seconds=3600)
 
 
 def total(outcomes: Sequence[Outcome]) -> Outcome:
-    """Several outcomes as one."""
+    """The sum of several outcomes."""
     together = Outcome()
     for outcome in outcomes:
         together.teacher += outcome.teacher
@@ -59,7 +59,7 @@ def row(name: str, outcomes: Sequence[Outcome], best: Sequence[float]) -> str:
 
 
 def compare_global_limits(options: argparse.Namespace, traffics: Sequence[Traffic]) -> None:
-    """The same limit, spent in several ways."""
+    """Compare policies under the same global limit."""
     calibration = calibrate()
     best = [hindsight(traffic, RATE) for traffic in traffics] if options.windows else []
     for window in options.windows:
@@ -83,7 +83,7 @@ def compare_global_limits(options: argparse.Namespace, traffics: Sequence[Traffi
 
 
 def compare_own_budgets(traffics: Sequence[Traffic]) -> None:
-    """No global limit: one price for a request, against one that follows its bucket."""
+    """Compare one price for a request with a price that follows its bucket, without a global limit."""
     print(
         "\nEvery request with a budget of its own: teacher rate, value of all, by the price within a request"
     )

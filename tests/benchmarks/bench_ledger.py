@@ -1,4 +1,4 @@
-"""How long a reservation takes.
+"""Measures how long a reservation takes.
 
 Every reservation is made in two scopes, a tenant's tokens and a fraction of all traffic, and is settled.
 Memory: one after the other in one process. Redis: a server of its own on the loopback; first --clients
@@ -57,12 +57,12 @@ def line(name: str, times: list[float]) -> str:
 
 
 def no_times() -> Times:
-    """For what is measured next."""
+    """Empty lists for the next measurement."""
     return {"reserve": [], "settle": []}
 
 
 async def client(build: Callable[[], Ledger], streams: int, reservations: int, rate: float) -> Times:
-    """One process with one ledger, which this many streams use."""
+    """Measure one ledger in this process that several streams use at once."""
     ledger = build()
     await measure(ledger, 20, 0, no_times())  # connections, scripts
     times = no_times()
@@ -77,7 +77,7 @@ def redis_client(url: str, streams: int, reservations: int, rate: float) -> Time
 
 
 def measure_clients(url: str, options: argparse.Namespace) -> None:
-    """Several processes, each with one operation under way at a time."""
+    """Measure several processes, each with one operation under way at a time."""
     for rate, name in ((options.rate, f"{options.rate:g}/s each"), (0.0, "without a pause")):
         job = (url, 1, options.reservations, rate)
         with multiprocessing.get_context("spawn").Pool(options.clients) as pool:
@@ -90,7 +90,7 @@ def measure_clients(url: str, options: argparse.Namespace) -> None:
 
 
 def measure_streams(url: str, reservations: int) -> None:
-    """One process, in which many streams use the ledger at once."""
+    """Measure one process in which many streams use the ledger at once."""
     started = time.perf_counter()
     times = redis_client(url, 64, reservations // 16, 0)
     seconds = time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""A real teacher of another vocabulary, in real engines: its own text, hard bounds, whole characters.
+"""Checks a real teacher with another vocabulary in real engines: its own text, hard bounds, whole characters.
 
 Two students: the demo's, which has no tokens for most characters, and a random one with tokens for all
 bytes. The teacher is asked to repeat texts with emoji, CJK and combining characters. Every token is checked.
@@ -56,19 +56,19 @@ ASKS = (
 
 
 class Checked(NamedTuple):
-    """What is known of one reply."""
+    """The result of checking one reply."""
 
     tokens: int
     completion: int
     excess: float
     broken: int
-    """Spans of the teacher that begin or end within a character, unless the completion is cut off there."""
+    """Number of the teacher's spans that begin or end within a character where the completion goes on."""
     unknown: bool
-    """Whether the client's text has a character that is none, which the student alone did not write."""
+    """Whether the client's text has a replacement character that the student alone did not write."""
     foreign: int
-    """Characters in the teacher's spans that are not ASCII."""
+    """Number of characters in the teacher's spans that are not ASCII."""
     marks: int
-    """Combining characters among them."""
+    """Number of combining characters among them."""
     denied: Counter[str]
     degraded: bool
 
@@ -82,7 +82,7 @@ def client_of(url: str) -> AsyncOpenAI:
 
 
 def checked(reply: Any, tokenizer: Any, fraction: float) -> Checked:
-    """Look at every span of a reply."""
+    """Check every span of a reply."""
     ids = reply.choices[0].token_ids
     report = reply.teacher
     broken = 0
@@ -112,7 +112,7 @@ def checked(reply: Any, tokenizer: Any, fraction: float) -> Checked:
 
 
 async def own_text(gateway: str, teacher: str, prompts: list[str], length: int) -> None:
-    """Budget 1 against the teacher alone."""
+    """Compare completions at budget 1 with those of the teacher alone."""
     async with client_of(gateway) as ours, client_of(teacher) as theirs:
         same = 0
         for prompt in prompts:
@@ -134,7 +134,7 @@ async def own_text(gateway: str, teacher: str, prompts: list[str], length: int) 
 
 
 async def bounds(gateway: str, student: Path, requests: int, fraction: float, length: int) -> None:
-    """All requests at once."""
+    """Send all requests at once and check their bounds and characters."""
     tokenizer = AutoTokenizer.from_pretrained(student)
     pairs = itertools.islice(itertools.cycle(itertools.product(ASKS, PHRASES)), requests)
     prompts = [f"{ask.format(phrase)} ({number})" for number, (ask, phrase) in enumerate(pairs)]
@@ -165,7 +165,7 @@ async def bounds(gateway: str, student: Path, requests: int, fraction: float, le
 
 
 def measure(student: Path, teacher: Path, logs: Path, options: argparse.Namespace, *, whole: bool) -> None:
-    """One student; ``whole``: it has tokens for every character."""
+    """Measure one student; ``whole``: whether it has tokens for every character."""
     pair = Pair(teacher=teacher, student=student, router=None)
     their_url, our_url = f"http://{HOST}:{free_port()}", f"http://{HOST}:{free_port()}"
     theirs = ("--max-model-len", "512", "--kv-cache-memory-bytes", "1G")

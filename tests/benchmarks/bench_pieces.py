@@ -1,6 +1,6 @@
-"""Memory and time of one step of `kd` over a real vocabulary, in pieces and whole.
+"""Measures memory and time of one step of `kd` over a real vocabulary, in pieces and whole.
 
-Two tiny models with 151,936 ids, 512 positions. Each way runs in a process of its own: its peak counts.
+Two tiny models have 151,936 ids and 512 positions. Each way runs in a process of its own, whose peak counts.
 
     python -m tests.benchmarks.bench_pieces
 """
@@ -25,7 +25,7 @@ WAYS = {"in pieces": PIECE, "whole": IDS * ROWS * ANSWER}
 
 
 def model(seed: int) -> LlamaForCausalLM:
-    """Of 32 dimensions and one layer."""
+    """A model of 32 dimensions and one layer."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=IDS, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1
@@ -34,7 +34,7 @@ def model(seed: int) -> LlamaForCausalLM:
 
 
 def peak() -> float:
-    """Of this process, in megabytes."""
+    """Peak memory of this process, in megabytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 

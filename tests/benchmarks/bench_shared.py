@@ -1,7 +1,7 @@
-"""A global limit on real engines, spent in two ways.
+"""Compares two ways to spend a global limit on real engines.
 
 The shipped pair gets held-out sentences in an order that shifts from few digits to many and back to a
-mixture. Every request has a budget of its own, which is more than there is for all. *Controller* is the
+mixture. Every request has a budget of its own. Together these are more than the limit. *Controller* is the
 gateway as it is. *First come* is the same gateway without its controller: the ledger alone holds the limit.
 
     python -m tests.benchmarks.bench_shared
@@ -36,23 +36,23 @@ FIRST_COME = (
     "serve",
 )
 OWN = 0.5
-"""Every request's own budget."""
+"""Fraction of every request's own budget."""
 
 
 def digits(example: Example) -> int:
-    """How many digits its source has."""
+    """Number of digits in an example's source."""
     return sum(map(str.isdigit, example.source))
 
 
 def shifting(examples: Sequence[Example], rounds: int) -> list[Example]:
-    """The third with the fewest digits, the third with the most, then all as they come; again and again."""
+    """The third with the fewest digits, the third with the most, then all in order; ``rounds`` times."""
     by_digits = sorted(examples, key=digits)
     third = len(examples) // 3
     return (by_digits[:third] + by_digits[-third:] + list(examples)) * rounds
 
 
 async def watch(url: str, window: float, rates: list[float]) -> None:
-    """The teacher rate over the limit's window, once a second, when a window has passed."""
+    """Note the teacher rate over the limit's window once a second, after the first window."""
     async with httpx.AsyncClient(base_url=url) as http:
         await asyncio.sleep(window)
         while True:
@@ -62,15 +62,15 @@ async def watch(url: str, window: float, rates: list[float]) -> None:
 
 
 class SharedResult(NamedTuple):
-    """What one gateway did under the limit."""
+    """The result of one gateway under the limit."""
 
     result: BudgetResult
     rates: list[float]
-    """Over the limit's window."""
+    """Teacher rates over the limit's window."""
 
 
 async def measure(url: str, examples: Sequence[Example], window: float, streams: int) -> SharedResult:
-    """All examples, while the limit is watched."""
+    """Request all examples while the limit is watched."""
     rates: list[float] = []
     watching = asyncio.create_task(watch(url, window, rates))
     async with GatewayClient(url, concurrency=streams) as client:
@@ -83,7 +83,7 @@ async def measure(url: str, examples: Sequence[Example], window: float, streams:
 
 
 def gateways(pair: Pair, teacher: str, flags: Sequence[str], logs: Path) -> list[Service]:
-    """The gateway without its controller, and as it is."""
+    """The gateway without its controller, and the gateway as it is."""
     services: list[Service] = []
     for name in ("first come", "controller"):
         service = gateway_service(pair, teacher, f"http://{HOST}:{free_port()}", logs, flags, name)

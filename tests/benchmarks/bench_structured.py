@@ -32,7 +32,7 @@ from tests.helpers.structured import Answer, ask_for_schema, ask_for_tool
 BUDGETS = (0.0, 0.2, 1.0)
 CONCURRENCY = 16
 CONTEXT = 1024
-"""Tokens: what is asked here is short."""
+"""Longest context in tokens: requests here are short."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +86,7 @@ def context(model: Path) -> str:
 
 
 def some(of: Sequence[Any], number: int) -> list[Any]:
-    """This many, from all places."""
+    """This many elements, spread over the whole sequence."""
     return [of[place * len(of) // number] for place in range(number)]
 
 
@@ -121,7 +121,7 @@ async def together(calls: Sequence[Awaitable[Answer]]) -> list[Answer | BadReque
 
 
 async def report(what: str, budget: float, calls: Sequence[Awaitable[Answer]]) -> int:
-    """Prints what became of the calls; returns how many answers are not valid."""
+    """Prints the outcomes of the calls; returns how many answers are not valid."""
     started = time.monotonic()
     answers = await together(calls)
     seconds = time.monotonic() - started
@@ -152,7 +152,7 @@ async def compare_speed(servers: Serving, rounds: int, max_tokens: int) -> None:
         speed = {}
         for side in sorted(urls, reverse=number % 2 == 1):
             speed[side] = await json_speed(urls[side], side == "gateway", max_tokens)
-        if number:  # in the first, both compile the grammars
+        if number:  # not in the first round, in which both compile the grammars
             ratios.append(speed["gateway"] / speed["teacher"])
             print(f"gateway {speed['gateway']:.1f}, stock {speed['teacher']:.1f} tokens/s", flush=True)
     low, high = min(ratios), max(ratios)

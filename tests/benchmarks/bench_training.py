@@ -1,10 +1,10 @@
-"""Speed of on-policy distillation: PCL-KD here, compared with TRL's `DistillationTrainer`.
+"""Compares the speed of on-policy distillation: PCL-KD here, and TRL's `DistillationTrainer`.
 
 Both run in this process and in turns, on the demo pair, eager, with one thread and without logging. They have
 the same prompts, batch, longest completion, precision, temperature and optimizer. The learning rate is almost
 nothing, so the student and its completions stay the same. A round is one run of each; the first steps of a
-run are not counted. Counted are the completions' tokens, end token included, that were written, scored by
-the teacher and trained on. Without a GPU the time is this process's CPU time, so that other work on the
+run are not counted. The speed counts the completions' tokens, end token included, that were written, scored
+by the teacher and trained on. Without a GPU the time is this process's CPU time, so that other work on the
 machine counts little.
 
     pip install trl==1.16.0
@@ -76,11 +76,11 @@ def ours(sources: list[str], batch: int, longest: int) -> float:
 
 
 class Clock(TrainerCallback):
-    """When the counted steps began and ended."""
+    """Notes when the counted steps began and ended."""
 
     def __init__(self) -> None:
         self.tokens = 0
-        """Of completions since then; `Counting` adds them."""
+        """Tokens of completions since then; `Counting` adds them."""
         self.began = 0.0
         self.ended = 0.0
 
@@ -93,7 +93,7 @@ class Clock(TrainerCallback):
 
 
 class Counting(DistillationTrainer):
-    """Counts the tokens of the completions."""
+    """A trainer that counts the tokens of the completions."""
 
     seen: Clock
 
@@ -144,7 +144,7 @@ class Speeds(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """How many times faster ours is."""
+        """Our speed divided by theirs."""
         return self.ours / self.theirs
 
 

@@ -21,7 +21,7 @@ from server.config import ENVIRONMENT_PREFIX, ServeConfig, load
 from server.teacher_settings import TeacherSettings
 from tests.helpers import helm
 
-# The oldest Kubernetes that the chart admits, and the newest that there are schemas of.
+# The oldest Kubernetes that the chart allows, and the newest with published schemas.
 KUBERNETES = ("1.30", "1.37")
 CUSTOM = {
     "ScaledObject": ("keda", "v1alpha1"),
@@ -36,7 +36,7 @@ MONITORING = "--set=" + ",".join(
 
 @pytest.fixture(scope="module", autouse=True)
 def _schemas_are_read_once() -> Iterator[None]:
-    """A schema refers to all definitions of its version, which the package reads anew for each manifest."""
+    """Cache definitions: each schema refers to all of its version, and the package reads them anew."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kubernetes_validate.utils, "schema_contents", cache(schema_contents))
         yield
@@ -69,7 +69,7 @@ def models(package: str, version: str) -> ModuleType:
 
 
 def named(names: Iterable[str], code: Mapping[str, str]) -> set[str]:
-    """Those classes, and all that their code names. Their documentation does not count."""
+    """The named classes, and all classes that their code names. Their docstrings do not count."""
     found: set[str] = set()
     waiting = list(names)
     while waiting:
@@ -81,7 +81,7 @@ def named(names: Iterable[str], code: Mapping[str, str]) -> set[str]:
 
 
 def check(manifest: dict[str, Any]) -> None:
-    """Raises where a field is unknown, missing or of the wrong type."""
+    """Raises if a field is unknown, missing or of the wrong type."""
     kind = manifest["kind"]
     if place := CUSTOM.get(kind):
         model: type[BaseModel] = getattr(models(*place), kind)
@@ -115,7 +115,7 @@ def test_lint() -> None:
 
 @pytest.mark.parametrize("case", helm.CASES)
 def test_manifests_are_as_before(case: str) -> None:
-    """A change that is meant: `python -m tests.helpers.helm`, then read the difference."""
+    """After an intended change, run `python -m tests.helpers.helm` and read the difference."""
     assert helm.rendered(case) == helm.golden(case).read_text()
 
 
@@ -156,7 +156,7 @@ def test_without_monitoring_only_gateways_reach_the_teacher() -> None:
 
 
 def test_a_policy_for_nobody_is_refused() -> None:
-    """It would be one for everybody: Kubernetes reads an empty list of peers so."""
+    """Kubernetes reads an empty list of peers as everybody."""
     result = helm.template("--set-json", "networkPolicy.clients=[]")
     assert "'/networkPolicy/clients': minItems: got 0, want 1" in result.stderr
 
@@ -172,7 +172,7 @@ def test_a_wrong_manifest_is_noticed() -> None:
 
 
 def test_the_guides_values_are_right(tmp_path: Path) -> None:
-    """The indented block behind "Write the values" in docs/deploy.md."""
+    """The values are the indented block after "Write the values" in docs/deploy.md."""
     guide = (helm.ROOT / "docs" / "deploy.md").read_text()
     block = guide.split("4. Write the values.")[1].split("\n\n")[1]
     values = tmp_path / "values.yaml"
@@ -185,7 +185,7 @@ def test_the_guides_values_are_right(tmp_path: Path) -> None:
 
 
 def test_the_schema_is_the_gateways() -> None:
-    """After a new setting of the gateway: `python -m tests.helpers.helm`."""
+    """After a new setting of the gateway, run `python -m tests.helpers.helm`."""
     assert helm.schema_with(helm.configuration_schema()) == helm.SCHEMA.read_text()
 
 
@@ -255,7 +255,7 @@ def test_the_one_of_several_that_runs_here_wants_its_key(
 
 @pytest.mark.parametrize("case", helm.CASES)
 def test_variables_are_settings(case: str) -> None:
-    """The gateway refuses variables that it does not know."""
+    """The gateway refuses unknown variables that begin with its prefix."""
     pod = of_kind(helm.rendered(case), "Deployment")["spec"]["template"]["spec"]
     assert pod["enableServiceLinks"] is False  # a Service named "wheels" would set WHEELS_PORT
     variables = {variable["name"]: variable.get("value") for variable in pod["containers"][0]["env"]}
@@ -281,7 +281,7 @@ WRONG = {
     "teachers.b.url=b:8000": "'/teachers/b/url': 'b:8000' does not match pattern",
     "teachers.c.urls[0]=http://c": "'/teachers/c': additional properties 'urls' not allowed",
 }
-"""What the schema refuses: Helm names all of it at once."""
+"""Values that the schema refuses, all named by Helm at once."""
 
 
 @pytest.fixture(scope="module")
@@ -389,7 +389,7 @@ def big_values() -> dict[str, Any]:
 
 
 def test_numbers_are_written_as_numbers(tmp_path: Path) -> None:
-    """Helm reads them as floating point, and would write 1e+07."""
+    """Helm reads numbers as floating point, and would write 1e+07."""
     values = tmp_path / "values.yaml"
     values.write_text(yaml.safe_dump(big_values()))
     result = helm.template("--values", str(values))

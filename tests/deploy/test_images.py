@@ -1,4 +1,4 @@
-"""Dockerfiles and the compose file, as far as that goes without a container engine."""
+"""Dockerfiles and the compose file, as far as they can be checked without a container engine."""
 
 import re
 import subprocess
@@ -60,7 +60,7 @@ def test_every_package_is_copied(path: Path) -> None:
 
 
 def test_an_image_without_a_compiler_compiles_nothing() -> None:
-    """vLLM compiles what counts log-probabilities, also where engines are eager."""
+    """vLLM compiles the function that counts ranks of log-probabilities, even in eager engines."""
     image = (DOCKER / "Dockerfile.cpu").read_text()
     assert re.search(r"^ENV (.*\\\n)*.*TORCHDYNAMO_DISABLE=1", image, re.MULTILINE)
 

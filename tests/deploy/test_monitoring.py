@@ -55,14 +55,14 @@ def test_every_alert_is_explained() -> None:
 
 
 def selectors() -> Iterator[tuple[str, VectorSelector]]:
-    """Of all rules and panels, each with its place."""
+    """The selectors of all rules and panels, each with its place."""
     for expression in promql.rule_expressions() + promql.panel_expressions():
         for selector in expression.selectors():
             yield expression.place, selector
 
 
 def test_own_series_exist() -> None:
-    """Ours are in the gateway's own registry, recorded ones in the rules; a real scrape shows the rest."""
+    """Our series are in the gateway's registry, recorded ones in the rules. A real scrape has the others."""
     known = {family.name for family in FAMILIES}
     recorded = promql.recorded()
     for place, selector in selectors():
@@ -73,7 +73,7 @@ def test_own_series_exist() -> None:
 
 
 def test_own_labels_have_these_values() -> None:
-    """Every outcome, reason and source by which something is selected is one that the series' help names."""
+    """Every outcome, reason and source in a selector is named by the help of its series."""
     for place, selector in selectors():
         if "wheels_" not in selector.name:
             continue
@@ -87,7 +87,7 @@ def test_own_labels_have_these_values() -> None:
 
 
 def dropped(given: Any, parsed: Any, path: str = "") -> list[str]:
-    """Fields of a document that are not in what was made of it."""
+    """Fields of a document that are missing in the parsed document."""
     if isinstance(given, dict):
         return [
             name
@@ -102,7 +102,7 @@ def dropped(given: Any, parsed: Any, path: str = "") -> list[str]:
 
 @pytest.mark.parametrize("path", promql.DASHBOARDS, ids=lambda path: path.stem)
 def test_grafana_knows_every_field(path: Path) -> None:
-    """By Grafana's own models of dashboards and panels."""
+    """Grafana's own models of dashboards and panels keep every field."""
     register_default_plugins()
     given = json.loads(path.read_text())
     parsed = json.loads(JSONEncoder().encode(Dashboard.from_json(given)))

@@ -1,4 +1,4 @@
-"""Everything that an installation brings along has its version in constraints.txt."""
+"""Every package that an installation brings along has its version in constraints.txt."""
 
 import re
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from packaging.utils import canonicalize_name
 from measuring.pair import is_cpu_build
 from tests.helpers.paths import ROOT
 
-# Not the same in the two builds, or removed again by the Makefile.
+# Packages that differ between the two builds, or that the Makefile removes again.
 PER_BUILD = re.compile(r"torchvision|torchaudio|torchcodec|triton|apache-tvm-ffi")
 
 
 def brought_along(name: str, extras: frozenset[str], seen: set[tuple[str, frozenset[str]]]) -> Iterator[str]:
-    """Canonical names of a package and of what it requires, as far as that is installed."""
+    """Canonical names of a package and of its installed requirements."""
     key = (canonicalize_name(name), extras)
     if key in seen:
         return

@@ -1,4 +1,4 @@
-"""Data files: what is read, and what is refused with its file and line."""
+"""Data files: the lines that are read, and the faults that are refused with file and line."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def written(directory: Path, content: bytes) -> Path:
 
 
 def test_a_line_ends_where_a_line_ends_and_nowhere_else(tmp_path: Path) -> None:
-    """Some characters count as line ends for Python's `splitlines`, and may stand in a JSON string."""
+    """Some characters count as line ends for Python's `splitlines`, and may be inside a JSON string."""
     text = "a\u2028b\u2029c\x85d"
     line = json.dumps({"source": text}, ensure_ascii=False)
     assert load_sources(written(tmp_path, f"{line}\n{line}\r\n".encode())) == [text, text]

@@ -1,4 +1,4 @@
-"""Who wrote what, for people."""
+"""Completions for people, with the teacher's spans marked."""
 
 from measuring.marking import marked
 
@@ -6,12 +6,12 @@ IDS = [3, 4, 5, 6, 0]
 
 
 def letters(ids: list[int]) -> str:
-    """0 is the end of sequence, and no text."""
+    """Decode ids as letters; 0 is the end of sequence, which has no text."""
     return "".join(chr(ord("a") + token) for token in ids if token)
 
 
 def pieces(ids: list[int]) -> str:
-    """Two tokens are one character: a prefix ends inside it."""
+    """Decode ids of which two are one character, so a prefix may end inside it."""
     return "é" * (len(ids) // 2) + "\ufffd" * (len(ids) % 2)
 
 

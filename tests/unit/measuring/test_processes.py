@@ -151,7 +151,7 @@ def test_a_free_port_is_the_preferred_one_when_it_is_free() -> None:
 
 
 def test_no_outgoing_connection_takes_a_free_port_before_its_server_does() -> None:
-    """The kernel takes the ports of such connections from this range."""
+    """The kernel takes the ports of outgoing connections from this range."""
     lowest, highest = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     ports = [free_port() for _ in range(50)]
     assert not any(lowest <= port <= highest for port in ports)

@@ -1,4 +1,4 @@
-"""Files of prompts: what is a prompt, and what is refused with its file and line."""
+"""Files of prompts: the prompts that are read, and the faults that are refused with file and line."""
 
 from pathlib import Path
 

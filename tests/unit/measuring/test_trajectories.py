@@ -1,4 +1,4 @@
-"""Files of what two models wrote: whole lines, a size, and every fault with its place."""
+"""Files of trajectories: whole lines, a largest size, and every fault with its place."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def test_a_line_that_a_killed_process_left_unfinished_is_not_read(tmp_path: Path
 
 
 def test_a_file_that_is_there_is_gone_on_with(tmp_path: Path) -> None:
-    """In a container every gateway has the same name and number: a restart finds its file."""
+    """In a container every gateway has the same host name and process id, so a restart finds its file."""
     path = tmp_path / "a.jsonl"
     path.write_text(LINE + LINE[:20])
     file = TrajectoryFile(path, 2 * len(LINE))

@@ -26,7 +26,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_takes_milliseconds() -> None:
-    """Of processor time, as the wall clock also measures what else the machine does."""
+    """The test measures processor time: the wall clock also measures other work of the machine."""
     before = os.times()
     assert run("--help").returncode == 0
     assert os.times().children_user - before.children_user < 0.5

@@ -1,4 +1,4 @@
-"""What documents and docstrings cite exists: files, headings, modules, classes and their members."""
+"""Everything that documents and docstrings cite exists: files, headings, modules, classes, members."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ DOCUMENTS = sorted(
     path
     for pattern in ("*.md", "docs/**/*.md", "deploy/**/*.md")
     for path in ROOT.glob(pattern)
-    if path.name not in ("licences.md", "log.md")  # the log speaks of what was, under the names of its day
+    if path.name not in ("licences.md", "log.md")  # the log describes the past, with the names of its day
 )
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
@@ -30,14 +30,14 @@ class Names:
     """Every name that the project's code defines or imports."""
 
     members: dict[str, set[str]] = field(default_factory=dict)
-    """Class name to its methods, fields and attributes; of classes that share a name, all of them."""
+    """Methods, fields and attributes by class name; classes that share a name are joined."""
     bases: dict[str, set[str]] = field(default_factory=dict)
     imported: set[str] = field(default_factory=set)
     modules: dict[str, set[str]] = field(default_factory=dict)
-    """Dotted module name to what it defines at its top."""
+    """Names that a module defines at its top, by the module's dotted name."""
 
     def has_member(self, owner: str, member: str) -> bool:
-        """Whether a class has it, itself or from a base; classes from elsewhere are taken at their word."""
+        """Whether a class or its base has the member; True for every member of other packages' classes."""
         if owner not in self.members:
             return owner in self.imported
         if member in self.members[owner]:
@@ -121,7 +121,7 @@ def wrong_links(document: Path) -> Iterator[str]:
 
 
 def wrong_names(text: str) -> Iterator[str]:
-    """Citations in backticks that name nothing."""
+    """Citations in backticks of names that do not exist."""
     names = project_names()
     for cited in CODE.findall(text):
         if PATH.fullmatch(cited) and "." in cited.rpartition("/")[2] and not list(ROOT.glob(cited)):

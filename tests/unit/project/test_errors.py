@@ -1,4 +1,4 @@
-"""One tree of exceptions: its drawing is complete, and each error is a line and a status."""
+"""One tree of exceptions: its drawing is complete, and each error becomes one line and a status."""
 
 import ast
 import builtins
@@ -50,7 +50,7 @@ def exceptions() -> dict[str, str]:
     """The public exceptions of the project, and the first base of each."""
     parents: dict[str, str] = {}
     found = list(definitions())
-    for _ in found:  # as often as the tree could be deep
+    for _ in found:  # as often as the tree can be deep
         before = len(parents)
         for name, bases in found:
             if bases and (bases[0] in parents or any(map(is_builtin_error, bases))):
@@ -61,7 +61,7 @@ def exceptions() -> dict[str, str]:
 
 
 def drawn() -> dict[str, str]:
-    """The same, as the docstring draws it."""
+    """The exceptions and their bases, as the docstring draws them."""
     parents: dict[str, str] = {}
     above: list[str] = []
     for line in (router.errors.__doc__ or "").splitlines():

@@ -1,4 +1,4 @@
-"""No module needs, directly or through others, a module that needs it, whatever the import is for."""
+"""No two modules import each other, directly or through others, whatever the import is for."""
 
 import ast
 from collections.abc import Collection, Mapping
@@ -16,7 +16,7 @@ def name_of(source: Path) -> str:
 
 
 def imported(tree: ast.Module, modules: Collection[str]) -> set[str]:
-    """Which of the modules a file imports: at its top, inside functions, or for types only."""
+    """The modules that a file imports: at its top, inside functions, or for types only."""
     names: list[str] = []
     for node in statements(tree):
         if isinstance(node, ast.Import):
@@ -28,7 +28,7 @@ def imported(tree: ast.Module, modules: Collection[str]) -> set[str]:
 
 
 def circles(imports: Mapping[str, set[str]]) -> list[list[str]]:
-    """The groups of modules in which each one needs all others."""
+    """The groups of modules in which each module needs all others."""
     needed = {module: _reached(imports, module) for module in imports}
     found = {
         tuple(sorted(other for other in others if module in needed[other]))
@@ -39,7 +39,7 @@ def circles(imports: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def _reached(imports: Mapping[str, set[str]], start: str) -> set[str]:
-    """All modules on the way from one."""
+    """All modules that a module reaches through imports."""
     reached: set[str] = set()
     waiting = [start]
     while waiting:
@@ -52,7 +52,7 @@ def _reached(imports: Mapping[str, set[str]], start: str) -> set[str]:
 def test_no_modules_import_each_other() -> None:
     sources = {name_of(source): source for package in PACKAGES for source in (ROOT / package).rglob("*.py")}
     imports = {module: imported(parsed(source), sources) for module, source in sources.items()}
-    assert sum(map(len, imports.values())) > len(sources)  # they are found at all
+    assert sum(map(len, imports.values())) > len(sources)  # imports are found at all
     assert circles(imports) == []
 
 
@@ -72,6 +72,6 @@ def test_an_import_counts_wherever_it_is(text: str) -> None:
 
 
 def test_a_circle_is_named_whole() -> None:
-    """Of `a` to `c` each needs all; `d` needs them and is needed by none; `e` needs itself."""
+    """`a`, `b` and `c` need each other. No module needs `d`, which needs them. `e` needs itself."""
     imports = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": {"e"}}
     assert circles(imports) == [["a", "b", "c"], ["e"]]

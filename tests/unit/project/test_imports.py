@@ -1,4 +1,4 @@
-"""Who may load whom, at run time; test_packaging reads the import statements."""
+"""Modules that may load each other at run time; test_packaging reads the import statements."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ SERVING = ("vllm", "fastapi", "starlette", "uvicorn", "server", "training", "tra
 
 
 def loaded(program: str, *modules: str) -> set[str]:
-    """Which of the modules a fresh interpreter has loaded at the program's end."""
+    """The modules, out of those named, that a fresh interpreter has loaded at a program's end."""
     report = f"\nimport sys; print(*({set(modules)!r} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", program + report], capture_output=True, text=True, cwd=ROOT, timeout=60
@@ -42,6 +42,6 @@ def test_help_loads_neither_torch_nor_vllm():
 
 
 def test_what_stands_before_the_engine_loads_nothing_heavy():
-    """The middleware and the configuration are checked, and tested, without an engine."""
+    """The middleware and the configuration can be checked and tested without an engine."""
     program = "import server.http.fields, server.config, server.metrics"
     assert loaded(program, "torch", "transformers", "vllm") == set()

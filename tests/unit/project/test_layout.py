@@ -1,4 +1,4 @@
-"""Where tests are: each next to what it tests, in files that can be read at a sitting."""
+"""The places of tests: they mirror the packages, in files that can be read in one sitting."""
 
 from tests.helpers.paths import ROOT
 

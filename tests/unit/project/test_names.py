@@ -8,12 +8,12 @@ from tests.helpers.sources import PACKAGES, parsed, statements
 
 
 def test_no_two_classes_share_a_name() -> None:
-    """Apart from private ones, which nobody sees outside their file."""
+    """Private classes do not count: nobody sees them outside their file."""
     places: defaultdict[str, list[str]] = defaultdict(list)
     for package in PACKAGES:
         for source in (ROOT / package).rglob("*.py"):
             for node in statements(parsed(source)):
                 if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                     places[node.name].append(str(source.relative_to(ROOT)))
-    assert len(places) > 100  # they are found at all
+    assert len(places) > 100  # classes are found at all
     assert {name: files for name, files in places.items() if len(files) > 1} == {}

@@ -1,4 +1,4 @@
-"""The distribution: what it declares is there, pinned, installed, and kept apart."""
+"""The distribution: its dependencies are declared, pinned and installed, and its packages kept apart."""
 
 import ast
 import re
@@ -28,7 +28,7 @@ def constraints() -> dict[str, str]:
 
 
 def run(program: str, directory: Path) -> str:
-    """What a Python program prints, in a process of its own."""
+    """The output of a Python program in a process of its own."""
     return subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=directory, timeout=60, check=True
     ).stdout.strip()
@@ -36,7 +36,7 @@ def run(program: str, directory: Path) -> str:
 
 @cache
 def imports(package: str) -> list[tuple[Path, str]]:
-    """Top-level names of everything that a package's modules import, wherever in the file."""
+    """(file, top-level name) of every import in a package's modules, anywhere in the file."""
     found = []
     for file in (ROOT / package).rglob("*.py"):
         for node in statements(parsed(file)):
@@ -88,7 +88,7 @@ def test_what_is_installed_is_what_is_pinned() -> None:
         try:
             installed = version(name)
         except PackageNotFoundError:
-            continue  # of the other build, or no longer needed; declared ones are looked at below
+            continue  # of the other build, or no longer needed; declared ones are checked below
         assert installed.split("+")[0] == pin, name
 
 
@@ -241,7 +241,7 @@ def test_root_installs_what_is_missing_and_keeps_the_services_down(tmp_path: Pat
 
 
 def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
-    """Also its service, which somebody may use."""
+    """The service of an installed program is left alone too, as somebody may use it."""
     machine = Machine(tmp_path)
     there = ("g++", "redis-server", "nginx", "google-chrome")
     for name in (*there, "apt-get", "service", "update-rc.d"):

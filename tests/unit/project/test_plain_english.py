@@ -15,7 +15,7 @@ from tests.helpers.sources import PACKAGES, SOURCES, docstrings, docstrings_and_
 
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 LONGEST = 35
-"""Words of a sentence."""
+"""Most words of a sentence."""
 AVERAGE = 20
 WORDS = {
     r"\bbeside\b": "next to, compared with, with",
@@ -26,11 +26,11 @@ WORDS = {
     r"\bso many\b(?! (as|that))": "this many",
     r"\bso long\b(?! as)": "this long",
 }
-"""What a reader stumbles over, and what to write."""
+"""Patterns of words that readers stumble over, and better words."""
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Prose, without code, tables, quotes and headings."""
+    """Paragraphs of prose, without code, tables, quotes and headings."""
     text = re.sub(r"```.*?```|<!--.*?-->", "", text, flags=re.DOTALL)
     lines: list[str] = []
     for line in [*text.splitlines(), ""]:
@@ -103,7 +103,7 @@ LOGGED = ("info", "warning", "error", "exception")
 
 
 def messages(source: Path) -> Iterator[str]:
-    """What users read of a module: errors, log lines and help texts, with `Code` for what is filled in."""
+    """A module's errors, log lines and help texts, with `Code` in place of inserted values."""
     for node in ast.walk(parsed(source)):
         shown: list[ast.expr] = []
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):

@@ -1,4 +1,4 @@
-"""The documents of settings are what the code says."""
+"""The documents of settings agree with the code."""
 
 from pathlib import Path
 

@@ -28,7 +28,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
 
 
 def typed() -> list[str]:
-    """Every line that is typed, with the lines that it goes on on while a quote is open."""
+    """Every typed command; lines are joined while a quote is open."""
     commands = []
     for block in BLOCK.findall(TUTORIAL.read_text()):
         for line in block.splitlines():
@@ -45,7 +45,7 @@ def test_the_tutorial_is_short_enough_to_be_read():
 
 @pytest.mark.parametrize("command", [line for line in typed() if line.startswith("wheels ")])
 def test_a_command_of_the_tutorial_is_taken(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What the commands before it have made is there."""
+    """The files that earlier commands create exist."""
     monkeypatch.chdir(tmp_path)
     _, name, *arguments = shlex.split(command)
     assert name in wheels.COMMANDS

@@ -50,7 +50,7 @@ def test_restored_scores_give_way_as_the_engine_sees_as_many():
 
 
 def test_a_restored_rate_follows_the_others_no_more_than_before():
-    """The 4,000 tokens at 0.5 count on: with 400 it would follow half, with 4,000 a small part."""
+    """The 4,000 tokens at 0.5 still count: with 400 it would follow half as much, with 4,000 far less."""
     first = AdaptiveCalibration("random", 1)
     first.observe(0.5, 2000, 4000)
     second = AdaptiveCalibration("random", 1)
@@ -94,7 +94,7 @@ def test_realised_rates_are_reported_for_what_was_aimed_at():
 
 
 def test_twice_the_aim_over_a_window_moves_the_correction_by_one():
-    """The window is 400 tokens and 20 for the running request: 84 of 420 where 42 were aimed at."""
+    """The window is 400 tokens and 20 for the running request: 84 of 420 tokens, with an aim of 42."""
     calibration = AdaptiveCalibration("random", 1)
     calibration.observe(0.1, 84, 420)
     assert calibration.state.offsets[KNOTS.index(0.1)] == pytest.approx(-1.0)

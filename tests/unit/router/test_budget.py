@@ -9,7 +9,7 @@ from router.budget import Bucket, Budget
 
 
 def spend(bucket: Bucket, length: int, used: int, at_most: int = 1000) -> None:
-    """One span behind ``length`` tokens, of which the teacher writes ``used``."""
+    """Spend one span after ``length`` tokens; the teacher writes ``used`` tokens of it."""
     bucket.settle(bucket.reserve(length, at_most), used)
 
 
@@ -225,7 +225,7 @@ def test_a_call_is_no_longer_than_a_span_and_no_shorter_than_a_token(ask_tokens)
         Bucket(Budget(fraction=0.1), span_tokens=4, ask_tokens=ask_tokens)
 
 
-# Whatever happens
+# Any sequence of spans
 
 fractions = st.one_of(st.floats(0, 1), st.sampled_from([0.05, 0.1, 0.2, 1 / 3, 1.0]))
 budgets = st.builds(
@@ -282,7 +282,7 @@ def test_earliest_is_the_first_length_at_which_a_call_is_granted(parts, span_tok
         assert copy.copy(bucket).reserve(earliest, at_most) is not None
         if earliest > 0:
             assert copy.copy(bucket).reserve(earliest - 1, at_most) is None
-            # and not a token too late: a call that began there could end above the bound
+            # and no later than needed: a call that began one token earlier could end above the bound
             end = earliest - 1 + bucket.ask_tokens
             assert bucket.spent + bucket.ask_tokens > budget.fraction * end + span_tokens
         if completion >= earliest:

@@ -1,4 +1,4 @@
-"""Budgets that name teachers: what they allow, what a key's maximum leaves, and what a call may have."""
+"""Budgets that name teachers: the teachers they allow, a key's maximum, and the tokens of a call."""
 
 import pytest
 from pydantic import ValidationError
@@ -92,7 +92,7 @@ def test_a_maximum_lowers_what_is_above_it(
 
 
 def test_who_is_too_dear_gets_nothing_and_costs_nothing() -> None:
-    """Reading 4 and writing 1 is 18 millionths for the dear one, 6 for the cheap one."""
+    """Reading 4 tokens and writing 1 costs 18 millionths at the dear teacher, 6 at the cheap one."""
     bucket = Bucket(Budget(cost=1e-5), 4, 1, prices=DEAR, least=CHEAP)
     assert bucket.earliest(4) == 0
     assert bucket.reserve(0, 9, reads=4, prices=DEAR) is None
@@ -106,7 +106,7 @@ def test_who_is_too_dear_gets_nothing_and_costs_nothing() -> None:
 
 @pytest.mark.parametrize(("length", "tokens"), [(0, 4), (8, 5), (20, 6)])
 def test_a_whole_call_may_have_what_the_fraction_has_then(length: int, tokens: int) -> None:
-    """(0.1 · length + 4) / 0.9, so that the bound holds at its end."""
+    """A call may have (0.1 · length + 4) / 0.9 tokens, so that the bound holds at its end."""
     bucket = Bucket(Budget(fraction=0.1), 4, 1)
     grant = bucket.reserve(length, 50, whole=True)
     assert grant is not None

@@ -263,7 +263,7 @@ def test_a_merged_student_can_get_another_router(router, plain_student, tmp_path
 
 
 def test_a_merge_leaves_what_is_there(router, plain_student, tmp_path):
-    """Another gateway's, from which it may be loading just now."""
+    """The existing copy is another gateway's, which may be loading from it just now."""
     merged, router = tmp_path / "merged", trained_for(router, plain_student)
     router.merge(plain_student, merged)
     before = contents(merged)

@@ -1,4 +1,4 @@
-"""The price controller: its arithmetic by hand, and what it is for on shifting traffic."""
+"""The price controller: its arithmetic by hand, and its worth on shifting traffic."""
 
 import math
 
@@ -26,7 +26,7 @@ CALIBRATION = Calibration(((0.01, 9.0), (0.1, 5.0), (0.5, 1.0)))
 def status(
     limit: FractionOfTraffic | TokensPerWindow, spent: int, student: int, kind: str = "global"
 ) -> Status:
-    """A scope all of whose life lies within the window."""
+    """The status of a scope whose whole life is within the window."""
     return Status(Scope(kind, "", limit), spent, 0, student, spent, student, 0.0, 0.0)
 
 
@@ -41,7 +41,7 @@ def test_starts_at_the_fraction() -> None:
 
 
 def test_moves_against_the_error() -> None:
-    """Of 1,000 new tokens 90 are the teacher's, 98 were allowed, and 9,800 of the window's 100,000."""
+    """90 of 1,000 new tokens are the teacher's and 98 were allowed. A window allows 9,800 of 100,000."""
     rates = controller(TENTH)
     rates.update(0.0, status(TENTH, 9_910, 89_090))
     rates.update(1.0, status(TENTH, 10_000, 90_000))
@@ -57,7 +57,7 @@ def test_on_target_it_stays() -> None:
 
 
 def test_does_not_wind_up() -> None:
-    """Nobody asks for hours; the rate stops at the calibrated end, and comes back from there at once."""
+    """While nobody asks for hours, the rate stops at the calibrated end. It comes back from there at once."""
     rates = controller(TENTH)
     for second in range(10_000):
         rates.update(float(second), status(TENTH, 0, 1000 * second))
@@ -74,7 +74,7 @@ def test_one_update_moves_it_only_so_far() -> None:
 
 
 def test_a_small_budget_moves_slowly() -> None:
-    """98 tokens are all that a window allows: one span of 4 moves the logarithm by 1/20, not by 4."""
+    """A window allows only 98 tokens: one span of 4 moves the logarithm by 1/20, not by 4."""
     rates = controller(TENTH)
     rates.update(0.0, status(TENTH, 96, 904))
     rates.update(1.0, status(TENTH, 100, 900))
@@ -82,7 +82,7 @@ def test_a_small_budget_moves_slowly() -> None:
 
 
 def test_tokens_are_spent_on_as_much_traffic_as_is_to_come() -> None:
-    """100 tokens are written a second, 360,000 an hour: 36,000 are a tenth of them."""
+    """The models write 100 tokens a second, 360,000 an hour: 36,000 are a tenth of them."""
     rates = controller(HOURLY)
     for second in range(1000):
         rates.update(float(second), status(HOURLY, 10 * second, 90 * second))
@@ -90,7 +90,7 @@ def test_tokens_are_spent_on_as_much_traffic_as_is_to_come() -> None:
 
 
 def test_tokens_may_be_spent_in_a_burst() -> None:
-    """All traffic of an hour, every hour, is 100,000 tokens in a minute: 36 % of it, once that is known."""
+    """All traffic of each hour is 100,000 tokens in one minute. Once that is known, the rate is 36 %."""
     rates = controller(HOURLY)
     scope = Scope("tenant", "", HOURLY)
     rates.update(0.0, Status(scope, 0, 0, 100_000, 0, 100_000, 0.0, 0.0))
@@ -152,7 +152,7 @@ def test_a_changed_limit_is_a_new_controller() -> None:
 
 
 def test_meets_the_rate_and_is_worth_it() -> None:
-    """15 % for all over 2.5 minutes, traffic of 7.5 that shifts from easy to hard and back."""
+    """The limit is 15 % over 2.5 minutes. The traffic of 7.5 minutes shifts from easy to hard and back."""
     traffic = Traffic(seed=1, steps=9000, streams=20, shifts=(0.5, 0.1, 0.9, 0.3))
     limit = FractionOfTraffic(fraction=0.15, window_seconds=150, slack_tokens=SPAN)
     calibration = calibrate()

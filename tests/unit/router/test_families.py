@@ -1,4 +1,4 @@
-"""Any family of models can be a student, also without a row to spare."""
+"""A model of any family can be a student, even without a spare row."""
 
 import pytest
 import torch

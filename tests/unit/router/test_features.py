@@ -18,7 +18,7 @@ from router.gate import GATES
 from router.loops import LANES, features_loop
 from router.reserved import ReservedRows
 
-# Of the `reserved` fixture: ten visible tokens, the escalation token, three taps.
+# The `reserved` fixture has ten visible tokens, the escalation token and three taps.
 ROWS = 14
 TAPS, TOP, ENTROPY, MARGIN = slice(0, 3), slice(3, 11), 11, 12
 
@@ -101,9 +101,10 @@ def test_a_row_does_not_depend_on_its_neighbours(reserved):
 @pytest.mark.parametrize("scale", [0.01, 1.0, 10.0])
 @pytest.mark.parametrize("visible", [10, 1000, 1500])
 def test_they_are_what_the_definitions_say(scale, visible, gradients):
-    """In double precision, with masked tokens, where the best are spread over blocks or within one.
+    """The features agree with their definitions in double precision, with masked tokens.
 
-    Without gradients compiled loops compute them, with gradients torch.
+    The best tokens are in several blocks or in one. Without gradients compiled loops compute the features,
+    with gradients torch.
     """
     rows = ReservedRows(start=visible, count=4)
     logits = scale * torch.randn(6, visible + 4, generator=torch.Generator().manual_seed(0))
@@ -161,7 +162,7 @@ def test_they_are_exact_for_a_real_vocabulary(scale):
 
 @pytest.mark.parametrize("places", [range(3, 3 + 9 * LANES, LANES), range(9), [0, LANES - 1, 10 * LANES]])
 def test_the_best_are_found_wherever_they_are(places):
-    """In one lane, in a lane each, at the ends."""
+    """The best tokens are in one lane, in a lane each, or at the ends."""
     rows = ReservedRows(start=10 * LANES + 1, count=1)
     logits = torch.zeros(rows.end)
     logits[list(places)] = torch.arange(1.0, len(places) + 1)

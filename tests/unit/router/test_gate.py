@@ -12,7 +12,7 @@ READING_LOGITS = [name for name in CONFIDENCE_GATES if name != "random"]
 
 
 def peaked(height: float) -> torch.Tensor:
-    """Ten visible tokens, one of them ``height`` above the others."""
+    """Logits of ten visible tokens, one of them ``height`` above the others."""
     logits = torch.zeros(ROWS)
     logits[2] = height
     return logits

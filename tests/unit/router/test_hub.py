@@ -1,4 +1,4 @@
-"""Models by their names on the hub."""
+"""Models that are given by their names on the hub."""
 
 import asyncio
 import os

@@ -12,11 +12,11 @@ from router.money import PICOS, TokenPrices, TokenUsage, nanos, nanos_of, picos
 from router.policy import Calibration, Policy
 
 PRICES = TokenPrices(input=2, cached_input=0.5, output=10)
-"""A token read costs 2 millionths, one from the cache half of one, one written ten."""
+"""In millionths, a read token costs 2, a cached one 0.5, and a written one 10."""
 
 
 def test_amounts_are_exact_to_the_last_digit() -> None:
-    """A binary fraction would make 299999999999 of 0.3."""
+    """A binary fraction would turn 0.3 into 299999999999."""
     assert picos(0.3) == 300_000_000_000
     assert picos(1e-12) == 1
     assert picos(1.9e-12) == 1, "what may be spent is rounded down"
@@ -32,7 +32,7 @@ def test_a_price_of_fractions_of_a_cent_is_exact() -> None:
 
 
 def test_what_a_call_costs() -> None:
-    """100 tokens read, 60 of them cached, 4 written: 40 · 2 + 60 · 0.5 + 4 · 10 millionths."""
+    """100 tokens are read, 60 of them cached, and 4 written: 40 · 2 + 60 · 0.5 + 4 · 10 millionths."""
     assert PRICES.cost(TokenUsage.of(100, 60, 4)) == 150 * PICOS // 10**6
     assert PRICES.most(100, 4) == 240 * PICOS // 10**6
     assert PRICES.affordable(picos(0.00024), 100, 9) == 4
@@ -74,7 +74,7 @@ def test_a_call_is_reserved_as_if_nothing_were_cached_and_settled_at_what_it_cos
     assert bucket.cost_left == picos(0.00076)
     bucket.settle(grant, 4, PRICES.cost(TokenUsage.of(100, 60, 4)))
     assert bucket.cost_left == picos(0.00085)
-    bucket.settle(grant, 0, 0)  # again: no effect
+    bucket.settle(grant, 0, 0)  # settling again has no effect
     assert bucket.cost_left == picos(0.00085)
 
 
@@ -98,7 +98,7 @@ def test_reading_may_leave_money_for_fewer_tokens_or_for_none() -> None:
 
 
 def test_money_for_all_that_is_left_is_one_call() -> None:
-    """Calls of a token each would read everything again and again."""
+    """Calls of one token each would read the whole prefix again and again."""
     bucket = Bucket(Budget(cost=0.001), 4, 1, prices=PRICES)
     assert bucket.reserve(0, 50, reads=100).tokens == 50
 
@@ -111,7 +111,7 @@ def test_all_parts_of_a_budget_hold() -> None:
 
 
 def test_the_price_follows_the_money_that_is_left() -> None:
-    """Half as much money, about half the rate; with a cache that halves the cost, more again."""
+    """Half as much money gives about half the rate. A cache that halves the cost raises it again."""
     policy = Policy(Calibration(((0.01, 9.0), (0.99, 1.0))), expected_tokens=100)
 
     def rate(cost: float, reads: int = 100) -> float:
@@ -134,7 +134,7 @@ def test_the_price_follows_the_money_that_is_left() -> None:
 def test_the_cost_is_never_exceeded(
     cost: int, prices: tuple[int, int], calls: list[tuple[int, int, float, float]]
 ) -> None:
-    """Whatever the teacher finds in its cache, and however much of a grant it writes; some at once."""
+    """The bound holds whatever is cached and however much of a grant is written, also with calls at once."""
     teacher = TokenPrices(input=prices[0], cached_input=prices[0] / 2, output=prices[1])
     bucket = Bucket(Budget(cost=cost / 10**6), 4, 2, prices=teacher)
     spent = 0

@@ -129,7 +129,7 @@ def test_a_fraction_is_the_rate():
 
 
 def test_a_bucket_with_less_than_a_call_makes_the_next_one_dearer():
-    """f exp(-a (1 - calls in the bucket)), a = 10 f / ask_tokens."""
+    """The rate is f exp(-a (1 - calls in the bucket)) with a = 10 f / ask_tokens."""
     bucket = Bucket(Budget(fraction=0.25), span_tokens=4)
     bucket.reserve(0, at_most=4)  # at a length of 4 the bucket has 1 token of 4, at 16 it has 4
     assert rate_of(POLICY.terms(bucket, 4, max_tokens=100)) == pytest.approx(0.25 * math.exp(-0.625 * 0.75))
@@ -182,7 +182,7 @@ def test_a_tiny_fraction_is_spent_once_and_then_never_asked_for():
         (5, 0, 0.25),  # 5 left for the 20 that are expected
         (5, 10, 0.5),  # 5 left for 10
         (2, 18, 0.5),  # near the expected end: at least one span is still to come
-        (2, 400, 0.5),  # and behind it
+        (2, 400, 0.5),  # and after it
     ],
 )
 def test_tokens_are_planned_over_what_is_still_to_be_written(tokens, written, rate):
@@ -228,7 +228,7 @@ def test_the_tightest_part_sets_the_price():
     assert rate(fraction=0.5, tokens=16, calls=1) == pytest.approx(4 / 20)
 
 
-# A rate to hit
+# Spare prices: a fraction is a rate to hit
 
 
 def test_a_spare_price_holds_while_a_call_fits_into_the_fraction():
@@ -281,19 +281,19 @@ RATES = Calibration(((0.1, 6.0), (0.2, 5.0), (0.3, 4.0), (0.4, 3.0), (0.6, 1.0))
 
 
 def prices(fraction: float, *caps: float) -> list[float]:
-    """The price of asking at all, and those of the dearer teachers."""
+    """The price of the cheapest teacher, and the prices of the dearer ones."""
     terms = Policy(RATES, 100.0).terms(Bucket(Budget(fraction=fraction), 4), 40, 400, caps=caps)
     return [terms.price, *terms.dearer]
 
 
 def test_each_of_several_teachers_has_an_equal_share_of_the_rate():
-    assert prices(0.4, 1.0, 1.0) == [3.0, 5.0]  # of .4 and of .2
-    assert prices(0.3, 1.0, 1.0, 1.0) == pytest.approx([4.0, 5.0, 6.0])  # of .3, .2 and .1
+    assert prices(0.4, 1.0, 1.0) == [3.0, 5.0]  # the prices of .4 and .2
+    assert prices(0.3, 1.0, 1.0, 1.0) == pytest.approx([4.0, 5.0, 6.0])  # the prices of .3, .2 and .1
 
 
 def test_what_a_teacher_may_not_have_is_for_cheaper_ones():
     assert prices(0.4, 1.0, 0.1) == [3.0, 6.0]
-    assert prices(0.6, 1.0, 1.0, 0.1) == pytest.approx([1.0, 3.0, 6.0])  # of .6, .4 and .1
+    assert prices(0.6, 1.0, 1.0, 0.1) == pytest.approx([1.0, 3.0, 6.0])  # the prices of .6, .4 and .1
 
 
 def test_the_rate_is_not_more_than_all_may_have():
@@ -301,13 +301,13 @@ def test_the_rate_is_not_more_than_all_may_have():
 
 
 def test_a_price_that_is_not_above_the_first_asks_nobody():
-    """Below the calibrated range nobody knows the difference: the cheapest is asked."""
+    """Below the calibrated range the prices are equal, so the cheapest teacher is asked."""
     assert prices(0.1, 1.0, 1.0) == [6.0, math.inf]
     assert prices(0.15, 1.0, 1.0, 1.0) == pytest.approx([5.5, 6.0, 6.0])
 
 
 def test_where_more_teacher_tokens_do_not_help_the_shares_are_of_what_is_realised():
-    """The price of .3 is that of .1, which is realised. Half of it is the dear one's: the price of .05."""
+    """The price of .3 is that of .1, which is realised. Half of .1 is the dear one's: the price of .05."""
     flat = Calibration(((0.05, 5.0), (0.1, 3.0), (0.3, 3.0), (0.5, 1.0)))
     terms = Policy(flat, 100.0).terms(Bucket(Budget(fraction=0.3), 4), 40, 400, caps=(1.0, 1.0))
     assert (terms.price, terms.dearer) == (3.0, (5.0,))
@@ -320,7 +320,7 @@ BIG = GateOutput("big", 1.0)
 
 
 def by_outputs(fraction: float, **caps: float) -> Terms:
-    """Terms of two teachers; `RATES` are those of both together."""
+    """Terms for a gate with outputs for two teachers; `RATES` has the common prices."""
     policy = Policy(RATES, 100.0, outputs=(SMALL, BIG))
     bucket = Bucket(Budget(fraction=fraction), 4)
     return policy.terms(bucket, 40, 400, caps=list(caps.values()), names=list(caps))
@@ -333,21 +333,21 @@ def test_all_outputs_have_a_common_price_and_none_has_a_bound():
 
 
 def test_a_teacher_that_is_not_there_is_never_asked():
-    """The big one costs 1, so its own price is the common one."""
+    """The big teacher costs 1, so its own price is the common price."""
     terms = by_outputs(0.3, big=1.0)
     assert terms.least == (("small", math.inf), ("big", -math.inf))
     assert terms.price == 4.0
 
 
 def test_a_teacher_that_is_alone_has_the_price_that_was_measured_for_it():
-    """Of .3 it is .5, as a common price 2."""
+    """The teacher's price for .3 is .5, which is a common price of 2."""
     terms = by_outputs(0.3, small=1.0)
     assert terms.least == (("small", -math.inf), ("big", math.inf))
     assert terms.price == 2.0
 
 
 def test_a_cap_is_a_least_price():
-    """Of .1 small's own price is 1.5. Big's is the common price of .2, at which both together realise it."""
+    """Small's own price for .1 is 1.5. Big's is the common price of .2, at which both together realise .2."""
     terms = by_outputs(0.4, small=0.1, big=1.0)
     assert terms.least == (("small", 1.5), ("big", -math.inf))
     terms = by_outputs(0.4, small=1.0, big=0.2)
@@ -356,7 +356,7 @@ def test_a_cap_is_a_least_price():
 
 
 def test_without_a_model_the_score_alone_decides():
-    """A tool is no output of the gate."""
+    """The gate has no output for a tool."""
     terms = by_outputs(0.3, calculator=1.0)
     assert (terms.price, terms.least) == (4.0, ())
 

@@ -155,7 +155,7 @@ def test_an_unknown_output_matrix_is_refused(tmp_path):
 
 
 def test_a_file_that_holds_no_tensors_is_named(tmp_path):
-    """As after a clone without Git LFS."""
+    """A clone without Git LFS has such a file."""
     model = write(tmp_path / "model", tensors_of(tied=True))
     (model / "model.safetensors").write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"

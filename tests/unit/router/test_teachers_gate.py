@@ -44,7 +44,7 @@ def test_the_score_is_the_common_price_below_which_a_teacher_is_asked(gate, wort
 
 
 def test_the_cheap_teacher_is_asked_unless_the_dear_one_is_worth_the_difference(gate):
-    """At a price of 2 the cheap one costs .5, and the dear one 2."""
+    """At a common price of 2, the cheap teacher's price is .5 and the dear one's is 2."""
     worth = torch.tensor([[1.0, 2.0], [1.0, 2.6], [0.4, 2.6], [3.0, 3.0]])
     margins = gate.margins(worth, torch.tensor(2.0))
     assert margins.tolist() == pytest.approx(torch.tensor([[0.5, 0.0], [0.5, 0.6], [-0.1, 0.6], [2.5, 1.0]]))
@@ -78,7 +78,7 @@ def test_a_router_of_several_teachers_is_what_was_saved(router_of_two, tmp_path)
 
 
 def test_a_router_of_one_output_is_written_as_ever(router, tmp_path):
-    """So its digest is too, by which merged students are kept."""
+    """The digest, by which merged students are kept, stays the same too."""
     router.save(tmp_path)
     written = json.loads((tmp_path / "router.json").read_text())
     assert "teachers" not in written

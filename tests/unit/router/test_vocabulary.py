@@ -1,4 +1,4 @@
-"""Which differences between two tokenizers are found."""
+"""Differences between two tokenizers that are found."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ TEXTS = ["the lazy dog and the quick brown fox", "über die Straße, naïve faç
 
 @cache
 def _trained() -> str:
-    """A byte-level tokenizer as JSON, of which many tokens are parts of characters."""
+    """A byte-level tokenizer as JSON, with many tokens that are parts of characters."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -91,7 +91,7 @@ def test_another_special_token_is_found() -> None:
 
 
 def test_parts_of_characters_are_told_apart() -> None:
-    """Each of them alone is a replacement character."""
+    """Decoded alone, each part is a replacement character."""
     ours = tokenizer()
     one, other = (ours.get_vocab()[token] for token in ("½", "ł"))  # the bytes BD and 9F
     assert ours.decode([one]) == ours.decode([other]) == "\ufffd"
@@ -99,7 +99,7 @@ def test_parts_of_characters_are_told_apart() -> None:
 
 
 def test_neighbours_whose_texts_begin_alike_are_told_apart() -> None:
-    """One after the other they are the same text in both orders."""
+    """The two tokens in a row are the same text in both orders."""
 
     def runs(content: dict[str, Any]) -> None:
         content["model"]["vocab"] |= {"==": 400, "=====": 401}
@@ -147,7 +147,7 @@ OTHER_WAYS = [merges, normaliser, lower_case, prefix_space, bos, stripping]
 
 @pytest.mark.parametrize("change", OTHER_WAYS, ids=lambda change: change.__name__)
 def test_other_ways_to_split_a_text_are_found(change: Callable[[dict[str, Any]], None]) -> None:
-    """The ids are the same, so that the two are a pair."""
+    """The ids are the same, so the two can be a pair."""
     found = differences(tokenizer(), tokenizer(change))
     assert found.ids is None
     assert "there and" in (found.texts or "")
@@ -175,7 +175,7 @@ def test_a_token_that_only_one_of_them_has_is_named() -> None:
 
 
 def test_cleaned_text_is_no_difference() -> None:
-    """Versions of `transformers` differ in that, tokenizers do not."""
+    """Versions of `transformers` differ in the clean-up, tokenizers do not."""
     assert cleaned([" .", "a n't", " ' "]) == [".", "an't", "'"]
     (first, *_) = questions(tokenizer())
     theirs = cleaned(first.texts)
@@ -192,7 +192,7 @@ def test_an_answer_that_is_none_is_a_difference(answer: dict[str, Any]) -> None:
 
 
 async def refusal(theirs: PreTrainedTokenizerFast, rows: int = 0) -> str | None:
-    """Why a server with a tokenizer is refused; None if it is not."""
+    """The reason for refusing a server with a tokenizer; None if it is accepted."""
     check = SameVocabulary(tokenizer(), rows)
     async with Server() as server:
         server.tokenizer = theirs
@@ -218,7 +218,7 @@ async def test_a_server_may_have_other_rows() -> None:
 async def test_a_server_that_splits_text_otherwise_is_taken_with_a_warning(
     change: Callable[[dict[str, Any]], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A base model and its chat model, say, of which one puts a token in front of texts."""
+    """For example a base model and its chat model, one of which puts a token in front of texts."""
     assert await refusal(tokenizer(change)) is None
     (warning,) = caplog.messages
     assert OTHER_SPLIT in warning

@@ -1,4 +1,4 @@
-"""What is needed to start a gateway, in tests of its settings."""
+"""Settings, variables and files for tests that configure a gateway."""
 
 import os
 
@@ -8,7 +8,7 @@ import yaml
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch) -> pytest.MonkeyPatch:
-    """Starts without a variable of ours; a test sets its own."""
+    """An environment without our variables, in which a test sets its own."""
     for name in os.environ:
         if name.startswith("WHEELS_"):
             monkeypatch.delenv(name)
@@ -17,14 +17,14 @@ def environment(monkeypatch) -> pytest.MonkeyPatch:
 
 @pytest.fixture
 def needed(tmp_path) -> list[str]:
-    """The flags without which nothing starts."""
+    """The flags that a gateway needs to start."""
     (tmp_path / "student").mkdir()
     return ["--student", str(tmp_path / "student"), "--teacher", "http://127.0.0.1:8001"]
 
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a configuration file; returns the flags that name it."""
+    """A function that writes a configuration file and returns the flags that name it."""
 
     def write(content: object) -> list[str]:
         file = tmp_path / "wheels.yaml"

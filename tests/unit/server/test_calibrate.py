@@ -1,4 +1,4 @@
-"""`wheels calibrate`: what it takes, what it prints, and that it can be stopped."""
+"""`wheels calibrate`: its arguments and output, and an interrupt."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def prompts(tmp_path: Path) -> str:
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """As few as `wheels serve` needs."""
+    """The few settings that `wheels serve` needs."""
     for name in [name for name in os.environ if name.startswith("WHEELS_")]:
         monkeypatch.delenv(name)
     return ["--student", str(tmp_path), "--teacher", "http://127.0.0.1:9", "--cache", str(tmp_path / "cache")]
@@ -155,7 +155,7 @@ def test_a_gateway_that_does_not_start_is_explained_by_its_own_words(
     own = _own_gateway(_parser().parse_args(["prompts", *settings]), [])
     assert own is not None
     wrong = own._replace(settings=own.settings | {"span_tokens": "many"})
-    monkeypatch.setenv("WHEELS_NONSENSE", "1")  # no setting: a gateway that got it would name it
+    monkeypatch.setenv("WHEELS_NONSENSE", "1")  # not a setting: a gateway that got it would report it
     with (
         pytest.raises(ServiceError, match="wheels serve: span_tokens: ") as told,
         _served(wrong, 100, Console()),

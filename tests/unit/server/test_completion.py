@@ -7,7 +7,7 @@ from server.completion import Completion, Piece
 from server.exchange import Report
 from server.vllm_api import CompletionOutput, Logprob, RequestOutputKind, SamplingParams
 
-EOS = 256  # of the `tokenizer` fixture, whose other ids are bytes
+EOS = 256  # end of sequence of the `tokenizer` fixture, whose other ids are bytes
 DELTA, CUMULATIVE, FINAL_ONLY = (
     RequestOutputKind.DELTA,
     RequestOutputKind.CUMULATIVE,
@@ -19,7 +19,7 @@ Begin = Callable[..., Completion]
 
 @pytest.fixture
 def begin(tokenizer) -> Begin:
-    """Begins a completion of the prompt "Hi" with the sampling parameters given."""
+    """A function that begins a completion of the prompt "Hi" with given sampling parameters."""
 
     def begin(**params: object) -> Completion:
         params = {"max_tokens": 100, "output_kind": DELTA} | params
@@ -34,7 +34,7 @@ def student(completion: Completion, text: str | bytes, **ending: object) -> Comp
 
 
 def teacher(completion: Completion, text: str | bytes, **ending: object) -> CompletionOutput:
-    """One call, one piece."""
+    """Add a teacher's call with one piece."""
     completion.report.open_span("teacher")
     completion.extend(piece(text, **ending), "teacher")
     return completion.output()
@@ -146,7 +146,7 @@ def test_a_stop_string_may_cross_a_border_anywhere(begin, border):
     output = teacher(completion, text[border:])
     assert shown + output.text == "one "
     assert (output.finish_reason, output.stop_reason) == ("stop", "STOP")
-    assert completion.token_ids == list(b"one STOP")  # what comes behind it is dropped
+    assert completion.token_ids == list(b"one STOP")  # text after it is dropped
 
 
 def test_a_stop_string_is_held_back_until_it_is_none(begin):
@@ -188,7 +188,7 @@ def test_a_stop_string_in_the_prompt_does_not_count(begin):
     assert student(completion, "!").finish_reason is None
 
 
-# What is handed out
+# Outputs
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_a_choice_keeps_its_index(tokenizer):
 
 
 def logprobs(text: str, *values: float) -> list[dict[int, Logprob]]:
-    """Per token, with its text: the written one, and "?" as the alternative."""
+    """Log-probabilities of each token with their texts: the written token, and "?" as the alternative."""
     return [
         {ord(c): Logprob(v, decoded_token=c), ord("?"): Logprob(-9.0, decoded_token="?")}
         for c, v in zip(text, values, strict=True)
@@ -279,7 +279,7 @@ def test_the_escalation_tokens_log_probability_is_dropped(begin):
 
 
 def test_log_probabilities_have_texts(begin):
-    """The last byte of a character, whoever wrote it, has the text of all of them."""
+    """The last byte of a character, whoever wrote it, has the text of the whole character."""
     completion = begin(logprobs=1, output_kind=CUMULATIVE)
     first, middle, last = [{byte: Logprob(-1.0), ord("?"): Logprob(-9.0)} for byte in "€".encode()]
     student(completion, b"a", logprobs=[{ord("a"): Logprob(-1.0)}])
@@ -342,7 +342,7 @@ def repetition(**params: int) -> dict[str, object]:
 
 @pytest.mark.parametrize("border", range(1, 8))
 def test_a_repetition_ends_the_completion_wherever_the_border_is(begin, border):
-    """Three times "ab"; what comes after it is neither charged nor shown."""
+    """The text is three times "ab". Tokens after it are neither charged nor shown."""
     text = "xababab" + "abab"
     completion = begin(**repetition(max_pattern_size=2, min_pattern_size=2, min_count=3))
     student(completion, text[:border])
@@ -354,7 +354,7 @@ def test_a_repetition_ends_the_completion_wherever_the_border_is(begin, border):
 
 
 def test_what_comes_first_ends_the_completion(begin):
-    """As in vLLM: an end token, a stop string, the length, then `min_tokens`, then the repetition."""
+    """The order is vLLM's: an end token, a stop string, the length, then `min_tokens`, then a repetition."""
     twice = repetition(max_pattern_size=1, min_count=2)
     for text, params, reason in (
         ("aa", {"max_tokens": 2}, "length"),

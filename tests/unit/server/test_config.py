@@ -10,7 +10,7 @@ from server.config import ServeConfig, load
 from server.vllm_flags import Repeated
 from tests.helpers.settings import refusal
 
-# What is set where
+# Flags, variables and files
 
 
 def test_the_needed_settings_are_enough(needed, tmp_path):
@@ -174,13 +174,13 @@ def test_a_name_that_is_in_the_file_twice_stops_the_start(needed, write, text):
 
 
 def test_a_mapping_that_another_one_extends_is_no_duplicate(needed, write):
-    """As the inner of two mappings is read, the outer one has its entries already."""
+    """When the inner of two mappings is read, the outer one already has its entries."""
     text = "vllm: {hf-overrides: {x: {y: {z: &b {<<: &a {k: 1}, k: 2}}}, c: {<<: *b}}}"
     overrides = load([*needed, *write(text)]).vllm["hf-overrides"]
     assert overrides == {"x": {"y": {"z": {"k": 2}}}, "c": {"k": 2}}
 
 
-# What stops the start
+# Wrong settings, which stop the start
 
 
 def test_an_unknown_key_in_the_file_is_named(needed, write):

@@ -1,4 +1,4 @@
-"""What a teacher with another template makes its prompt of: messages and texts as they came."""
+"""Messages and texts as they came, from which a teacher with another template makes its prompt."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace

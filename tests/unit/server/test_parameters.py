@@ -12,7 +12,7 @@ def params(**given: object) -> SamplingParams:
     return SamplingParams(**given)
 
 
-# What two models cannot honour
+# Parameters that two models cannot honour
 
 
 @pytest.mark.parametrize("penalty", ["frequency_penalty", "presence_penalty"])
@@ -47,7 +47,7 @@ def test_a_prompt_that_is_not_token_ids_cannot_be_sent_to_a_teacher(prompt):
     assert unsupported(prompt, params()) == "prompt"
 
 
-# What a client may not touch
+# Rows that a client may not use
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What keeps a learned price up to date: scores from the engine, rates to the metrics, state to the disk."""
+"""The task that keeps a learned price up to date: scores from the engine, rates to metrics, state to disk."""
 
 import asyncio
 from collections.abc import Callable
@@ -20,15 +20,15 @@ CPU = torch.device("cpu")
 
 
 class Engine:
-    """Answers as the processes of an engine do: tuples arrive as lists, and not each process has a gate."""
+    """An engine that answers like several processes: tuples arrive as lists, and not each has a gate."""
 
     def __init__(self, *answers: SeenScores | None, fails_first: bool = False) -> None:
         self.answers = answers
         self.asked: list[str] = []
         self.asked_again = asyncio.Event()
-        """Set at the third question: what the second one brought is in use."""
+        """Set at the third question: by then the second answer is in use."""
         self.traffic: Callable[[], None] = lambda: None
-        """Goes on while the engine is asked."""
+        """Called whenever the engine is asked, to simulate traffic."""
         self._fails = fails_first
 
     async def call(self, method: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Another router without a restart: when it is taken, and how it gets into the engine."""
+"""Another router without a restart: checks before it is taken, and its way into the engine."""
 
 import asyncio
 import os
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def other(router: RouterCheckpoint) -> RouterCheckpoint:
-    """Asks for half as much, and looks elsewhere."""
+    """A router with other taps and other prices."""
     calibration = {"learned": [(0.1, 2.0), (0.3, 1.0)]}
     return replace(
         router, taps=-router.taps, config=router.config.model_copy(update={"calibration": calibration})
@@ -42,7 +42,7 @@ def other(router: RouterCheckpoint) -> RouterCheckpoint:
 
 
 class Reloads:
-    """A directory with a router, its watcher, and all that was put to use."""
+    """A directory with a router, its watcher, and all routers that were put to use."""
 
     def __init__(self, directory: Path, router: RouterCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(RouterCheckpoint, "check_student", lambda *_: None)
@@ -144,7 +144,7 @@ async def test_what_could_not_be_used_does_not_count_as_running(reloads, other):
 
 
 def output_matrix(first: int, rows: int, **more: object) -> SimpleNamespace:
-    """vLLM's, of which this process has `rows` rows from `first` on."""
+    """vLLM's output matrix, of which this process has `rows` rows from `first` on."""
     indices = SimpleNamespace(org_vocab_start_index=first, org_vocab_end_index=first + rows)
     return SimpleNamespace(weight=torch.zeros(rows, 4), shard_indices=indices, **more)
 
@@ -157,7 +157,7 @@ def test_taps_go_into_their_rows(router):
 
 
 def test_a_part_of_the_matrix_takes_its_part_of_the_taps(router):
-    """Two processes: rows 0 to 11 and 12 to 23, of which the last ten are padding."""
+    """Two processes have rows 0 to 11 and 12 to 23. The last ten rows are padding."""
     parts = output_matrix(0, 12), output_matrix(12, 12)
     for part in parts:
         write_taps(part, router)
@@ -196,7 +196,7 @@ class Worker(RouterLoader):
 
 
 class Engine:
-    """vLLM's `collective_rpc` over its workers, in turn."""
+    """An engine whose `collective_rpc` calls its workers in turn, as vLLM's does."""
 
     def __init__(self, *workers: Worker) -> None:
         self.workers = workers
@@ -240,7 +240,7 @@ async def test_an_engine_that_began_with_an_untrained_gate_takes_the_learned_one
 
 
 async def test_a_process_that_refuses_keeps_all_others_from_it(engine, router, tmp_path):
-    """A first rank that can take the router, and a last one whose matrix is quantised."""
+    """The first rank can take the router, and the last one has a quantised matrix."""
     engine.workers[1].output.weight = torch.zeros(14, 4, dtype=torch.int8)
     engine.workers = (Worker(tmp_path, router.reserved, output_matrix(0, 14)), *engine.workers)
     new = shifted(router, 3.0)
@@ -308,7 +308,7 @@ def test_the_price_controller_keeps_what_it_learned():
 
 
 class Gateway:
-    """An engine with its cooperation, as far as another router changes it."""
+    """An engine and the parts of its cooperation that another router changes."""
 
     def __init__(self, directory: Path, router: RouterCheckpoint) -> None:
         settings = {"student": directory, "teacher": "http://t", "router": directory}
@@ -349,7 +349,7 @@ async def test_the_gateway_takes_spans_and_policy_of_another_router(router, othe
 async def test_a_gateway_without_a_router_begins_with_one_that_comes_later(
     router, reserved, tmp_path, monkeypatch
 ):
-    """First one whose prices are learned, then one whose prices were measured, then the first again."""
+    """First comes a router whose prices are learned, then one with measured prices, then the first again."""
     monkeypatch.setattr(RouterCheckpoint, "check_student", lambda *_: None)
     directory = tmp_path / "router"
     directory.mkdir()

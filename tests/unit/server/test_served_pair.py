@@ -1,4 +1,4 @@
-"""What is decided about a pair before anything starts."""
+"""Decisions about a pair before an engine starts."""
 
 import json
 from dataclasses import replace
@@ -25,7 +25,7 @@ def configured(directory: Path, **settings: Any) -> ServeConfig:
 
 
 def pair_of(directory: Path, router: RouterCheckpoint | None = None, **settings: Any) -> ServedPair:
-    """Of a student with ten tokens and four free rows; its router, if any, is merged into it."""
+    """A pair whose student has ten tokens and four free rows, with its router, if any, merged into it."""
     names = {f"t{i}": i for i in range(10)}
     student(directory, 14, {"model": {"type": "BPE", "vocab": names}})
     if router is not None:
@@ -34,7 +34,7 @@ def pair_of(directory: Path, router: RouterCheckpoint | None = None, **settings:
 
 
 def waiting_pair(directory: Path, router: Path, **settings: Any) -> ServedPair:
-    """Of a student like that of `pair_of`, and a directory for a router."""
+    """A pair with a student as in `pair_of`, and a directory for a router."""
     pair_of(directory)
     return ServedPair.of(configured(directory, router=router, **settings))
 
@@ -213,7 +213,7 @@ def test_a_student_that_is_not_usable_is_said_in_one_line(tmp_path, broken, prob
 
 
 def full_student(directory: Path, known: int = 10, config: dict[str, Any] | None = None) -> Path:
-    """Ten rows, and this many tokens."""
+    """A student with ten rows, whose tokenizer has this many tokens."""
     directory.mkdir(exist_ok=True)
     student(directory, 10, {"model": {"type": "BPE", "vocab": {f"t{i}": i for i in range(known)}}})
     if config is not None:
@@ -228,7 +228,7 @@ def test_a_student_without_spare_rows_gets_some_in_the_gateways_own_copy(tmp_pat
     original = full_student(tmp_path / "student", known)
     pair = ServedPair.of(configured(original, gate="margin", price=0.0, cache=tmp_path / "cache"))
     assert pair.reserved == ReservedRows(known, 32)
-    assert pair.visible == 10  # also where the tokenizer knows ids that the model has no row for
+    assert pair.visible == 10  # even if the tokenizer has ids without a row in the model
     assert pair.student.parent == tmp_path / "cache" / "merged"
     assert json.loads((pair.student / "config.json").read_text())["vocab_size"] == known + 32
     matrix = load_file(pair.student / "model.safetensors")["model.embed_tokens.weight"]
@@ -290,7 +290,7 @@ def test_a_router_brings_the_rows_that_the_student_lacks(router, tmp_path):
 
 
 def test_rows_without_a_token_are_known(router, tmp_path):
-    """Ten tokens below the reserved rows, then the same with three of them unknown to the tokenizer."""
+    """Ten tokens are below the reserved rows. Then three of them are unknown to the tokenizer."""
     assert pair_of(tmp_path, router).visible == 10
     names = {f"t{i}": i for i in range(7)}
     student(tmp_path, 14, {"model": {"type": "BPE", "vocab": names}})

@@ -1,4 +1,4 @@
-"""A choice's part in the budgets of its tenant and of all."""
+"""A choice's share of the budgets of its tenant and of all requests."""
 
 import asyncio
 import math
@@ -67,7 +67,7 @@ async def test_what_is_left_is_granted_and_no_more(prices: PriceController, tena
 
 
 async def test_the_price_follows_what_is_spent(prices: PriceController) -> None:
-    """Of 1,000 new tokens none but 4 were the teacher's: the rate goes up. A low priority gets half of it."""
+    """Only 4 of 1,000 new tokens were the teacher's, so the rate goes up. A low priority gets half of it."""
     budgets = SharedBudgets(MemoryLedger(), prices, [TENTH])
     lesser = Tenant(name="lesser", keys=(hash_key("secret"),), priority=0.5)
     share, everybody = budgets.share(lesser), budgets.share(None)
@@ -95,7 +95,7 @@ async def test_only_what_is_used_is_looked_at(prices: PriceController, tenant: T
 async def test_what_was_spent_is_followed_until_it_has_left_its_window(
     prices: PriceController, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the metrics would call a budget used up, and its price be high, until the next request."""
+    """Otherwise metrics would show a used-up budget, with a high price, until the next request."""
     monkeypatch.setattr("server.shared_budgets.IDLE_SECONDS", 0.0)
     now = 0.0
     ledger = MemoryLedger(clock=lambda: now)
@@ -129,7 +129,7 @@ async def test_what_was_spent_is_followed_until_it_has_left_its_window(
 
 
 class CountingLedger(MemoryLedger):
-    """Counts what a ledger in Redis would be asked over the network."""
+    """A ledger that counts the calls that would go to Redis over the network."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -145,7 +145,7 @@ class CountingLedger(MemoryLedger):
 
 
 async def books(budgets: SharedBudgets) -> tuple[int, int]:
-    """Spent and reserved under the first limit, when settlements under way are done."""
+    """(spent, reserved) under the first limit, after all settlements under way."""
     await asyncio.gather(*budgets._tasks)
     status, *_ = await budgets.ledger.status(budgets.everybody)
     return status.spent, status.reserved
@@ -216,7 +216,7 @@ async def test_a_span_gets_half_the_time_of_a_lease_at_least(prices: PriceContro
     st.lists(st.tuples(st.integers(0, 2), st.integers(1, 3), st.integers(0, 3), st.booleans()), max_size=60)
 )
 async def test_shares_at_once_stay_within_the_limit(asks: list[tuple[int, int, int, bool]]) -> None:
-    """Three choices ask, write some of it, and end now and then, each with what its lease has left."""
+    """Three choices ask, write a part of it, and end now and then, each with the rest of its lease."""
     controller = PriceController(Calibration(((0.01, 9.0), (0.5, 1.0))), span_tokens=4)
     limit = TokensPerWindow(tokens=30, window_seconds=3600)
     budgets = SharedBudgets(MemoryLedger(), controller, [limit])
@@ -241,7 +241,7 @@ async def test_shares_at_once_stay_within_the_limit(asks: list[tuple[int, int, i
 
 
 class SlowLedger(MemoryLedger):
-    """Settles after a moment, or not at all."""
+    """A ledger that settles after a moment, or not at all."""
 
     fails = False
 
@@ -291,11 +291,11 @@ async def test_a_failed_settlement_is_logged(
 
 HOUR_OF_MONEY = CostPerWindow(cost=0.001, window_seconds=3600)
 CALL = charge_of(TokenPrices(input=2, cached_input=0.5, output=10), 100)
-"""Reads for 0.0002, writes tokens for 0.00001 each."""
+"""A call that reads for 0.0002 and writes each token for 0.00001."""
 
 
 async def test_every_call_under_a_limit_in_money_has_a_lease_of_its_own(prices: PriceController) -> None:
-    """Each reads anew. The first is charged what it cost, the second, which broke off, all it might have."""
+    """Each call reads again. The first is charged its cost. The second broke off and is charged in full."""
     budgets = SharedBudgets(CountingLedger(), prices, [HOUR_OF_MONEY])
     share = budgets.share(None)
     draw = await share.reserve(4, 0, ahead=8, charge=CALL)

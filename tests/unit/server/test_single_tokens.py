@@ -1,7 +1,7 @@
 """vLLM's parsers of reasoning and tool calls over what the gateway streams, in whatever pieces it came.
 
 Two scripted models recite one text each in pieces of several tokens, as a busy vLLM merges them and a teacher
-sends them. What a parser makes of the stream is what it makes of the whole answer.
+sends them. A parser must read the same from the stream as from the whole answer.
 """
 
 import itertools
@@ -81,7 +81,7 @@ ANSWERS = {
 
 
 class Script:
-    """A text in tokens of up to three characters, and the tokenizer that has them."""
+    """A text in tokens of up to three characters, and a tokenizer with these tokens."""
 
     def __init__(self, text: str) -> None:
         special = "|".join(map(re.escape, SPECIAL))
@@ -110,7 +110,7 @@ class Recital:
         self.max_model_len, self.down = None, False
 
     def check(self, prompt: Any, params: SamplingParams, request_id: str, **_: Any) -> SamplingParams:
-        return params  # nothing here is wrong
+        return params  # the parameters are valid
 
     async def generate(
         self, prompt: Any, params: SamplingParams, request_id: str, **_: Any
@@ -136,7 +136,7 @@ class Recital:
         return self
 
     def release(self) -> None:
-        """There is room for everybody."""
+        """Do nothing: there is room for all calls."""
 
     def _pieces(self, start: int, count: int) -> Iterator[tuple[list[int], bool]]:
         end = min(start + count, len(self.script.ids))
@@ -153,7 +153,7 @@ class Recital:
 
 
 async def streamed(recital: Recital, budget: float, **params: Any) -> list[tuple[CompletionOutput, str]]:
-    """What the HTTP layer gets, and who wrote it."""
+    """The outputs that the HTTP layer gets, each with its author."""
     cooperation = Cooperation(
         teachers=one_teacher(recital),
         policy=Policy(CALIBRATION, expected_tokens=20),
@@ -189,11 +189,11 @@ def request() -> ChatCompletionRequest:
 
 
 Parsed = tuple[str, str, list[tuple[str, Any]]]
-"""Reasoning, content, calls by name and arguments."""
+"""(reasoning, content, calls as (name, arguments))."""
 
 
 def parsed_stream(answer: str, script: Script, outputs: list[CompletionOutput]) -> Parsed:
-    """As vLLM's chat endpoint reads a stream."""
+    """The stream as vLLM's chat endpoint parses it."""
     parser, asked = new_parser(answer, script), request()
     reasoning = content = ""
     names: dict[int, str] = {}
@@ -250,7 +250,7 @@ async def test_tokens_log_probabilities_and_authors_stay_with_each_other(budget)
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 50])
 @pytest.mark.parametrize("include", [False, True])
 def test_a_split_stream_has_the_text_that_vllm_gave_it(stop, length, include):
-    """Two choices, as the engine writes them: of a piece in which a stop string ends, it keeps the rest."""
+    """Two choices as the engine writes them: it keeps the rest of a piece in which a stop string ends."""
     script = Script("one two three four five six seven")
     params = SamplingParams(n=2, stop=stop, include_stop_str_in_output=include, output_kind=DELTA)
     texts = [new_detokenizer(script.tokenizer, PROMPT_IDS, params) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""What the student's engine is asked, against vLLM's own classes: its checks, its masks, its stops."""
+"""Requests to the student's engine, with vLLM's own classes: its checks, masks and stops."""
 
 import math
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ PRICED = Terms(price=-math.inf, not_before=1)
 
 @pytest.fixture(scope="module")
 def student() -> StudentEngine:
-    """The side of the shipped student, as a gateway makes it; only its engine is missing."""
+    """The shipped student's side as a gateway builds it, without an engine."""
     settings = gate_settings(RESERVED, "margin", None)
     config = AsyncEngineArgs(model=str(STUDENT), additional_config=settings).create_engine_config()
     engine = CooperativeEngine.__new__(CooperativeEngine)
@@ -58,7 +58,7 @@ def test_checked_parameters_know_what_ends_the_students_completions(student):
 
 
 def segment_params(tokenizer: object, **params: object) -> SamplingParams:
-    """Of a segment after two of twenty tokens, as vLLM's engine gets it."""
+    """Parameters of a segment after two of twenty tokens, as vLLM's engine gets them."""
     asked = SamplingParams(**{"max_tokens": 20, "output_kind": DELTA, "stop_token_ids": [STOP]} | params)
     asked.update_from_generation_config({}, EOS)
     segment = asked.clone()
@@ -75,7 +75,7 @@ def segment_params(tokenizer: object, **params: object) -> SamplingParams:
 
 
 def test_min_tokens_mask_what_ends_a_completion_and_not_the_question(tokenizer):
-    """vLLM's V1 processors in their order: the gate comes last, and forces what was masked before it."""
+    """vLLM's V1 processors run in their order. The gate is last, and forces a token that others masked."""
     params = segment_params(tokenizer, min_tokens=5)
     assert params.min_tokens == 3
     config = SimpleNamespace()
@@ -93,7 +93,7 @@ def test_min_tokens_mask_what_ends_a_completion_and_not_the_question(tokenizer):
 
 
 def test_vllms_v2_sampler_runs_the_gate_last(monkeypatch):
-    """Min tokens are part of its logit biases, so the gate forces what they masked."""
+    """The sampler's logit biases apply `min_tokens`, so the gate forces a token that they masked."""
     stages = ("SamplingStates", "PenaltiesState", "LogitBiasState", "BadWordsState", "LogprobTokenIdsState")
     for name in (*stages, "ThinkingBudgetState"):
         monkeypatch.setattr(v2_sampler, name, lambda *_, name=name: name)

@@ -1,4 +1,4 @@
-"""Teachers of a configuration: who has to be there at the start, and who may join later."""
+"""Teachers of a configuration: some have to be there at the start, and others may join later."""
 
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -31,7 +31,7 @@ async def test_each_teacher_has_a_vocabulary_of_its_own(tmp_path: Path) -> None:
         async with build_teachers(settings, 280) as teachers:
             await teachers.connect()
             await introduce(teachers, settings, OURS, 0)
-            assert teachers.names == ["small", "big"]  # by their prices
+            assert teachers.names == ["small", "big"]  # ordered by their prices
             assert [teacher.translator is not None for teacher in teachers] == [False, True]
             assert await teachers.healthy() == {"small": True, "big": True}
             assert str(teachers) == (
@@ -51,7 +51,7 @@ async def test_one_that_is_missing_joins_when_it_answers(tmp_path: Path) -> None
         await teachers.connect()
         await introduce(teachers, settings, OURS, 0)
         assert teachers.models[1].pool.down
-        assert teachers.may_translate  # it may have any vocabulary
+        assert teachers.may_translate  # a missing teacher may have any vocabulary
         connection.url = url
         await teachers.models[1].pool._probe(replica)
         assert not teachers.models[1].pool.down

@@ -1,4 +1,4 @@
-"""Tenants, what their responses say of their limits, and the admin's view."""
+"""Tenants, the limits in their responses' headers, and the admin's view."""
 
 import asyncio
 import json
@@ -270,7 +270,7 @@ def test_scopes() -> None:
     assert first.id != second.id
 
 
-# What responses say
+# Headers of responses
 
 
 async def test_rate_limit_headers() -> None:
@@ -290,7 +290,7 @@ async def test_rate_limit_headers() -> None:
 
 
 async def test_headers_of_a_fraction_are_of_what_it_allows_now() -> None:
-    """60 student tokens at a quarter: 30 of the teacher's, see the ledger's tests."""
+    """60 student tokens at a quarter allow 30 teacher tokens, see the ledger's tests."""
     ledger = MemoryLedger()
     quarter = Scope("tenant", "acme", FractionOfTraffic(fraction=0.25, window_seconds=60, slack_tokens=8))
     await ledger.record([quarter], 60)

@@ -1,4 +1,4 @@
-"""A budget for thinking: what is left of it, and that vLLM's own count agrees across borders."""
+"""A budget for thinking: the rest of it, and vLLM's own count, which agrees across borders."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from server.vllm_api import ReasoningMarkers
 ONE = ReasoningMarkers(start=(1,), end=(2,), forced=(2,))
 TWO = ReasoningMarkers(start=(1, 1), end=(2, 3), forced=(4, 2, 3))
 FREE = 5
-"""What the model would write."""
+"""The token that the model would write without a budget."""
 
 
 def thinking(ids: list[int], budget: int = 3, markers: ReasoningMarkers = ONE) -> Thinking:
@@ -73,7 +73,7 @@ def test_the_student_writes_the_end_and_what_is_left_of_a_marker_alone():
 
 
 class Runner:
-    """What vLLM writes with a thinking budget, in segments that begin where the test says."""
+    """Writes with vLLM's thinking budget, in segments that begin at places set by the test."""
 
     def __init__(self, markers: ReasoningMarkers) -> None:
         config = SimpleNamespace(
@@ -82,7 +82,7 @@ class Runner:
         self.holder = ThinkingBudgetStateHolder(config, 1, 0, torch.device("cpu"), False)
 
     def segment(self, prompt: list[int], budget: int, wanted: list[int]) -> list[int]:
-        """The tokens that come where the model would write the ``wanted`` ones."""
+        """The tokens that vLLM writes if the model wants to write ``wanted``."""
         written: list[int] = []
         params = SimpleNamespace(thinking_token_budget=budget)
         batch = SimpleNamespace(removed=[], added=[(0, params, prompt, written)], moved=[])
@@ -109,7 +109,7 @@ def test_the_students_engine_goes_on_after_a_border_as_it_would_without(markers,
         state = state.after([whole[border - 1]])
         inside = whole[:border][-1:] == [2] and len(markers.end) > 1
         if inside:
-            continue  # the student writes what is left of a marker in a segment of its own
+            continue  # the student writes the rest of a marker in a segment of its own
         rest = Runner(markers).segment(prompt + whole[:border], budget, text[border:])
         assert whole[:border] + rest == whole, border
         assert whole[border] == 2 or not state.ends, border

@@ -18,7 +18,7 @@ PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 @pytest.fixture(scope="module")
 def exporter() -> InMemorySpanExporter:
-    """Set for the whole process, as OpenTelemetry lets it be set once."""
+    """The exporter, set once for the whole process, as OpenTelemetry allows no second time."""
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     trace.set_tracer_provider(provider)
@@ -32,7 +32,7 @@ def spans(exporter: InMemorySpanExporter) -> InMemorySpanExporter:
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """One teacher call of 4 tokens, one that fails; says which parent vLLM would see and the teacher gets."""
+    """An app with a call of 4 tokens and one that fails; it answers with the parents that vLLM and teacher see."""
     exchange = Exchange()
     report = exchange.open()
     report.completion_tokens, report.tokens, report.calls = 9, 4, 2
@@ -72,7 +72,7 @@ async def test_calls_hang_below_their_request(spans: InMemorySpanExporter) -> No
     assert call.attributes["wheels.tokens.written"] == 4
     assert call.status.is_ok
     assert failed.attributes["wheels.outcome"] == failed.status.description == "timeout"
-    # vLLM sees the request's span as the parent of its own, the teacher the call's.
+    # vLLM's spans have the request's span as parent, the teacher's have the call's.
     assert reply.text == f"{traceparent(request)} {traceparent(call)}"
 
 

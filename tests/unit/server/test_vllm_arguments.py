@@ -1,4 +1,4 @@
-"""Settings of vLLM's server reach its parser whole, and what one gateway cannot honour is refused."""
+"""Settings of vLLM's server reach its parser in full. Settings that a gateway cannot honour are refused."""
 
 import ast
 import asyncio
@@ -41,7 +41,7 @@ def http() -> HttpLayer:
 
 
 def vllm_alone(words: list[str]) -> Namespace:
-    """What vLLM's own command line makes of the words."""
+    """The result of vLLM's own command line for the words."""
     return _vllm_parser().parse_args(words)
 
 
@@ -138,7 +138,7 @@ def test_a_key_on_the_command_line_replaces_that_key_of_the_file(http: HttpLayer
     assert http.parse(settings).hf_overrides == {"a": 1, "b": 3}
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -195,11 +195,11 @@ def test_one_api_server_is_what_a_gateway_is(http: HttpLayer) -> None:
     assert http.parse({"api-server-count": 1}).api_server_count == 1
 
 
-# What reaches the server and the engine
+# Arguments of the server and the engine
 
 
 def test_all_that_vllms_entry_passes_to_its_server_is_passed(http: HttpLayer) -> None:
-    """vLLM adds such arguments now and then; this finds them before an operator misses one."""
+    """vLLM adds such arguments now and then. This test finds them before an operator misses one."""
     tree = ast.parse(inspect.getsource(entry.build_and_serve))
     (call,) = [
         node
@@ -238,7 +238,7 @@ def test_vllms_variable_for_kept_connections_holds(http: HttpLayer, monkeypatch:
 
 @pytest.fixture
 def engine_started(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """Starts an engine of nothing; returns what vLLM was told on the way."""
+    """A function that starts a fake engine and returns the arguments that vLLM got on the way."""
 
     def start(refusal: Exception | None = None, speculative: Any = None) -> dict[str, Any]:
         seen: dict[str, Any] = {}
@@ -274,7 +274,7 @@ def engine_started(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, A
 def test_the_engine_is_configured_as_vllms_own_server_configures_it(
     engine_started: Callable[..., dict[str, Any]],
 ) -> None:
-    """On an H100 four times the batch depends on it."""
+    """On an H100, the default batch is four times as large with the usage context of a server."""
     server = UsageContext.OPENAI_API_SERVER
     assert engine_started() == {"configuration": server, "engine": server}
 
@@ -295,7 +295,7 @@ def test_a_student_that_speculates_is_refused_before_it_is_loaded(
 
 
 def certificate(directory: Path, password: bytes | None = None) -> dict[str, str]:
-    """A key and a certificate for 127.0.0.1 that it signed itself."""
+    """A key and a self-signed certificate for 127.0.0.1."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "gateway")])
     now = datetime.datetime.now(datetime.UTC)
@@ -324,7 +324,7 @@ async def until_started(app: Starlette, serving: asyncio.Task[Any]) -> None:
 
 @asynccontextmanager
 async def served(http: HttpLayer, settings: dict[str, Any]) -> AsyncIterator[str]:
-    """vLLM's server over an app that names the scheme of its request; yields its address."""
+    """vLLM's server with an app that answers with the scheme of its request; yields its address."""
     app = Starlette(routes=[Route("/", lambda request: PlainTextResponse(request.url.scheme))])
     app.state.engine_client = None
     arguments = http.parse({"model": "m", "host": "127.0.0.1", "port": 0, **settings})

@@ -1,4 +1,4 @@
-"""What the gateway reaches into vLLM for, looked up in vLLM itself: an upgrade fails here, and says where.
+"""The private names of vLLM that the gateway uses, looked up in vLLM: a failed test names what moved.
 
 No engine is started. Each test names one function of `server.vllm_api`.
 """
@@ -107,7 +107,7 @@ def test_what_counts_a_requests_tokens_tells_them_from_the_prompt(v2):
 
 
 def test_every_place_of_the_v2_sampler_that_tells_output_from_prompt_is_known():
-    """The others: biases need it for `min_tokens`, watermarks and traces are the operator's."""
+    """At the other places, biases need it for `min_tokens`, and watermarks and traces are the operator's."""
     counted = {module.rpartition(".")[2] for module, _, _ in vllm_api.COUNTS_V2}
     users = {name.rpartition(".")[2] for name, text in sources(SAMPLERS).items() if "prompt_len" in text}
     others = {"logit_bias", "prompt_logprob", "interface", "trace_replay", "watermark"}
@@ -136,14 +136,14 @@ HIDDEN = 4
 
 
 class Scores(LogitsProcessor):
-    """vLLM's, without its configuration."""
+    """vLLM's logits processor, without its configuration."""
 
     def __init__(self) -> None:
         torch.nn.Module.__init__(self)
 
 
 class Model(torch.nn.Module):
-    """A model of vLLM's, whose output matrix has some name."""
+    """A model of vLLM whose output matrix has a given name."""
 
     def __init__(self, name: str, output: torch.nn.Module) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class Model(torch.nn.Module):
 
 
 class Nested(torch.nn.Module):
-    """A model of text and images, of which the language model computes the logits."""
+    """A model of text and images, whose language model computes the logits."""
 
     def __init__(self, language_model: Model) -> None:
         super().__init__()
@@ -232,12 +232,12 @@ def test_packed_copies_are_named_as_vllm_names_them():
 # keep_from_adapters, and an output matrix under adapters
 
 ROUTERS = slice(6, 8)
-"""Of a vocabulary of eight."""
+"""The router's rows in a vocabulary of eight."""
 
 
 @pytest.fixture
 def adapted_scores(monkeypatch):
-    """vLLM's scores under adapters, whose state is put back afterwards: it is a class's."""
+    """vLLM's scores under adapters. Their state belongs to a class, and is restored afterwards."""
     monkeypatch.setattr(LogitsProcessorWithLoRA, "set_lora", LogitsProcessorWithLoRA.set_lora)
     monkeypatch.setattr(LoRAModel, "from_lora_tensors", LoRAModel.__dict__["from_lora_tensors"])
     keep_from_adapters(ROUTERS)
@@ -251,7 +251,7 @@ def adapted_scores(monkeypatch):
 
 @pytest.mark.parametrize("rows", [6, 8])
 def test_no_adapter_changes_the_routers_rows(adapted_scores, rows):
-    """Also not one of a student that has these rows itself, and whose training has changed them."""
+    """This holds even for an adapter of a student that has these rows itself and has trained them."""
     adapted_scores.set_lora(1, torch.ones(2, HIDDEN), torch.ones(rows, 2))
     assert adapted_scores.lora_b_stacked[1, 0, :6, :2].eq(1).all()
     assert adapted_scores.lora_b_stacked[1, 0, ROUTERS].eq(0).all()
@@ -427,7 +427,7 @@ def test_every_api_renders_its_chats_there():
     assert "online_renderer.render_responses" in responses
 
 
-# Grammars: `server.grammar.manager`, and what is named after them
+# Grammars: `server.grammar.manager`, and the names that it uses
 
 
 def test_the_manager_of_grammars_has_what_is_replaced_and_called():

@@ -14,7 +14,7 @@ async def one_output() -> AsyncGenerator[RequestOutput, None]:
 
 
 async def test_rows_without_a_token_have_no_log_probability():
-    """The last row is the router's: neither the prompt's nor the completion's tokens could have been it."""
+    """The last row is the router's. No token of the prompt or the completion could have been that row."""
     (output,) = [output async for output in tokens_only(one_output(), visible=3)]
     assert [list(entry) for entry in output.outputs[0].logprobs] == [[2, 0, 1]]
     assert output.prompt_logprobs[0] is None

@@ -28,7 +28,7 @@ QUARTER = Scope("global", "", FractionOfTraffic(fraction=0.25, window_seconds=60
 
 @pytest.fixture
 def clock() -> Clock:
-    """Starts at the beginning of a sub-window of a second."""
+    """A clock that starts at the beginning of a sub-window of one second."""
     clock = Clock()
     clock.ms = 1_000_000_000
     return clock
@@ -64,7 +64,7 @@ async def test_settling_again_changes_nothing(ledger: MemoryLedger) -> None:
 
 
 async def test_all_scopes_or_none(ledger: MemoryLedger) -> None:
-    """The global scope has room for its slack alone: 8 tokens and a third of what they make room for."""
+    """The global scope has room for n <= 1/4 n + 8 tokens, that is 10."""
     reply = await ledger.reserve([MINUTE, QUARTER], 11)
     assert isinstance(reply, Denial)
     assert (reply.scope, reply.label) == (QUARTER, "global_fraction")
@@ -90,13 +90,13 @@ async def test_a_fraction_is_of_everybodys_tokens(ledger: MemoryLedger) -> None:
     assert lease.tokens == 30
     await ledger.settle(lease, 30)
     assert isinstance(await ledger.reserve([QUARTER], 1), Denial)
-    # 3 more of the student's make room for one of the teacher's: 31 <= 1/4 (63 + 31) + 8.
+    # 3 more student tokens make room for one teacher token: 31 <= 1/4 (63 + 31) + 8.
     assert isinstance(await ledger.reserve([QUARTER], 1, student_tokens=3), Lease)
 
 
 @pytest.mark.parametrize(("fraction", "granted"), [(0.0, None), (1.0, 10_000)])
 async def test_ends_of_a_fraction(ledger: MemoryLedger, fraction: float, granted: int | None) -> None:
-    """0 allows nothing, not even the slack; 1 allows everything, without any traffic before."""
+    """A fraction of 0 allows nothing, not even the slack. 1 allows everything, even without traffic."""
     scope = Scope("global", "", FractionOfTraffic(fraction=fraction, window_seconds=60, slack_tokens=8))
     reply = await ledger.reserve([scope], 10_000, at_least=1)
     assert (reply.tokens if isinstance(reply, Lease) else None) == granted
@@ -105,7 +105,7 @@ async def test_ends_of_a_fraction(ledger: MemoryLedger, fraction: float, granted
 
 
 async def test_the_window_slides(ledger: MemoryLedger, clock: Clock) -> None:
-    """Sub-windows of 1 s. Spent in second 0 and second 30: back after seconds 61 and 91."""
+    """Sub-windows last 1 s. Tokens spent in seconds 0 and 30 are free again after seconds 61 and 91."""
     await spend(ledger, MINUTE, 60)
     clock.ms += 30_000
     await spend(ledger, MINUTE, 40)
@@ -123,7 +123,7 @@ async def test_the_window_slides(ledger: MemoryLedger, clock: Clock) -> None:
 
 
 async def test_a_span_that_outlasts_the_window_still_counts(clock: Clock) -> None:
-    """Reserved in one window, written in the next: charged when settled, so to the next."""
+    """Tokens reserved in one window and written in the next are charged to the next when settled."""
     ledger = MemoryLedger(lease_seconds=300, clock=clock)
     lease = await ledger.reserve([MINUTE], 100)
     clock.ms += 120_000
@@ -187,7 +187,7 @@ async def test_very_late_settlement_is_out_of_every_window(ledger: MemoryLedger,
 
 
 async def test_limits_may_change_while_tokens_are_out(ledger: MemoryLedger) -> None:
-    """A lowered limit binds at once, and what is spent stays spent."""
+    """A lowered limit binds at once, and spent tokens stay spent."""
     await spend(ledger, MINUTE, 50)
     smaller = Scope("tenant", "acme", TokensPerWindow(tokens=40, window_seconds=60))
     (status,) = await ledger.status([smaller])
@@ -231,11 +231,11 @@ async def test_senseless_settlements(ledger: MemoryLedger, used: int) -> None:
 
 CENT = Scope("tenant", "acme", CostPerWindow(cost=0.01, window_seconds=60))
 CALL = Charge(fixed=2_000_000, each=100_000)
-"""A call reads for 0.002 and writes tokens for 0.0001 each."""
+"""A call reads for 0.002 and writes each token for 0.0001."""
 
 
 async def test_a_limit_in_money_reserves_reading_and_writing(ledger: MemoryLedger) -> None:
-    """Three calls of ten tokens are 0.009; what is left is half of what the next one reads for."""
+    """Three calls of ten tokens cost 0.009. The rest is half of the price at which the next call reads."""
     leases = [await ledger.reserve([CENT, MINUTE], 10, charge=CALL) for _ in range(3)]
     assert [lease.cost for lease in leases] == [3_000_000] * 3
     denial = await ledger.reserve([CENT, MINUTE], 10, at_least=1, charge=CALL)
@@ -269,7 +269,7 @@ async def test_a_call_that_costs_nothing_is_a_lease_all_the_same(ledger: MemoryL
 
 
 async def test_a_thousand_at_once(ledger: MemoryLedger) -> None:
-    """100 tokens, a thousand streams that want one: a hundred get it."""
+    """A thousand streams want one token each of 100: a hundred get it."""
     replies = await asyncio.gather(*(ledger.reserve([MINUTE], 1) for _ in range(1000)))
     assert sum(isinstance(reply, Lease) for reply in replies) == 100
 

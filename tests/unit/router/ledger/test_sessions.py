@@ -72,7 +72,7 @@ async def test_so_many_at_a_time_and_no_more(ledger: MemoryLedger, clock: Clock)
 
 
 async def test_both_limits_hold_from_the_begin_to_the_end(ledger: MemoryLedger, clock: Clock) -> None:
-    """No window gives anything back: each call here reads for 10 and writes tokens for 1 each."""
+    """No window gives anything back. Each call here reads for 10 and writes each token for 1."""
     scopes = await opened(ledger, session(tokens=12, nanos=40))
     charge = Charge(10, 1)
     for _ in range(2):
@@ -89,7 +89,7 @@ async def test_both_limits_hold_from_the_begin_to_the_end(ledger: MemoryLedger, 
 
 
 async def test_a_session_without_use_is_over(ledger: MemoryLedger, clock: Clock) -> None:
-    """A request that still runs then gets nothing more; the next one of this name starts a new session."""
+    """A request that still runs gets nothing more. The next request with this id starts a new session."""
     scopes = await opened(ledger, session(tokens=5))
     lease = await ledger.reserve(scopes, 5)
     clock.ms += HOUR

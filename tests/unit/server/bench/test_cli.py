@@ -1,4 +1,4 @@
-"""What `wheels bench` prints, and what it refuses."""
+"""The output of `wheels bench`, and the arguments that it refuses."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The ideal of two models that write one answer, and what is lost to it."""
+"""The ideal speed of two models that write one answer, and the losses against it."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def sample(*answers: Answer, seconds: float, series: dict[str, float] | None = N
 
 
 def test_the_ideal_is_what_each_alone_needs() -> None:
-    """8 tokens of a student with 40 tokens/s, 2 of a teacher with 5, and 5 + 8 positions at 130/s."""
+    """8 tokens by a student with 40 tokens/s, 2 by a teacher with 5, and 5 + 8 positions read at 130/s."""
     run = sample(answer(1.0, tokens=10, teacher_tokens=2), seconds=1.0)
     student = sample(answer(1.0, tokens=40), seconds=1.0)
     teacher = sample(answer(2.0, tokens=10), seconds=2.0)

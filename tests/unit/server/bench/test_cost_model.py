@@ -32,7 +32,7 @@ COSTS = StepCosts(
 
 
 def test_costs_of_a_request() -> None:
-    """100 tokens, 20 of them the teacher's in 5 calls, prompt 50, batches of 4."""
+    """A request of 100 tokens, 20 of them the teacher's in 5 calls, with a prompt of 50, in batches of 4."""
     traffic = Traffic(50, 100, 0.2, 4)
     assert traffic.calls == 5
     assert COSTS.student(traffic, 4) == pytest.approx(80 * 2.0 + (50 + 20 + 5 * 16) * 0.5)

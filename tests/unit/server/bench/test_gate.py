@@ -1,4 +1,4 @@
-"""What gates cost over real vocabularies."""
+"""The costs of gates over real vocabularies."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def test_a_pairs_own_gate_is_timed() -> None:
 
 
 def test_a_pair_without_a_router_has_the_gate_that_the_gateway_takes() -> None:
-    """After the student's 512 rows come the reserved ones."""
+    """The reserved rows come after the student's 512 rows."""
     untrained = gate._gate(replace(Pair.in_directory(DEMO), router=None))
     assert isinstance(untrained, GATES[UNTRAINED_GATE])
     assert untrained.reserved.start == 512
@@ -45,7 +45,7 @@ def test_all_gates_are_timed_on_one_thread() -> None:
 
 
 def test_quick_work_has_more_turns() -> None:
-    """Nine things of some microseconds each are done many times in a twentieth of a second."""
+    """Nine pieces of work of some microseconds each run many times in a twentieth of a second."""
     with gate._one_thread(), torch.inference_mode():
         times = gate._times(1, 64, gate.Effort(turns=3, seconds=0.05))
     assert sum(map(sum, times.values())) >= 0.05

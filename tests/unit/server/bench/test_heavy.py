@@ -44,7 +44,7 @@ def test_a_lengthened_model_is_its_source_with_more_room(source: Path, tmp_path:
 
 
 def test_its_further_layers_compute(source: Path, tmp_path: Path) -> None:
-    """Not merely zeros, which a clever kernel could skip: only the two projections back are."""
+    """Only the two projections back are zeros. Whole layers of zeros could be skipped by a clever kernel."""
     deepen(source, tmp_path / "heavy", Deepening(layers=3, feed_forward=96))
     model = LlamaForCausalLM.from_pretrained(tmp_path / "heavy")
     zero = {n for n, p in model.named_parameters() if "layers.2." in n and not p.any()}

@@ -1,4 +1,4 @@
-"""What the gateway costs, read off samples."""
+"""The gateway's overhead, computed from samples."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Pictures of sections."""
+"""Plots of benchmark sections."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_throughput_is_drawn_against_streams(name: str, table: str, lines: list[
 
 
 def test_every_way_to_use_a_pair_is_drawn(tmp_path: Path) -> None:
-    """Cooperation on a core each and on shared cores are lines of their own."""
+    """Cooperation on a core each and cooperation on shared cores are separate lines."""
     sides = ("student alone", "cooperation, 0.1", "cooperation on both cores, 0.1", "speculative, 4 drafts")
     points = [
         {"side": side, "exact match": 0.9, "tokens/s, 1": 100.0, "tokens/s, 16": 200.0} for side in sides

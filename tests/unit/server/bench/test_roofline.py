@@ -1,4 +1,4 @@
-"""What two models write on one machine, in numbers that can be computed by hand."""
+"""The speed of two models on one machine, in numbers that can be computed by hand."""
 
 import json
 from dataclasses import replace
@@ -32,9 +32,9 @@ MACHINE = Machine(
     block=0,
 )
 STUDENT = Model("student", resident=100, weights=100, flops=0, cache=0)
-"""A step needs the card for 1 s."""
+"""Each of its steps needs the card for 1 s."""
 TEACHER = Model("teacher", resident=400, weights=400, flops=1000, cache=0)
-"""A step reads its weights in 4 s, and computes 1 s for a position."""
+"""Each of its steps reads the weights in 4 s, and computes 1 s for a position."""
 
 
 def load(streams: int = 1, rate: float = 0.0, call_tokens: float = 1.0) -> Load:
@@ -67,7 +67,7 @@ def test_the_slower_of_reading_weights_and_computing_decides() -> None:
 
 
 def test_every_request_has_its_own_cache_to_read() -> None:
-    """Three requests, 10 tokens before each, 5 bytes for each token, 100 bytes/s."""
+    """Three requests have 10 tokens before them, with 5 bytes for each token, at 100 bytes/s."""
     cached = replace(TEACHER, cache=5)
     assert MACHINE.work(cached, 3, 3, 10) == 4.0 + 3 * 10 * 5 / 100
 
@@ -91,7 +91,7 @@ def test_speculative_decoding() -> None:
 
 
 def test_one_stream_is_at_one_engine_at_a_time() -> None:
-    """A quarter by the teacher, in calls of 2 tokens: 6 steps of the student, 2 of the teacher, and the call.
+    """The teacher writes a quarter in calls of 2 tokens: 6 steps of the student, 2 of the teacher, one call.
 
     There are 125 calls. The teacher reads 124/125 of the six tokens: it computes (5.952 + 2) / 2 s in a step.
     """
@@ -110,7 +110,7 @@ def test_two_engines_on_one_card_slow_each_other() -> None:
 
 
 def test_the_card_is_never_used_for_more_than_all_of_the_time() -> None:
-    """All work is known: a token needs the student's share of a full step, and the teacher's."""
+    """All work is known: a token needs its shares of a full step of the student and of the teacher."""
     for streams in (1, 8, 64, 512):
         speed = cooperation(MACHINE, STUDENT, TEACHER, load(streams, 0.25, 2))
         positions = 1 - 1 / 1000  # nearly every token is read or written once by the teacher
@@ -119,7 +119,7 @@ def test_the_card_is_never_used_for_more_than_all_of_the_time() -> None:
 
 
 def test_a_request_that_does_not_fit_waits() -> None:
-    """1,000 bytes of cache for each of ten; 500 bytes are left for one more, so it waits."""
+    """Each of ten requests has 1,000 bytes of cache. 500 bytes are left for one more, so it waits."""
     cached = replace(TEACHER, cache=2, resident=0)
     small = replace(MACHINE, memory=10_500.0)
     assert load(64).running(small, [cached]) == 10
@@ -151,7 +151,7 @@ def test_our_own_measurements_are_explained_within_a_third() -> None:
 
 
 def test_where_cooperation_wins_on_an_h100() -> None:
-    """At a rate of 0.1: ahead with few streams, and no longer with many."""
+    """At a rate of 0.1, cooperation is ahead with few streams, and no longer with many."""
     for setting in (SMALL, LARGE_FP8):
         gains = [setting.gain(streams) for streams in (1, 16, 256)]
         assert all(gain is not None for gain in gains)

@@ -1,4 +1,4 @@
-"""Where the time of a teacher call goes."""
+"""The parts of a teacher call's time."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from server.bench.teacher_call import COLUMNS, Calls, _parts_row
 
 
 def test_what_is_neither_ours_nor_the_engines_is_the_front_ends() -> None:
-    """Calls of 20 and 40 ms: 30 on average, of which we take 2 and the engine 8."""
+    """Calls of 20 and 40 ms take 30 on average. We take 2 of them and the engine takes 8."""
     calls = Calls([0.020, 0.040], own=0.002, engine=0.008)
     found = {title: spread.median for title, spread in spreads([calls], COLUMNS).items()}
     assert found["ms a call"] == pytest.approx(30)

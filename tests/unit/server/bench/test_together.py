@@ -1,4 +1,4 @@
-"""Which ways to use a pair are compared."""
+"""The ways to use a pair that are compared."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_the_teacher_has_a_core_of_its_own_or_both() -> None:
 
 
 def test_the_ideal_is_of_a_core_each() -> None:
-    """What each model needs alone is measured on one core each."""
+    """The time that each model needs alone is measured on one core."""
     whole = Together({1: {side: [] for side in sides(quick=False)}})
     quick = Together({1: {side: [] for side in sides(quick=True)}})
     assert whole.cooperative == [f"cooperation, {budget}" for budget in ("0.05", "0.1", "0.2", "0.5")]

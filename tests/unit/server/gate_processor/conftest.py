@@ -13,12 +13,12 @@ from tests.helpers.gate_steps import CPU, engine_config
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A gate changes some of vLLM's functions for the whole process: a test gives them back."""
+    """Restore vLLM's functions after a test: a gate changes some of them for the whole process."""
     v2_runner.use_torch_kernels(monkeypatch)
     for v2 in (False, True):
         for changed in find_reports(v2=v2) + find_counts(v2=v2):
             monkeypatch.setattr(changed.owner, changed.name, vars(changed.owner)[changed.name])
-    with torch.compiler.set_stance("force_eager"):  # compiling what counts ranks takes seconds
+    with torch.compiler.set_stance("force_eager"):  # compiling the function that counts ranks takes seconds
         yield
 
 

@@ -17,7 +17,7 @@ SWAP, ONE_WAY = MoveDirectionality.SWAP, MoveDirectionality.UNIDIRECTIONAL
 
 
 def step(processor: GateProcessor, batch: int, change: SimpleNamespace | None = None) -> list[bool]:
-    """One decoding step at a margin of 2: a request asks where its price is below -2."""
+    """One decoding step at a margin of 2, in which a request asks if its price is below -2."""
     processor.update_state(change)
     return asks(processor.apply(margins(*[2.0] * batch)))
 
@@ -82,7 +82,7 @@ def test_swapped_requests_swap_prices(processor):
 
 
 def test_an_update_is_read_in_vllms_order(processor):
-    """Removed, added, moved: the request that is added to row 1 moves on to row 0."""
+    """The order is removed, added, moved: a request that is added to row 1 moves on to row 0."""
     step(processor, 2, update(added=[(0, params(), []), (1, params(-3.0), [])]))
     change = update(removed=[1], added=[(1, params(-4.0), [])], moved=[(1, 0, ONE_WAY)])
     assert step(processor, 2, change) == [True, False]
@@ -100,12 +100,12 @@ def test_a_request_does_not_ask_before_its_time(processor):
 
 
 def test_a_request_that_comes_back_has_waited_already(processor):
-    """After a preemption it is added anew, with the tokens that it had written."""
+    """After a preemption, vLLM adds a request again with the tokens that it had written."""
     assert step(processor, 1, update(added=[(0, params(-3.0, not_before=2), [5, 5])])) == [True]
 
 
 def test_the_spare_price_comes_at_its_time(processor):
-    """The margin gate scores -2 here: above -3, below -1."""
+    """The margin gate's score is -2 here: above the price -3, below the price -1."""
     output: list[int] = []
     assert step(processor, 1, update(added=[(0, spare(-1.0, 1, -3.0, 3), output)])) == [False]
     for asked in (False, False, True, True):
@@ -156,7 +156,7 @@ def test_rows_beyond_the_batch_do_not_matter(processor):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_any_sequence_of_updates_keeps_prices_with_their_requests(processor, seed):
-    """Against a plain list of requests that is changed as vLLM changes its batch."""
+    """The reference is a plain list of requests that is changed as vLLM changes its batch."""
     draw = random.Random(seed)
     batch: list[tuple[float, int, list[int]]] = []  # (price, not_before, output ids) by row
 

@@ -53,7 +53,7 @@ def test_terms_travel_in_extra_args():
 
 
 def test_a_gate_is_run_once_before_the_first_request(processor, reserved):
-    """So its loops are compiled by then."""
+    """The first run compiles the gate's loops."""
     gate = CountingGate(reserved)
     processor.take(gate)
     assert processor.gate is gate

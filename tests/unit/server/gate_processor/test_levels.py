@@ -1,4 +1,4 @@
-"""Several teachers: the row that is forced says which of the dearer prices are exceeded."""
+"""Several teachers: the forced row tells how many of the dearer prices are exceeded."""
 
 import math
 
@@ -18,7 +18,7 @@ NO = math.nan
 
 
 def levels(logits: Tensor) -> list[int | None]:
-    """Of each row, how many dearer prices it says that its score exceeds; None where it does not ask."""
+    """For each row, the number of dearer prices that its score exceeds; None if it does not ask."""
     found: list[int | None] = []
     for row in logits:
         alone = (row > -INF).nonzero().flatten().tolist()
@@ -79,6 +79,6 @@ def test_v2_prices_are_their_slots(reserved):
 
 
 def test_one_teacher_needs_nothing_new(reserved):
-    """Its settings and terms stay byte for byte what they were."""
+    """The settings and terms for one teacher stay the same, byte for byte."""
     assert gate_settings(reserved, "margin", None, teachers=1) == gate_settings(reserved, "margin", None)
     assert terms_args(Terms(1.0)) == {"wheels_price": 1.0, "wheels_not_before": 0}

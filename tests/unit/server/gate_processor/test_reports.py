@@ -1,4 +1,4 @@
-"""Rows that no token has, and log-probabilities that vLLM reports."""
+"""Rows without a token, and log-probabilities that vLLM reports."""
 
 import math
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from server.gate_processor import GateProcessor, gate_settings
 from server.vllm_api import Sampler
 from tests.helpers.gate_steps import CPU, V2, engine_config, margins, params, update
 
-# Rows that no token has
+# Rows without a token
 
 
 def test_rows_without_a_token_are_masked_too(reserved):
@@ -52,7 +52,7 @@ def test_reserved_rows_do_not_show_in_log_probabilities(processor):
 
 
 def test_reserved_rows_do_not_show_in_reported_logits(processor):
-    """`--logprobs-mode raw_logits`: the best ones are picked from the logits themselves."""
+    """With `--logprobs-mode raw_logits`, vLLM picks the best tokens from the logits themselves."""
     reported = Sampler.gather_logprobs(margins(1.0, 2.0), 3, torch.tensor([3, 3]))
     assert reported.logprob_token_ids.max() < 10
     assert reported.logprobs.max() == 2.0

@@ -105,7 +105,7 @@ def test_v2_a_request_that_left_its_slot_is_not_scored(reserved):
 @pytest.mark.parametrize("padding", [0, 2])
 @pytest.mark.parametrize("rows", [None, [0, 2, 3]])
 def test_pieces_change_no_decision(reserved, monkeypatch, rows, padding):
-    """Also where the rows are apart in memory, as those of a padded vocabulary are."""
+    """The rows may be apart in memory, as the rows of a padded vocabulary are."""
     price = torch.tensor([-3.0, -3.0, -1.0, -3.0])
     chosen = None if rows is None else torch.tensor(rows)
     whole = margins(2.0, 2.0, 2.0, 2.0)

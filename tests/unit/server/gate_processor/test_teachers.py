@@ -1,4 +1,4 @@
-"""A gate with an output for each of several teachers: the row that is forced says whom it means."""
+"""A gate with an output for each of several teachers: the forced row tells which teacher it asks."""
 
 import math
 from typing import Any
@@ -25,14 +25,14 @@ FREE = (-INF, -INF)
 
 
 def worth(*rows: tuple[float, float]) -> Tensor:
-    """(B, V) logits at which small and big are worth this; big costs twice what small does."""
+    """(B, V) logits with these worths of small and big in each row; big costs twice as much as small."""
     logits = torch.zeros(len(rows), ROWS)
     logits[:, 11:13] = torch.tensor(rows)
     return logits
 
 
 def asked(logits: Tensor) -> list[str | None]:
-    """Of each row, whom it asks."""
+    """For each row, the teacher that it asks; None if it asks none."""
     found: list[str | None] = []
     for row in logits:
         alone = (row > -INF).nonzero().flatten().tolist()
@@ -46,7 +46,7 @@ def terms(price: float, *least: float) -> SamplingParams:
 
 
 def test_whoever_is_worth_most_above_its_price_is_asked(router_of_two):
-    """At a common price of 2, small costs 1 and big 2."""
+    """At a common price of 2, the price of small is 1 and the price of big is 2."""
     logits = worth((1.5, 2.4), (1.5, 2.6), (0.9, 1.9), (1.1, -1.0), (9.0, 9.0))
     price = torch.tensor([2.0, 2.0, 2.0, 2.0, INF])
     scored = decide(router_of_two.build_gate(), logits, price)
@@ -76,7 +76,7 @@ def test_at_the_lowest_price_of_all_the_best_teacher_is_asked(router_of_two):
 
 
 def test_without_least_prices_the_first_row_stands_for_all(router_of_two):
-    """With `min_tokens`, vLLM would mask the other rows."""
+    """With `min_tokens`, vLLM would mask all rows but the first."""
     gate = router_of_two.build_gate()
     found = ask_by_worth(gate, torch.tensor([[0.0, 5.0]]), torch.tensor([2.0]), torch.full((1, 2), math.nan))
     assert (found.ask.tolist(), found.levels.tolist()) == ([True], [0])
@@ -124,7 +124,7 @@ def test_scores_that_are_kept_are_common_prices(router_of_two, reserved, tmp_pat
 
 
 def test_a_router_of_one_output_may_take_the_place_of_one_of_two(router, router_of_two, reserved, tmp_path):
-    """A segment that began before it still has the other one's terms. It asks by a row that is known."""
+    """A segment that began earlier still has the old router's terms. It asks by a row that is known."""
     processor = v1(router_of_two, reserved, tmp_path)
     processor.update_state(update(added=[(0, terms(2.0, *FREE), [])]))
     processor.gate = router.build_gate()

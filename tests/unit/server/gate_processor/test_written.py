@@ -1,4 +1,4 @@
-"""What is written before a segment counts as the segment's own, in vLLM's own functions."""
+"""Tokens written before a segment count as the segment's own in vLLM's functions."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ from tests.helpers.gate_steps import ROWS, engine_config
 
 SWAP, ONE_WAY = MoveDirectionality.SWAP, MoveDirectionality.UNIDIRECTIONAL
 PROMPT, BEFORE, HERE = [1, 2], [3, 4, 3], [4, 5]
-WORDS = [[4, 3, 6], [3, 4, 5, 7], [2, 3, 4, 8]]  # bad words, of which the last begins in the prompt
+WORDS = [[4, 3, 6], [3, 4, 5, 7], [2, 3, 4, 8]]  # bad words; the last one begins in the prompt
 
 
 def segment(written: int) -> SamplingParams:
@@ -27,13 +27,13 @@ def segment(written: int) -> SamplingParams:
 
 
 def added(*rows: tuple[int, int]) -> SimpleNamespace:
-    """Rows with the number of tokens at the end of their prompts that are written."""
+    """Added rows, each with the number of written tokens at the end of its prompt."""
     requests = [(row, segment(written), PROMPT + BEFORE, []) for row, written in rows]
     return SimpleNamespace(removed=[], added=requests, moved=[])
 
 
 def penalised(prompts: list[list[int]], outputs: list[list[int]], repetition: float = 1.0) -> Tensor:
-    """Logits of one after vLLM's penalties: 0.5 for each time, 2 for any."""
+    """Logits of 1 after vLLM's penalties: 0.5 for each occurrence, and 2 for any."""
     rows = len(outputs)
     logits = torch.ones(rows, ROWS)
     prompt_ids = torch.tensor(prompts)
@@ -51,7 +51,7 @@ def test_penalties_count_what_came_before_the_segment(processor: GateProcessor):
 
 
 def test_penalties_are_those_of_one_request_to_the_last_bit(processor: GateProcessor):
-    """Also with a repetition penalty, which scales what the others are subtracted from."""
+    """This holds with a repetition penalty too, which scales the logits before the others are subtracted."""
     (whole,) = penalised([PROMPT + BEFORE], [BEFORE + HERE], repetition=1.3)
     processor.update_state(added((0, 3)))
     (segment,) = penalised([PROMPT + BEFORE], [HERE], repetition=1.3)
@@ -59,7 +59,7 @@ def test_penalties_are_those_of_one_request_to_the_last_bit(processor: GateProce
 
 
 def banned(outputs: list[list[int]]) -> list[list[int]]:
-    """Ids that no row may write next."""
+    """For each row, the ids that it may not write next."""
     logits = torch.zeros(len(outputs), ROWS)
     v1_sampler.apply_bad_words(logits, dict.fromkeys(range(len(outputs)), WORDS), outputs)
     return [row.eq(-torch.inf).nonzero().flatten().tolist() for row in logits]
@@ -105,7 +105,7 @@ def test_a_row_that_moves_takes_what_it_has_written_along(processor: GateProcess
 
 @pytest.fixture
 def v2(reserved) -> GateProcessorV2:
-    states = v2_runner.request_states([5, 5], ROWS)  # of the prompts as vLLM knows them
+    states = v2_runner.request_states([5, 5], ROWS)  # prompts as vLLM knows them
     return GateProcessorV2(engine_config(gate_settings(reserved, "margin", None)), states)
 
 
@@ -152,7 +152,7 @@ def test_v2_slots_are_used_again(v2: GateProcessorV2):
     assert v2.written.prompt_lengths(lengths).tolist() == [5, 5]
 
 
-# What a segment says of it
+# The number of written tokens in a segment's arguments
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def grammars(config: Any) -> Grammars:
 
 @pytest.fixture(scope="module")
 def reasoner(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose tokens are words, two of which enclose reasoning."""
+    """A model whose tokens are words; two of the words enclose reasoning."""
     directory = tmp_path_factory.mktemp("reasoner")
     save_reciter(REASONED, directory)
     return directory

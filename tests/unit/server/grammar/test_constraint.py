@@ -1,4 +1,4 @@
-"""What may be written next, against vLLM's own grammars."""
+"""Constraints on the next tokens, compared with vLLM's own grammars."""
 
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ async def test_what_is_written_is_taken_once(config, grammars):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 async def test_what_was_taken_and_did_not_stay_is_taken_back(config, grammars, backend):
-    """A budget of thinking can cut what a teacher wrote."""
+    """A budget for thinking can cut tokens that a teacher wrote."""
     constraint = await ready(config, grammars, backend=backend, regex="[0-9]{3}")
     assert constraint.take(ids("12")) == 2
     assert await constraint.catch_up(ids("1"))
@@ -82,7 +82,7 @@ async def test_what_was_taken_and_did_not_stay_is_taken_back(config, grammars, b
 
 
 async def test_what_the_grammar_did_not_expect_leaves_it_unusable(config, grammars):
-    """Both models are under the same grammar, so nobody knows what would be right after that."""
+    """Both models follow the same grammar, so after such a token nobody knows what is right."""
     constraint = constrain(grammars, checked(config, json=PERSON))
     assert not await constraint.catch_up(ids("Hello"))
     assert not await constraint.catch_up(ids("Hello, you"))
@@ -132,7 +132,7 @@ async def test_reasoning_is_free_and_the_grammar_begins_after_it(thinking, think
     assert constraint.take([hm, no, thought, no]) == 3
     assert constraint.unfinished
     assert constraint.fields == {"structured_outputs": {"regex": "yes"}}
-    # Three of the prompt, four of the reasoning.
+    # Three tokens of the prompt, four of the reasoning.
     assert constraint.continuation(3) == ({GRAMMAR_FROM: 7}, {"reasoning_ended": True})
     assert constraint.take([no]) == 0
     assert constraint.take([yes]) == 1

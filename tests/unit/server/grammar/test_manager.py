@@ -39,7 +39,7 @@ def manager(config: Any) -> EngineGrammars:
 
 
 def compiled(manager: StructuredOutputManager, request: EngineRequest) -> Any:
-    """The request's grammar, once it is compiled as the engine does it."""
+    """The request's grammar, compiled as the engine compiles it."""
     manager.grammar_init(request)
     request.structured_output_request._grammar.exception(timeout=60)
     return request.structured_output_request.grammar
@@ -77,7 +77,7 @@ def test_reasoning_before_the_grammar_is_not_fed_to_it(config, manager):
 
 
 def test_a_segment_whose_prefix_the_grammar_refuses_ends_with_an_error(config, manager):
-    """As every grammar that cannot be compiled: nothing is written without its grammar."""
+    """The same holds for a grammar that cannot be compiled: nothing is written without its grammar."""
     params = checked(config, json=PERSON, extra_args={GRAMMAR_FROM: len(PROMPT_IDS)})
     error = compiled(manager, segment(params, ids("Hello")))
     assert isinstance(error, ValueError)
@@ -95,7 +95,7 @@ def test_the_gate_may_read_its_rows_and_no_other_row_is_opened(config, manager):
 
 
 def test_rows_stay_closed_where_min_tokens_forbids_all_that_the_grammar_allows(config, manager):
-    """An end is then all that vLLM can allow, and it looks whether anything else is open."""
+    """vLLM can then allow only an end, and it checks whether anything else is open."""
     params = checked(config, regex="[0-9]", extra_args={GRAMMAR_FROM: len(PROMPT_IDS)})
     at_the_end = segment(params, ids("7"))
     compiled(manager, at_the_end)
@@ -124,7 +124,7 @@ def test_the_escalation_token_is_none_of_the_grammars(config, manager):
 
 
 def test_every_request_has_the_backend_that_its_schema_needs(config):
-    """The second uses what xgrammar does not know. vLLM alone would leave its rule out."""
+    """The second schema has a rule that xgrammar does not know. vLLM alone would ignore the rule."""
     manager = GrammarManager(config)
     even = {"type": "integer", "multipleOf": 2, "minimum": 10, "maximum": 99}
     first, second = checked(config, json=PERSON), checked(config, json=even)
@@ -136,7 +136,7 @@ def test_every_request_has_the_backend_that_its_schema_needs(config):
 
 
 def test_the_operators_word_on_white_space_holds_for_tool_calls_too(config):
-    """vLLM alone applies it to plain JSON."""
+    """vLLM itself applies the setting to plain JSON only."""
     content = {"type": "json_schema", "json_schema": PERSON}
     call = {"type": "tag", "begin": "<call>", "content": content, "end": "</call>"}
     tag = json.dumps({"type": "structural_tag", "format": call})
@@ -158,7 +158,7 @@ def test_the_operators_word_on_white_space_holds_for_tool_calls_too(config):
     [("abc", True), ("a\u00e4", True), ("abcd", False), ("a", False), ("a\tb", False), ("a\x01", False)],
 )
 def test_no_string_of_a_bounded_length_has_control_characters(config, manager, called, text, accepted):
-    """xgrammar alone takes the tab, which no JSON parser does."""
+    """xgrammar by itself accepts the tab, which no JSON parser accepts."""
     schema = {"type": "object", "properties": {"a": {"type": "string", "minLength": 2, "maxLength": 3}}}
     content = {"type": "json_schema", "json_schema": schema | {"required": ["a"]}}
     tag = {"type": "tag", "begin": "", "content": content, "end": ""}

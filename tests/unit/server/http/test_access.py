@@ -1,4 +1,4 @@
-"""Keys before every route, the headers of a limited tenant, a tenant that has used up its limit."""
+"""Keys for every route, the headers of a limited tenant, and a tenant that has used up its limit."""
 
 import json
 from typing import Any
@@ -24,7 +24,7 @@ FREE = {"name": "free", "keys": [hash_key("free")]}
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """Says whose key it saw."""
+    """An app that answers with the tenant of the key."""
     owner = owner_of(scope)
     body = str(getattr(owner, "name", owner)).encode()
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
@@ -98,7 +98,7 @@ async def test_probes_need_no_key_under_a_root_path(access: Access, path: str) -
 
 
 async def test_a_preflight_needs_no_key(access: Access) -> None:
-    """A browser asks without one; CORS' own middleware answers it."""
+    """A browser sends a preflight without a key; the middleware for CORS answers it."""
     asked = {"Origin": "http://page", "Access-Control-Request-Method": "POST"}
     for path in ("/v1/chat/completions", "/metrics"):
         assert (await ask(access, None, "OPTIONS", path, **asked)).status_code == 200
@@ -170,7 +170,7 @@ async def test_responses_say_what_is_left(access: Access) -> None:
 
 
 async def test_used_up(access: Access) -> None:
-    """One tenant goes on with the student alone, the other wants to be told."""
+    """One tenant goes on with the student alone, and the other one gets a refusal."""
     await spend(access, "limited", 100)
     await spend(access, "strict", 100)
     assert (await ask(access, "limited")).headers["x-ratelimit-remaining-teacher-tokens"] == "0"
@@ -200,7 +200,7 @@ async def test_whoever_may_see_which_budgets(tenants: Tenants) -> None:
 
 
 async def test_a_limit_in_money_is_told_and_used_up_when_a_hundredth_is_left() -> None:
-    """Of 0.01 are 0.0099 spent: less than 0.0001 would be used up, as no call may ever fit into it."""
+    """0.0099 of 0.01 are spent. With less than 0.0001 left it counts as used up: no call may ever fit."""
     limit = {"type": "cost", "cost": 0.01, "window_seconds": 60}
     source = json.dumps({"tenants": [STRICT | {"limits": [limit]}]})
     access = Access(app, Tenants(source, priced=True), MemoryLedger())
@@ -219,7 +219,7 @@ async def test_a_limit_in_money_is_told_and_used_up_when_a_hundredth_is_left() -
 
 
 async def test_a_limit_of_one_teacher_refuses_nobody() -> None:
-    """Another teacher may have room."""
+    """Another teacher may still have room."""
     limits = [LIMITED["limits"][0] | {"teacher": "big"}]
     content = json.dumps({"tenants": [STRICT | {"limits": limits}]})
     access = Access(app, Tenants(content, teachers=["small", "big"]), MemoryLedger())

@@ -1,4 +1,4 @@
-"""Our field in requests: what is taken out of a body, and what is refused."""
+"""Our fields in requests: they are taken out of the body, and wrong ones are refused."""
 
 import json
 

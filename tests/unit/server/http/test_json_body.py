@@ -1,4 +1,4 @@
-"""One reader of bodies, one rule: with a budget and without."""
+"""One reader of bodies follows one rule, with a budget and without."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""How the gateway ends, over a stand-in with uvicorn's attributes, and over vLLM's own server."""
+"""The gateway's end, with a stand-in that has uvicorn's attributes and with vLLM's own server."""
 
 import asyncio
 import signal
@@ -35,7 +35,7 @@ def short_hand_over(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Connection:
-    """Hanging up on it is what its request sees as a client that leaves."""
+    """A connection. If it is closed, its request sees a client that leaves."""
 
     def __init__(self) -> None:
         self.transport = self
@@ -46,7 +46,7 @@ class Connection:
 
 
 class Gateway:
-    """A lifecycle before an app whose answers end when they are told to, or when their client leaves."""
+    """A lifecycle around an app whose answers end when a test ends them, or when their client leaves."""
 
     def __init__(self, drain_seconds: float) -> None:
         self.lifecycle = Lifecycle(self.app, drain_seconds=drain_seconds)
@@ -68,7 +68,7 @@ class Gateway:
         await send({"type": "http.response.body", "body": b"whole" if self.finish.is_set() else b"cut"})
 
     async def serve(self) -> Any:
-        """As vLLM's: its handlers first, then uvicorn until it shall exit."""
+        """Serve as vLLM does: install its handlers, then run uvicorn until it shall exit."""
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, pytest.fail, "vLLM's handler")
         self.state.server = self.server

@@ -1,4 +1,4 @@
-"""A refusal calls a parameter as the client did."""
+"""A refusal names a parameter as the client did."""
 
 import pytest
 

@@ -17,7 +17,7 @@ from server.http.openapi import document
 
 @pytest.fixture
 def documented() -> dict[str, Any]:
-    """The document of an app that has all paths but one, of which one has no schema."""
+    """The document of an app that lacks one path and has no schema for another."""
     names = {path: f"Request{i}" for i, path in enumerate(PATHS) if path != ALONE[-1]}
 
     def operation(path: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What `GET /prices` tells of a policy's calibration."""
+"""The reply of `GET /prices` for a policy's calibration."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""X-Request-Id from the client to the response, to the app behind, and into the log."""
+"""X-Request-Id from the client to the response, to the app and into the log."""
 
 import asyncio
 import io
@@ -14,7 +14,7 @@ logger = logging.getLogger("server.tests")
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """Says which id it saw, in the headers and in the context, in a log line of another task too."""
+    """An app that answers with the id in its headers and context, and logs a line in another task too."""
 
     async def say() -> None:
         logger.warning("at work")
@@ -22,7 +22,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     await asyncio.create_task(say())
     seen = [value for name, value in scope["headers"] if name == b"x-request-id"]
     body = b" ".join([*seen, REQUEST_ID.get().encode()])
-    # As vLLM with --enable-request-id-headers: an id of its own.
+    # With --enable-request-id-headers, vLLM sets an id of its own.
     await send({"type": "http.response.start", "status": 200, "headers": [(b"X-Request-Id", b"vllm")]})
     await send({"type": "http.response.body", "body": body})
 
@@ -57,7 +57,7 @@ async def test_what_cannot_be_an_id_is_refused(bad: str):
 async def test_log_lines_have_the_id():
     stream = io.StringIO()
     log_with_ids(stream)
-    logging.getLogger().setLevel(logging.ERROR)  # as a library of vLLM's does: our lines are not the root's
+    logging.getLogger().setLevel(logging.ERROR)  # as a library of vLLM does; our loggers are not the root
     await asyncio.create_task(ask(**{"X-Request-Id": "order-7"}))  # a context of its own
     logger.warning("at rest")
     during, after = stream.getvalue().splitlines()

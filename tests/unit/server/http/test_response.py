@@ -1,4 +1,4 @@
-"""Our fields in responses, and how a response that fails ends."""
+"""Our fields in responses, and the endings of responses that fail."""
 
 import json
 from http import HTTPStatus
@@ -117,7 +117,7 @@ async def test_every_chunk_of_a_stream_names_its_source():
 @pytest.mark.parametrize("first", [{"id": "cmpl-1"}, {"object": "chunk"}], ids=["not parsed", "parsed"])
 @pytest.mark.parametrize("finished", [False, True])
 async def test_an_event_that_is_not_parsed_says_the_same(first, finished):
-    """The event of vLLM that starts with its id gets its source without a look at the rest."""
+    """An event of vLLM that starts with its id gets its source, and the rest of it is not parsed."""
     document = first | {"choices": [{"index": 0, "text": 'für 5 €", "source": "x'}], "usage": None}
     chunk = b"data: " + json.dumps(document, separators=(",", ":")).encode() + b"\n\n"
     report = Report(10, 2, source="teacher", finished=finished)
@@ -155,7 +155,7 @@ async def test_the_usage_chunk_carries_the_total():
 
 
 async def test_events_without_choices_carry_the_total_when_all_is_written():
-    """As /v1/responses and /v1/messages stream them, with the event's name on a line of its own."""
+    """/v1/responses and /v1/messages stream such events, with the event's name on a line of its own."""
 
     def hand_out(index: int, exchange: Exchange) -> None:
         exchange.hand_out(exchange.reports[0], "teacher", finished=index == 1)
@@ -189,7 +189,7 @@ CREATED = b"event: response.created\n" + event({"type": "response.created", "seq
 PROGRESS = b"event: response.in_progress\n" + event({"type": "response.in_progress", "sequence_number": 1})
 DELTA = b"event: response.output_text.delta\n" + event({"type": "x", "sequence_number": 2, "delta": "a"})
 TEXT = b"event: content_block_delta\n" + event({"type": "content_block_delta"})
-# What vLLM sends after the failure, by surface; None: it raises.
+# Events that vLLM sends after the failure, by surface; None: it raises.
 VLLMS_END = {
     COMPLETIONS: event({"error": {"message": "the teacher failed: gone", "code": 502}}),
     RESPONSES: None,
@@ -199,7 +199,7 @@ FIRST = {COMPLETIONS: delta("a"), RESPONSES: DELTA, MESSAGES: TEXT}
 
 
 def failing(path: str, *before: bytes, error: Exception = LOST, noted: bool = True) -> Any:
-    """An app of vLLM's whose engine fails after it has sent ``before``."""
+    """vLLM's app with an engine that fails after the app has sent ``before``."""
     end = VLLMS_END[path]
 
     async def app(scope: dict, receive: Receive, send: Send) -> None:
@@ -265,7 +265,7 @@ async def test_a_failure_that_the_engine_knows_nothing_of_shows_nothing_of_the_i
     answer = await post(
         failing(path, FIRST[path], error=secret, noted=False), request(stream=True), path=path
     )
-    if path != COMPLETIONS:  # there it is vLLM's own last event
+    if path != COMPLETIONS:  # there vLLM's own last event has it
         assert answer.events[-1]["error"]["message"] == "Internal server error"
     assert b"/home" not in answer.body
 
@@ -285,7 +285,7 @@ async def test_a_comment_that_keeps_the_connection_alive_is_not_held_back():
 
 @pytest.mark.parametrize(("status", "noted"), [(502, True), (400, True), (500, False)])
 async def test_anthropics_clients_get_anthropics_names(status, noted):
-    """vLLM has the shape, with the type names of OpenAI's."""
+    """vLLM uses Anthropic's shape, but with OpenAI's type names."""
     said = json.dumps({"type": "error", "error": {"type": "Bad Gateway", "message": "broken"}}).encode()
     error = GracefulHTTPError("broken", HTTPStatus(status)) if noted else None
 
@@ -309,7 +309,7 @@ async def test_what_vllm_itself_refuses_stays_in_its_words():
 
 
 async def test_a_beam_search_is_counted_by_what_comes_of_it():
-    """The engine sees nothing but steps; the response has the choices."""
+    """The engine sees only steps; the response has the choices."""
     counted: list[list[Report]] = []
     body = {"choices": [{"index": 0}, {"index": 1}], "usage": {"completion_tokens": 9}}
 

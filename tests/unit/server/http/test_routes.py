@@ -1,4 +1,4 @@
-"""Every route of vLLM's own app, however its path is written: what writes a completion passes our fields."""
+"""Every route of vLLM's own app that writes a completion reads our fields, however its path is written."""
 
 import json
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from tests.helpers.paths import ROOT
 
 ROOT_PATH = "/api"
 STUDENT = ROOT / "deploy" / "demo" / "student"
-# These take a POST and ask no engine for tokens.
+# These routes take a POST and ask no engine for tokens.
 WRITE_NOTHING = {
     "/tokenize",
     "/detokenize",
@@ -46,7 +46,7 @@ def posts(routes: Any) -> Iterator[str]:
 
 
 def test_every_route_that_takes_a_post_is_known(app: Any) -> None:
-    """A new one of vLLM's is a way around budgets and tenants until somebody has looked at it."""
+    """A new route of vLLM is a way around budgets and tenants until somebody has checked it."""
     assert set(posts(app.routes)) <= {*PATHS, *WRITE_NOTHING}
 
 

@@ -1,4 +1,4 @@
-"""A request that names a session, from its field or header to its report."""
+"""Requests that name a session, from the field or header to the report."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ RUN = {"id": "run-7", "tokens": 500}
 
 
 class Gateway:
-    """An app with budgets, to which requests of one tenant or another come."""
+    """An app with budgets that gets requests of several tenants."""
 
     def __init__(self, *, prices: object = None, most: int = 2) -> None:
         prices_of_gate = PriceController(CALIBRATION, 2)

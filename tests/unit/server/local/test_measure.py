@@ -1,4 +1,4 @@
-"""Scores of the demo, by numbers that a reader can compute."""
+"""The demo's scores, in numbers that a reader can compute."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_excess_over_the_bound_at_every_prefix(
 
 
 def test_the_ends_of_spans_are_enough() -> None:
-    """Against the definition: every prefix, one by one."""
+    """The result is compared with the definition: every prefix, one by one."""
     spans = ((1, 3), (3, 4), (9, 12))
     for fraction in (0.0, 0.05, 0.3, 1.0):
         written = [sum(start <= at < end for start, end in spans) for at in range(20)]

@@ -1,4 +1,4 @@
-"""Prices found from prompts, at a gateway whose completions come from the real calibration and bucket."""
+"""Prices that prompts teach a gateway, whose completions come from the real calibration and bucket."""
 
 import asyncio
 from collections.abc import Callable

@@ -19,7 +19,7 @@ from tests.helpers.scripted_student import RESERVED, ScriptedLLM
 
 @pytest.fixture
 def pair(tokenizer):
-    """Builds an engine and its teacher: ``pair(ask_at={2}, fails_at=3, span_tokens=4)``."""
+    """A function that builds an engine and its teacher: ``pair(ask_at={2}, fails_at=3, span_tokens=4)``."""
 
     def pair(
         *,

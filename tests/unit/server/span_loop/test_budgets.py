@@ -59,12 +59,12 @@ async def test_a_spent_budget_forbids_asking(pair):
     result = await write(engine, {"tokens": 3}, max_tokens=10)
     assert result.text() == "ABCdefghij"
     assert [segment.price for segment in engine.segments][-1] == INF
-    assert result.report.denied == {}  # it never came to a refusal
+    assert result.report.denied == {}  # nothing was refused
 
 
 async def test_tokens_that_cover_the_plan_are_one_call(pair):
     engine, teacher = pair(ask_at=range(100))
-    result = await write(engine, {"tokens": 50}, max_tokens=60)  # of 20 tokens that are expected
+    result = await write(engine, {"tokens": 50}, max_tokens=60)  # 20 tokens are expected
     assert [call.tokens for call in teacher.calls] == [50]
     assert (result.report.tokens, result.report.calls) == (50, 1)
     assert result.report.spans == [[0, 50]]
@@ -73,7 +73,7 @@ async def test_tokens_that_cover_the_plan_are_one_call(pair):
 async def test_the_terms_travel_with_each_segment(pair):
     engine, _ = pair(ask_at={0, 4})
     await write(engine, 0.25, max_tokens=20, extra_args={"caller": "x"})
-    # behind the first span: 2 + 2 <= 0.25 * (length + 2) + 2 from a length of 6, four tokens later
+    # after the first span: 2 + 2 <= 0.25 * (length + 2) + 2 from a length of 6, four tokens later
     assert [(s.price, s.not_before) for s in engine.segments] == [(1.0, 0), (1.0, 4)]
     assert all(segment.params.extra_args["caller"] == "x" for segment in engine.segments)
 
@@ -103,7 +103,7 @@ async def test_a_student_that_always_asks_stays_within_its_budget(pair, budget, 
 
 @pytest.mark.parametrize("budget", [0.25, {"tokens": 5}, {"calls": 2}, {"fraction": 0.5, "tokens": 7}])
 async def test_calls_one_after_the_other_share_the_requests_budget(pair, budget):
-    """As a response does whose tools the gateway runs."""
+    """A response whose tools the gateway runs makes such calls."""
     engine, _ = pair(ask_at=range(1000), span_tokens=2)
     exchange, text = Exchange(Budget.model_validate(budget)), ""
     for _ in range(3):

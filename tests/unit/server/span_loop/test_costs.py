@@ -1,4 +1,4 @@
-"""The span loop: what a completion costs, and budgets in money."""
+"""The span loop: the costs of completions, and budgets in money."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ MILLIONTH = 1e-6
 
 
 def cost_of(teacher: Any, cached: float = 0.0) -> float:
-    """What the calls of a scripted teacher cost, of which it wrote all tokens, by hand."""
+    """The cost of a scripted teacher's calls, by hand, if it wrote all tokens of each call."""
     cost = 0.0
     for call in teacher.calls:
         hits = int(cached * len(call.prefix))
@@ -31,7 +31,7 @@ def cost_of(teacher: Any, cached: float = 0.0) -> float:
 
 
 async def test_the_report_has_what_the_teacher_cost_and_what_was_saved(pair):
-    """The prompt has 2 tokens, the prefix of the only call 4; a scripted student finds half in its cache.
+    """The prompt has 2 tokens, the only call's prefix 4. A scripted student finds half in its cache.
 
     Teacher: 4 · 2 + 2 · 10 = 28. Student: segments of 2 and 6 read tokens, half of each cached, 6 written:
     4 · 0.1 + 4 · 0.01 + 6 · 0.4 = 2.84. The teacher alone: 1 · 2 + 1 · 0.5 + 8 · 10 = 82.5.
@@ -48,7 +48,7 @@ async def test_without_prices_no_money_is_shown(pair):
 
 
 async def test_a_plain_request_costs_no_teacher_and_saves(pair):
-    """2 tokens read, one of them cached, 8 written: 0.1 + 0.01 + 3.2 of 82.5."""
+    """2 tokens are read, one of them cached, and 8 written: 0.1 + 0.01 + 3.2, compared with 82.5."""
     engine, _ = pair(prices=PRICES)
     report = (await write(engine, 0)).report.as_dict()
     assert report["cost"] == 0
@@ -89,7 +89,7 @@ async def test_costs_are_metrics(pair):
 
 
 async def test_a_cost_is_a_budget(pair):
-    """A call reads 2 to 20 tokens and writes 2: 60 millionths are two calls or three, whatever is asked."""
+    """A call reads 2 to 20 tokens and writes 2, so 60 millionths buy two or three calls."""
     engine, teacher = pair(ask_at=range(100), prices=PRICES)
     report = (await write(engine, {"cost": 60 * MILLIONTH, "fraction": 0.9}, max_tokens=30)).report.as_dict()
     assert 0 < report["cost"] <= 60 * MILLIONTH
@@ -98,7 +98,7 @@ async def test_a_cost_is_a_budget(pair):
 
 
 async def test_money_for_the_whole_completion_is_one_call(pair):
-    """Reading 2 tokens and writing 8 is 84."""
+    """Reading 2 tokens and writing 8 costs 84."""
     engine, teacher = pair(ask_at=range(100), prices=PRICES)
     assert (await write(engine, {"cost": 84 * MILLIONTH})).text() == "ABCDEFGH"
     assert len(teacher.calls) == 1
@@ -107,7 +107,7 @@ async def test_money_for_the_whole_completion_is_one_call(pair):
 
 
 async def test_a_call_that_breaks_off_counts_in_full(pair):
-    """It read 2 tokens and wrote one, which the report has; the budget keeps the three others back."""
+    """The call read 2 tokens and wrote one, as the report says. The budget is charged for three more."""
     engine, _ = pair(ask_at={0}, span_tokens=4, fails_at=1, prices=PRICES)
     report = (await write(engine, {"cost": 50 * MILLIONTH, "calls": 5})).report.as_dict()
     assert report["cost"] == pytest.approx(14 * MILLIONTH)
@@ -145,7 +145,7 @@ async def test_the_cost_of_a_completion_is_never_exceeded(pair, cost, cached, as
 
 
 async def test_calls_of_one_request_share_its_money(pair):
-    """As a response does whose tools the gateway runs."""
+    """A response whose tools the gateway runs makes such calls."""
     engine, teacher = pair(ask_at=range(1000), prices=PRICES)
     exchange = Exchange(Budget(cost=200 * MILLIONTH))
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The span loop: what ends a completion, and what holds its end back."""
+"""The span loop: endings of completions, and rules that hold them back."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -99,7 +99,7 @@ async def test_without_a_seed_there_is_none(pair):
 
 
 def whole_spans(teacher: ScriptedTeacher, text: bytes, ends: int | None = None) -> None:
-    """Let it write each span in one piece, of this text; some servers know nothing of our end tokens."""
+    """Let the teacher write each span of this text in one piece; some servers ignore our end tokens."""
 
     async def write(slot: Any, ask: Ask, **_: Any) -> AsyncIterator[Piece]:
         ids = [EOS if place == ends else token for place, token in enumerate(text[: ask.tokens])]
@@ -139,7 +139,7 @@ async def test_who_ignores_ends_gets_more(pair):
 
 @pytest.mark.parametrize("kind", [DELTA, FINAL_ONLY])
 async def test_what_comes_after_a_stop_string_is_not_paid(pair, kind):
-    """The books, the report, the usage and the metrics say the same."""
+    """Bucket, report, usage and metrics agree."""
     shared = shared_by_all(tokens(100))
     engine, teacher = pair(ask_at={2}, span_tokens=8, shared=shared)
     whole_spans(teacher, b"CDEFGHIJ")
@@ -160,7 +160,7 @@ def thinking(start: str, end: str) -> dict[str, Any]:
 
 
 async def test_a_span_ends_where_the_thinking_has_to(pair):
-    """The end is the student's: vLLM writes it in its engine."""
+    """The student writes the end of the thinking: vLLM does so in its engine."""
     engine, teacher = pair(ask_at={2, 6}, span_tokens=6, student=thinking("b", "f"))
     result = await write(engine, {"tokens": 6}, max_tokens=9, thinking_token_budget=3)
     assert result.text() == "abCDEfGHI"

@@ -1,4 +1,4 @@
-"""The span loop: a teacher that fails, or has no place."""
+"""The span loop: teachers that fail, or have no place for a call."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -74,7 +74,7 @@ async def test_a_lost_teacher_is_asked_again_later(pair):
 
 @pytest.mark.parametrize("budget", [0.9, 1])
 async def test_a_teacher_that_stays_away_is_asked_less_and_less(pair, budget):
-    """At 0, 32 and 96 tokens; then 128 later, beyond the end."""
+    """It is asked at 0, 32 and 96 tokens. The next time would be 128 tokens later, after the end."""
     engine, _ = pair(ask_at=range(1000), refuses="unreachable")
     result = await write(engine, budget, max_tokens=198)
     assert result.report.denied == {"unreachable": 3}
@@ -111,7 +111,7 @@ async def test_a_breaker_that_opens_meanwhile_refuses_the_span(pair):
     outputs, exchange = start(engine, 0.5)
     text = ""
     async for output in outputs:
-        teacher.breaker.failed()  # by another request
+        teacher.breaker.failed()  # in another request
         text += bytes(output.outputs[0].token_ids).decode()
     assert text == "abcdefgh"
     assert exchange.total().denied == {"breaker": 1}
@@ -122,7 +122,7 @@ async def test_a_breaker_that_opens_meanwhile_refuses_the_span(pair):
 
 @pytest.mark.parametrize(("context", "text"), [(4, "abcdefgh"), (5, "abCdefgh"), (6, "abCDefgh")])
 async def test_the_teachers_context_bounds_a_span(pair, context, text):
-    engine, _ = pair(ask_at={2}, max_model_len=context)  # two tokens of prompt, two of the student
+    engine, _ = pair(ask_at={2}, max_model_len=context)  # two tokens of the prompt, two of the student
     result = await write(engine, {"calls": 1})
     assert result.text() == text
     assert result.report.denied == ({"context": 1} if context == 4 else {})
@@ -166,7 +166,7 @@ async def test_a_refused_span_is_on_nobodys_books(pair):
 
 @pytest.mark.parametrize("limit", [0, 2])
 async def test_a_refused_budget_does_not_use_up_the_breakers_trial(pair, limit):
-    """Nor does a shared one: the trial is taken when all else is reserved."""
+    """A shared budget does not use it up either: the trial is taken when all else is reserved."""
     clock = [0.0]
     engine, teacher = pair(ask_at={0}, shared=shared_by_all(tokens(limit)))
     teacher.breaker = Breaker(1, 10.0, lambda: clock[0])

@@ -1,9 +1,9 @@
-"""Every fault of a teacher, on every way there is to it: the table in docs/budgets.md.
+"""Every fault of a teacher, in every way of asking it: the table in docs/budgets.md.
 
 The span loop, the pool and the client are the real ones, over a scripted student and a teacher that fails
-on demand. Whatever goes wrong, the student writes the completion to its end. What the teacher had written
-stays and is paid. Nothing else is: not in the request's budget, not in the shared one, and no place at the
-teacher stays taken.
+on demand. Whatever goes wrong, the student writes the completion to its end. The tokens that the teacher has
+written stay and are paid, and nothing else is paid: neither in the request's budget nor in the shared one. No
+place at the teacher stays taken.
 """
 
 import asyncio
@@ -74,7 +74,7 @@ async def hangs(request: web.Request) -> web.StreamResponse:
 
 
 async def drips(request: web.Request) -> web.StreamResponse:
-    """A token before every timeout, a span behind its deadline; a body byte by byte."""
+    """Send a token before every timeout, but the span after its deadline; send a body byte by byte."""
     asked = await request.json()
     response = await begin_events(request)
     for token in capitals(asked["prompt"], asked["max_tokens"]):
@@ -84,7 +84,7 @@ async def drips(request: web.Request) -> web.StreamResponse:
 
 
 async def dies(request: web.Request) -> web.StreamResponse:
-    """Behind its first token, or amid its body."""
+    """Die after the first token, or within the body."""
     asked = await request.json()
     response = await begin_events(request)
     if asked["stream"]:
@@ -98,10 +98,10 @@ async def dies(request: web.Request) -> web.StreamResponse:
 @dataclass(frozen=True)
 class Fault:
     answer: Answer | None
-    """None: nobody listens there."""
+    """The teacher's answer; None: nobody listens at its address."""
     reason: str
     written: Callable[[bool], range] = lambda stream: range(1)
-    """How many tokens of the span may have come, by whether it was streamed."""
+    """Possible numbers of the span's tokens that came, by whether it was streamed."""
 
 
 FAULTS = {
@@ -161,7 +161,7 @@ class Gateway:
         return bytes(ids).decode(), report
 
     async def check_books(self, report: Report) -> None:
-        """What was written is paid, everywhere, and nothing is held any more."""
+        """Check that written tokens are paid in every budget, and that nothing is reserved any more."""
         await asyncio.gather(*self.shared._tasks)
         (status,) = await self.shared.ledger.status(self.shared.everybody)
         assert (status.spent, status.reserved) == (report.tokens, 0)
@@ -177,7 +177,7 @@ async def gateway(
 ) -> AsyncIterator[tuple[Gateway, list[Server]]]:
     async with AsyncExitStack() as stack:
         servers = [await stack.enter_async_context(Server()) for _ in answers]
-        deaf = stack.enter_context(socket.socket())  # bound, so that nobody else gets the port
+        deaf = stack.enter_context(socket.socket())  # bound, so that no other program gets the port
         deaf.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         urls = [server.url if answer else nobody for server, answer in zip(servers, answers, strict=True)]
@@ -216,7 +216,7 @@ async def test_another_replica_takes_over_what_nobody_has_seen(
     tokenizer, fault: Fault, span_tokens: int, kind: object
 ) -> None:
     async with gateway(tokenizer, span_tokens, fault.answer, well) as (it, _):
-        it.pool._ranked = lambda key: it.pool.replicas  # the sick one first
+        it.pool._ranked = lambda key: it.pool.replicas  # the faulty one first
         written, report = await asyncio.wait_for(it.write(kind), 5)
         seen = 0 in fault.written(span_tokens > STREAM_ABOVE)
         assert report.degraded is not seen
@@ -228,7 +228,7 @@ async def test_another_replica_takes_over_what_nobody_has_seen(
 @EVERY_SPAN
 @EVERY_CLIENT
 async def test_a_teacher_comes_back(tokenizer, span_tokens: int, kind: object) -> None:
-    """Its breaker opens, nobody asks it for a while, then one does, and then all."""
+    """Its breaker opens and nobody asks it for a while. Then one call tries, and then all calls ask."""
     async with gateway(tokenizer, span_tokens, FAULTS["500"].answer) as (it, (server,)):
         for _ in range(2):
             await it.write(kind)

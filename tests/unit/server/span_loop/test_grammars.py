@@ -1,4 +1,4 @@
-"""The span loop: structured output. What a grammar takes is tested in `tests/unit/server/grammar`."""
+"""The span loop: structured output. Grammars themselves are tested in `tests/unit/server/grammar`."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ JSON = {"structured_outputs": StructuredOutputsParams(json_object=True)}
 
 @dataclass
 class ScriptedConstraint:
-    """Takes everything, or nothing; the grammar begins after one token of reasoning."""
+    """A constraint that takes everything or nothing; its grammar begins after one token of reasoning."""
 
     usable: bool = True
     opened: list[str] = field(default_factory=list)
@@ -79,7 +79,7 @@ async def test_without_a_usable_grammar_the_student_writes_alone(pair, budget):
 
 @pytest.mark.parametrize("budget", [0.9, 1])
 async def test_where_the_teacher_can_write_nothing_the_student_writes_a_token(pair, monkeypatch, budget):
-    """It would be asked for the same token again and again."""
+    """Otherwise the teacher would be asked for the same token again and again."""
 
     async def nothing(*_: Any) -> Piece:
         return Piece([], finish_reason="length")

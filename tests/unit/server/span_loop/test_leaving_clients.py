@@ -82,7 +82,7 @@ async def test_leaving_two_choices_closes_both(pair):
 
 
 async def test_a_client_that_does_not_read_holds_nothing(pair):
-    """All is written, paid and given back while it has read one token."""
+    """The whole completion is written, paid and settled while the client has read one token."""
     shared = shared_by_all(tokens(100))
     engine, teacher = pair(ask_at={2}, span_tokens=4, shared=shared)
     outputs, exchange = start(engine, 0.9, max_tokens=8)

@@ -1,4 +1,4 @@
-"""The span loop: what is counted, and which failures are noted."""
+"""The span loop: metrics, and noted failures."""
 
 import asyncio
 
@@ -42,7 +42,7 @@ async def test_a_degraded_request_is_counted_as_such(pair):
 
 
 async def test_what_the_engine_refuses_in_mid_answer_is_an_error(pair):
-    """It is one request more, and its tokens were written."""
+    """It counts as one request more, and its tokens were written."""
     engine, _ = pair(ask_at={2})
     before = count("wheels_requests_total", outcome="error")
     outputs, exchange = start(engine, 0.5)

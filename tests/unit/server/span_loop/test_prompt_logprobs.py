@@ -8,7 +8,7 @@ from tests.helpers.scripted_pair import collect, count, start, write
 from tests.helpers.scripted_student import CUMULATIVE, FINAL_ONLY, INF, PROMPT_IDS
 
 OF_HI = [None, {PROMPT_IDS[1]: Logprob(-1.0)}]
-"""Of the prompt "Hi", by the scripted student."""
+"""Log-probabilities of the prompt "Hi", by the scripted student."""
 
 
 @pytest.mark.parametrize("budget", [0.5, 1])
@@ -28,7 +28,7 @@ async def test_the_student_reads_the_prompt_once_before_anybody_writes(pair, bud
 
 
 async def test_later_segments_find_the_prompt_in_the_cache(pair):
-    """vLLM keeps a request for the prompt's log-probabilities from its prefix cache, and no other."""
+    """vLLM only bypasses its prefix cache for requests for the prompt's log-probabilities."""
     engine, _ = pair(ask_at={2})
     result = await write(engine, 0.5, prompt_logprobs=0)
     assert [segment.params.skip_reading_prefix_cache for segment in engine.segments] == [True, False, False]

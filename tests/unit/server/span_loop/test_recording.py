@@ -1,4 +1,4 @@
-"""`--record`: what both models wrote is kept, and nothing goes wrong because of it."""
+"""`--record`: completions of both models are kept, and recording disturbs no request."""
 
 import logging
 import random
@@ -44,7 +44,7 @@ async def test_a_request_without_a_budget_is_not_kept(pair, tmp_path: Path) -> N
 
 
 async def test_what_an_adapter_wrote_is_not_kept(pair, tmp_path: Path) -> None:
-    """A router reads the student as it is: trajectories of another model would teach it nothing."""
+    """A router reads the student without adapters: trajectories of another model would teach it nothing."""
     engine, _ = pair(ask_at={2})
     record(engine, tmp_path)
     await write(engine, 0.5, options={"lora_request": SimpleNamespace(lora_name="tuned")})
@@ -57,7 +57,7 @@ async def test_about_a_share_of_the_completions_is_kept(pair, tmp_path: Path) ->
     record(engine, tmp_path, share=0.25)
     for _ in range(80):
         await write(engine, 0.5, max_tokens=2)
-    assert 4 < len(list(read_trajectories(tmp_path))) < 40  # of 80, a quarter
+    assert 4 < len(list(read_trajectories(tmp_path))) < 40  # a quarter of 80
 
 
 async def test_a_full_file_is_reported_once_and_harms_nobody(

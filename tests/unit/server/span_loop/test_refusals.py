@@ -1,4 +1,4 @@
-"""The span loop: what the engine cannot take, and what is refused."""
+"""The span loop: parameters that the engine cannot take, and refusals."""
 
 import pytest
 
@@ -56,7 +56,7 @@ async def test_stop_tokens_are_counted_where_they_are_masked(pair, budget):
 @pytest.mark.parametrize("penalty", ["frequency_penalty", "presence_penalty"])
 @pytest.mark.parametrize("others", [900, 980, 985])
 async def test_a_penalty_never_has_more_biases_than_the_engine_takes(pair, budget, penalty, others):
-    """Tokens that are written become biases; with no room for more, the student ends the completion alone."""
+    """Written tokens become biases. If there is no room for more, the student ends the completion alone."""
     engine, teacher = pair(ask_at=range(0, 1000, 5), span_tokens=3)
     bias = dict.fromkeys(range(300, 300 + others), 0.5)
     asked = {penalty: 0.5, "logit_bias": bias}
@@ -95,7 +95,7 @@ async def test_a_refusal_names_the_parameter_as_it_was_sent(pair):
 
 @pytest.mark.parametrize("budget", [None, 0, 0.5, 1])
 async def test_a_request_that_writes_nothing_spends_nothing(pair, budget):
-    """The prompt's log-probabilities alone: vLLM writes a token for them, and throws it away."""
+    """For the prompt's log-probabilities alone, vLLM writes a token and throws it away."""
     engine, teacher = pair(ask_at={0}, default=0.5)
     result = await write(engine, budget, prompt_logprobs=1, max_tokens=1, writes_nothing=True)
     assert result.report.tokens == 0
@@ -104,7 +104,7 @@ async def test_a_request_that_writes_nothing_spends_nothing(pair, budget):
 
 @pytest.mark.parametrize("budget", [0.5, 1])
 async def test_what_vllm_refuses_of_one_model_is_refused_of_two(pair, budget):
-    """Segments have other parameters: to an empty choice of tokens they add the reserved rows."""
+    """Segments have other parameters: they add the reserved rows to an empty choice of tokens."""
     engine, teacher = pair()
     for parameters in ({"allowed_token_ids": []}, {"logprobs": 21}, {"logit_bias": {VOCABULARY: 1.0}}):
         with pytest.raises(VLLMValidationError) as error:

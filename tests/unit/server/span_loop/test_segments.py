@@ -1,4 +1,4 @@
-"""The span loop: what the student's engine is asked."""
+"""The span loop: requests to the student's engine."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from server.vllm_api import SamplingParams, VLLMValidationError
 from tests.helpers.scripted_pair import collect, write
 from tests.helpers.scripted_student import DELTA, PROMPT, PROMPT_IDS, RESERVED
 
-# What the student's engine is asked
+# Requests to the student's engine
 
 
 async def test_the_escalation_token_stops_a_segment_and_is_no_stop_of_the_callers(pair):
@@ -39,7 +39,7 @@ async def test_ids_and_options_of_segments(pair):
 
 
 async def test_continuations_go_first(pair):
-    """Smaller numbers do: before all new requests of the same priority, behind those of a better one."""
+    """Smaller numbers go first: before new requests of the same priority, after requests of a better one."""
     engine, _ = pair(ask_at={2, 6})
     engine.cooperator.cooperation = replace(engine.cooperator.cooperation, client_priority=True)
     seen = []

@@ -40,7 +40,7 @@ async def test_requests_of_a_session_share_its_tokens(pair):
 
 
 async def test_requests_of_a_session_share_its_money(pair):
-    """Whatever the teacher has in its cache, what its calls really cost stays within 200 millionths."""
+    """Whatever the teacher has in its cache, the real cost of its calls stays within 200 millionths."""
     shared = shared_by_all()
     engine, _ = pair(ask_at=range(100), shared=shared, prices=PRICES, caches=0.5)
     cost = 0.0
@@ -54,7 +54,7 @@ async def test_requests_of_a_session_share_its_money(pair):
 
 
 async def test_the_report_waits_for_what_is_under_way(pair):
-    """A client that leaves in a span: the report is asked for while the span loop is being stopped."""
+    """A client leaves within a span, so the report is read while the span loop is being stopped."""
     shared = shared_by_all()
     engine, _ = pair(ask_at=range(100), shared=shared)
     sessions = [await session(shared, tokens=50) for _ in range(5)]
@@ -73,7 +73,7 @@ async def test_the_report_waits_for_what_is_under_way(pair):
     asks=st.lists(st.sets(st.integers(0, 29)), min_size=2, max_size=4),
 )
 async def test_money_that_requests_share_is_never_exceeded(pair, cost, cached, spans, fails_at, asks):
-    """Requests at once, of one session, under one limit, each with a budget of its own."""
+    """Requests of one session run at once under one limit, each with a budget of its own."""
     limit = CostPerWindow(cost=cost * MILLIONTH, window_seconds=3600)
     shared = shared_by_all(limit)
     mine = await session(shared, cost=cost * MILLIONTH * 0.9)

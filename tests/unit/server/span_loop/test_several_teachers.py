@@ -1,6 +1,6 @@
-"""The span loop over several teachers: who is asked, who takes over, and what each may have.
+"""The span loop over several teachers: who is asked, who takes over, and the budget of each.
 
-The student writes small letters, the cheap teacher capitals, the dear one digits, all by their place.
+The student writes small letters, the cheap teacher capitals, and the dear one digits, each by its place.
 """
 
 import math
@@ -74,7 +74,7 @@ class Trio:
 
 @pytest.fixture
 def trio(tokenizer: Any) -> Callable[..., Trio]:
-    """Builds three models: ``trio({2: 0, 5: 1})`` asks at 2, and at 5 with a score for the dear teacher."""
+    """A function that builds three models: ``trio({2: 0, 5: 1})`` asks at 2, and the dear teacher at 5."""
     return lambda ask_at, **options: Trio(tokenizer, ask_at, **options)
 
 
@@ -90,7 +90,7 @@ async def test_the_cheap_teacher_is_asked_first_and_the_dear_one_by_the_score(tr
 
 
 async def test_a_report_has_the_names_whichever_teacher_was_called(tokenizer):
-    """Also where one of several is called as the only one would be."""
+    """This holds even if one of several is called as the only one would be."""
     three = Trio(tokenizer, {2: 0}, names=("teacher", "big"))
     await three.text()
     assert three.report["teachers"].keys() == {"teacher"}
@@ -190,7 +190,7 @@ async def test_a_name_that_nobody_has_is_refused(trio):
 
 
 async def test_a_teacher_may_have_a_budget_of_its_own(trio):
-    """Two tokens of the dear one, and then the cheap one writes what the dear one would have."""
+    """The dear teacher writes two tokens. Then the cheap one writes in its place."""
     three = trio(dict.fromkeys(range(2, 20), 1))
     text = await three.text(
         {"fraction": 0.9, "teachers": {"small": None, "big": {"tokens": 2}}}, max_tokens=12
@@ -241,7 +241,7 @@ def _own(three: Trio, small: float, big: float) -> list[tuple[float, list[list[i
 
 
 async def test_who_is_too_dear_is_not_asked(trio):
-    """The dear one would read 4 tokens and write 2 for 28 millionths, the cheap one for 8."""
+    """To read 4 tokens and write 2 costs 28 millionths at the dear teacher, and 8 at the cheap one."""
     three = trio({2: 1}, prices=PRICES)
     assert await three.text({"fraction": 0.5, "cost": 11 * MILLIONTH}) == "abCDefgh"
     assert three.report["cost"] == pytest.approx(8 * MILLIONTH)
@@ -249,7 +249,7 @@ async def test_who_is_too_dear_is_not_asked(trio):
 
 
 async def test_each_teacher_is_paid_by_its_own_prices(trio):
-    """Small reads 4 and writes 2: 8. Big reads 7 and writes 2: 34. Big alone: 2 read and 8 written."""
+    """Small reads 4 and writes 2 for 8. Big reads 7 and writes 2 for 34. Big alone reads 2 and writes 8."""
 
     def counted() -> list[float]:
         return [count("wheels_cost_total", model=model) for model in ("small", "big")]
@@ -286,7 +286,7 @@ async def test_no_cost_is_ever_exceeded(trio, cost, own, asks, spans, fails_at):
 
 
 async def test_a_limit_may_be_one_teachers(trio):
-    """The dear one has two tokens in all. What the cheap one writes does not count there."""
+    """The dear teacher has two tokens in all. Tokens of the cheap one do not count there."""
     limits = [TokensPerWindow(tokens=2, window_seconds=60, teacher="big")]
     three = trio({1: 0, 4: 1, 8: 1}, limits=limits)
     assert await three.text(0.9, max_tokens=12) == "aBCd45ghIJkl"
@@ -327,7 +327,7 @@ async def test_a_price_is_learned_from_budgets_of_all_only(trio, budget):
 
 
 async def test_terms_have_a_price_for_the_dear_teacher(trio):
-    """Half of the rate is the dear one's: the price of .2 is 2, of .1 it is 3."""
+    """Half of the rate is the dear teacher's. The price of .2 is 2, and the price of .1 is 3."""
     three = trio({})
     await three.text({"fraction": 0.2})
     (segment,) = three.engine.segments
@@ -337,14 +337,14 @@ async def test_terms_have_a_price_for_the_dear_teacher(trio):
 
 
 async def test_a_small_budget_of_the_dear_teacher_makes_it_dearer(trio):
-    """It may have .1 of the .5; the rest is the cheap one's."""
+    """The dear teacher may have .1 of the .5. The rest is the cheap one's."""
     three = trio({})
     await three.text({"fraction": 0.5, "teachers": {"small": None, "big": 0.1}})
     assert three.engine.segments[0].params.extra_args[DEARER] == [3.0]
 
 
 async def test_with_min_tokens_there_is_one_price(trio):
-    """vLLM would mask the rows of the others, which the gate reads."""
+    """vLLM would mask the rows of the other teachers, which the gate reads."""
     three = trio({2: 0})
     assert await three.text({"fraction": 0.5}, min_tokens=4) == "abCDefgh"
     for segment in three.engine.segments:
@@ -373,7 +373,7 @@ async def test_an_output_means_its_teacher(trio):
 
 
 async def test_an_output_means_its_teacher_in_whichever_order_they_are(trio):
-    """The router's order is its own: here the big one has the lower price."""
+    """The router has its own order of teachers. Here the big one has the lower price."""
     prices = {"student": {"input": 0, "output": 0}, "teacher": {}}
     prices["teacher"] = {"small": {"input": 1, "output": 20}, "big": {"input": 2, "output": 10}}
     three = trio({2: 0, 5: 1}, outputs=OUTPUTS, prices=PriceList.model_validate(prices))
@@ -394,7 +394,7 @@ async def test_who_is_down_is_kept_from_the_gate(trio):
 
 
 async def test_a_budget_of_the_dear_teacher_is_a_least_price(trio):
-    """The price of .1 is 3. When its two tokens are spent, nobody means it any more."""
+    """The price of .1 is 3. When its two tokens are spent, the gate no longer asks it."""
     three = trio({2: 1, 6: 0}, outputs=OUTPUTS)
     budget = {"fraction": 0.5, "teachers": {"small": None, "big": {"fraction": 0.1, "tokens": 2}}}
     assert await three.text(budget, max_tokens=10) == "ab23efGHij"

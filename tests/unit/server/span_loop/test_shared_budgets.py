@@ -57,7 +57,7 @@ async def test_what_the_teacher_did_not_write_is_given_back(pair):
 
 
 async def test_a_shared_limit_refuses_and_the_student_goes_on(pair):
-    """The first span gets the only two tokens; then nobody asks for a while, in vain again."""
+    """The first span gets the only two tokens. The next ask comes after a while, and is refused again."""
     shared = shared_by_all(tokens(2))
     engine, teacher = pair(ask_at={1, 5, 6, 7, 45}, span_tokens=4, shared=shared)
     result = await write(engine, 0.9, max_tokens=60)
@@ -79,7 +79,7 @@ async def test_a_request_that_may_have_everything_reserves_a_little_at_a_time(pa
 
 
 async def test_a_span_ends_with_its_lease(pair):
-    """No token may come behind the lease's deadline: without shared limits there is none."""
+    """No token may come after the lease's deadline. Without shared limits there is no deadline."""
     shared = shared_by_all(tokens(100), lease_seconds=10)
     engine, teacher = pair(ask_at={2}, shared=shared)
     before = time.monotonic()
@@ -110,7 +110,7 @@ async def test_requests_without_a_teacher_are_traffic_too(pair):
 
 
 async def test_the_shared_price_is_the_requests_price(pair):
-    """A limit of nothing makes the price infinite, once the ledger has been heard."""
+    """A limit of 0 makes the price infinite, once the ledger has answered."""
     shared = shared_by_all(FractionOfTraffic(fraction=0.0, window_seconds=60))
     engine, teacher = pair(ask_at={2}, shared=shared)
     await shared.share(None).reserve(1, 1)  # refused
@@ -149,7 +149,7 @@ MODELS = {"wheels-fast": 0, "wheels-best": 1, "wheels-careful": {"calls": 2}}
         ("wheels-fast", None, 0),
         ("wheels-best", None, 1),
         ("wheels-careful", None, 2),
-        ("wheels-fast", {"calls": 3}, 3),  # what is sent wins
+        ("wheels-fast", {"calls": 3}, 3),  # the sent budget wins
         ("wheels-best", 0, 0),
     ],
 )

@@ -15,7 +15,7 @@ from tests.helpers.scripted_student import DELTA, PROMPT, PROMPT_IDS
 
 WORDS = BudgetWords("{percent}%", (0.1, 0.5))
 CONTEXT = 200
-"""Of the scripted student."""
+"""Context of the scripted student, in tokens."""
 
 
 async def ask(engine: Engine, budget: Any, render: Any, **params: Any) -> Result:
@@ -32,7 +32,7 @@ async def in_front(words: str) -> list[int] | None:
 
 @pytest.mark.parametrize(("budget", "words"), [(0.2, b"10%"), (0.4, b"50%"), ({"tokens": 4}, b"50%")])
 async def test_the_student_alone_reads_the_words(pair, budget: Any, words: bytes) -> None:
-    """Its prompt has three tokens more, so its fifth place is the completion's third."""
+    """The student's prompt has three tokens more, so its fifth place is the completion's third."""
     engine, teacher = pair(ask_at={5})
     result = await ask(engine, budget, in_front, max_tokens=8)
     assert [bytes(segment.prefix[:5]) for segment in engine.segments] == [words + b"Hi"] * 2

@@ -1,4 +1,4 @@
-"""The span loop: who writes what, and what the caller gets."""
+"""The span loop: the authors of tokens, and the outputs that the caller gets."""
 
 import pytest
 
@@ -36,7 +36,7 @@ async def test_a_span_may_follow_a_span(pair):
 
 
 async def test_a_span_may_be_asked_for_token_by_token(pair):
-    """The gate decides behind every token of the teacher whether to ask for another."""
+    """After every token of the teacher, the gate decides whether to ask for another."""
     engine, teacher = pair(ask_at={2, 3, 4}, span_tokens=4, ask_tokens=1)
     result = await write(engine, 0.5, max_tokens=8)
     assert result.text() == "abCDEfgh"
@@ -86,7 +86,7 @@ async def test_the_teacher_may_end_it(pair):
     assert (result.text(), result.ids()[-1]) == ("abC", EOS)
     assert result.last.finish_reason == "stop"
     assert result.report.spans == [[2, 4]]
-    assert spent(engine) == (2, 1)  # of the four that were reserved
+    assert spent(engine) == (2, 1)  # four were reserved
     assert len(engine.segments) == 1
 
 
@@ -109,7 +109,7 @@ async def test_outputs_name_the_request_as_the_caller_did(pair):
     result = await write(engine, 0.5)
     for output in result.outputs:
         assert (output.request_id, output.prompt, output.prompt_token_ids) == ("r", "Hi", PROMPT_IDS)
-        assert output.num_cached_tokens == 1  # of the first segment: half of its prefix
+        assert output.num_cached_tokens == 1  # in the first segment: half of its prefix
 
 
 async def test_log_probabilities_are_of_whoever_wrote_the_token(pair):

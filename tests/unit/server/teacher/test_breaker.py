@@ -72,7 +72,7 @@ def test_a_trial_that_fails_opens_it_anew():
 
 
 def test_a_trial_without_an_outcome_is_followed_by_another():
-    """Its client may have left: then it says nothing about the teacher."""
+    """The trial's client may have left. Then the trial says nothing about the teacher."""
     clock = Clock()
     breaker = opened(clock)
     clock.now += 11

@@ -1,4 +1,4 @@
-"""Many calls at a teacher that serves few at once, over the real client: a queue is load, not failure."""
+"""Many calls to a teacher that serves few at once, with the real client: a queue is load, not failure."""
 
 import asyncio
 from collections import Counter
@@ -20,12 +20,12 @@ pytestmark = pytest.mark.steady_time
 
 AT_ONCE, SECONDS, TIMEOUT = 2, 0.02, 1.0
 CALLS = 200
-"""In one queue they take 2 s, longer than the timeout."""
+"""Number of calls. In one queue they take 2 s, longer than the timeout."""
 
 
 @asynccontextmanager
 async def busy_pool() -> AsyncIterator[tuple[TeacherPool, Counter[str]]]:
-    """A teacher that serves two calls at once, and how it was used."""
+    """A pool with a teacher that serves two calls at once, and counts of its use."""
     places, used = asyncio.Semaphore(AT_ONCE), Counter()
 
     async def answer(request: web.Request) -> web.Response:
@@ -44,7 +44,7 @@ async def busy_pool() -> AsyncIterator[tuple[TeacherPool, Counter[str]]]:
 
 
 async def outcome(pool: TeacherPool, number: int) -> str:
-    """How one call ends."""
+    """The outcome of one call."""
     slot = None
     try:
         slot = await pool.admit(number.to_bytes(2))

@@ -1,4 +1,4 @@
-"""The bound on calls at once at a crowded teacher."""
+"""The bound on concurrent calls at a crowded teacher."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a teacher's replies say of their cost."""
+"""The costs that a teacher's replies report."""
 
 from collections.abc import AsyncIterator
 
@@ -24,7 +24,7 @@ async def server() -> AsyncIterator[Server]:
 
 
 async def metered(server: Server, tokens: int = 4, *, most: int | None = None) -> Meter:
-    """What one span leaves on its meter, however it ends."""
+    """The meter of one span, however the span ends."""
     meter = Meter(PRICES, most)
     ask = Ask(PROMPT, tokens, SamplingParams(), meter=meter)
     async with Teacher(server.url, breaker=Breaker(100, 60.0), vocabulary=50, timeout=30.0) as teacher:
@@ -70,7 +70,7 @@ async def test_no_more_is_cached_than_was_sent(server):
 
 
 async def test_a_request_that_is_repeated_is_read_twice(server):
-    """The teacher draws id 77, which the student does not have; a token of it was written all the same."""
+    """The teacher writes id 77, which the student does not have. That token is paid all the same."""
     server.answers = [
         body(choice([1, 77, 3]) | {"usage": usage(3, 0)["usage"]}),
         body(choice([2, 3, 4]) | {"usage": usage(3, 96)["usage"]}),

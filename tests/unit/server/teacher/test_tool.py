@@ -1,4 +1,4 @@
-"""A tool among the teachers: asked first, answers whole or not at all, and leaves the rest to the others.
+"""A tool among the teachers is asked first. It answers in full or not at all, and the others write the rest.
 
 The student recites a text by place, again and again; its tokens are bytes. The tool is a calculator.
 """
@@ -41,7 +41,7 @@ SUM = re.compile(r"(\d+)\+(\d+)=$")
 
 
 class Calculator:
-    """Answers where the text ends in a sum."""
+    """A tool that answers if the text ends in a sum."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
@@ -90,7 +90,7 @@ Open = Callable[..., AbstractAsyncContextManager[Desk]]
 
 @pytest.fixture
 def desk() -> Open:
-    """Opens a desk: ``async with desk("3+4=...", {4}) as desk`` recites, and asks after four bytes."""
+    """A function that opens a desk: ``async with desk("3+4=...", {4})`` recites and asks after four bytes."""
 
     @asynccontextmanager
     async def desk(text: str, ask_at: Any, *, limits: Any = (), alone: bool = False, **settings: Any) -> Any:
@@ -137,7 +137,7 @@ async def test_an_answer_that_the_request_rules_out_is_none(desk: Open) -> None:
 
 
 async def test_a_tool_writes_what_it_knows(desk: Open) -> None:
-    """The whole answer, although a call of a teacher has one token."""
+    """The tool writes the whole answer, although a teacher's call has one token."""
     async with desk("13+29=?", {6}) as table:
         assert (await table.text(0.5))[:10] == "13+29=423+"
         assert table.report["teachers"] == {"calculator": {"tokens": 2, "calls": 1, "spans": [[6, 8]]}}
@@ -147,7 +147,7 @@ async def test_a_tool_writes_what_it_knows(desk: Open) -> None:
 
 
 async def test_what_it_does_not_know_is_a_teachers(desk: Open) -> None:
-    """It counts as no call of the tool."""
+    """Such a question does not count as a call of the tool."""
     async with desk("abcdefgh", {3}) as table:
         assert await table.text({"calls": 1}, max_tokens=8) == "abcDefgh"
         assert table.report["teachers"].keys() == {"big"}
@@ -170,7 +170,7 @@ async def test_at_a_budget_of_one_the_tool_comes_first(desk: Open) -> None:
 
 
 async def test_a_tool_without_prices_is_free(desk: Open) -> None:
-    """The teacher reads 10 tokens and writes two: 14 millionths."""
+    """Only the teacher costs anything: it reads 10 tokens and writes two for 14 millionths."""
     async with desk("13+29=?", {6, 8}, prices=PRICES) as table:
         assert await table.text({"cost": 15e-6}, max_tokens=10) == "13+29=42IJ"
         assert table.report["cost"] == pytest.approx(14e-6)
@@ -245,7 +245,7 @@ async def test_if_it_fails_the_others_go_on(desk: Open, answer: Any) -> None:
 
 
 async def test_an_answer_that_does_not_fit_is_not_used(desk: Open) -> None:
-    """After 8 bytes, a tenth and the 4 of a span leave 5 tokens: (0.1 · 8 + 4) / 0.9."""
+    """After 8 bytes, a fraction of 0.1 and a span of 4 leave 5 tokens: (0.1 · 8 + 4) / 0.9."""
     for answer, text in (("12345", "1+1=x1+1" + "12345"), ("123456", "1+1=x1+1=x1+1")):
         async with desk("1+1=x", {8}, alone=True) as table:
             table.calculator.answer = lambda _, answer=answer: web.json_response({"text": answer})
@@ -287,7 +287,7 @@ async def test_a_parameter_of_ids_leaves_the_tool_out(desk: Open) -> None:
 async def test_a_server_that_is_gone_is_down(desk: Open) -> None:
     async with desk("1+1=", {4}) as table:
         pool = table.engine.cooperator.cooperation.teachers.tools[0].pool
-        assert await pool.healthy() is True  # it has no /health: an answer is enough
+        assert await pool.healthy() is True  # the tool has no /health: any answer is enough
         pool.replicas[0].teacher._connection.url = "http://127.0.0.1:1"
         await pool._probe(pool.replicas[0])
         assert pool.down

@@ -1,4 +1,4 @@
-"""Whether text has to cross is found out by the first server; the others have to be like it."""
+"""The first server shows whether the models exchange text. The other servers have to be like it."""
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager

@@ -1,4 +1,4 @@
-"""Text as token ids where it goes on: no space, no special token and no lost character between its parts."""
+"""Continued text as token ids: no space, special token or lost character comes between its parts."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ TEXT = "The demonstration: 你好 🙂"
 
 
 def sentencepiece(**settings: Any) -> PreTrainedTokenizerFast:
-    """As Llama 2's: a space before every text, and bytes for what is no token."""
+    """A tokenizer like Llama 2's: a space before every text, and bytes for text without a token."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
     for byte in range(256):
         vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)

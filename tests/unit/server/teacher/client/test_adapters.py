@@ -16,7 +16,7 @@ def serves(server, *names: str) -> None:
 
 
 async def asked(server, teacher, adapter: str | None) -> str:
-    """Which model the teacher is asked for."""
+    """The model that the teacher is asked for."""
     await collect(write(teacher, 1, adapter=adapter))
     return server.bodies[-1]["model"]
 

@@ -1,4 +1,4 @@
-"""What a teacher is asked, and how its reply comes."""
+"""Requests to a teacher, and the forms in which its reply comes."""
 
 import asyncio
 
@@ -68,7 +68,7 @@ async def test_the_teacher_may_end_the_completion_without_a_token(server, teache
 
 
 async def test_a_cancellation_that_comes_together_with_the_reply_is_not_lost(teacher):
-    """Or the span loop would go on for a client that has left."""
+    """If it were lost, the span loop would go on for a client that has left."""
     reply = asyncio.get_running_loop().create_future()
     waiting = asyncio.create_task(teacher._connection._wait(reply, Patience(10.0, 20.0, prompt_tokens=1)))
     await asyncio.sleep(0)
@@ -79,13 +79,13 @@ async def test_a_cancellation_that_comes_together_with_the_reply_is_not_lost(tea
 
 
 async def test_a_slow_teacher_is_waited_for_token_by_token(server):
-    """Five pauses of 0.25 s are longer than the timeout, each alone is shorter."""
+    """Five pauses of 0.25 s together are longer than the timeout. Each alone is shorter."""
     async with client(server.url, timeout=1.0) as teacher:
         server.answers = [stream(*[choice([i], None) for i in range(5)], choice([5]), pause=0.25)]
         assert len(await collect(write(teacher, LONG))) == 6
 
 
-# What the teacher is asked
+# Requests to the teacher
 
 
 async def test_token_ids_go_both_ways(server, teacher):

@@ -1,4 +1,4 @@
-"""When a teacher is blamed, and when it only takes its time."""
+"""Failures that a teacher is blamed for, and times when it is only slow."""
 
 import asyncio
 from functools import partial
@@ -27,7 +27,7 @@ from tests.helpers.teacher_calls import (
 pytestmark = pytest.mark.steady_time
 
 
-# What the breaker is told
+# Reports to the breaker
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ async def test_failed_calls_open_the_breaker_and_a_good_one_closes_it(server):
     ("status", "opens"), [(400, False), (413, False), (422, False), (404, True), (503, True)]
 )
 async def test_a_request_that_is_wrong_does_not_speak_against_the_teacher(server, status, opens):
-    """Or one client could take the teacher from all others."""
+    """Otherwise one client could take the teacher away from all others."""
     async with client(server.url, failures=1) as teacher:
         server.answers = [body({"error": {"message": "no"}}, status)]
         assert (await failure(write(teacher, SHORT))).refused is not opens
@@ -90,7 +90,7 @@ async def test_a_call_is_counted_once_by_its_outcome(server, teacher, answer, ou
 
 
 def seconds_counted(teacher: Teacher) -> float:
-    """Durations that were observed; a port, and with it a label, may come again."""
+    """Number of observed durations; a port, and so a label, may come again."""
     labels = {"teacher": "", "replica": teacher.name}
     return REGISTRY.get_sample_value("wheels_teacher_call_seconds_count", labels) or 0.0
 
@@ -111,7 +111,7 @@ async def test_the_first_wait_grows_with_the_prompt(server):
 
 
 async def test_a_long_prompt_is_waited_for(server):
-    """It takes longer than the timeout for a token, and longer than that for a span."""
+    """The wait is longer than the timeout for a token, and longer than the timeout for a span."""
     async with client(server.url, 0.2, span_timeout=0.3) as teacher:
 
         async def answer(request: web.Request) -> web.StreamResponse:
@@ -141,7 +141,7 @@ async def test_a_teacher_that_stands_still_is_blamed(server):
 
 
 async def test_who_waits_while_others_are_served_meets_a_busy_teacher(server):
-    """Nobody asks for its health then: it may be too busy to answer."""
+    """The client does not check its health then: the teacher may be too busy to answer."""
     async with client(server.url, 0.4, span_timeout=PATIENCE, failures=1) as teacher:
         server.health = 503
         drip = stream(*[choice([7], None) for _ in range(8)], choice([8]), pause=0.1)

@@ -9,7 +9,7 @@ from tests.helpers.teacher_calls import EITHER, LONG, SHORT, VOCABULARY, collect
 
 pytestmark = pytest.mark.steady_time
 
-WRITTEN = {"prompt_ids": [1, 2, 3, 5, 5, 6], "written": 3}  # three of the prompt's, three of the completion's
+WRITTEN = {"prompt_ids": [1, 2, 3, 5, 5, 6], "written": 3}  # three of the prompt, three of the completion
 
 
 def bad_words(*words: list[int]) -> SamplingParams:
@@ -22,7 +22,7 @@ def bad_words(*words: list[int]) -> SamplingParams:
 
 
 async def test_penalties_for_what_is_written_are_biases(server, teacher):
-    """The prompt's own tokens have none: vLLM counts them for `repetition_penalty` only."""
+    """The prompt's own tokens have no bias: vLLM counts them for `repetition_penalty` only."""
     server.answers = [body(choice([7]))]
     params = SamplingParams(frequency_penalty=0.5, presence_penalty=0.25, logit_bias={4: 1.0, 6: 1.0})
     await collect(write(teacher, 1, params=params, **WRITTEN))
@@ -33,7 +33,7 @@ async def test_penalties_for_what_is_written_are_biases(server, teacher):
 
 @EITHER
 async def test_a_token_that_comes_again_is_not_charged_twice(server, teacher, tokens):
-    """vLLM would subtract its own penalty and that in the bias: the teacher stops, and is asked again."""
+    """vLLM would subtract its own penalty and the bias. So the teacher stops there, and is asked again."""
     server.answers = [
         either(tokens, choice([7, 5], "stop", stop_reason=5)),
         either(tokens, choice([8, 7], "stop", stop_reason=7)),
@@ -59,7 +59,7 @@ async def test_a_token_that_comes_again_may_be_the_last_of_the_span(server, teac
 
 
 async def test_where_no_end_is_allowed_yet_the_reply_is_cut(server, teacher):
-    """With `min_tokens` vLLM writes no stop token, so that the tokens could not come again at all."""
+    """With `min_tokens` vLLM writes no stop token, so stopping there would keep these tokens out entirely."""
     logprobs = {"token_logprobs": [-0.1, -0.2, -0.3], "top_logprobs": [{}, {}, {}]}
     last = {"token_logprobs": [-0.4], "top_logprobs": [{}]}
     server.answers = [
@@ -94,7 +94,7 @@ async def test_without_a_penalty_for_presence_nothing_is_asked_twice(server, tea
 
 @EITHER
 async def test_a_bad_word_that_begins_before_the_span_is_not_ended_in_it(server, teacher, tokens):
-    """The next token is drawn again without the one that would end it, and the rest after it."""
+    """The token that would end the bad word is drawn again, with that one excluded, and the rest after it."""
     server.answers = [
         either(tokens, choice([9, 8], "length")),
         either(tokens, choice([8], "length")),

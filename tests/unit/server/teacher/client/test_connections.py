@@ -1,4 +1,4 @@
-"""Connections to a teacher, from the first to the last."""
+"""Connections to a teacher, from the start to the end."""
 
 import asyncio
 
@@ -159,7 +159,7 @@ async def test_a_teacher_that_does_not_answer_in_time_may_be_healthy_or_not(serv
 
 
 async def test_a_teacher_that_answers_calls_meanwhile_is_healthy(server):
-    """A busy one has a queue before its health check, too."""
+    """A busy teacher has a queue for its health check, too."""
     server.health_seconds = 60.0
     server.answers = [body(choice([7]))]
     async with client(server.url, 10.0) as teacher:

@@ -1,4 +1,4 @@
-"""A stock teacher under a grammar of the gateway's: what it is asked, and where its tokens end."""
+"""A stock teacher under a grammar of the gateway: its requests, and the place where its tokens are cut."""
 
 import asyncio
 from typing import Any

@@ -1,4 +1,4 @@
-"""A teacher that does not work, and what is shown of it."""
+"""A teacher that does not work, and the messages about it."""
 
 import asyncio
 import socket
@@ -107,7 +107,7 @@ async def test_the_last_visible_token_is_one(server, teacher):
 async def test_a_reply_without_an_ending(server, teacher, tokens):
     server.answers = [either(tokens, choice([7], None))]
     pieces = write(teacher, tokens)
-    assert (await anext(pieces)).token_ids == [7]  # what was written stays valid
+    assert (await anext(pieces)).token_ids == [7]  # written tokens stay valid
     error = await failure(pieces)
     assert error.reason == "nonsense"
     assert "without a finish reason" in str(error)
@@ -121,7 +121,7 @@ async def test_a_teacher_that_hangs(server, impatient, tokens):
 
     server.answers = [answer]
     assert (await failure(write(impatient, tokens))).reason == "timeout"
-    await asyncio.wait_for(server.lost.wait(), PATIENCE)  # and is not left with the call
+    await asyncio.wait_for(server.lost.wait(), PATIENCE)  # and the call is ended at the teacher
 
 
 async def test_a_teacher_that_hangs_amid_a_stream(server, impatient):
@@ -177,7 +177,7 @@ async def test_no_token_comes_behind_the_deadline(server, teacher):
 
 
 async def test_a_span_that_moves_on_may_be_as_long_as_it_is(server):
-    """64 tokens come at once, so there is as much time again for the next ones."""
+    """64 tokens come at once, so the next ones have as much time again."""
     async with client(server.url, span_timeout=0.5) as teacher:
         server.answers = [stream(choice([1] * SPAN, None), choice([2], None), choice([3]), pause=0.3)]
         assert len(await collect(write(teacher, SPAN + 2))) == 3
@@ -211,7 +211,7 @@ async def test_a_teacher_that_dies_amid_its_reply(server, teacher, tokens):
     assert (await failure(write(teacher, tokens))).reason == "unreachable"
 
 
-# What is secret
+# Secrets
 
 
 @pytest.mark.parametrize("answer", [body({"error": {"message": "secret reply"}}, 500), hang_up])

@@ -1,4 +1,4 @@
-"""What is read of a teacher's reply."""
+"""The parts of a teacher's reply that are read."""
 
 import math
 
@@ -32,7 +32,7 @@ def top(**alternatives: float) -> dict[str, float]:
 
 @EITHER
 async def test_the_teacher_is_asked_for_the_named_tokens(server, teacher, tokens):
-    """They come in the order in which they were named; a row that is no token has no probability."""
+    """The tokens come in the order in which they were named. A row without a token has no probability."""
     named = [9, 7, 4, VOCABULARY]
     first = top(t7=-0.5, t9=-4.0, t4=-1.5) | {f"token_id:{VOCABULARY}": -0.1}
     second = top(t8=-3.0, t9=-0.25, t7=-2.0, t4=-0.1) | {f"token_id:{VOCABULARY}": -0.1}
@@ -48,7 +48,7 @@ async def test_the_teacher_is_asked_for_the_named_tokens(server, teacher, tokens
 
 
 async def test_a_teacher_that_leaves_out_a_named_token_is_not_believed(server, teacher):
-    """An older server does not know the parameter, and sends the best ones."""
+    """An older server does not know the parameter, and sends the best tokens."""
     logprobs = {"token_logprobs": [-0.5], "top_logprobs": [top(t7=-0.5)]}
     server.answers = [body(choice([7], logprobs=logprobs))]
     error = await failure(write(teacher, 1, params=SamplingParams(logprob_token_ids=[9])))
@@ -56,7 +56,7 @@ async def test_a_teacher_that_leaves_out_a_named_token_is_not_believed(server, t
 
 
 async def test_all_log_probabilities_come_as_a_stream_however_short_the_span(server, teacher):
-    """A body of eight tokens with those of 100,000 each would be larger than any reply that is read."""
+    """One body of eight tokens with 100,000 log-probabilities each would exceed the size limit of replies."""
     tops = {f"token_id:{i}": -float(i) for i in range(VOCABULARY + 32)}
     logprobs = {"token_logprobs": [-7.0], "top_logprobs": [tops]}
     server.answers = [stream(choice([7], logprobs=logprobs))]

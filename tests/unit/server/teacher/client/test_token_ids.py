@@ -1,4 +1,4 @@
-"""A teacher that takes and gives token ids alone, and how ids are spelled."""
+"""A teacher that takes and returns token ids alone, and the JSON of the ids."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def spelled(ids: SpelledIds, *lists: list[int]) -> list[int]:
 
 
 async def paths(server, teacher, **given) -> list[str]:
-    """Where the requests of one call go."""
+    """Paths of the requests of one call."""
     before = len(server.requests)
     await collect(write(teacher, 1, **given))
     return [request.path for request in server.requests[before:]]
@@ -81,7 +81,7 @@ async def test_a_teacher_without_the_endpoint_is_asked_for_a_completion(server, 
 
 
 async def test_what_refuses_any_request_does_not_offer_the_endpoint(server, teacher):
-    """A proxy, for one."""
+    """A proxy may refuse any request, for example."""
     server.generates = 400
     server.missing = "no such route"
     server.answers = [body(choice([7]))]
@@ -91,7 +91,7 @@ async def test_what_refuses_any_request_does_not_offer_the_endpoint(server, teac
 
 @pytest.mark.parametrize("status", [403, 404])
 async def test_a_teacher_that_has_lost_the_endpoint_is_asked_again_within_the_call(server, teacher, status):
-    """A server that was started anew without `--enable-scale-out`."""
+    """The server was restarted without `--enable-scale-out`."""
     server.generates = 400
     await teacher.connect()
     lost = body({"error": {"message": "disabled"}}, status=status)
@@ -125,7 +125,7 @@ def test_what_is_asked_for_once_is_not_remembered() -> None:
 
 
 def test_an_id_is_spelled_once() -> None:
-    """Ids that were there before are not looked at again, however many they are."""
+    """Ids that were spelled before are not spelled again, however many they are."""
     ids = SpelledIds()
     ids.spell([1, 2])
     never_read: Any = object()
@@ -133,7 +133,7 @@ def test_an_id_is_spelled_once() -> None:
 
 
 async def test_a_prefix_of_75_000_tokens_goes_out_and_comes_back(server, teacher):
-    """The reply has all of them again, as vLLM echoes them."""
+    """The reply has all tokens of the prefix again, as vLLM echoes them."""
     prompt = list(range(75_000))
     server.answers = [body(choice([7], prompt_token_ids=prompt))]
     (piece,) = await collect(write(teacher, 1, prompt_ids=prompt))

@@ -1,4 +1,4 @@
-"""Which replica of the teacher is asked, and which one instead."""
+"""The choice of the teacher's replica for a call, and of another one in its place."""
 
 from collections import Counter
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""Which replicas of the teacher are there, and how that is found out."""
+"""The presence of the teacher's replicas, and the probes that find it out."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""How many calls a pool of replicas takes at once, and who waits."""
+"""The number of calls that a pool of replicas takes at once, and the queue of the others."""
 
 import asyncio
 

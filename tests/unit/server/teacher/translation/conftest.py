@@ -1,4 +1,4 @@
-"""Two models that share no vocabulary: a scripted student whose tokens are bytes, a teacher with merges."""
+"""Two models without a common vocabulary: a scripted student of bytes, and a teacher with merges."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -38,7 +38,7 @@ USER = {"messages": [{"role": "user", "content": "Hi <|im_end|>"}], "add_generat
 
 @dataclass
 class Written:
-    """What came of one request."""
+    """The result of one request."""
 
     outputs: list[RequestOutput]
     report: Report
@@ -59,12 +59,12 @@ class Written:
 
     @property
     def by_teacher(self) -> str:
-        """Text of the teacher's spans."""
+        """The text of the teacher's spans."""
         return "|".join(bytes(self.ids[start:end]).decode() for start, end in self.report.as_dict()["spans"])
 
 
 class Pair:
-    """The gateway's engine over both."""
+    """The gateway's engine over both models."""
 
     def __init__(self, vllm: Any, pool: TeacherPool, translator: Translator, **settings: Any) -> None:
         limits = settings.pop("limits", ())
@@ -102,7 +102,7 @@ class Pair:
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """The student's: ids are bytes, 256 is the end of sequence."""
+    """The student's tokenizer: ids are bytes, and 256 is the end of sequence."""
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return tokenizer
@@ -110,7 +110,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def pair(tokenizer: Any) -> Callable[..., Any]:
-    """Opens a pair: ``async with pair("The teacher's text.", ask_at={2}) as (engine, teacher)``."""
+    """A function that opens a pair: ``async with pair("The text.", ask_at={2}) as (engine, teacher)``."""
 
     @asynccontextmanager
     async def pair(
@@ -142,7 +142,7 @@ def tokens_a_window(tokens: int) -> TokensPerWindow:
 
 
 async def settled(pair: Pair) -> tuple[int, int]:
-    """Spent and reserved under the only limit."""
+    """(spent, reserved) under the only limit."""
     await asyncio.gather(*pair.shared._tasks)
     (status,) = await pair.shared.ledger.status(pair.shared.everybody)
     return status.spent, status.reserved

@@ -1,4 +1,4 @@
-"""Where one model takes over from the other: whole characters, hard bounds, no token of the wrong kind."""
+"""Borders between the two models: whole characters, hard bounds, and no special token from text."""
 
 import asyncio
 from typing import Any
@@ -15,7 +15,7 @@ FACE = "🙂"
 
 
 async def test_the_teacher_reads_what_the_student_wrote(pair: Any, tokenizer: Any) -> None:
-    """It gets the text in its own tokens, as it would split it, although two models wrote it."""
+    """The teacher gets the text as its own tokenizer splits it, although two models wrote it."""
     student = RecitingLLM(tokenizer, "Sure: the demon", ask_at={15})
     text = "Sure: the demonstration"
     theirs = byte_level([text])
@@ -31,7 +31,7 @@ async def test_the_teacher_reads_what_the_student_wrote(pair: Any, tokenizer: An
 async def test_the_teacher_is_asked_after_the_students_half_character(
     pair: Any, tokenizer: Any, ask_at: int
 ) -> None:
-    """Whatever byte of the face the student asks at, it writes the face to its end."""
+    """At whatever byte of the emoji the student asks, it writes the emoji to its end first."""
     student = RecitingLLM(tokenizer, f"a{FACE}b", ask_at=range(ask_at, 6))
     async with pair("TEACHER", vllm=student) as (engine, teacher):
         written = await engine.write({"calls": 1}, max_tokens=9)
@@ -73,7 +73,7 @@ async def test_a_character_that_no_grant_can_hold_is_left_to_the_student(pair: A
 async def test_what_the_student_writes_between_puts_an_end_to_what_was_kept(
     pair: Any, tokenizer: Any
 ) -> None:
-    """The rest of the teacher's word fits its own beginning only."""
+    """The kept rest of the teacher's word fits only the beginning that the teacher wrote."""
     student = RecitingLLM(tokenizer, "s", ask_at={1, 7})
     async with pair("demonstration", vllm=student) as (engine, teacher):
         written = await engine.write({"calls": 2}, max_tokens=13)

@@ -43,7 +43,7 @@ async def test_the_teacher_reads_its_own_template_and_no_token_of_the_student(pa
 
 @pytest.mark.parametrize("leased", [4, 5, 7, 16])
 async def test_several_calls_are_as_one(pair: Any, leased: int) -> None:
-    """A shared limit gives a few tokens at a time: each call goes on with the ids that the teacher wrote."""
+    """A shared limit gives a few tokens at a time. Each call goes on with the ids that the teacher wrote."""
     async with pair(TEXT, limits=[tokens_a_window(1000)], span_tokens=leased) as (engine, teacher):
         written = await engine.write({"fraction": 1.0, "calls": 900})
         spent = await settled(engine)
@@ -61,7 +61,7 @@ def spans(written: Any) -> list[list[int]]:
 
 
 async def test_what_a_call_brought_too_much_comes_next_without_another_call(pair: Any) -> None:
-    """One token of the teacher is 14 of the student's, of which a span takes four."""
+    """One token of the teacher is 14 tokens of the student, and a span takes four."""
     text = " demonstration" * 3
     theirs = byte_level([text])
     assert len(theirs.encode(text)) == 3
@@ -74,7 +74,7 @@ async def test_what_a_call_brought_too_much_comes_next_without_another_call(pair
 
 
 async def test_a_text_that_is_longer_than_the_completion_is_cut_as_a_models_own(pair: Any) -> None:
-    """The last tokens are three of the four bytes of a face, as one model would write them."""
+    """The last tokens are three of the four bytes of an emoji, as one model would write them."""
     text = "A face: 🙂"
     async with pair(text) as (engine, _):
         written = await engine.write(1, max_tokens=len(text.encode()) - 1)

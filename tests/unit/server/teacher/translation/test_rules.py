@@ -1,4 +1,4 @@
-"""What a request rules out, or ends at, in the student's tokens of the teacher's text."""
+"""Forbidden tokens and endings of a request, applied to the student's tokens of the teacher's text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from tests.helpers.scripted_student import EOS
 
 GRAMMAR = {"structured_outputs": {"regex": "[a-z ]*"}}
 CONSTRAINED = {"structured_outputs": StructuredOutputsParams(regex="[a-z ]*")}
-"""Of which a scripted constraint makes a rule of its own."""
+"""A grammar that a scripted constraint replaces by a rule of its own."""
 
 
 @dataclass
 class WithoutBytes:
-    """A grammar that refuses some bytes, perhaps the end among them. The scripted student keeps to it."""
+    """A grammar that refuses some bytes, and perhaps the end. The scripted student follows it."""
 
     refused: Sequence[int]
     begun: bool = False
@@ -53,13 +53,13 @@ def without(*refused: int) -> dict[str, Any]:
 
 
 async def test_a_text_is_cut_where_the_grammar_refuses_it_and_the_student_goes_on(pair: Any) -> None:
-    """Small letters are the student's, by their place: "e" is the fifth."""
+    """The student writes small letters by their place: "e" is the fifth."""
     async with pair("WELL! no", ask_at={5}, student=without(ord("!"))) as (engine, teacher):
         written = await engine.write(1, max_tokens=10, **CONSTRAINED)
     assert written.text == "WELLeWELLW"
     assert written.by_teacher == "WELL|WELL|W"
     assert (written.report.denied, written.report.degraded) == ({}, False)
-    assert len(teacher.prompts) == 4  # one of them for nothing: it insists on what is refused
+    assert len(teacher.prompts) == 4  # one of them in vain: the teacher insists on a refused text
 
 
 async def test_the_teacher_gets_a_grammar_that_it_can_keep_to_from_its_beginning_on(pair: Any) -> None:
@@ -91,16 +91,16 @@ async def test_a_text_that_fits_ends_as_the_teacher_ends_it(pair: Any) -> None:
 async def test_the_teachers_end_is_none_while_the_grammar_wants_more(pair: Any) -> None:
     async with pair("WELL", student=without(EOS), ends_at=6) as (engine, _):
         written = await engine.write(1, **CONSTRAINED)
-    assert written.text == "WELLef"  # whether it may end, the student's own engine knows
+    assert written.text == "WELLef"  # the student's own engine knows whether it may end
     assert written.finish == ("stop", None)
-    assert written.report.spans[-1] == [4, 4]  # it had nothing more to say
+    assert written.report.spans[-1] == [4, 4]  # the teacher had nothing more to write
 
 
 async def test_no_bad_word_comes_of_the_teachers_text(pair: Any) -> None:
     async with pair("A BAD END", ends_at=9) as (engine, teacher):
         written = await engine.write(1, bad_words=["BAD"], max_tokens=12)
     assert written.text == "A BAefghi"
-    assert teacher.bodies[0]["bad_words"] == ["BAD"]  # as a text, it avoids it by itself
+    assert teacher.bodies[0]["bad_words"] == ["BAD"]  # it gets the bad word as text, and avoids it by itself
 
 
 async def test_a_bad_word_across_a_border_is_found(pair: Any) -> None:
