@@ -35,7 +35,7 @@ def test_growth_counts_a_new_series_from_nothing() -> None:
 
 
 def test_positions_are_what_went_through_the_model() -> None:
-    """Two prompts of 10 are read, each with 7 tokens written after it. 5 of 3 · 4 drafted tokens are taken."""
+    """Two prompts of 10 are read, and 7 tokens written after each. 5 of 3 · 4 drafts are accepted."""
     series = {
         "vllm:e2e_request_latency_seconds_count": 2,
         "vllm:request_prefill_kv_computed_tokens_sum": 20,
