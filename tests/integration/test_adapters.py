@@ -16,7 +16,7 @@ from tests.helpers.client import PATIENCE, UNHURRIED, chat, openai_client, sourc
 from tests.helpers.paths import DEMO
 
 PRICE = -0.5
-"""The margin gate asks where the best two log-probabilities are nearer to each other than this."""
+"""Price at which the margin gate asks if the gap of the best two log-probabilities is below 0.5."""
 BUDGETS = '{"tuned": 1, "student-only": 0.5}'
 FLAGS = ("--enable-lora", "--max-loras", "3", "--max-cpu-loras", "3", "--max-logprobs", "-1")
 RUNTIME = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
@@ -72,7 +72,7 @@ async def stock(adapted: Adapted) -> AsyncIterator[AsyncOpenAI]:
 
 
 async def own(stock: AsyncOpenAI, source: str, model: str, **asked: Any) -> Any:
-    """What stock vLLM writes, alone."""
+    """The completion that stock vLLM writes alone."""
     return await chat(stock, source, model=model, **asked)
 
 
@@ -84,7 +84,7 @@ def ids(reply: Any) -> list[int]:
 async def test_at_every_budget_the_adapter_writes_its_own_text(
     gateway: AsyncOpenAI, stock: AsyncOpenAI, sources: list[str], budget: float
 ) -> None:
-    """Both models have it, so that it does not matter who writes."""
+    """Both models have the adapter, so it does not matter who writes."""
     spans = 0
     for source in sources[:6]:
         alone = await own(stock, source, "tuned")
@@ -140,7 +140,7 @@ async def test_the_gate_reads_what_the_adapter_makes_of_the_student(
 async def test_the_prompts_log_probabilities_are_those_of_stock_vllm(
     gateway: AsyncOpenAI, stock: AsyncOpenAI, sources: list[str]
 ) -> None:
-    """The original has no row to spare: nothing of the appended ones is in them."""
+    """The original has no spare row, so the appended rows must not change the log-probabilities."""
     asked = {"max_tokens": 24, "extra_body": {"prompt_logprobs": 3}}
     for model, theirs in (("tuned", "tuned"), ("wheels", "teacher")):
         expected = (await own(stock, sources[1], theirs, **asked)).prompt_logprobs
@@ -150,7 +150,7 @@ async def test_the_prompts_log_probabilities_are_those_of_stock_vllm(
 
 
 def rounded(prompt_logprobs: list[Any]) -> dict[tuple[int, str], float]:
-    """By place and token."""
+    """Log-probabilities by (place, token), rounded."""
     found = {}
     for place, entry in enumerate(prompt_logprobs[1:]):
         for token, values in entry.items():
@@ -162,7 +162,7 @@ def rounded(prompt_logprobs: list[Any]) -> dict[tuple[int, str], float]:
 async def test_all_log_probabilities_are_those_of_stock_vllm(
     gateway: AsyncOpenAI, stock: AsyncOpenAI, sources: list[str], budget: float
 ) -> None:
-    """Of every token of prompt and completion, of every token that the tokenizer has, and of no other row."""
+    """At every token of prompt and completion, all of the tokenizer's tokens have one, and no other row."""
     extra = {"prompt_logprobs": -1, "return_tokens_as_token_ids": True}
     asked = {"max_tokens": 12, "logprobs": True, "top_logprobs": -1, "extra_body": extra}
     expected = await own(stock, sources[1], "tuned", **asked)
@@ -218,7 +218,7 @@ async def test_an_adapter_may_come_and_go_while_both_serve(
         assert ids(await chat(gateway, sources[4], 1, model="late")) == base
         await change(there, "load", lora_path=str(adapted.late))
         assert ids(await own(stock, sources[4], "late")) == alone
-        for _ in range(120):  # until the next probe of the teacher has seen it
+        for _ in range(120):  # until the next probe of the teacher has seen the adapter
             found = ids(await chat(gateway, sources[4], 1, model="late"))
             if found == alone:
                 break

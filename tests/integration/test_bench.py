@@ -1,4 +1,4 @@
-"""What people measure servers with works against the gateway as it is."""
+"""The usual benchmark client for servers works with the gateway, unchanged."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from server.bench.servers import GATEWAY_MODEL, MeasuredServer
 
 
 def test_vllms_own_client_works_unchanged(stack: Serving, pair: Pair, tmp_path: Path) -> None:
-    """`vllm bench serve` at a budget above 0, which it sends with `--extra-body`."""
+    """`vllm bench serve` runs at a budget above 0, which it sends with `--extra-body`."""
     server = MeasuredServer(stack.gateway, GATEWAY_MODEL, stack.gateway_process, {"teacher_budget": 0.1})
     report = vllm_bench(server, pair.student, 8, tmp_path)
     assert report["failed"] == 0

@@ -1,4 +1,4 @@
-"""Budgets without a field of the body: by the name of a model, and by a header."""
+"""Budgets that are set without a field of the body: by the name of a model, or by a header."""
 
 import re
 from collections.abc import AsyncIterator, Iterator

@@ -1,4 +1,4 @@
-"""Official clients, unchanged, with a budget and without, and as the documents use them."""
+"""Official clients without changes, with a budget and without, used as the documents show."""
 
 import asyncio
 import re

@@ -73,7 +73,7 @@ GOOD = [
     (MESSAGES, {"messages": ASKED, "max_tokens": 5}),
     (MESSAGES, {"messages": ASKED, "max_tokens": 60, "stop_sequences": ["er"]}),
 ]
-# What two models do not do together; at budget 0 it is as ever. (But for the prompt's log-probabilities: the
+# Parameters that two models cannot honour; at budget 0 they work. (The prompt's log-probabilities differ: the
 # stock server gives the reserved rows a share.)
 GOOD_ALONE = [
     (CHAT, {"messages": ASKED, "presence_penalty": 1.5}),
@@ -158,7 +158,7 @@ def http() -> Iterator[httpx.Client]:
 
 
 def nearly(value: Any) -> Any:
-    """The same, but for the last digits of its floats."""
+    """The value with its floats rounded, to compare all but the last digits."""
     if isinstance(value, dict):
         return {name: nearly(v) for name, v in value.items()}
     if isinstance(value, list):
@@ -167,7 +167,7 @@ def nearly(value: Any) -> Any:
 
 
 def merged(stream: str) -> dict[Any, Any]:
-    """What a stream says in the end, however it is cut into chunks."""
+    """The result of a stream, however it is cut into chunks."""
     said: dict[Any, Any] = {"types": []}
     for line in stream.splitlines():
         if not line.startswith("data: {"):
@@ -243,7 +243,7 @@ def test_what_vllm_refuses_the_gateway_refuses_in_the_same_words(
         answers.append((reply.status_code, reply.text.replace(f"aliases: {more['model']}", "aliases: it")))
     (status, theirs), ours = answers
     assert 400 <= status < 500
-    if "cannot be used with a teacher_budget" in ours[1]:  # right or wrong, two models do not do it
+    if "cannot be used with a teacher_budget" in ours[1]:  # refused for two models, whatever its value
         assert (budget > 0, ours[0]) == (True, 400)
     else:
         assert ours == (status, theirs)

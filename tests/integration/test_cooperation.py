@@ -34,7 +34,7 @@ async def test_budget_one_is_the_teacher_alone(
         assert ours.choices[0].finish_reason == theirs.choices[0].finish_reason == "stop"
         assert ours.teacher["rate"] == 1.0
         assert ours.teacher["calls"] == 1
-        cached = {"prompt_tokens_details"}  # only this teacher reports what its cache had
+        cached = {"prompt_tokens_details"}  # only this teacher reports cached tokens
         assert ours.usage.model_dump(exclude=cached) == theirs.usage.model_dump(exclude=cached)
 
 
@@ -194,7 +194,7 @@ async def test_logprobs_of_whoever_wrote_the_token(
         [{"role": "user", "content": sources[5]}], add_generation_prompt=True, return_dict=False
     )
     for position, entry in enumerate(choice.logprobs.content):
-        # Greedy: whoever wrote it wrote its best token; masked rows take no share of the probability.
+        # Greedy: each model wrote its best token. Masked rows have no share of the probability.
         assert entry.logprob == pytest.approx(max(top.logprob for top in entry.top_logprobs))
         assert len(entry.top_logprobs) == 3
         if by_teacher[position]:
@@ -294,7 +294,7 @@ async def test_a_client_that_leaves_stops_both_models(stack: Serving, sources: l
     async with httpx.AsyncClient(base_url=stack.gateway, timeout=PATIENCE) as http:
         # At 1 the teacher is in the middle of one long span, at 0.4 the two take turns.
         await asyncio.gather(*(leave(http, budget) for budget in (1, 0.4) * 6))
-        # On a busy machine a few have been written to their end before this client reads their first event.
+        # On a busy machine a few completions end before this client reads their first event.
         assert await settled(stack.gateway, requests, ended + 12, seconds=30) == ended + 12
         assert metric(stack.gateway, requests, outcome="aborted") - aborted >= 6
         assert await settled(stack.gateway, running, 0) == 0

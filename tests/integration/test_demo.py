@@ -1,4 +1,4 @@
-"""`wheels demo`, as a stranger runs it: what the shipped pair promises."""
+"""`wheels demo`, as a stranger runs it: the promises of the shipped pair."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""`wheels evaluate --gateway`: what users see agrees with what is computed in process."""
+"""`wheels evaluate --gateway`: the gateway's results agree with those computed in process."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A student of any family, without a row to spare, under the gateway's gate."""
+"""A student of any family, without a spare row, under the gateway's gate."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ Result = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    """By family. A process does many of them, as vLLM's import takes longer than an engine of this size."""
+    """Results by family. One process runs many of them, as importing vLLM takes longer than an engine."""
     started = []
     for number in range(WORKERS):
         directory = tmp_path_factory.mktemp("families")
@@ -57,7 +57,7 @@ def test_a_student_with_appended_rows_writes_what_stock_vllm_writes_with_the_ori
 
 
 def test_with_turns_between_student_and_teacher_the_completion_is_the_same(result: Result) -> None:
-    """The teacher is the original; its spans of two tokens are between those of the student."""
+    """The teacher is the original model. Its spans of two tokens alternate with those of the student."""
     tokens = sum(map(len, result["stock"]))
     assert result["mixed"]["completions"] == result["stock"]
     assert 0 < result["mixed"]["teacher_tokens"] < tokens
@@ -69,9 +69,9 @@ def test_at_budget_one_the_teacher_writes_all_of_it(result: Result) -> None:
 
 
 def test_the_gate_reads_what_training_reads(family: str, result: Result) -> None:
-    """Logits and taps, scaled, capped and with a bias, as transformers computes them from the same files.
+    """Logits and taps, scaled, capped and with a bias, are those of transformers from the same files.
 
-    And so the features that the gate makes of them: taps, log-probabilities in nats, entropy and margin.
+    So the gate's features agree too: taps, log-probabilities in nats, entropy and margin.
     """
     import torch
     from safetensors.torch import load_file

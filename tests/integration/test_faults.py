@@ -1,4 +1,4 @@
-"""What decides, and what happens when the teacher dies."""
+"""The router decides, and requests survive the death of the teacher."""
 
 import asyncio
 import signal
@@ -32,7 +32,7 @@ def other(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
 
 
 async def test_the_trained_router_decides(client: AsyncOpenAI, other: Serving, sources: list[str]) -> None:
-    """Other weights, other spans: the served path reads the router's weights."""
+    """Other weights of the router lead to other spans, so the gateway reads them."""
     ours = await asyncio.gather(*(chat(client, source, 0.2) for source in sources[:40]))
     async with openai_client(other.gateway) as turned:
         theirs = await asyncio.gather(*(chat(turned, source, 0.2) for source in sources[:40]))

@@ -1,4 +1,4 @@
-"""Several gateways for real: two of them, two teachers, Redis, nginx, Prometheus; one of each dies."""
+"""A real fleet: two gateways, two teachers, Redis, nginx and Prometheus. One gateway and one teacher die."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ DEPLOY = ROOT / "deploy"
 REQUESTS = 400
 AT_ONCE = 24
 LIMIT = 300
-"""Teacher tokens for all requests together: less than half of what they ask for at this price."""
+"""Teacher tokens for all requests together: less than half of those that they ask for at this price."""
 PRICE = 0.2
 LEASE_SECONDS = 6
 
@@ -38,7 +38,7 @@ def local() -> str:
 
 @dataclass
 class Fleet:
-    """Where everything answers, and the processes that die."""
+    """Addresses of the fleet, and the processes that die."""
 
     front: str
     gateways: list[str]
@@ -53,7 +53,7 @@ class Fleet:
             return json.load(reply)["data"]["result"]
 
     def shown(self, expression: str) -> list[dict[str, Any]]:
-        """The same once there is something: a scrape of a busy server may have come to nothing."""
+        """The result vector once it is not empty: a scrape of a busy server may have failed."""
         deadline = time.monotonic() + 60
         while not (result := self.query(expression)) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -77,18 +77,18 @@ class Fleet:
 class Event(NamedTuple):
     time: float
     replies: int
-    """How many there were before."""
+    """Number of replies before it."""
 
 
 @dataclass
 class Load:
-    """What became of the requests."""
+    """The outcomes of the requests."""
 
     replies: list[Any] = field(default_factory=list)
     sent: list[float] = field(default_factory=list)
-    """When each of them was sent."""
+    """Time at which each request was sent."""
     failed: list[float] = field(default_factory=list)
-    """When those that failed were sent."""
+    """Times at which the failed requests were sent."""
     events: dict[str, "Event"] = field(default_factory=dict)
 
     def note(self, what: str) -> None:
@@ -112,16 +112,16 @@ def fleet(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flee
     ledger = {
         "type": "redis",
         "url": redis.url,
-        "timeout": 10,  # a machine as busy as this one is no reason to do without Redis
+        "timeout": 10,  # a busy machine must not count as an outage of Redis
         "lease_seconds": LEASE_SECONDS,
         "on_expiry": "charge",
     }
     limits = [
         {"type": "tokens", "tokens": LIMIT, "window_seconds": 3600},
         {"type": "fraction", "fraction": 0.5, "window_seconds": 3600, "slack_tokens": 64},
-        {"type": "cost", "cost": 1000, "window_seconds": 3600},  # which never binds here
+        {"type": "cost", "cost": 1000, "window_seconds": 3600},  # this limit never binds here
     ]
-    # At a fixed price nothing spares the budget: whether it holds is up to the ledger alone.
+    # At a fixed price nothing saves the budget, so the ledger alone makes it hold.
     flags = (
         *UNHURRIED,
         "--price",
@@ -139,7 +139,7 @@ def fleet(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flee
         "teacher-1": teacher_service(pair.teacher, teachers[0], logs["teacher-1"]),
         "teacher-2": teacher_service(pair.teacher, teachers[1], logs["teacher-2"]),
     }
-    # nginx leaves a gateway alone for five seconds after a refused connection: it starts when both are there.
+    # nginx avoids a gateway for five seconds after a refused connection, so it starts when both are there.
     around = [
         nginx(front, gateways, directory),
         prometheus_service(prometheus, gateways, teachers, directory),
@@ -175,7 +175,7 @@ def nginx(front: str, gateways: list[str], directory: Path) -> Service:
 
 
 def prometheus_service(url: str, gateways: list[str], teachers: list[str], directory: Path) -> Service:
-    """Prometheus with the configuration and rules that we ship, at other addresses, and hurried."""
+    """Prometheus with the configuration and rules that we ship, at other addresses, with short intervals."""
     config = yaml.safe_load((DEPLOY / "compose" / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "2s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(path) for path in promql.RULES]
@@ -195,7 +195,7 @@ def prometheus_service(url: str, gateways: list[str], teachers: list[str], direc
 
 @pytest.fixture(scope="module")
 def load(fleet: Fleet, sources: list[str]) -> Load:
-    """Requests through nginx. Under way, a gateway and a teacher are killed, then Redis, which comes back."""
+    """Requests through nginx. Meanwhile a gateway and a teacher are killed, then Redis, which comes back."""
     return asyncio.run(_load(fleet, (sources * 4)[:REQUESTS]))
 
 
@@ -231,7 +231,7 @@ async def _load(fleet: Fleet, prompts: list[str]) -> Load:
         await until(190)
         fleet.redis.start()
         await asyncio.gather(*requests)
-    await asyncio.sleep(LEASE_SECONDS + 3)  # what the dead held is charged; Prometheus sees it all
+    await asyncio.sleep(LEASE_SECONDS + 3)  # dead leases are charged, and Prometheus sees all of it
     await eventually(lambda: fleet.budget()["reserved"] == 0)
     await eventually(lambda: fleet.alerts() >= {"WheelsGatewayDown", "WheelsTeacherDown"})
     return load
@@ -256,7 +256,7 @@ def test_it_had_to_be_held(load: Load) -> None:
 
 
 def test_the_other_teacher_takes_over(load: Load) -> None:
-    """Of the requests that were sent after the death of the first, and ended before that of Redis."""
+    """The test looks at requests that were sent after the first death and ended before that of Redis."""
     died, end = load.events["teacher killed"].time, load.events["Redis killed"].replies
     replies = [load.replies[i] for i in range(end) if load.sent[i] > died]
     assert len(replies) > 10
@@ -273,13 +273,13 @@ def test_every_panel_shows_something(fleet: Fleet, load: Load, expression: promq
     "expression", promql.rule_expressions() + promql.panel_expressions(), ids=lambda e: e.place
 )
 def test_every_series_exists(fleet: Fleet, load: Load, expression: promql.Expression) -> None:
-    """Whatever rules and panels select is exported, with the labels by which they select it."""
+    """Every series that rules and panels select is exported, with the labels by which they select it."""
     for selector in expression.selectors():
         assert fleet.shown(promql.existing(selector)), promql.existing(selector)
 
 
 async def test_the_deaths_are_noticed(fleet: Fleet, load: Load) -> None:
-    """And no other: a survivor whose scrape came to nothing counts as dead until the next one."""
+    """Only real deaths are noticed. A survivor whose scrape failed counts as dead until the next scrape."""
     died, wrong = {"WheelsGatewayDown", "WheelsTeacherDown"}, {"WheelsNoGateway", "WheelsTeacherUnreachable"}
     await eventually(lambda: fleet.alerts() & (died | wrong) == died)
     assert fleet.alerts() & (died | wrong) == died

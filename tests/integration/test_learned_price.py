@@ -1,4 +1,4 @@
-"""Without a router and without a price, the rates that requests ask for are realised."""
+"""Without a router and without a price, the gateway realises the rates that requests ask for."""
 
 import asyncio
 import json
@@ -20,9 +20,9 @@ from tests.helpers.client import COMMAND_SECONDS, UNHURRIED, chat, excess, metri
 from tests.helpers.paths import DEMO, ROOT
 
 TAUGHT = 60
-"""Prompts of `wheels calibrate`, which sends them at least twice at each rate."""
+"""Number of prompts for `wheels calibrate`, which sends them at least twice at each rate."""
 MEASURED = 100
-"""Completions at each rate after it: some 3,000 tokens."""
+"""Number of completions at each rate after the calibration: some 3,000 tokens."""
 AT_ONCE = 8
 SPAN_TOKENS = 4
 FRACTIONS = (0.05, 0.3)
@@ -30,7 +30,7 @@ NEAR = 0.02
 
 
 async def replies(client: AsyncOpenAI, sources: list[str], fraction: float) -> list[Any]:
-    """In the order of the sources, some at a time."""
+    """The replies in the order of the sources, several at a time."""
     places = asyncio.Semaphore(AT_ONCE)
 
     async def reply(source: str) -> Any:
@@ -49,7 +49,7 @@ def realised(answers: list[Any]) -> float:
 
 
 class Aimed(NamedTuple):
-    """What the metrics say of an aimed rate; what was learned before a restart is in it."""
+    """The metrics of an aimed rate, with the tokens that were learned from before a restart."""
 
     rate: float
     tokens: float
@@ -60,7 +60,7 @@ class Aimed(NamedTuple):
         return cls(rate, metric(url, "wheels_aimed_completion_tokens", aim=f"{aim:g}"))
 
     def since(self, before: "Aimed", tokens: int) -> float:
-        """The rate of the last `tokens` tokens: those before have faded."""
+        """The rate of the last `tokens` tokens; earlier tokens have faded."""
         faded = before.tokens * math.exp(-tokens / MEMORY_TOKENS)
         return (self.rate * self.tokens - before.rate * faded) / (self.tokens - faded)
 
@@ -91,7 +91,7 @@ def calibrated(rates: Sequence[float], *arguments: str) -> dict[float, dict[str,
 async def test_calibrated_prices_are_there_at_the_next_start(
     stack: Serving, pair: Pair, sources: list[str], prompts: str, tmp_path: Path
 ) -> None:
-    """Nothing is said of prices. The first start knows nothing, the second goes on from there."""
+    """No price is configured. The first start knows nothing, and the second goes on from its prices."""
     flags = ("--cache", str(tmp_path / "cache"), *UNHURRIED)
     executor = ("--distributed-executor-backend", UNIPROC, "--kv-cache-memory-bytes", "256M")
     models = ("--student", str(pair.student), "--teacher", stack.teacher)

@@ -1,4 +1,4 @@
-"""How a gateway ends: in order, at its deadline, with its engine."""
+"""The end of a gateway: in order, at its deadline, or with its engine."""
 
 import asyncio
 import os
@@ -32,7 +32,7 @@ def gateway(pair: Pair, teacher: str, logs: Path, *flags: str) -> Iterator[tuple
 
 
 async def begun(stream: AsyncIterator[Any]) -> list[Any]:
-    """Its chunks up to one that was written by a model."""
+    """A stream's chunks up to the first one with text by a model."""
     chunks = []
     async for chunk in stream:
         chunks.append(chunk)
@@ -76,14 +76,14 @@ async def test_at_sigterm_streams_end_whole(
 async def test_clients_have_time_to_go_elsewhere(
     stack: Serving, pair: Pair, sources: list[str], tmp_path: Path
 ) -> None:
-    """On a kept connection every request is answered, until the gateway has told it to go."""
+    """On a kept connection every request is answered until the gateway has asked to close it."""
     with gateway(pair, stack.teacher, tmp_path) as (url, child):
         prompt = {"prompt": sources[0], "max_tokens": 8, "teacher_budget": 0}
         async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as http:
             assert (await http.post("/v1/completions", json=prompt)).status_code == 200
             child.signal(signal.SIGTERM)
             begin, answered, told = time.monotonic(), 0, False
-            # Who was told and comes again may find the door closed, or closing.
+            # A client that was told and comes again may be refused.
             with suppress(httpx.NetworkError, httpx.RemoteProtocolError):
                 while (reply := await http.post("/v1/completions", json=prompt)).status_code == 200:
                     answered += 1
@@ -115,20 +115,20 @@ async def test_at_its_deadline_it_ends_all_the_same(
 
 
 def test_a_gateway_that_starts_can_be_ended(pair: Pair, tmp_path: Path) -> None:
-    """While it waits for its engine, where an exception would be lost; of the engine nothing stays."""
+    """The gateway is ended while it waits for its engine, and no process of the engine is left."""
     nobody = f"http://127.0.0.1:{free_port()}"
     child = Child(gateway_service(pair, nobody, f"http://127.0.0.1:{free_port()}", tmp_path))
     try:
         gateway = psutil.Process(child.process.pid)
         engine: list[psutil.Process] = []
         for _ in range(1200):
-            with suppress(psutil.NoSuchProcess):  # one that ended while it was looked at
+            with suppress(psutil.NoSuchProcess):  # it ended just now
                 engine = [p for p in gateway.children(recursive=True) if "spawn_main" in str(p.cmdline())]
             if engine:
                 break
             time.sleep(0.1)
         assert engine
-        time.sleep(2)  # it has begun to wait
+        time.sleep(2)  # the gateway has begun to wait
         child.signal(signal.SIGTERM)
         assert child.process.wait(60) == 128 + signal.SIGTERM
         assert psutil.wait_procs(engine, 60)[1] == []
@@ -137,7 +137,7 @@ def test_a_gateway_that_starts_can_be_ended(pair: Pair, tmp_path: Path) -> None:
 
 
 async def test_an_idle_connection_is_kept_longer_than_clients_keep_theirs(stack: Serving) -> None:
-    """Else a request may be sent on a connection that is being closed, and is lost."""
+    """Otherwise a request may be sent on a connection that is being closed, and be lost."""
     async with httpx.AsyncClient(
         base_url=stack.gateway, limits=httpx.Limits(keepalive_expiry=60), timeout=PATIENCE
     ) as http:

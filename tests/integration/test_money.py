@@ -1,4 +1,4 @@
-"""What completions cost, on real engines: every surface reports it, and budgets in money hold."""
+"""Costs of completions on real engines: every surface reports them, and budgets in money hold."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ MILLIONTH = 1e-6
 
 
 def cost_of(report: dict[str, Any], prompt_tokens: int) -> float:
-    """Every call reads the prompt and what was written before its span."""
+    """The cost by hand: every call reads the prompt and the tokens written before its span."""
     cost = 0
     for start, end in report["spans"]:
         reading = PRICES["teacher"]["input"] * (prompt_tokens + start)
@@ -98,7 +98,7 @@ async def test_requests_at_once_share_a_session(client: AsyncOpenAI, sources: li
 async def test_what_the_teacher_reads_again_is_found_in_its_cache(
     client: AsyncOpenAI, stack: Serving, sources: list[str]
 ) -> None:
-    """The teacher reports it: a stock server with --enable-prompt-tokens-details. A block has 32 tokens."""
+    """The teacher reports cached tokens: it has --enable-prompt-tokens-details. A block has 32 tokens."""
     labels = {"model": "teacher", "kind": "cached_input"}
     before = metric(stack.gateway, "wheels_cost_total", **labels)
     alone = metric(stack.gateway, "wheels_teacher_alone_cost_total")

@@ -1,4 +1,4 @@
-"""The gateway against its own OpenAPI document, by schemathesis: what it promises, and what it refuses."""
+"""The gateway keeps its own OpenAPI document: schemathesis checks its promises and its refusals."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,8 +23,8 @@ ENDLESS = settings(
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-# vLLM's routes whose document is wrong in stock vLLM too, and what of it is let pass.
-# All of their bodies: vLLM demands more than its schemas say (a prompt, a message, a model that there is).
+# vLLM's routes whose document is wrong in stock vLLM too, and the checks that are left out for them.
+# For all bodies: vLLM demands more than its schemas say (a prompt, a message, an existing model).
 UNDOCUMENTED = {
     ("get", "/v1/responses/{response_id}"): [status_code_conformance],  # 404
     ("post", "/v1/responses/{response_id}/cancel"): [status_code_conformance],  # 404
@@ -74,7 +74,7 @@ def test_every_operation_keeps_what_the_document_says(document: dict[str, Any], 
 
 
 def around_the_budget(document: dict[str, Any], path: str) -> dict[str, Any]:
-    """The document of one path, whose body is valid but for `teacher_budget`, which may be anything."""
+    """The document of one path. Its body is valid except for `teacher_budget`, which may be anything."""
     body = {"model": MODEL} | VALID[path]
     operation = document["paths"][path]["post"]
     properties = {name: {"const": value} for name, value in body.items()}
@@ -92,7 +92,7 @@ def around_the_budget(document: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def around_the_header(document: dict[str, Any], path: str) -> dict[str, Any]:
-    """The document of one path, whose body is valid, and has no budget."""
+    """The document of one path. Its body is valid and has no budget."""
     around = around_the_budget(document, path)
     operation = around["paths"][path]["post"]
     schema = operation["requestBody"]["content"]["application/json"]["schema"]
@@ -129,7 +129,7 @@ def test_no_other_budget_is(document: dict[str, Any], stack: Serving, path: str)
     def refused(case: schemathesis.Case) -> None:
         budget = case.body.get("teacher_budget") if isinstance(case.body, dict) else None
         if budget is None or case.body != {"model": MODEL, **VALID[path], "teacher_budget": budget}:
-            return  # it is something else that is wrong with it
+            return  # something else is wrong with it
         response = case.call(base_url=stack.gateway, timeout=PATIENCE)
         assert response.status_code == 400
         error = response.json()["error"]

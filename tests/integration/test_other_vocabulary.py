@@ -111,7 +111,7 @@ async def test_a_plain_prompt_is_the_teachers_plain_prompt(other: Serving, gatew
 async def test_bounds_hold_and_no_border_is_within_a_character(
     gateway: AsyncOpenAI, pair: Pair, sources: list[str], span_tokens: int
 ) -> None:
-    """What the student makes of a random teacher's words may be no character; a border in one is ours."""
+    """The student may write broken characters after a random teacher's words, but no border may break one."""
     tokenizer = AutoTokenizer.from_pretrained(pair.student)
     budgets = [0.2, 0.5, {"tokens": 9}, {"calls": 3}]
     asked = [(source, budgets[n % 4]) for n, source in enumerate(sources[:48])]
@@ -144,12 +144,12 @@ async def test_what_only_the_students_logits_have_is_refused_by_name(
 
 
 REGEX = r'\{"answer": "(yes indeed|not at all)", "sure": (true|false)\}'
-"""JSON without room for spaces, of which a random model would write no end."""
+"""JSON without room for spaces, which a random model would write endlessly."""
 
 
 @pytest.mark.parametrize("budget", [0.3, {"calls": 2}, 1])
 async def test_a_grammar_holds_for_both_models(gateway: AsyncOpenAI, sources: list[str], budget: Any) -> None:
-    """In mid-answer most of what a random teacher writes is refused; at the beginning it has the grammar."""
+    """Amid an answer most of a random teacher's text is refused. At the beginning it gets the grammar."""
     for source in sources[:6]:
         reply = await chat(
             gateway, source, budget, max_tokens=LENGTH, extra_body={"structured_outputs": {"regex": REGEX}}
@@ -173,7 +173,7 @@ async def test_no_end_of_either_model_ends_it_if_that_is_to_be_ignored(
 async def test_stop_tokens_and_bad_words_hold_for_the_teachers_text(
     gateway: AsyncOpenAI, pair: Pair, budget: float
 ) -> None:
-    """In a completion: this teacher repeats how its prompt ends, and a chat ends with a newline, no word."""
+    """The test uses completions: this teacher repeats the end of its prompt, which is a newline in a chat."""
     tokenizer = AutoTokenizer.from_pretrained(pair.student)
 
     async def written(**extra: Any) -> Any:
@@ -195,7 +195,7 @@ async def test_stop_tokens_and_bad_words_hold_for_the_teachers_text(
 
 
 def word_of(tokenizer: Any, ids: list[int]) -> str:
-    """A part of a text that its tokenizer splits as the text itself is split."""
+    """A part of a text whose ids are the same alone and within the text."""
     for length in range(1, 5):
         for start in range(len(ids) - length):
             part = ids[start : start + length]
@@ -206,7 +206,7 @@ def word_of(tokenizer: Any, ids: list[int]) -> str:
 
 
 def occurs(part: list[int], ids: list[int]) -> bool:
-    """Whether these ids are there one after the other."""
+    """Whether the ids contain these ids one after the other."""
     return any(ids[start : start + len(part)] == part for start in range(len(ids)))
 
 

@@ -1,4 +1,4 @@
-"""Two processes with sharded models do what one does, also when they are killed in between."""
+"""Two processes with sharded models train as one process does, even if they are killed in between."""
 
 import json
 import multiprocessing
@@ -14,7 +14,7 @@ from tests.helpers.client import PATIENCE
 from tests.helpers.numbers import tokenizer_of_numbers
 from training.models import new_model
 
-torch.set_num_threads(1)  # as the two: sums in another order would differ
+torch.set_num_threads(1)  # as in the two processes: sums in another order would differ
 
 
 def curve(directory):
@@ -26,7 +26,7 @@ def test_two_processes_follow_the_curve_of_one_through_a_kill(tmp_path, monkeypa
     tokenizer = tokenizer_of_numbers()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     one = parallel_worker.run(tokenizer, tmp_path / "one")
-    # One process imports, and the two are forks of it.
+    # One process imports everything, and the two are forks of it.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     forks = multiprocessing.get_context("forkserver")

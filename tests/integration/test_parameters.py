@@ -107,7 +107,7 @@ async def test_no_reserved_row_and_no_nonsense(stack: Serving, fields: dict[str,
 
 
 async def test_request_ids(stack: Serving, sources: list[str]) -> None:
-    """Also the same one twice at once: it is the client's, not ours."""
+    """The same id may come twice at once: it is the client's id, not ours."""
     async with httpx.AsyncClient(base_url=stack.gateway, timeout=PATIENCE) as http:
         message = {"model": "wheels", "messages": [{"role": "user", "content": sources[0]}]}
         replies = await asyncio.gather(
@@ -130,7 +130,7 @@ async def test_request_ids(stack: Serving, sources: list[str]) -> None:
 async def test_the_prompts_log_probabilities_alone(
     stack: Serving, sources: list[str], budget: float | None
 ) -> None:
-    """As evaluations of log-likelihoods ask for them."""
+    """Evaluations of log-likelihoods send such requests."""
     body = {"model": "wheels", "prompt": sources[0], "max_tokens": 0, "echo": True, "logprobs": 1}
     extra = {} if budget is None else {"teacher_budget": budget}
     async with httpx.AsyncClient(base_url=stack.gateway, timeout=PATIENCE) as http:
@@ -144,7 +144,7 @@ async def test_the_prompts_log_probabilities_alone(
 async def test_the_prompts_log_probabilities_are_the_students(
     client: AsyncOpenAI, sources: list[str], budget: float
 ) -> None:
-    """Whoever writes, and as often as they take turns: as where the student is alone."""
+    """They are the same as for the student alone, whoever writes and however often the models take turns."""
     asked = {"max_tokens": 60, "extra_body": {"prompt_logprobs": 2}}
     alone = await chat(client, sources[1], 0, **asked)
     together = await chat(client, sources[1], budget, **asked)
@@ -190,7 +190,7 @@ async def test_an_echo_has_the_log_probabilities_of_prompt_and_completion(
 
 
 def events(stream: str) -> list[Any]:
-    """What a stream sent."""
+    """The events of a stream."""
     lines = (line.removeprefix("data: ") for line in stream.splitlines() if line.startswith("data: {"))
     return [json.loads(line) for line in lines]
 
@@ -198,7 +198,7 @@ def events(stream: str) -> list[Any]:
 async def test_named_tokens_have_the_log_probabilities_of_whoever_wrote(
     client: AsyncOpenAI, sources: list[str]
 ) -> None:
-    """Of every token alike: greedy, so that the written one is at least as probable as those named."""
+    """Every token has them. As decoding is greedy, the written token is at least as probable as the named."""
     named = [70, 71, 72]
     extra = {"logprob_token_ids": named, "return_tokens_as_token_ids": True}
     reply = await chat(client, sources[5], 0.5, logprobs=True, extra_body=extra)
@@ -242,7 +242,7 @@ async def test_every_choice_of_a_batch_has_a_report(
 
 
 async def merged(stream: Any) -> list[tuple[str, Any]]:
-    """Text and report of every choice of a stream, in their order."""
+    """(text, report) of every choice of a stream, in order."""
     texts: dict[int, str] = {}
     reports: dict[int, Any] = {}
     async for chunk in stream:

@@ -67,7 +67,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     teacher, gateway = (f"http://{HOST}:{free_port()}" for _ in range(2))
     flags = (*UNHURRIED, "--gate", "random", "--config", str(config))
     service = gateway_service(Pair(model, model, model), teacher, gateway, directory, flags)
-    at = service.command.index("--router")  # it has none
+    at = service.command.index("--router")  # this gateway has no router
     service = replace(service, command=service.command[:at] + service.command[at + 2 :])
     stock = teacher_service(model, teacher, directory, flags=STOCK)
     with running([stock, service], timeout=START_SECONDS) as (teacher_process, gateway_process):
@@ -106,7 +106,7 @@ async def test_tool_calls_and_reasoning_across_spans(client: AsyncOpenAI, budget
 
 
 class Streamed:
-    """What a client puts together from a stream."""
+    """The parts of a stream, put together as a client does."""
 
     def __init__(self) -> None:
         self.reasoning, self.content, self.finish = "", "", None
@@ -137,7 +137,7 @@ async def streamed(client: AsyncOpenAI, budget: float) -> Streamed:
 
 @pytest.mark.parametrize("budget", [0, 0.3, 0.6, 1])
 async def test_their_deltas_under_load(client: AsyncOpenAI, budget: float) -> None:
-    """Many streams at once: what the models write comes in pieces of several tokens."""
+    """With many streams at once, the models' text comes in pieces of several tokens."""
     for result in await asyncio.gather(*(streamed(client, budget) for _ in range(12))):
         assert result.finish == "tool_calls"
         assert (result.reasoning, result.content.strip()) == (REASONING, CONTENT)
@@ -149,7 +149,7 @@ async def test_their_deltas_under_load(client: AsyncOpenAI, budget: float) -> No
 
 @pytest.mark.parametrize("budget", [0, 0.3, 0.6, 1])
 async def test_a_grammar_begins_after_the_reasoning(client: AsyncOpenAI, budget: float) -> None:
-    """Both models know what comes after it by heart; the grammar wants another end."""
+    """Both models know the text after the reasoning by heart, but the grammar wants another end."""
     extra = {"teacher_budget": budget, "structured_outputs": {"regex": r"Let me<tool_call>\n\n"}}
     reply = await client.chat.completions.create(**request(None) | {"extra_body": extra})
     (choice,) = reply.choices
@@ -162,7 +162,7 @@ async def test_a_grammar_begins_after_the_reasoning(client: AsyncOpenAI, budget:
 async def test_a_budget_for_thinking_counts_what_both_write(
     client: AsyncOpenAI, budget: float, tokens: int
 ) -> None:
-    """The marker of its end comes where the budget does, and the text goes on behind it."""
+    """The marker of the end comes where the budget ends, and the text goes on after it."""
     asked = request(budget, tools=[TOOL])
     asked["extra_body"]["thinking_token_budget"] = tokens
     (choice,) = (await client.chat.completions.create(**asked)).choices
@@ -191,7 +191,7 @@ def one_call(choice: str, **more: Any) -> dict[str, Any]:
 async def test_a_strict_call_after_the_reasoning(
     client: AsyncOpenAI, stock: AsyncOpenAI, budget: float, choice: str
 ) -> None:
-    """The models would write more, before a call that is forced, and after a single one."""
+    """Without the grammar, the models would write more before a forced call and after a single one."""
     theirs = await stock.chat.completions.create(**one_call(choice, model="teacher"))
     extra = {"teacher_budget": budget, "return_token_ids": True}
     ours = await client.chat.completions.create(**one_call(choice, extra_body=extra))

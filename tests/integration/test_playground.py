@@ -9,7 +9,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, Route, expect, sy
 from measuring.pair import Serving
 from server.http.routes import PLAYGROUND
 
-# Chromium's own chatter would look for hosts that are not there.
+# Otherwise Chromium itself would contact hosts that cannot be reached.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 PATIENCE = 300_000  # milliseconds: engines and browser share the cores
 expect.set_options(timeout=PATIENCE)
@@ -43,11 +43,11 @@ def page(browser: Browser, stack: Serving) -> Iterator[Page]:
     page.goto(stack.gateway)
     yield page
     page.close()
-    assert not problems  # no script error, and nothing asked of anyone but the gateway
+    assert not problems  # no script error, and no request to any server but the gateway
 
 
 def set_budget(page: Page, percent: int) -> None:
-    """With the keyboard, as one who has no mouse: Home is 0, each arrow one percent."""
+    """Set the budget with the keyboard: Home is 0, and each arrow is one percent."""
     page.get_by_label("Teacher budget").press("Home")
     for _ in range(percent):
         page.get_by_label("Teacher budget").press("ArrowRight")
@@ -94,7 +94,7 @@ def test_side_by_side_at_several_budgets(page: Page) -> None:
 
 
 def test_who_is_faster_than_the_page_is_not_interrupted(page: Page) -> None:
-    """A click before the examples have come waits for one, and is not stopped by the opening answer."""
+    """A click before the examples have arrived waits for one. The opening answer does not stop it."""
     held: list[Route] = []
     page.route("**/playground/examples", lambda route: held.append(route))
     with page.expect_request("**/playground/examples"):
@@ -115,7 +115,7 @@ def test_it_opens_with_an_answer(page: Page) -> None:
 def test_on_a_telephone_everything_is_in_sight(page: Page) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     prompt = page.get_by_role("textbox", name="Prompt")
-    # In words that is one of 47 letters: wider than the page.
+    # Spelled out, this is a word of 47 letters, wider than the page.
     prompt.fill("Here is the answer to your question: Karl got 24,926 votes and Ben got 460. Many thanks!")
     page.get_by_role("button", name="Compare budgets").click()
     expect(page.locator("#rows tr").nth(4).locator("td.n")).to_have_count(3)
@@ -140,7 +140,7 @@ def test_the_chart_moves(page: Page) -> None:
 
 
 def test_under_a_root_path_and_without_an_admins_key(browser: Browser) -> None:
-    """The page asks below the address that it came from, and says why it shows no numbers."""
+    """The page sends its requests below its own address, and explains why it shows no numbers."""
     asked: list[str] = []
 
     def answer(route: Route) -> None:

@@ -1,4 +1,4 @@
-"""What clients see of a request that fails: before its first token, after it, streamed or not."""
+"""Failed requests as clients see them: before the first token or after it, streamed or not."""
 
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -25,7 +25,7 @@ FLAGS = (
     "--gate",
     "random",
     *("--on-teacher-error", "error", "--teacher-timeout", "1", "--span-timeout", "1"),
-    # The gateway is not to notice on its own that the teacher is away.
+    # The gateway must not notice by its own probes that the teacher is away.
     *("--teacher-probe", "3600", "--breaker-failures", "1000"),
 )
 
@@ -139,7 +139,7 @@ def test_a_lost_teacher_has_the_shape_of_the_api(
         assert (answer["error"]["type"], answer["error"]["code"]) == ("Bad Gateway", 502)
 
 
-# What a client sends, and the name by which the refusal calls it.
+# Parameters as a client sends them, and their names in the refusal.
 REFUSED = [
     (CHAT, {"presence_penalty": 1, "repetition_penalty": 1.2}, "presence_penalty"),
     (COMPLETIONS, {"frequency_penalty": 1, "repetition_penalty": 1.2}, "frequency_penalty"),

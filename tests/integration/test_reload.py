@@ -1,4 +1,4 @@
-"""A gateway that begins without a router takes one that comes later, and others after it."""
+"""A gateway that starts without a router takes one that comes later, and others after it."""
 
 import asyncio
 import os
@@ -68,7 +68,7 @@ def processes_that_name(directory: Path) -> list[str]:
 def test_a_router_is_learned_and_priced_through_both_servers(
     stack: Serving, pair: Pair, waiting: Waiting, gain: str, tmp_path: Path
 ) -> None:
-    """Two rounds of 40 completions, of which the second are on the gate's own path."""
+    """There are two rounds of 40 completions, and the second round's are on the gate's own path."""
     settings = (
         f"output={tmp_path}/pair",
         f"work={tmp_path}/work",
@@ -93,7 +93,7 @@ def test_a_router_is_learned_and_priced_through_both_servers(
 
 
 def test_the_routers_stage_starts_its_servers_and_ends_them(pair: Pair, tmp_path: Path) -> None:
-    """Teacher and gateway, from the directories of the pair."""
+    """The stage starts teacher and gateway from the directories of the pair."""
     settings = (
         f"output={tmp_path}/pair",
         f"work={tmp_path}/work",
@@ -120,7 +120,7 @@ def test_the_routers_stage_starts_its_servers_and_ends_them(pair: Pair, tmp_path
 async def test_another_router_takes_over_without_a_lost_request(
     pair: Pair, waiting: Waiting, sources: list[str], tmp_path: Path
 ) -> None:
-    """The shipped one, then one without taps that never asks, and the shipped one again."""
+    """The routers are the shipped one, one without taps that never asks, and the shipped one again."""
     shipped = RouterCheckpoint.load(pair.router)
     silent = replace(
         shipped,
@@ -134,7 +134,7 @@ async def test_another_router_takes_over_without_a_lost_request(
             return [reply.teacher["calls"] for reply in replies]
 
         def put(checkpoint: RouterCheckpoint, name: str) -> None:
-            """Next to the old one, and then into its place by a symbolic link."""
+            """Write the router next to the old one, and replace that by a symbolic link."""
             checkpoint.save(tmp_path / name)
             (tmp_path / "link").symlink_to(tmp_path / name)
             os.replace(tmp_path / "link", waiting.router)

@@ -15,7 +15,7 @@ from tests.helpers.client import chat, openai_client
 
 
 class Requests(NamedTuple):
-    """What the teacher's server has answered, by endpoint."""
+    """Numbers of requests that the teacher's server has answered, by endpoint."""
 
     generate: float
     completions: float
@@ -54,7 +54,7 @@ async def test_token_for_token_at_every_budget(twin_client: AsyncOpenAI, sources
 async def test_the_teacher_is_asked_by_token_ids_alone(
     twins: Serving, twin_client: AsyncOpenAI, sources: list[str]
 ) -> None:
-    """Other calls need the text of tokens: log-probabilities, for one."""
+    """Other calls need the text of tokens, for example for log-probabilities."""
     before = Requests.of(twins.teacher)
     for extra in ({}, {"logprobs": True}):
         reply = await chat(twin_client, sources[0], 1, max_tokens=4, **extra)  # the gate is random below 1
@@ -94,7 +94,7 @@ async def test_penalties_count_the_whole_completion(
 async def test_bad_words_do_not_cross_a_border(
     twin_client: AsyncOpenAI, pair: Pair, sources: list[str]
 ) -> None:
-    """Words of two and three tokens that the model would write: they come to lie across many borders."""
+    """The bad words have two or three tokens that the model would write, across many borders."""
     tokenizer = AutoTokenizer.from_pretrained(pair.student)
     changed = 0
     for source in sources[:5]:
@@ -116,7 +116,7 @@ async def test_bad_words_do_not_cross_a_border(
 
 
 async def test_a_repetition_is_seen_across_borders(twin_client: AsyncOpenAI, sources: list[str]) -> None:
-    """Biased so, the model repeats itself, and ends where stock vLLM ends."""
+    """With this bias the model repeats itself, and ends where stock vLLM ends."""
     detection = {"max_pattern_size": 4, "min_pattern_size": 1, "min_count": 4}
     extra = {"ignore_eos": True, "repetition_detection": detection}
     ended = 0

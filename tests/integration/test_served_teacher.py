@@ -24,7 +24,7 @@ from training.tokenizer import encode_prompts, load_tokenizer
 
 @pytest.fixture(scope="module")
 def directory(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the teacher, in which weights are handed over."""
+    """A copy of the teacher's directory, in which weights are handed over."""
     return shutil.copytree(pair.teacher, tmp_path_factory.mktemp("rollouts") / "model")
 
 

@@ -26,7 +26,7 @@ PRICES = {
 
 
 class Stamp(BaseHTTPRequestHandler):
-    """A tool that has something to say at the begin of a completion only."""
+    """A tool that answers only at the beginning of a completion."""
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -37,12 +37,12 @@ class Stamp(BaseHTTPRequestHandler):
         self.wfile.write(answer)
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="module")
 def tool() -> Iterator[str]:
-    """Where the tool is called."""
+    """The tool's URL."""
     server = ThreadingHTTPServer((HOST, 0), Stamp)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://{HOST}:{server.server_port}/stamp"
@@ -52,7 +52,7 @@ def tool() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def router(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's, in a directory of its own."""
+    """A copy of the demo's router, in a directory of its own."""
     directory = tmp_path_factory.mktemp("router")
     RouterCheckpoint.load(pair.router).save(directory)
     return directory
@@ -62,7 +62,7 @@ def router(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def both(
     gateway: StartGateway, twins: Serving, tool: str, router: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Serving]:
-    """The teacher without a name is called "teacher"."""
+    """A gateway with two teachers. The teacher without a name is called "teacher"."""
     named = ("--teacher", f"small={twins.teacher}", "--teacher", f"stamp={json.dumps({'tool': tool})}")
     flags = (*named, "--prices", json.dumps(PRICES))
     with gateway(tmp_path_factory.mktemp("both"), *flags, router=router) as serving:
@@ -144,7 +144,7 @@ async def test_the_gateway_says_who_is_there(both: Serving) -> None:
 
 
 async def test_a_tool_writes_whole_answers(two: AsyncOpenAI, sources: list[str]) -> None:
-    """At a budget of 1 it is asked before the teacher, which then writes the rest."""
+    """At a budget of 1 the tool is asked before the teacher, which then writes the rest."""
     reply = await chat(two, sources[0], 1)
     assert reply.choices[0].message.content.startswith("Nr. 7: ")
     assert reply.teacher["teachers"].keys() == {"stamp", "teacher"}
@@ -156,7 +156,7 @@ async def test_a_tool_writes_whole_answers(two: AsyncOpenAI, sources: list[str])
 
 
 def of_two(demo: RouterCheckpoint, outputs: list[float]) -> RouterCheckpoint:
-    """Small and teacher are worth the demo's score times these; 0: less than nothing."""
+    """A router whose worths of small and teacher are the demo's score times these; 0: a negative worth."""
     gate = dict(demo.gate)
     gate["mlp.4.weight"] = torch.cat([demo.gate["mlp.4.weight"] * share for share in outputs])
     bias = torch.cat([demo.gate["mlp.4.bias"] * share for share in outputs])
@@ -166,7 +166,7 @@ def of_two(demo: RouterCheckpoint, outputs: list[float]) -> RouterCheckpoint:
 
 
 async def taken(gateway: Serving, directory: Path, router: RouterCheckpoint) -> None:
-    """Wait until the gateway serves with it."""
+    """Wait until the gateway serves with a router."""
     router.save(directory)
     async with httpx.AsyncClient(base_url=gateway.gateway) as http:
         for _ in range(240):
@@ -179,7 +179,7 @@ async def taken(gateway: Serving, directory: Path, router: RouterCheckpoint) -> 
 async def test_a_router_with_an_output_for_each_says_who_is_asked(
     two: AsyncOpenAI, both: Serving, pair: Pair, router: Path, sources: list[str], span_tokens: int
 ) -> None:
-    """It is taken while the gateway serves, and so is another one."""
+    """The gateway takes the router while it serves, and then another one."""
     demo = RouterCheckpoint.load(pair.router)
     budget = {"fraction": 0.3, "teachers": ["small", "teacher"]}
     try:
@@ -191,7 +191,7 @@ async def test_a_router_with_an_output_for_each_says_who_is_asked(
             for reply in replies:
                 assert excess(reply, 0.3, span_tokens) <= 1e-9
         only = {"fraction": 0.3, "teachers": ["small"]}
-        reply = await chat(two, sources[0], only)  # the gate finds no use in it
+        reply = await chat(two, sources[0], only)  # the gate finds this teacher useless
         assert reply.teacher["tokens"] == 0
     finally:
         await taken(both, router, demo)

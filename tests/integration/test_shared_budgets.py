@@ -56,7 +56,7 @@ class Stack:
             return await http.get(f"{self.serving.gateway}{path}", headers=headers)
 
     async def budgets(self, key: str) -> dict[str, Any]:
-        """What the gateway says once Redis has answered it: behind a load it may be late for a while."""
+        """The gateway's budgets once Redis has answered: after a load it may be late for a while."""
         for _ in range(300):
             view = (await self.get("/budgets", key)).json()
             if view["available"]:
@@ -126,7 +126,7 @@ async def test_or_refused(limited: Stack, sources: list[str]) -> None:
 async def test_a_limit_holds_whatever_comes_at_once(
     limited: Stack, acme: AsyncOpenAI, sources: list[str]
 ) -> None:
-    for _ in range(300):  # what the tests before have reserved is settled
+    for _ in range(300):  # until the reservations of earlier tests are settled
         budget = await limited.budget("acme-key")
         if not budget["reserved"]:
             break
@@ -136,7 +136,7 @@ async def test_a_limit_holds_whatever_comes_at_once(
     assert all(reply.choices[0].finish_reason in ("stop", "length") for reply in replies)
     written = sum(reply.teacher["tokens"] for reply in replies)
     assert written > 0
-    for _ in range(300):  # a settlement that Redis was too slow for comes later
+    for _ in range(300):  # a settlement that timed out at Redis comes later
         budget = await limited.budget("acme-key")
         if budget["spent"] - before == written and not budget["reserved"]:
             break
@@ -159,7 +159,7 @@ async def test_a_limit_holds_whatever_comes_at_once(
 
 
 async def test_used_up_and_told(limited: Stack, sources: list[str]) -> None:
-    """While the only token is reserved a refusal names the end of its lease, then that of the window."""
+    """While the only token is reserved, a refusal names the end of its lease; later, that of the window."""
     async with limited.client("strict-key") as client:
         deadline = time.monotonic() + 120
         while not (await limited.budget("strict-key"))["spent"]:
@@ -185,7 +185,7 @@ async def test_a_new_key_without_a_restart(limited: Stack, sources: list[str]) -
 
 
 async def test_redis_goes_away_and_comes_back(limited: Stack, sources: list[str]) -> None:
-    """Fail-closed is the default: the student goes on alone, nothing waits, nothing fails."""
+    """By default, reservations are refused then: the student goes on alone, nothing waits, nothing fails."""
     limited.write(ACME | {"keys": [hash_key("new-key")], "limits": []}, STRICT)
     async with limited.client("new-key") as client:
         requests = [asyncio.create_task(chat(client, source, 0.5)) for source in sources[:100]]

@@ -22,12 +22,12 @@ LIMIT = {"type": "tokens", "tokens": 10**6, "window_seconds": 3600}
 BUDGETS = (0.1, 0.3, 1, {"tokens": 5}, 0, None)
 UNLIMITED = aiohttp.ClientTimeout(total=None)
 GROWTH = 0.05
-"""What a process may hold more after a round than after the same round before it."""
+"""Largest growth of a server's memory from one round to the next, as a share."""
 
 
 @dataclass
 class Stream:
-    """What one client saw of its answer."""
+    """The answer as one client saw it."""
 
     tokens: int = 0
     endings: int = 0
@@ -57,7 +57,7 @@ async def watch(http: aiohttp.ClientSession, source: str, budget: Any, leave_aft
 
 @dataclass(frozen=True)
 class Books:
-    """What metrics and ledger say of all requests so far."""
+    """The counts of metrics and ledger for all requests so far."""
 
     requests: float
     errors: float
@@ -84,24 +84,24 @@ class Books:
 
 
 class Holding(NamedTuple):
-    """What a server and its engine's processes hold."""
+    """Resources of a server and its engine's processes."""
 
     connections: int
-    """HTTP connections, by which a gateway is asked or asks its teacher."""
+    """Number of HTTP connections, from clients to a gateway or from it to its teacher."""
     files: int
-    """Open files that are not such connections."""
+    """Number of open files that are not such connections."""
     memory: int
-    """Bytes."""
+    """Memory in bytes."""
 
     @classmethod
     def of(cls, child: Child, ports: set[int]) -> "Holding":
-        """What is held now, if HTTP is spoken on these ports."""
+        """The resources of a server now, if HTTP is spoken on these ports."""
         parent = psutil.Process(child.process.pid)
         connections = files = memory = 0
         for process in (parent, *parent.children(recursive=True)):
             sockets = http_connections(process, ports)
             opened = process.num_fds()
-            while (now := http_connections(process, ports)) != sockets:  # one came or went in between
+            while (now := http_connections(process, ports)) != sockets:  # one came or went meanwhile
                 sockets = now
                 opened = process.num_fds()
             connections += len(sockets)
@@ -117,9 +117,9 @@ def http_connections(process: psutil.Process, ports: set[int]) -> set[int]:
 
 
 async def at_rest(child: Child, ports: set[int], probes: int) -> Holding:
-    """What a server holds once it has no connections but those by which gateways probe a teacher.
+    """The resources of a server once its only connections are those by which gateways probe a teacher.
 
-    Idle connections are dropped after some seconds, later on a busy machine. One that leaks never is.
+    Idle connections are dropped after some seconds, later on a busy machine. A leaked connection never is.
     """
     deadline = time.monotonic() + 60
     while (holding := Holding.of(child, ports)).connections > probes:
@@ -171,7 +171,7 @@ async def test_five_hundred_streams(
         assert after.errors == 0
         assert after.reserved == 0
         assert (after.spent, after.student_in_ledger) == (after.teacher, after.student)
-        # Of those who left, the books know more than they have seen.
+        # The books have more tokens than the clients that left have seen.
         written = after.teacher + after.student - before.teacher - before.student
         assert sum(stream.tokens for stream in stayed) <= written
         assert written <= sum(stream.tokens for stream in stayed) + 96 * len(leavers)
@@ -180,13 +180,13 @@ async def test_five_hundred_streams(
         for server in (url, stack.teacher):
             for queue in ("running", "waiting"):
                 assert await settled(server, f"vllm:num_requests_{queue}", 0) == 0
-        # The gateway probes the teacher, and so does the one of the stack.
+        # Both this gateway and the gateway of the stack probe the teacher.
         gateway = await at_rest(child, ports, probes=1)
         teacher = await at_rest(stack.teacher_process, ports, probes=2)
         holdings.append((gateway, teacher))
         before = after
 
-    # The first round is the one that grows pools and caches.
+    # In the first round pools and caches grow.
     _, second, third = holdings
     for earlier, later in zip(second, third, strict=True):
         assert later.files <= earlier.files

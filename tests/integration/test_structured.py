@@ -17,7 +17,7 @@ from tests.helpers.client import MODEL, PATIENCE, openai_client
 from tests.helpers.schemas import SCHEMAS, SHORT, SMALL, record
 from tests.helpers.structured import ask_for_schema, check_all
 
-# The shipped models know no JSON, and would fill it with spaces.
+# The shipped models do not know JSON, and would fill it with spaces.
 CONFIG = """
 vllm:
   structured-outputs-config: {backend: xgrammar, disable_any_whitespace: true}
@@ -37,7 +37,7 @@ class Written(NamedTuple):
 
 @pytest.fixture(scope="module")
 def url(stack: Serving, pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Another gateway before the same teacher, which asks at random."""
+    """URL of another gateway with the same teacher, which asks at random."""
     directory = tmp_path_factory.mktemp("structured")
     config = directory / "gateway.yaml"
     config.write_text(CONFIG)
@@ -60,7 +60,7 @@ async def claude(url: str) -> AsyncIterator[AsyncAnthropic]:
 
 
 async def chat(client: AsyncOpenAI, budget: float, *, stream: bool = False, **more: Any) -> Written:
-    """What a chat brings."""
+    """The result of a chat."""
     extra = {"teacher_budget": budget} | more.pop("extra_body", {})
     asked = {"model": MODEL, "messages": QUESTION, "seed": 3, "stream": stream} | LIMITS | more
     reply = await client.chat.completions.create(extra_body=extra, **asked)
@@ -156,7 +156,7 @@ async def test_messages_with_a_format(claude: AsyncAnthropic, budget: float, str
 
 @BUDGETS
 async def test_schemas_of_many_kinds(client: AsyncOpenAI, budget: float) -> None:
-    """Some of those in `tests/benchmarks/bench_structured.py`, which has all."""
+    """A part of the schemas; `tests/benchmarks/bench_structured.py` uses all of them."""
     asked = [ask_for_schema(client, schema, budget, place) for place, schema in enumerate(SCHEMAS[::12])]
     answers = await asyncio.gather(*asked)
     check_all(answers, budget)

@@ -23,7 +23,7 @@ from tests.helpers.schemas import FLAG, SHORT, SMALL, TOOLS, items, record
 from tests.helpers.structured import ask_for_tool, check_all
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
-# The shipped models know no JSON, and would fill it with spaces. This parser takes plain JSON.
+# The shipped models do not know JSON, and would fill it with spaces. This parser takes plain JSON.
 GRAMMAR = '{"backend": "xgrammar", "disable_any_whitespace": true}'
 PARSER = "xlam"
 CONFIG = f"""
@@ -44,7 +44,7 @@ CHOICES = pytest.mark.parametrize("choice", ["required", "named"])
 
 @pytest.fixture(scope="module")
 def servers(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """The student on a stock server, and on a gateway that asks that server at random."""
+    """The student on a stock server, and on a gateway that asks this server at random."""
     directory = tmp_path_factory.mktemp("tools")
     config = directory / "gateway.yaml"
     config.write_text(CONFIG)
@@ -80,7 +80,7 @@ async def claude(servers: Serving) -> AsyncIterator[AsyncAnthropic]:
 
 
 def asked(path: str, choice: str) -> dict[str, Any]:
-    """A request that has to call one of two tools, or the second of them."""
+    """A request that has to call any of two tools, or the second one."""
     description = "Does what it is called."
     if path == CHAT:
         functions = [{"name": n, "description": description, "parameters": SCHEMA} for n in NAMES]
@@ -117,7 +117,7 @@ def asked(path: str, choice: str) -> dict[str, Any]:
 
 
 def calls_of(reply: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Name and arguments of the tools that a reply of any API calls."""
+    """(name, arguments) of the tools that a reply calls, for every API."""
     if "choices" in reply:
         calls = reply["choices"][0]["message"]["tool_calls"]
         return [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in calls]
@@ -207,7 +207,7 @@ async def test_streamed_messages_bring_the_same_call(
 
 @BUDGETS
 async def test_tools_of_many_kinds(client: AsyncOpenAI, budget: float) -> None:
-    """Some of those in `tests/benchmarks/bench_structured.py`, which has all."""
+    """A part of the tools; `tests/benchmarks/bench_structured.py` uses all of them."""
     calls = [ask_for_tool(client, tool, budget, place) for place, tool in enumerate(TOOLS[::8])]
     answers = await asyncio.gather(*calls)
     check_all(answers, budget)

@@ -1,4 +1,4 @@
-"""One trace of a request: ours, vLLM's own spans of the student's segments, our teacher calls."""
+"""One trace of a request: our span, vLLM's own spans of the student's segments, our teacher calls."""
 
 import threading
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ async def test_a_request_is_one_trace(
         async with openai_client(url) as client:
             headers = {"X-Request-Id": "order-7"}
             reply = await chat(client, sources[1], 0.5, extra_headers=headers)
-    # The gateway has ended: whatever it held is exported.
+    # The gateway has ended, so all of its spans are exported.
     (request,) = [span for span in spans if span.name == "POST /v1/chat/completions"]
     attributes = {a.key: a.value.string_value or a.value.int_value for a in request.attributes}
     assert attributes["wheels.request_id"] == "order-7"

@@ -22,14 +22,14 @@ LONG = {"ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def asking(pair: Pair) -> RouterCheckpoint:
-    """The shipped router, as one that wants words."""
+    """The shipped router, changed to want budgets in words."""
     shipped = RouterCheckpoint.load(pair.router)
     return replace(shipped, config=shipped.config.model_copy(update={"budget_prompt": WORDS}))
 
 
 @pytest.fixture(scope="module")
 def silent(asking: RouterCheckpoint) -> RouterCheckpoint:
-    """One that never asks, so that all is the student's."""
+    """A router that never asks, so that the student writes everything."""
     gate = {**asking.gate, "mlp.4.bias": asking.gate["mlp.4.bias"] - 1e6}
     return replace(asking, taps=asking.taps * 0, gate=gate)
 
@@ -95,7 +95,7 @@ async def test_a_text_begins_with_the_words(words_client: AsyncOpenAI, sources: 
 async def test_a_full_context_leaves_the_words_their_room(
     words_client: AsyncOpenAI, sources: list[str]
 ) -> None:
-    """Without `max_tokens` a completion may fill the context, of which the words take a part."""
+    """Without `max_tokens` a completion may fill the context, and the words take a part of it."""
     reply = await chat(words_client, sources[0], BUDGET, max_tokens=None, extra_body=LONG)
     words = await chat(words_client, f"At most 20 %: {sources[0]}", 0, max_tokens=None, extra_body=LONG)
     assert reply.usage.completion_tokens == words.usage.completion_tokens

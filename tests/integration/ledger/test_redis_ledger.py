@@ -26,7 +26,10 @@ from tests.helpers.redis_server import RedisServer
 
 
 class RedisMachine(LedgerMachine):
-    """Every example has a prefix, hence a state, of its own. A restart also empties the script cache."""
+    """The ledger machine on Redis. Every example has a prefix, and so a state, of its own.
+
+    A restart also empties Redis's cache of scripts.
+    """
 
     url = ""
     examples = 0
@@ -103,12 +106,12 @@ def gateways(url: str, count: int, directory: Path) -> Iterator[list[subprocess.
 
 
 def lines(directory: Path, i: int) -> list[str]:
-    """What a worker printed, but for a line that its death cut short."""
+    """The lines that a worker printed, without one that its death cut short."""
     return (directory / str(i)).read_text().split("\n")[:-1]
 
 
 async def test_four_gateways_some_killed(redis_server: RedisServer, tmp_path: Path, connect: Connect) -> None:
-    """Thousands of concurrent reservations, two of four processes killed: not a token over the limit."""
+    """Two of four processes die during thousands of reservations at once: not a token is over the limit."""
     ledger = connect(redis_server, lease_seconds=worker.LEASE_SECONDS)
     limit = worker.EVERYBODY.limit.tokens
     highest = 0
@@ -135,14 +138,14 @@ async def test_four_gateways_some_killed(redis_server: RedisServer, tmp_path: Pa
             status = await everybody()
             return status.spent == limit and status.reserved == 0
 
-        # The survivors go on until the last token is spent, those of the dead included.
+        # The survivors go on until the last token is spent, the dead processes' tokens included.
         await until(all_spent, 240)
         assert await ledger.status([worker.TENANT]) is not None
-    # What the dead held came back within its lease: a refused survivor asks every 0.2 s.
+    # The dead processes' tokens came back within their lease: a refused survivor asks every 0.2 s.
     settled = [[int(line) for line in lines(tmp_path, i) if line != "-"] for i in range(4)]
     assert sum(map(len, settled)) > 3000
     assert all(settled), "every gateway got its share"
-    # A worker that was killed may have settled without telling; one span per stream at most.
+    # A killed worker may have settled one span per stream, at most, without printing it.
     unsaid = limit - sum(map(sum, settled))
     assert 0 <= unsaid <= 2 * worker.STREAMS * 8
 
@@ -155,7 +158,7 @@ async def test_what_the_dead_held_comes_back_within_its_lease(
     alive = connect(redis_server, lease_seconds=1.0, clock=clock)
     assert isinstance(await dead.reserve([TENANT, RATE], 8), Lease)
     assert isinstance(await dead.reserve([TENANT], 92), Lease)
-    await dead._client.aclose()  # a killed process closes its connections, and says nothing else
+    await dead._client.aclose()  # a killed process closes its connections and does nothing else
 
     async def free() -> bool:
         return isinstance(await alive.reserve([TENANT, RATE], 8), Lease)
@@ -168,7 +171,7 @@ async def test_what_the_dead_held_comes_back_within_its_lease(
 
 
 async def test_the_time_is_redis_own(redis_server: RedisServer, connect: Connect) -> None:
-    """A lease ends by Redis's clock; its holder's deadline lies safely before that."""
+    """A lease ends by Redis's clock. Its holder's deadline is safely before that."""
     ledger = connect(redis_server, lease_seconds=10.0)
     before, begun = time.monotonic(), time.time()
     lease = await ledger.reserve([TENANT], 8)
@@ -209,7 +212,7 @@ async def test_all_keys_have_one_slot_in_a_cluster(tmp_path: Path, connect: Conn
 
 
 async def test_idle_scopes_vanish(redis_server: RedisServer, connect: Connect) -> None:
-    """Every key has a time to live: two windows and a lease, and one more window for the totals."""
+    """Every key has a time to live of two windows and a lease. The totals have one more window."""
     ledger = connect(redis_server, lease_seconds=10.0)
     await ledger.reserve([TENANT], 8)
     for part, windows in (("state", 3), ("held", 2), ("leases", 2)):

@@ -24,7 +24,7 @@ def answer(ledger: RedisLedger) -> Coroutine[Any, Any, Lease | Denial]:
 
 
 async def granted(ledger: RedisLedger) -> Lease:
-    """A lease, once Redis answers: an impatient ledger on a busy machine may have to ask again."""
+    """A lease as soon as Redis answers: on a busy machine an impatient ledger may have to ask again."""
     while True:
         reply = await answer(ledger)
         if isinstance(reply, Lease) and reply.accounted:
@@ -43,7 +43,7 @@ IMPATIENT = {"timeout": TIMEOUT, "retry_seconds": RETRY}
 
 
 class Clock:
-    """Finds how long this process itself got no turn: so much later may everything be."""
+    """Measures how long this process itself got no turn: everything may be late by this time."""
 
     def __init__(self) -> None:
         self.stalled = 0.0
@@ -62,7 +62,7 @@ class Clock:
 
 
 def counting(ledger: RedisLedger, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The questions that the ledger sends from now on."""
+    """A list that collects the questions that the ledger sends from now on."""
     asked: list[Any] = []
     evaluate = ledger._evaluate
 
@@ -79,7 +79,7 @@ def counting(ledger: RedisLedger, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 async def test_redis_away(
     durable_redis: RedisServer, rule: str, fault: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refused or allowed as configured, within the timeout; at once after three failures; back by itself."""
+    """Reservations are refused or allowed as configured, in time, and at once after three failures."""
     ledger = connect(durable_redis, when_unavailable=rule, **IMPATIENT)
     lease = await granted(ledger)
     if fault == "gone":
@@ -121,7 +121,7 @@ async def test_redis_away(
         statuses = await ledger.status([TENANT])
         return statuses is not None and (statuses[0].spent, statuses[0].reserved) == (3, 0)
 
-    await until(settled, 60)  # the settlement arrived, and nothing that was refused meanwhile is held
+    await until(settled, 60)  # the settlement arrived, and refused reservations hold nothing
     assert ledger.available
     await granted(ledger)
 
@@ -133,7 +133,7 @@ async def test_a_gateway_that_is_late_itself_does_not_blame_redis(
     await ledger.status([TENANT])  # connected
     for _ in range(5):
         reply = asyncio.create_task(ledger.reserve([TENANT], 4))
-        for _ in range(5):  # turns of the loop, until the question is on its way
+        for _ in range(5):  # turns of the loop until the question is on its way
             await asyncio.sleep(0)
         time.sleep(2 * TIMEOUT)  # noqa: ASYNC251
         assert isinstance(await reply, Lease)
@@ -191,12 +191,12 @@ TRAFFIC = Scope("global", "", TokensPerWindow(tokens=10**6, window_seconds=3600)
 
 @dataclass
 class Traffic:
-    """40 streams that reserve and settle until they are stopped, and what became of it."""
+    """40 streams that reserve and settle until they are stopped, and their results."""
 
     ledger: RedisLedger
     spent: int = 0
     without: list[Any] = field(default_factory=list)
-    """Replies by which nothing is accounted for: denials, or leases while Redis is away."""
+    """Replies that reserve nothing in Redis: denials, or leases while Redis is away."""
     slowest: float = 0.0
     stop: bool = False
 
@@ -215,7 +215,7 @@ class Traffic:
 
     @asynccontextmanager
     async def flowing(self) -> AsyncIterator[None]:
-        """Afterwards: something was spent, something was not to be had, and nobody waited long."""
+        """Traffic in a block. Afterwards some tokens are spent, some are refused, and nobody waited long."""
         async with Clock() as clock, asyncio.TaskGroup() as group:
             for _ in range(40):
                 group.create_task(self.stream())
@@ -226,13 +226,13 @@ class Traffic:
         assert self.slowest < TIMEOUT + 0.5 + 2 * clock.stalled  # one stall on the way there, one back
 
     async def exact(self) -> bool:
-        """Whether the ledger says spent exactly what was settled, and nothing reserved."""
+        """Whether the ledger shows exactly the settled tokens as spent, and nothing as reserved."""
         statuses = await self.ledger.status([TRAFFIC])
         return statuses is not None and (statuses[0].spent, statuses[0].reserved) == (self.spent, 0)
 
 
 async def test_restart_under_load_loses_nothing(durable_redis: RedisServer, connect: Connect) -> None:
-    """Redis killed and restarted while 40 streams reserve and settle: spent exactly what was settled."""
+    """Redis is killed and restarted while 40 streams reserve and settle: only settled tokens are spent."""
     traffic = Traffic(connect(durable_redis, **IMPATIENT))
     async with traffic.flowing():
         for _ in range(3):
@@ -252,8 +252,8 @@ async def test_an_outage_under_load(
 ) -> None:
     """Redis is out of reach three times while 40 streams reserve and settle: nobody hangs, nothing is lost.
 
-    Nor is anything held that nobody knows of: a reservation that was given up arrives all the same when the
-    way is free again, after the settlement that gave it back.
+    No unknown lease holds anything either: a reservation that was given up still arrives when the network is
+    back, after the settlement that gave it back.
     """
     options = {"when_unavailable": rule, "lease_seconds": 60.0, **IMPATIENT}
     async with (
@@ -277,7 +277,7 @@ async def test_an_outage_under_load(
 async def test_a_reservation_that_arrives_behind_its_settlement_holds_nothing(
     redis_server: RedisServer, connect: Connect
 ) -> None:
-    """It was given up while the network was cut; TCP delivers it all the same, when it may."""
+    """The reservation was given up while the network was cut. TCP still delivers it afterwards."""
     direct = connect(redis_server)
     async with Network(redis_server.port, straggle=0.0) as network:
         ledger = RedisLedger.connect(f"redis://127.0.0.1:{network.port}", **IMPATIENT)
@@ -287,7 +287,7 @@ async def test_a_reservation_that_arrives_behind_its_settlement_holds_nothing(
         ((given_up, *_),) = ledger._owed.values()
         for _ in range(2):
             assert await direct.settle(given_up, 0) == "unknown"
-        ledger._paying.cancel()  # this was it, on another connection
+        ledger._paying.cancel()  # this task has sent the settlement, on another connection
         ledger._owed.clear()
         network.mend()
         await ledger.settle(await granted(ledger), 2)
@@ -298,7 +298,7 @@ async def test_a_reservation_that_arrives_behind_its_settlement_holds_nothing(
 
 
 async def test_a_cancelled_reservation_holds_nothing(redis_server: RedisServer, connect: Connect) -> None:
-    """Clients that leave while the reservation is under way, at every possible moment."""
+    """A client leaves while the reservation is under way, at every possible moment."""
     ledger = connect(redis_server, connections=4)
     scope = Scope("global", "", TokensPerWindow(tokens=10**6, window_seconds=3600))
     await ledger.reserve([scope], 1)
@@ -322,7 +322,7 @@ async def test_a_cancelled_reservation_holds_nothing(redis_server: RedisServer, 
 
 
 async def test_a_full_redis_is_an_absent_one(durable_redis: RedisServer, connect: Connect) -> None:
-    """An error reply is no permission."""
+    """An error reply of Redis permits nothing."""
     ledger = connect(durable_redis, **IMPATIENT)
     await granted(ledger)
     durable_redis.command("config", "set", "maxmemory", "1")

@@ -64,7 +64,7 @@ async def test_of_many_that_begin_a_session_at_once_one_sets_its_budget(
 
 
 async def test_both_limits_hold_at_all_gateways_together(redis_server: RedisServer, connect: Connect) -> None:
-    """A call reads for 10 nanos, half of it cached, and writes 4 of 5 tokens for 2 nanos each."""
+    """A call reads for 10 nanos, with half of it cached, and writes 4 of 5 tokens for 2 nanos each."""
     ledgers = [connect(redis_server) for _ in range(4)]
     mine = session(tokens=200, nanos=1000)
     scopes = await opened(ledgers[0], mine)
@@ -82,7 +82,7 @@ async def test_both_limits_hold_at_all_gateways_together(redis_server: RedisServ
     assert (money.spent, money.reserved) == (sum(costs), 0)
     assert tokens.spent <= 200
     assert money.spent <= 1000
-    # The last call was refused for lack of tokens, as 49 calls write 196: 4 are left, 5 are needed.
+    # The last call was refused for lack of tokens: 49 calls write 196, so 4 are left, and 5 are needed.
     assert isinstance(await ledgers[1].reserve(scopes, 5, charge=Charge(10, 2)), Denial)
 
 
@@ -105,7 +105,7 @@ async def test_a_session_without_use_vanishes(redis_server: RedisServer, connect
 
 
 async def test_use_keeps_a_session(redis_server: RedisServer, connect: Connect) -> None:
-    """Every key of it lives on for its idle time after each reservation."""
+    """After each reservation, every key of the session lives on for its idle time."""
     ledger = connect(redis_server)
     scopes = await opened(ledger, session(tokens=5, nanos=100))
     redis_server.command("pexpire", f"{{wheels}}:{scopes[0].id}:state", "5000")
@@ -124,7 +124,7 @@ async def test_without_redis_nobody_knows(redis_server: RedisServer, connect: Co
 
 
 async def test_large_amounts_of_money_are_exact(redis_server: RedisServer, connect: Connect) -> None:
-    """A million units are 10^15 nanos; not one is lost."""
+    """A million units are 10^15 nanos, and not one is lost."""
     ledger = connect(redis_server)
     million = Scope("global", "", CostPerWindow(cost=1_000_000, window_seconds=3600))
     lease = await ledger.reserve([million], 1, charge=Charge(10**15 - 7, 1))

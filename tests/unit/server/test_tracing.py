@@ -32,7 +32,7 @@ def spans(exporter: InMemorySpanExporter) -> InMemorySpanExporter:
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """An app with a call of 4 tokens and one that fails; it answers with the parents of both spans."""
+    """An app with a call of 4 tokens and one that fails; answers with the traceparents it got and sends."""
     exchange = Exchange()
     report = exchange.open()
     report.completion_tokens, report.tokens, report.calls = 9, 4, 2

@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_examples_are_drawn_at_once() -> Iterator[None]:
-    """They take longer than the few steps of a test; the tests of batches are not of how many these are."""
+    """Draw few examples: many take longer than a test's few steps, and no test is about their number."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.batches.SHARD_BATCHES", 8)
         yield
@@ -16,7 +16,7 @@ def _few_examples_are_drawn_at_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def untrained_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with `teacher` and `student`, which nobody changes."""
+    """A directory with `teacher` and `student`; tests must not change it."""
     from tests.helpers.numbers import save_untrained_pair, tokenizer_of_numbers
 
     directory = tmp_path_factory.mktemp("untrained_pair")

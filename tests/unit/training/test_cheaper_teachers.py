@@ -1,4 +1,4 @@
-"""A recipe with several teachers: what it refuses, what it exports, and who evaluates it."""
+"""A recipe with several teachers: its refusals, its exports, and its evaluation."""
 
 import json
 from dataclasses import replace
@@ -123,7 +123,7 @@ def test_a_router_of_one_output_notices_that_teachers_were_added(recipe, tmp_pat
 
 
 def test_a_gate_of_several_learns_from_what_a_gateway_writes(untrained_pair, tmp_path):
-    """The gateway takes it, and its common prices are found there."""
+    """The gateway takes the gate, and its common prices are found there."""
     (tmp_path / "router").mkdir()
     gateway = TakingGateway(load_tokenizer(untrained_pair / "student"), directory=tmp_path / "router")
     small = Cheaper("small", 0.5, load_model(untrained_pair / "student"))

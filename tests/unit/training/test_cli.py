@@ -1,4 +1,4 @@
-"""What `wheels train` and `wheels evaluate` refuse: one line that names it, exit status 2."""
+"""Refusals of `wheels train` and `wheels evaluate`: one line that names the fault, exit status 2."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What is wrong with data, templates and servers ends `wheels train` in one line, with status 2."""
+"""Faults in data, templates and servers end `wheels train` with one line and status 2."""
 
 import json
 
@@ -16,7 +16,7 @@ STUDENT = {"method": {"type": "sft"}, "schedule": SCHEDULE | {"steps": 2}}
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory):
-    """A directory with `teacher` and `student`, untrained, of a context of 64 tokens."""
+    """A directory with an untrained `teacher` and `student`, with a context of 64 tokens."""
     directory = tmp_path_factory.mktemp("ready")
     tokenizer = tokenizer_of_numbers(context=64)
     for role in ("teacher", "student"):

@@ -101,7 +101,7 @@ GATEWAY = {"rollouts": {"type": "gateway", "url": "http://there"}}
     ],
 )
 def test_fields_that_do_nothing_with_served_completions_are_named(rollouts, changes, named):
-    """Also those that say what is so by default."""
+    """Fields that repeat a default are named too."""
     GateConfig.model_validate(LEAST | rollouts)
     GateConfig.model_validate(LEAST | changes)
     with pytest.raises(ValidationError, match=f"rollouts {named} leave them out"):

@@ -18,7 +18,7 @@ WORDS = ["<unk>", "<s>", "</s>", "a", "b", "c", "ab", "\u0120a"]
 
 @pytest.fixture
 def gguf_file(tmp_path: Path) -> Path:
-    """A Llama of one layer whose weights are small whole numbers."""
+    """A GGUF file with a Llama of one layer, whose weights are small whole numbers."""
     file = tmp_path / "tiny.gguf"
     writer = GGUFWriter(file, "llama")
     writer.add_context_length(64)

@@ -18,7 +18,7 @@ from training.hub import directory_of
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
-    """Of an untrained pair, by the names of its models."""
+    """The files of an untrained pair, by the names of its models."""
     directory = tmp_path_factory.mktemp("pair")
     save_untrained_pair(tokenizer_of_numbers(), directory)
     models = {}
@@ -42,7 +42,7 @@ async def hub(
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Callable[[str], int]:
-    """`wheels train` of a student, by its name: the exit status."""
+    """A function that runs `wheels train` with a student's name and returns the exit status."""
     schedule = SCHEDULE | {"steps": 2, "batch": 4}
     recipe = write_recipe(
         tmp_path,
@@ -63,7 +63,7 @@ async def test_a_pair_is_trained_by_names_with_revisions(
     assert teacher.is_relative_to(tmp_path / "cache" / "models--small--teacher")
     fetched = list(hub.asked)
     assert await asyncio.to_thread(trained, "small/student@v2") == 0
-    assert hub.asked == fetched  # and the run that is done is known as the same one
+    assert hub.asked == fetched  # and the finished run is recognised as the same one
 
 
 async def test_a_revision_that_is_not_there_is_named(

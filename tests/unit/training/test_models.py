@@ -43,7 +43,7 @@ def losses(directory):
 
 
 def test_an_adapter_is_trained_resumed_and_merged(untrained_pair, recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.batches.SHARD_BATCHES", 64)  # as it is: these batches show that it learns
+    monkeypatch.setattr("training.batches.SHARD_BATCHES", 64)  # as usual: the batches show that it learns
     students = ["--stage", "student", "student.schedule.batch=4"]
     assert train([recipe, *students]) == 0
     straight = losses(tmp_path / "work" / "student")
@@ -117,7 +117,7 @@ def test_another_vocabulary_is_refused_by_name(recipe, untrained_pair, tmp_path,
 
 
 def test_a_teacher_that_splits_texts_otherwise_is_taken_with_a_warning(untrained_pair, tmp_path, capsys):
-    """Its normaliser differs; the ids, which are all that the two exchange, do not."""
+    """Its normaliser differs, but the ids do not, and the two models exchange only ids."""
     lower_case = Tokenizer.from_file(str(untrained_pair / "teacher" / "tokenizer.json"))
     lower_case.normalizer = normalizers.Lowercase()
     PreTrainedTokenizerFast(tokenizer_object=lower_case).save_pretrained(tmp_path)
@@ -128,7 +128,7 @@ def test_a_teacher_that_splits_texts_otherwise_is_taken_with_a_warning(untrained
 
 @pytest.fixture
 def full(untrained_pair, tmp_path):
-    """The student without a row to spare."""
+    """The student without a spare row."""
     model = AutoModelForCausalLM.from_pretrained(untrained_pair / "student")
     model.resize_token_embeddings(model.config.vocab_size - RESERVED_ROWS)
     save_model(model, load_tokenizer(untrained_pair / "student"), tmp_path / "full")
@@ -140,7 +140,7 @@ def test_a_student_without_a_row_to_spare_gets_its_router_and_its_rows_when_it_i
 ):
     assert train([recipe, f"student.pretrained={full}"]) == 0
     student = tmp_path / "out" / "student"
-    assert AutoModelForCausalLM.from_pretrained(student).config.vocab_size == 300  # stock servers take it
+    assert AutoModelForCausalLM.from_pretrained(student).config.vocab_size == 300  # stock servers accept it
     router = RouterCheckpoint.load(tmp_path / "out" / "router")
     assert (router.reserved.start, router.reserved.count) == (300, RESERVED_ROWS)
     router.merge(student, tmp_path / "merged")
@@ -160,7 +160,7 @@ def test_a_student_that_can_get_no_rows_is_refused(recipe, full, capsys):
 
 
 def test_rows_without_a_token_are_written_by_nobody(untrained_pair, tmp_path):
-    """Eight rows between the tokenizer's ids and the reserved ones, which both models like best."""
+    """Both models prefer eight rows between the tokenizer's ids and the reserved rows."""
     tokenizer = load_tokenizer(untrained_pair / "student")
     for role in ("teacher", "student"):
         model = AutoModelForCausalLM.from_pretrained(untrained_pair / role)

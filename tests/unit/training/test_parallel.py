@@ -1,4 +1,4 @@
-"""Parts of a batch are the batch again: in order, in their gradient, in what models read of them."""
+"""Parts of a batch together are the batch again: in their order, their gradient and their states."""
 
 import pytest
 import torch

@@ -23,7 +23,7 @@ CONFIGS = {
     "paths": PCLConfig(type="pcl", window=3),
 }
 ROWS = 3
-"""Positions of a piece."""
+"""Number of positions in a piece."""
 
 
 def test_values_come_in_the_order_of_their_positions():
@@ -37,7 +37,7 @@ def test_values_come_in_the_order_of_their_positions():
     assert seen == [slice(0, 3), slice(3, 6), slice(6, 7)]
     assert in_pieces(doubled, 7, width=10, piece=70).tolist() == [0, 2, 4, 6, 8, 10, 12]
     assert seen[3:] == [slice(0, 7)]
-    assert len(in_pieces(doubled, 7, width=10, piece=1)) == 7  # one position is the least
+    assert len(in_pieces(doubled, 7, width=10, piece=1)) == 7  # a piece has at least one position
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +71,11 @@ def backward(name, tokenizer, batch, teacher, piece):
 
 
 def test_no_more_logits_than_a_piece_exist_at_a_time(tokenizer, batch):
-    """Neither the student's nor the teacher's, forward and backward."""
+    """This holds for student and teacher, forward and backward."""
     model, teacher = (new_model(SHAPE, tokenizer, seed) for seed in (0, 1))
     rows = []
     for each in (model, teacher):
-        assert is_followed(each)  # asks the model once
+        assert is_followed(each)  # this asks the model once
         each.get_output_embeddings().register_forward_hook(
             lambda head, given, logits: rows.append(len(logits))
         )
@@ -85,5 +85,5 @@ def test_no_more_logits_than_a_piece_exist_at_a_time(tokenizer, batch):
     forward = sum(rows)
     loss.backward()
     assert max(rows) == ROWS
-    assert forward == 2 * batch.positions  # each model's once
-    assert sum(rows) == 2 * forward  # and once more in the backward pass
+    assert forward == 2 * batch.positions  # once for each model
+    assert sum(rows) == 2 * forward  # and once again in the backward pass

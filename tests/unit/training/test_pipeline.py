@@ -1,4 +1,4 @@
-"""Stages: done once, by one recipe; exports are whole, and are what was trained; the hub at the end."""
+"""Stages are done once, by one recipe. Exports are complete and are the trained model. The hub comes last."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def ready(tokenizer, tmp_path_factory):
-    """A directory with `teacher`, `student` and `gpt2`, untrained."""
+    """A directory with untrained models `teacher`, `student` and `gpt2`."""
     directory = tmp_path_factory.mktemp("ready")
     save_untrained_pair(tokenizer, directory)
     torch.manual_seed(3)
@@ -59,7 +59,7 @@ STUDENT = ["--stage", "student"]
 
 @pytest.fixture(scope="module")
 def trained(ready, tmp_path_factory):
-    """A directory with a recipe, and what training its student has left."""
+    """A directory with a recipe, and the files that training its student has left."""
     directory = tmp_path_factory.mktemp("trained")
     assert train([recipe_in(directory, ready), *STUDENT]) == 0
     return directory
@@ -67,7 +67,7 @@ def trained(ready, tmp_path_factory):
 
 @pytest.fixture
 def done(trained, recipe, tmp_path):
-    """The recipe, whose student has been trained."""
+    """A recipe whose student has been trained."""
     for name in ("out", "work"):
         shutil.copytree(trained / name, tmp_path / name, symlinks=True)
     return recipe
@@ -146,7 +146,7 @@ def test_restart_deletes_nothing_for_a_recipe_that_cannot_work(done, tmp_path):
 
 @pytest.fixture
 def interrupted(recipe, monkeypatch):
-    """Ended after the checkpoint of step 2."""
+    """A run that ended after the checkpoint of step 2."""
     save = trainer.save
 
     def dies(directory, step, *state):
@@ -183,7 +183,7 @@ def test_another_ready_teacher_is_noticed(done, ready, capsys):
 
 
 def test_a_teacher_that_was_put_there_needs_the_vocabulary_of_the_recipe(recipe, ready, tmp_path, capsys):
-    """A tokenizer that is trained anew, with another seed say, gives the ids other texts."""
+    """A tokenizer that is trained anew, for example with another seed, gives the ids other texts."""
     shutil.copytree(ready / "teacher", tmp_path / "out" / "teacher")
     shape = "shape: {hidden: 32, layers: 2, heads: 1, feed_forward: 32}"
     model = f"{{{shape}, method: {{type: sft}}, schedule: {{steps: 1, batch: 2, learning_rate: 1e-2}}}}"
@@ -280,7 +280,7 @@ def test_merged_adapters_are_those_that_were_trained(config, targets):
     assert (trained - before).abs().max() > 0.3
     torch.testing.assert_close(plain(ids).logits, trained, atol=1e-4, rtol=1e-4)
     for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
-        layer.merge()  # peft's own
+        layer.merge()  # by peft itself
     torch.testing.assert_close(plain(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
@@ -317,7 +317,7 @@ def test_they_are_refused_before_anything_is_trained(recipe, tmp_path, capsys, t
 
 @pytest.mark.parametrize("targets", ["all-linear", "[attn.c_proj]"])
 def test_adapters_of_gpt2_are_trained_and_exported(recipe, ready, tmp_path, targets):
-    """Its matrices are stored the other way round."""
+    """GPT-2's matrices are stored transposed."""
     lora = f"student.lora={{rank: 4, targets: {targets}}}"
     assert train([recipe, *STUDENT, f"student.pretrained={ready}/gpt2", lora]) == 0
     before, after = load_file(ready / "gpt2" / "model.safetensors"), student_of(tmp_path)
@@ -348,7 +348,7 @@ def test_a_temperature_is_not_for_a_served_teacher(recipe, capsys):
 
 
 class Hub:
-    """As much of HfApi as is used."""
+    """A stand-in for the part of HfApi that is used."""
 
     def __init__(self, problem=None):
         self.problem, self.repositories, self.folders = problem, [], []

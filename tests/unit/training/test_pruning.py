@@ -1,4 +1,4 @@
-"""A student that begins as its teacher with fewer layers: which ones, and what the smaller model computes."""
+"""A student that begins as its teacher with fewer layers: the kept layers, and the student's outputs."""
 
 import pytest
 import torch
@@ -93,7 +93,7 @@ def test_a_student_computes_what_its_teacher_does_without_the_other_layers(famil
 
 
 def test_a_list_that_is_not_of_layers_stays_as_it_is(tmp_path):
-    """As many tokens end a sequence as the teacher has layers."""
+    """The list has as many end tokens as the teacher has layers."""
     teacher = saved(LlamaConfig(**GROUPED), tmp_path)
     teacher.config.eos_token_id = list(range(LAYERS))
     teacher.config.save_pretrained(tmp_path)
@@ -101,7 +101,7 @@ def test_a_list_that_is_not_of_layers_stays_as_it_is(tmp_path):
 
 
 def test_a_teacher_with_layers_of_several_kinds_is_refused_if_they_would_not_fit(tmp_path):
-    """Of five layers the first three are dense, so that the last one kept would have to be dense too."""
+    """The first three of five layers are dense, so the last kept layer would have to be dense too."""
     experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
     ranks = {"q_lora_rank": 8, "kv_lora_rank": 8}
     heads = {"qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
@@ -113,7 +113,7 @@ def test_a_teacher_with_layers_of_several_kinds_is_refused_if_they_would_not_fit
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """A directory with a teacher of four layers that has no row to spare."""
+    """A directory with a teacher of four layers that has no spare row."""
     directory = tmp_path_factory.mktemp("ready")
     tokenizer = tokenizer_of_numbers()
     model = new_model(Shape(hidden=32, layers=4, heads=1, feed_forward=32), tokenizer, 0)
@@ -137,7 +137,7 @@ def recipe(teacher, tmp_path):
 
 
 def test_a_pair_is_made_of_one_model(recipe, tmp_path):
-    """The student goes on from the trained teacher, whose rows the router gets as any student's."""
+    """The student begins as the trained teacher. The router gets its rows as with any student."""
     assert train([recipe]) == 0
     teacher = load_file(tmp_path / "out" / "teacher" / "model.safetensors")
     student = load_file(tmp_path / "out" / "student" / "model.safetensors")
@@ -148,7 +148,7 @@ def test_a_pair_is_made_of_one_model(recipe, tmp_path):
 
 
 def test_a_student_begins_as_the_trained_teacher(recipe, tmp_path):
-    """With a learning rate of nearly nothing it keeps the teacher's weights."""
+    """With a learning rate of almost 0 it keeps the teacher's weights."""
     still = ["student.schedule.learning_rate=1e-30", "student.schedule.optimizer=adamw"]
     for stage in ("teacher", "student"):
         assert train([recipe, *still, "--stage", stage]) == 0
@@ -185,7 +185,7 @@ def test_what_cannot_be_pruned_is_refused(recipe, overrides, problem, capsys):
 
 
 def test_a_student_of_a_retrained_teacher_is_not_taken_for_the_old_one(recipe, capsys):
-    """Also if its method does not ask the teacher."""
+    """This holds even if the student's method does not ask the teacher."""
     supervised = [recipe, f"student={SUPERVISED}", "--stage", "student"]
     assert train([recipe, "--stage", "teacher"]) == 0
     assert train(supervised) == 0

@@ -67,7 +67,7 @@ CONFIGS = {
 
 
 def random_model(config):
-    """Weights large enough that logits differ, biases among them, and without dropout."""
+    """A random model without dropout, whose weights and biases are large enough that logits differ."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for name, p in model.named_parameters():
@@ -99,7 +99,7 @@ def test_logits_of_answers_are_the_models_own(model):
 
 
 def test_steps_of_unequal_prompts_are_the_models_own(model):
-    """Far enough that a sliding window of four tokens has slid."""
+    """There are enough steps for a sliding window of four tokens to slide."""
     rows = ids_of(14, 11)
     ids, mask = left_padded([row[:-8] for row in rows], 0)
     stepper = Stepper(model)

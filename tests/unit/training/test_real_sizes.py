@@ -1,4 +1,4 @@
-"""The recipe for a pretrained pair, on paper: what one card holds, and for how long it computes."""
+"""The recipe for a pretrained pair, computed: its memory on one card, and its hours."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def test_every_stage_fits_on_the_card_and_ends_within_four_hours(stage):
 
 
 def test_sizes_are_those_of_the_models():
-    """Published: 0.6 and 8.2 billion weights, of which 0.44 and 6.95 are not in the embedding."""
+    """The published sizes are 0.6 and 8.2 billion weights, 0.44 and 6.95 of them without the embedding."""
     assert weights(QWEN_06) == pytest.approx(0.6e9, rel=0.02)
     assert weights(QWEN_8) == pytest.approx(8.2e9, rel=0.02)
     # A layer: 4 matrices of attention, 3 of the feed-forward part; inputs and outputs of each.

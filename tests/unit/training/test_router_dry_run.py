@@ -1,4 +1,4 @@
-"""`wheels train --dry-run` of the router's stage: what is multiplied, and what is kept."""
+"""`wheels train --dry-run` of the router's stage: its estimates of time and memory."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def recipe(untrained_pair, tmp_path):
 
 
 def test_a_dry_run_covers_the_router_before_its_student_is_there(recipe, tmp_path, capsys):
-    """At most 2 rounds of 100 completions of 8 tokens; of each the student's state of 64 numbers is kept."""
+    """At most 2 rounds of 100 completions of 8 tokens keep the student's state, 64 numbers, of each token."""
     assert train([recipe, "--dry-run", "--stage", "router"]) == 0
     told = capsys.readouterr().out
     assert "router: on cpu" in told
@@ -59,7 +59,7 @@ def test_a_dry_run_of_everything_has_a_table_for_each_stage_that_computes(recipe
 
 
 def test_a_router_from_served_completions_is_tried_in_pieces(recipe, capsys):
-    """2 rounds of 100 completions of 8 tokens; 40 examples at 3 budgets 9 times, and twice without one."""
+    """2 rounds have 100 completions of 8 tokens. 40 examples run at 3 budgets 9 times, twice without."""
     rollouts = "router.rollouts={type: gateway, url: 'http://127.0.0.1:9', router: there}"
     assert train([recipe, "--dry-run", "--stage", "router", rollouts, "router.budgets=[0.1, 0.2, 0.3]"]) == 0
     told = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -82,13 +82,13 @@ def test_a_gateway_that_answers_is_timed(untrained_pair, tmp_path):
 
 
 def test_what_does_not_grow_is_spent_once_for_each_batch():
-    """8 take 3 s and 64 take 10 s: 1/8 s each, and 2 s that each of 4 batches spends."""
+    """8 completions take 3 s and 64 take 10 s: 1/8 s for each, and 2 s for each of 4 batches."""
     assert projected(Timed(8, 3.0), Timed(64, 10.0), count=2000, batches=4) == pytest.approx(4 * 2 + 2000 / 8)
     assert projected(Timed(8, 40.0), Timed(8, 40.0), count=2000, batches=4) == pytest.approx(10_000)
 
 
 def test_completions_whose_caches_would_not_fit_are_written_in_turns(untrained_pair, monkeypatch):
-    """A token of both models takes 2 layers x 32 x 2 x 4 bytes of a one-headed cache each."""
+    """A token takes 2 layers x 32 x 2 x 4 bytes of cache in each model, which has one head."""
     student, teacher = (load_model(untrained_pair / role) for role in ("student", "teacher"))
     assert cache_bytes(student) == cache_bytes(teacher) == 2 * 2 * 32 * 4
     loop = ClosedLoop(student, teacher, RandomGate(ReservedRows(300, 32)), 300, 1, max_tokens=4)

@@ -1,4 +1,4 @@
-"""A teacher and a rollout server behind URLs: what is asked, what is made of the replies, what is refused."""
+"""A teacher and a rollout server at URLs: requests, the use of replies, and refusals."""
 
 import json
 
@@ -176,7 +176,7 @@ def test_what_no_teacher_answers_is_named_in_one_line(reply, problem):
 
 @pytest.mark.parametrize("values", [(0.5, -3.0), (-0.1, -0.2), (200.0, -1.0)])
 def test_probabilities_above_one_are_not_trained_on(tokenizer, values):
-    """A log-probability above 0, or two events that are both nearly certain."""
+    """Such replies have a log-probability above 0, or two tokens that are both nearly certain."""
     top, other = values
     last = [*FIRST[:3], {"2": {"logprob": top}, "9": {"logprob": other}}]
 
@@ -237,7 +237,7 @@ def test_what_is_no_url_is_named(url, monkeypatch):
 
 
 def tokenizer_server(tokenizer):
-    """A vLLM server's side of the check, with a tokenizer of its own."""
+    """A stand-in for a vLLM server's tokenizer endpoints, with a tokenizer of its own."""
 
     def answer(request):
         if request.method == "GET":

@@ -1,4 +1,4 @@
-"""Servers that the router's stage starts by itself: what is started, what a recipe becomes, how they end."""
+"""Servers that the router's stage starts by itself: their commands, the changed recipe, and their end."""
 
 import sys
 from pathlib import Path
@@ -105,7 +105,7 @@ def test_a_model_that_is_not_there_is_named(recipe_file: Path, tmp_path: Path) -
 
 
 def test_what_a_started_teacher_said_is_kept_under_its_directory(recipe_file: Path) -> None:
-    """Its port is another at each start."""
+    """The teacher's port differs at each start."""
     first, second = (planned(workspace(recipe_file)).teacher for _ in range(2))
     assert isinstance(first, StartedTeacher)
     assert first.url != second.url
@@ -119,7 +119,7 @@ def test_a_gateway_that_runs_is_left_alone(recipe_file: Path) -> None:
 
 
 def stand_ins(directory: Path) -> Servers:
-    """A gateway and a teacher, each of which ends when it is asked for `/end`."""
+    """Stand-ins for a gateway and a teacher; each one ends at a request for `/end`."""
     urls = []
     services = []
     for name in ("teacher", "gateway"):
@@ -186,7 +186,7 @@ def test_flags_of_servers_that_are_not_started_are_refused(recipe_file: Path) ->
 
 
 def test_where_the_servers_are_does_not_change_the_recipe(recipe_file: Path) -> None:
-    """A run that was begun with servers of its own goes on with those that somebody else started."""
+    """A run that began with servers of its own can continue with servers that somebody else started."""
     own = router_record(load_recipe(recipe_file, []))
     url = "router.rollouts={type: gateway, url: 'http://there', router: there, concurrency: 4}"
     assert router_record(load_recipe(recipe_file, [url])) == own

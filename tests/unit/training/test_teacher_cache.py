@@ -1,4 +1,4 @@
-"""What a teacher said is kept: asked for once, the same when read again, bounded, whole after any end."""
+"""A teacher's answers are kept: asked for once, the same when read again, bounded, whole after any end."""
 
 import sqlite3
 from dataclasses import replace
@@ -51,7 +51,7 @@ def test_a_broken_file_is_started_anew(file, capsys):
 
 
 def test_an_entry_is_whole_or_not_there(file):
-    """Whatever happens before the end of `put`, as when the process is killed."""
+    """This holds whatever happens before the end of `put`, for example if the process is killed."""
     cache = TeacherCache(file, MEGABYTE)
     with pytest.raises(sqlite3.Error):
         cache.put({b"a": b"1", b"b": None})
@@ -69,7 +69,7 @@ def test_keys_tell_everything_apart():
 
 
 def asked(vllm):
-    """Prompts that were scored so far."""
+    """Number of prompts that were scored so far."""
     return sum(len(body["prompt"]) for path, body in vllm.asked if path == "/v1/completions")
 
 
@@ -88,7 +88,7 @@ def test_a_served_teacher_scores_a_demonstration_once(vllm, file):
     ids, log_probs = first.likeliest(DEMONSTRATION)
     assert asked(vllm) == 2
     again = first.likeliest(DEMONSTRATION)
-    assert asked(vllm) == 3  # one row, to see that it is the same teacher
+    assert asked(vllm) == 3  # one row, to check that it is the same teacher
     first.likeliest(DEMONSTRATION)
     assert asked(vllm) == 3
     plain = ServedTeacher(VLLMServer("teacher", "http://there", None, client(vllm)), 5).likeliest(BATCH)
@@ -98,7 +98,7 @@ def test_a_served_teacher_scores_a_demonstration_once(vllm, file):
 
 
 def test_what_is_kept_under_a_name_is_found_at_another_address(vllm, file):
-    for port, times in ((1, 2), (2, 3)):  # the second time one row, to see that it is the same teacher
+    for port, times in ((1, 2), (2, 3)):  # the second time one row, to check that it is the same teacher
         server = VLLMServer("teacher", f"http://there:{port}", None, client(vllm))
         ServedTeacher(server, 5, TeacherCache(file, MEGABYTE), "directory").likeliest(DEMONSTRATION)
         assert asked(vllm) == times
@@ -117,7 +117,7 @@ def test_other_answers_of_the_same_prompt_are_asked_for(vllm, file):
     ids = DEMONSTRATION.ids.clone()
     ids[0, 2] = 9
     served.likeliest(replace(DEMONSTRATION, ids=ids))
-    assert asked(vllm) == 4  # the other row is the one that was asked again
+    assert asked(vllm) == 4  # the row that was asked again is another one
 
 
 def test_another_teacher_behind_the_same_url_is_noticed(vllm, file, tokenizer, capsys):
@@ -153,7 +153,7 @@ def seqkd(file, tokenizer):
 
 @pytest.fixture
 def written(monkeypatch):
-    """Prompts that a teacher completed."""
+    """The prompts that a teacher completed, in order."""
     import training.kept_completions as module
 
     prompts, complete = [], module.complete

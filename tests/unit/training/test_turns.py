@@ -1,4 +1,4 @@
-"""Student and gate in turns."""
+"""Student and gate are trained in turns."""
 
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def test_what_is_there_is_not_trained_again(recipe, tmp_path):
     [([0.0, 0.0], False), ([0.1, 0.1], True), ([0.3, -0.1], False), ([0.3, 0.1], True), ([0.5], False)],
 )
 def test_better_is_more_than_one_standard_error(tmp_path, gains, better):
-    """Of [.3, -.1] the mean is .1, and the standard error .2; of [.3, .1] they are .2 and .1."""
+    """[.3, -.1] has a mean of .1 and a standard error of .2; [.3, .1] has .2 and .1."""
     before = TrainedTurn(tmp_path, torch.zeros(len(gains)))
     assert TrainedTurn(tmp_path, torch.tensor(gains)).is_better(before) is better
 

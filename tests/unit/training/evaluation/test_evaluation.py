@@ -1,4 +1,4 @@
-"""What `wheels evaluate` counts, by hand; and the spare price, in the closed loop."""
+"""The counts of `wheels evaluate`, by hand, and the spare price in the closed loop."""
 
 import math
 from itertools import islice
@@ -46,7 +46,7 @@ def written(*by_teacher: int) -> Rollout:
 def test_stretches_and_positions_by_hand():
     found = [written(*flags).stretches for flags in ((0, 0), (1, 1, 0), (0, 1, 0, 1, 1), (1,))]
     assert found == [[], [(0, 2)], [(1, 2), (3, 5)], [(0, 1)]]
-    # The teacher reads the prompt and all that stands before its last token.
+    # The teacher reads the prompt and all tokens before its last one.
     assert [teacher_positions(written(*flags), 10) for flags in ((0, 0), (1, 0, 0), (0, 1, 0, 1))] == [
         0,
         10,
@@ -63,8 +63,8 @@ EXAMPLES = list(islice(make_task("numbers").train(0), 3))
 
 
 class ScriptedGateway:
-    """Right where the teacher wrote: half of an answer from budget 0.2 on, all of it at 1. It is lost to the
-    last request below 1.
+    """A gateway whose answers are right where the teacher wrote. The teacher writes half of an answer from
+    budget 0.2 on, and all of it at 1. It is lost to the last request below 1.
     """
 
     def replies(self, sources: list[str], budget: float) -> list[GatewayReply]:
@@ -88,7 +88,7 @@ def test_a_gateways_rows_by_hand():
     assert (nothing["rate"], nothing["excess"]) == (0.0, 0.0)
     assert (little["quality"], little["pgr"], little["degraded"]) == (0.0, 0.0, 0)
     assert (some["quality"], some["rate"], some["degraded"]) == pytest.approx((2 / 3, 4 / 10, 1))
-    assert some["settled_rate"] == pytest.approx(2 / 6)  # without the first of three
+    assert some["settled_rate"] == pytest.approx(2 / 6)  # without the first of three spans
     assert (some["calls"], some["runs"], some["positions"]) == pytest.approx((2 / 3, 2 / 3, 2 / 3 * 6))
     assert some["excess"] == pytest.approx(2 - 0.4 - 1)
     assert (everything["pgr"], everything["excess"]) == (1.0, 0.0)
@@ -106,7 +106,7 @@ def test_a_gateway_stands_beside_what_was_computed_in_process():
     both = joined(pair, gateway)
     assert (both.student, both.curves.keys()) == (0.1, {"learned", "gateway"})
     (row,) = (line for line in table(both).splitlines() if line.startswith("gateway") and "(" in line)
-    assert row.split() == ["gateway", "0.67", "(0.400)"]  # of the budgets in the table's head it has one
+    assert row.split() == ["gateway", "0.67", "(0.400)"]  # it has one of the budgets in the table's head
 
 
 def test_a_further_router_has_rows_under_the_bucket_at_its_own_prices():
@@ -156,7 +156,7 @@ def test_hesitation_is_the_mean_entropy_of_the_students_own_path(tree):
 
 
 def test_a_call_is_spare_while_it_fits_into_the_fraction_itself():
-    """spent + ask <= fraction * (length + ask)"""
+    """A call is spare while spent + ask <= fraction * (length + ask)."""
     bucket = Bucket(Budget(fraction=0.25), span_tokens=4, ask_tokens=1)
     assert bucket.spare_from() == 3
     bucket.reserve(3, at_most=10)
@@ -184,7 +184,7 @@ def test_the_spare_price_makes_the_fraction_the_rate(tree):
     for fraction, before, after in zip(fractions, plain, spent, strict=True):
         assert teacher_rate(before) < 0.6 * fraction
         assert fraction - 0.04 < teacher_rate(after) <= fraction
-        for completion in after:  # the hard bound is what it was
+        for completion in after:  # the hard bound is unchanged
             so_far = 0
             for length, foreign in enumerate(completion.by_teacher, 1):
                 so_far += foreign

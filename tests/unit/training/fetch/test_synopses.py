@@ -1,4 +1,4 @@
-"""`wheels fetch synopses`: what is read of apt's index, which packages are taken, and where they go."""
+"""`wheels fetch synopses`: reading apt's index, the choice of packages, and the files they go to."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def test_one_package_of_each_source_is_taken_and_no_text_twice():
 
 
 def test_an_example_stays_in_its_file_when_the_index_grows_or_is_sorted_otherwise():
-    """Each of 21 new packages can push one over an edge, and no more."""
+    """Each of 21 new packages can move at most one example to another file."""
     packages = [package(f"program{i}") for i in range(2100)]
     before = synopses(packages)
     assert list(map(len, before)) == [100, 1000, 1000]
@@ -53,7 +53,7 @@ def test_an_example_stays_in_its_file_when_the_index_grows_or_is_sorted_otherwis
 
 @pytest.fixture
 def index(tmp_path):
-    """Two packages of one source, and one of another architecture."""
+    """An index with two packages of one source, and one of another architecture."""
     (tmp_path / "Packages").write_text(
         "Package: words\nSource: words-src (1.2)\nVersion: 1.2\n\nPackage: lone\nVersion: 3\n\n"
     )
@@ -126,7 +126,7 @@ def test_what_apt_complains_of_is_passed_on(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="needs apt-get")
 def test_apt_knows_the_options_and_the_table(tmp_path):
-    """Without a download: of an empty folder there is an index of nothing, or what apt would fetch."""
+    """The test downloads nothing: an empty folder has an empty index, or a list of files to fetch."""
     options = [f"Dir::State::lists={tmp_path}"]
     for line in apt._apt(options, "indextargets", "--format", apt.TARGETS).splitlines():
         assert len(line.split("\t")) == 5

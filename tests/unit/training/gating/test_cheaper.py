@@ -1,7 +1,8 @@
 """Several teachers: the dearest judges the others, and the gate learns whom to ask.
 
-Of the tokens, a quarter needs no teacher, a quarter any, a quarter the big one. After the others the small
-teacher is wrong, where the student is right. A wrong token loses 4 nats.
+After a quarter of the tokens no teacher is needed, after a quarter any teacher helps, and after a quarter
+only the big one. After the other tokens the small teacher is wrong and the student is right. A wrong token
+loses 4 nats.
 """
 
 import math
@@ -23,7 +24,7 @@ from training.gating.rollout import FREE, ClosedLoop, Draft, Request, Rollout, w
 from training.gating.rounds import Rounds
 from training.gating.tree import Alone, Setting, Tree, ends
 
-FIRST = 2  # ids below are none that models write
+FIRST = 2  # models write no ids below it
 WORDS = range(FIRST, VISIBLE)
 EASY, CHEAP, DEAR, MISLED = range(4)
 COSTS = [0.25, 1.0]
@@ -49,7 +50,7 @@ def after(token: int, steps: int) -> int:
 
 
 def table(*wrong: int) -> dict[int, int]:
-    """Right after all tokens but those of these kinds."""
+    """A table that is right after all tokens except those of these kinds."""
     return {token: after(token, 11 if kind(token) in wrong else 7) for token in WORDS}
 
 
@@ -74,7 +75,7 @@ def prompts() -> Prompts:
 
 @pytest.fixture(scope="module")
 def trained(trio: ClosedLoop, prompts: Prompts) -> Rounds:
-    """Two rounds; the taps are in the student."""
+    """A router trained in two rounds, with its taps in the student."""
     torch.manual_seed(0)
     head = Head(trio.student, RESERVED, CONFIG.width, COSTS)
     rounds = Rounds(trio, head, CONFIG, 0, {0.3: 0.7}, lambda *_: torch.zeros(0), lambda _: 0.0)
@@ -91,7 +92,7 @@ def logits_after(trio: ClosedLoop, token: int) -> torch.Tensor:
     ("gain", "lost"), [(RegretGain(type="regret"), NATS), (RatioGain(type="ratio"), 1 - math.exp(-NATS))]
 )
 def test_the_dearest_teacher_judges_the_others(trio, prompts, gain, lost):
-    """It gains what the student loses. A cheaper one gains nothing by what is as wrong, less by worse."""
+    """The dearest gains what the student loses. A cheaper one gains nothing by an equally wrong token."""
     seen = collect(trio, [Request(ids) for ids in prompts.ids[:40]]).trajectories.positions
     expected = {EASY: (0, 0), CHEAP: (lost, lost), DEAR: (0, lost), MISLED: (-lost, 0)}
     last = seen.states[:, :VISIBLE].argmax(-1).tolist()
@@ -101,7 +102,7 @@ def test_the_dearest_teacher_judges_the_others(trio, prompts, gain, lost):
 
 
 def test_the_cheap_teacher_is_asked_where_it_suffices_and_the_dear_one_where_it_does_not(trio, trained):
-    """At a price of 1 nat for a token of the dear one."""
+    """The price is 1 nat for a token of the dear teacher."""
     gate = trained.head.gate
     assert isinstance(gate, TeachersGate)
     meant = {EASY: None, CHEAP: SMALL, DEAR: BIG, MISLED: None}
@@ -137,7 +138,7 @@ def test_the_tree_asks_whom_the_batch_does(trio, trained, prompts):
 
 
 def test_one_of_them_alone_has_prices_of_its_own(trio, trained, prompts):
-    """Small has something to write after a quarter of the tokens, big after a half."""
+    """Small is useful after a quarter of the tokens, big after a half."""
     gate = trained.head.gate
     tree = Tree(trio, prompts.ids[:12], {"small": Alone(gate, SMALL), "big": Alone(gate, BIG)})
     for name, number in (("small", SMALL), ("big", BIG)):
@@ -158,11 +159,11 @@ def test_at_random_all_of_them_write(trio, prompts):
 
 
 def test_a_span_is_one_teachers():
-    """Two tokens of small, whoever is meant inside the span; then one of big."""
+    """A span has two tokens of small, whatever the gate means inside it. Then comes one of big."""
     draft = Draft(Bucket(Budget(fraction=FREE), 2), 8, Rollout())
     meant = [(True, SMALL), (True, BIG), (True, BIG), (False, SMALL), (False, SMALL)]
     assert [draft.write(0, [10, 20], asks, whom) for asks, whom in meant] == [10, 10, 20, 20, 0]
     assert (draft.completion.starts, draft.completion.asked) == ([0, 2], [SMALL, BIG])
     assert draft.completion.written_by(2) == [2, 2]
-    # Two tokens at a quarter and two at 1, of five.
+    # Two of five tokens at a cost of a quarter, and two at 1.
     assert relative_cost([draft.completion], COSTS) == pytest.approx(2.5 / 5)

@@ -50,7 +50,7 @@ def prompts() -> list[list[int]]:
 
 
 def test_greedy_completions_are_the_models_own(pair, prompts):
-    """Against plain forward passes without cache, padding or batch."""
+    """The reference is plain forward passes without cache, padding or batch."""
     for price, fraction, writer in ((math.inf, 0.0, pair.student), (-math.inf, 1.0, pair.teacher)):
         completions = pair.write([Request(p, price, fraction) for p in prompts], batch=16)
         assert len({tuple(c.tokens) for c in completions}) > 10
@@ -93,7 +93,7 @@ def test_the_tree_decodes_as_the_batch_does(pair, prompts):
 
 
 def test_a_request_may_end_sooner_than_the_loop(pair, prompts):
-    """As many tokens as it wants, also where others of its batch go on; and a budget up to its own end."""
+    """It gets as many tokens as it wants while others of its batch go on, and a budget for its own length."""
     for price, fraction in ((math.inf, 0.0), (-math.inf, 1.0)):
         whole = pair.write([Request(p, price, fraction) for p in prompts])
         limits = [1 + number % MAX_TOKENS for number in range(len(prompts))]
@@ -105,14 +105,14 @@ def test_a_request_may_end_sooner_than_the_loop(pair, prompts):
 
 
 def depths(node: Node, depth: int = 0) -> Iterator[int]:
-    """Of a node and all below it: tokens before it."""
+    """The number of tokens before a node, for the node and all nodes below it."""
     yield depth
     for below in node.next.values():
         yield from depths(below, depth + 1)
 
 
 def test_the_tree_grows_no_deeper_than_a_completion(pair, prompts):
-    """So no pass is wasted, and prices are quantiles of scores at which somebody may ask."""
+    """So no pass is wasted, and prices are quantiles of scores at positions where the student may ask."""
     tree = Tree(pair, prompts, {"entropy": EntropyGate(RESERVED)})
     tree.run([Setting("entropy", price, 0.5, 1) for price in (-math.inf, 0.5, 1.0)])
     found = [depth for root in tree._roots.values() for depth in depths(root)]
@@ -129,7 +129,7 @@ def test_calibration_keeps_the_budget_and_its_prices_fall(pair, prompts):
     tree = Tree(pair, prompts, {"entropy": EntropyGate(RESERVED), "random": RandomGate(RESERVED)})
     budgets = (0.05, 0.2, 0.5)
     for gate in ("entropy", "random"):
-        # Here more teacher tokens are better, without end: the calibration must use what the budget allows.
+        # Here more teacher tokens are always better, so the calibration must use the whole budget.
         points = calibrate(tree, gate, budgets, (1, 1), quality=teacher_rate)
         assert [budget for budget, _ in points] == list(budgets)
         prices = [price for _, price in points]
@@ -147,7 +147,7 @@ def test_a_price_leaves_its_aim_only_for_what_is_more_than_noise(pair, prompts):
     budgets = (0.2, 0.5)
 
     def frugal(run: list[Rollout]) -> float:
-        """Asking costs quality: never asking is the best by as much as the aim asks."""
+        """Asking costs quality: never asking is the best, by as much as the aim asks."""
         return -teacher_rate(run)
 
     def prices(*noise: Noise) -> list[float]:
@@ -158,7 +158,7 @@ def test_a_price_leaves_its_aim_only_for_what_is_more_than_noise(pair, prompts):
     left, near = prices(), partial(pytest.approx, abs=0.02)
     assert all(price > aim + 0.05 for price, aim in zip(left, aims, strict=True))
     assert prices(lambda one, other: 0.3) == near(aims)
-    # Two standard errors of 0.01 are less than what is to be won.
+    # Two standard errors of 0.01 are less than the possible gain.
     assert prices(lambda one, other: 0.01) == near(left)
 
 
@@ -172,7 +172,7 @@ def test_budgets_whose_prices_would_rise_share_the_one_that_is_best_for_all_of_t
     ]
     pools = not_rising(choices, common)
     assert [(pool.budgets, pool.price) for pool in pools] == [([0.05], 3.0), ([0.1, 0.2], 2.0), ([0.5], 1.0)]
-    # One that would rise above all before it takes them all along.
+    # A price that would rise above all earlier ones is pooled with all of them.
     low = PricePool([0.05], 2.5, [0.9, 0.5, 0.1])
     pools = not_rising([low, choices[1], PricePool([0.2], 4.0, [1.5, 0.0, 0.0])], common)
     assert [(pool.budgets, pool.price) for pool in pools] == [([0.05, 0.1, 0.2], 3.0)]
@@ -211,7 +211,7 @@ def test_a_fitted_gate_finds_what_it_is_taught_and_survives_the_checkpoint(pair,
 
 
 def test_the_worth_until_the_end_by_hand(pair, prompts):
-    """What is asked about are whole completions, written by the student alone from the fork on."""
+    """Quality is asked for whole completions, which the student alone writes from the fork on."""
     some, asked = prompts[:6], []
     asking = with_gate(pair, RandomGate(RESERVED))
     seen, completions = collect(asking, [Request(p, 0.7, FREE) for p in some])
@@ -245,7 +245,7 @@ def test_the_worth_until_the_end_by_hand(pair, prompts):
 
 @contextmanager
 def reads_counted(pair: ClosedLoop, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Of each forward pass of either model: how many tokens it is given."""
+    """The number of tokens in each forward pass of either model."""
     read = []
     forward = type(pair.student).forward
 
@@ -259,12 +259,12 @@ def reads_counted(pair: ClosedLoop, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 def begun_after(prompt: list[int]) -> list[Request]:
-    """30 requests that go on after a prompt."""
+    """30 requests that continue after a prompt."""
     return [Request(prompt, begun=[2 + i % 5] * (1 + i % 3)) for i in range(30)]
 
 
 def test_forks_of_a_prompt_share_what_the_student_read_of_it(pair, prompts, monkeypatch):
-    """All 30 are of one prompt of 40 tokens. Read for each of them, it alone would be 1,200."""
+    """All 30 forks have one prompt of 40 tokens. If each read it, that alone would be 1,200 tokens."""
     prompt = (prompts[0] * 40)[:40]
     begun = [request.begun for request in begun_after(prompt)]
     with reads_counted(pair, monkeypatch) as read:
@@ -277,7 +277,7 @@ def test_forks_of_a_prompt_share_what_the_student_read_of_it(pair, prompts, monk
 
 
 def test_requests_that_go_on_after_a_prompt_share_what_was_read_of_it(pair, prompts, monkeypatch):
-    """Both models read it once for all 30, although another prompt of that length stands in between."""
+    """Both models read the prompt once for all 30, although another prompt of its length comes in between."""
     one, other = (prompts[0] * 40)[:40], (prompts[1] * 40)[:40]
     mixed = begun_after(one)
     mixed[3:3] = begun_after(other)[:2]
@@ -297,7 +297,7 @@ def test_requests_that_go_on_after_a_prompt_share_what_was_read_of_it(pair, prom
 
 
 def test_a_tree_reads_a_prompt_once(pair, prompts, monkeypatch):
-    """However often it grows; and it grows as it does where no prompt is kept."""
+    """It is read once however often the tree grows, and the tree is the same as without kept prompts."""
     longer = [(prompt * 40)[: 40 - number] for number, prompt in enumerate(prompts[:6])]
     trees = []
     for limit in (0, 10**9):
@@ -315,7 +315,7 @@ def test_a_tree_reads_a_prompt_once(pair, prompts, monkeypatch):
 
 
 def test_prompts_are_kept_as_long_as_there_is_room(pair, prompts):
-    """There is room for 7 tokens."""
+    """The cache has room for 7 tokens."""
     kept = ReadPrompts(cache_bytes(pair.student) * 7)
     Stepper(pair.student).start(prompts[:5], [[]] * 5, END, kept)
     assert kept.has(pair.student, prompts[:2])  # 3 and 4 tokens
@@ -341,7 +341,7 @@ def test_forks_of_a_student_with_a_sliding_window_have_no_padding_in_between(pai
 
 
 def test_the_teacher_reads_its_own_prompt(pair, prompts):
-    """Its completions are those of the plain prompt, the student's are not."""
+    """The teacher's completions are those of the plain prompt, and the student's are not."""
     shown = [p[:1] + [7, 9, 11][: 1 + i % 3] + p[1:] for i, p in enumerate(prompts)]
     for price, fraction, same in ((-math.inf, 1.0, True), (math.inf, 0.0, False)):
         plain = pair.write([Request(p, price, fraction) for p in prompts], batch=16)

@@ -74,10 +74,10 @@ def test_both_ways_lead_where_plain_decoding_leads(pair, prompts, ask):
 
 
 def test_completions_that_were_served_lead_to_the_same_places(pair, prompts):
-    """For calls of one token nobody has to write. Those that were cut off end where they are the longest."""
+    """For calls of one token no model has to write. Cut-off completions end at the longest length."""
     torch.manual_seed(0)
     requests = [Request(ids, 0.7, FREE) for ids in prompts.ids]
-    loop = replace(pair, end=pair.write(requests)[0].tokens[4])  # a token that they have
+    loop = replace(pair, end=pair.write(requests)[0].tokens[4])  # a token that the completions have
     seen, completions = collect(loop, requests)
     assert {completion.tokens[-1] == loop.end for completion in completions} == {True, False}
     expected = both_ways(loop, replace(prompts, teacher_ids=prompts.ids), seen, completions, 1)
@@ -129,7 +129,7 @@ def test_joined_branches_keep_their_states():
 
 
 def test_residuals_by_hand():
-    """C = r - price c + U(s') - T log pi - U(s), with even odds: log pi = log 1/2."""
+    """The residual is C = r - price c + U(s') - T log pi - U(s). With even odds, log pi = log 1/2."""
     score = torch.tensor([0.5, 0.5])
     tokens = torch.tensor([1, 2])
     ahead = Ahead(called=torch.tensor([1.0, 2.0]), own=torch.tensor([3.0, 4.0]))
@@ -188,7 +188,7 @@ def test_the_rate_of_the_policy_does_not_count_what_exploration_turned_round():
         tokens=[5] * 10, by_teacher=[True] + [False] * 9, starts=[0], wanted=[False, True] + [False] * 8
     )
     assert wanted_rate([explored]) == pytest.approx(0.1)
-    # A call of three tokens that was wanted, in a completion of ten: 8 decisions, 1 of them asks.
+    # A wanted call of three tokens in a completion of ten: there are 8 decisions, and 1 of them asks.
     called = Rollout(
         tokens=[5] * 10, by_teacher=[True] * 3 + [False] * 7, starts=[0], wanted=[True] * 3 + [False] * 7
     )
@@ -205,7 +205,7 @@ def test_the_loop_keeps_what_the_gate_wanted(pair, prompts):
 
 
 def test_a_price_climbs_where_too_much_is_asked():
-    scores = torch.arange(101) / 100  # as many above a price as it is below 1
+    scores = torch.arange(101) / 100  # the share above a price is 1 - price
     assert ascended(0.8, realised=0.2, budget=0.2, scores=scores) == pytest.approx(0.8, abs=0.01)
     assert ascended(0.8, realised=0.25, budget=0.2, scores=scores) == pytest.approx(0.85, abs=0.01)
     assert ascended(0.8, realised=0.1, budget=0.2, scores=scores, step=0.5) == pytest.approx(0.75, abs=0.01)
@@ -216,7 +216,7 @@ def test_a_price_climbs_where_too_much_is_asked():
 
 @pytest.mark.parametrize("target", [0.02, 0.1, 0.5])
 def test_dual_ascent_meets_a_budget_below_the_share_of_exploration(target):
-    """The realised rate is what a loop gives that asks a fifth more often than its positions say."""
+    """The loop realises a rate as if it asked a fifth more often than its positions say."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(20_000, generator=generator).exp()
     price = 1.0

@@ -29,7 +29,7 @@ def head():
 
 @pytest.fixture(scope="module")
 def noisy(head):
-    """Lessons, and the signal in their target: a fifteenth of its variance."""
+    """Lessons, and the signal in their target, which is a fifteenth of its variance."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(N, head.taps.shape[1], generator=generator)
     view = torch.randn(N, 7, generator=generator)
@@ -39,7 +39,7 @@ def noisy(head):
     target = signal + 2 * torch.randn(N, generator=generator)
     target[view[:, 0] == 0] = 0
     row = torch.arange(N) * PATHS // N
-    source = row % (PATHS // 2)  # each comes twice
+    source = row % (PATHS // 2)  # each source comes twice
     return Lessons(states, target, torch.zeros(N, dtype=torch.bool), row, source, view), signal
 
 
@@ -58,7 +58,7 @@ def test_it_finds_the_signal_in_the_noise(noisy, found):
 
 
 def test_a_source_is_judged_by_what_others_taught(head, noisy, found):
-    """Also if it comes again in a later round, by other paths."""
+    """This holds even if the source comes again in a later round, with other paths."""
     lessons, _ = noisy
     changed = lessons.target.clone()
     own = lessons.source % 5 == 2
@@ -70,7 +70,7 @@ def test_a_source_is_judged_by_what_others_taught(head, noisy, found):
 
 
 class Letters:
-    """Ids from 2 on are letters."""
+    """A tokenizer in which ids from 2 on are letters."""
 
     def batch_decode(self, rows, skip_special_tokens):
         return ["".join(chr(95 + token) for token in row if token != END) for row in rows]
@@ -99,7 +99,7 @@ def judged(tmp_path, monkeypatch):
 
 
 def test_a_completion_is_worth_what_reference_and_teacher_make_of_it(judged):
-    """exact match and edit similarity, halves of 100 points each, by hand."""
+    """The worth is half exact match and half edit similarity, 100 points in all, computed by hand."""
     make, asked = judged
     worth = make(2).worth
     # Against "aaaa": right; against twice "aacc": wrong, two of four letters. "bbbb" is right for all.

@@ -1,4 +1,4 @@
-"""Rounds of gate training: what they log, how they go on after a kill, budgets in words."""
+"""Rounds of gate training: their log, their continuation after a kill, budgets in words."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ OBJECTIVES = [DifferenceObjective(), ConstrainedObjective(type="constrained")]
 
 
 class Letters:
-    """A tokenizer of single characters, of which the prompt format adds one in front."""
+    """A tokenizer of single characters; the prompt format adds one in front."""
 
     chat_template = None
     eos_token_id = END
@@ -86,12 +86,12 @@ def rounds(config: GateConfig, prompts: Prompts, max_tokens: int = 12, layers: i
 
 
 def fewer_repeats(of: list[int], completions: list[list[int]]) -> torch.Tensor:
-    """What a completion is worth, whichever prompt's it is."""
+    """The worth of each completion: fewer repeated tokens are better, whatever the prompt."""
     return torch.tensor([float(len(set(tokens))) for _, tokens in zip(of, completions, strict=True)])
 
 
 def weight(gate: Gate) -> float:
-    """Some figure that differs between rounds."""
+    """A number that differs between the rounds' gates."""
     return sum(parameter.abs().sum().item() for parameter in gate.parameters())
 
 
@@ -111,7 +111,7 @@ def test_a_killed_run_goes_on_behind_its_last_round(objective, sources, tmp_path
 
         def saves(self, file, run):
             save(self, file, run)
-            if len(self.seen) == 2:  # what is on the disk if the run is killed here
+            if len(self.seen) == 2:  # the files on the disk if the run is killed here
                 shutil.copytree(tmp_path / "a", tmp_path / "b")
 
         patch.setattr(Rounds, "save", saves)
@@ -141,7 +141,7 @@ def test_a_gate_finds_where_the_student_regrets(objective, sources, tmp_path, mo
 
 
 def test_every_budget_has_a_dual_variable_and_the_best_round_is_exported(sources, tmp_path, monkeypatch):
-    """Calls of two tokens; the first round is the plain regression, the second one is judged best."""
+    """Calls have two tokens. The first round is the plain regression, and the second is judged best."""
     monkeypatch.setattr(duals, "SETTLING", 4)
     objective = ConstrainedObjective(type="constrained")
     calls = {"span_tokens": 2, "ask_tokens": 2, "calibration_examples": 60}
@@ -156,7 +156,7 @@ def test_every_budget_has_a_dual_variable_and_the_best_round_is_exported(sources
     assert "dual/0.1" not in regressed
     for budget in ("0.1", "0.3"):
         assert {f"dual/{budget}", f"realised/{budget}"} <= second.keys() & third.keys()
-        # The last steps go on from the best round's, with the gate as it is exported.
+        # The last steps continue from those of the best round, with the exported gate.
         assert settling[0][f"dual/{budget}"] == third[f"dual/{budget}"]
         assert settling[-1][f"realised/{budget}"] == pytest.approx(float(budget), abs=0.05)
     assert trained.prices.keys() == {0.1, 0.3}
@@ -208,7 +208,7 @@ def test_a_gate_may_learn_what_asking_changes_in_the_tasks_own_quality(sources, 
     assert len(set(taught.target.tolist())) > 3
     assert (taught.target < 0).any()  # a better token may lead to a worse completion
     assert log_of(tmp_path)[0]["gate_gain"] > 0.1
-    # Once in each round, of that round's prompts.
+    # Once in each round, for that round's prompts.
     assert [max(of) // config.prompts for of in numbers] == [0, 1]
     assert [min(of) // config.prompts for of in numbers] == [0, 1]
 

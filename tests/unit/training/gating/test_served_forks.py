@@ -60,7 +60,7 @@ class WritingGateway:
 
 
 class Sums:
-    """In place of a judge: high token ids are good, and each prompt has its own scale."""
+    """A stand-in for a judge: high token ids are good, and each prompt has its own scale."""
 
     @staticmethod
     def worth(numbers, completions):
@@ -104,7 +104,7 @@ def test_a_gateway_that_writes_too_much_is_named(loop, written, tmp_path):
 
 
 def test_a_teachers_completions_are_drawn_once(tmp_path):
-    """By a server and in process; each of the three has a place of its own, also where they are the same."""
+    """They come from a server or from this process. Each of the three has its own place, even if equal."""
     vllm = VLLM(None)
     served = ServedTeacher(VLLMServer("teacher", "http://there", None, client(vllm)), 2)
     for teacher in (served, model(1)):

@@ -1,4 +1,4 @@
-"""A router from completions that were served: what both models think of them, and what is learned."""
+"""A router learned from served completions: both models' opinion of them, and the result."""
 
 from itertools import islice
 
@@ -85,13 +85,13 @@ def test_a_token_that_a_server_does_not_name_is_at_most_as_likely_as_its_least()
     log_pi = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
     log_p = torch.tensor([[0.6, 0.25, 0.1, 0.05]]).log()
     own = torch.tensor([3])
-    cheaper = torch.tensor([[1, 2]])  # of two cheaper teachers; only the first is named
+    cheaper = torch.tensor([[1, 2]])  # two cheaper teachers' tokens; the server names only the first
     whole = of_all(log_pi, own, log_p, cheaper)
     ids = torch.tensor([[1, 0]])  # the batch's own token first, then the likeliest
     part = of_likeliest(log_pi, own, ids, log_p[:, [1, 0]], cheaper)
     assert part.theirs.item() == whole.theirs.item() == 0
     assert part.best.item() == pytest.approx(-torch.tensor(0.6).log().item())
-    # The two that it names leave 0.15, which is less than the least of them.
+    # The two named tokens leave 0.15, which is less than the smaller of the two.
     assert part.surprisal.item() == pytest.approx(-torch.tensor(0.15).log().item(), rel=1e-4)
     assert part.surprisal < whole.surprisal
     assert whole.lost[0].exp().tolist() == pytest.approx([0.6 / 0.25, 0.6 / 0.1])
@@ -146,7 +146,7 @@ def test_a_policy_is_fitted_to_completions_that_were_served(recipe, tmp_path):
 
 
 def test_of_too_many_completions_some_are_read(untrained_pair):
-    """20 of 3 tokens each: at most 25 tokens are in 8 of them."""
+    """There are 20 completions of 3 tokens: 8 of them are within 25 tokens."""
     student = untrained_pair / "student"
     tokenizer = load_tokenizer(student)
     config = GateConfig(span_tokens=1, ask_tokens=1, gain=RegretGain(type="regret"))
@@ -233,7 +233,7 @@ def test_a_gateway_of_another_student_is_refused(tmp_path):
 
 
 def calibration(gateway, router, budgets, file, qualities=None, sources=("one", "two")):
-    """Of a gate whose positions score .1 to 1, in the gateway as here."""
+    """Calibrate a gate whose positions have scores of .1 to 1, in the gateway as in this process."""
 
     def put(found):
         gateway.running().take(with_prices(router, *found), gateway.directory)
@@ -259,7 +259,7 @@ def test_prices_are_corrected_by_what_they_realise(tmp_path, router):
 
 
 def test_a_prompt_is_asked_at_every_budget_before_the_next_prompts(tmp_path, router):
-    """So engines that keep prefixes read it once; and a stopped run goes on where it was."""
+    """Engines that keep prefixes then read it once, and a stopped run continues where it was."""
     gateway = TakingGateway(tokenizer_of_numbers(), directory=tmp_path / "router")
     sources = [f"prompt {number}" for number in range(TOGETHER + 2)]
     file = tmp_path / "prices.json"
@@ -300,7 +300,7 @@ def test_completions_that_lost_their_teacher_are_counted(tmp_path, router, capsy
     ],
 )
 def test_a_budget_is_not_spent_where_that_makes_replies_worse(tmp_path, router, worth, best):
-    """Replies are worth this by the price that spends that much. The last is no clear difference."""
+    """Replies have these worths at the price of each budget. The last difference is not clear."""
     gateway = TakingGateway(tokenizer_of_numbers(), directory=tmp_path / "router")
 
     def qualities(first, answers):
@@ -318,7 +318,7 @@ def test_a_budget_is_not_spent_where_that_makes_replies_worse(tmp_path, router, 
 
 
 def test_budgets_whose_prices_would_rise_share_the_best_of_both(tmp_path, router):
-    """.2 is no better at the price of .1, .4 is by far; both together are best there."""
+    """.2 is no better at the price of .1, and .4 is far better there. Both together are best at it."""
     gateway = TakingGateway(tokenizer_of_numbers(), directory=tmp_path / "router")
     worth = {(0.1, 0.1): 0.8, (0.2, 0.2): 0.8, (0.2, 0.1): 0.81, (0.4, 0.4): 0.5, (0.4, 0.2): 0.7}
 
@@ -357,11 +357,11 @@ def test_later_rounds_are_written_with_the_router_of_the_rounds_before(untrained
 
 
 def test_served_completions_teach_what_asking_changes_in_the_tasks_own_quality(untrained_pair, tmp_path):
-    """The gateway finishes their forks, and a run that goes on after a stop has all of it."""
+    """The gateway finishes their forks, and a run that continues after a stop has all results."""
 
     def stage(gateway):
         plain = stage_of(gateway, untrained_pair, 2, gain=QualityGain(type="quality", teacher_references=1))
-        with torch.no_grad():  # else both models say the last token again
+        with torch.no_grad():  # otherwise both models repeat the last token
             for layer in plain.teacher.model.layers:
                 layer.mlp.down_proj.weight.fill_(0.3).view(-1)[::3] = -0.7
         return plain

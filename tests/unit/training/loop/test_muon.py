@@ -1,4 +1,4 @@
-"""Muon, compared with torch's own."""
+"""Our Muon, compared with torch's own."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""One step of training: what is drawn, how often, how long; what is refused; which weights are kept."""
+"""One step of training: draws and their lengths, refusals, and the weights that are kept."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def losses(directory):
 
 
 def failing(method, at, value):
-    """The method's loss, times `value` at its call number `at`."""
+    """The method's loss, multiplied by `value` at its call number `at`."""
     calls = []
 
     def loss(model, batch):
@@ -120,7 +120,7 @@ def test_own_completions_are_drawn_once_a_step(tokenizer, accumulate):
 
 
 def test_own_completions_are_as_long_as_the_recipe_allows(tokenizer):
-    """Not only as long as the longest reference, and never beyond the context."""
+    """They may be longer than the longest reference, but never longer than the context."""
     model = new_model(SHAPE, tokenizer, 0)
     teacher = new_model(SHAPE, tokenizer, 1)
     config = GKDConfig(type="gkd", on_policy=1.0)
@@ -176,7 +176,7 @@ def test_a_temperature_softens_both_and_keeps_the_size_of_gradients(tokenizer):
 
 
 class Scripted:
-    """Validations that score as they are told to; remembers the weights it saw."""
+    """Validations with given scores, which remember the weights that they saw."""
 
     def __init__(self, *qualities):
         self.qualities, self.seen = list(qualities), []
@@ -216,12 +216,12 @@ def test_training_ends_when_validations_get_no_better(task, tokenizer, tmp_path)
     assert len(validate.seen) == 4
     assert same(model, validate.seen[1])
     assert torch.load(tmp_path / "checkpoint.pt")["step"] == 4
-    again = train_with(Scripted(), tokenizer, task, tmp_path, **settings)  # goes on, finds itself at the end
+    again = train_with(Scripted(), tokenizer, task, tmp_path, **settings)  # it is at its end already
     assert same(again, validate.seen[1])
 
 
 class Dies(Scripted):
-    """At its last validation."""
+    """Validations of which the last one raises."""
 
     def __call__(self, model):
         if len(self.seen) == len(self.qualities):
@@ -230,7 +230,7 @@ class Dies(Scripted):
 
 
 def test_the_best_weights_survive_a_kill(task, tokenizer, tmp_path):
-    """Killed after a better validation that no checkpoint knows of yet."""
+    """The run is killed after a better validation that no checkpoint knows yet."""
     settings = {"validate_every": 1, "keep": "best", "checkpoint_every": 2}
     first = Dies(0.1, 0.5, 0.9)
     with pytest.raises(KeyboardInterrupt):

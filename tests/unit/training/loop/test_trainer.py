@@ -146,7 +146,7 @@ def test_validation_scores_greedy_completions(task, tokenizer):
     answer = encode_answers(tokenizer, [example.references.first()])[0]
 
     class Knows(torch.nn.Module):
-        """Writes the right answer, whatever it is asked."""
+        """A model that writes the right answer to every prompt."""
 
         device = torch.device("cpu")
         config = PretrainedConfig(max_position_embeddings=512)

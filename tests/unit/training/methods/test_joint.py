@@ -1,4 +1,4 @@
-"""Joint training of student and gate: its two limits, budgets in words, what is refused."""
+"""Joint training of student and gate: its two limits, budgets in words, and refusals."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 SHAPE = Shape(hidden=32, layers=1, heads=1, feed_forward=32)
 RESERVED = ReservedRows(300)
 NEVER = 1e9
-"""A price above every score: plain distillation."""
+"""A price above every score, which gives plain distillation."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def student(tokenizer, tmp_path_factory):
 
 
 def router(student, directory, price: float):
-    """With a random gate, whose calibration has one price."""
+    """A router with a random gate, whose calibration has one price."""
     torch.manual_seed(0)
     RouterCheckpoint(
         config=RouterConfig(
@@ -73,7 +73,7 @@ def test_a_price_without_end_is_plain_distillation(task, tokenizer, student, tmp
     never = joint(student, tmp_path, tokenizer, teacher, NEVER, anchor=0.0).loss(model, batch)
     assert never[0].item() == pytest.approx(plain, rel=1e-5)
     assert never[1]["asks"] == 0
-    # At no price the teacher writes everything, and only the anchor is left.
+    # At a price of 0 the teacher writes everything, and only the anchor is left.
     always = joint(student, tmp_path, tokenizer, teacher, -NEVER, anchor=0.25).loss(model, batch)
     assert always[0].item() == pytest.approx(0.25 * plain, rel=1e-5)
     some = joint(student, tmp_path, tokenizer, teacher, 0.0, anchor=0.0).loss(model, batch)
@@ -95,7 +95,7 @@ def test_a_budget_in_words_is_the_students_alone(task, tokenizer, student, tmp_p
     """The teacher equals the student: the loss is not zero, because only one of the two reads the words."""
     model, teacher = new_model(SHAPE, tokenizer, 0), new_model(SHAPE, tokenizer, 0)
     for p in [*model.parameters(), *teacher.parameters()]:
-        p.data.mul_(4 if p.ndim == 2 else 1)  # freshly initialised, they find all tokens equally likely
+        p.data.mul_(4 if p.ndim == 2 else 1)  # freshly initialised weights make all tokens equally likely
     method = joint(student, tmp_path, tokenizer, teacher, NEVER, budget_prompt="{percent} ")
     method.tokenizer = tokenizer
     torch.manual_seed(0)

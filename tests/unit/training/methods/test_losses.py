@@ -54,7 +54,7 @@ def test_a_method_without_its_teacher_is_refused():
 
 @pytest.mark.parametrize(("share", "own"), [(0.0, {0}), (0.25, {2}), (0.3, {2, 3}), (1.0, {8})])
 def test_path_consistency_sees_own_completions_and_references_in_one_batch(share, own):
-    """Own completions are the one token 9; of 8 rows .3 are 2.4, so two or three."""
+    """An own completion is the one token 9. A share of .3 of 8 rows is 2.4, so two or three rows."""
     batch = Batch.of([[5 + row] for row in range(8)], [[3, 4]] * 8, pad=0)
 
     def sampler(model, rows, visible, end, *, longest):

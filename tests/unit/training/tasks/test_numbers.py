@@ -1,4 +1,4 @@
-"""The shipped task: splits that cannot leak, references that accept what is right and nothing else."""
+"""The shipped task: splits that cannot leak, and references that accept all right answers and no others."""
 
 import random
 from itertools import islice, pairwise, product
@@ -41,7 +41,7 @@ def test_held_out_sources_never_appear_in_training(task):
     held_out = {example.source for example in valid + test}
     assert len(valid) == 500
     assert len(test) == 1000
-    assert len(held_out) == 1500  # distinct, and the two are disjoint
+    assert len(held_out) == 1500  # no source comes twice, and the two splits are disjoint
     for seed in range(3):
         sources = {example.source for example in islice(task.train(seed), 3000)}
         assert not sources & held_out

@@ -1,4 +1,4 @@
-"""Data of one's own: files, datasets, conversations, prompts without answers, metrics and judges."""
+"""A user's own data: files, datasets, conversations, prompts without answers, metrics and judges."""
 
 import json
 import time
@@ -29,17 +29,17 @@ TURNS = tuple(Turn(**message) for message in CHAT)
 
 
 def shout(target: str, answer: str) -> float:
-    """A metric of one's own."""
+    """A user's own metric."""
     return float(answer == target.upper())
 
 
 def brevity(messages: list[dict[str, str]], answer: str) -> float:
-    """A judge of one's own: right if as long as the last message."""
+    """A user's own judge: an answer is right if it is as long as the last message."""
     return float(len(answer) == len(messages[-1]["content"]))
 
 
 def too_much(_target: str, _answer: str) -> float:
-    """Not a share."""
+    """A metric whose value is not in [0, 1]."""
     return 100.0
 
 
@@ -51,7 +51,7 @@ def write(directory, rows):
 
 
 def conversations(number):
-    """Each split has another system prompt, so that none is held out of another."""
+    """Conversations of each split. Their system prompts differ, so none is held out of another split."""
     chat = [{"role": "system", "content": f"Be brief, {number}."}, *CHAT[1:]]
     return [({"messages": [*chat, ANSWER]}, {})]
 
@@ -118,7 +118,7 @@ def test_a_metric_of_ones_own_scores_answers(tmp_path):
 
 @pytest.fixture
 def parquet(tmp_path):
-    """Ten questions with answers, and as conversations."""
+    """A Parquet file of ten questions with answers, also as conversations."""
     rows = {
         "question": [f"question {n}" for n in range(10)],
         "answer": [f"answer {n}" for n in range(10)],
@@ -137,7 +137,7 @@ def parquet(tmp_path):
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """The library keeps what it has read."""
+    """Give the library a cache of the test's own, as it keeps data that it has read."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -168,7 +168,7 @@ def test_a_dataset_that_cannot_be_used_is_named(parquet, options, problem):
 
 
 class Rating(BaseHTTPRequestHandler):
-    """Rates an answer by its length."""
+    """A server that rates an answer by its length."""
 
     def do_GET(self):
         self._reply(
