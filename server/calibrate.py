@@ -42,7 +42,7 @@ from server.vllm_flags import read_flags, setting_name
 START_SECONDS = 1800.0
 RATES = (0.05, 0.1, 0.2, 0.3, 0.5)
 FEW_TOKENS = 2_000
-"""A rate over fewer completion tokens than this is rough."""
+"""Number of completion tokens below which a rate is rough."""
 SHARED = ("tenants", "limits", "ledger", "host", "port")
 """Settings that a gateway of our own does not get: it has no tenants, and only this command calls it."""
 VLLM_SHARED = ("api-key", "ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "uds", "root-path")

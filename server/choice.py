@@ -69,7 +69,7 @@ class Choice:
 
     @property
     def report(self) -> Report:
-        """Who wrote this choice, and at what cost."""
+        """Report of who wrote this choice, and at what cost."""
         return self.completion.report
 
     @property
@@ -79,7 +79,7 @@ class Choice:
 
     @property
     def bucket(self) -> Bucket:
-        """What is left of the request's budget."""
+        """The rest of the request's budget."""
         return self.purse.bucket
 
     @property
@@ -89,7 +89,7 @@ class Choice:
 
     @property
     def adapter(self) -> str | None:
-        """Name of the LoRA adapter that the student writes it with; None without one."""
+        """Name of the LoRA adapter with which the student writes the choice; None without one."""
         request = self.options.get("lora_request")
         return None if request is None else str(request.lora_name)
 

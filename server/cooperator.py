@@ -52,7 +52,7 @@ class Cooperator:
 
     @property
     def cooperation(self) -> Cooperation:
-        """How student and teacher write together."""
+        """Settings by which student and teacher write together."""
         return self._cooperation
 
     @cooperation.setter

@@ -31,7 +31,7 @@ class Costs(NamedTuple):
 
 @dataclass
 class CostSheet:
-    """What both models read and wrote for one choice, in their own tokens."""
+    """Tokens that both models read and wrote for one choice, each in its own vocabulary."""
 
     prices: PriceList | None = None
     """Prices of the gateway; None if it has none, and costs are not reported then."""

@@ -23,7 +23,7 @@ class CooperativeEngine(AsyncLLM):
 
     @property
     def cooperation(self) -> Cooperation:
-        """How student and teacher write together; AttributeError before it is set."""
+        """Settings by which student and teacher write together; AttributeError before they are set."""
         if self._cooperator is None:
             raise AttributeError("cooperation is not set yet")
         return self._cooperator.cooperation

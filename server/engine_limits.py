@@ -32,7 +32,7 @@ def check_engine_limits(
     tokenizer: TokenizerLike | None,
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Refuse parameters that would break the engine process; ``names``: see `server.http.names`.
+    """Refuse parameters that would break the engine; ``names``: see `server.http.names.names_as_sent`.
 
     Raises:
         VLLMValidationError: a parameter is too long or no text; the error names it.

@@ -62,7 +62,7 @@ class Part:
 
 @dataclass
 class Report:
-    """Who wrote one choice, and at what cost: the `teacher` field of a response."""
+    """Report of who wrote one choice, and at what cost: the `teacher` field of a response."""
 
     completion_tokens: int = 0
     tokens: int = 0
@@ -86,7 +86,7 @@ class Report:
 
     @property
     def costs(self) -> Costs | None:
-        """What the choice has cost so far; None without prices."""
+        """Costs of the choice so far; None without prices."""
         return self.sheet.costs(self.completion_tokens, self.completion_tokens - self.tokens)
 
     def open_span(self, name: str) -> None:
@@ -150,11 +150,11 @@ class Purse:
     own: dict[str, Bucket] = field(default_factory=dict)
     """Budgets of single teachers within it, by their names."""
     written: int = 0
-    """Tokens of the completions that ended, whoever wrote them."""
+    """Number of tokens of the completions that have ended, by either model."""
     in_use: bool = False
 
     def close(self, tokens: int) -> None:
-        """A completion of this many tokens has ended."""
+        """Note that a completion of ``tokens`` tokens has ended."""
         self.written += tokens
         self.in_use = False
 

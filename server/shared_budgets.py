@@ -23,8 +23,8 @@ DEFAULT_SESSIONS = SessionLimits()
 STEER_SECONDS = 0.5
 """Seconds between two updates of the prices by the ledger; a request's terms may be this old."""
 IDLE_SECONDS = 10.0
-"""Seconds between two looks at a limit that no request uses now. They go on until all spending has left the
-limit's window, because its metrics and its price follow the window.
+"""Seconds between two looks at a limit that no request uses now. They continue until all spending has left
+the limit's window, because its metrics and its price follow the window.
 """
 HOLD_SECONDS = 0.25
 """Seconds for which a choice keeps the rest of its lease, so that asks soon after need no ledger call."""
@@ -121,7 +121,7 @@ class SharedBudgets:
         self._used |= {scope.id: scope for scope in scopes if scope.kind != "session"}
 
     def in_background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run work to its end for which no request waits, whatever becomes of the request."""
+        """Run work to its end in a task, even if its request ends before."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -183,7 +183,7 @@ class Share:
         return self.rate_of(None)
 
     def rate_of(self, teacher: str | None) -> float:
-        """The rate to aim at under the limits of one teacher; with None, under those of all together."""
+        """The rate to aim at under the limits of one teacher; with None, under the limits of all together."""
         scopes = [scope for scope in self.scopes if scope.teacher == teacher]
         return self.budgets.prices.rate(scopes, self.weight)
 

@@ -67,7 +67,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a teacher does not write a span."""
+    """The reason why a teacher does not write a span."""
 
     reason: str
     degraded: bool = False
@@ -138,7 +138,7 @@ class Standings:
 
     @property
     def reads(self) -> int:
-        """The most tokens that a teacher would read now."""
+        """The most tokens that any of the teachers would read in a call now."""
         return max((standing.view.reads for standing in self.each), default=0)
 
     def order(self, level: int, terms: Terms) -> list[Standing]:

@@ -1,4 +1,4 @@
-"""How the configuration names teachers: one by its address, or several by name."""
+"""Teachers in the configuration: one by its address, or several by name."""
 
 import json
 import re

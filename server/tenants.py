@@ -70,7 +70,7 @@ class Tenant(BaseModel):
     limits: tuple[Limit, ...] = ()
     """Limits that all requests of the tenant share."""
     exhausted: Literal["student", "refuse"] = "student"
-    """Whether the student writes alone when a limit is used up, or the request gets a 429 ("refuse")."""
+    """When a limit is used up, the student writes alone ("student"), or the request gets a 429 ("refuse")."""
     priority: PositiveFloat = 1.0
     """Under a limit that all tenants share, this tenant aims at this many times the common rate."""
 

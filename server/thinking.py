@@ -13,7 +13,7 @@ from server.vllm_api import ReasoningMarkers
 
 @dataclass(frozen=True)
 class Thinking:
-    """What is left of a budget for thinking after some tokens."""
+    """The rest of a thinking budget after some tokens."""
 
     markers: ReasoningMarkers
     budget: int
@@ -23,7 +23,7 @@ class Thinking:
     """The last tokens, as many as the longer marker has."""
 
     def after(self, token_ids: Iterable[int]) -> "Thinking":
-        """What is left after these further tokens."""
+        """The rest after these further tokens."""
         markers = self.markers
         left = self.left
         tail = self.tail
@@ -38,7 +38,7 @@ class Thinking:
         return replace(self, left=left, tail=tail)
 
     def room(self, token_ids: Sequence[int]) -> int:
-        """How many of these tokens may come before the thinking has to end."""
+        """Number of these tokens that may come before the thinking has to end."""
         thinking = self
         for place, token_id in enumerate(token_ids):
             if thinking.ends:

@@ -1,6 +1,6 @@
 """OpenTelemetry: the tracer of the gateway, and the span around a teacher call.
 
-Off until an exporter is set, by vLLM's ``--otlp-traces-endpoint``. No span holds text or token ids.
+Tracing is off until an exporter is set by vLLM's ``--otlp-traces-endpoint``. No span holds text or token ids.
 """
 
 from opentelemetry import propagate, trace
@@ -10,7 +10,7 @@ TRACER = trace.get_tracer("training-wheels")
 
 
 class CallSpan:
-    """The span of one teacher call, below that of the request in whose context it is made."""
+    """The span of one teacher call, below the span of the current request."""
 
     def __init__(self, replica: str, tokens: int, teacher: str = "") -> None:
         attributes: dict[str, str | int] = {"server.address": replica, "wheels.tokens.asked": tokens}

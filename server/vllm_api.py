@@ -177,7 +177,7 @@ def data_parallel_ranks(parallel: Any) -> int:
 
 
 class ReasoningMarkers(NamedTuple):
-    """Token ids by which vLLM knows where thinking begins and ends."""
+    """Token ids by which vLLM finds the beginning and the end of thinking."""
 
     start: tuple[int, ...]
     end: tuple[int, ...]
@@ -378,8 +378,8 @@ class _Found(Exception):
 def output_matrix(model: Any, hidden_size: int) -> Any:
     """The layer by which the model computes its logits, whatever its name in the model.
 
-    The model passes this layer to vLLM's logits processor, where it is found. In a model without such a
-    processor, it has the usual name. It is None on a pipeline rank without this layer.
+    The model passes this layer to vLLM's logits processor, and is watched there. In a model without such a
+    processor, the layer is `lm_head`. It is None on a pipeline rank without this layer.
 
     Raises:
         UnsupportedVllm: the model computes its logits in a way of its own.

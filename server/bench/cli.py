@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     """Run the sections and print their tables.
 
     Raises:
-        WheelsError: a server did not start, died or refused a request. A note says where its log is.
+        WheelsError: a server did not start, died or refused a request. A note names the directory of logs.
     """
     options = _parse(argv)
     pair = bare_pair(options.pair)
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 
 @contextmanager
 def _naming_logs(directory: Path) -> Iterator[None]:
-    """Add to an error where the servers' logs are."""
+    """Add a note to an error with the directory of the servers' logs."""
     try:
         try:
             yield

@@ -20,7 +20,7 @@ class Ideal:
     teacher: float
     """Seconds for the teacher's tokens, if the teacher writes alone."""
     positions: int
-    """Number of positions that the teacher has to read: every prompt and every student token, once."""
+    """Positions that the teacher has to read once: prompts and student tokens of requests with calls."""
     reading: float
     """Seconds that the teacher takes to read these positions."""
 
@@ -50,7 +50,7 @@ class Ideal:
 
     @property
     def with_reading(self) -> float:
-        """Seconds one after the other, plus those for the teacher's reading."""
+        """Seconds for one after the other, plus the seconds for the teacher's reading."""
         return self.student + self.teacher + self.reading
 
 

@@ -10,7 +10,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Usage:
-    """What the processes of one server have used since they started."""
+    """CPU time and memory that the processes of one server have used since their start."""
 
     cpu_seconds: float
     """User and system time of all processes that live, front end and engine."""

@@ -1,4 +1,4 @@
-"""What an engine did between two moments: differences of its Prometheus series."""
+"""Work of an engine between two moments, by differences of its Prometheus series."""
 
 import urllib.request
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ class Scrape:
 
 @dataclass(frozen=True)
 class EngineWork:
-    """What one vLLM engine did, by its own account. Seconds are summed over requests, not wall clock."""
+    """Work of one vLLM engine, by its own account. Seconds are sums over requests, not wall clock."""
 
     requests: int
     steps: int

@@ -41,7 +41,7 @@ class Deepening:
 def deepen(source: Path, target: Path, shape: Deepening | None = None, seed: int = 0) -> int:
     """Write a checkpoint to ``target`` whose logits are those of ``source``; returns its parameters.
 
-    Weights of further layers are random (normal, the source's `initializer_range`), those of `SILENT` zero.
+    Weights of further layers are random (normal, the source's `initializer_range`), but zero for `SILENT`.
 
     Raises:
         HeavyError: not a Llama in one safetensors file, or already larger than ``shape``.

@@ -46,7 +46,7 @@ class Plan:
         """Examples of the pair.
 
         Raises:
-            DataError: there are none.
+            DataError: the pair has none.
         """
         return load_examples(self.examples_file)
 
@@ -67,7 +67,7 @@ class Plan:
         return f"{self._deepened.parameters / 1e6:.0f} M parameters"
 
     def once(self, make: "Callable[[Plan], T]") -> T:
-        """What ``make`` returns for this plan; it is called only once."""
+        """The result of ``make`` for this plan; ``make`` is called only once."""
         if make not in self._made:
             self._made[make] = make(self)
         made: T = self._made[make]

@@ -81,7 +81,7 @@ def _panel(axes: Any, rows: Sequence[Row], column: str) -> None:
 
 
 def _shares(pyplot: Any, section: Section) -> Any:
-    """Where a request's time goes, one bar for each side and number of streams."""
+    """Parts of a request's time, one bar for each side and number of streams."""
     rows = section.tables["split"].rows
     labels: list[str] = []
     for row in rows:

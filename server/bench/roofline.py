@@ -276,7 +276,7 @@ def cooperation(machine: Machine, student: Model, teacher: Model, load: Load) ->
     ours = theirs * (1 - traffic.rate) / traffic.rate
     part = machine.block / 2
     prompt = traffic.prompt / traffic.calls
-    # Calls at random places: some requests have none, and nobody reads what comes after the last one.
+    # Calls are at random places: some requests have none, and no call reads the tokens after the last one.
     asking = 1 - math.exp(-traffic.calls)
     read = ours * (1 - asking / traffic.calls)
     writer = Engine(machine, student, ours, theirs + part, prompt, load.context)

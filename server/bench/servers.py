@@ -25,7 +25,9 @@ BOTH = (0, -1)
 """Cores of a server that runs alone."""
 
 QUIET_SECONDS = 1.5
-"""An engine and its worker poll for a second after their last step, perhaps on the next server's core."""
+"""Pause between measurements: an engine and its worker poll for a second after their last step, perhaps on
+the next server's core.
+"""
 
 T = TypeVar("T")
 
@@ -39,7 +41,7 @@ class MeasuredServer:
     child: Child
     """The process whose CPU time counts."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Sent with every request."""
+    """Fields that are sent with every request."""
     engine: str = ""
     """Base URL of the engine behind a proxy; empty if the server is an engine."""
 

@@ -53,7 +53,7 @@ class Together:
 
     @property
     def rounds(self) -> int:
-        """How often each side was measured."""
+        """Number of times that each side was measured."""
         return len(self.samples[STREAMS[0]][STUDENT])
 
     @property

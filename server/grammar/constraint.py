@@ -20,7 +20,7 @@ from server.written import GRAMMAR_FROM
 
 
 class Continuation(NamedTuple):
-    """What the student's engine needs to continue with a grammar."""
+    """Arguments with which the student's engine continues with a grammar."""
 
     extra_args: dict[str, int]
     options: dict[str, Any]

@@ -64,7 +64,7 @@ class ApiError:
         if speaks_anthropic(path):
             return _event("error", self.document(path))
         if path == RESPONSES:
-            # The API's event has the fields at its top; OpenAI's clients raise where there is an `error`.
+            # The API's event has the fields at its top; OpenAI's clients raise if there is an `error`.
             fields = {"code": str(self.status), "message": self.message, "param": self.param}
             numbered = {"type": "error", "sequence_number": sequence_number, **fields}
             return _event("error", numbered | {"error": self._openai_fields})

@@ -210,7 +210,7 @@ async def _read(receive: Receive) -> bytes | None:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """The body as one message, then whatever the client does next (it may leave)."""
+    """A `receive` with the body as one message, and then the client's further messages (it may leave)."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

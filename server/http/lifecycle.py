@@ -37,7 +37,7 @@ class Lifecycle:
     SIGTERM drains, in this order:
 
     - `/ready` fails, and clients are handed over. This takes `HAND_OVER_SECONDS`, or half of
-      ``drain_seconds``, or no time when nobody is connected.
+      ``drain_seconds``, or no time if no client is connected.
     - New work is refused with 503. Running requests are written to their ends, with all their segments
       and teacher calls.
     - The server stops.
@@ -66,7 +66,7 @@ class Lifecycle:
         if self._drain is not None:
             if scope["type"] == "websocket":
                 return await send({"type": "websocket.close", "code": 1012})
-            # Probes and scrapers get answers to the end. Only `/ready` fails: nobody should send more.
+            # Probes and scrapers get answers to the end. Only `/ready` fails: no client should send more.
             if route_path(scope) == "/ready" or (self._refuses and scope["method"] not in READS):
                 error = ApiError(503, "the gateway is shutting down and accepts no new requests")
                 return await refuse(scope, send, error, {"retry-after": "1", "connection": "close"})

@@ -1,4 +1,4 @@
-"""The names that clients use for parameters, where vLLM uses other names."""
+"""The names that clients use for parameters that have other names in vLLM."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -13,7 +13,7 @@ from server.teacher.replies import Reply
 from server.vllm_api import SamplingParams
 
 STREAM_ABOVE = 8
-"""Up to this many tokens a span comes as one JSON body: cheaper on both sides than a stream."""
+"""Most tokens of a span that comes as one JSON body, which is cheaper on both sides than a stream."""
 
 
 class SpelledIds:
@@ -57,7 +57,7 @@ class Ask:
     meter: Meter = field(default_factory=Meter)
     """Counts what the span costs, and may bound it."""
     as_text: bool = False
-    """Whether the ids are the teacher's own. Only its text is used then, until the call is closed."""
+    """Whether the teacher's text is used, not its ids. The call is closed when the text is enough."""
     constraint: Constraint | None = None
     """Constraint of structured output, at the end of the prompt. It advances with the written tokens."""
     grammar: Mapping[str, Any] = field(default_factory=dict)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 class Breaker:
     """Stops calling a teacher that keeps failing, and tries it again after a while.
 
-    Opens after ``failures`` failures in a row; ``seconds`` later one call is let through, whose
-    outcome closes it or opens it anew.
+    It opens after ``failures`` failures in a row. ``seconds`` later, one call is let through, whose
+    outcome closes it or opens it again.
     """
 
     def __init__(self, failures: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:

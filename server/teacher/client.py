@@ -39,7 +39,7 @@ REPORTED = 64
 """Bytes of one log-probability in a reply, if all of a token's are wanted."""
 
 REFUSED_IN_A_ROW = 8
-"""A span ends with an error when the teacher draws an id that cannot stay this often."""
+"""A span ends when the teacher draws an id that cannot stay this many times in a row."""
 
 UNREAD = ("unreachable", "status")
 """Failures after which the teacher has not read the prompt, unless it has begun to write."""
@@ -90,7 +90,7 @@ class Teacher:
         Args:
             url: base URL, without /v1; a user and a password in it are sent as basic authentication.
             model: the model name that it must serve; None for its first one.
-            api_key: sent as a bearer token.
+            api_key: API key that is sent as a bearer token.
             timeout: longest wait for the next token, in seconds; longer for the first after a long prompt.
             span_timeout: longest wait for 64 tokens, or for the last ones of a span, in seconds.
             breaker: the circuit breaker that counts its failures.
@@ -326,7 +326,7 @@ class Teacher:
         headers: Mapping[str, str],
         patience: Patience,
     ) -> AsyncGenerator[Reply]:
-        """The replies to one request, up to an ending or to where the teacher is to be asked again."""
+        """The replies to one request, up to an ending or to a point from which the teacher is asked again."""
         ask = progress.ask
         screen = Screen() if ask.as_text else Screen.of(ask.params, progress.completion)
         model = self.adapters.model_for(ask.adapter, self.model)

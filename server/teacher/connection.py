@@ -57,7 +57,7 @@ class Connection:
 
         Args:
             url: base URL of the server; a user and a password in it are sent as basic authentication.
-            api_key: sent as a bearer token.
+            api_key: API key that is sent as a bearer token.
             connect_timeout: longest wait for a new connection, in seconds.
 
         Raises:
@@ -132,7 +132,7 @@ class Connection:
         """The response to a request.
 
         Raises:
-            TeacherError: there is none, or it is an error.
+            TeacherError: there is no response, or it is an error.
         """
         response = await self._send(method, path, patience, body, headers or {})
         try:

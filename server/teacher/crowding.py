@@ -7,7 +7,7 @@ LONG = 0.5
 """A first token that takes more than this share of its longest wait shows a queue at the replica."""
 
 SHORT = 0.25
-"""One that takes less than this share shows that there is room for one more."""
+"""A first token that takes less than this share of its longest wait shows room for one more call."""
 
 
 class Crowding:
@@ -19,7 +19,7 @@ class Crowding:
     """
 
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """``most``: the bound that is never exceeded."""
+        """``most``: the highest limit."""
         self.limit = self._most = most
         self._clock = clock
         self._halve_from = 0.0

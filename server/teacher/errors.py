@@ -37,7 +37,7 @@ class TeacherError(PeerError):
         Args:
             reason: one of a few words, fit for a metric's label. "breaker" and "saturated" are calls that
                 were not made, or that waited too long in the teacher's queue.
-            message: for the log.
+            message: the failure in one line, for the log.
             refused: the teacher would refuse the same call again.
             well: the failure is not a fault of the teacher.
             status: HTTP status of the answer, if it is not 200.

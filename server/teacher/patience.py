@@ -1,4 +1,4 @@
-"""How long a teacher call may wait."""
+"""Time limits of a teacher call."""
 
 import math
 import time
@@ -9,14 +9,14 @@ SPAN = 64
 """Number of tokens for which the teacher has ``span_timeout``; it has the same time for as many more."""
 
 READING = 4096
-"""For each this many tokens of the prompt, the first token may take one more ``teacher_timeout``."""
+"""Number of prompt tokens that add one more ``teacher_timeout`` to the wait for the first token."""
 
 END_SECONDS = 1.0
 """Seconds that a teacher has to end its reply after its last token; else the connection is not reused."""
 
 
 class Patience:
-    """How long a call may still wait: for its next token, for every 64 tokens, and in all."""
+    """Time that a call may still wait: for its next token, for every 64 tokens, and in all."""
 
     def __init__(
         self,

@@ -73,7 +73,10 @@ class Tool(Teacher):
             raise TeacherError("unreachable", f"the tool at {self.name} does not answer")
 
     async def healthy(self) -> bool | None:
-        """Whether its server answers `/health` with any status, because a tool need not know that path."""
+        """Whether its server answers `/health`, with any status but a proxy's; None if it is too slow.
+
+        A tool need not know that path.
+        """
         try:
             async with asyncio.timeout(min(PROBE_SECONDS, self.timeout)):
                 status = await self._connection.status("/health")

@@ -1,4 +1,4 @@
-"""What the teacher sees of a choice: its prompt, and how its reply becomes the student's tokens."""
+"""A choice as the teacher sees it: its prompt, and how its reply becomes the student's tokens."""
 
 from collections.abc import AsyncGenerator
 from typing import Protocol

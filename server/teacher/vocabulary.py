@@ -61,7 +61,7 @@ class SameVocabulary:
 
 
 class OneVocabulary:
-    """Checks that all servers of a teacher split texts and write prompts alike, whatever the student does."""
+    """Checks that all servers of a teacher split texts and write prompts alike; the student may differ."""
 
     def __init__(self, asked: Sequence[Question], words: TeacherWords) -> None:
         """Prepare the questions.
@@ -138,7 +138,7 @@ class Vocabularies:
         self.found: Literal["same", "other"] | None = None if wanted == "auto" else wanted
         """Whether the teacher's vocabulary is the student's; None until the first server was asked."""
         self.difference = "it is set"
-        """How the first server's vocabulary differs, for the log."""
+        """Difference of the first server's vocabulary from the student's, for the log."""
 
     async def __call__(self, teacher: Teacher) -> None:
         """Check a server. Raises TeacherError if it does not answer, or has not the expected vocabulary."""
