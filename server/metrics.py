@@ -52,11 +52,13 @@ TEACHER_RATE = Histogram(
 PRICE = Gauge("wheels_price", "Price of a teacher token under the default budget, in the gate's units")
 REALISED_RATE = Gauge(
     "wheels_realised_rate",
-    "Teacher rate that came of an aimed rate, where the price is learned while serving",
+    "Realised teacher rate for each aimed rate, while the gateway learns its price",
     ["aim"],
 )
 AIMED_COMPLETION_TOKENS = Gauge(
-    "wheels_aimed_completion_tokens", "Recent completion tokens that wheels_realised_rate is about", ["aim"]
+    "wheels_aimed_completion_tokens",
+    "Number of recent completion tokens that wheels_realised_rate is computed from",
+    ["aim"],
 )
 SHARED_LIMIT = ["scope", "tenant", "limit"]
 BUDGET_LIMIT = Gauge(
@@ -69,7 +71,9 @@ BUDGET_REMAINING = Gauge(
 )
 BUDGET_RATE = Gauge("wheels_budget_rate", "Realised teacher rate over a shared limit's window", SHARED_LIMIT)
 BUDGET_PRICE = Gauge(
-    "wheels_budget_price", "Price that a shared limit makes, in the gate's units", SHARED_LIMIT
+    "wheels_budget_price",
+    "Price of a teacher token that a shared limit sets, in the gate's units",
+    SHARED_LIMIT,
 )
 LEDGER_AVAILABLE = Gauge("wheels_ledger_available", "1 while the ledger of shared limits answers")
 REPLICA = ["teacher", "replica"]
