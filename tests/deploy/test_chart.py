@@ -107,14 +107,14 @@ def unknown(given: Any, parsed: Any) -> list[str]:
     ]
 
 
-def test_lint() -> None:
+def test_helm_accepts_the_chart() -> None:
     for case in helm.CASES:
         result = helm.helm("lint", "--strict", str(helm.CHART), "--values", f"{helm.HERE}/values/{case}.yaml")
         assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("case", helm.CASES)
-def test_manifests_are_as_before(case: str) -> None:
+def test_manifests_are_those_of_the_golden_files(case: str) -> None:
     """After an intended change, run `python -m tests.helpers.helm` and read the difference."""
     assert helm.rendered(case) == helm.golden(case).read_text()
 
@@ -171,7 +171,7 @@ def test_a_wrong_manifest_is_noticed() -> None:
         check(deployment | {"spec": deployment["spec"] | {"replica": 3}})
 
 
-def test_the_guides_values_are_right(tmp_path: Path) -> None:
+def test_the_values_of_the_deployment_guide_are_valid(tmp_path: Path) -> None:
     """The values are the indented block after "Write the values" in docs/deploy.md."""
     guide = (helm.ROOT / "docs" / "deploy.md").read_text()
     block = guide.split("4. Write the values.")[1].split("\n\n")[1]
@@ -184,7 +184,7 @@ def test_the_guides_values_are_right(tmp_path: Path) -> None:
     assert config["vllm"] == {}
 
 
-def test_the_schema_is_the_gateways() -> None:
+def test_the_schema_of_the_values_is_that_of_the_gateways_settings() -> None:
     """After a new setting of the gateway, run `python -m tests.helpers.helm`."""
     assert helm.schema_with(helm.configuration_schema()) == helm.SCHEMA.read_text()
 
@@ -241,7 +241,7 @@ def test_without_keys_several_teachers_are_in_the_file(
     assert of_teachers(result.stdout, tmp_path, monkeypatch).keys() == {"a", "b"}
 
 
-def test_the_one_of_several_that_runs_here_wants_its_key(
+def test_one_of_several_teachers_that_runs_in_this_release_has_its_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keyed = "teachers.a.vocabulary=same,teachers.b.url=http://b,secrets.teacherApiKey.name=ours"
@@ -254,7 +254,7 @@ def test_the_one_of_several_that_runs_here_wants_its_key(
 
 
 @pytest.mark.parametrize("case", helm.CASES)
-def test_variables_are_settings(case: str) -> None:
+def test_environment_variables_are_settings_of_the_gateway(case: str) -> None:
     """The gateway refuses unknown variables that begin with its prefix."""
     pod = of_kind(helm.rendered(case), "Deployment")["spec"]["template"]["spec"]
     assert pod["enableServiceLinks"] is False  # a Service named "wheels" would set WHEELS_PORT

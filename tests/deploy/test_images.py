@@ -43,7 +43,7 @@ def test_dockerfiles_are_clean(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
-def test_what_is_copied_exists_and_reaches_the_builder(path: Path) -> None:
+def test_every_copied_file_exists_and_reaches_the_builder(path: Path) -> None:
     allowed = path.with_name(path.name + ".dockerignore").read_text().splitlines()
     for line in re.findall(r"^COPY (?!--from)(.+)$", path.read_text(), re.MULTILINE):
         for source in line.split()[:-1]:
@@ -65,7 +65,7 @@ def test_an_image_without_a_compiler_compiles_nothing() -> None:
     assert re.search(r"^ENV (.*\\\n)*.*TORCHDYNAMO_DISABLE=1", image, re.MULTILINE)
 
 
-def test_versions_are_the_projects() -> None:
+def test_versions_in_images_are_those_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     versions = pinned((ROOT / "constraints.txt").read_text())
     cpu, gpu = ((DOCKER / f"Dockerfile.{kind}").read_text() for kind in ("cpu", "gpu"))

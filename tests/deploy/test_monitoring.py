@@ -38,7 +38,7 @@ def test_rules_are_valid() -> None:
     promtool("check", "rules", *map(str, promql.RULES))
 
 
-def test_rules_do_what_they_say() -> None:
+def test_rules_give_the_expected_values_and_alerts() -> None:
     promtool("test", "rules", str(RULE_TESTS))
 
 
@@ -61,7 +61,7 @@ def selectors() -> Iterator[tuple[str, VectorSelector]]:
             yield expression.place, selector
 
 
-def test_own_series_exist() -> None:
+def test_every_selected_series_exists() -> None:
     """Our series are in the gateway's registry, recorded ones in the rules. A real scrape has the others."""
     known = {family.name for family in FAMILIES}
     recorded = promql.recorded()
@@ -72,7 +72,7 @@ def test_own_series_exist() -> None:
             assert SUFFIX.sub("", selector.name) in known, place
 
 
-def test_own_labels_have_these_values() -> None:
+def test_every_selected_label_has_a_known_value() -> None:
     """Every outcome, reason and source in a selector is named by the help of its series."""
     for place, selector in selectors():
         if "wheels_" not in selector.name:

@@ -97,7 +97,7 @@ async def test_at_every_budget_the_adapter_writes_its_own_text(
     assert spans == 0 if budget == 0 else spans >= 6
 
 
-async def test_the_base_model_is_as_it_was(
+async def test_the_base_model_is_unchanged(
     gateway: AsyncOpenAI, stock: AsyncOpenAI, sources: list[str]
 ) -> None:
     for budget in (0, 0.3, 1):
@@ -120,7 +120,7 @@ async def test_a_teacher_without_the_adapter_writes_as_its_base_model(
     assert ids(mixed)[:first] == ids(alone)[:first]
 
 
-async def test_the_gate_reads_what_the_adapter_makes_of_the_student(
+async def test_the_gate_reads_the_logits_of_the_adapted_student(
     gateway: AsyncOpenAI, sources: list[str]
 ) -> None:
     """The pair is one model, so the reported log-probabilities are those that the gate saw."""
@@ -189,7 +189,7 @@ async def test_an_adapters_name_may_have_a_budget(
     assert (await chat(gateway, sources[2], 0, model="tuned")).teacher["calls"] == 0
 
 
-async def test_a_stream_is_written_with_the_adapter_too(
+async def test_a_stream_uses_the_adapter_too(
     gateway: AsyncOpenAI, stock: AsyncOpenAI, sources: list[str]
 ) -> None:
     alone = await own(stock, sources[3], "tuned")
@@ -200,7 +200,7 @@ async def test_a_stream_is_written_with_the_adapter_too(
     assert {chunk.source for chunk in chunks} == {"student", "teacher"}
 
 
-async def test_an_adapter_may_come_and_go_while_both_serve(
+async def test_an_adapter_may_be_loaded_and_unloaded_while_both_serve(
     adapted: Adapted, gateway: AsyncOpenAI, stock: AsyncOpenAI, sources: list[str]
 ) -> None:
     async with httpx.AsyncClient(timeout=PATIENCE) as http:

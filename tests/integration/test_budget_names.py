@@ -109,7 +109,7 @@ async def test_clients_send_the_budget_as_a_header(client: AsyncOpenAI, sources:
         ("wheels-fast", "0", 1, 1),
     ],
 )
-async def test_the_field_goes_before_the_header_and_the_header_before_the_name(
+async def test_the_field_wins_over_the_header_and_the_header_over_the_name(
     named: Serving,
     sources: list[str],
     path: str,
@@ -140,7 +140,7 @@ async def test_structured_output_works_under_a_name(client: AsyncOpenAI, sources
     assert reply.choices[0].message.content in ("Ja", "Nein")
 
 
-async def test_no_other_name_is_known(client: AsyncOpenAI, sources: list[str]) -> None:
+async def test_other_names_are_unknown(client: AsyncOpenAI, sources: list[str]) -> None:
     with pytest.raises(openai.NotFoundError, match="wheels-careful"):
         await client.chat.completions.create(**chat(sources[0], model="wheels-worst"))
 

@@ -29,7 +29,9 @@ def asked(source: str, **extra: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("budget", [None, 0, 0.5, 1])
-async def test_anthropics_client(claude: AsyncAnthropic, sources: list[str], budget: float | None) -> None:
+async def test_anthropics_client_works_at_every_budget(
+    claude: AsyncAnthropic, sources: list[str], budget: float | None
+) -> None:
     request = asked(sources[6], **({} if budget is None else {"teacher_budget": budget}))
     whole = await claude.messages.create(**request)
     assert whole.stop_reason == "end_turn"
@@ -47,21 +49,23 @@ async def test_anthropics_client(claude: AsyncAnthropic, sources: list[str], bud
     assert authors == {0: {"student"}, 1: {"teacher"}}.get(budget, {"student", "teacher"})
 
 
-async def test_anthropics_client_is_told_what_is_wrong(claude: AsyncAnthropic, sources: list[str]) -> None:
+async def test_anthropics_client_gets_errors_in_its_own_form(
+    claude: AsyncAnthropic, sources: list[str]
+) -> None:
     with pytest.raises(anthropic.BadRequestError, match=r"teacher_budget\.fraction"):
         await claude.messages.create(**asked(sources[0], teacher_budget=2))
     with pytest.raises(anthropic.NotFoundError, match="no-model"):
         await claude.messages.create(**(asked(sources[0], teacher_budget=0.5) | {"model": "no-model"}))
 
 
-async def test_anthropics_client_counts_tokens(claude: AsyncAnthropic, sources: list[str]) -> None:
+async def test_anthropics_client_can_count_tokens(claude: AsyncAnthropic, sources: list[str]) -> None:
     request = asked(sources[0])
     counted = await claude.messages.count_tokens(model=MODEL, messages=request["messages"])
     assert counted.input_tokens == (await claude.messages.create(**request)).usage.input_tokens
 
 
 @pytest.mark.parametrize("package", ["openai", "anthropic"])
-async def test_the_examples_of_the_documents_run(stack: Serving, package: str) -> None:
+async def test_the_examples_in_the_documents_run(stack: Serving, package: str) -> None:
     page = (ROOT / "docs" / "clients.md").read_text()
     (example,) = re.findall(rf"```python\n(from {package} import .*?)```", page, re.DOTALL)
     code = example.replace("http://127.0.0.1:8000", stack.gateway)

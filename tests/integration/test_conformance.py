@@ -215,7 +215,7 @@ def same_answers(
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("path", "body"), GOOD)
-def test_at_budget_one_the_answer_is_the_teachers(
+def test_at_budget_one_the_answer_is_that_of_the_teacher(
     http: httpx.Client, stack: Serving, path: str, body: dict[str, Any], stream: bool
 ) -> None:
     same_answers(http, stack, 1, path, body, stream)
@@ -223,7 +223,7 @@ def test_at_budget_one_the_answer_is_the_teachers(
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("path", "body"), GOOD + GOOD_ALONE)
-def test_at_budget_zero_the_answer_is_the_students(
+def test_at_budget_zero_the_answer_is_that_of_the_student(
     http: httpx.Client, twins: Serving, path: str, body: dict[str, Any], stream: bool
 ) -> None:
     if stream and body.get("use_beam_search"):
@@ -233,7 +233,7 @@ def test_at_budget_zero_the_answer_is_the_students(
 
 @pytest.mark.parametrize("budget", [0, 0.5, 1])
 @pytest.mark.parametrize(("path", "body"), BAD)
-def test_what_vllm_refuses_the_gateway_refuses_in_the_same_words(
+def test_requests_that_vllm_refuses_are_refused_in_the_same_words(
     http: httpx.Client, stack: Serving, path: str, body: dict[str, Any], budget: float
 ) -> None:
     answers = []

@@ -23,7 +23,7 @@ async def test_budget_zero_never_calls_the_teacher(
     assert metric(stack.gateway, "wheels_teacher_calls_total") == calls
 
 
-async def test_budget_one_is_the_teacher_alone(
+async def test_at_budget_one_the_teacher_writes_alone(
     client: AsyncOpenAI, teacher_client: AsyncOpenAI, sources: list[str]
 ) -> None:
     for source in sources[:8]:
@@ -55,7 +55,7 @@ async def test_bound_holds_in_every_prefix_of_hundreds_of_concurrent_requests(
 
 
 @pytest.mark.parametrize("budget", [{"tokens": 3}, {"calls": 1}, {"tokens": 5, "calls": 2, "fraction": 0.5}])
-async def test_hard_caps(
+async def test_budgets_of_tokens_and_calls_are_never_exceeded(
     client: AsyncOpenAI, sources: list[str], budget: dict[str, Any], span_tokens: int
 ) -> None:
     replies = await asyncio.gather(*(chat(client, source, budget) for source in sources[:64]))
@@ -88,7 +88,7 @@ async def test_a_prompt_that_vllm_refuses_never_reaches_the_teacher(
     assert metric(stack.gateway, "wheels_teacher_calls_total") == calls
 
 
-async def test_stream_says_who_wrote_what(client: AsyncOpenAI, sources: list[str]) -> None:
+async def test_a_stream_names_the_writer_of_every_token(client: AsyncOpenAI, sources: list[str]) -> None:
     whole = await chat(client, sources[1], 0.5)
     stream = await chat(client, sources[1], 0.5, stream=True, stream_options={"include_usage": True})
     chunks = [chunk async for chunk in stream]
@@ -107,7 +107,7 @@ async def test_stream_says_who_wrote_what(client: AsyncOpenAI, sources: list[str
     assert {chunk.source for chunk in chunks} == {"student", "teacher"}
 
 
-async def test_completions_with_token_ids_and_echo(
+async def test_completions_take_token_ids_and_echo_the_prompt(
     client: AsyncOpenAI, pair: Pair, sources: list[str]
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(pair.student)
@@ -123,7 +123,9 @@ async def test_completions_with_token_ids_and_echo(
     assert reply.teacher == via_chat.teacher
 
 
-async def test_stop_string_across_a_span_border(client: AsyncOpenAI, pair: Pair, sources: list[str]) -> None:
+async def test_a_stop_string_may_cross_the_border_of_a_span(
+    client: AsyncOpenAI, pair: Pair, sources: list[str]
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(pair.student)
     tested = 0
     for source in sources[:40]:
@@ -153,7 +155,9 @@ async def test_stop_string_across_a_span_border(client: AsyncOpenAI, pair: Pair,
     pytest.fail(f"only {tested} completions had a teacher's span inside")
 
 
-async def test_several_choices(client: AsyncOpenAI, sources: list[str], span_tokens: int) -> None:
+async def test_several_choices_have_their_own_reports(
+    client: AsyncOpenAI, sources: list[str], span_tokens: int
+) -> None:
     reply = await chat(client, sources[3], 0.3, n=4, temperature=1.0, seed=11)
     assert [choice.index for choice in reply.choices] == [0, 1, 2, 3]
     assert sum(choice.teacher["tokens"] for choice in reply.choices) == reply.teacher["tokens"]
@@ -180,7 +184,7 @@ async def test_a_seed_repeats_the_completion(client: AsyncOpenAI, sources: list[
     assert first.choices[0].token_ids != other.choices[0].token_ids
 
 
-async def test_logprobs_of_whoever_wrote_the_token(
+async def test_log_probabilities_are_those_of_the_writer_of_each_token(
     client: AsyncOpenAI, teacher_client: AsyncOpenAI, pair: Pair, sources: list[str]
 ) -> None:
     reply = await chat(client, sources[5], 0.5, logprobs=True, top_logprobs=3)
@@ -208,7 +212,7 @@ async def test_logprobs_of_whoever_wrote_the_token(
             assert entry.logprob == pytest.approx(alone.choices[0].logprobs.token_logprobs[0], abs=1e-4)
 
 
-async def test_responses_and_messages_count_tokens_right(stack: Serving, sources: list[str]) -> None:
+async def test_responses_and_messages_count_tokens_correctly(stack: Serving, sources: list[str]) -> None:
     async with httpx.AsyncClient(base_url=stack.gateway, timeout=PATIENCE) as http:
         body = {
             "model": "wheels",
@@ -253,7 +257,7 @@ async def test_a_client_cannot_set_the_price(client: AsyncOpenAI) -> None:
         await chat(client, "x", 0, extra_body={"vllm_xargs": {"wheels_price": -100.0}})
 
 
-async def test_metrics_agree_with_the_teachers_own(
+async def test_metrics_agree_with_those_of_the_teacher(
     client: AsyncOpenAI, stack: Serving, sources: list[str]
 ) -> None:
     async def counts() -> tuple[float, float, float]:

@@ -53,7 +53,7 @@ def test_no_request_is_above_its_bound(learned: dict[float, dict[str, Any]]) -> 
     assert learned[0.0]["calls_per_request"] == 0
 
 
-async def test_asking_where_the_router_says_beats_asking_at_random(
+async def test_asking_by_the_router_beats_asking_at_random(
     learned: dict[float, dict[str, Any]], stack: Serving, pair: Pair, tmp_path: Path
 ) -> None:
     url, examples = f"http://127.0.0.1:{free_port()}", load_examples(DEMO / "examples.jsonl")

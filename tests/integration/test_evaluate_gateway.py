@@ -12,7 +12,9 @@ BUDGETS = (0.1, 0.3)
 EXAMPLES = 200
 
 
-def test_a_gateway_does_what_the_pair_does_in_process(stack: Serving, capsys: pytest.CaptureFixture[str]):
+def test_a_gateway_gives_the_results_of_the_pair_in_process(
+    stack: Serving, capsys: pytest.CaptureFixture[str]
+):
     asked = ["--gateway", stack.gateway, "--budgets", *map(str, BUDGETS), "--spans"]
     assert evaluate([str(DEMO), *asked, "--examples", str(EXAMPLES), "--json"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -40,6 +42,6 @@ def test_a_gateway_needs_no_checkpoints(stack: Serving, capsys: pytest.CaptureFi
     assert {"quality.png", "calibration.png", "where.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_a_server_that_is_no_gateway_is_named(stack: Serving, capsys: pytest.CaptureFixture[str]):
+def test_a_server_that_is_not_a_gateway_is_named(stack: Serving, capsys: pytest.CaptureFixture[str]):
     assert evaluate(["--gateway", stack.teacher, "--examples", "1"]) == 2
     assert capsys.readouterr().err.startswith(f"wheels evaluate: the gateway at {stack.teacher}: ")

@@ -46,7 +46,7 @@ async def other_client(other: Serving) -> AsyncIterator[AsyncOpenAI]:
         yield client
 
 
-async def test_teacher_killed_in_mid_load(
+async def test_requests_survive_the_death_of_the_teacher_under_load(
     other: Serving, other_client: AsyncOpenAI, pair: Pair, sources: list[str], tmp_path: Path
 ) -> None:
     client = other_client

@@ -237,7 +237,7 @@ async def _load(fleet: Fleet, prompts: list[str]) -> Load:
     return load
 
 
-def test_only_what_the_dead_gateway_had_under_way_is_lost(load: Load) -> None:
+def test_only_requests_at_the_dead_gateway_are_lost(load: Load) -> None:
     assert load.ended == REQUESTS
     assert len(load.failed) <= AT_ONCE
     assert all(sent <= load.events["gateway killed"].time for sent in load.failed)
@@ -251,7 +251,7 @@ def test_the_budget_holds(fleet: Fleet, load: Load) -> None:
     assert budget["reserved"] == 0
 
 
-def test_it_had_to_be_held(load: Load) -> None:
+def test_the_budget_had_to_be_enforced(load: Load) -> None:
     assert sum(reply.teacher["denied"].get("global_tokens", 0) for reply in load.replies) > 0
 
 

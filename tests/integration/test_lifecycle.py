@@ -41,7 +41,7 @@ async def begun(stream: AsyncIterator[Any]) -> list[Any]:
     return chunks
 
 
-async def test_at_sigterm_streams_end_whole(
+async def test_at_sigterm_streams_end_normally(
     stack: Serving, pair: Pair, sources: list[str], tmp_path: Path
 ) -> None:
     with gateway(pair, stack.teacher, tmp_path, "--drain-seconds", "600") as (url, child):
@@ -73,7 +73,7 @@ async def test_at_sigterm_streams_end_whole(
     assert "[server.http.lifecycle] shutting down, running requests: 12" in child.service.log.read_text()
 
 
-async def test_clients_have_time_to_go_elsewhere(
+async def test_clients_have_time_to_switch_to_another_gateway(
     stack: Serving, pair: Pair, sources: list[str], tmp_path: Path
 ) -> None:
     """On a kept connection every request is answered until the gateway has asked to close it."""
@@ -98,7 +98,7 @@ async def test_clients_have_time_to_go_elsewhere(
         assert child.process.wait(60) == 0
 
 
-async def test_at_its_deadline_it_ends_all_the_same(
+async def test_at_its_deadline_the_gateway_ends_in_any_case(
     stack: Serving, pair: Pair, sources: list[str], tmp_path: Path
 ) -> None:
     with gateway(pair, stack.teacher, tmp_path, "--drain-seconds", "0.2") as (url, child):
@@ -114,7 +114,7 @@ async def test_at_its_deadline_it_ends_all_the_same(
         assert "requests cut off: 1" in child.service.log.read_text()
 
 
-def test_a_gateway_that_starts_can_be_ended(pair: Pair, tmp_path: Path) -> None:
+def test_a_gateway_can_be_ended_while_it_starts(pair: Pair, tmp_path: Path) -> None:
     """The gateway is ended while it waits for its engine, and no process of the engine is left."""
     nobody = f"http://127.0.0.1:{free_port()}"
     child = Child(gateway_service(pair, nobody, f"http://127.0.0.1:{free_port()}", tmp_path))

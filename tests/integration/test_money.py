@@ -80,7 +80,9 @@ async def test_a_cost_is_never_exceeded(client: AsyncOpenAI, sources: list[str])
     assert sum(reply.teacher["calls"] for reply in replies) > 10
 
 
-async def test_requests_at_once_share_a_session(client: AsyncOpenAI, sources: list[str]) -> None:
+async def test_concurrent_requests_share_the_budget_of_a_session(
+    client: AsyncOpenAI, sources: list[str]
+) -> None:
     session = {"id": "at-once", "cost": 0.002}
     extra = {"return_token_ids": True, "teacher_session": session}
     replies = await asyncio.gather(*(chat(client, source, 0.5, extra_body=extra) for source in sources[:40]))
@@ -95,7 +97,7 @@ async def test_requests_at_once_share_a_session(client: AsyncOpenAI, sources: li
     assert error.value.param == "teacher_session"
 
 
-async def test_what_the_teacher_reads_again_is_found_in_its_cache(
+async def test_the_teacher_finds_a_prefix_that_it_reads_again_in_its_cache(
     client: AsyncOpenAI, stack: Serving, sources: list[str]
 ) -> None:
     """The teacher reports cached tokens: it has --enable-prompt-tokens-details. A block has 32 tokens."""

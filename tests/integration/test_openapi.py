@@ -59,7 +59,7 @@ def keeps_its_word(operation: Any, url: str, excluded: list[Any]) -> None:
     keeps()
 
 
-def test_every_operation_keeps_what_the_document_says(document: dict[str, Any], stack: Serving) -> None:
+def test_every_operation_agrees_with_the_document(document: dict[str, Any], stack: Serving) -> None:
     tested = set()
     for result in schemathesis.openapi.from_dict(document).get_all_operations():
         operation = result.ok()
@@ -120,7 +120,7 @@ def test_every_budget_of_the_document_is_honoured(
 
 
 @pytest.mark.parametrize("path", STREAMED)
-def test_no_other_budget_is(document: dict[str, Any], stack: Serving, path: str) -> None:
+def test_other_budgets_are_refused(document: dict[str, Any], stack: Serving, path: str) -> None:
     schema = schemathesis.openapi.from_dict(around_the_budget(document, path))
     mode = schemathesis.GenerationMode.NEGATIVE
 

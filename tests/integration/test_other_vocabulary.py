@@ -47,7 +47,7 @@ async def of_the_teacher_alone(other: Serving, source: str, **parameters: Any) -
     return reply.choices[0]
 
 
-async def test_the_gateway_finds_it_out(other: Serving) -> None:
+async def test_the_gateway_finds_out_that_the_vocabularies_differ(other: Serving) -> None:
     async with httpx.AsyncClient(base_url=other.gateway) as http:
         assert (await http.get("/ready")).json()["teacher_vocabulary"] == "other"
 
@@ -133,7 +133,7 @@ async def test_bounds_hold_and_no_border_is_within_a_character(
     ("name", "value"),
     [("logprobs", True), ("logit_bias", {"9": 1}), ("allowed_token_ids", [9]), ("presence_penalty", 1)],
 )
-async def test_what_only_the_students_logits_have_is_refused_by_name(
+async def test_parameters_that_need_the_students_logits_are_refused_by_name(
     gateway: AsyncOpenAI, name: str, value: Any
 ) -> None:
     with pytest.raises(BadRequestError) as error:
@@ -160,7 +160,7 @@ async def test_a_grammar_holds_for_both_models(gateway: AsyncOpenAI, sources: li
             assert (reply.teacher["rate"], reply.teacher["calls"]) == (1, 1)
 
 
-async def test_no_end_of_either_model_ends_it_if_that_is_to_be_ignored(
+async def test_ignored_end_tokens_of_both_models_do_not_end_the_completion(
     gateway: AsyncOpenAI, sources: list[str]
 ) -> None:
     for budget in (0.3, 1):
@@ -223,7 +223,7 @@ async def test_the_prompts_log_probabilities_are_the_students(
         }
 
 
-async def test_a_prompt_of_ids_is_the_students(gateway: AsyncOpenAI) -> None:
+async def test_a_prompt_of_token_ids_is_for_the_student(gateway: AsyncOpenAI) -> None:
     with pytest.raises(BadRequestError) as error:
         await gateway.completions.create(
             model="wheels", prompt=[9, 10], max_tokens=4, extra_body={"teacher_budget": 0.5}

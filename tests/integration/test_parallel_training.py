@@ -22,7 +22,7 @@ def curve(directory):
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
 
-def test_two_processes_follow_the_curve_of_one_through_a_kill(tmp_path, monkeypatch):
+def test_two_processes_follow_the_curve_of_one_in_spite_of_a_kill(tmp_path, monkeypatch):
     tokenizer = tokenizer_of_numbers()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     one = parallel_worker.run(tokenizer, tmp_path / "one")

@@ -17,7 +17,9 @@ STUDENT_ALONE = {"use_beam_search": True}
 
 
 @pytest.mark.parametrize("parameter", STUDENT_ALONE)
-async def test_student_alone(client: AsyncOpenAI, sources: list[str], parameter: str) -> None:
+async def test_parameters_that_two_models_cannot_honour_need_the_student_alone(
+    client: AsyncOpenAI, sources: list[str], parameter: str
+) -> None:
     extra = {parameter: STUDENT_ALONE[parameter]}
     with pytest.raises(BadRequestError, match=f"{parameter} cannot be used") as error:
         await chat(client, sources[0], 0.1, extra_body=extra)
@@ -27,7 +29,9 @@ async def test_student_alone(client: AsyncOpenAI, sources: list[str], parameter:
 
 
 @pytest.mark.parametrize("budget", [0.3, 1])
-async def test_max_tokens_and_ignore_eos(client: AsyncOpenAI, sources: list[str], budget: float) -> None:
+async def test_max_tokens_and_ignore_eos_hold_for_both_models(
+    client: AsyncOpenAI, sources: list[str], budget: float
+) -> None:
     reply = await chat(client, sources[1], budget, max_tokens=150, extra_body={"ignore_eos": True})
     assert len(reply.choices[0].token_ids) == reply.usage.completion_tokens == 150
     assert reply.choices[0].finish_reason == "length"
@@ -47,7 +51,7 @@ async def test_both_models_apply_a_bias_and_a_choice_of_tokens(
 
 
 @pytest.mark.parametrize("budget", [0, 0.3, 1])
-async def test_stop_token_and_shown_stop_string(
+async def test_stop_tokens_and_shown_stop_strings_end_a_completion(
     client: AsyncOpenAI, sources: list[str], budget: float
 ) -> None:
     whole = await chat(client, sources[2], budget)
@@ -76,7 +80,7 @@ async def test_special_tokens_are_shown_when_asked_for(
     assert shown.choices[0].token_ids == hidden.choices[0].token_ids
 
 
-async def test_usage_in_every_chunk(client: AsyncOpenAI, sources: list[str]) -> None:
+async def test_usage_can_be_in_every_chunk(client: AsyncOpenAI, sources: list[str]) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     stream = await chat(client, sources[3], 0.3, stream=True, stream_options=options)
     chunks = [chunk async for chunk in stream]
@@ -88,7 +92,9 @@ async def test_usage_in_every_chunk(client: AsyncOpenAI, sources: list[str]) -> 
     assert chunks[-1].usage.completion_tokens == written > 0
 
 
-async def test_a_penalty_on_repetition_is_both_models(client: AsyncOpenAI, sources: list[str]) -> None:
+async def test_a_penalty_on_repetition_counts_the_tokens_of_both_models(
+    client: AsyncOpenAI, sources: list[str]
+) -> None:
     extra = {"repetition_penalty": 1.8, "ignore_eos": True}
     for budget in (0.3, 1):
         free = await chat(client, sources[1], budget, max_tokens=60, extra_body={"ignore_eos": True})
@@ -99,14 +105,14 @@ async def test_a_penalty_on_repetition_is_both_models(client: AsyncOpenAI, sourc
 @pytest.mark.parametrize(
     "fields", [{"prompt": [480]}, {"prompt": "x", "logit_bias": {"480": 1}}, {"prompt": "x", "n": 0}]
 )
-async def test_no_reserved_row_and_no_nonsense(stack: Serving, fields: dict[str, Any]) -> None:
+async def test_reserved_rows_and_wrong_values_are_refused(stack: Serving, fields: dict[str, Any]) -> None:
     async with httpx.AsyncClient(base_url=stack.gateway, timeout=PATIENCE) as http:
         for budget in (0, 0.3):
             body = {"model": "wheels", "max_tokens": 4, "teacher_budget": budget} | fields
             assert (await http.post("/v1/completions", json=body)).status_code == 400
 
 
-async def test_request_ids(stack: Serving, sources: list[str]) -> None:
+async def test_request_ids_are_those_of_the_client(stack: Serving, sources: list[str]) -> None:
     """The same id may come twice at once: it is the client's id, not ours."""
     async with httpx.AsyncClient(base_url=stack.gateway, timeout=PATIENCE) as http:
         message = {"model": "wheels", "messages": [{"role": "user", "content": sources[0]}]}
@@ -215,7 +221,7 @@ BATCH = {"model": "wheels", "max_tokens": 48, "extra_body": {"teacher_budget": 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_every_prompt_of_a_batch_is_written_as_if_it_were_alone(
+async def test_every_prompt_of_a_batch_is_answered_as_if_it_were_alone(
     client: AsyncOpenAI, sources: list[str], stream: bool
 ) -> None:
     alone = []

@@ -93,7 +93,7 @@ def request(budget: float | None, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("budget", [0, 0.3, 0.6, 1])
-async def test_tool_calls_and_reasoning_across_spans(client: AsyncOpenAI, budget: float) -> None:
+async def test_tool_calls_and_reasoning_are_parsed_across_spans(client: AsyncOpenAI, budget: float) -> None:
     reply = await client.chat.completions.create(**request(budget, tools=[TOOL]))
     (choice,) = reply.choices
     assert len(choice.token_ids) == len(PIECES) + 1
@@ -136,7 +136,9 @@ async def streamed(client: AsyncOpenAI, budget: float) -> Streamed:
 
 
 @pytest.mark.parametrize("budget", [0, 0.3, 0.6, 1])
-async def test_their_deltas_under_load(client: AsyncOpenAI, budget: float) -> None:
+async def test_deltas_of_tool_calls_and_reasoning_are_right_under_load(
+    client: AsyncOpenAI, budget: float
+) -> None:
     """With many streams at once, the models' text comes in pieces of several tokens."""
     for result in await asyncio.gather(*(streamed(client, budget) for _ in range(12))):
         assert result.finish == "tool_calls"
@@ -159,7 +161,7 @@ async def test_a_grammar_begins_after_the_reasoning(client: AsyncOpenAI, budget:
 
 @pytest.mark.parametrize("tokens", [0, 3, 5, 90])
 @pytest.mark.parametrize("budget", [0, 0.3, 0.6, 1])
-async def test_a_budget_for_thinking_counts_what_both_write(
+async def test_a_budget_for_thinking_counts_the_tokens_of_both_models(
     client: AsyncOpenAI, budget: float, tokens: int
 ) -> None:
     """The marker of the end comes where the budget ends, and the text goes on after it."""
@@ -188,7 +190,7 @@ def one_call(choice: str, **more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("choice", FORCED)
 @pytest.mark.parametrize("budget", [0, 0.3, 0.6, 1])
-async def test_a_strict_call_after_the_reasoning(
+async def test_a_strict_call_follows_the_reasoning(
     client: AsyncOpenAI, stock: AsyncOpenAI, budget: float, choice: str
 ) -> None:
     """Without the grammar, the models would write more before a forced call and after a single one."""
@@ -204,7 +206,7 @@ async def test_a_strict_call_after_the_reasoning(
 
 @pytest.mark.parametrize("choice", FORCED)
 @pytest.mark.parametrize("budget", [0, 0.3, 0.6, 1])
-async def test_deltas_of_a_strict_call(
+async def test_deltas_of_a_strict_call_give_the_whole_call(
     client: AsyncOpenAI, stock: AsyncOpenAI, budget: float, choice: str
 ) -> None:
     extra = {"return_token_ids": True}

@@ -53,7 +53,7 @@ def set_budget(page: Page, percent: int) -> None:
         page.get_by_label("Teacher budget").press("ArrowRight")
 
 
-def test_the_teachers_words_are_marked_and_say_why(page: Page) -> None:
+def test_the_teachers_words_are_marked_with_their_reasons(page: Page) -> None:
     set_budget(page, 50)
     expect(page.locator("#budget-value")).to_have_text("50 %")
     page.get_by_role("textbox", name="Prompt").fill("The book has 695 pages and costs £89.56.")
@@ -84,7 +84,7 @@ def test_budget_zero_marks_nothing(page: Page) -> None:
     expect(page.locator("#text .teacher")).to_have_count(0)
 
 
-def test_side_by_side_at_several_budgets(page: Page) -> None:
+def test_answers_at_several_budgets_are_shown_side_by_side(page: Page) -> None:
     page.get_by_role("button", name="Compare budgets").click()
     rows = page.locator("#rows tr")
     expect(rows.nth(4).locator("td.n")).to_have_count(3)
@@ -93,7 +93,7 @@ def test_side_by_side_at_several_budgets(page: Page) -> None:
     assert rates[4] == 100
 
 
-def test_who_is_faster_than_the_page_is_not_interrupted(page: Page) -> None:
+def test_a_click_before_the_page_has_loaded_is_not_interrupted(page: Page) -> None:
     """A click before the examples have arrived waits for one. The opening answer does not stop it."""
     held: list[Route] = []
     page.route("**/playground/examples", lambda route: held.append(route))
@@ -106,13 +106,13 @@ def test_who_is_faster_than_the_page_is_not_interrupted(page: Page) -> None:
     assert page.get_by_role("textbox", name="Prompt").input_value()
 
 
-def test_it_opens_with_an_answer(page: Page) -> None:
+def test_the_page_opens_with_an_answer(page: Page) -> None:
     expect(page.locator("#facts")).to_contain_text("of the answer, budget 10 %")
     assert page.get_by_role("textbox", name="Prompt").input_value()
     assert page.locator("#text").inner_text()
 
 
-def test_on_a_telephone_everything_is_in_sight(page: Page) -> None:
+def test_on_a_telephone_everything_is_visible(page: Page) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     prompt = page.get_by_role("textbox", name="Prompt")
     # Spelled out, this is a word of 47 letters, wider than the page.
@@ -126,7 +126,7 @@ def test_on_a_telephone_everything_is_in_sight(page: Page) -> None:
         assert box["x"] + box["width"] <= 390
 
 
-def test_what_goes_wrong_is_said(page: Page) -> None:
+def test_errors_are_shown(page: Page) -> None:
     page.get_by_role("textbox", name="Prompt").fill("word " * 2000)  # longer than the model's context
     page.get_by_role("button", name="Write").click()
     expect(page.locator("#facts .error")).to_contain_text("context")
@@ -139,7 +139,7 @@ def test_the_chart_moves(page: Page) -> None:
         expect(page.locator(f"#chart path.{series}")).not_to_have_attribute("d", "")
 
 
-def test_under_a_root_path_and_without_an_admins_key(browser: Browser) -> None:
+def test_the_page_works_under_a_root_path_and_without_an_admins_key(browser: Browser) -> None:
     """The page sends its requests below its own address, and explains why it shows no numbers."""
     asked: list[str] = []
 

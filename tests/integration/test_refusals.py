@@ -121,7 +121,7 @@ async def test_a_stream_that_has_not_begun_is_refused(
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", SURFACES)
-def test_a_lost_teacher_has_the_shape_of_the_api(
+def test_the_error_for_a_lost_teacher_has_the_shape_of_the_api(
     http: httpx.Client, strict: Serving, sources: list[str], path: str, stream: bool
 ) -> None:
     asked = body(path, sources[6], stream=stream, teacher_budget=1)
@@ -180,7 +180,7 @@ BODIES = {
 
 @pytest.mark.parametrize("budget", [None, 0, 0.5, 1])
 @pytest.mark.parametrize("path", SURFACES)
-def test_what_is_no_json_is_refused_at_every_budget(
+def test_a_body_that_is_not_json_is_refused_at_every_budget(
     http: httpx.Client, stack: Serving, path: str, budget: float | None
 ) -> None:
     more = {} if budget is None else {"teacher_budget": budget}

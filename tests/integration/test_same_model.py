@@ -37,7 +37,9 @@ async def twin_client(twins: Serving) -> AsyncIterator[AsyncOpenAI]:
         yield client
 
 
-async def test_token_for_token_at_every_budget(twin_client: AsyncOpenAI, sources: list[str]) -> None:
+async def test_the_completion_is_the_same_token_for_token_at_every_budget(
+    twin_client: AsyncOpenAI, sources: list[str]
+) -> None:
     alone = await asyncio.gather(*(chat(twin_client, source, 0) for source in sources[:100]))
     spans = 0
     for budget in (0.1, 0.5, 0.9, 1, {"calls": 2}, {"tokens": 5}):

@@ -75,7 +75,7 @@ async def two(both: Serving) -> AsyncIterator[AsyncOpenAI]:
         yield client
 
 
-async def test_each_teacher_writes_some_and_every_bound_holds(
+async def test_each_teacher_writes_a_part_and_every_bound_holds(
     two: AsyncOpenAI, both: Serving, sources: list[str], span_tokens: int
 ) -> None:
     budget = {"fraction": 0.4, "teachers": ["small", "teacher"]}
@@ -96,7 +96,7 @@ async def test_each_teacher_writes_some_and_every_bound_holds(
         assert metric(both.gateway, "wheels_teacher_calls_total", teacher=name, outcome="ok") > 0
 
 
-async def test_a_budget_of_one_is_the_dear_teacher_alone(
+async def test_at_a_budget_of_one_the_dear_teacher_writes_alone(
     two: AsyncOpenAI, client: AsyncOpenAI, sources: list[str]
 ) -> None:
     for source in sources[:4]:
@@ -137,7 +137,7 @@ async def test_an_unknown_name_is_refused(two: AsyncOpenAI) -> None:
     assert e.value.body["param"] == "teacher_budget"
 
 
-async def test_the_gateway_says_who_is_there(both: Serving) -> None:
+async def test_the_gateway_lists_its_teachers(both: Serving) -> None:
     async with httpx.AsyncClient(base_url=both.gateway) as http:
         ready = (await http.get("/ready")).json()
     assert ready["teachers"] == {"stamp": True, "small": True, "teacher": True}
@@ -176,7 +176,7 @@ async def taken(gateway: Serving, directory: Path, router: RouterCheckpoint) -> 
     raise AssertionError("after a minute the router is not in use")
 
 
-async def test_a_router_with_an_output_for_each_says_who_is_asked(
+async def test_a_router_with_an_output_for_each_teacher_decides_which_is_asked(
     two: AsyncOpenAI, both: Serving, pair: Pair, router: Path, sources: list[str], span_tokens: int
 ) -> None:
     """The gateway takes the router while it serves, and then another one."""

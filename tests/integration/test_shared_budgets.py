@@ -93,7 +93,7 @@ async def acme(limited: Stack) -> AsyncIterator[AsyncOpenAI]:
         yield client
 
 
-async def test_only_known_keys(limited: Stack, sources: list[str]) -> None:
+async def test_only_known_keys_are_accepted(limited: Stack, sources: list[str]) -> None:
     async with limited.client("wrong") as client:
         with pytest.raises(openai.AuthenticationError, match="missing or unknown API key"):
             await chat(client, sources[0])
@@ -104,7 +104,9 @@ async def test_only_known_keys(limited: Stack, sources: list[str]) -> None:
         assert (await limited.get("/metrics", key)).status_code == status
 
 
-async def test_more_than_the_maximum_is_clamped_and_said_so(acme: AsyncOpenAI, sources: list[str]) -> None:
+async def test_a_budget_above_the_maximum_is_clamped_and_reported(
+    acme: AsyncOpenAI, sources: list[str]
+) -> None:
     reply = await chat(acme, sources[0], 0.9)
     assert reply.teacher["clamped"] is True
     assert (await chat(acme, sources[0], 0.5)).teacher["clamped"] is False
@@ -115,7 +117,7 @@ async def test_more_than_the_maximum_is_clamped_and_said_so(acme: AsyncOpenAI, s
     assert 0 < int(raw.headers["x-ratelimit-remaining-teacher-tokens"]) <= LIMIT
 
 
-async def test_or_refused(limited: Stack, sources: list[str]) -> None:
+async def test_a_budget_above_the_maximum_can_be_refused(limited: Stack, sources: list[str]) -> None:
     async with limited.client("strict-key") as client:
         with pytest.raises(openai.BadRequestError) as error:
             await chat(client, sources[0], 0.9)
@@ -123,7 +125,7 @@ async def test_or_refused(limited: Stack, sources: list[str]) -> None:
         assert "maximum of 0.2" in error.value.body["message"]
 
 
-async def test_a_limit_holds_whatever_comes_at_once(
+async def test_a_limit_holds_under_concurrent_requests(
     limited: Stack, acme: AsyncOpenAI, sources: list[str]
 ) -> None:
     for _ in range(300):  # until the reservations of earlier tests are settled
@@ -158,7 +160,7 @@ async def test_a_limit_holds_whatever_comes_at_once(
     assert await settled(limited.serving.gateway, "wheels_ledger_available", 1, key="root") == 1
 
 
-async def test_used_up_and_told(limited: Stack, sources: list[str]) -> None:
+async def test_a_used_up_limit_is_reported(limited: Stack, sources: list[str]) -> None:
     """While the only token is reserved, a refusal names the end of its lease; later, that of the window."""
     async with limited.client("strict-key") as client:
         deadline = time.monotonic() + 120
@@ -172,7 +174,7 @@ async def test_used_up_and_told(limited: Stack, sources: list[str]) -> None:
         assert int(error.value.response.headers["retry-after"]) > 3000
 
 
-async def test_a_new_key_without_a_restart(limited: Stack, sources: list[str]) -> None:
+async def test_a_new_key_works_without_a_restart(limited: Stack, sources: list[str]) -> None:
     limited.write(ACME | {"keys": [hash_key("new-key")], "limits": []}, STRICT)
     async with limited.client("new-key") as new, limited.client("acme-key") as old:
         for _ in range(300):

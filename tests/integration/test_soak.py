@@ -138,7 +138,7 @@ def limited(stack: Serving, pair: Pair, tmp_path: Path) -> Iterator[tuple[str, C
         yield url, child
 
 
-async def test_five_hundred_streams(
+async def test_five_hundred_streams_lose_and_leak_nothing(
     limited: tuple[str, Child], stack: Serving, sources: Sequence[str]
 ) -> None:
     url, child = limited

@@ -83,7 +83,7 @@ def check(written: Written, budget: float) -> None:
 
 @STREAMS
 @BUDGETS
-async def test_chat_with_a_response_format(client: AsyncOpenAI, budget: float, stream: bool) -> None:
+async def test_chats_follow_a_response_format(client: AsyncOpenAI, budget: float, stream: bool) -> None:
     check(await chat(client, budget, stream=stream, response_format=FORMAT), budget)
 
 
@@ -100,7 +100,7 @@ FITS = re.compile(r"(yes|no|perhaps)(, [0-9]{3})?[!?]?")
 @STREAMS
 @BUDGETS
 @pytest.mark.parametrize("kind", GRAMMARS)
-async def test_completions_with_every_kind_of_grammar(
+async def test_completions_follow_every_kind_of_grammar(
     client: AsyncOpenAI, budget: float, stream: bool, kind: str
 ) -> None:
     extra = {"teacher_budget": budget, "structured_outputs": GRAMMARS[kind]}
@@ -119,7 +119,7 @@ async def test_completions_with_every_kind_of_grammar(
 
 @STREAMS
 @BUDGETS
-async def test_responses_with_a_text_format(client: AsyncOpenAI, budget: float, stream: bool) -> None:
+async def test_responses_follow_a_text_format(client: AsyncOpenAI, budget: float, stream: bool) -> None:
     reply = await client.responses.create(
         model=MODEL,
         input="Anna is 42.",
@@ -139,7 +139,7 @@ async def test_responses_with_a_text_format(client: AsyncOpenAI, budget: float, 
 
 @STREAMS
 @BUDGETS
-async def test_messages_with_a_format(claude: AsyncAnthropic, budget: float, stream: bool) -> None:
+async def test_messages_follow_an_output_format(claude: AsyncAnthropic, budget: float, stream: bool) -> None:
     form = {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}
     asked = {"model": MODEL, "messages": QUESTION, "max_tokens": 250}
     reply = await claude.messages.create(stream=stream, extra_body={"teacher_budget": budget} | form, **asked)
@@ -155,14 +155,14 @@ async def test_messages_with_a_format(claude: AsyncAnthropic, budget: float, str
 
 
 @BUDGETS
-async def test_schemas_of_many_kinds(client: AsyncOpenAI, budget: float) -> None:
+async def test_answers_fit_schemas_of_many_kinds(client: AsyncOpenAI, budget: float) -> None:
     """A part of the schemas; `tests/benchmarks/bench_structured.py` uses all of them."""
     asked = [ask_for_schema(client, schema, budget, place) for place, schema in enumerate(SCHEMAS[::12])]
     answers = await asyncio.gather(*asked)
     check_all(answers, budget)
 
 
-async def test_choices_log_probabilities_and_a_stop_string(client: AsyncOpenAI) -> None:
+async def test_a_grammar_works_with_choices_log_probabilities_and_a_stop_string(client: AsyncOpenAI) -> None:
     reply = await client.chat.completions.create(
         model=MODEL,
         messages=QUESTION,
@@ -182,7 +182,7 @@ async def test_choices_log_probabilities_and_a_stop_string(client: AsyncOpenAI) 
 
 
 @pytest.mark.parametrize("schema", [{"type": "nonsense"}, {"type": "string", "pattern": "("}])
-async def test_a_bad_schema_is_vllms_own_refusal(client: AsyncOpenAI, schema: Any) -> None:
+async def test_a_bad_schema_gets_the_refusal_of_vllm(client: AsyncOpenAI, schema: Any) -> None:
     messages = []
     for budget in (0, 0.2, 1):
         extra = {"structured_outputs": {"json": schema}}

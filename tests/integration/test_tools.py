@@ -143,7 +143,7 @@ def check_teacher(report: dict[str, Any], budget: float) -> None:
 @CHOICES
 @BUDGETS
 @pytest.mark.parametrize("path", [CHAT, RESPONSES, MESSAGES])
-async def test_a_forced_call_is_what_a_stock_server_answers(
+async def test_a_forced_call_equals_that_of_a_stock_server(
     http: httpx.AsyncClient, servers: Serving, path: str, budget: float, choice: str
 ) -> None:
     body = asked(path, choice)
@@ -206,7 +206,7 @@ async def test_streamed_messages_bring_the_same_call(
 
 
 @BUDGETS
-async def test_tools_of_many_kinds(client: AsyncOpenAI, budget: float) -> None:
+async def test_forced_calls_fit_tools_of_many_kinds(client: AsyncOpenAI, budget: float) -> None:
     """A part of the tools; `tests/benchmarks/bench_structured.py` uses all of them."""
     calls = [ask_for_tool(client, tool, budget, place) for place, tool in enumerate(TOOLS[::8])]
     answers = await asyncio.gather(*calls)

@@ -61,7 +61,7 @@ def written(reply: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("budget", [BUDGET, 0.22, {"fraction": BUDGET, "tokens": 1000}])
-async def test_the_student_reads_its_budget_in_the_users_message(
+async def test_the_student_reads_its_budget_in_the_message_of_the_user(
     words_client: AsyncOpenAI, sources: list[str], budget: Any
 ) -> None:
     words = "At most 20 %: "
@@ -92,7 +92,7 @@ async def test_a_text_begins_with_the_words(words_client: AsyncOpenAI, sources: 
     assert await complete(text, BUDGET) == await complete(f"At most 20 %: {text}", 0)
 
 
-async def test_a_full_context_leaves_the_words_their_room(
+async def test_a_full_context_leaves_room_for_the_words(
     words_client: AsyncOpenAI, sources: list[str]
 ) -> None:
     """Without `max_tokens` a completion may fill the context, and the words take a part of it."""

@@ -72,7 +72,7 @@ class ChargingRedisMachine(RedisMachine):
 
 
 @pytest.mark.parametrize("machine", [RedisMachine, ChargingRedisMachine])
-def test_never_over_the_bound_and_nothing_leaked(
+def test_no_interleaving_exceeds_the_bound_or_leaks_tokens(
     machine: type[RedisMachine], redis_server: RedisServer
 ) -> None:
     machine.url = redis_server.url
@@ -110,7 +110,9 @@ def lines(directory: Path, i: int) -> list[str]:
     return (directory / str(i)).read_text().split("\n")[:-1]
 
 
-async def test_four_gateways_some_killed(redis_server: RedisServer, tmp_path: Path, connect: Connect) -> None:
+async def test_four_gateways_stay_within_the_limit_though_two_are_killed(
+    redis_server: RedisServer, tmp_path: Path, connect: Connect
+) -> None:
     """Two of four processes die during thousands of reservations at once: not a token is over the limit."""
     ledger = connect(redis_server, lease_seconds=worker.LEASE_SECONDS)
     limit = worker.EVERYBODY.limit.tokens
@@ -150,9 +152,7 @@ async def test_four_gateways_some_killed(redis_server: RedisServer, tmp_path: Pa
     assert 0 <= unsaid <= 2 * worker.STREAMS * 8
 
 
-async def test_what_the_dead_held_comes_back_within_its_lease(
-    redis_server: RedisServer, connect: Connect
-) -> None:
+async def test_leases_of_dead_gateways_come_back_in_time(redis_server: RedisServer, connect: Connect) -> None:
     clock = Clock()
     dead = connect(redis_server, lease_seconds=1.0, clock=clock)
     alive = connect(redis_server, lease_seconds=1.0, clock=clock)

@@ -76,7 +76,7 @@ def counting(ledger: RedisLedger, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.parametrize("rule", ["refuse", "allow"])
 @pytest.mark.parametrize("fault", ["gone", "paused"])
-async def test_redis_away(
+async def test_without_redis_reservations_are_refused_or_allowed_as_configured(
     durable_redis: RedisServer, rule: str, fault: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reservations are refused or allowed as configured, in time, and at once after three failures."""
@@ -140,7 +140,7 @@ async def test_a_gateway_that_is_late_itself_does_not_blame_redis(
     assert ledger.available
 
 
-async def test_a_gateway_that_is_always_late_waits_for_an_end(
+async def test_a_gateway_that_is_always_late_waits_for_a_bounded_time(
     durable_redis: RedisServer, connect: Connect
 ) -> None:
     ledger = connect(durable_redis, **IMPATIENT)
@@ -173,7 +173,7 @@ async def test_a_queue_at_the_ledgers_own_connections_is_not_held_against_redis(
     assert isinstance(await reply, Lease)
 
 
-async def test_who_gets_no_connection_is_refused_and_redis_counts_as_there(
+async def test_a_call_without_a_connection_is_refused_and_redis_counts_as_present(
     redis_server: RedisServer, connect: Connect
 ) -> None:
     ledger = connect(redis_server, connections=1, **IMPATIENT)
@@ -247,7 +247,7 @@ async def test_restart_under_load_loses_nothing(durable_redis: RedisServer, conn
 
 @pytest.mark.parametrize("rule", ["refuse", "allow"])
 @pytest.mark.parametrize("fault", ["paused", "partitioned"])
-async def test_an_outage_under_load(
+async def test_an_outage_under_load_loses_nothing_and_stops_nobody(
     durable_redis: RedisServer, fault: str, rule: str, connect: Connect
 ) -> None:
     """Redis is out of reach three times while 40 streams reserve and settle: nobody hangs, nothing is lost.
@@ -274,7 +274,7 @@ async def test_an_outage_under_load(
         await until(traffic.exact, 60)
 
 
-async def test_a_reservation_that_arrives_behind_its_settlement_holds_nothing(
+async def test_a_reservation_that_arrives_after_its_settlement_holds_nothing(
     redis_server: RedisServer, connect: Connect
 ) -> None:
     """The reservation was given up while the network was cut. TCP still delivers it afterwards."""
@@ -321,7 +321,7 @@ async def test_a_cancelled_reservation_holds_nothing(redis_server: RedisServer, 
     assert isinstance(await ledger.reserve([scope], 3), Lease), "the connections are in order"
 
 
-async def test_a_full_redis_is_an_absent_one(durable_redis: RedisServer, connect: Connect) -> None:
+async def test_a_full_redis_counts_as_absent(durable_redis: RedisServer, connect: Connect) -> None:
     """An error reply of Redis permits nothing."""
     ledger = connect(durable_redis, **IMPATIENT)
     await granted(ledger)

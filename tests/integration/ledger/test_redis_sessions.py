@@ -51,7 +51,7 @@ async def test_every_gateway_knows_the_budget(redis_server: RedisServer, connect
     assert await one.open_session(session("b", nanos=1)) is SessionProblem.CONFLICT
 
 
-async def test_of_many_that_begin_a_session_at_once_one_sets_its_budget(
+async def test_one_of_many_concurrent_first_requests_sets_the_budget(
     redis_server: RedisServer, connect: Connect
 ) -> None:
     ledgers = [connect(redis_server) for _ in range(4)]
@@ -104,7 +104,7 @@ async def test_a_session_without_use_vanishes(redis_server: RedisServer, connect
     assert await ledger.open_session(session(tokens=9)) == OpenedSession(9, None)
 
 
-async def test_use_keeps_a_session(redis_server: RedisServer, connect: Connect) -> None:
+async def test_a_used_session_is_kept(redis_server: RedisServer, connect: Connect) -> None:
     """After each reservation, every key of the session lives on for its idle time."""
     ledger = connect(redis_server)
     scopes = await opened(ledger, session(tokens=5, nanos=100))
@@ -115,7 +115,7 @@ async def test_use_keeps_a_session(redis_server: RedisServer, connect: Connect) 
         assert int(redis_server.command("pttl", f"{{wheels}}:{scope.id}:state")) > HOUR - 60_000
 
 
-async def test_without_redis_nobody_knows(redis_server: RedisServer, connect: Connect) -> None:
+async def test_without_redis_sessions_are_unknown(redis_server: RedisServer, connect: Connect) -> None:
     ledger = connect(redis_server, timeout=0.5)
     redis_server.stop()
     assert await ledger.open_session(session(tokens=5)) is None

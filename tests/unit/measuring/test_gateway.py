@@ -65,7 +65,7 @@ def test_a_reply_says_who_wrote_what() -> None:
         assert (body["temperature"], body["return_token_ids"]) == (0, True)
 
 
-def test_a_conversation_goes_out_as_it_is_and_what_is_not_set_stays_the_gateways() -> None:
+def test_a_conversation_is_sent_unchanged_and_without_unset_parameters() -> None:
     conversation = (Turn("system", "Be brief."), Turn("user", "Why?"))
     bodies = []
 
@@ -105,7 +105,7 @@ def test_prices_are_read_from_the_gateways_own_route() -> None:
 
 
 @pytest.mark.parametrize("body", [httpx.Response(404, text="Not Found"), {"learned": 1}, [], HTML])
-def test_a_server_without_prices_is_no_gateway(body: Any) -> None:
+def test_a_server_without_prices_is_refused(body: Any) -> None:
     with pytest.raises(GatewayError, match="the gateway at http://there: "):
         prices(body)
 
@@ -133,12 +133,12 @@ def changed(**fields: Any) -> dict[str, Any]:
         (httpx.Response(400, json={"error": {"message": "no such budget"}}), "no such budget"),
     ],
 )
-def test_what_no_gateway_answers_is_named_in_one_line(chat: Any, problem: str) -> None:
+def test_an_unusable_answer_is_reported_in_one_line(chat: Any, problem: str) -> None:
     with pytest.raises(GatewayError, match=rf"the gateway at http://there: .*{problem}"):
         asked(answering(chat))
 
 
 @pytest.mark.parametrize("models", [None, {"data": []}, {"data": None}, HTML, httpx.Response(500)])
-def test_a_server_without_a_model_is_no_gateway(models: Any) -> None:
+def test_a_server_without_a_model_is_refused(models: Any) -> None:
     with pytest.raises(GatewayError, match="the gateway at http://there: "):
         asked(answering(CHAT, models))

@@ -49,7 +49,7 @@ def test_blank_lines_at_the_end_are_fine(tmp_path: Path, end: bytes) -> None:
         (b'{"source": ' + b"1" * 10_000 + b"}", ":1: is not JSON that can be read"),
     ],
 )
-def test_what_cannot_be_read_is_named_with_its_line(tmp_path: Path, content: bytes, problem: str) -> None:
+def test_an_unreadable_line_is_named(tmp_path: Path, content: bytes, problem: str) -> None:
     with pytest.raises(DataError, match=rf"data\.jsonl{problem}") as caught:
         read_json_lines(written(tmp_path, content))
     assert "\n" not in str(caught.value)
@@ -66,7 +66,7 @@ def test_an_empty_file_holds_no_example(tmp_path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("place", ["nowhere.jsonl", "."])
-def test_a_file_that_is_not_there_is_named(tmp_path: Path, place: str) -> None:
+def test_a_missing_file_is_named(tmp_path: Path, place: str) -> None:
     with pytest.raises(DataError, match=r"No such file|Is a directory"):
         read_json_lines(tmp_path / place)
 
@@ -92,7 +92,7 @@ def test_source_and_target_are_strings(tmp_path: Path, field: str, value: str, k
 
 
 @pytest.mark.parametrize("field", ["source", "target"])
-def test_half_a_surrogate_pair_is_no_text(tmp_path: Path, field: str) -> None:
+def test_half_a_surrogate_pair_is_refused(tmp_path: Path, field: str) -> None:
     line = json.dumps({"source": "a", "target": "b"} | {field: "\ud83d"})
     file = written(tmp_path, line.encode())
     with pytest.raises(DataError, match=rf":1: '{field}' holds half of a surrogate pair"):

@@ -15,7 +15,7 @@ def pieces(ids: list[int]) -> str:
     return "é" * (len(ids) // 2) + "\ufffd" * (len(ids) % 2)
 
 
-def test_the_teachers_part_is_in_brackets_where_there_is_no_colour():
+def test_without_colour_the_teachers_part_is_in_brackets():
     assert marked(letters, IDS, [(0, 1), (2, 4)], colour=False).plain == "⟦d⟧e⟦fg⟧"
     assert marked(letters, IDS, [], colour=False).plain == "defg"
     assert marked(letters, IDS, [(4, 5)], colour=False).plain == "defg"  # its end of sequence has no text
@@ -28,5 +28,5 @@ def test_the_teachers_part_is_coloured():
     assert all("yellow" in span.style for span in text.spans)
 
 
-def test_a_character_is_whose_last_token_it_is():
+def test_a_character_belongs_to_the_writer_of_its_last_token():
     assert marked(pieces, [1, 1, 1, 1], [(1, 3)], colour=False).plain == "⟦é⟧é"

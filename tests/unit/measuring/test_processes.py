@@ -42,7 +42,7 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def test_yields_when_ready_and_ends_the_children(tmp_path: Path) -> None:
+def test_services_are_yielded_when_ready_and_ended_after_the_block(tmp_path: Path) -> None:
     seen: list[list[bool]] = []
     services = [service(tmp_path, ANSWER, name) for name in ("one", "two")]
     with running(
@@ -64,7 +64,7 @@ def test_a_service_that_ends_early_is_explained_by_its_log(tmp_path: Path) -> No
         pytest.fail("never ready")
 
 
-def test_a_service_that_is_never_ready(tmp_path: Path) -> None:
+def test_a_service_that_is_never_ready_is_an_error_with_its_log(tmp_path: Path) -> None:
     slow = service(tmp_path, "import time; print('loading', flush=True); time.sleep(600)")
 
     def until_it_has_begun(children: list[Child]) -> None:
@@ -111,7 +111,7 @@ def test_a_signal_ends_the_children_too(tmp_path: Path, number: signal.Signals) 
     assert not alive(child)
 
 
-def test_what_ignores_sigterm_is_killed_with_its_own_children(tmp_path: Path) -> None:
+def test_a_service_that_ignores_sigterm_is_killed_with_its_own_children(tmp_path: Path) -> None:
     child = Child(service(tmp_path, STUBBORN))
     while not (line := child.service.log.read_text()).endswith("\n"):
         time.sleep(0.02)

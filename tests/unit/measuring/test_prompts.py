@@ -51,6 +51,6 @@ def test_a_fault_is_named_with_its_line(tmp_path: Path, content: str | bytes, pr
         load_prompts(written(tmp_path, content))
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="prompts: No such file"):
         load_prompts(tmp_path / "prompts")

@@ -11,7 +11,7 @@ ONE = Trajectory([1, 2], [3, 4, 5], [(1, 3)], 0.1)
 LINE = '{"prompt":[1,2],"tokens":[3,4,5],"spans":[[1,3]],"budget":0.1}\n'
 
 
-def test_what_is_written_is_read_in_order(tmp_path: Path) -> None:
+def test_written_trajectories_are_read_in_order(tmp_path: Path) -> None:
     alone = Trajectory([7], [8])
     for name, trajectories in (("b", [alone]), ("a", [ONE, ONE])):
         file = TrajectoryFile(tmp_path / f"{name}.jsonl", 1000)
@@ -32,7 +32,7 @@ def test_a_line_that_a_killed_process_left_unfinished_is_not_read(tmp_path: Path
     assert list(read_trajectories(tmp_path)) == [ONE]
 
 
-def test_a_file_that_is_there_is_gone_on_with(tmp_path: Path) -> None:
+def test_an_existing_file_is_continued(tmp_path: Path) -> None:
     """In a container every gateway has the same host name and process id, so a restart finds its file."""
     path = tmp_path / "a.jsonl"
     path.write_text(LINE + LINE[:20])
@@ -52,7 +52,7 @@ def test_a_file_that_is_there_is_gone_on_with(tmp_path: Path) -> None:
         ('{"prompt":[1],"tokens":[1,2],"spans":[[1,2],[0,1]]}', "do not fit"),
     ],
 )
-def test_a_line_that_is_no_completion_is_named(tmp_path: Path, line: str, problem: str) -> None:
+def test_a_line_without_a_completion_is_named(tmp_path: Path, line: str, problem: str) -> None:
     (tmp_path / "a.jsonl").write_text(LINE + line + "\n")
     with pytest.raises(DataError, match=rf"a\.jsonl:2: .*{problem}"):
         list(read_trajectories(tmp_path))

@@ -32,7 +32,7 @@ def test_help_takes_milliseconds() -> None:
     assert os.times().children_user - before.children_user < 0.5
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert wheels.main(["--version"]) == 0
     assert capsys.readouterr().out == f"wheels {version('training-wheels')}\n"
 
@@ -66,7 +66,7 @@ def echo(argv: list[str]) -> int:
     return len(argv)
 
 
-def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(wheels.COMMANDS, "stop", wheels.Command(f"{__name__}:interrupted", "for this test"))
     assert wheels.main(["stop"]) == 130
 

@@ -134,11 +134,11 @@ def wrong_names(text: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_document_cites_what_exists(document: Path):
+def test_everything_that_a_document_cites_exists(document: Path):
     assert [*wrong_links(document), *wrong_names(document.read_text())] == []
 
 
-def test_docstrings_and_comments_cite_what_exists():
+def test_everything_that_docstrings_and_comments_cite_exists():
     wrong = {}
     for source in SOURCES:
         found = list(wrong_names(docstrings_and_comments(source)))
@@ -157,7 +157,7 @@ def test_docstrings_and_comments_cite_what_exists():
         "see `NoSuchClass.member`",
     ],
 )
-def test_a_citation_of_nothing_is_found(text: str):
+def test_a_citation_of_a_missing_name_is_found(text: str):
     assert len(list(wrong_names(text))) == 1
 
 
@@ -172,5 +172,5 @@ def test_a_citation_of_nothing_is_found(text: str):
         "see `SamplingParams.extra_args` of vLLM",
     ],
 )
-def test_a_citation_of_something_is_not(text: str):
+def test_a_citation_of_an_existing_name_is_accepted(text: str):
     assert list(wrong_names(text)) == []

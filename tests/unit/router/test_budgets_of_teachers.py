@@ -36,18 +36,18 @@ def test_names_may_be_a_list_or_have_bounds() -> None:
         {"teachers": {"a": {"teachers": ["b"]}}},
     ],
 )
-def test_what_bounds_nothing_or_is_no_name_is_refused(parts: dict[str, object]) -> None:
+def test_a_budget_without_a_bound_and_a_wrong_name_are_refused(parts: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         budget(**parts)
 
 
-def test_nothing_for_each_is_nothing() -> None:
+def test_a_budget_of_zero_for_each_teacher_is_zero() -> None:
     assert budget(teachers={"a": 0, "b": {"tokens": 0}}).is_zero
     assert not budget(teachers={"a": 0, "b": 0.1}).is_zero
     assert not budget(fraction=0.1, teachers={"a": 0, "b": None}).is_zero
 
 
-def test_a_stranger_is_found() -> None:
+def test_an_unknown_teacher_is_found() -> None:
     assert budget(fraction=0.1, teachers=["a", "c"]).unknown(["a", "b"]) == "c"
     assert budget(fraction=0.1).unknown([]) is None
 
@@ -91,7 +91,7 @@ def test_a_maximum_lowers_what_is_above_it(
     assert problem is None or problem in problems[0]
 
 
-def test_who_is_too_dear_gets_nothing_and_costs_nothing() -> None:
+def test_a_teacher_that_is_too_dear_gets_nothing_and_costs_nothing() -> None:
     """Reading 4 tokens and writing 1 costs 18 millionths at the dear teacher, 6 at the cheap one."""
     bucket = Bucket(Budget(cost=1e-5), 4, 1, prices=DEAR, least=CHEAP)
     assert bucket.earliest(4) == 0
@@ -105,7 +105,7 @@ def test_who_is_too_dear_gets_nothing_and_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize(("length", "tokens"), [(0, 4), (8, 5), (20, 6)])
-def test_a_whole_call_may_have_what_the_fraction_has_then(length: int, tokens: int) -> None:
+def test_a_whole_call_may_have_all_that_the_fraction_allows(length: int, tokens: int) -> None:
     """A call may have (0.1 · length + 4) / 0.9 tokens, so that the bound holds at its end."""
     bucket = Bucket(Budget(fraction=0.1), 4, 1)
     grant = bucket.reserve(length, 50, whole=True)

@@ -73,7 +73,7 @@ def trained_for(router: RouterCheckpoint, student: Path) -> RouterCheckpoint:
 # Saving and loading
 
 
-def test_what_is_saved_is_what_is_loaded(router, tmp_path):
+def test_a_loaded_router_equals_the_saved_one(router, tmp_path):
     router.save(tmp_path / "new" / "router")
     loaded = RouterCheckpoint.load(tmp_path / "new" / "router")
     assert loaded.config == router.config
@@ -89,7 +89,7 @@ def test_what_is_saved_is_what_is_loaded(router, tmp_path):
         {"objective": "constrained", "rounds": 8, "data": "ab", "duals": [(0.1, 0.5), (0.9, -0.25)]},
     ],
 )
-def test_what_trained_a_router_is_kept(router, facts, tmp_path):
+def test_facts_about_the_training_are_kept(router, facts, tmp_path):
     told = replace(router, config=router.config.model_copy(update={"training": facts}))
     told.save(tmp_path)
     loaded = RouterCheckpoint.load(tmp_path)
@@ -262,7 +262,7 @@ def test_a_merged_student_can_get_another_router(router, plain_student, tmp_path
     assert RouterCheckpoint.load(tmp_path / "second" / MERGED_ROUTER).digest() == second.digest()
 
 
-def test_a_merge_leaves_what_is_there(router, plain_student, tmp_path):
+def test_a_merge_leaves_an_existing_copy_alone(router, plain_student, tmp_path):
     """The existing copy is another gateway's, which may be loading from it just now."""
     merged, router = tmp_path / "merged", trained_for(router, plain_student)
     router.merge(plain_student, merged)
@@ -272,7 +272,7 @@ def test_a_merge_leaves_what_is_there(router, plain_student, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "student"]
 
 
-def test_merges_at_once_leave_one_that_nobody_takes_away(router, plain_student, tmp_path):
+def test_concurrent_merges_leave_one_copy_that_stays(router, plain_student, tmp_path):
     merged, router = tmp_path / "merged", trained_for(router, plain_student)
 
     def merge(_: int) -> int:

@@ -34,13 +34,13 @@ def controller(limit: FractionOfTraffic | TokensPerWindow) -> RateController:
     return RateController(limit, lowest=0.01, highest=0.5, span_tokens=4)
 
 
-def test_starts_at_the_fraction() -> None:
+def test_the_rate_starts_at_the_fraction() -> None:
     rates = controller(TENTH)
     rates.update(0.0, status(TENTH, 0, 0))
     assert rates.rate == pytest.approx(AIM * 0.1)
 
 
-def test_moves_against_the_error() -> None:
+def test_the_rate_moves_against_the_error() -> None:
     """90 of 1,000 new tokens are the teacher's and 98 were allowed. A window allows 9,800 of 100,000."""
     rates = controller(TENTH)
     rates.update(0.0, status(TENTH, 9_910, 89_090))
@@ -49,14 +49,14 @@ def test_moves_against_the_error() -> None:
     assert rates.rate == pytest.approx(AIM * 0.1 * math.exp(rates.u))
 
 
-def test_on_target_it_stays() -> None:
+def test_the_rate_stays_if_it_is_on_target() -> None:
     rates = controller(TENTH)
     for second in range(100):
         rates.update(float(second), status(TENTH, 98 * second, 902 * second))
     assert rates.u == pytest.approx(0.0, abs=1e-9)
 
 
-def test_does_not_wind_up() -> None:
+def test_the_rate_does_not_wind_up() -> None:
     """While nobody asks for hours, the rate stops at the calibrated end. It comes back from there at once."""
     rates = controller(TENTH)
     for second in range(10_000):
@@ -66,7 +66,7 @@ def test_does_not_wind_up() -> None:
     assert rates.rate < 0.5
 
 
-def test_one_update_moves_it_only_so_far() -> None:
+def test_one_update_moves_the_rate_by_a_bounded_step() -> None:
     rates = controller(TENTH)
     rates.update(0.0, status(TENTH, 0, 0))
     rates.update(60.0, status(TENTH, 50_000, 50_000))
@@ -81,7 +81,7 @@ def test_a_small_budget_moves_slowly() -> None:
     assert rates.u == pytest.approx(-0.05)
 
 
-def test_tokens_are_spent_on_as_much_traffic_as_is_to_come() -> None:
+def test_tokens_are_planned_over_the_expected_traffic() -> None:
     """The models write 100 tokens a second, 360,000 an hour: 36,000 are a tenth of them."""
     rates = controller(HOURLY)
     for second in range(1000):
@@ -98,14 +98,14 @@ def test_tokens_may_be_spent_in_a_burst() -> None:
     assert rates.target == pytest.approx(EVENLY * 0.36)
 
 
-def test_tokens_enough_for_everything_bind_nobody() -> None:
+def test_a_limit_that_covers_all_traffic_does_not_bind() -> None:
     rates = controller(HOURLY)
     for second in range(10):
         rates.update(float(second), status(HOURLY, second, second))
     assert rates.rate == 1.0
 
 
-def test_a_ledger_that_forgot_is_a_new_beginning() -> None:
+def test_a_ledger_that_lost_its_counts_starts_anew() -> None:
     rates = controller(TENTH)
     rates.update(0.0, status(TENTH, 10_000, 90_000))
     rates.update(1.0, status(TENTH, 0, 0))
@@ -115,7 +115,7 @@ def test_a_ledger_that_forgot_is_a_new_beginning() -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
-def test_fractions_of_none_and_of_all(fraction: float) -> None:
+def test_fractions_of_0_and_1_are_the_rate_itself(fraction: float) -> None:
     limit = FractionOfTraffic(fraction=fraction, window_seconds=60)
     rates = controller(limit)
     for second in range(5):
@@ -135,7 +135,7 @@ def test_the_tightest_limit_makes_the_price() -> None:
     assert prices.price([]) == -math.inf
 
 
-def test_priority_is_a_share_of_what_is_everybodys() -> None:
+def test_priority_scales_the_rate_under_a_global_limit_only() -> None:
     prices = PriceController(CALIBRATION, span_tokens=4)
     everybody, tenant = Scope("global", "", TENTH), Scope("tenant", "", TENTH)
     prices.update(0.0, [status(TENTH, 0, 0), status(TENTH, 0, 0, "tenant")])
@@ -151,7 +151,7 @@ def test_a_changed_limit_is_a_new_controller() -> None:
     assert prices.rate([Scope("global", "", half)]) == pytest.approx(AIM * 0.05)
 
 
-def test_meets_the_rate_and_is_worth_it() -> None:
+def test_the_controller_meets_the_rate_and_gains_more_than_its_rivals() -> None:
     """The limit is 15 % over 2.5 minutes. The traffic of 7.5 minutes shifts from easy to hard and back."""
     traffic = Traffic(seed=1, steps=9000, streams=20, shifts=(0.5, 0.1, 0.9, 0.3))
     limit = FractionOfTraffic(fraction=0.15, window_seconds=150, slack_tokens=SPAN)

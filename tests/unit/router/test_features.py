@@ -23,14 +23,14 @@ ROWS = 14
 TAPS, TOP, ENTROPY, MARGIN = slice(0, 3), slice(3, 11), 11, 12
 
 
-def test_a_flat_distribution(reserved):
+def test_a_flat_distribution_has_the_largest_entropy(reserved):
     x = features(torch.zeros(ROWS), reserved)
     assert torch.allclose(x[TOP], torch.full((8,), -math.log(10)))
     assert x[ENTROPY].item() == pytest.approx(math.log(10))
     assert x[MARGIN].item() == 0
 
 
-def test_two_equal_tokens_and_nothing_else(reserved):
+def test_two_equal_tokens_have_an_entropy_of_log_2(reserved):
     logits = torch.full((ROWS,), -math.inf)
     logits[[3, 7]] = 5.0
     x = features(logits, reserved)
@@ -70,7 +70,7 @@ def test_the_escalation_row_is_no_feature(reserved):
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_shape_and_type(reserved, shape, dtype):
+def test_features_have_one_row_for_each_position_in_float32(reserved, shape, dtype):
     x = features(torch.zeros(*shape, ROWS, dtype=dtype), reserved)
     assert x.shape == (*shape, n_features(reserved))
     assert x.dtype == torch.float32
@@ -100,7 +100,7 @@ def test_a_row_does_not_depend_on_its_neighbours(reserved):
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 10.0])
 @pytest.mark.parametrize("visible", [10, 1000, 1500])
-def test_they_are_what_the_definitions_say(scale, visible, gradients):
+def test_features_agree_with_their_definitions(scale, visible, gradients):
     """The features agree with their definitions in double precision, with masked tokens.
 
     The best tokens are in several blocks or in one. Without gradients compiled loops compute the features,
@@ -150,7 +150,7 @@ def test_a_part_of_a_tensor_gives_what_the_whole_row_gives(reserved):
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_they_are_exact_for_a_real_vocabulary(scale):
+def test_features_are_exact_for_a_real_vocabulary(scale):
     rows = ReservedRows(start=151_904)
     logits = scale * torch.randn(2, rows.end, generator=torch.Generator().manual_seed(0))
     log_probs = logits[:, : rows.start].double().log_softmax(-1)

@@ -31,7 +31,7 @@ def test_a_price_of_fractions_of_a_cent_is_exact() -> None:
     assert TokenPrices(input=0.0000001, output=0).of_one.input == 1, "never less than it is"
 
 
-def test_what_a_call_costs() -> None:
+def test_a_calls_cost_is_the_sum_over_its_kinds_of_tokens() -> None:
     """100 tokens are read, 60 of them cached, and 4 written: 40 · 2 + 60 · 0.5 + 4 · 10 millionths."""
     assert PRICES.cost(TokenUsage.of(100, 60, 4)) == 150 * PICOS // 10**6
     assert PRICES.most(100, 4) == 240 * PICOS // 10**6
@@ -50,13 +50,13 @@ def test_what_a_call_costs() -> None:
         {"input": 1, "output": 1, "cache": 1},
     ],
 )
-def test_wrong_prices(prices: dict[str, float]) -> None:
+def test_wrong_prices_are_refused(prices: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         TokenPrices.model_validate(prices)
 
 
 @pytest.mark.parametrize("cost", [-0.1, math.nan, math.inf, True, "1", 1e7])
-def test_wrong_costs(cost: object) -> None:
+def test_wrong_costs_are_refused(cost: object) -> None:
     with pytest.raises(ValidationError):
         Budget.model_validate({"cost": cost})
 

@@ -163,7 +163,7 @@ def test_a_spent_fraction_sets_when_to_ask_again():
 
 
 @pytest.mark.parametrize(("max_tokens", "never"), [(36, True), (37, False)])
-def test_a_span_that_could_only_start_behind_the_end_is_never_asked_for(max_tokens, never):
+def test_a_span_that_could_only_start_after_the_end_is_never_asked_for(max_tokens, never):
     bucket = Bucket(Budget(fraction=0.1), span_tokens=4)
     bucket.reserve(0, at_most=4)  # the next span may start at a length of 36
     assert POLICY.terms(bucket, 4, max_tokens).never is never
@@ -209,7 +209,7 @@ def test_calls_are_planned_as_whole_spans():
     assert rate_of(POLICY.terms(bucket, 0, max_tokens=100)) == pytest.approx(2 * 4 / 20)
 
 
-def test_calls_for_less_than_a_span_are_planned_as_what_they_are():
+def test_calls_for_less_than_a_span_are_planned_with_their_own_length():
     bucket = Bucket(Budget(calls=2), span_tokens=4, ask_tokens=1)
     assert rate_of(POLICY.terms(bucket, 0, max_tokens=100)) == pytest.approx(2 * 1 / 20)
     assert rate_of(POLICY.terms(bucket, 17, max_tokens=100)) == pytest.approx(2 * 1 / 3)
@@ -291,22 +291,22 @@ def test_each_of_several_teachers_has_an_equal_share_of_the_rate():
     assert prices(0.3, 1.0, 1.0, 1.0) == pytest.approx([4.0, 5.0, 6.0])  # the prices of .3, .2 and .1
 
 
-def test_what_a_teacher_may_not_have_is_for_cheaper_ones():
+def test_cheaper_teachers_get_the_tokens_that_a_cap_takes_from_a_dearer_one():
     assert prices(0.4, 1.0, 0.1) == [3.0, 6.0]
     assert prices(0.6, 1.0, 1.0, 0.1) == pytest.approx([1.0, 3.0, 6.0])  # the prices of .6, .4 and .1
 
 
-def test_the_rate_is_not_more_than_all_may_have():
+def test_the_rate_is_at_most_the_sum_of_all_caps():
     assert prices(0.6, 0.2, 0.1) == pytest.approx([4.0, 6.0])
 
 
-def test_a_price_that_is_not_above_the_first_asks_nobody():
+def test_a_teacher_whose_price_is_not_above_the_first_is_not_asked():
     """Below the calibrated range the prices are equal, so the cheapest teacher is asked."""
     assert prices(0.1, 1.0, 1.0) == [6.0, math.inf]
     assert prices(0.15, 1.0, 1.0, 1.0) == pytest.approx([5.5, 6.0, 6.0])
 
 
-def test_where_more_teacher_tokens_do_not_help_the_shares_are_of_what_is_realised():
+def test_if_more_teacher_tokens_do_not_help_the_realised_rate_is_shared():
     """The price of .3 is that of .1, which is realised. Half of .1 is the dear one's: the price of .05."""
     flat = Calibration(((0.05, 5.0), (0.1, 3.0), (0.3, 3.0), (0.5, 1.0)))
     terms = Policy(flat, 100.0).terms(Bucket(Budget(fraction=0.3), 4), 40, 400, caps=(1.0, 1.0))
@@ -326,7 +326,7 @@ def by_outputs(fraction: float, **caps: float) -> Terms:
     return policy.terms(bucket, 40, 400, caps=list(caps.values()), names=list(caps))
 
 
-def test_all_outputs_have_a_common_price_and_none_has_a_bound():
+def test_without_caps_all_outputs_have_a_common_price_and_no_bound():
     terms = by_outputs(0.3, small=1.0, big=1.0)
     assert (terms.price, terms.dearer) == (4.0, ())
     assert terms.least == (("small", -math.inf), ("big", -math.inf))
@@ -361,7 +361,7 @@ def test_without_a_model_the_score_alone_decides():
     assert (terms.price, terms.least) == (4.0, ())
 
 
-def test_nothing_and_everything_are_what_they_were():
+def test_budgets_of_0_and_1_do_not_depend_on_the_outputs():
     assert by_outputs(0.0, small=1.0, big=1.0).never
     assert by_outputs(1.0, small=1.0, big=1.0).always
     assert by_outputs(1.0, small=1.0).always

@@ -73,7 +73,7 @@ def test_only_files_that_change_are_written(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "model"]
 
 
-def test_a_copy_that_is_there_stays(tmp_path):
+def test_an_existing_copy_stays(tmp_path):
     model = write(tmp_path / "model", tensors_of(tied=True))
     append_rows(model, tmp_path / "copy", APPENDED)
     inode = (tmp_path / "copy" / "model.safetensors").stat().st_ino
@@ -106,7 +106,7 @@ def test_a_type_of_sixteen_bits_stays(tmp_path):
         ({"tie_word_embeddings": False}, True, 1),
     ],
 )
-def test_a_tied_matrix_that_is_there_twice_is_changed_twice(tmp_path, config, equal, outputs):
+def test_a_tied_matrix_that_is_stored_twice_is_changed_twice(tmp_path, config, equal, outputs):
     tensors = tensors_of(tied=False)
     if equal:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -133,7 +133,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_grow_is_refused_by_name(tmp_path, case):
+def test_a_matrix_that_cannot_grow_is_refused_by_name(tmp_path, case):
     tensors, problem = REFUSED[case]
     model = write(tmp_path / "model", tensors_of(tied=True) | tensors)
     with pytest.raises(CheckpointError, match=problem) as refusal:

@@ -77,7 +77,7 @@ def test_a_router_of_several_teachers_is_what_was_saved(router_of_two, tmp_path)
     assert torch.equal(loaded.learned_gate().worth(logits), router_of_two.learned_gate().worth(logits))
 
 
-def test_a_router_of_one_output_is_written_as_ever(router, tmp_path):
+def test_a_router_of_one_output_is_written_as_before(router, tmp_path):
     """The digest, by which merged students are kept, stays the same too."""
     router.save(tmp_path)
     written = json.loads((tmp_path / "router.json").read_text())
@@ -97,14 +97,14 @@ def test_a_router_of_one_output_is_written_as_ever(router, tmp_path):
         ([("small", 0.5), ("middle", 0.7), ("big", 1.0)], "size mismatch"),
     ],
 )
-def test_outputs_that_cannot_be_are_refused(router_of_two, teachers, problem, tmp_path):
+def test_impossible_outputs_are_refused(router_of_two, teachers, problem, tmp_path):
     router_of_two.save(tmp_path)
     edit(tmp_path, [{"name": name, "cost": cost} for name, cost in teachers])
     with pytest.raises(CheckpointError, match=problem):
         RouterCheckpoint.load(tmp_path)
 
 
-def test_a_price_of_an_output_is_checked_too(router_of_two, tmp_path):
+def test_the_prices_of_an_output_are_checked_too(router_of_two, tmp_path):
     router_of_two.save(tmp_path)
     teachers = [
         {"name": "small", "cost": 0.5, "calibration": [(0.3, 1), (0.1, 2)]},

@@ -184,7 +184,7 @@ def test_cleaned_text_is_no_difference() -> None:
 
 
 @pytest.mark.parametrize("answer", [{}, {"prompt": None, "tokens": None}, {"prompt": "", "tokens": []}])
-def test_an_answer_that_is_none_is_a_difference(answer: dict[str, Any]) -> None:
+def test_an_unusable_answer_is_a_difference(answer: dict[str, Any]) -> None:
     assert all(question.difference(answer) for question in questions(tokenizer()))
 
 
@@ -235,7 +235,7 @@ async def test_a_server_of_another_vocabulary_is_refused_with_the_first_differen
     )
 
 
-async def test_a_token_where_the_student_has_a_spare_row_is_found() -> None:
+async def test_a_token_in_a_spare_row_of_the_student_is_found() -> None:
     more = tokenizer()
     more.add_tokens([AddedToken("<think>", special=True)])
     said = await refusal(more, rows=500) or ""

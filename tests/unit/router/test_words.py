@@ -8,12 +8,12 @@ WORDS = BudgetWords("At most {percent} %. ", (0.05, 0.075, 0.2))
 @pytest.mark.parametrize(
     ("rate", "percent"), [(0.001, "5"), (0.06, "5"), (0.07, "7.5"), (0.13, "7.5"), (0.14, "20"), (0.9, "20")]
 )
-def test_the_words_are_of_the_nearest_fraction_that_they_were_trained_for(rate, percent):
+def test_the_words_name_the_nearest_fraction_that_was_trained(rate, percent):
     assert WORDS.text(rate) == f"At most {percent} %. "
 
 
 @pytest.mark.parametrize("rate", [0, 1, 1.5])
-def test_nothing_is_said_where_nothing_is_to_be_decided(rate):
+def test_there_are_no_words_for_0_and_1(rate):
     assert WORDS.text(rate) is None
 
 

@@ -62,7 +62,7 @@ def test_with_json_the_rows_are_alone_on_stdout(prompts: str, capsys: pytest.Cap
     assert row["is_near"] is True
 
 
-def test_ctrl_c_shows_what_is_known_and_leaves_the_gateway_as_it_is(
+def test_ctrl_c_shows_the_known_prices_and_leaves_the_gateway_running(
     prompts: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gateway = LearningGateway()
@@ -95,7 +95,7 @@ def test_ctrl_c_shows_what_is_known_and_leaves_the_gateway_as_it_is(
         (["SETTINGS", "--", "--api-key", "k"], "leave out --api-key: only `wheels calibrate` calls"),
     ],
 )
-def test_what_cannot_be_done_is_told_in_one_line(
+def test_an_impossible_calibration_is_reported_in_one_line(
     arguments: list[str], problem: str, prompts: str, settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = settings + arguments[1:] if arguments[:1] == ["SETTINGS"] else arguments
@@ -122,7 +122,7 @@ def test_a_wrong_value_is_a_usage_error(
     assert problem in capsys.readouterr().err
 
 
-def test_a_gateway_of_our_own_has_all_settings_but_those_for_its_users(
+def test_a_gateway_started_for_calibration_has_all_settings_but_those_for_users(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WHEELS_SPAN_TOKENS", "8")

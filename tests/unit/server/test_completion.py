@@ -76,7 +76,7 @@ def test_every_delta_is_whole_characters(begin):
     assert "\ufffd" not in "".join(deltas)
 
 
-def test_text_may_be_left_to_the_client(begin):
+def test_decoding_may_be_left_to_the_client(begin):
     completion = begin(detokenize=False)
     output = teacher(completion, "abc", finish_reason="length")
     assert (output.text, output.token_ids) == ("", list(b"abc"))
@@ -85,7 +85,7 @@ def test_text_may_be_left_to_the_client(begin):
 # How a completion ends
 
 
-def test_it_ends_with_a_models_own_stop_whose_token_is_not_shown(begin):
+def test_a_models_own_stop_token_ends_the_completion_and_is_not_shown(begin):
     for write in (student, teacher):
         completion = begin(stop_token_ids=[ord(".")])
         output = write(completion, "end.", finish_reason="stop", stop_reason=ord("."))
@@ -126,7 +126,7 @@ def test_a_full_span_is_no_ending(begin):
 
 
 @pytest.mark.parametrize("reason", ["abort", "error", "repetition"])
-def test_any_other_end_of_the_engine_is_passed_on(begin, reason):
+def test_any_other_ending_by_the_engine_is_passed_on(begin, reason):
     assert student(begin(), "ab", finish_reason=reason).finish_reason == reason
 
 
@@ -165,7 +165,7 @@ def test_a_stop_string_can_be_included(begin):
     assert completion.token_ids == list(b"one STOP")
 
 
-def test_a_stop_token_is_shown_where_stops_are_included(begin):
+def test_a_stop_token_is_shown_if_stops_are_included(begin):
     completion = begin(stop_token_ids=[ord(".")], include_stop_str_in_output=True)
     assert teacher(completion, "end.", finish_reason="stop").text == "end."
 
@@ -198,7 +198,7 @@ def test_a_stop_string_in_the_prompt_does_not_count(begin):
         (CUMULATIVE, ["ab", "abcd", "abcde"], [b"ab", b"abcd", b"abcde"]),
     ],
 )
-def test_outputs_are_deltas_or_grow(begin, kind, texts, ids):
+def test_outputs_are_deltas_or_the_text_so_far(begin, kind, texts, ids):
     completion = begin(output_kind=kind)
     outputs = [student(completion, "ab"), teacher(completion, "cd"), student(completion, "e")]
     assert [output.text for output in outputs] == texts
@@ -248,7 +248,7 @@ def logprobs(text: str, *values: float) -> list[dict[int, Logprob]]:
     ]
 
 
-def test_log_probabilities_are_the_writers(begin):
+def test_log_probabilities_are_those_of_the_writer(begin):
     completion = begin(logprobs=1, output_kind=CUMULATIVE)
     student(completion, "ab", logprobs=logprobs("ab", -1.0, -2.0))
     output = teacher(completion, "c", logprobs=logprobs("c", -0.5))
@@ -296,7 +296,7 @@ def test_log_probabilities_end_with_the_stop_string(begin):
     assert output.cumulative_logprob == -3.0
 
 
-def test_there_are_none_unless_asked_for(begin):
+def test_there_are_no_log_probabilities_unless_asked_for(begin):
     output = student(begin(), "ab", logprobs=None)
     assert (output.logprobs, output.cumulative_logprob) == (None, None)
 
@@ -324,7 +324,7 @@ def test_a_span_grows_with_its_pieces(begin):
     assert completion.report.tokens == 3
 
 
-def test_tokens_behind_a_stop_string_are_nobodys(begin):
+def test_tokens_after_a_stop_string_belong_to_no_model(begin):
     completion = begin(stop=["e"])
     student(completion, "abc")
     teacher(completion, "defgh")
@@ -353,7 +353,7 @@ def test_a_repetition_ends_the_completion_wherever_the_border_is(begin, border):
     assert output.finish_reason == "repetition"
 
 
-def test_what_comes_first_ends_the_completion(begin):
+def test_the_first_of_several_endings_ends_the_completion(begin):
     """The order is vLLM's: an end token, a stop string, the length, then `min_tokens`, then a repetition."""
     twice = repetition(max_pattern_size=1, min_count=2)
     for text, params, reason in (
@@ -369,7 +369,7 @@ def test_what_comes_first_ends_the_completion(begin):
         assert completion.finish_reason == reason, (text, params)
 
 
-def test_no_pattern_is_no_detection(begin):
+def test_without_a_pattern_repetitions_are_not_detected(begin):
     completion = begin(**repetition())
     student(completion, "aaaaaaaa")
     assert not completion.finished

@@ -25,7 +25,7 @@ def test_the_needed_settings_are_enough(needed, tmp_path):
     assert config.models == {}
 
 
-def test_every_setting_can_stand_in_a_file(needed, write, tmp_path):
+def test_every_setting_can_be_in_a_file(needed, write, tmp_path):
     settings = {
         "student": needed[1],
         "teacher": "http://10.0.0.2:8001",
@@ -45,7 +45,7 @@ def test_every_setting_can_stand_in_a_file(needed, write, tmp_path):
     assert config.vllm == {"max_model_len": 256}
 
 
-def test_every_setting_can_stand_in_the_environment(needed, environment):
+def test_every_setting_can_be_in_the_environment(needed, environment):
     for name, value in {
         "STUDENT": needed[1],
         "TEACHER": needed[3],
@@ -254,7 +254,7 @@ def test_every_gate_can_be_chosen():
     assert (get_args(choices), nothing) == (tuple(GATES), type(None))
 
 
-def test_a_file_is_no_directory(needed, tmp_path):
+def test_a_file_in_place_of_a_directory_is_refused(needed, tmp_path):
     (tmp_path / "router").write_text("")
     assert "no such directory" in refusal([*needed, "--router", str(tmp_path / "router")])
 
@@ -265,7 +265,7 @@ def test_a_checkpoint_may_be_a_name_on_the_hub(needed, name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "a/b/c", "./a/b", "../b", "a/", "/a", "a/b@", "a/.b", "a b/c"])
-def test_what_is_no_name_on_the_hub_is_a_directory(needed, name):
+def test_a_path_that_is_no_name_on_the_hub_is_a_directory(needed, name):
     assert refusal(["--student", name, *needed[2:]]) == f"student: no such directory: {name}"
 
 
@@ -275,17 +275,17 @@ def test_a_directory_is_a_path(needed, write, value):
 
 
 @pytest.mark.parametrize("value", ["/no/where.jsonl", "/", 17])
-def test_a_file_is_one(needed, write, value):
+def test_a_setting_for_a_file_must_name_an_existing_file(needed, write, value):
     assert refusal([*needed, *write({"examples": value})]) == f"examples: no such file: {value}"
 
 
-def test_a_file_that_is_there_is_accepted(needed, tmp_path):
+def test_an_existing_file_is_accepted(needed, tmp_path):
     (tmp_path / "examples.jsonl").write_text("")
     config = load([*needed, "--examples", str(tmp_path / "examples.jsonl")])
     assert config.examples == tmp_path / "examples.jsonl"
 
 
-def test_a_file_that_is_not_there_is_named(needed):
+def test_a_missing_file_is_named(needed):
     assert "/no/where.yaml" in refusal([*needed, "--config", "/no/where.yaml"])
 
 
@@ -294,7 +294,7 @@ def test_a_file_without_settings_is_named(needed, write, tmp_path, content):
     assert str(tmp_path / "wheels.yaml") in refusal([*needed, *write(content)])
 
 
-def test_a_file_that_is_no_text_is_named(needed, tmp_path):
+def test_a_binary_file_is_named(needed, tmp_path):
     (tmp_path / "wheels.yaml").write_bytes(b"\xff\x00\xff")
     assert "wheels.yaml" in refusal([*needed, "--config", str(tmp_path / "wheels.yaml")])
 
@@ -332,7 +332,7 @@ def test_a_flag_replaces_the_files_setting_in_any_spelling(needed, write):
     assert load([*needed, *file, "--", "--max-model-len", "8"]).vllm == {"served": 1, "max-model-len": "8"}
 
 
-def test_settings_of_vllm_can_stand_in_the_environment(needed, environment):
+def test_settings_of_vllm_can_be_in_the_environment(needed, environment):
     environment.setenv("WHEELS_VLLM", '{"max-model-len": 256}')
     assert load(needed).vllm == {"max-model-len": 256}
     assert load([*needed, "--", "--seed", "1"]).vllm == {"max-model-len": 256, "seed": "1"}
@@ -346,7 +346,7 @@ def test_settings_of_vllm_can_stand_in_the_environment(needed, environment):
         ({"max_model_len": 1, "max-model-len": 2}, "vllm: a setting is given twice, in two spellings"),
     ],
 )
-def test_settings_of_vllm_that_are_none_are_refused(needed, write, settings, said, flags):
+def test_wrong_settings_of_vllm_are_refused(needed, write, settings, said, flags):
     assert refusal([*needed, *write({"vllm": settings}), *flags]) == said
 
 

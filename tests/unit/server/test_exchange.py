@@ -41,7 +41,7 @@ def test_a_span_without_a_token_is_not_shown():
     assert Report(spans=[[0, 0], [4, 6], [9, 9]]).as_dict()["spans"] == [[4, 6]]
 
 
-def test_what_a_client_gets_does_not_change_later():
+def test_a_report_does_not_change_after_a_client_got_it():
     report = Report(spans=[[0, 1]])
     seen = report.as_dict()
     report.denied["budget"] += 1

@@ -21,7 +21,7 @@ def of_messages(chat: ChatParams, tokenizing: TokenizeParams | None = None) -> O
     return OriginalPrompt.of_messages(MESSAGES, chat, tokenizing, default_template="ours")
 
 
-def test_messages_tools_and_arguments_are_the_teachers_too() -> None:
+def test_the_teacher_gets_messages_tools_and_arguments() -> None:
     arguments = {
         "tools": [TOOL],
         "add_generation_prompt": False,
@@ -49,7 +49,7 @@ def test_messages_tools_and_arguments_are_the_teachers_too() -> None:
         (ChatParams("ours"), 7, "truncate_prompt_tokens"),
     ],
 )
-def test_what_the_student_alone_reads_is_named(
+def test_parts_that_only_the_student_can_read_are_named(
     chat: ChatParams, truncated: int | None, obstacle: str
 ) -> None:
     original = of_messages(chat, TokenizeParams(max_total_tokens=100, truncate_prompt_tokens=truncated))
@@ -101,7 +101,7 @@ def test_classes_and_iterators_become_json() -> None:
     assert msgspec.json.encode(value)
 
 
-async def test_the_renderer_tells_what_every_prompt_was() -> None:
+async def test_the_renderer_keeps_the_source_of_every_prompt() -> None:
     noted: list[tuple[Any, OriginalPrompt]] = []
 
     async def render_chat(conversations: Any, chat: Any, tokenizing: Any = None, **_: Any) -> Any:
@@ -142,7 +142,7 @@ async def test_a_prompt_can_be_rendered_again_with_words() -> None:
     assert rendered == [list(b"At most 5 %. Hi"), None, list(b"At most 5 %. Ho")]
 
 
-async def test_what_nobody_wants_is_not_kept() -> None:
+async def test_sources_are_not_kept_without_need() -> None:
     async def render_chat(conversations: Any, chat: Any, tokenizing: Any = None, **_: Any) -> Any:
         return conversations, [{"prompt_token_ids": [1]}]
 

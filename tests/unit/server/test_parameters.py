@@ -16,7 +16,7 @@ def params(**given: object) -> SamplingParams:
 
 
 @pytest.mark.parametrize("penalty", ["frequency_penalty", "presence_penalty"])
-def test_a_penalty_that_another_one_scales_cannot_be_carried_on(penalty):
+def test_a_penalty_that_another_one_scales_cannot_be_continued(penalty):
     both = params(**{penalty: 0.5}, repetition_penalty=1.1)
     assert unsupported(PROMPT, both) == penalty
 

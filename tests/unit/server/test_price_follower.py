@@ -46,7 +46,7 @@ def follower(calibration: AdaptiveCalibration, engine: Engine, directory: Path) 
     return PriceFollower(calibration, engine.call, directory / "prices" / "one.json")
 
 
-async def test_the_engines_scores_become_the_price(tmp_path):
+async def test_the_engines_scores_determine_the_price(tmp_path):
     calibration = AdaptiveCalibration("entropy", 1)
     engine = Engine(None, SeenScores([step / 100 for step in range(101)], 100_000))
     await follower(calibration, engine, tmp_path).update()
@@ -61,7 +61,7 @@ async def test_an_engine_that_has_seen_nothing_changes_nothing(tmp_path):
     assert calibration.points == before
 
 
-async def test_what_was_realised_is_published(tmp_path):
+async def test_realised_rates_are_published(tmp_path):
     calibration = AdaptiveCalibration("entropy", 1)
     calibration.observe(0.3, 20, 100)
     await follower(calibration, Engine(None), tmp_path).update()
@@ -69,7 +69,7 @@ async def test_what_was_realised_is_published(tmp_path):
     assert REGISTRY.get_sample_value("wheels_aimed_completion_tokens", {"aim": "0.3"}) == 100
 
 
-async def test_it_goes_on_after_a_restart(tmp_path):
+async def test_the_follower_goes_on_after_a_restart(tmp_path):
     first = AdaptiveCalibration("margin", 1)
     engine = Engine(SeenScores((-9.0, -1.0, -0.5), 500))
     engine.traffic = partial(first.observe, 0.1, 10, 100)
@@ -108,7 +108,7 @@ async def test_an_engine_that_fails_is_asked_again(tmp_path):
     assert calibration.state.positions == 9
 
 
-async def test_an_engine_without_traffic_is_left_alone_once_all_is_saved(tmp_path):
+async def test_an_engine_without_traffic_is_not_asked_again_after_all_is_saved(tmp_path):
     calibration = AdaptiveCalibration("entropy", 1)
     engine = Engine(SeenScores((1.0, 2.0), 9))
     task = asyncio.create_task(follower(calibration, engine, tmp_path).follow(0))
@@ -134,7 +134,7 @@ def test_the_sketch_keeps_the_latest_scores():
     assert list(kept.quantiles) == sorted(kept.quantiles)
 
 
-def test_a_step_larger_than_the_sketch_leaves_its_end():
+def test_a_step_larger_than_the_sketch_leaves_its_last_scores():
     sketch = ScoreSketch(CPU, positions=2)
     sketch.add(torch.arange(5.0))
     assert set(sketch.read().quantiles) == {3.0, 4.0}

@@ -84,12 +84,12 @@ async def test_a_new_router_is_used_once(reloads, router, other):
     assert reloads.used == [other.digest(), router.digest()]
 
 
-async def test_the_same_router_again_is_nothing_new(reloads, router):
+async def test_the_same_router_is_not_taken_again(reloads, router):
     assert not await reloads.after(router)
     assert reloads.used == []
 
 
-async def test_a_directory_that_is_away_for_a_moment_is_nothing_new(reloads, other):
+async def test_a_directory_that_is_missing_for_a_moment_changes_nothing(reloads, other):
     os.replace(reloads.directory, reloads.directory.with_name("away"))
     assert not await reloads.watcher.reload()
     other.save(reloads.directory)
@@ -118,7 +118,7 @@ async def test_a_router_for_another_student_is_refused(reloads, router, other, m
     assert reloads.used == []
 
 
-async def test_whatever_goes_wrong_the_next_one_is_taken(reloads, other):
+async def test_the_next_router_is_taken_after_any_fault(reloads, other):
     reloads.refuses = RuntimeError("the engine's process says no")
     watching = asyncio.create_task(reloads.watcher.watch(0.01))
     reloads.replace(other)
@@ -132,7 +132,7 @@ async def test_whatever_goes_wrong_the_next_one_is_taken(reloads, other):
     watching.cancel()
 
 
-async def test_what_could_not_be_used_does_not_count_as_running(reloads, other):
+async def test_an_unusable_router_does_not_count_as_running(reloads, other):
     reloads.refuses = CheckpointError("no calibration")
     with pytest.raises(CheckpointError, match="no calibration"):
         await reloads.after(other)

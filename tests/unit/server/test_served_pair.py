@@ -67,7 +67,9 @@ def student(directory: Path, vocab_size: int | None = 40, tokenizer: Any = None)
         ((4, 1), {"span_tokens": 8}, (8, 1)),
     ],
 )
-def test_spans_are_the_configurations_else_the_routers(router, tmp_path, of_router, settings, spans):
+def test_spans_come_from_the_configuration_or_else_from_the_router(
+    router, tmp_path, of_router, settings, spans
+):
     trained = None if of_router is None else with_spans(router, *of_router)
     assert pair_of(tmp_path, trained, **settings).spans == spans
 
@@ -76,7 +78,7 @@ def test_spans_are_the_configurations_else_the_routers(router, tmp_path, of_rout
     ("of_router", "settings"),
     [(None, {"ask_tokens": 5}), ((4, 4), {"span_tokens": 2}), ((4, 1), {"ask_tokens": 5})],
 )
-def test_nobody_asks_for_more_than_a_span(router, tmp_path, of_router, settings):
+def test_a_call_asks_for_at_most_a_span(router, tmp_path, of_router, settings):
     trained = None if of_router is None else with_spans(router, *of_router)
     with pytest.raises(ConfigError, match=r"ask_tokens: . is more than span_tokens"):
         pair_of(tmp_path, trained, **settings)
@@ -125,7 +127,7 @@ def test_with_a_router_the_gate_is_the_learned_one(router, tmp_path):
     assert pair_of(tmp_path, router).gate == "learned"
 
 
-def test_an_empty_directory_is_of_a_router_that_is_still_to_come(router, tmp_path):
+def test_an_empty_directory_waits_for_a_router(router, tmp_path):
     directory = tmp_path / "coming"
     directory.mkdir()
     pair = waiting_pair(tmp_path, directory)
@@ -166,7 +168,7 @@ def test_a_calibration_is_for_its_own_spans(router, tmp_path):
 # Reserved rows
 
 
-def test_the_routers_rows(router, tmp_path):
+def test_the_reserved_rows_are_those_of_the_router(router, tmp_path):
     assert pair_of(tmp_path, router).reserved == router.reserved
 
 
@@ -179,7 +181,7 @@ def test_the_routers_rows(router, tmp_path):
     ],
     ids=["bpe", "unigram", "added"],
 )
-def test_without_a_router_the_last_rows_that_the_tokenizer_leaves_free(tmp_path, tokenizer):
+def test_without_a_router_the_reserved_rows_are_the_last_free_ones(tmp_path, tokenizer):
     rows = ServedPair.of(configured(student(tmp_path, 13, tokenizer), gate="random")).reserved
     assert (rows.start, rows.end) == (3, 13)
 
@@ -203,7 +205,7 @@ def test_without_a_router_the_last_rows_that_the_tokenizer_leaves_free(tmp_path,
     ],
     ids=str,
 )
-def test_a_student_that_is_not_usable_is_said_in_one_line(tmp_path, broken, problem):
+def test_an_unusable_student_is_reported_in_one_line(tmp_path, broken, problem):
     directory = student(tmp_path)
     for name, content in broken.items():
         (directory / name).unlink() if content is None else (directory / name).write_text(content)
@@ -259,7 +261,7 @@ def test_a_copy_is_made_once_and_again_for_another_configuration(tmp_path):
     ],
     ids=str,
 )
-def test_a_nested_configuration_tells_the_new_size(tmp_path, config):
+def test_a_nested_configuration_has_the_new_size(tmp_path, config):
     original = full_student(tmp_path / "student", config=config)
     pair = ServedPair.of(configured(original, gate="random", cache=tmp_path / "cache"))
     written = json.loads((pair.student / "config.json").read_text())
@@ -304,7 +306,7 @@ def test_rows_without_a_token_are_known(router, tmp_path):
     }
 
 
-def test_a_tokenizer_of_another_kind_hides_nothing(router, tmp_path):
+def test_a_tokenizer_of_another_kind_hides_no_rows(router, tmp_path):
     pair_of(tmp_path, router)
     (tmp_path / "tokenizer.json").unlink()
     assert ServedPair.of(configured(tmp_path)).visible == 10
@@ -338,7 +340,7 @@ def test_another_router_without_a_calibration_is_refused(router, tmp_path):
 # The aim
 
 
-def test_who_aims_at_the_rate_gets_the_spare_prices(router, tmp_path):
+def test_an_aim_at_the_rate_uses_the_spare_prices(router, tmp_path):
     spares = {"learned": [(0.1, 1.0), (0.3, 0.5)]}
     trained = replace(router, config=router.config.model_copy(update={"spare": spares}))
     assert pair_of(tmp_path, trained).policy(400).spare is None
@@ -347,7 +349,7 @@ def test_who_aims_at_the_rate_gets_the_spare_prices(router, tmp_path):
     assert policy.calibration == router.calibration("learned")
 
 
-def test_an_aim_that_nothing_was_measured_for_is_refused(router, tmp_path):
+def test_an_aim_without_measured_prices_is_refused(router, tmp_path):
     with pytest.raises(ConfigError, match="aim rate: the router has no calibration for gate 'learned'"):
         pair_of(tmp_path, router, aim="rate").policy(400)
     with pytest.raises(ConfigError, match="aim rate needs a router"):

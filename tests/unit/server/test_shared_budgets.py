@@ -57,7 +57,7 @@ async def test_every_student_token_is_recorded_once(prices: PriceController, ten
         assert (status.spent, status.reserved, status.student_tokens) == (3, 0, 130)
 
 
-async def test_what_is_left_is_granted_and_no_more(prices: PriceController, tenant: Tenant) -> None:
+async def test_a_grant_is_at_most_what_is_left(prices: PriceController, tenant: Tenant) -> None:
     budgets = SharedBudgets(MemoryLedger(), prices)
     assert (await budgets.share(tenant).reserve(98, 0)).tokens == 98
     assert (await budgets.share(tenant).reserve(8, 0)).tokens == 2
@@ -83,7 +83,7 @@ async def test_the_price_follows_what_is_spent(prices: PriceController) -> None:
     assert share.rate == pytest.approx(everybody.rate / 2)
 
 
-async def test_only_what_is_used_is_looked_at(prices: PriceController, tenant: Tenant) -> None:
+async def test_only_used_limits_are_looked_up(prices: PriceController, tenant: Tenant) -> None:
     budgets = SharedBudgets(MemoryLedger(), prices, [TENTH])
     share = budgets.share(tenant)
     assert not await budgets.update()
@@ -92,7 +92,7 @@ async def test_only_what_is_used_is_looked_at(prices: PriceController, tenant: T
     assert not await budgets.update()
 
 
-async def test_what_was_spent_is_followed_until_it_has_left_its_window(
+async def test_spending_is_followed_until_it_has_left_its_window(
     prices: PriceController, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise metrics would show a used-up budget, with a high price, until the next request."""
@@ -165,7 +165,7 @@ async def test_asks_that_follow_closely_share_a_lease(prices: PriceController) -
     assert budgets.ledger.calls == {"reserve": 2, "settle": 2}
 
 
-async def test_what_a_lease_has_left_is_kept_for_a_moment(prices: PriceController) -> None:
+async def test_the_rest_of_a_lease_is_kept_for_a_moment(prices: PriceController) -> None:
     budgets = counting(prices, hold_seconds=0.05)
     share = budgets.share(None)
     await share.reserve(1, 0, ahead=4)

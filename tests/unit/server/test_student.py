@@ -105,7 +105,7 @@ def test_vllms_v2_sampler_runs_the_gate_last(monkeypatch):
 
 
 @pytest.mark.parametrize("token", [RESERVED.escalation, 65])
-def test_the_question_stops_a_segment_that_owes_tokens(tokenizer, token):
+def test_the_escalation_token_stops_a_segment_that_owes_tokens(tokenizer, token):
     params = segment_params(tokenizer, min_tokens=5)
     request = Request("r", [1, 65, 66], params, None)
     request.append_output_token_ids(token)

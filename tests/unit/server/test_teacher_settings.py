@@ -20,12 +20,12 @@ def test_teachers_have_names(needed):
     assert urls == {"small": ["http://a:1/"], "big": ["http://b:1/", "http://b:2/"]}
 
 
-def test_one_without_a_name_is_the_teacher(needed):
+def test_a_teacher_without_a_name_is_called_teacher(needed):
     config = load([*needed, "--teacher", "big=http://b:1"])
     assert list(config.teachers) == ["teacher", "big"]
 
 
-def test_named_teachers_can_stand_in_a_file_and_in_a_variable(needed, write, environment):
+def test_named_teachers_can_be_in_a_file_and_in_a_variable(needed, write, environment):
     named = {
         "small": "http://a:1",
         "big": {"url": ["http://b:1"], "model": "org/Big", "vocabulary": "other", "api_key": "sk-secret"},
@@ -54,7 +54,7 @@ def test_named_teachers_can_stand_in_a_file_and_in_a_variable(needed, write, env
         ({str(n): "http://a" for n in range(9)}, "teacher: at most 8 teachers can be models, but 9 are"),
     ],
 )
-def test_teachers_that_cannot_be_are_refused(needed, teacher, said):
+def test_impossible_teachers_are_refused(needed, teacher, said):
     assert refusal([*needed[:2], "--teacher", json.dumps(teacher)]).startswith(said)
 
 
@@ -94,11 +94,11 @@ def test_a_name_stands_for_one_teacher(needed):
         ),
     ],
 )
-def test_settings_go_with_the_names(needed, flags, said):
+def test_with_names_each_teacher_has_its_own_settings(needed, flags, said):
     assert refusal([*needed[:2], "--teacher", "a=http://a:1", *flags]) == said
 
 
-def test_every_model_has_a_price_or_none(needed):
+def test_either_every_model_has_a_price_or_none_has(needed):
     prices = {"student": {"input": 1, "output": 1}, "teacher": {"a": {"input": 1, "output": 1}}}
     words = [*needed[:2], "--teacher", "a=http://a:1", "--prices", json.dumps(prices)]
     assert load(words).prices.of_teacher("a").output == 1

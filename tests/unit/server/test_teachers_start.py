@@ -39,7 +39,7 @@ async def test_each_teacher_has_a_vocabulary_of_its_own(tmp_path: Path) -> None:
             )
 
 
-async def test_one_that_is_missing_joins_when_it_answers(tmp_path: Path) -> None:
+async def test_a_missing_teacher_joins_when_it_answers(tmp_path: Path) -> None:
     async with AsyncExitStack() as stack:
         small = await stack.enter_async_context(FluentTeacher(OURS, "Hi"))
         late = await stack.enter_async_context(FluentTeacher(THEIRS, "Hi"))
@@ -65,7 +65,7 @@ async def test_without_any_teacher_the_gateway_does_not_start(tmp_path: Path) ->
                 await teachers.connect()
 
 
-async def test_a_wrong_model_ends_the_start_whoever_else_is_there(tmp_path: Path) -> None:
+async def test_a_wrong_model_ends_the_start_even_if_other_teachers_answer(tmp_path: Path) -> None:
     async with FluentTeacher(OURS, "Hi") as server:
         settings = config(tmp_path, {"small": server.url, "big": {"url": server.url, "model": "huge"}})
         async with build_teachers(settings, 280) as teachers:
@@ -73,7 +73,7 @@ async def test_a_wrong_model_ends_the_start_whoever_else_is_there(tmp_path: Path
                 await teachers.connect()
 
 
-async def test_one_teacher_is_called_so(tmp_path: Path) -> None:
+async def test_a_single_teacher_is_called_teacher(tmp_path: Path) -> None:
     async with FluentTeacher(OURS, "Hi") as server:
         settings = config(tmp_path, server.url)
         async with build_teachers(settings, 280) as teachers:

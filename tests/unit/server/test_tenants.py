@@ -39,7 +39,7 @@ def write(path: Path, *entries: dict[str, object], **others: object) -> None:
 # Keys
 
 
-def test_hash_is_what_sha256sum_prints() -> None:
+def test_a_hash_is_the_output_of_sha256sum() -> None:
     assert hash_key("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
@@ -70,7 +70,7 @@ def tenants(tmp_path: Path) -> Tenants:
         ("Bearer schlüssel", None),
     ],
 )
-def test_authenticate(tenants: Tenants, credential: str | None, name: str | None) -> None:
+def test_a_key_belongs_to_its_tenant(tenants: Tenants, credential: str | None, name: str | None) -> None:
     owner = tenants.authenticate(credential)
     assert (owner and owner.name) == name
 
@@ -79,21 +79,21 @@ def test_the_admin_is_no_tenant(tenants: Tenants) -> None:
     assert tenants.authenticate("Bearer root") == "admin"
 
 
-def test_no_key_is_kept(tenants: Tenants) -> None:
+def test_keys_are_not_kept_in_plain_text(tenants: Tenants) -> None:
     assert not any(key in repr(vars(tenants)) for key in ("'first'", "'root'"))
 
 
 # The file
 
 
-def test_from_an_environment_variable() -> None:
+def test_tenants_can_come_from_an_environment_variable() -> None:
     source = json.dumps({"tenants": [entry(default_budget=0.2)]})
     tenants = Tenants(source)
     assert tenants.authenticate("Bearer secret").default_budget == Budget(fraction=0.2)
     assert not tenants.reload()
 
 
-def test_reload(tmp_path: Path) -> None:
+def test_a_changed_file_is_taken_on_reload(tmp_path: Path) -> None:
     path = tmp_path / "tenants.yaml"
     write(path, entry("acme", "old"))
     tenants = Tenants(str(path))
@@ -126,7 +126,7 @@ async def until(condition: Callable[[], bool]) -> None:
     raise AssertionError("it never came true")
 
 
-async def test_watch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_changed_file_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "tenants.yaml"
     write(path, entry("acme", "old"))
     tenants = Tenants(str(path))
@@ -148,7 +148,7 @@ async def test_watch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     [b"tenants: [{name: \xff\xfe}]", b"tenants: 2024-13-45", b"[", b"[" * 1000, b"tenants: 5", b"\0"],
     ids=["not UTF-8", "no date", "no end", "deep", "a number", "no text"],
 )
-async def test_no_file_ends_the_watch(
+async def test_an_unusable_file_does_not_end_the_watch(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
 ) -> None:
     path = tmp_path / "tenants.yaml"
@@ -194,7 +194,7 @@ def test_wrong_files_name_what_is_wrong(tmp_path: Path, content: dict[str, objec
         Tenants(str(path))
 
 
-def test_missing_and_broken_files(tmp_path: Path) -> None:
+def test_missing_and_broken_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         Tenants(str(tmp_path / "absent.yaml"))
     with pytest.raises(ConfigError, match="cannot read the tenants"):
@@ -232,7 +232,7 @@ def test_tenants_are_frozen() -> None:
         ({"maximum_budget": 0}, Budget(fraction=0.5), Budget(fraction=0), True),
     ],
 )
-def test_resolve(
+def test_a_tenants_budget_is_its_own_or_the_default(
     settings: dict[str, object], requested: Budget | None, budget: Budget, clamped: bool
 ) -> None:
     assert tenant(**settings).resolve(requested, SERVER_DEFAULT) == Resolved(budget, clamped)
@@ -262,7 +262,7 @@ def test_a_teacher_that_nobody_knows_is_refused(settings: dict[str, object]) -> 
         Tenants(content, teachers=["small", "big"])
 
 
-def test_scopes() -> None:
+def test_a_tenant_has_a_scope_for_each_limit() -> None:
     limits = [LIMIT, {"type": "fraction", "fraction": 0.2, "window_seconds": 60}]
     first, second = tenant(limits=limits).scopes
     assert first == Scope("tenant", "acme", TokensPerWindow(tokens=100, window_seconds=60))
@@ -273,7 +273,7 @@ def test_scopes() -> None:
 # Headers of responses
 
 
-async def test_rate_limit_headers() -> None:
+async def test_headers_show_the_limits_of_a_tenant() -> None:
     clock = Clock()
     clock.ms = 1_000_000_000
     ledger = MemoryLedger(clock=clock)
@@ -289,7 +289,7 @@ async def test_rate_limit_headers() -> None:
     }
 
 
-async def test_headers_of_a_fraction_are_of_what_it_allows_now() -> None:
+async def test_headers_of_a_fraction_show_what_it_allows_now() -> None:
     """60 student tokens at a quarter allow 30 teacher tokens, see the ledger's tests."""
     ledger = MemoryLedger()
     quarter = Scope("tenant", "acme", FractionOfTraffic(fraction=0.25, window_seconds=60, slack_tokens=8))
@@ -301,14 +301,14 @@ async def test_headers_of_a_fraction_are_of_what_it_allows_now() -> None:
     }
 
 
-async def test_no_limit_no_headers() -> None:
+async def test_without_limits_there_are_no_headers() -> None:
     everything = Scope("global", "", FractionOfTraffic(fraction=1, window_seconds=60))
     assert headers(await MemoryLedger().status([everything])) == {}
     assert headers([]) == {}
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.01, "1"), (1.0, "1"), (1.2, "2"), (600, "600")])
-def test_retry_after(seconds: float, text: str) -> None:
+def test_the_retry_after_header_is_in_whole_seconds(seconds: float, text: str) -> None:
     assert retry_after(seconds) == {"retry-after": text}
     assert retry_after(None) == {}
 
@@ -317,11 +317,11 @@ def test_retry_after(seconds: float, text: str) -> None:
     ("seconds", "text"),
     [(0, "0s"), (0.25, "250ms"), (1, "1s"), (59.2, "1m0s"), (360, "6m0s"), (3630, "1h0m30s")],
 )
-def test_duration(seconds: float, text: str) -> None:
+def test_durations_are_written_for_people(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-async def test_view() -> None:
+async def test_the_view_shows_the_budgets_of_all_tenants() -> None:
     ledger = MemoryLedger()
     acme = tenant(
         limits=[LIMIT],
@@ -367,7 +367,7 @@ def test_money_needs_prices():
         assert Tenants(source, priced=True).current.tenants[0].name == "acme"
 
 
-def test_a_maximum_in_money():
+def test_a_maximum_may_be_in_money():
     tenant = Tenant(name="acme", keys=(hash_key("k"),), maximum_budget=Budget(cost=0.01))
     assert tenant.resolve(Budget(cost=0.02, calls=3), Budget(fraction=0.1)) == (
         Budget(cost=0.01, calls=3),

@@ -101,7 +101,7 @@ class Runner:
     "text", [[1, 5, 6, 7, 8, 5, 6, 7], [5, 6, 1, 5, 6, 7, 8, 5], [1, 5, 2, 3, 6, 1, 7, 8]], ids=str
 )
 @pytest.mark.parametrize("prompt", [[6], [6, 1, 7, 7]], ids=["before", "thinking"])
-def test_the_students_engine_goes_on_after_a_border_as_it_would_without(markers, budget, text, prompt):
+def test_the_students_engine_goes_on_after_a_border_as_without_one(markers, budget, text, prompt):
     text = [token for token in text if token != 1 or 1 not in prompt]
     whole = Runner(markers).segment(prompt, budget, text)
     state = Thinking(markers, budget).after(prompt)

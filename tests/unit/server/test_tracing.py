@@ -56,7 +56,7 @@ def traceparent(span: Any) -> str:
     return f"00-{span.context.trace_id:032x}-{span.context.span_id:016x}-{span.context.trace_flags:02x}"
 
 
-async def test_calls_hang_below_their_request(spans: InMemorySpanExporter) -> None:
+async def test_calls_are_children_of_their_requests_span(spans: InMemorySpanExporter) -> None:
     reply = await ask()
     call, failed, request = spans.get_finished_spans()
     assert request.name == "POST /v1/completions"
@@ -84,6 +84,6 @@ async def test_a_clients_trace_goes_on(spans: InMemorySpanExporter) -> None:
     assert reply.text.split()[0] == traceparent(request)
 
 
-async def test_what_writes_nothing_has_no_span(spans: InMemorySpanExporter) -> None:
+async def test_a_request_that_writes_nothing_has_no_span(spans: InMemorySpanExporter) -> None:
     await ask("/tokenize")
     assert not [span for span in spans.get_finished_spans() if span.kind == trace.SpanKind.SERVER]

@@ -129,7 +129,7 @@ def test_several_values_are_several(http: HttpLayer) -> None:
         ({"gpu-memory-utilization": 0.5, "-tp": 2}, "--gpu-memory-utilization 0.5 -tp 2"),
     ],
 )
-def test_a_setting_of_a_file_means_its_flag(http: HttpLayer, settings: dict[str, Any], line: str) -> None:
+def test_a_setting_in_a_file_equals_its_flag(http: HttpLayer, settings: dict[str, Any], line: str) -> None:
     assert vars(http.parse(settings)) == vars(vllm_alone(shlex.split(line)))
 
 
@@ -191,7 +191,7 @@ def test_what_the_gateway_sets_itself_is_refused_in_any_spelling(http: HttpLayer
         )
 
 
-def test_one_api_server_is_what_a_gateway_is(http: HttpLayer) -> None:
+def test_more_than_one_api_server_is_refused(http: HttpLayer) -> None:
     assert http.parse({"api-server-count": 1}).api_server_count == 1
 
 

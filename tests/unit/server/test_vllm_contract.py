@@ -86,7 +86,7 @@ def test_every_place_of_the_v2_runner_that_reports_is_known():
     assert users == known, "vLLM reports scores in other places than `REPORTS_V2` has"
 
 
-def test_a_report_that_is_gone_is_named(monkeypatch):
+def test_a_missing_report_is_named(monkeypatch):
     monkeypatch.setattr(vllm_api, "REPORTS_V2", (("vllm.v1.worker.gpu.sample.logprob", "compute_gone"),))
     with pytest.raises(UnsupportedVllm, match=r"not supported: it has no .*\.logprob\.compute_gone"):
         find_reports(v2=True)
@@ -99,7 +99,7 @@ def test_a_report_that_is_gone_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("v2", [False, True])
-def test_what_counts_a_requests_tokens_tells_them_from_the_prompt(v2):
+def test_functions_that_count_a_requests_tokens_tell_them_from_the_prompt(v2):
     for (_, _, argument), count in zip(
         vllm_api.COUNTS_V2 if v2 else vllm_api.COUNTS_V1, find_counts(v2=v2), strict=True
     ):
@@ -114,13 +114,13 @@ def test_every_place_of_the_v2_sampler_that_tells_output_from_prompt_is_known():
     assert users == counted | others
 
 
-def test_the_v1_sampler_hands_its_output_ids_to_what_counts_them():
+def test_the_v1_sampler_hands_its_output_ids_to_the_functions_that_count_them():
     text = inspect.getsource(Sampler)
     assert "apply_all_penalties(" in text
     assert "apply_bad_words(logits, bad_words_token_ids, output_token_ids)" in text
 
 
-def test_a_count_that_is_gone_is_named(monkeypatch):
+def test_a_missing_count_is_named(monkeypatch):
     place = ("vllm.v1.sample.sampler", "apply_bad_words")
     monkeypatch.setattr(vllm_api, "COUNTS_V1", ((*place, "gone"),))
     with pytest.raises(UnsupportedVllm, match="apply_bad_words takes no gone"):
@@ -204,7 +204,7 @@ def test_every_model_hands_its_matrix_to_vllms_logits_processor_first():
         (None, False),
     ],
 )
-def test_quantised_rows_are_none(weight, plain):
+def test_quantised_rows_cannot_be_written(weight, plain):
     assert (weight_of(SimpleNamespace(weight=weight)) is not None) == plain
     assert weight_of(SimpleNamespace()) is None
 
@@ -320,7 +320,7 @@ def test_a_repetition_is_what_vllm_calls_one():
 # wrap_app
 
 
-async def test_a_middleware_stands_before_all_others():
+async def test_our_middleware_is_before_all_others():
     seen = []
 
     def named(name):
@@ -430,7 +430,7 @@ def test_every_api_renders_its_chats_there():
 # Grammars: `server.grammar.manager`, and the names that it uses
 
 
-def test_the_manager_of_grammars_has_what_is_replaced_and_called():
+def test_the_manager_of_grammars_has_all_replaced_and_called_names():
     signatures = {
         "grammar_init": ["self", "request"],
         "_create_grammar": ["self", "request"],

@@ -61,12 +61,12 @@ def test_teachers_are_ordered_by_their_cost(recipe):
         ("cheaper_teachers={a name: {pretrained: there, cost: 0.5}}", "pattern"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(recipe, override, problem):
+def test_impossible_settings_are_refused_by_name(recipe, override, problem):
     with pytest.raises(RecipeError, match=problem):
         load_recipe(Path(recipe), ["router.rounds=2", override])
 
 
-def test_a_dry_run_needs_nothing_that_is_exported(recipe, tmp_path):
+def test_a_dry_run_needs_no_exported_model(recipe, tmp_path):
     assert train([recipe, "--dry-run"]) == 0
     assert not (tmp_path / "out").exists()
 
@@ -122,7 +122,7 @@ def test_a_router_of_one_output_notices_that_teachers_were_added(recipe, tmp_pat
     assert "cheaper_teachers {}, now" in capsys.readouterr().err
 
 
-def test_a_gate_of_several_learns_from_what_a_gateway_writes(untrained_pair, tmp_path):
+def test_a_gate_for_several_teachers_learns_from_completions_of_a_gateway(untrained_pair, tmp_path):
     """The gateway takes the gate, and its common prices are found there."""
     (tmp_path / "router").mkdir()
     gateway = TakingGateway(load_tokenizer(untrained_pair / "student"), directory=tmp_path / "router")

@@ -44,7 +44,7 @@ from wheels import main
         ),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(capsys, arguments, named, tmp_path):
+def test_a_fault_is_reported_in_one_line(capsys, arguments, named, tmp_path):
     if arguments[0] == "train":
         arguments = [*arguments, f"output={tmp_path / 'out'}", f"work={tmp_path / 'work'}"]
     assert main(arguments) == 2

@@ -29,7 +29,7 @@ router: {span_tokens: 1, ask_tokens: 1, gain: {type: regret}}
     return path
 
 
-def test_overrides(recipe):
+def test_overrides_change_fields_of_the_recipe(recipe):
     loaded = load_recipe(recipe, ["teacher.schedule.steps=7", "router.gain.type=ratio"])
     assert (loaded.teacher.schedule.steps, loaded.router.gain.type) == (7, "ratio")
     assert loaded.student.schedule.steps == 10, "what an alias shares is changed in one place"

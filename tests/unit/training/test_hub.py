@@ -66,7 +66,7 @@ async def test_a_pair_is_trained_by_names_with_revisions(
     assert hub.asked == fetched  # and the finished run is recognised as the same one
 
 
-async def test_a_revision_that_is_not_there_is_named(
+async def test_a_missing_revision_is_named(
     hub: FakeHub, trained: Callable[[str], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert await asyncio.to_thread(trained, "small/student@v3") == 2

@@ -90,7 +90,7 @@ def test_a_teacher_that_needs_no_training_needs_no_stage(recipe, untrained_pair,
     assert (tmp_path / "out" / "teacher").resolve() == untrained_pair / "teacher"
 
 
-def test_a_model_that_is_not_there_is_named(recipe, tmp_path, capsys):
+def test_a_missing_model_is_named(recipe, tmp_path, capsys):
     assert train([recipe, f"student={{pretrained: {tmp_path}/none}}"]) == 2
     assert f"no such directory, and not a name on the hub: {tmp_path}/none" in capsys.readouterr().err
 
@@ -159,7 +159,7 @@ def test_a_student_that_can_get_no_rows_is_refused(recipe, full, capsys):
     assert f"student {full}: the output matrix of {full} is quantised" in capsys.readouterr().err
 
 
-def test_rows_without_a_token_are_written_by_nobody(untrained_pair, tmp_path):
+def test_no_model_writes_rows_without_a_token(untrained_pair, tmp_path):
     """Both models prefer eight rows between the tokenizer's ids and the reserved rows."""
     tokenizer = load_tokenizer(untrained_pair / "student")
     for role in ("teacher", "student"):
@@ -198,7 +198,7 @@ def test_a_template_and_its_variables_go_with_the_student(recipe, untrained_pair
     assert exported.apply_chat_template(chat, tokenize=False) == "LOUD At 2:30 pm."
 
 
-def test_a_dry_run_tells_and_keeps_nothing(recipe, tmp_path, capsys):
+def test_a_dry_run_prints_its_plan_and_writes_nothing(recipe, tmp_path, capsys):
     assert train([recipe, "--dry-run", "--stage", "student"]) == 0
     told = capsys.readouterr().out
     assert "28,704, trained 3,584" in told
@@ -207,7 +207,7 @@ def test_a_dry_run_tells_and_keeps_nothing(recipe, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml"}
 
 
-def test_a_batch_that_does_not_split_is_refused(recipe, capsys):
+def test_a_batch_that_cannot_be_split_evenly_is_refused(recipe, capsys):
     assert train([recipe, "student.schedule.accumulate=3"]) == 2
     assert "student.schedule.batch 2 does not split evenly" in capsys.readouterr().err
 
@@ -217,7 +217,7 @@ def test_a_router_needs_its_teacher_in_process(recipe, capsys):
     assert "not behind a URL" in capsys.readouterr().err
 
 
-def test_what_needs_the_teacher_in_process_is_refused_behind_a_url(recipe, capsys):
+def test_methods_that_need_the_teacher_in_process_are_refused_with_a_url(recipe, capsys):
     served = ["teacher={url: 'http://127.0.0.1:9'}", "student.method={type: seqkd}", "--stage", "student"]
     assert train([recipe, *served]) == 2
     assert "student.method seqkd needs the teacher in process" in capsys.readouterr().err

@@ -35,7 +35,7 @@ def test_accumulating_gives_the_gradient_of_the_whole_batch(tokenizer_of_numbers
     assert updated(accumulate) == pytest.approx(updated(1), rel=1e-5)
 
 
-def test_parts_are_the_batch_again():
+def test_parts_make_up_the_batch_again():
     batch = Batch.of([[5, 6], [7], [8], [9]], [[1, 2], [3, 4], [1], [2]], pad=0)
     assert torch.cat([part.ids for part in batch.parts(2)]).equal(batch.ids)
     assert sum(part.positions for part in batch.parts(4)) == batch.positions == 6

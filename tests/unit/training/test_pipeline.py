@@ -89,7 +89,7 @@ def test_layers_that_are_computed_twice_learn_the_same(done, tmp_path):
         torch.testing.assert_close(after[name], weight, atol=1e-5, rtol=1e-4)
 
 
-def test_what_is_longer_than_the_recipe_allows_is_not_trained_on(recipe, tmp_path, capsys):
+def test_examples_longer_than_the_recipe_allows_are_not_trained_on(recipe, tmp_path, capsys):
     longest = 120
     loaded = load_recipe(Path(recipe), [f"max_length={longest}", "student.method.type=sft"])
     space = pipeline.Workspace(loaded)
@@ -125,12 +125,12 @@ def test_an_exported_stage_of_another_recipe_is_named_and_kept(done, tmp_path, c
     assert equal(student_of(tmp_path), before)
 
 
-def test_how_a_run_is_done_is_not_what_it_is(done, tmp_path):
+def test_settings_that_do_not_change_the_result_do_not_change_the_run(done, tmp_path):
     same = ["student.schedule.log_every=3", "student.schedule.accumulate=2", "max_tokens=32", "threads=1"]
     assert train([done, *STUDENT, *same]) == 0
 
 
-def test_restart_begins_anew(done, tmp_path):
+def test_a_restart_begins_anew(done, tmp_path):
     before = student_of(tmp_path)
     assert train([done, *STUDENT, "--restart", "seed=7"]) == 0
     assert not equal(student_of(tmp_path), before)
@@ -138,7 +138,7 @@ def test_restart_begins_anew(done, tmp_path):
     assert train([done, *STUDENT, "seed=7"]) == 0
 
 
-def test_restart_deletes_nothing_for_a_recipe_that_cannot_work(done, tmp_path):
+def test_a_restart_with_an_unusable_recipe_deletes_nothing(done, tmp_path):
     before = student_of(tmp_path)
     assert train([done, *STUDENT, "--restart", "student.schedule.accumulate=3"]) == 2
     assert equal(student_of(tmp_path), before)
@@ -159,7 +159,7 @@ def interrupted(recipe, monkeypatch):
     return recipe
 
 
-def test_a_checkpoint_of_another_recipe_is_not_gone_on_from(interrupted, capsys):
+def test_a_checkpoint_of_another_recipe_is_not_continued(interrupted, capsys):
     capsys.readouterr()
     assert train([interrupted, *STUDENT, "student.schedule.learning_rate=0.5"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -172,7 +172,7 @@ def test_a_run_may_be_prolonged_before_its_decay(interrupted, tmp_path, capsys):
     assert torch.load(tmp_path / "work" / "student" / "checkpoint.pt")["step"] == 8
 
 
-def test_but_not_when_it_decays(interrupted, capsys):
+def test_a_run_may_not_be_prolonged_during_its_decay(interrupted, capsys):
     assert train([interrupted, *STUDENT, "student.schedule.steps=3"]) == 2
     assert "schedule.steps 6, now 3" in capsys.readouterr().err
 
@@ -307,7 +307,7 @@ def test_adapters_that_cannot_be_merged_are_refused(config, targets, named):
 
 
 @pytest.mark.parametrize("targets", ["[lm_head]", "[nosuch]", "[norm]"])
-def test_they_are_refused_before_anything_is_trained(recipe, tmp_path, capsys, targets):
+def test_unusable_adapters_are_refused_before_anything_is_trained(recipe, tmp_path, capsys, targets):
     lora = f"student.lora={{rank: 4, targets: {targets}}}"
     assert train([recipe, *STUDENT, lora]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -381,7 +381,7 @@ def test_a_hub_that_cannot_be_reached_is_noticed_before_training(recipe, tmp_pat
     assert not (tmp_path / "work").exists()
 
 
-def test_names_that_the_hub_cannot_have():
+def test_names_that_the_hub_cannot_have_are_refused():
     for name in ("mine", "a/b/c", "me/mi ne"):
         with pytest.raises(HubError, match=f"--push-to-hub {name}: "):
             check_hub(name, SimpleNamespace())

@@ -92,7 +92,7 @@ def test_a_student_computes_what_its_teacher_does_without_the_other_layers(famil
     check_readout(student, "student")
 
 
-def test_a_list_that_is_not_of_layers_stays_as_it_is(tmp_path):
+def test_a_list_that_is_not_about_layers_stays_as_it_is(tmp_path):
     """The list has as many end tokens as the teacher has layers."""
     teacher = saved(LlamaConfig(**GROUPED), tmp_path)
     teacher.config.eos_token_id = list(range(LAYERS))
@@ -178,7 +178,7 @@ def test_a_dry_run_knows_the_student_before_its_teacher_is_trained(recipe, tmp_p
         (["--stage", "student", f"student={SUPERVISED}"], "no teacher in"),
     ],
 )
-def test_what_cannot_be_pruned_is_refused(recipe, overrides, problem, capsys):
+def test_a_model_that_cannot_be_pruned_is_refused(recipe, overrides, problem, capsys):
     assert train([recipe, *overrides]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert problem in line

@@ -177,6 +177,6 @@ def test_an_unknown_way_to_logits_is_refused_for_a_router():
         check_readout(model, "hub/sine")
 
 
-def test_readouts_of_other_names():
+def test_readouts_with_other_names_are_found():
     assert Readout.of(RecurrentGemmaConfig(logits_soft_cap=30.0)) == Readout(1.0, 30.0)
     assert Readout.of(FalconH1Config(lm_head_multiplier=0.5)) == Readout(0.5, None)

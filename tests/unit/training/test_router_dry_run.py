@@ -43,7 +43,7 @@ def test_a_dry_run_covers_the_router_before_its_student_is_there(recipe, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml"}
 
 
-def test_of_models_that_are_there_the_calibration_is_measured_too(recipe, untrained_pair, capsys):
+def test_with_existing_models_the_calibration_is_measured_too(recipe, untrained_pair, capsys):
     there = f"student={{pretrained: {untrained_pair}/student}}"
     few = ["router.prompts=30", "router.calibration_examples=10", "router.budgets=[0.2]"]
     assert train([recipe, "--dry-run", "--stage", "router", there, *few]) == 0
@@ -81,7 +81,7 @@ def test_a_gateway_that_answers_is_timed(untrained_pair, tmp_path):
     assert (run.work.completions, run.work.asked) == (40, 2 * (2 * 9 + 2))
 
 
-def test_what_does_not_grow_is_spent_once_for_each_batch():
+def test_constant_time_is_spent_once_for_each_batch():
     """8 completions take 3 s and 64 take 10 s: 1/8 s for each, and 2 s for each of 4 batches."""
     assert projected(Timed(8, 3.0), Timed(64, 10.0), count=2000, batches=4) == pytest.approx(4 * 2 + 2000 / 8)
     assert projected(Timed(8, 40.0), Timed(8, 40.0), count=2000, batches=4) == pytest.approx(10_000)
@@ -103,7 +103,7 @@ def test_completions_whose_caches_would_not_fit_are_written_in_turns(untrained_p
     assert turns == [[1, 3], [0, 2], [4]]
 
 
-def test_one_completion_is_written_whatever_it_takes(monkeypatch):
+def test_one_completion_is_written_whatever_memory_it_takes(monkeypatch):
     model = new_model(Shape(hidden=32, layers=1, heads=1, feed_forward=32), tokenizer_of_numbers(), 0)
     loop = ClosedLoop(model, model, RandomGate(ReservedRows(300, 32)), 300, 1)
     monkeypatch.setattr(rollout, "CACHE", 1)

@@ -31,7 +31,7 @@ def served_teacher(handler, top):
     return ServedTeacher(VLLMServer("teacher", "http://there", None, client(handler)), top)
 
 
-def test_the_likeliest_tokens_and_the_rest(vllm):
+def test_a_served_teacher_gives_the_likeliest_tokens_and_the_rest(vllm):
     ids, log_p = served_teacher(vllm, 5).likeliest(BATCH)
     whole = answer_read(vllm.model, BATCH, VISIBLE).logits.log_softmax(-1)
     assert ids.shape == (4, 5)
@@ -52,7 +52,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize(("method", "config"), METHODS)
-def test_with_all_tokens_a_served_teacher_is_the_one_in_process(vllm, tokenizer, method, config):
+def test_with_all_tokens_a_served_teacher_equals_the_one_in_process(vllm, tokenizer, method, config):
     def gradient(teacher):
         student = new_model(SHAPE, tokenizer, 0)
         method(config, VISIBLE, teacher, 256).loss(student, BATCH)[0].backward()
@@ -159,7 +159,7 @@ SECOND = [None, *({str(token): {"logprob": -1.0}, "9": {"logprob": -2.0}} for to
         (scored([*FIRST[:3], {"two": {"logprob": -1.0}}], SECOND), "no token ids"),
     ],
 )
-def test_what_no_teacher_answers_is_named_in_one_line(reply, problem):
+def test_an_unusable_answer_of_a_teacher_is_reported_in_one_line(reply, problem):
     def answer(request):
         body = {"data": [{"id": "big"}]} if request.url.path.endswith("models") else reply
         return body if isinstance(body, httpx.Response) else httpx.Response(200, json=body)
@@ -221,7 +221,7 @@ def right(request):
 
 
 @pytest.mark.parametrize("reply", [HTML, None, {}, {"data": None}, {"data": [{}]}, {"data": []}])
-def test_what_serves_no_model_is_named(reply):
+def test_a_server_without_a_model_is_named(reply):
     def answer(request):
         return reply if isinstance(reply, httpx.Response) else httpx.Response(200, json=reply)
 
@@ -230,7 +230,7 @@ def test_what_serves_no_model_is_named(reply):
 
 
 @pytest.mark.parametrize("url", ["there", "http://[", "ftp://there"])
-def test_what_is_no_url_is_named(url, monkeypatch):
+def test_a_wrong_url_is_named(url, monkeypatch):
     monkeypatch.setattr(served, "TRIES", 1)
     with pytest.raises(ServerError, match="the teacher at "):
         VLLMServer("teacher", url, None)

@@ -59,7 +59,9 @@ def values(command: list[str], flag: str) -> list[str]:
     return [command[place + 1] for place, word in enumerate(command) if word == flag]
 
 
-def test_teacher_and_gateway_are_those_of_the_output(recipe_file: Path, untrained_pair: Path) -> None:
+def test_teacher_and_gateway_have_the_models_of_the_output_directory(
+    recipe_file: Path, untrained_pair: Path
+) -> None:
     servers = planned(workspace(recipe_file))
     teacher, gateway = servers.services
     assert values(teacher.command, "--model") == [str(untrained_pair / "teacher")]
@@ -99,12 +101,12 @@ def test_the_gateway_begins_without_the_router_of_an_earlier_start(recipe_file: 
     assert list(planned(space).router.iterdir()) == []
 
 
-def test_a_model_that_is_not_there_is_named(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_missing_model_is_named(recipe_file: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"no teacher in .*nowhere/teacher: train it first"):
         planned(workspace(recipe_file, f"output={tmp_path}/nowhere"))
 
 
-def test_what_a_started_teacher_said_is_kept_under_its_directory(recipe_file: Path) -> None:
+def test_answers_of_a_started_teacher_are_kept_by_its_directory(recipe_file: Path) -> None:
     """The teacher's port differs at each start."""
     first, second = (planned(workspace(recipe_file)).teacher for _ in range(2))
     assert isinstance(first, StartedTeacher)
@@ -165,7 +167,7 @@ def test_a_server_that_dies_is_explained_by_its_log(recipe_file: Path, tmp_path:
     assert not answers(servers.teacher.url)
 
 
-def test_where_the_servers_live_the_error_names_their_logs(recipe_file: Path, tmp_path: Path) -> None:
+def test_an_error_while_servers_run_names_their_logs(recipe_file: Path, tmp_path: Path) -> None:
     refused = pytest.raises(GatewayError, match="too long")
     with refused as raised, started(workspace(recipe_file), stand_ins(tmp_path)):
         raise GatewayError("the prompt is too long")
@@ -185,7 +187,7 @@ def test_flags_of_servers_that_are_not_started_are_refused(recipe_file: Path) ->
         load_recipe(recipe_file, ["router.rollouts.router=there"])
 
 
-def test_where_the_servers_are_does_not_change_the_recipe(recipe_file: Path) -> None:
+def test_the_addresses_of_servers_do_not_change_the_recipe(recipe_file: Path) -> None:
     """A run that began with servers of its own can continue with servers that somebody else started."""
     own = router_record(load_recipe(recipe_file, []))
     url = "router.rollouts={type: gateway, url: 'http://there', router: there, concurrency: 4}"

@@ -25,12 +25,12 @@ def file(tmp_path):
     return tmp_path / "work" / "teacher.sqlite"
 
 
-def test_what_is_kept_is_there_in_another_process(file):
+def test_kept_answers_are_found_by_another_process(file):
     TeacherCache(file, MEGABYTE).put({b"a": b"1", b"b": b"2"})
     assert TeacherCache(file, MEGABYTE).get([b"b", b"c", b"a"]) == [b"2", None, b"1"]
 
 
-def test_the_least_used_goes_first_and_the_file_stays_within_its_bound(file):
+def test_the_least_used_entries_are_dropped_and_the_file_stays_within_its_bound(file):
     cache = TeacherCache(file, MEGABYTE // 5)
     for number in range(200):
         cache.put({str(number).encode(): bytes(4000)})
@@ -97,7 +97,7 @@ def test_a_served_teacher_scores_a_demonstration_once(vllm, file):
         assert torch.equal(kept[1], log_probs)
 
 
-def test_what_is_kept_under_a_name_is_found_at_another_address(vllm, file):
+def test_answers_kept_by_a_name_are_found_at_another_address(vllm, file):
     for port, times in ((1, 2), (2, 3)):  # the second time one row, to check that it is the same teacher
         server = VLLMServer("teacher", f"http://there:{port}", None, client(vllm))
         ServedTeacher(server, 5, TeacherCache(file, MEGABYTE), "directory").likeliest(DEMONSTRATION)

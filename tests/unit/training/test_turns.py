@@ -45,7 +45,7 @@ def test_turns_go_on_from_the_best_pair_and_end_when_none_is_better(recipe, tmp_
     assert str(tmp_path / "pair-turn1" / "router") in second
 
 
-def test_what_is_there_is_not_trained_again(recipe, tmp_path):
+def test_existing_turns_are_not_trained_again(recipe, tmp_path):
     assert train([recipe]) == 0  # untrained models get nothing right, so one turn is no better
     file = tmp_path / "pair-turn1" / "router" / "router.json"
     before = file.stat().st_mtime_ns

@@ -45,7 +45,7 @@ async def spend(ledger: MemoryLedger, scope: Scope, tokens: int) -> None:
     assert await ledger.settle(lease, tokens) == "settled"
 
 
-async def test_reserve_and_settle(ledger: MemoryLedger) -> None:
+async def test_a_settled_span_charges_only_used_tokens(ledger: MemoryLedger) -> None:
     lease = await ledger.reserve([MINUTE], 60)
     assert isinstance(lease, Lease)
     (status,) = await ledger.status([MINUTE])
@@ -72,7 +72,7 @@ async def test_all_scopes_or_none(ledger: MemoryLedger) -> None:
     assert [status.reserved for status in statuses] == [0, 0]
 
 
-async def test_what_is_left_is_granted_where_less_will_do(ledger: MemoryLedger) -> None:
+async def test_the_rest_is_granted_if_less_is_enough(ledger: MemoryLedger) -> None:
     await spend(ledger, MINUTE, 95)
     assert isinstance(await ledger.reserve([MINUTE], 8), Denial)
     lease = await ledger.reserve([MINUTE], 8, at_least=1)
@@ -83,7 +83,7 @@ async def test_what_is_left_is_granted_where_less_will_do(ledger: MemoryLedger) 
     assert denial.label == "tenant_tokens"
 
 
-async def test_a_fraction_is_of_everybodys_tokens(ledger: MemoryLedger) -> None:
+async def test_a_fraction_counts_the_tokens_of_both_models(ledger: MemoryLedger) -> None:
     """n <= 1/4 (60 + n) + 8 for n = 30: 30 <= 22.5 + 8; for n = 31: 31 > 22.75 + 8."""
     await ledger.record([QUARTER], 60)
     lease = await ledger.reserve([QUARTER], 100, at_least=1)
@@ -95,7 +95,9 @@ async def test_a_fraction_is_of_everybodys_tokens(ledger: MemoryLedger) -> None:
 
 
 @pytest.mark.parametrize(("fraction", "granted"), [(0.0, None), (1.0, 10_000)])
-async def test_ends_of_a_fraction(ledger: MemoryLedger, fraction: float, granted: int | None) -> None:
+async def test_a_fraction_of_0_allows_nothing_and_1_allows_everything(
+    ledger: MemoryLedger, fraction: float, granted: int | None
+) -> None:
     """A fraction of 0 allows nothing, not even the slack. 1 allows everything, even without traffic."""
     scope = Scope("global", "", FractionOfTraffic(fraction=fraction, window_seconds=60, slack_tokens=8))
     reply = await ledger.reserve([scope], 10_000, at_least=1)
@@ -104,7 +106,7 @@ async def test_ends_of_a_fraction(ledger: MemoryLedger, fraction: float, granted
         assert reply.retry_after_seconds is None
 
 
-async def test_the_window_slides(ledger: MemoryLedger, clock: Clock) -> None:
+async def test_spent_tokens_leave_the_sliding_window(ledger: MemoryLedger, clock: Clock) -> None:
     """Sub-windows last 1 s. Tokens spent in seconds 0 and 30 are free again after seconds 61 and 91."""
     await spend(ledger, MINUTE, 60)
     clock.ms += 30_000
@@ -135,7 +137,7 @@ async def test_a_span_that_outlasts_the_window_still_counts(clock: Clock) -> Non
     assert isinstance(await ledger.reserve([MINUTE], 100), Lease)
 
 
-async def test_retry_after(ledger: MemoryLedger, clock: Clock) -> None:
+async def test_a_denial_tells_when_to_ask_again(ledger: MemoryLedger, clock: Clock) -> None:
     assert (await ledger.reserve([MINUTE], 101)).retry_after_seconds is None, "more than there ever is"
     await ledger.reserve([MINUTE], 100)
     clock.ms += 10_000
@@ -155,7 +157,7 @@ async def test_deadline_lies_before_the_end_of_the_lease(ledger: MemoryLedger, c
     assert isinstance(await ledger.reserve([MINUTE], 100), Lease)
 
 
-async def test_late_settlement_is_counted_where_leases_are_given_back(
+async def test_a_late_settlement_is_counted_if_leases_are_returned(
     ledger: MemoryLedger, clock: Clock
 ) -> None:
     lease = await ledger.reserve([MINUTE], 60)
@@ -180,7 +182,7 @@ async def test_expired_lease_is_charged_until_settled(clock: Clock) -> None:
     assert (status.spent, status.total_spent) == (20, 20)
 
 
-async def test_very_late_settlement_is_out_of_every_window(ledger: MemoryLedger, clock: Clock) -> None:
+async def test_a_very_late_settlement_is_unknown(ledger: MemoryLedger, clock: Clock) -> None:
     lease = await ledger.reserve([MINUTE], 60)
     clock.ms += 200_000
     assert await ledger.settle(lease, 60) == "unknown"
@@ -208,7 +210,7 @@ async def test_a_clock_set_back_stands_still(ledger: MemoryLedger, clock: Clock)
     assert isinstance(await ledger.reserve([MINUTE], 1), Denial)
 
 
-async def test_no_scope_no_limit(ledger: MemoryLedger) -> None:
+async def test_without_scopes_there_is_no_limit(ledger: MemoryLedger) -> None:
     lease = await ledger.reserve([], 1000)
     assert isinstance(lease, Lease)
     assert await ledger.settle(lease, 1000) == "settled"
@@ -217,13 +219,15 @@ async def test_no_scope_no_limit(ledger: MemoryLedger) -> None:
 @pytest.mark.parametrize(
     ("tokens", "options"), [(0, {}), (5, {"at_least": 6}), (5, {"at_least": 0}), (5, {"student_tokens": -1})]
 )
-async def test_senseless_reservations(ledger: MemoryLedger, tokens: int, options: dict[str, int]) -> None:
+async def test_senseless_reservations_are_refused(
+    ledger: MemoryLedger, tokens: int, options: dict[str, int]
+) -> None:
     with pytest.raises(ValueError, match="cannot reserve"):
         await ledger.reserve([MINUTE], tokens, **options)
 
 
 @pytest.mark.parametrize("used", [-1, 9])
-async def test_senseless_settlements(ledger: MemoryLedger, used: int) -> None:
+async def test_senseless_settlements_are_refused(ledger: MemoryLedger, used: int) -> None:
     lease = await ledger.reserve([MINUTE], 8)
     with pytest.raises(ValueError, match="a lease of 8 tokens cannot be settled"):
         await ledger.settle(lease, used)
@@ -268,13 +272,13 @@ async def test_a_call_that_costs_nothing_is_a_lease_all_the_same(ledger: MemoryL
         await ledger.settle(lease, 7, 2)
 
 
-async def test_a_thousand_at_once(ledger: MemoryLedger) -> None:
+async def test_a_thousand_concurrent_reservations_stay_within_the_limit(ledger: MemoryLedger) -> None:
     """A thousand streams want one token each of 100: a hundred get it."""
     replies = await asyncio.gather(*(ledger.reserve([MINUTE], 1) for _ in range(1000)))
     assert sum(isinstance(reply, Lease) for reply in replies) == 100
 
 
-def test_configurations() -> None:
+def test_a_configuration_builds_its_ledger_or_is_refused() -> None:
     config = TypeAdapter(LedgerConfig)
     assert isinstance(config.validate_python({"type": "memory"}).build(), MemoryLedger)
     redis = config.validate_python({"type": "redis", "url": "redis://cache:6379/2"})
@@ -299,7 +303,7 @@ def test_configurations() -> None:
         {"type": "fraction", "fraction": 1.1, "window_seconds": 60},
     ],
 )
-def test_wrong_limits(limit: dict[str, object]) -> None:
+def test_wrong_limits_are_refused(limit: dict[str, object]) -> None:
     model = TokensPerWindow if limit["type"] == "tokens" else FractionOfTraffic
     with pytest.raises(ValidationError):
         model.model_validate(limit)

@@ -22,5 +22,5 @@ class ChargingMemoryMachine(MemoryMachine):
 
 
 @pytest.mark.parametrize("machine", [MemoryMachine, ChargingMemoryMachine])
-def test_never_over_the_bound_and_nothing_leaked(machine: type[LedgerMachine]) -> None:
+def test_no_interleaving_exceeds_the_bound_or_leaks_tokens(machine: type[LedgerMachine]) -> None:
     run_state_machine_as_test(machine, settings=settings(max_examples=150, stateful_step_count=40))

@@ -60,7 +60,7 @@ async def test_every_owner_has_sessions_of_its_own(ledger: MemoryLedger) -> None
     assert isinstance(await ledger.reserve([others], 8), Lease)
 
 
-async def test_so_many_at_a_time_and_no_more(ledger: MemoryLedger, clock: Clock) -> None:
+async def test_an_owner_has_a_largest_number_of_sessions(ledger: MemoryLedger, clock: Clock) -> None:
     await ledger.open_session(session("a", tokens=1))
     clock.ms += HOUR - 1
     await ledger.open_session(session("b", tokens=1))
@@ -71,7 +71,7 @@ async def test_so_many_at_a_time_and_no_more(ledger: MemoryLedger, clock: Clock)
     assert isinstance(await ledger.open_session(session("c", tokens=1)), OpenedSession), "a is over"
 
 
-async def test_both_limits_hold_from_the_begin_to_the_end(ledger: MemoryLedger, clock: Clock) -> None:
+async def test_both_limits_hold_for_the_whole_session(ledger: MemoryLedger, clock: Clock) -> None:
     """No window gives anything back. Each call here reads for 10 and writes each token for 1."""
     scopes = await opened(ledger, session(tokens=12, nanos=40))
     charge = Charge(10, 1)
@@ -100,7 +100,7 @@ async def test_a_session_without_use_is_over(ledger: MemoryLedger, clock: Clock)
     assert (await ledger.status(scopes))[0].remaining == 7
 
 
-async def test_it_lives_longer_than_any_lease(clock: Clock) -> None:
+async def test_a_session_lives_longer_than_any_lease(clock: Clock) -> None:
     ledger = MemoryLedger(lease_seconds=HOUR / 1000, clock=clock)
     scopes = await opened(ledger, session(tokens=5))
     await ledger.reserve(scopes, 5)

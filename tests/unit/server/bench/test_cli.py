@@ -22,7 +22,7 @@ def test_a_section_as_json_and_as_markdown() -> None:
     assert "| a | 2.00 (1.00–3.00) | – |" in section.markdown("x")
 
 
-def test_three_digits() -> None:
+def test_numbers_are_printed_with_three_digits() -> None:
     assert [number(x) for x in (0.01234, 1.234, 12.34, 1234.5, 0.0)] == [
         "0.012",
         "1.23",
@@ -32,13 +32,13 @@ def test_three_digits() -> None:
     ]
 
 
-def test_no_measurement_has_no_spread() -> None:
+def test_an_empty_measurement_has_no_spread() -> None:
     with pytest.raises(ValueError, match="no measurement"):
         Spread.from_values([])
     assert not math.isnan(Spread.from_values([1.0]).median)
 
 
-def test_a_pair_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_pair_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert wheels.main(["bench", str(tmp_path), "--quick"]) == 1
     assert str(tmp_path / "teacher") in capsys.readouterr().err
 

@@ -6,17 +6,17 @@ from server.bench.cost_model import Line, StepCosts, Traffic
 from server.bench.quality import interpolate
 
 
-def test_a_line_is_found_again() -> None:
+def test_a_fit_finds_the_line_of_its_points() -> None:
     line = Line.fit([(1, 5.0), (4, 11.0), (16, 35.0)])
     assert (line.fixed, line.each) == (pytest.approx(3.0), pytest.approx(2.0))
 
 
-def test_a_line_costs_nothing_negative() -> None:
+def test_a_fitted_line_has_no_negative_costs() -> None:
     assert Line.fit([(1, 5.0), (4, 4.0)]).each == 0.0
     assert Line.fit([(1, 1.0), (2, 3.0)]).fixed == 0.0
 
 
-def test_one_x_makes_no_line() -> None:
+def test_points_with_one_x_are_refused() -> None:
     with pytest.raises(ValueError, match="two different x"):
         Line.fit([(1, 5.0), (1, 4.0)])
 
@@ -31,7 +31,7 @@ COSTS = StepCosts(
 )
 
 
-def test_costs_of_a_request() -> None:
+def test_the_costs_of_a_request_are_computed_by_hand() -> None:
     """A request of 100 tokens, 20 of them the teacher's in 5 calls, with a prompt of 50, in batches of 4."""
     traffic = Traffic(50, 100, 0.2, 4)
     assert traffic.calls == 5

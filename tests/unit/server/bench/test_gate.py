@@ -44,7 +44,7 @@ def test_all_gates_are_timed_on_one_thread() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_quick_work_has_more_turns() -> None:
+def test_quick_work_is_repeated_more_often() -> None:
     """Nine pieces of work of some microseconds each run many times in a twentieth of a second."""
     with gate._one_thread(), torch.inference_mode():
         times = gate._times(1, 64, gate.Effort(turns=3, seconds=0.05))

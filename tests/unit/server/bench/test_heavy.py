@@ -43,7 +43,7 @@ def test_a_lengthened_model_is_its_source_with_more_room(source: Path, tmp_path:
     torch.testing.assert_close(logits(tmp_path / "long"), logits(source))
 
 
-def test_its_further_layers_compute(source: Path, tmp_path: Path) -> None:
+def test_the_further_layers_of_a_deepened_model_compute(source: Path, tmp_path: Path) -> None:
     """Only the two projections back are zeros. Whole layers of zeros could be skipped by a clever kernel."""
     deepen(source, tmp_path / "heavy", Deepening(layers=3, feed_forward=96))
     model = LlamaForCausalLM.from_pretrained(tmp_path / "heavy")

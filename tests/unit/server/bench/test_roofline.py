@@ -72,17 +72,17 @@ def test_every_request_has_its_own_cache_to_read() -> None:
     assert MACHINE.work(cached, 3, 3, 10) == 4.0 + 3 * 10 * 5 / 100
 
 
-def test_one_model_alone() -> None:
+def test_one_model_alone_has_the_speed_computed_by_hand() -> None:
     """A step of 1 + 4 s writes a token for each of two requests; prompts take 1 s more."""
     assert alone(MACHINE, TEACHER, load(2)) == pytest.approx(2 / 5)
     assert alone(MACHINE, TEACHER, Load(Traffic(500, 1000, 0.0), 2)) == pytest.approx(2 / (5 + 2 * 0.5))
 
 
-def test_tokens_of_a_verified_draft() -> None:
+def test_a_verified_draft_has_the_expected_number_of_tokens() -> None:
     assert accepted(0.5, 2) == 1 + 0.5 + 0.25
 
 
-def test_speculative_decoding() -> None:
+def test_speculative_decoding_has_the_speed_computed_by_hand() -> None:
     """Two drafts of 0.5 + 1 s, one step of 1 + 4 s that verifies three positions: 8 s for 1.75 tokens."""
     assert speculative(MACHINE, STUDENT, TEACHER, load(), 0.5, 2) == pytest.approx(1.75 / 8)
     best = best_speculation(MACHINE, STUDENT, TEACHER, load(), 0.5)
@@ -150,7 +150,7 @@ def test_our_own_measurements_are_explained_within_a_third() -> None:
         assert 0.65 < ratio < 1.2
 
 
-def test_where_cooperation_wins_on_an_h100() -> None:
+def test_cooperation_wins_on_an_h100_with_few_streams() -> None:
     """At a rate of 0.1, cooperation is ahead with few streams, and no longer with many."""
     for setting in (SMALL, LARGE_FP8):
         gains = [setting.gain(streams) for streams in (1, 16, 256)]

@@ -6,7 +6,7 @@ from server.bench.results import spreads
 from server.bench.teacher_call import COLUMNS, Calls, _parts_row
 
 
-def test_what_is_neither_ours_nor_the_engines_is_the_front_ends() -> None:
+def test_the_rest_of_a_calls_time_is_the_front_ends() -> None:
     """Calls of 20 and 40 ms take 30 on average. We take 2 of them and the engine takes 8."""
     calls = Calls([0.020, 0.040], own=0.002, engine=0.008)
     found = {title: spread.median for title, spread in spreads([calls], COLUMNS).items()}
@@ -16,7 +16,7 @@ def test_what_is_neither_ours_nor_the_engines_is_the_front_ends() -> None:
     assert found["teacher's front end"] == pytest.approx(20)
 
 
-def test_a_part_is_what_the_fastest_call_takes_longer_with_it() -> None:
+def test_a_part_is_the_time_that_it_adds_to_the_fastest_call() -> None:
     sides = []
     for fastest in (0.012, 0.009, 0.008, 0.003):
         sides.append([Calls([0.5, fastest + 0.001], 0.0, 0.0), Calls([fastest, 0.2], 0.0, 0.0)])

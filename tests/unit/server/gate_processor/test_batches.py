@@ -32,7 +32,7 @@ def test_the_logits_are_changed_in_place(processor):
     assert processor.apply(logits) is logits
 
 
-def test_it_changes_greedy_choices_too(processor):
+def test_the_processor_changes_greedy_choices_too(processor):
     assert processor.is_argmax_invariant() is False
 
 
@@ -141,7 +141,7 @@ def test_waiting_requests_can_be_swapped(processor):
     assert step(processor, 2) == [True, True]
 
 
-def test_a_request_that_left_while_waiting_wakes_nobody(processor):
+def test_a_request_that_left_while_waiting_changes_no_other(processor):
     output: list[int] = []
     step(processor, 1, update(added=[(0, params(-3.0, not_before=1), output)]))
     step(processor, 1, update(removed=[0], added=[(0, params(), [])]))

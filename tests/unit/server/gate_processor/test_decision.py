@@ -14,7 +14,7 @@ from tests.helpers.gate_steps import CPU, ROWS, CountingGate, asks, engine_confi
 # The decision
 
 
-def test_the_escalation_token_is_forced_exactly_where_the_score_exceeds_the_price(reserved):
+def test_the_escalation_token_is_forced_if_and_only_if_the_score_exceeds_the_price(reserved):
     logits = margins(2.0, 2.0, 2.0, 2.0, 0.0)
     untouched = logits.clone()
     price = torch.tensor([-3.0, -2.0, -1.0, math.inf, -math.inf])

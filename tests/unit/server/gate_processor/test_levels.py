@@ -38,7 +38,7 @@ def test_the_forced_row_counts_the_prices_below_the_score(reserved):
     assert levels(logits) == [0, 1, 2, None, None]
 
 
-def test_rows_that_are_looked_at_have_their_own_prices(reserved):
+def test_rows_that_are_scored_have_their_own_prices(reserved):
     logits = margins(2.0, 2.0, 2.0)
     dearer = torch.tensor([[-INF, -INF, NO], [0.0, 0.0, NO], [-3.0, 0.0, NO]])
     decide(MarginGate(reserved), logits, torch.full((3,), -3.0), torch.tensor([1, 2]), others=dearer)
@@ -46,7 +46,7 @@ def test_rows_that_are_looked_at_have_their_own_prices(reserved):
 
 
 @pytest.mark.parametrize("rows", [None, [1, 3]])
-def test_a_device_forces_the_same_without_knowing_who_asks(rows):
+def test_a_device_forces_the_same_rows_without_knowing_which_ones_ask(rows):
     logits = margins(1.0, 1.0, 1.0, 1.0)
     logits[:, ESCALATION:] = -INF
     chosen = None if rows is None else torch.tensor(rows)
@@ -78,7 +78,7 @@ def test_v2_prices_are_their_slots(reserved):
     assert levels(logits) == [None, 2, 0]
 
 
-def test_one_teacher_needs_nothing_new(reserved):
+def test_settings_for_one_teacher_are_unchanged(reserved):
     """The settings and terms for one teacher stay the same, byte for byte."""
     assert gate_settings(reserved, "margin", None, teachers=1) == gate_settings(reserved, "margin", None)
     assert terms_args(Terms(1.0)) == {"wheels_price": 1.0, "wheels_not_before": 0}

@@ -59,13 +59,13 @@ def test_reserved_rows_do_not_show_in_reported_logits(processor):
     assert reported.selected_token_ranks.tolist() == [1, 1]
 
 
-def test_log_probabilities_are_covered_once(processor, reserved):
+def test_the_function_for_log_probabilities_is_wrapped_once(processor, reserved):
     once = Sampler.compute_logprobs
     GateProcessor(engine_config(gate_settings(reserved, "entropy", None)), CPU, False)
     assert Sampler.compute_logprobs is once
 
 
-def test_other_rows_are_covered_instead(processor):
+def test_a_second_gate_masks_its_own_rows_in_log_probabilities(processor):
     GateProcessor(engine_config(gate_settings(ReservedRows(12, 2), "entropy", None)), CPU, False)
     assert torch.isfinite(Sampler.compute_logprobs(margins(0.0))[:, :12]).all()
 
@@ -103,7 +103,7 @@ def test_v2_reserved_rows_do_not_show_in_prompts(reserved):
     assert torch.allclose(scores, FLAT[:, :4])
 
 
-def test_v2_reserved_rows_do_not_show_where_drafts_are_verified(reserved):
+def test_v2_reserved_rows_do_not_show_when_drafts_are_verified(reserved):
     V2(reserved)
     verifier = object.__new__(rejection_sampler.RejectionSampler)
     verifier.sampler = SimpleNamespace(logprobs_mode="raw_logprobs")

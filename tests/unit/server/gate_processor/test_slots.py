@@ -67,7 +67,7 @@ def test_v2_draft_tokens_are_rows_of_their_request(reserved):
 # What it costs
 
 
-def test_v2_nobody_is_scored_who_may_not_ask(reserved):
+def test_v2_requests_that_may_not_ask_are_not_scored(reserved):
     v2 = V2(reserved)
     for slot in range(4):
         v2.add(slot, params())
@@ -85,7 +85,7 @@ def test_v2_only_rows_that_may_ask_are_scored(reserved):
     assert v2.processor.gate.seen == 1
 
 
-def test_v2_nobody_is_scored_before_its_time(reserved):
+def test_v2_requests_are_not_scored_before_they_may_ask(reserved):
     v2 = V2(reserved)
     v2.add(1, params(-3.0, not_before=3))  # 5 prompt tokens
     assert [v2.step([1], [pos]) for pos in (4, 5, 6)] == [[False]] * 3

@@ -45,7 +45,7 @@ def terms(price: float, *least: float) -> SamplingParams:
     return SamplingParams(extra_args=terms_args(Terms(price, least=named)))
 
 
-def test_whoever_is_worth_most_above_its_price_is_asked(router_of_two):
+def test_the_teacher_that_is_worth_most_above_its_price_is_asked(router_of_two):
     """At a common price of 2, the price of small is 1 and the price of big is 2."""
     logits = worth((1.5, 2.4), (1.5, 2.6), (0.9, 1.9), (1.1, -1.0), (9.0, 9.0))
     price = torch.tensor([2.0, 2.0, 2.0, 2.0, INF])
@@ -61,14 +61,14 @@ def test_least_prices_keep_a_teacher_back(router_of_two):
     assert asked(logits) == ["small", "big", "big", "small"]
 
 
-def test_rows_that_are_looked_at_have_their_own_terms(router_of_two):
+def test_rows_that_are_scored_have_their_own_terms(router_of_two):
     logits = worth((9.0, 0.0), (1.5, 2.6), (1.5, 2.6))
     least = torch.tensor([FREE, (-INF, INF), FREE])
     decide(router_of_two.build_gate(), logits, torch.full((3,), 2.0), torch.tensor([1, 2]), others=least)
     assert asked(logits) == [None, "small", "big"]
 
 
-def test_at_the_lowest_price_of_all_the_best_teacher_is_asked(router_of_two):
+def test_at_a_price_of_minus_infinity_the_best_teacher_is_asked(router_of_two):
     logits = worth((-3.0, -1.0), (-1.0, -3.0), (-3.0, -1.0))
     least = torch.tensor([FREE, FREE, (-INF, INF)])
     decide(router_of_two.build_gate(), logits, torch.full((3,), -INF), others=least)

@@ -158,7 +158,7 @@ def test_v2_slots_are_used_again(v2: GateProcessorV2):
 @pytest.mark.parametrize(
     "counting", [{"presence_penalty": 0.5}, {"frequency_penalty": -0.5}, {"bad_words": ["damn"]}]
 )
-def test_only_what_counts_tokens_needs_their_number(counting):
+def test_only_processors_that_count_tokens_need_the_number_of_written_ones(counting):
     assert written_args(SamplingParams(**counting), 7) == {WRITTEN: 7}
     assert written_args(SamplingParams(**counting), 0) == {}
     assert written_args(SamplingParams(repetition_penalty=1.2, logit_bias={1: 2.0}), 7) == {}

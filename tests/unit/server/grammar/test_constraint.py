@@ -40,7 +40,7 @@ async def test_tokens_are_taken_up_to_the_first_that_the_grammar_refuses(config,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-async def test_an_end_is_taken_where_the_grammar_may_end_and_then_it_leaves_everything(
+async def test_an_end_is_taken_if_the_grammar_may_end_and_then_every_token_is_taken(
     config, grammars, backend
 ):
     constraint = await ready(config, grammars, backend=backend, regex="[0-9]{1,3}")
@@ -62,7 +62,7 @@ async def test_few_ids_are_listed_and_many_are_not(config, grammars):
     assert constraint.allowed(10) is None
 
 
-async def test_what_is_written_is_taken_once(config, grammars):
+async def test_written_tokens_are_taken_once(config, grammars):
     written = ids(ANN)
     params = checked(config, json=PERSON)
     constraint = constrain(grammars, params)
@@ -73,7 +73,7 @@ async def test_what_is_written_is_taken_once(config, grammars):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-async def test_what_was_taken_and_did_not_stay_is_taken_back(config, grammars, backend):
+async def test_taken_tokens_that_were_cut_off_are_taken_back(config, grammars, backend):
     """A budget for thinking can cut tokens that a teacher wrote."""
     constraint = await ready(config, grammars, backend=backend, regex="[0-9]{3}")
     assert constraint.take(ids("12")) == 2
@@ -81,7 +81,7 @@ async def test_what_was_taken_and_did_not_stay_is_taken_back(config, grammars, b
     assert constraint.take(ids("345")) == 2
 
 
-async def test_what_the_grammar_did_not_expect_leaves_it_unusable(config, grammars):
+async def test_an_unexpected_token_leaves_the_grammar_unusable(config, grammars):
     """Both models follow the same grammar, so after such a token nobody knows what is right."""
     constraint = constrain(grammars, checked(config, json=PERSON))
     assert not await constraint.catch_up(ids("Hello"))
@@ -97,7 +97,7 @@ async def test_a_grammar_that_does_not_compile_is_unusable(config, grammars):
     assert constraint.continuation(3).extra_args == {GRAMMAR_FROM: 3}
 
 
-async def test_the_whole_grammar_is_a_field_until_a_token_is_taken(config, grammars):
+async def test_the_whole_grammar_is_sent_until_a_token_is_taken(config, grammars):
     constraint = await ready(config, grammars, json=PERSON)
     assert constraint.fields == {"structured_outputs": {"json": PERSON}}
     constraint.take(ids("{"))
@@ -138,7 +138,7 @@ async def test_reasoning_is_free_and_the_grammar_begins_after_it(thinking, think
     assert constraint.take([yes]) == 1
 
 
-async def test_who_wants_no_reasoning_has_the_grammar_from_the_start(thinking, thinking_grammars, reasoner):
+async def test_without_reasoning_the_grammar_holds_from_the_start(thinking, thinking_grammars, reasoner):
     constraint = constrain(thinking_grammars, checked(thinking, regex="yes"), reasoning_ended=True)
     assert await constraint.catch_up([])
     assert constraint.take(words(reasoner, "Hm")) == 0

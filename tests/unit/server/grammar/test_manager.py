@@ -84,7 +84,7 @@ def test_a_segment_whose_prefix_the_grammar_refuses_ends_with_an_error(config, m
     assert "refuses the text that is already" in str(error)
 
 
-def test_the_gate_may_read_its_rows_and_no_other_row_is_opened(config, manager):
+def test_the_mask_opens_the_rows_of_the_gate_and_no_others(config, manager):
     params = checked(config, json=PERSON)
     ours, theirs = segment(params), segment(params)
     compiled(manager, ours)
@@ -94,7 +94,7 @@ def test_the_gate_may_read_its_rows_and_no_other_row_is_opened(config, manager):
     assert np.flatnonzero(opened).tolist() == list(range(480, 512))
 
 
-def test_rows_stay_closed_where_min_tokens_forbids_all_that_the_grammar_allows(config, manager):
+def test_rows_stay_closed_if_min_tokens_forbids_all_that_the_grammar_allows(config, manager):
     """vLLM can then allow only an end, and it checks whether anything else is open."""
     params = checked(config, regex="[0-9]", extra_args={GRAMMAR_FROM: len(PROMPT_IDS)})
     at_the_end = segment(params, ids("7"))
@@ -114,7 +114,7 @@ def test_rows_that_cross_a_word_of_the_mask_are_opened():
     assert [np.flatnonzero(row).tolist() for row in opened] == [[62, 63, 64, 65]] * 2
 
 
-def test_the_escalation_token_is_none_of_the_grammars(config, manager):
+def test_the_grammar_does_not_take_the_escalation_token(config, manager):
     request = segment(checked(config, json=PERSON))
     grammar = compiled(manager, request)
     assert manager.accept_tokens(request, [*ids("{"), RESERVED.escalation])
@@ -135,7 +135,7 @@ def test_every_request_has_the_backend_that_its_schema_needs(config):
     assert (grammar.validate_tokens(ids("2")), grammar.validate_tokens(ids("3"))) == (ids("2"), [])
 
 
-def test_the_operators_word_on_white_space_holds_for_tool_calls_too(config):
+def test_the_operators_setting_for_white_space_holds_for_tool_calls_too(config):
     """vLLM itself applies the setting to plain JSON only."""
     content = {"type": "json_schema", "json_schema": PERSON}
     call = {"type": "tag", "begin": "<call>", "content": content, "end": "</call>"}
@@ -179,7 +179,7 @@ def test_values_that_look_like_schemas_stay_as_they_are():
 
 
 @pytest.mark.parametrize("theirs", [None, "types.SimpleNamespace"])
-def test_the_engine_gets_vllms_scheduler_or_the_operators(theirs):
+def test_the_engine_gets_vllms_scheduler_or_the_one_that_the_operator_set(theirs):
     config = engine_config(scheduler_cls=theirs, additional_config={SETTINGS: {"reserved": [480, 32]}})
     install_scheduler(config)
     make = config.scheduler_config.get_scheduler_cls()

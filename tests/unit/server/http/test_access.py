@@ -64,7 +64,7 @@ async def spend(access: Access, name: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models", "/budgets", "/tokenize", "/anything"])
 @pytest.mark.parametrize("key", [None, "wrong", hash_key("free")])
-async def test_no_route_without_a_key(access: Access, path: str, key: str | None) -> None:
+async def test_every_route_needs_a_key(access: Access, path: str, key: str | None) -> None:
     response = await ask(access, key, path=path)
     assert response.status_code == 401
     assert response.headers["www-authenticate"] == "Bearer"
@@ -73,12 +73,12 @@ async def test_no_route_without_a_key(access: Access, path: str, key: str | None
 
 
 @pytest.mark.parametrize(("key", "owner"), [("free", "free"), ("root", "admin")])
-async def test_whose_key_it_is(access: Access, key: str, owner: str) -> None:
+async def test_a_key_gives_the_request_its_tenant(access: Access, key: str, owner: str) -> None:
     response = await ask(access, key)
     assert (response.status_code, response.text) == (200, owner)
 
 
-async def test_anthropic_clients_send_their_key_otherwise(access: Access) -> None:
+async def test_the_key_header_of_anthropic_clients_is_accepted(access: Access) -> None:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(access), base_url="http://gateway") as client:
         response = await client.post("/v1/messages", headers={"x-api-key": "free"})
     assert response.text == "free"
@@ -160,7 +160,7 @@ async def test_a_websocket_needs_a_key(access: Access) -> None:
     assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
-async def test_responses_say_what_is_left(access: Access) -> None:
+async def test_responses_tell_what_is_left_of_a_limit(access: Access) -> None:
     await spend(access, "limited", 30)
     response = await ask(access, "limited")
     assert response.headers["x-ratelimit-limit-teacher-tokens"] == "100"
@@ -169,7 +169,7 @@ async def test_responses_say_what_is_left(access: Access) -> None:
     assert "x-ratelimit-limit-teacher-tokens" not in (await ask(access, "free")).headers
 
 
-async def test_used_up(access: Access) -> None:
+async def test_a_used_up_limit_is_refused_or_leaves_the_student_alone(access: Access) -> None:
     """One tenant goes on with the student alone, and the other one gets a refusal."""
     await spend(access, "limited", 100)
     await spend(access, "strict", 100)
@@ -184,7 +184,7 @@ async def test_used_up(access: Access) -> None:
     assert (await ask(access, "strict", "GET", "/v1/models")).status_code == 200
 
 
-async def test_whoever_may_see_which_budgets(tenants: Tenants) -> None:
+async def test_tenants_see_their_own_budgets_and_admins_see_all(tenants: Tenants) -> None:
     limit = FractionOfTraffic(fraction=0.2, window_seconds=60)
     prices = PriceController(Calibration(((0.5, 1.0),)), span_tokens=4)
     shared = SharedBudgets(MemoryLedger(), prices, [limit])
@@ -199,7 +199,7 @@ async def test_whoever_may_see_which_budgets(tenants: Tenants) -> None:
     assert await seen(None, None) == [None]
 
 
-async def test_a_limit_in_money_is_told_and_used_up_when_a_hundredth_is_left() -> None:
+async def test_a_limit_in_money_is_shown_and_counts_as_used_up_with_a_hundredth_left() -> None:
     """0.0099 of 0.01 are spent. With less than 0.0001 left it counts as used up: no call may ever fit."""
     limit = {"type": "cost", "cost": 0.01, "window_seconds": 60}
     source = json.dumps({"tenants": [STRICT | {"limits": [limit]}]})

@@ -52,7 +52,7 @@ def test_every_surface_has_the_field():
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_where_no_completion_is_written_the_student_is_alone(path):
+async def test_paths_without_a_teacher_use_the_student_alone(path):
     upstream = Upstream()
     await post(upstream, request(teacher_budget=0.5), path=path)
     assert upstream.exchange.unsupported == (path if path in ALONE else None)
@@ -66,7 +66,7 @@ async def test_a_response_in_the_background_is_refused():
 
 
 @pytest.mark.parametrize("fields", [{}, {"teacher_budget": None}])
-async def test_no_budget_is_the_servers_default(fields):
+async def test_without_a_budget_the_servers_default_is_used(fields):
     upstream = Upstream()
     await post(upstream, request(**fields))
     assert upstream.exchange.budget is None
@@ -87,7 +87,7 @@ async def test_a_body_may_come_in_pieces():
 
 
 @pytest.mark.parametrize("body", [b'"text"', b"[1]", b"17", b"null"])
-async def test_what_is_no_object_is_left_to_vllm(body):
+async def test_a_body_that_is_not_an_object_is_left_to_vllm(body):
     upstream = Upstream()
     await post(upstream, body)
     assert upstream.body == body
@@ -282,7 +282,7 @@ async def test_a_request_for_the_prompt_alone_is_noted(fields, nothing):
 # Clients that leave
 
 
-async def test_leaving_reaches_the_app():
+async def test_the_app_sees_that_a_client_leaves():
     seen = []
 
     async def app(scope: dict, receive: Receive, send: Send) -> None:
@@ -292,7 +292,7 @@ async def test_leaving_reaches_the_app():
     assert [message["type"] for message in seen] == ["http.request", "http.disconnect"]
 
 
-async def test_leaving_amid_the_body_ends_the_request():
+async def test_a_client_that_leaves_within_its_body_ends_the_request():
     upstream = Upstream()
     incoming = [{"type": "http.request", "body": b'{"model', "more_body": True}, DISCONNECT]
 
@@ -307,7 +307,7 @@ async def test_leaving_amid_the_body_ends_the_request():
     assert upstream.calls == 0
 
 
-async def test_the_answer_to_nobody_is_passed_on():
+async def test_the_null_answer_for_a_client_that_left_is_passed_on():
     """vLLM answers `null` when a client has left before its completion was written."""
     answer = await post(Upstream(chunks=(b"null",)), request())
     assert (answer.status, answer.body) == (200, b"null")

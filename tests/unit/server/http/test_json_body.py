@@ -35,7 +35,7 @@ NO_JSON = [
 
 
 @pytest.mark.parametrize(("body", "param", "said"), NO_JSON, ids=range(len(NO_JSON)))
-async def test_what_is_no_json_is_refused_with_a_budget_and_without(body, param, said):
+async def test_a_body_that_is_not_json_is_refused_with_a_budget_and_without(body, param, said):
     for budget in (b"", b', "teacher_budget": 0', b', "teacher_budget": 0.5'):
         upstream = Upstream()
         answer = await post(upstream, body.replace(b"%s", budget))
@@ -55,7 +55,7 @@ async def test_what_is_no_json_is_refused_with_a_budget_and_without(body, param,
     ],
     ids=["whole characters", "deep enough", "wide", "long"],
 )
-async def test_what_is_json_passes_with_a_budget_and_without(body):
+async def test_a_json_body_passes_with_a_budget_and_without(body):
     for field in (b"", b'"teacher_budget": 0, '):
         upstream = Upstream()
         assert (await post(upstream, b"{" + field + body[1:])).status == 200

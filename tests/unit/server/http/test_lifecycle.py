@@ -82,7 +82,7 @@ class Gateway:
         return running, slow
 
 
-async def test_at_sigterm_requests_end_whole_and_new_ones_are_refused():
+async def test_at_sigterm_running_requests_end_normally_and_new_ones_are_refused():
     gateway = Gateway(drain_seconds=10)
     running, slow = await gateway.begin(3)
     assert (await gateway.get("/ready")).status_code == 200
@@ -113,7 +113,7 @@ async def test_at_sigterm_requests_end_whole_and_new_ones_are_refused():
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-async def test_a_second_signal_cuts_off(second: signal.Signals):
+async def test_a_second_signal_cuts_off_running_requests(second: signal.Signals):
     gateway = Gateway(drain_seconds=10)
     running, slow = await gateway.begin(2)
     signal.raise_signal(signal.SIGTERM)
@@ -125,7 +125,7 @@ async def test_a_second_signal_cuts_off(second: signal.Signals):
     assert (gateway.lifecycle.cut_off, gateway.lifecycle.interrupted) == (2, True)
 
 
-async def test_the_deadline_cuts_off():
+async def test_the_deadline_cuts_off_running_requests():
     gateway = Gateway(drain_seconds=0.05)
     running, slow = await gateway.begin(1)
     signal.raise_signal(signal.SIGTERM)
@@ -134,7 +134,7 @@ async def test_the_deadline_cuts_off():
     assert (gateway.lifecycle.cut_off, gateway.lifecycle.interrupted) == (1, False)
 
 
-async def test_sigint_ends_at_once():
+async def test_sigint_ends_the_gateway_at_once():
     gateway = Gateway(drain_seconds=10)
     running, _ = await gateway.begin(1)
     signal.raise_signal(signal.SIGINT)
@@ -142,7 +142,7 @@ async def test_sigint_ends_at_once():
     assert (gateway.lifecycle.cut_off, gateway.lifecycle.interrupted) == (1, True)
 
 
-async def test_with_nobody_there_it_ends_at_once(monkeypatch: pytest.MonkeyPatch):
+async def test_without_requests_the_gateway_ends_at_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "HAND_OVER_SECONDS", 10)
     gateway = Gateway(drain_seconds=30)
     running, _ = await gateway.begin(0)
@@ -193,7 +193,7 @@ async def test_a_websocket_is_refused_while_draining():
 
 
 @pytest.mark.parametrize(("drain_seconds", "cut_off"), [(10, 0), (0.05, 1)])
-async def test_over_vllms_own_server(drain_seconds: float, cut_off: int):
+async def test_vllms_own_server_ends_its_requests_at_sigterm(drain_seconds: float, cut_off: int):
     finish, ended = asyncio.Event(), asyncio.Event()
 
     async def stream(request: Request) -> StreamingResponse:

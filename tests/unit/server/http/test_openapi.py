@@ -71,7 +71,7 @@ def test_the_budget_is_documented_where_there_is_a_body(documented):
         {"teachers": {"teacher": {"teachers": ["teacher"]}}},
     ],
 )
-def test_the_document_allows_what_is_honoured(documented, budget):
+def test_the_document_allows_exactly_the_honoured_budgets(documented, budget):
     schema = {"$ref": "#/components/schemas/TeacherBudget", "components": documented["components"]}
     try:
         Budget.model_validate(budget)

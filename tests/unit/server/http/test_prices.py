@@ -7,7 +7,7 @@ from router.policy import Calibration
 from server.http.prices import view
 
 
-def test_learned_prices_are_told_with_what_they_realised() -> None:
+def test_learned_prices_are_shown_with_their_realised_rates() -> None:
     calibration = AdaptiveCalibration("margin", 1)
     calibration.observe(0.1, 20, 100)
     told = json.loads(json.dumps(view(calibration, None), allow_nan=False))
@@ -18,7 +18,7 @@ def test_learned_prices_are_told_with_what_they_realised() -> None:
     assert told["realised"] == [{"aim": 0.1, "rate": 0.2, "completion_tokens": 100}]
 
 
-def test_measured_prices_are_told_as_they_are() -> None:
+def test_measured_prices_are_shown_unchanged() -> None:
     told = view(Calibration(((0.1, 2.0), (0.3, 1.0))), "a1b2")
     assert told == {
         "router": "a1b2",

@@ -39,7 +39,7 @@ async def test_the_clients_id_is_honoured_and_returned():
     assert reply.headers.get_list("x-request-id") == ["order-7/b"]
 
 
-async def test_without_one_it_is_made_anew():
+async def test_without_an_id_a_new_one_is_made():
     first, second = await ask(), await ask()
     made = first.headers["x-request-id"]
     assert first.text == f"{made} {made}"
@@ -48,7 +48,7 @@ async def test_without_one_it_is_made_anew():
 
 
 @pytest.mark.parametrize("bad", ["", "two words", "x" * 129, "naïve", "tab\there"])
-async def test_what_cannot_be_an_id_is_refused(bad: str):
+async def test_an_impossible_id_is_refused(bad: str):
     reply = await ask(**{"X-Request-Id": bad.encode("latin-1")})
     assert reply.status_code == 400
     assert reply.json()["error"]["param"] == "X-Request-Id"

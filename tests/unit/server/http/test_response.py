@@ -116,7 +116,7 @@ async def test_every_chunk_of_a_stream_names_its_source():
 
 @pytest.mark.parametrize("first", [{"id": "cmpl-1"}, {"object": "chunk"}], ids=["not parsed", "parsed"])
 @pytest.mark.parametrize("finished", [False, True])
-async def test_an_event_that_is_not_parsed_says_the_same(first, finished):
+async def test_an_event_that_is_not_parsed_gets_the_same_source(first, finished):
     """An event of vLLM that starts with its id gets its source, and the rest of it is not parsed."""
     document = first | {"choices": [{"index": 0, "text": 'für 5 €", "source": "x'}], "usage": None}
     chunk = b"data: " + json.dumps(document, separators=(",", ":")).encode() + b"\n\n"
@@ -260,7 +260,7 @@ async def test_a_failure_before_the_first_token_has_its_status(path, error, stat
 
 
 @pytest.mark.parametrize("path", VLLMS_END)
-async def test_a_failure_that_the_engine_knows_nothing_of_shows_nothing_of_the_inside(path):
+async def test_an_unexpected_failure_reveals_nothing_internal(path):
     secret = ValueError("2 validation errors, at /home")
     answer = await post(
         failing(path, FIRST[path], error=secret, noted=False), request(stream=True), path=path
@@ -270,7 +270,7 @@ async def test_a_failure_that_the_engine_knows_nothing_of_shows_nothing_of_the_i
     assert b"/home" not in answer.body
 
 
-async def test_what_breaks_before_a_response_is_vllms_to_answer():
+async def test_failures_before_a_response_are_left_to_vllm():
     async def app(scope: dict, receive: Receive, send: Send) -> None:
         raise RuntimeError("not begun")
 
@@ -300,7 +300,7 @@ async def test_anthropics_clients_get_anthropics_names(status, noted):
     assert (await post(elsewhere, request())).body == said
 
 
-async def test_what_vllm_itself_refuses_stays_in_its_words():
+async def test_refusals_by_vllm_itself_keep_their_words():
     said = b'{"error": {"type": "Bad Request"}}'
     assert (await post(Upstream(400, chunks=(said,)), request(), path=MESSAGES)).body == said
 
@@ -308,7 +308,7 @@ async def test_what_vllm_itself_refuses_stays_in_its_words():
 # Beam search
 
 
-async def test_a_beam_search_is_counted_by_what_comes_of_it():
+async def test_a_beam_search_is_counted_by_its_choices():
     """The engine sees only steps; the response has the choices."""
     counted: list[list[Report]] = []
     body = {"choices": [{"index": 0}, {"index": 1}], "usage": {"completion_tokens": 9}}

@@ -51,7 +51,7 @@ def test_every_route_that_takes_a_post_is_known(app: Any) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(PATHS))
-async def test_no_spelling_of_a_path_goes_around_the_budget(app: Any, path: str) -> None:
+async def test_no_spelling_of_a_path_avoids_the_budget(app: Any, path: str) -> None:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     seen = 0
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:

@@ -39,7 +39,7 @@ def gateway() -> Gateway:
     return Gateway()
 
 
-async def test_the_field_is_taken_out_and_reported(gateway):
+async def test_the_session_is_taken_out_of_the_body_and_reported(gateway):
     answer = await gateway.ask(teacher_session=RUN)
     assert b"teacher_session" not in gateway.upstream.body
     assert answer.json["teacher"]["session"] == {"id": "run-7", "tokens": 500, "tokens_spent": 0}
@@ -98,7 +98,7 @@ async def test_tenants_have_sessions_of_their_own(gateway):
     assert answer.json["teacher"]["session"]["tokens"] == 8
 
 
-async def test_one_session_too_many(gateway):
+async def test_one_session_too_many_is_refused(gateway):
     for name in ("a", "b"):
         await gateway.ask(teacher_session={"id": name, "tokens": 1})
     answer = await gateway.ask(teacher_session={"id": "c", "tokens": 1})
@@ -136,7 +136,7 @@ async def test_a_cost_without_prices_is_refused(gateway):
         {"id": "a", "fraction": 0.5},
     ],
 )
-async def test_what_is_no_session_is_refused(gateway, session):
+async def test_a_wrong_session_is_refused(gateway, session):
     answer = await gateway.ask(teacher_session=session)
     assert answer.status == 400
     assert answer.json["error"]["param"] == "teacher_session"
@@ -148,11 +148,11 @@ async def test_what_is_no_session_is_refused(gateway, session):
 
 
 @pytest.mark.parametrize("header", ["a b", "{", '{"id": 7}', "x" * 129, '"run-7"'])
-async def test_what_is_no_session_in_a_header_is_refused(gateway, header):
+async def test_a_wrong_session_in_a_header_is_refused(gateway, header):
     answer = await gateway.ask(("X-Teacher-Session", header), teacher_session=RUN)
     assert answer.status == 400
     assert answer.json["error"]["param"] == "X-Teacher-Session"
 
 
-async def test_null_is_no_session(gateway):
+async def test_a_session_of_null_is_none(gateway):
     assert "session" not in (await gateway.ask(teacher_session=None)).json["teacher"]

@@ -45,13 +45,13 @@ def test_similarity_is_to_the_nearest_answer() -> None:
         (((0, 1),), 0.0, 0, 1.0),
     ],
 )
-def test_excess_over_the_bound_at_every_prefix(
+def test_the_excess_is_the_largest_over_all_prefixes(
     spans: tuple[tuple[int, int], ...], fraction: float, span_tokens: int, excess: float
 ) -> None:
     assert reply(tokens=100, spans=spans).excess(fraction, span_tokens) == excess
 
 
-def test_the_ends_of_spans_are_enough() -> None:
+def test_the_excess_at_the_ends_of_spans_is_the_largest() -> None:
     """The result is compared with the definition: every prefix, one by one."""
     spans = ((1, 3), (3, 4), (9, 12))
     for fraction in (0.0, 0.05, 0.3, 1.0):
@@ -61,7 +61,7 @@ def test_the_ends_of_spans_are_enough() -> None:
         assert worst == pytest.approx(max(0.0, *by_prefix), abs=1e-6)
 
 
-def test_a_row_sums_up() -> None:
+def test_a_row_sums_up_its_replies() -> None:
     replies = [reply(tokens=30, spans=((0, 2), (5, 6))), reply("15 Uhu", tokens=10)]
     row = BudgetResult.from_answers(replies, budget=0.1, span_tokens=2, seconds=4.0)
     assert row.exact_match == 0.5
@@ -78,7 +78,7 @@ def rows(student: float, at_tenth: float, teacher: float) -> list[BudgetResult]:
     return [BudgetResult(budget, quality, 0.0, 0.0, 0.0, 0.0, 0.0, 1) for budget, quality in qualities]
 
 
-def test_share_of_the_gap_that_is_recovered() -> None:
+def test_the_recovered_share_of_the_gap_is_computed_by_hand() -> None:
     assert gap_recovered(rows(0.5, 0.8, 1.0), 0.1) == pytest.approx(0.6)
     assert gap_recovered(rows(0.9, 0.9, 0.9), 0.1) is None
 

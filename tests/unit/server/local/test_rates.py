@@ -62,7 +62,7 @@ def test_the_passes_end_even_if_a_rate_is_not_realised() -> None:
     assert made.far() == [0.1]
 
 
-def test_every_pass_and_reply_is_told() -> None:
+def test_every_pass_and_reply_is_reported() -> None:
     passes: list[tuple[float, int]] = []
     replies: list[None] = []
 
@@ -75,14 +75,14 @@ def test_every_pass_and_reply_is_told() -> None:
     assert len(replies) == 4 * FEW
 
 
-def test_a_gateway_whose_prices_are_measured_is_not_asked() -> None:
+def test_a_gateway_with_measured_prices_is_not_asked_for_completions() -> None:
     gateway = LearningGateway(learned=False)
     with pytest.raises(NothingToLearn, match="the gateway's prices are not learned"):
         found(finder(gateway), 0.1)
     assert gateway.budgets == []
 
 
-def test_a_key_that_may_not_ask_for_so_much_is_told() -> None:
+def test_a_key_with_a_smaller_maximum_is_reported() -> None:
     with pytest.raises(NothingToLearn, match=r"--rates: 0\.1 is above the maximum_budget"):
         found(finder(LearningGateway(teacher={"clamped": True})), 0.1)
 

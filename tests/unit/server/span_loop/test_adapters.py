@@ -10,7 +10,7 @@ from tests.helpers.scripted_student import PROMPT_IDS
 TUNED = SimpleNamespace(lora_name="tuned")
 
 
-async def test_every_segment_has_the_adapter_and_the_teacher_its_name(pair):
+async def test_every_segment_has_the_adapter_and_the_teacher_is_told_its_name(pair):
     engine, teacher = pair(ask_at={2, 6})
     result = await write(engine, 0.5, max_tokens=10, options={"lora_request": TUNED}, prompt_logprobs=0)
     assert result.text() == "abCDefGHij"

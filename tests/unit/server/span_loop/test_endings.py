@@ -64,7 +64,7 @@ async def test_what_counts_the_completion_knows_where_it_begins(pair, counting):
     assert (ask.written, getattr(ask.params, name)) == (2, value)
 
 
-async def test_min_tokens_are_no_length_of_their_own(pair):
+async def test_min_tokens_do_not_change_the_largest_length(pair):
     engine, _ = pair(ends_at=4)
     result = await write(engine, 0.5, min_tokens=2, max_tokens=9)
     assert (result.text(), result.last.finish_reason) == ("abcd", "stop")
@@ -88,7 +88,7 @@ async def test_the_same_seed_gives_the_same_seeds(pair):
     assert await seeds() == await seeds()
 
 
-async def test_without_a_seed_there_is_none(pair):
+async def test_without_a_seed_segments_have_none(pair):
     engine, teacher = pair(ask_at={2})
     await write(engine, 0.5)
     assert [s.params.seed for s in engine.segments] == [None, None]
@@ -129,7 +129,7 @@ async def test_a_callers_stop_token_ends_a_span(pair):
     assert (result.text(), result.last.stop_reason) == ("abCDE", ord("E"))
 
 
-async def test_who_ignores_ends_gets_more(pair):
+async def test_a_caller_that_ignores_ends_gets_more_tokens(pair):
     engine, teacher = pair(ask_at={2}, span_tokens=8)
     whole_spans(teacher, b"CDEFGHIJ", ends=3)
     result = await write(engine, {"calls": 1}, max_tokens=12, ignore_eos=True)
@@ -138,7 +138,7 @@ async def test_who_ignores_ends_gets_more(pair):
 
 
 @pytest.mark.parametrize("kind", [DELTA, FINAL_ONLY])
-async def test_what_comes_after_a_stop_string_is_not_paid(pair, kind):
+async def test_tokens_after_a_stop_string_are_not_paid(pair, kind):
     """Bucket, report, usage and metrics agree."""
     shared = shared_by_all(tokens(100))
     engine, teacher = pair(ask_at={2}, span_tokens=8, shared=shared)
@@ -159,7 +159,7 @@ def thinking(start: str, end: str) -> dict[str, Any]:
     return {"markers": ReasoningMarkers((ord(start),), (ord(end),), (ord(end),))}
 
 
-async def test_a_span_ends_where_the_thinking_has_to(pair):
+async def test_a_span_ends_where_the_thinking_has_to_end(pair):
     """The student writes the end of the thinking: vLLM does so in its engine."""
     engine, teacher = pair(ask_at={2, 6}, span_tokens=6, student=thinking("b", "f"))
     result = await write(engine, {"tokens": 6}, max_tokens=9, thinking_token_budget=3)

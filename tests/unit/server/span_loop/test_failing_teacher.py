@@ -30,7 +30,7 @@ async def test_a_lost_teacher_leaves_the_rest_to_the_student(pair):
     assert len(teacher.calls) == 1
 
 
-async def test_what_a_teacher_wrote_before_it_was_lost_stays(pair):
+async def test_tokens_of_a_teacher_stay_after_it_is_lost(pair):
     engine, teacher = pair(ask_at={2}, fails_at=4, span_tokens=4)
     result = await write(engine, 0.5, max_tokens=8)
     assert result.text() == "abCDefgh"
@@ -82,7 +82,7 @@ async def test_a_teacher_that_stays_away_is_asked_less_and_less(pair, budget):
     assert [len(segment.prefix) - len(PROMPT_IDS) for segment in engine.segments][-2:] == [32, 96]
 
 
-async def test_a_teacher_that_came_back_has_lost_nothing(pair):
+async def test_a_teacher_that_came_back_has_its_whole_budget_of_calls(pair):
     engine, teacher = pair(ask_at=range(1000), refuses="unreachable")
     outputs, exchange = start(engine, {"calls": 1}, max_tokens=198)
     written = 0
@@ -93,7 +93,7 @@ async def test_a_teacher_that_came_back_has_lost_nothing(pair):
     assert (report.spans, report.denied) == ([[32, 34]], {"unreachable": 1})
 
 
-async def test_what_a_teacher_refuses_once_it_is_not_asked_again(pair):
+async def test_a_request_that_a_teacher_refused_is_not_sent_again(pair):
     engine, teacher = pair(ask_at=range(1000))
 
     async def refuse(*_: Any, **__: Any) -> AsyncIterator[Piece]:
@@ -154,7 +154,7 @@ async def test_a_saturated_teacher_is_asked_again_later(pair):
     assert spent(engine) == (2, 1)
 
 
-async def test_a_refused_span_is_on_nobodys_books(pair):
+async def test_a_refused_span_is_charged_to_no_budget(pair):
     shared = shared_by_all(tokens(100))
     engine, teacher = pair(ask_at={2, 6}, refuses="breaker", shared=shared)
     result = await write(engine, {"calls": 1}, max_tokens=8)
@@ -176,7 +176,7 @@ async def test_a_refused_budget_does_not_use_up_the_breakers_trial(pair, limit):
     assert teacher.breaker.open is (limit > 0)
 
 
-async def test_whoever_leaves_while_waiting_for_the_teacher_gives_everything_back(pair):
+async def test_a_client_that_leaves_while_waiting_for_the_teacher_holds_nothing(pair):
     shared = shared_by_all(tokens(100))
     engine, teacher = pair(ask_at={2}, shared=shared)
     waits = asyncio.Event()
@@ -195,7 +195,7 @@ async def test_whoever_leaves_while_waiting_for_the_teacher_gives_everything_bac
 
 
 @pytest.mark.parametrize("on_teacher_error", ["degrade", "error"])
-async def test_a_teacher_that_goes_when_nothing_is_left_to_spend_is_not_missed(pair, on_teacher_error):
+async def test_a_teacher_lost_with_nothing_left_to_spend_does_not_degrade_the_answer(pair, on_teacher_error):
     engine, teacher = pair(ask_at={2}, on_teacher_error=on_teacher_error)
     outputs, exchange = start(engine, {"calls": 1})
     async for _ in outputs:

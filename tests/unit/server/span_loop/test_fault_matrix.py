@@ -200,7 +200,9 @@ def text(by_teacher: range) -> str:
 @EVERY_FAULT
 @EVERY_SPAN
 @EVERY_CLIENT
-async def test_the_student_goes_on(tokenizer, fault: Fault, span_tokens: int, kind: object) -> None:
+async def test_the_student_goes_on_after_every_fault(
+    tokenizer, fault: Fault, span_tokens: int, kind: object
+) -> None:
     async with gateway(tokenizer, span_tokens, fault.answer) as (it, _):
         written, report = await asyncio.wait_for(it.write(kind), 5)
         assert report.tokens in fault.written(span_tokens > STREAM_ABOVE)
@@ -212,7 +214,7 @@ async def test_the_student_goes_on(tokenizer, fault: Fault, span_tokens: int, ki
 @EVERY_FAULT
 @EVERY_SPAN
 @EVERY_CLIENT
-async def test_another_replica_takes_over_what_nobody_has_seen(
+async def test_another_replica_takes_over_if_nothing_was_streamed(
     tokenizer, fault: Fault, span_tokens: int, kind: object
 ) -> None:
     async with gateway(tokenizer, span_tokens, fault.answer, well) as (it, _):
@@ -227,7 +229,7 @@ async def test_another_replica_takes_over_what_nobody_has_seen(
 
 @EVERY_SPAN
 @EVERY_CLIENT
-async def test_a_teacher_comes_back(tokenizer, span_tokens: int, kind: object) -> None:
+async def test_a_teacher_that_recovers_is_asked_again(tokenizer, span_tokens: int, kind: object) -> None:
     """Its breaker opens and nobody asks it for a while. Then one call tries, and then all calls ask."""
     async with gateway(tokenizer, span_tokens, FAULTS["500"].answer) as (it, (server,)):
         for _ in range(2):

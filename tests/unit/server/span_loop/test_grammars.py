@@ -59,7 +59,7 @@ async def test_every_choice_has_a_grammar_of_its_own(pair):
     assert constraint.opened == ["r-0", "r-1"]
 
 
-async def test_with_nothing_to_spend_nobody_but_vllm_needs_the_grammar(pair):
+async def test_without_a_budget_only_vllm_needs_the_grammar(pair):
     constraint = ScriptedConstraint()
     engine, _ = pair(ask_at={2}, student={"constrain": constraint.constrain})
     result = await write(engine, 0, **JSON)
@@ -78,7 +78,7 @@ async def test_without_a_usable_grammar_the_student_writes_alone(pair, budget):
 
 
 @pytest.mark.parametrize("budget", [0.9, 1])
-async def test_where_the_teacher_can_write_nothing_the_student_writes_a_token(pair, monkeypatch, budget):
+async def test_if_the_teacher_can_write_nothing_the_student_writes_a_token(pair, monkeypatch, budget):
     """Otherwise the teacher would be asked for the same token again and again."""
 
     async def nothing(*_: Any) -> Piece:
@@ -95,7 +95,7 @@ async def test_where_the_teacher_can_write_nothing_the_student_writes_a_token(pa
     assert engine.spent == [0]
 
 
-async def test_where_a_grammar_began_is_not_for_clients_to_say(pair):
+async def test_clients_cannot_set_where_a_grammar_began(pair):
     engine, _ = pair()
     with pytest.raises(VLLMValidationError) as error:
         start(engine, 0, extra_args={GRAMMAR_FROM: 3})

@@ -64,7 +64,7 @@ async def test_cancelling_while_the_teacher_hangs_closes_the_call_and_settles(pa
     assert spent(engine) == (1, 1)
 
 
-async def test_leaving_two_choices_closes_both(pair):
+async def test_a_client_that_leaves_two_choices_closes_both(pair):
     engine, teacher = pair(ask_at={2}, hangs_at=3, span_tokens=4)
     task = asyncio.create_task(write(engine, 0.5, n=2))
     await teacher.hanging.acquire()
@@ -98,7 +98,7 @@ async def test_a_client_that_does_not_read_holds_nothing(pair):
     assert exchange.finished
 
 
-async def test_what_is_written_while_a_client_leaves_is_counted_as_it_is_charged(pair):
+async def test_tokens_written_while_a_client_leaves_are_counted_and_charged_alike(pair):
     shared = shared_by_all(tokens(100))
     engine, teacher = pair(ask_at={2}, span_tokens=4, shared=shared, hangs_at=3, writes_on=True)
     before = count("wheels_completion_tokens_total", source="teacher")
@@ -111,7 +111,7 @@ async def test_what_is_written_while_a_client_leaves_is_counted_as_it_is_charged
     assert count("wheels_completion_tokens_total", source="teacher") - before == spent
 
 
-async def test_who_wrote_what_reaches_a_slow_reader_too(pair):
+async def test_a_slow_reader_gets_the_authors_of_all_tokens_too(pair):
     engine, _ = pair(ask_at={2})
     outputs, exchange = start(engine, 0.5, max_tokens=6)
     seen = []

@@ -41,7 +41,7 @@ async def test_a_degraded_request_is_counted_as_such(pair):
     assert [count(name, **labels) for name, labels in series] == [n + 1 for n in before]
 
 
-async def test_what_the_engine_refuses_in_mid_answer_is_an_error(pair):
+async def test_a_refusal_by_the_engine_amid_an_answer_is_an_error(pair):
     """It counts as one request more, and its tokens were written."""
     engine, _ = pair(ask_at={2})
     before = count("wheels_requests_total", outcome="error")
@@ -57,14 +57,14 @@ async def test_what_the_engine_refuses_in_mid_answer_is_an_error(pair):
 
 
 @pytest.mark.parametrize("error", [VLLMValidationError("no", parameter="top_k"), RuntimeError("engine")])
-def test_what_the_engine_refuses_is_no_error_of_ours(error):
+def test_a_refusal_by_the_engine_is_not_counted_as_an_error(error):
     before = count("wheels_requests_total", outcome="error")
     with pytest.raises(type(error)), counted([Report()], budgeted=False, refusal=VLLMValidationError):
         raise error
     assert count("wheels_requests_total", outcome="error") - before == isinstance(error, RuntimeError)
 
 
-async def test_the_steps_of_a_beam_search_are_no_completions(pair):
+async def test_the_steps_of_a_beam_search_are_not_counted_as_completions(pair):
     """The client gets two choices of nine tokens together, after any number of steps."""
     engine, _ = pair()
     window = FractionOfTraffic(fraction=0.5, window_seconds=60)

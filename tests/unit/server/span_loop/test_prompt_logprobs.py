@@ -12,7 +12,7 @@ OF_HI = [None, {PROMPT_IDS[1]: Logprob(-1.0)}]
 
 
 @pytest.mark.parametrize("budget", [0.5, 1])
-async def test_the_student_reads_the_prompt_once_before_anybody_writes(pair, budget):
+async def test_the_student_reads_the_prompt_once_before_any_model_writes(pair, budget):
     engine, _ = pair(ask_at={2})
     result = await write(engine, budget, prompt_logprobs=3, max_tokens=6)
     reading, *segments = engine.segments
@@ -35,20 +35,20 @@ async def test_later_segments_find_the_prompt_in_the_cache(pair):
     assert result.outputs[0].num_cached_tokens == 0  # of the request that read it, as with one model
 
 
-async def test_what_is_begun_goes_before_new_requests(pair):
+async def test_begun_completions_go_before_new_requests(pair):
     engine, _ = pair(ask_at={2})
     await write(engine, 0.5, prompt_logprobs=0)
     assert [segment.options["priority"] for segment in engine.segments] == [1, 0, 0]
 
 
 @pytest.mark.parametrize("kind", [CUMULATIVE, FINAL_ONLY])
-async def test_whole_outputs_have_them_too(pair, kind):
+async def test_final_outputs_have_them_too(pair, kind):
     engine, _ = pair(ask_at={2})
     result = await write(engine, 0.5, prompt_logprobs=3, output_kind=kind)
     assert [output.prompt_logprobs for output in result.outputs] == [OF_HI] * len(result.outputs)
 
 
-async def test_all_choices_have_those_of_their_one_prompt(pair):
+async def test_all_choices_have_the_log_probabilities_of_their_one_prompt(pair):
     engine, _ = pair(ask_at={2})
     result = await write(engine, 0.5, prompt_logprobs=3, n=2)
     first = {}
@@ -58,7 +58,7 @@ async def test_all_choices_have_those_of_their_one_prompt(pair):
     assert sum(segment.params.prompt_logprobs is not None for segment in engine.segments) == 1
 
 
-async def test_nobody_reads_a_prompt_for_nothing(pair):
+async def test_a_prompt_is_not_read_without_need(pair):
     engine, _ = pair(ask_at={2})
     result = await write(engine, 1)
     assert engine.segments == []

@@ -20,7 +20,7 @@ def record(engine, directory: Path, share: float = 1.0, max_bytes: int = 10_000)
     engine.cooperator.cooperation = replace(engine.cooperator.cooperation, recorder=recorder)
 
 
-async def test_a_completion_is_kept_with_who_wrote_it(pair, tmp_path: Path) -> None:
+async def test_a_completion_is_kept_with_its_spans(pair, tmp_path: Path) -> None:
     engine, _ = pair(ask_at={2, 6})
     record(engine, tmp_path / "new" / "record")
     await write(engine, 0.5, max_tokens=10)
@@ -43,7 +43,7 @@ async def test_a_request_without_a_budget_is_not_kept(pair, tmp_path: Path) -> N
         list(read_trajectories(tmp_path))
 
 
-async def test_what_an_adapter_wrote_is_not_kept(pair, tmp_path: Path) -> None:
+async def test_a_completion_with_an_adapter_is_not_kept(pair, tmp_path: Path) -> None:
     """A router reads the student without adapters: trajectories of another model would teach it nothing."""
     engine, _ = pair(ask_at={2})
     record(engine, tmp_path)

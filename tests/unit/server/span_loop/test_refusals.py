@@ -24,7 +24,9 @@ MANY = 1025 - RESERVED.count
         ("bad_words", ["\udfff"]),
     ],
 )
-async def test_what_would_end_the_engine_is_refused_at_every_budget(pair, budget, parameter, value):
+async def test_parameters_that_would_end_the_engine_are_refused_at_every_budget(
+    pair, budget, parameter, value
+):
     engine, teacher = pair(ask_at={2})
     with pytest.raises(VLLMValidationError) as error:
         start(engine, budget, **{parameter: value})
@@ -33,7 +35,7 @@ async def test_what_would_end_the_engine_is_refused_at_every_budget(pair, budget
 
 
 @pytest.mark.parametrize("budget", [0, 0.5])
-async def test_as_many_as_the_engine_takes_are_taken(pair, budget):
+async def test_the_largest_numbers_that_the_engine_takes_are_accepted(pair, budget):
     engine, _ = pair(ask_at={2})
     ids = range(300, 299 + MANY)
     await write(engine, budget, logit_bias=dict.fromkeys(ids, 1.0))
@@ -103,7 +105,7 @@ async def test_a_request_that_writes_nothing_spends_nothing(pair, budget):
 
 
 @pytest.mark.parametrize("budget", [0.5, 1])
-async def test_what_vllm_refuses_of_one_model_is_refused_of_two(pair, budget):
+async def test_parameters_that_vllm_refuses_for_one_model_are_refused_for_two(pair, budget):
     """Segments have other parameters: they add the reserved rows to an empty choice of tokens."""
     engine, teacher = pair()
     for parameters in ({"allowed_token_ids": []}, {"logprobs": 21}, {"logit_bias": {VOCABULARY: 1.0}}):
@@ -123,7 +125,7 @@ async def test_without_a_budget_of_its_own_such_a_request_is_the_students_alone(
 
 
 @pytest.mark.parametrize("budget", [0, 0.5, 1])
-async def test_reserved_rows_and_the_price_are_not_the_clients(pair, budget):
+async def test_clients_cannot_use_reserved_rows_or_set_the_price(pair, budget):
     engine, _ = pair()
     with pytest.raises(VLLMValidationError, match="reserved"):
         start(engine, budget, stop_token_ids=[RESERVED.escalation])

@@ -57,7 +57,7 @@ async def test_continuations_go_first(pair):
     assert seen[-1] < 2**63
 
 
-async def test_a_priority_is_not_for_every_client_to_choose(pair):
+async def test_clients_need_permission_to_choose_a_priority(pair):
     engine, _ = pair()
     with pytest.raises(VLLMValidationError, match="--scheduling-policy priority") as error:
         await write(engine, 0, options={"priority": -1})
@@ -95,7 +95,7 @@ async def test_all_segments_of_a_prompt_go_to_the_same_copy(pair, ranks, expecte
     assert used == expected
 
 
-async def test_a_copy_that_the_caller_names_is_the_one(pair):
+async def test_the_copy_that_the_caller_names_is_used(pair):
     engine, _ = pair(ask_at={2}, student={"ranks": 4})
     await write(engine, 0.5, options={"data_parallel_rank": 3})
     assert [segment.options["data_parallel_rank"] for segment in engine.segments] == [3, 3]

@@ -53,7 +53,7 @@ async def test_requests_of_a_session_share_its_money(pair):
     assert report["denied"] == {"session_cost": 1}
 
 
-async def test_the_report_waits_for_what_is_under_way(pair):
+async def test_the_report_waits_for_settlements_under_way(pair):
     """A client leaves within a span, so the report is read while the span loop is being stopped."""
     shared = shared_by_all()
     engine, _ = pair(ask_at=range(100), shared=shared)

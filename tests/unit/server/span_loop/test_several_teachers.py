@@ -105,7 +105,7 @@ async def test_every_step_names_who_wrote_it(trio):
     assert sources == ["student", "small", "small", "big", "big", "student"]
 
 
-async def test_prices_decide_who_is_cheap(trio):
+async def test_prices_decide_which_teacher_is_cheap(trio):
     prices = {"student": {"input": 0, "output": 0}, "teacher": {}}
     prices["teacher"] = {"small": {"input": 1, "output": 20}, "big": {"input": 2, "output": 10}}
     three = trio({2: 0, 5: 1}, prices=PriceList.model_validate(prices))
@@ -113,14 +113,14 @@ async def test_prices_decide_who_is_cheap(trio):
 
 
 @pytest.mark.parametrize(("down", "text"), [("small", "ab23e56h"), ("big", "abCDeFGh")])
-async def test_if_one_is_down_the_other_takes_over(trio, down, text):
+async def test_if_one_teacher_is_down_the_other_takes_over(trio, down, text):
     three = trio({2: 0, 5: 1})
     getattr(three, down).breaker.failed()
     assert await three.text() == text
     assert (three.report["degraded"], three.report["denied"]) == (False, {})
 
 
-async def test_if_all_are_down_the_student_goes_on(trio):
+async def test_if_all_teachers_are_down_the_student_goes_on(trio):
     three = trio({2: 0, 5: 1})
     three.small.breaker.failed()
     three.big.breaker.failed()
@@ -129,7 +129,7 @@ async def test_if_all_are_down_the_student_goes_on(trio):
     assert "teachers" not in three.report
 
 
-async def test_a_call_that_fails_before_its_first_token_is_the_others(trio):
+async def test_a_call_that_fails_before_its_first_token_goes_to_the_other_teacher(trio):
     three = trio({2: 0, 6: 0}, small={"fails_at": 2})
     assert await three.text(max_tokens=10) == "ab23ef67ij"
     assert (three.report["degraded"], three.report["denied"]) == (False, {})
@@ -144,7 +144,7 @@ async def test_after_a_token_the_student_goes_on_and_the_loss_is_reported(trio):
     assert three.big.calls == []
 
 
-async def test_a_busy_teacher_is_another_ones_turn(trio):
+async def test_if_a_teacher_is_busy_another_one_is_asked(trio):
     three = trio({2: 1}, big={"refuses": "saturated"})
     assert await three.text() == "abCDefgh"
     assert (three.report["degraded"], three.report["denied"]) == (False, {})
@@ -160,7 +160,7 @@ async def test_the_gateway_fails_only_if_nobody_takes_over(trio):
         await both.text()
 
 
-async def test_a_full_context_of_one_is_no_reason_for_the_other(trio):
+async def test_a_full_context_of_one_teacher_does_not_stop_the_other(trio):
     three = trio({2: 0}, small={"max_model_len": 4})
     assert await three.text() == "ab23efgh"
     assert three.report["denied"] == {}
@@ -182,7 +182,7 @@ async def test_a_request_may_name_its_teachers(trio):
     assert await three.text({"fraction": 1, "teachers": ["small"]}) == "ABCDEFGH"
 
 
-async def test_a_name_that_nobody_has_is_refused(trio):
+async def test_an_unknown_name_of_a_teacher_is_refused(trio):
     three = trio({})
     with pytest.raises(VLLMValidationError, match="no teacher is named 'huge'; there are: small, big") as e:
         start(three.engine, {"fraction": 0.5, "teachers": ["small", "huge"]})
@@ -199,14 +199,14 @@ async def test_a_teacher_may_have_a_budget_of_its_own(trio):
     assert three.report["teachers"]["big"]["tokens"] == 2
 
 
-async def test_budgets_of_each_are_enough(trio):
+async def test_budgets_of_single_teachers_are_enough(trio):
     three = trio(dict.fromkeys(range(2, 20), 0))
     text = await three.text({"teachers": {"small": {"tokens": 2}, "big": {"tokens": 2}}}, max_tokens=10)
     assert text == "abCD45ghij"
     assert three.report["denied"] == {}
 
 
-async def test_a_teacher_may_have_nothing(trio):
+async def test_a_teacher_may_have_a_budget_of_zero(trio):
     three = trio({2: 1, 5: 1})
     assert await three.text({"fraction": 0.5, "teachers": {"small": None, "big": 0}}) == "abCDeFGh"
 
@@ -240,7 +240,7 @@ def _own(three: Trio, small: float, big: float) -> list[tuple[float, list[list[i
 # Money
 
 
-async def test_who_is_too_dear_is_not_asked(trio):
+async def test_a_teacher_that_is_too_dear_is_not_asked(trio):
     """To read 4 tokens and write 2 costs 28 millionths at the dear teacher, and 8 at the cheap one."""
     three = trio({2: 1}, prices=PRICES)
     assert await three.text({"fraction": 0.5, "cost": 11 * MILLIONTH}) == "abCDefgh"
@@ -285,7 +285,7 @@ async def test_no_cost_is_ever_exceeded(trio, cost, own, asks, spans, fails_at):
 # What requests share
 
 
-async def test_a_limit_may_be_one_teachers(trio):
+async def test_a_limit_may_count_one_teacher_only(trio):
     """The dear teacher has two tokens in all. Tokens of the cheap one do not count there."""
     limits = [TokensPerWindow(tokens=2, window_seconds=60, teacher="big")]
     three = trio({1: 0, 4: 1, 8: 1}, limits=limits)
@@ -352,7 +352,7 @@ async def test_with_min_tokens_there_is_one_price(trio):
         assert RESERVED.escalation + 1 not in segment.params.stop_token_ids
 
 
-async def test_who_is_down_has_no_price(trio):
+async def test_a_teacher_that_is_down_has_no_price(trio):
     three = trio({})
     three.big.breaker.failed()
     await three.text({"fraction": 0.2})
@@ -364,7 +364,7 @@ async def test_who_is_down_has_no_price(trio):
 OUTPUTS = (GateOutput("small", 0.25), GateOutput("big", 1.0))
 
 
-async def test_an_output_means_its_teacher(trio):
+async def test_an_output_stands_for_its_teacher(trio):
     three = trio({2: 0, 5: 1}, outputs=OUTPUTS)
     assert await three.text() == "abCDe56h"
     extra = three.engine.segments[0].params.extra_args
@@ -372,7 +372,7 @@ async def test_an_output_means_its_teacher(trio):
     assert DEARER not in extra
 
 
-async def test_an_output_means_its_teacher_in_whichever_order_they_are(trio):
+async def test_an_output_stands_for_its_teacher_in_any_order(trio):
     """The router has its own order of teachers. Here the big one has the lower price."""
     prices = {"student": {"input": 0, "output": 0}, "teacher": {}}
     prices["teacher"] = {"small": {"input": 1, "output": 20}, "big": {"input": 2, "output": 10}}
@@ -380,13 +380,13 @@ async def test_an_output_means_its_teacher_in_whichever_order_they_are(trio):
     assert await three.text() == "abCDe56h"
 
 
-async def test_whom_a_request_does_not_name_is_kept_from_the_gate(trio):
+async def test_a_teacher_that_a_request_does_not_name_is_kept_from_the_gate(trio):
     three = trio({2: 1, 5: 0}, outputs=OUTPUTS)
     assert await three.text({"fraction": 0.5, "teachers": ["big"]}) == "ab23e56h"
     assert three.engine.segments[0].params.extra_args[LEAST] == [math.inf, -math.inf]
 
 
-async def test_who_is_down_is_kept_from_the_gate(trio):
+async def test_a_teacher_that_is_down_is_kept_from_the_gate(trio):
     three = trio({2: 0}, outputs=OUTPUTS)
     three.big.breaker.failed()
     assert await three.text() == "abCDefgh"
@@ -403,14 +403,14 @@ async def test_a_budget_of_the_dear_teacher_is_a_least_price(trio):
     assert last == [-math.inf, math.inf]
 
 
-async def test_with_min_tokens_the_outputs_have_one_row(trio):
+async def test_with_min_tokens_all_outputs_share_one_row(trio):
     three = trio({2: 0}, outputs=OUTPUTS)
     assert await three.text({"fraction": 0.5}, min_tokens=4) == "abCDefgh"
     for segment in three.engine.segments:
         assert LEAST not in segment.params.extra_args
 
 
-async def test_a_common_price_is_learned_from_those_who_may_ask_all(trio):
+async def test_a_common_price_is_learned_from_requests_that_may_ask_all_teachers(trio):
     class Watched(AdaptiveCalibration):
         seen = 0
 
@@ -426,6 +426,6 @@ async def test_a_common_price_is_learned_from_those_who_may_ask_all(trio):
     assert watched.seen > 0
 
 
-async def test_a_budget_of_one_is_the_dearest_teacher_alone(trio):
+async def test_at_a_budget_of_one_the_dearest_teacher_writes_alone(trio):
     three = trio({}, outputs=OUTPUTS)
     assert await three.text(1) == "01234567"

@@ -49,7 +49,7 @@ async def test_a_span_that_is_asked_for_token_by_token_is_reserved_once(pair):
     assert await on_the_books(shared) == (4, 0, 6)
 
 
-async def test_what_the_teacher_did_not_write_is_given_back(pair):
+async def test_unwritten_tokens_are_given_back(pair):
     shared = shared_by_all(tokens(100))
     engine, _ = pair(ask_at={2}, span_tokens=4, shared=shared, fails_at=3)
     await write(engine, 0.9, max_tokens=8)
@@ -102,7 +102,7 @@ async def test_a_client_that_leaves_in_a_span_pays_for_what_was_written(pair):
     assert await on_the_books(shared) == (1, 0, 2)
 
 
-async def test_requests_without_a_teacher_are_traffic_too(pair):
+async def test_requests_without_a_teacher_count_as_traffic(pair):
     shared = shared_by_all(tokens(100))
     engine, _ = pair(shared=shared)
     await write(engine, 0, max_tokens=8)
@@ -121,7 +121,7 @@ async def test_the_shared_price_is_the_requests_price(pair):
     assert result.report.denied == {}
 
 
-async def test_a_tenants_maximum(pair):
+async def test_a_tenants_maximum_clamps_or_refuses_a_budget(pair):
     engine, teacher = pair(ask_at={0, 2, 4}, default=0.5)
     keys = (hash_key("secret"),)
     clamping = Tenant(name="acme", keys=keys, maximum_budget={"calls": 1})
@@ -198,7 +198,7 @@ def generate(engine: Engine, exchange: Exchange) -> AsyncGenerator[RequestOutput
     return engine.generate(SamplingParams(max_tokens=8, output_kind=DELTA), exchange)
 
 
-async def test_a_tenants_limit_and_everybodys(pair):
+async def test_a_tenants_limit_and_the_global_limit_both_hold(pair):
     shared = shared_by_all(tokens(100))
     engine, _ = pair(ask_at={2, 4}, span_tokens=2, shared=shared)
     tenant = Tenant(name="acme", keys=(hash_key("secret"),), limits=(tokens(3),))

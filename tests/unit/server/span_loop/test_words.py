@@ -42,7 +42,7 @@ async def test_the_student_alone_reads_the_words(pair, budget: Any, words: bytes
 
 
 @pytest.mark.parametrize("budget", [0, 1, {"tokens": 0}])
-async def test_where_nothing_is_to_be_decided_nothing_is_said(pair, budget: Any) -> None:
+async def test_budgets_without_a_decision_have_no_words(pair, budget: Any) -> None:
     engine, _ = pair()
     await ask(engine, budget, in_front)
     assert all(bytes(segment.prefix[:2]) == b"Hi" for segment in engine.segments)

@@ -94,7 +94,7 @@ async def test_the_teacher_may_end_it(pair):
 
 
 @pytest.mark.parametrize("kind", [CUMULATIVE, FINAL_ONLY])
-async def test_outputs_come_in_the_kind_that_was_asked_for(pair, kind):
+async def test_outputs_have_the_requested_kind(pair, kind):
     engine, _ = pair(ask_at={2})
     result = await write(engine, 0.5, max_tokens=6, output_kind=kind)
     assert (result.last.text, bytes(result.last.token_ids)) == ("abCDef", b"abCDef")

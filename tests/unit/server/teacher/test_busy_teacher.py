@@ -59,7 +59,7 @@ async def outcome(pool: TeacherPool, number: int) -> str:
     return "ok"
 
 
-async def test_a_queue_is_no_failure_and_does_not_stay() -> None:
+async def test_a_queue_is_no_failure_and_becomes_shorter() -> None:
     async with busy_pool() as (pool, used):
         (replica,) = pool.replicas
         first = Counter(await asyncio.gather(*(outcome(pool, number) for number in range(CALLS))))

@@ -59,7 +59,7 @@ async def test_a_stream_says_it_in_an_event_of_its_own(server):
 
 
 @pytest.mark.parametrize("cached", [None, 0, -3])
-async def test_what_is_not_reported_as_cached_is_not(server, cached):
+async def test_tokens_that_are_not_reported_as_cached_count_as_read(server, cached):
     server.answers = [body(choice([1, 2]) | {"usage": usage(2, cached)["usage"]})]
     assert (await metered(server)).usage == TokenUsage(input=100, output=2)
 
@@ -79,7 +79,7 @@ async def test_a_request_that_is_repeated_is_read_twice(server):
     assert meter.usage == TokenUsage(input=100 + 5, cached_input=96, output=6)
 
 
-async def test_it_is_not_repeated_where_the_money_is_for_one_request(server):
+async def test_a_request_is_not_repeated_if_the_money_is_for_one(server):
     server.answers = [body(choice([1, 77, 3]) | {"usage": usage(3, 0)["usage"]})]
     meter = await metered(server, most=PRICES.most(100, 4))
     assert len(server.bodies) == 1
@@ -92,7 +92,7 @@ async def test_an_error_costs_nothing(server):
     assert (meter.usage, meter.cost) == (TokenUsage(), 0)
 
 
-async def test_a_reply_that_is_nonsense_was_read(server):
+async def test_the_prompt_of_an_unusable_reply_is_paid(server):
     server.answers = [body("what?")]
     meter = await metered(server)
     assert (meter.usage, meter.cost) == (TokenUsage(input=100), None), "and what was written, nobody knows"

@@ -130,7 +130,7 @@ def desk() -> Open:
     return desk
 
 
-async def test_an_answer_that_the_request_rules_out_is_none(desk: Open) -> None:
+async def test_a_forbidden_answer_of_the_tool_is_not_used(desk: Open) -> None:
     async with desk("13+29=?", {6}, alone=True) as table:
         assert (await table.text(0.5, bad_words=["42"]))[:7] == "13+29=?"
         assert (table.report["tokens"], len(table.calculator.asked)) == (0, 1)
@@ -146,7 +146,7 @@ async def test_a_tool_writes_what_it_knows(desk: Open) -> None:
         assert count("wheels_teacher_calls_total", teacher="calculator", outcome="ok") >= 1
 
 
-async def test_what_it_does_not_know_is_a_teachers(desk: Open) -> None:
+async def test_questions_that_the_tool_cannot_answer_go_to_a_teacher(desk: Open) -> None:
     """Such a question does not count as a call of the tool."""
     async with desk("abcdefgh", {3}) as table:
         assert await table.text({"calls": 1}, max_tokens=8) == "abcDefgh"
@@ -216,7 +216,7 @@ async def test_a_grammar_that_refuses_a_part_of_an_answer_forgets_the_rest_of_it
     assert grammar.fed == 6
 
 
-async def test_it_reads_the_chat(desk: Open) -> None:
+async def test_the_tool_reads_the_chat(desk: Open) -> None:
     messages = [{"role": "user", "content": "Add!"}]
     async with desk("1+1=", {4}) as table:
         assert (await table.text(0.5, {"messages": messages, "add_generation_prompt": True}))[:5] == "1+1=2"
@@ -233,7 +233,7 @@ async def test_it_reads_the_chat(desk: Open) -> None:
         lambda _: web.json_response({"text": 4}, status=404),
     ],
 )
-async def test_if_it_fails_the_others_go_on(desk: Open, answer: Any) -> None:
+async def test_if_the_tool_fails_the_teachers_go_on(desk: Open, answer: Any) -> None:
     async with desk("abcdefgh", {3}) as table:
         table.calculator.answer = answer
         assert await table.text(0.5, max_tokens=8) == "abcDefgh"
@@ -266,7 +266,7 @@ async def test_whole_characters_cross(desk: Open) -> None:
         assert (await table.text(0.9, max_tokens=30)).startswith("say: 🙂你é say:")
 
 
-async def test_limits_count_what_it_writes(desk: Open) -> None:
+async def test_limits_count_the_tokens_of_the_tool(desk: Open) -> None:
     limits = [TokensPerWindow(tokens=9, window_seconds=60)]
     async with desk("13+29=?", {6}, alone=True, limits=limits) as table:
         assert (await table.text(0.5))[:8] == "13+29=42"
@@ -275,7 +275,7 @@ async def test_limits_count_what_it_writes(desk: Open) -> None:
         assert (status.spent, status.reserved) == (2, 0)
 
 
-async def test_a_parameter_of_ids_leaves_the_tool_out(desk: Open) -> None:
+async def test_a_parameter_about_ids_leaves_the_tool_out(desk: Open) -> None:
     async with desk("1+1=", {4}) as table:
         assert (await table.text(0.5, logit_bias={5: 1.0}))[:5] == "1+1=E"
         assert table.calculator.asked == []
@@ -284,7 +284,7 @@ async def test_a_parameter_of_ids_leaves_the_tool_out(desk: Open) -> None:
             await table.text(0.5, logit_bias={5: 1.0})
 
 
-async def test_a_server_that_is_gone_is_down(desk: Open) -> None:
+async def test_a_tool_whose_server_is_gone_is_down(desk: Open) -> None:
     async with desk("1+1=", {4}) as table:
         pool = table.engine.cooperator.cooperation.teachers.tools[0].pool
         assert await pool.healthy() is True  # the tool has no /health: any answer is enough

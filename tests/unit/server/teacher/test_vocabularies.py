@@ -40,7 +40,9 @@ async def pool(*tokenizers: PreTrainedTokenizerFast) -> AsyncIterator[TeacherPoo
         ([OURS], "other", "other"),
     ],
 )
-async def test_it_is_found_out_or_set(theirs: list[PreTrainedTokenizerFast], wanted: str, found: str) -> None:
+async def test_the_kind_of_vocabulary_is_found_out_or_set(
+    theirs: list[PreTrainedTokenizerFast], wanted: str, found: str
+) -> None:
     vocabularies = Vocabularies(OURS, 0, TeacherWords(), wanted)
     async with pool(*theirs) as replicas:
         await replicas.check_vocabulary(vocabularies)
@@ -56,7 +58,9 @@ async def test_it_is_found_out_or_set(theirs: list[PreTrainedTokenizerFast], wan
         ([THEIRS, byte_level(["and a third one, with a third one's words"], 290)], "auto", "from the one at"),
     ],
 )
-async def test_others_are_refused(theirs: list[PreTrainedTokenizerFast], wanted: str, problem: str) -> None:
+async def test_servers_of_another_vocabulary_are_refused(
+    theirs: list[PreTrainedTokenizerFast], wanted: str, problem: str
+) -> None:
     vocabularies = Vocabularies(OURS, 0, TeacherWords(), wanted)
     async with pool(*theirs) as replicas:
         with pytest.raises(TeacherError, match=problem):

@@ -39,7 +39,7 @@ def sentencepiece(**settings: Any) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level([TEXT]), sentencepiece()], ids=["bytes", "sentencepiece"])
-def test_parts_of_a_text_are_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_parts_of_a_text_encode_to_the_ids_of_the_whole(tokenizer: PreTrainedTokenizerFast) -> None:
     words = StudentWords(tokenizer)
     ids = tokenizer.encode("Hello", add_special_tokens=False)
     for part in ("The dem", "onstration:", " 你", "好 ", "🙂"):
@@ -138,7 +138,7 @@ def test_words_go_out_when_the_next_begins() -> None:
     assert not delivery.full
 
 
-def test_what_follows_a_beginning() -> None:
+def test_the_rest_of_a_text_follows_its_beginning() -> None:
     assert after("abc", "ab") == "c"
     assert after("e\u0301c", "é") == "c"
     assert END

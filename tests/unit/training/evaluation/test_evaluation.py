@@ -43,7 +43,7 @@ def written(*by_teacher: int) -> Rollout:
     return Rollout(tokens=[7] * len(by_teacher), by_teacher=[bool(flag) for flag in by_teacher])
 
 
-def test_stretches_and_positions_by_hand():
+def test_calls_and_positions_are_counted_as_by_hand():
     found = [written(*flags).stretches for flags in ((0, 0), (1, 1, 0), (0, 1, 0, 1, 1), (1,))]
     assert found == [[], [(0, 2)], [(1, 2), (3, 5)], [(0, 1)]]
     # The teacher reads the prompt and all tokens before its last one.
@@ -54,7 +54,7 @@ def test_stretches_and_positions_by_hand():
     ]
 
 
-def test_the_excess_is_the_worst_prefixs():
+def test_the_excess_is_that_of_the_worst_prefix():
     assert excess([False, True, True, False, False], 0.5) == pytest.approx(2 - 1.5)
     assert excess([False, False], 0.5) < 0
 
@@ -81,7 +81,7 @@ class ScriptedGateway:
         return rows
 
 
-def test_a_gateways_rows_by_hand():
+def test_the_rows_of_a_gateway_are_computed_as_by_hand():
     of = gateway_report(measure(ScriptedGateway(), make_task("numbers"), EXAMPLES, (0.1, 0.2), 1))
     assert (of.student, of.teacher) == (0.0, 1.0)
     nothing, little, some, everything = of.budgets["gateway"]
@@ -97,7 +97,7 @@ def test_a_gateways_rows_by_hand():
     assert "0.6667" in table(of)
 
 
-def test_a_gateway_stands_beside_what_was_computed_in_process():
+def test_rows_of_a_gateway_are_shown_next_to_those_computed_in_process():
     rows = [
         {"budget": b, "rate": b, "pgr": 2 * b, "calls": 1, "runs": 1, "positions": 1} for b in (0.05, 0.5)
     ]

@@ -115,7 +115,7 @@ def test_a_machine_without_apt_is_told(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "data").exists()
 
 
-def test_what_apt_complains_of_is_passed_on(tmp_path, monkeypatch, capsys):
+def test_an_error_of_apt_is_passed_on(tmp_path, monkeypatch, capsys):
     fake = tmp_path / "apt-get"
     fake.write_text("#!/bin/sh\necho 'W: one' >&2\necho 'E: no route to host' >&2\nexit 100\n")
     fake.chmod(0o755)
@@ -125,7 +125,7 @@ def test_what_apt_complains_of_is_passed_on(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="needs apt-get")
-def test_apt_knows_the_options_and_the_table(tmp_path):
+def test_apt_accepts_the_options_and_writes_the_expected_table(tmp_path):
     """The test downloads nothing: an empty folder has an empty index, or a list of files to fetch."""
     options = [f"Dir::State::lists={tmp_path}"]
     for line in apt._apt(options, "indextargets", "--format", apt.TARGETS).splitlines():

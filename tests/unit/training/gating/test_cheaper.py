@@ -101,7 +101,7 @@ def test_the_dearest_teacher_judges_the_others(trio, prompts, gain, lost):
     assert {kind(token) for token in last} == {EASY, CHEAP, DEAR, MISLED}
 
 
-def test_the_cheap_teacher_is_asked_where_it_suffices_and_the_dear_one_where_it_does_not(trio, trained):
+def test_the_cheap_teacher_is_asked_if_it_suffices_and_otherwise_the_dear_one(trio, trained):
     """The price is 1 nat for a token of the dear teacher."""
     gate = trained.head.gate
     assert isinstance(gate, TeachersGate)
@@ -112,7 +112,7 @@ def test_the_cheap_teacher_is_asked_where_it_suffices_and_the_dear_one_where_it_
         assert asked == meant[kind(token)], token
 
 
-def test_a_gate_of_two_writes_as_the_dear_teacher_does_and_pays_less(trio, trained, prompts):
+def test_a_gate_for_two_teachers_writes_what_the_dear_one_writes_and_pays_less(trio, trained, prompts):
     tree = Tree(trio, prompts.ids[:40], {"two": trained.head.gate, "entropy": EntropyGate(RESERVED)})
     run, alone, taught = tree.run([Setting("two", 1.0, FREE, 1), *ends("two")])
     assert [completion.tokens for completion in run] == [completion.tokens for completion in taught]
@@ -126,7 +126,7 @@ def test_a_gate_of_two_writes_as_the_dear_teacher_does_and_pays_less(trio, train
             assert kind(path[start]) == (CHEAP if number == SMALL else DEAR)
 
 
-def test_the_tree_asks_whom_the_batch_does(trio, trained, prompts):
+def test_the_tree_asks_the_same_teachers_as_the_batch(trio, trained, prompts):
     gate = trained.head.gate
     tree = Tree(trio, prompts.ids[:12], {"two": gate})
     for price in (0.5, 3.0, -0.5):
@@ -137,7 +137,7 @@ def test_the_tree_asks_whom_the_batch_does(trio, trained, prompts):
         assert [completion.asked for completion in walked] == [completion.asked for completion in written]
 
 
-def test_one_of_them_alone_has_prices_of_its_own(trio, trained, prompts):
+def test_one_teacher_alone_has_prices_of_its_own(trio, trained, prompts):
     """Small is useful after a quarter of the tokens, big after a half."""
     gate = trained.head.gate
     tree = Tree(trio, prompts.ids[:12], {"small": Alone(gate, SMALL), "big": Alone(gate, BIG)})
@@ -149,7 +149,7 @@ def test_one_of_them_alone_has_prices_of_its_own(trio, trained, prompts):
         assert {asked for completion in run for asked in completion.asked} == {number}
 
 
-def test_at_random_all_of_them_write(trio, prompts):
+def test_with_the_random_gate_all_teachers_write(trio, prompts):
     torch.manual_seed(0)
     run = trio.write([Request(ids, 0.5, FREE) for ids in prompts.ids[:12]])
     asked = [number for completion in run for number in completion.asked]
@@ -158,7 +158,7 @@ def test_at_random_all_of_them_write(trio, prompts):
     assert set(alone[0].asked) == {BIG}
 
 
-def test_a_span_is_one_teachers():
+def test_a_span_has_one_teacher():
     """A span has two tokens of small, whatever the gate means inside it. Then comes one of big."""
     draft = Draft(Bucket(Budget(fraction=FREE), 2), 8, Rollout())
     meant = [(True, SMALL), (True, BIG), (True, BIG), (False, SMALL), (False, SMALL)]

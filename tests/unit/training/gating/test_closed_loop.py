@@ -75,7 +75,7 @@ def test_the_bound_holds_at_every_moment_even_when_the_gate_always_asks(pair, pr
                 assert spent <= setting.fraction * length + setting.span_tokens + 1e-9, setting
 
 
-def test_no_budget_no_teacher(pair, prompts):
+def test_without_a_budget_the_teacher_writes_nothing(pair, prompts):
     tree = Tree(pair, prompts, {"entropy": EntropyGate(RESERVED)})
     (completions,) = tree.run([Setting("entropy", -math.inf, 0.0, 2)])
     assert sum(c.teacher_tokens for c in completions) == 0
@@ -142,7 +142,7 @@ def test_calibration_keeps_the_budget_and_its_prices_fall(pair, prompts):
         assert rates[-1] > 0.3
 
 
-def test_a_price_leaves_its_aim_only_for_what_is_more_than_noise(pair, prompts):
+def test_a_price_leaves_its_aim_only_for_a_gain_above_the_noise(pair, prompts):
     tree = Tree(pair, prompts, {"entropy": EntropyGate(RESERVED)})
     budgets = (0.2, 0.5)
 
@@ -178,7 +178,7 @@ def test_budgets_whose_prices_would_rise_share_the_one_that_is_best_for_all_of_t
     assert [(pool.budgets, pool.price) for pool in pools] == [([0.05, 0.1, 0.2], 3.0)]
 
 
-def test_span_gain_by_hand():
+def test_the_gain_of_spans_is_computed_as_by_hand():
     row = torch.tensor([0, 0, 0, 1, 1])
     by_teacher = torch.tensor([False, True, False, False, False])
     gain = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
@@ -190,7 +190,7 @@ def test_span_gain_by_hand():
     assert known.all()
 
 
-def test_a_fitted_gate_finds_what_it_is_taught_and_survives_the_checkpoint(pair, prompts):
+def test_a_fitted_gate_has_learned_its_target_and_survives_the_checkpoint(pair, prompts):
     seen, _ = collect(pair, [Request(p) for p in prompts])
     states = seen.positions.states
     target = (states[:, 0] > 0).float()
@@ -210,7 +210,7 @@ def test_a_fitted_gate_finds_what_it_is_taught_and_survives_the_checkpoint(pair,
     assert RouterCheckpoint.__dataclass_fields__.keys() >= {"taps", "gate"}
 
 
-def test_the_worth_until_the_end_by_hand(pair, prompts):
+def test_the_worth_until_the_end_is_computed_as_by_hand(pair, prompts):
     """Quality is asked for whole completions, which the student alone writes from the fork on."""
     some, asked = prompts[:6], []
     asking = with_gate(pair, RandomGate(RESERVED))
@@ -263,7 +263,7 @@ def begun_after(prompt: list[int]) -> list[Request]:
     return [Request(prompt, begun=[2 + i % 5] * (1 + i % 3)) for i in range(30)]
 
 
-def test_forks_of_a_prompt_share_what_the_student_read_of_it(pair, prompts, monkeypatch):
+def test_forks_of_a_prompt_share_the_students_reading_of_it(pair, prompts, monkeypatch):
     """All 30 forks have one prompt of 40 tokens. If each read it, that alone would be 1,200 tokens."""
     prompt = (prompts[0] * 40)[:40]
     begun = [request.begun for request in begun_after(prompt)]
@@ -276,7 +276,7 @@ def test_forks_of_a_prompt_share_what_the_student_read_of_it(pair, prompts, monk
         assert made == (tokens + rest.tokens)[: pair.max_tokens]
 
 
-def test_requests_that_go_on_after_a_prompt_share_what_was_read_of_it(pair, prompts, monkeypatch):
+def test_requests_that_continue_after_a_prompt_share_its_reading(pair, prompts, monkeypatch):
     """Both models read the prompt once for all 30, although another prompt of its length comes in between."""
     one, other = (prompts[0] * 40)[:40], (prompts[1] * 40)[:40]
     mixed = begun_after(one)

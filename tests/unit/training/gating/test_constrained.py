@@ -128,7 +128,7 @@ def test_joined_branches_keep_their_states():
     assert joined.states.tolist() == [[0, 0], [1, 1], [1, 1]]
 
 
-def test_residuals_by_hand():
+def test_residuals_are_computed_as_by_hand():
     """The residual is C = r - price c + U(s') - T log pi - U(s). With even odds, log pi = log 1/2."""
     score = torch.tensor([0.5, 0.5])
     tokens = torch.tensor([1, 2])
@@ -142,7 +142,7 @@ def test_residuals_by_hand():
     assert found.mean.tolist() == pytest.approx(((found.ask + found.own) / 2).tolist())
 
 
-def test_the_difference_of_the_residuals_has_neither_price_nor_own_utility_in_it():
+def test_the_difference_of_the_residuals_has_neither_the_price_nor_the_own_utility():
     generator = torch.Generator().manual_seed(0)
     score, gain, utility, called, own = torch.randn(5, 20, generator=generator).unbind()
     tokens = torch.tensor([1, 3] * 10)
@@ -183,7 +183,7 @@ def test_a_single_decision_is_worth_its_gain_and_the_critic_is_convex_in_the_pri
             assert critic(x, torch.full((count,), price)).mean().item() == pytest.approx(utility, abs=0.1)
 
 
-def test_the_rate_of_the_policy_does_not_count_what_exploration_turned_round():
+def test_the_rate_of_the_policy_does_not_count_decisions_that_exploration_changed():
     explored = Rollout(
         tokens=[5] * 10, by_teacher=[True] + [False] * 9, starts=[0], wanted=[False, True] + [False] * 8
     )
@@ -196,7 +196,7 @@ def test_the_rate_of_the_policy_does_not_count_what_exploration_turned_round():
     assert wanted_rate([Rollout()]) == 0
 
 
-def test_the_loop_keeps_what_the_gate_wanted(pair, prompts):
+def test_the_loop_keeps_the_decisions_of_the_gate(pair, prompts):
     torch.manual_seed(0)
     never = replace(pair, score=lambda logits: torch.zeros(len(logits)), explore=0.5)
     completions = never.write([Request(ids, 1.0, FREE) for ids in prompts.ids])
@@ -204,7 +204,7 @@ def test_the_loop_keeps_what_the_gate_wanted(pair, prompts):
     assert wanted_rate(completions) == 0
 
 
-def test_a_price_climbs_where_too_much_is_asked():
+def test_a_price_rises_if_the_student_asks_too_much():
     scores = torch.arange(101) / 100  # the share above a price is 1 - price
     assert ascended(0.8, realised=0.2, budget=0.2, scores=scores) == pytest.approx(0.8, abs=0.01)
     assert ascended(0.8, realised=0.25, budget=0.2, scores=scores) == pytest.approx(0.85, abs=0.01)

@@ -48,7 +48,7 @@ def found(head, noisy):
     return expected_gain(head, noisy[0], seed=0)
 
 
-def test_it_finds_the_signal_in_the_noise(noisy, found):
+def test_the_critic_finds_the_signal_in_the_noise(noisy, found):
     lessons, signal = noisy
     differ = lessons.view[:, 0] > 0
     assert correlation(found[differ], signal[differ]) > 2 * correlation(
@@ -57,7 +57,7 @@ def test_it_finds_the_signal_in_the_noise(noisy, found):
     assert not found[~differ].any()
 
 
-def test_a_source_is_judged_by_what_others_taught(head, noisy, found):
+def test_a_source_is_judged_by_lessons_of_other_sources(head, noisy, found):
     """This holds even if the source comes again in a later round, with other paths."""
     lessons, _ = noisy
     changed = lessons.target.clone()
@@ -98,7 +98,7 @@ def judged(tmp_path, monkeypatch):
     return lambda drawn: Judge(task, Letters(), task.test(), [[7], [8]], drawn, draw), asked
 
 
-def test_a_completion_is_worth_what_reference_and_teacher_make_of_it(judged):
+def test_the_worth_of_a_completion_comes_from_the_reference_and_the_teacher(judged):
     """The worth is half exact match and half edit similarity, 100 points in all, computed by hand."""
     make, asked = judged
     worth = make(2).worth

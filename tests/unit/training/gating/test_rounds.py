@@ -100,7 +100,7 @@ def log_of(directory):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.type)
-def test_a_killed_run_goes_on_behind_its_last_round(objective, sources, tmp_path, monkeypatch):
+def test_a_killed_run_continues_after_its_last_round(objective, sources, tmp_path, monkeypatch):
     monkeypatch.setattr(duals, "SETTLING", 2)
     config = CONFIG.model_copy(
         update={"objective": objective, "prompts": 12, "epochs": 1, "calibration_examples": 5}
@@ -163,7 +163,7 @@ def test_every_budget_has_a_dual_variable_and_the_best_round_is_exported(sources
     assert (trained.round, second["judged"], third["judged"]) == (2, 0, -1)
 
 
-def test_no_policy_is_exported_that_is_worse_than_the_regression_that_it_started_from(
+def test_a_policy_worse_than_the_regression_that_it_started_from_is_not_exported(
     sources, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(duals, "SETTLING", 1)
@@ -179,7 +179,7 @@ def test_no_policy_is_exported_that_is_worse_than_the_regression_that_it_started
     assert trained.round == 2
 
 
-def test_what_another_run_left_is_not_taken(sources, tmp_path):
+def test_files_of_another_run_are_not_taken(sources, tmp_path):
     one = CONFIG.model_copy(update={"rounds": 1})
     prompts = rollout_prompts(Letters(), sources, one, 0)
     train_gate(rounds(one, prompts), prompts, Letters(), tmp_path, "pair")
@@ -213,7 +213,7 @@ def test_a_gate_may_learn_what_asking_changes_in_the_tasks_own_quality(sources, 
     assert [min(of) // config.prompts for of in numbers] == [0, 1]
 
 
-def test_rounds_of_other_data_or_another_metric_are_others(tmp_path):
+def test_rounds_of_other_data_or_another_metric_are_not_continued(tmp_path):
     for name, target in (("train", "ein Haus"), ("valid", "zwei"), ("test", "drei")):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"source": name, "target": target}) + "\n")
 
@@ -227,7 +227,7 @@ def test_rounds_of_other_data_or_another_metric_are_others(tmp_path):
     assert len({*same, *others, of()}) == 5
 
 
-def test_a_source_that_comes_again_has_its_number(sources):
+def test_a_source_that_comes_again_has_the_same_number(sources):
     again = [*sources[:3], *sources[:3], "new"]
     prompts = rollout_prompts(Letters(), again, CONFIG, 0)
     assert prompts.sources == [0, 1, 2, 0, 1, 2, 3]
@@ -239,7 +239,7 @@ def test_a_source_that_comes_again_has_its_number(sources):
     assert set(first.source.tolist()) == set(second.source.tolist()) == {0, 1, 2}
 
 
-def test_correlation():
+def test_correlation_is_computed_as_by_hand():
     a = torch.tensor([1.0, 2.0, 4.0])
     assert correlation(a, 3 - 2 * a) == pytest.approx(-1)
     assert correlation(a, torch.ones(3)) == 0

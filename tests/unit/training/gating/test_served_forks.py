@@ -73,7 +73,7 @@ def forks(gateway, prompts, file, student="a student"):
     return ServedForks(gateway.running(), Sums(), numbers, kept, student, END, MAX_TOKENS)
 
 
-def test_a_gateways_forks_are_worth_what_they_are_in_process(loop, written, tmp_path):
+def test_forks_finished_by_a_gateway_have_the_worth_computed_in_process(loop, written, tmp_path):
     prompts, seen, completions, served = written
     gateway = WritingGateway(loop)
     found = forks(gateway, prompts, tmp_path / "kept").worth_of_asking(served, seen)
@@ -85,7 +85,7 @@ def test_a_gateways_forks_are_worth_what_they_are_in_process(loop, written, tmp_
         assert (body["teacher_budget"], body["temperature"], body["return_token_ids"]) == (0, 0, True)
 
 
-def test_what_was_finished_is_not_asked_for_again(loop, written, tmp_path):
+def test_finished_forks_are_not_asked_for_again(loop, written, tmp_path):
     prompts, seen, _, served = written
     first, again, another = WritingGateway(loop), WritingGateway(loop), WritingGateway(loop)
     found = forks(first, prompts, tmp_path / "kept").worth_of_asking(served, seen)

@@ -48,7 +48,7 @@ def loop() -> ClosedLoop:
     )
 
 
-def test_models_think_of_what_was_served_as_they_did_when_they_wrote_it(loop):
+def test_the_models_opinion_of_served_completions_is_that_of_the_writing_models(loop):
     _, expected, _, trajectories = recorded(loop)
     seen = Observer(loop.student, loop.teacher, VISIBLE, END, loop.cheaper).seen(trajectories)
     assert torch.equal(seen.by_teacher, expected.by_teacher)
@@ -57,7 +57,7 @@ def test_models_think_of_what_was_served_as_they_did_when_they_wrote_it(loop):
         torch.testing.assert_close(getattr(seen.positions, name), column, atol=1e-4, rtol=1e-4)
 
 
-def test_a_served_teacher_that_names_all_tokens_thinks_as_the_one_in_process(loop):
+def test_a_served_teacher_that_names_all_tokens_has_the_opinion_of_the_one_in_process(loop):
     trajectories = recorded(loop).served
 
     class Narrow(VLLM):
@@ -157,7 +157,7 @@ def test_of_too_many_completions_some_are_read(untrained_pair):
     assert len(reader.taught(served, 25).lessons) == 24
 
 
-def test_what_the_gate_sees_of_the_logits_is_known_after_reading(untrained_pair, tmp_path):
+def test_the_features_of_the_gate_are_known_after_reading(untrained_pair, tmp_path):
     gateway = TakingGateway(load_tokenizer(untrained_pair / "student"), directory=tmp_path)
     stage = stage_of(gateway, untrained_pair, rounds=1)
     taught = stage.reader.taught([Trajectory([5, 6, 7], [8 + i, 9, 10]) for i in range(20)], 60)
@@ -202,7 +202,7 @@ def test_a_record_that_cannot_be_learned_from_is_refused(recipe, tmp_path, capsy
         ("router.conditioning={type: price, rate: 0.1}", "do not use conditioning.rate"),
     ],
 )
-def test_what_needs_rollouts_in_process_says_so(recipe, capsys, override, problem):
+def test_settings_that_need_rollouts_in_process_are_named(recipe, capsys, override, problem):
     assert train([recipe, override]) == 2
     assert problem in capsys.readouterr().err
 
@@ -213,7 +213,7 @@ def asked(gateway, file, prompts: int):
     return AskedPrompts(gateway.running(), gateway.tokenizer, sources, budgets, 3, 0, file).trajectories()
 
 
-def test_a_gateway_is_asked_at_many_budgets_and_only_for_what_is_missing(tmp_path):
+def test_a_gateway_is_asked_at_many_budgets_and_only_for_missing_completions(tmp_path):
     gateway = TakingGateway(tokenizer_of_numbers())
     first = asked(gateway, tmp_path / "0" / "asked.jsonl", prompts=7)
     assert len(first) == len(gateway.asked) == 7
@@ -243,7 +243,7 @@ def calibration(gateway, router, budgets, file, qualities=None, sources=("one", 
     return ServedCalibration(running, sources, budgets, 1, scores, put, file, qualities)
 
 
-def test_prices_are_corrected_by_what_they_realise(tmp_path, router):
+def test_prices_are_corrected_by_realised_rates(tmp_path, router):
     """A bucket holds back two tokens of ten, so a rate of .3 needs five positions above the price."""
     gateway = TakingGateway(tokenizer_of_numbers(), directory=tmp_path / "router")
     found = calibration(gateway, router, (0.3, 0.6), tmp_path / "prices.json").found()
@@ -276,7 +276,7 @@ def test_a_prompt_is_asked_at_every_budget_before_the_next_prompts(tmp_path, rou
             assert sorted(islice(in_order, len(part))) == sorted(at), "nothing is asked for again"
 
 
-def test_prices_under_a_smaller_maximum_are_none(tmp_path, router):
+def test_prices_cannot_be_measured_under_a_smaller_maximum(tmp_path, router):
     gateway = TakingGateway(tokenizer_of_numbers(), directory=tmp_path / "router")
     gateway.trouble = {"clamped": True}
     with pytest.raises(GatewayError, match=r"the API key's maximum is below the budget 0\.3"):
@@ -299,7 +299,7 @@ def test_completions_that_lost_their_teacher_are_counted(tmp_path, router, capsy
         ({0.1: 0.51, 0.2: 0.505, 0.4: 0.5}, {0.1: 0.1, 0.2: 0.2, 0.4: 0.4}),
     ],
 )
-def test_a_budget_is_not_spent_where_that_makes_replies_worse(tmp_path, router, worth, best):
+def test_a_budget_is_not_spent_if_that_makes_replies_worse(tmp_path, router, worth, best):
     """Replies have these worths at the price of each budget. The last difference is not clear."""
     gateway = TakingGateway(tokenizer_of_numbers(), directory=tmp_path / "router")
 
@@ -377,7 +377,7 @@ def test_served_completions_teach_what_asking_changes_in_the_tasks_own_quality(u
     assert RouterCheckpoint.load(tmp_path / "again").digest() == made.digest()
 
 
-def test_a_killed_run_goes_on_within_a_round(untrained_pair, tmp_path):
+def test_a_killed_run_continues_within_a_round(untrained_pair, tmp_path):
     gateway = TakingGateway(load_tokenizer(untrained_pair / "student"), directory=tmp_path / "router")
     gateway.goes_away_after = 30  # half of the second round
     with pytest.raises(KeyboardInterrupt):
@@ -387,7 +387,7 @@ def test_a_killed_run_goes_on_within_a_round(untrained_pair, tmp_path):
     assert len({source for source, _ in gateway.asked[:40]}) == 40
 
 
-def test_what_another_run_asked_for_is_not_learned_from(untrained_pair, tmp_path):
+def test_completions_for_another_run_are_not_learned_from(untrained_pair, tmp_path):
     gateway = TakingGateway(load_tokenizer(untrained_pair / "student"))
     stage_of(gateway, untrained_pair, rounds=2).run(tmp_path / "work", tmp_path / "out")
     assert len(gateway.asked) == 20, "a gateway that takes no routers writes one round"

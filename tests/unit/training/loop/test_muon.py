@@ -11,7 +11,7 @@ torch.set_num_threads(1)  # tiny models: threads only wait for each other
 
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24)])
-def test_muon_steps_as_torchs_own_with_and_without_bfloat16(monkeypatch, shape, bf16):
+def test_our_muon_makes_the_steps_of_torchs_with_and_without_bfloat16(monkeypatch, shape, bf16):
     monkeypatch.setattr(muon, "fast_bf16", lambda device: bf16)
     torch.manual_seed(0)
     ours = torch.nn.Parameter(torch.randn(shape))

@@ -160,7 +160,7 @@ def test_own_completions_are_drawn_without_dropout(tokenizer, kind):
     assert all(module.training for module in model.modules())
 
 
-def test_a_temperature_softens_both_and_keeps_the_size_of_gradients(tokenizer):
+def test_a_temperature_softens_both_models_and_keeps_the_size_of_gradients(tokenizer):
     student, teacher = (new_model(SHAPE, tokenizer, seed) for seed in (0, 1))
     visible = len(tokenizer)
     log_pi, log_p = (
@@ -241,7 +241,7 @@ def test_the_best_weights_survive_a_kill(task, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("setting", [{"keep": "best"}, {"patience": 3}])
-def test_what_needs_validations_is_refused_without(setting):
+def test_settings_that_need_validations_are_refused_without_them(setting):
     with pytest.raises(ValueError, match="need validate_every"):
         schedule(**setting)
 

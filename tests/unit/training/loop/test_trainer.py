@@ -38,7 +38,7 @@ def tokenizer():
     return tokenizer_of_numbers()
 
 
-def test_tokenizer_round_trip(task, tokenizer):
+def test_the_tokenizer_decodes_what_it_encodes(task, tokenizer):
     answers = [example.references.first() for example in task.test()[:100]]
     assert decode_answers(tokenizer, encode_answers(tokenizer, answers)) == answers
 
@@ -58,21 +58,21 @@ def test_saved_tokenizer_has_the_same_chat_template(tokenizer, tmp_path):
     assert loaded.eos_token == "<|end|>"
 
 
-def test_reserved_rows_lie_behind_the_tokenizer(tokenizer, tmp_path):
+def test_reserved_rows_come_after_the_tokenizers_ids(tokenizer, tmp_path):
     model = new_model(SHAPE, tokenizer, 0)
     save_model(model, tokenizer, tmp_path)
     reserved = reserved_rows(load_model(tmp_path), tokenizer)
     assert (reserved.start, reserved.end) == (300, 332)
 
 
-def test_batch_marks_what_predicts_the_answer():
+def test_a_batch_marks_the_positions_that_predict_the_answer():
     batch = Batch.of([[5, 6], [7]], [[1, 2], [3, 4]], pad=0)
     assert batch.targets.tolist() == [1, 2, 3, 4]
     assert batch.answer[0].nonzero().squeeze(1).tolist() == [1, 2]
     assert batch.answer[1].nonzero().squeeze(1).tolist() == [0, 1]
 
 
-def test_what_is_longer_than_the_context_is_left_out(task, tokenizer):
+def test_examples_longer_than_the_context_are_left_out(task, tokenizer):
     def lengths(longest):
         batches = Demonstrations(task, tokenizer, 2, seed=0, longest=longest)
         return [int(row.nonzero().max()) + 2 for step in range(64) for row in batches[step].answer]
@@ -191,7 +191,7 @@ def test_teacher_equal_to_student_gives_zero_loss_and_gradient(task, tokenizer, 
     assert method(config, len(tokenizer), other, end).loss(student, batch)[0].item() > 1e-3
 
 
-def test_sampled_batches_keep_the_prompts_and_end_once(task, tokenizer):
+def test_sampled_completions_keep_their_prompts_and_end_once(task, tokenizer):
     batch = Demonstrations(task, tokenizer, 6, seed=0)[0]
     end = tokenizer.eos_token_id
     torch.manual_seed(0)

@@ -66,7 +66,7 @@ def joint(student, directory, tokenizer, teacher, price, **settings):
     return Joint(config, len(tokenizer), teacher, tokenizer.eos_token_id)
 
 
-def test_a_price_without_end_is_plain_distillation(task, tokenizer, student, tmp_path):
+def test_an_infinite_price_is_plain_distillation(task, tokenizer, student, tmp_path):
     model, teacher = new_model(SHAPE, tokenizer, 0), new_model(SHAPE, tokenizer, 1)
     batch = Demonstrations(task, tokenizer, 4, seed=0)[0]
     plain = KD(KDConfig(type="kd"), len(tokenizer), teacher).loss(model, batch)[0].item()
@@ -103,7 +103,7 @@ def test_a_budget_in_words_is_the_students_alone(task, tokenizer, student, tmp_p
     assert loss.item() > 1e-4
 
 
-def test_answers_go_after_other_prompts():
+def test_answers_can_follow_other_prompts():
     batch = Batch.of([[5, 6], [7]], [[1, 2], [3, 4, 1]], pad=0)
     longer = batch.with_prompts([[5, 6], [8, 9, 7]], pad=0)
     assert longer.ids[:, :6].tolist() == [[5, 6, 1, 2, 0, 0], [8, 9, 7, 3, 4, 1]]
@@ -137,7 +137,7 @@ def test_a_student_goes_on_with_its_router(recipe, tmp_path):
         ("student.method.budget_prompt=half", "it must have exactly one field, {percent}"),
     ],
 )
-def test_what_cannot_be_joined_is_refused(recipe, override, named, capsys):
+def test_impossible_combinations_are_refused(recipe, override, named, capsys):
     assert train([recipe, override, "--stage", "student"]) == 2
     assert named in capsys.readouterr().err
 

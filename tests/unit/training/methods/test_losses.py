@@ -13,14 +13,14 @@ from training.methods.pcl import all_actions_loss, path_residuals
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
 
 
-def test_path_residuals_by_hand():
+def test_path_residuals_are_computed_as_by_hand():
     ratio, row = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]), torch.tensor([0, 0, 0, 1, 1])
     assert path_residuals(ratio, row, 1).tolist() == [1, 2, 4, 8, 16]
     assert path_residuals(ratio, row, 2).tolist() == [3, 6, 4, 24, 16]
     assert path_residuals(ratio, row, 3).tolist() == [7, 6, 4, 24, 16]
 
 
-def test_all_actions_loss_by_hand():
+def test_the_loss_over_all_actions_is_computed_as_by_hand():
     log_pi, log_p = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
     # weights (0.375, 0.625); residuals log(1/2), log(3/2)
     expected = 0.375 * 0.6931472**2 / 2 + 0.625 * 0.4054651**2 / 2
@@ -29,7 +29,7 @@ def test_all_actions_loss_by_hand():
     assert all_actions_loss(log_pi, log_p, clip=0.5).item() == pytest.approx(clipped, abs=1e-6)
 
 
-def test_generalised_jsd_ends_are_the_two_kls():
+def test_the_ends_of_the_generalised_jsd_are_the_two_kls():
     student, teacher = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
     forward = 0.25 * torch.tensor(0.5).log() + 0.75 * torch.tensor(1.5).log()
     reverse = 0.5 * torch.tensor(2.0).log() + 0.5 * torch.tensor(2 / 3).log()
@@ -41,7 +41,7 @@ def test_generalised_jsd_ends_are_the_two_kls():
     assert generalised_jsd(student, teacher, 0.5).item() == pytest.approx(middle.item(), abs=1e-6)
 
 
-def test_forward_kl_by_hand():
+def test_the_forward_kl_is_computed_as_by_hand():
     student, teacher = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
     expected = 0.25 * torch.tensor(0.5).log() + 0.75 * torch.tensor(1.5).log()
     assert forward_kl(student, teacher).item() == pytest.approx(expected.item(), abs=1e-6)

@@ -98,7 +98,7 @@ def test_similarity_is_the_best_over_all_answers(examples):
         assert example.references.similarity(text) == pytest.approx(expected)
 
 
-def test_similarity_by_hand():
+def test_similarity_is_computed_as_by_hand():
     references = References((((("ab", "xyz")), ("c",)),))
     assert references.similarity("abc") == 1.0
     assert references.similarity("abd") == pytest.approx(1 - 1 / 3)
@@ -111,7 +111,7 @@ def test_thousands_are_spelled_as_num2words_does():
         assert cardinal(n) == num2words(n, lang="de")
 
 
-def test_spelling():
+def test_numbers_are_spelled_as_expected():
     assert cardinals(347812) == ("dreihundertsiebenundvierzigtausendachthundertzwölf",)
     assert cardinals(105) == ("einhundertfünf", "hundertfünf")
     times = dict(clock(random.Random(seed)) for seed in range(3000))
@@ -143,7 +143,7 @@ def test_jsonl_keeps_held_out_sources_out_of_training(tmp_path):
     assert task.score(task.test(), ["b"]).quality == [1.0]
 
 
-def test_unknown_task_is_named():
+def test_an_unknown_task_is_named():
     with pytest.raises(KeyError, match="nosuch"):
         make_task("nosuch")
 

@@ -83,7 +83,7 @@ def test_a_conversation_is_rendered_by_the_chat_template():
         (CHAT, "must end with an answer"),
     ],
 )
-def test_what_is_no_conversation_is_named_with_its_line(tmp_path, messages, problem):
+def test_a_line_without_a_conversation_is_named(tmp_path, messages, problem):
     directory = write(tmp_path, lambda number: [({"messages": messages}, {})])
     with pytest.raises(DataError, match=rf"train\.jsonl:1: .*{problem}"):
         make_task("jsonl", directory=directory)
@@ -216,7 +216,7 @@ def test_a_served_model_is_a_judge(judge, tmp_path):
         ServedJudge(judge).rate(["x"], ["eleven long"])
 
 
-def test_a_judge_that_is_away_is_named(monkeypatch):
+def test_an_unreachable_judge_is_named(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _seconds: None)  # the client waits between its attempts
     with pytest.raises(JudgeError, match=r"the judge at http://127\.0\.0\.1:9: "):
         ServedJudge("http://127.0.0.1:9").rate(["x"], ["y"])

@@ -40,14 +40,14 @@ async def test_an_adapter_that_comes_later_is_used_from_the_next_probe_on(server
     assert await asked(server, teacher, "tuned") == "tuned"
 
 
-async def test_nobody_looks_for_adapters_that_nobody_asks_for(server, teacher):
+async def test_adapters_are_looked_up_only_if_a_request_needs_one(server, teacher):
     serves(server, "big")
     await teacher.connect()
     server.models = "nothing that can be read"
     assert await teacher.healthy()
 
 
-async def test_a_list_of_models_that_cannot_be_read_makes_no_teacher_ill(server, teacher):
+async def test_an_unreadable_list_of_models_does_not_make_a_teacher_unhealthy(server, teacher):
     serves(server, "big")
     server.answers = [WROTE]
     await teacher.connect()
@@ -70,7 +70,7 @@ async def test_an_adapter_that_is_gone_is_replaced_by_the_base_model_within_the_
     assert await asked(server, teacher, "tuned") == "big"
 
 
-async def test_a_teacher_without_its_own_model_fails_as_ever(server, teacher):
+async def test_a_teacher_without_its_own_model_fails_as_before(server, teacher):
     serves(server, "big", "tuned")
     server.answers = [GONE]
     await teacher.connect()

@@ -97,7 +97,7 @@ async def test_token_ids_go_both_ways(server, teacher):
     assert "logprobs" not in sent
 
 
-async def test_the_callers_sampling_is_the_teachers(server, teacher):
+async def test_the_teacher_gets_the_callers_sampling_parameters(server, teacher):
     server.answers = [body(choice([7]))]
     sampling = {
         "temperature": 0.7,
@@ -152,14 +152,14 @@ async def test_the_students_end_tokens_end_the_teachers_completion_too(server, t
     assert (piece.finish_reason, piece.stop_reason) == ("stop", None), "as where the student ends"
 
 
-async def test_ends_are_ignored_where_the_caller_says_so(server, teacher):
+async def test_ends_are_ignored_if_the_caller_asks_for_it(server, teacher):
     server.answers = [body(choice([7]))]
     params = SamplingParams(stop_token_ids=[4], ignore_eos=True)
     await collect(write(teacher, SHORT, params=params, end_ids=[98]))
     assert server.bodies[0]["stop_token_ids"] == [4]
 
 
-async def test_the_cache_is_salted_as_the_caller_says(server, teacher):
+async def test_the_cache_has_the_callers_salt(server, teacher):
     server.answers = [body(choice([7]))]
     await collect(write(teacher, SHORT, cache_salt="pepper"))
     await collect(write(teacher, SHORT))

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.steady_time
     ],
     ids=["a padded row", "no row", "a refusal in a stream", "a failure in a stream"],
 )
-async def test_what_a_client_can_bring_about_does_not_open_the_breaker(server, answer, reason, opens):
+async def test_faults_that_a_client_can_cause_do_not_open_the_breaker(server, answer, reason, opens):
     async with client(server.url, failures=1) as teacher:
         server.answers = [answer]
         assert (await failure(write(teacher, SHORT))).reason == reason
@@ -64,7 +64,7 @@ async def test_failed_calls_open_the_breaker_and_a_good_one_closes_it(server):
 @pytest.mark.parametrize(
     ("status", "opens"), [(400, False), (413, False), (422, False), (404, True), (503, True)]
 )
-async def test_a_request_that_is_wrong_does_not_speak_against_the_teacher(server, status, opens):
+async def test_a_wrong_request_is_not_held_against_the_teacher(server, status, opens):
     """Otherwise one client could take the teacher away from all others."""
     async with client(server.url, failures=1) as teacher:
         server.answers = [body({"error": {"message": "no"}}, status)]
@@ -125,7 +125,7 @@ async def test_a_long_prompt_is_waited_for(server):
 
 @EITHER
 @pytest.mark.parametrize(("health", "blamed"), [(200, False), (503, True)])
-async def test_who_waits_blames_a_teacher_only_if_it_is_not_well(server, tokens, health, blamed):
+async def test_a_long_wait_is_blamed_on_the_teacher_only_if_it_is_unhealthy(server, tokens, health, blamed):
     async with client(server.url, IMPATIENCE, failures=1) as teacher:
         server.answers, server.health = [partial(never, server)], health
         error = await failure(write(teacher, tokens))
@@ -140,7 +140,7 @@ async def test_a_teacher_that_stands_still_is_blamed(server):
         assert teacher.breaker.open
 
 
-async def test_who_waits_while_others_are_served_meets_a_busy_teacher(server):
+async def test_a_wait_while_other_calls_are_served_means_a_busy_teacher(server):
     """The client does not check its health then: the teacher may be too busy to answer."""
     async with client(server.url, 0.4, span_timeout=PATIENCE, failures=1) as teacher:
         server.health = 503

@@ -21,7 +21,7 @@ def bad_words(*words: list[int]) -> SamplingParams:
 # Penalties
 
 
-async def test_penalties_for_what_is_written_are_biases(server, teacher):
+async def test_penalties_for_written_tokens_are_sent_as_biases(server, teacher):
     """The prompt's own tokens have no bias: vLLM counts them for `repetition_penalty` only."""
     server.answers = [body(choice([7]))]
     params = SamplingParams(frequency_penalty=0.5, presence_penalty=0.25, logit_bias={4: 1.0, 6: 1.0})
@@ -58,7 +58,7 @@ async def test_a_token_that_comes_again_may_be_the_last_of_the_span(server, teac
     assert len(server.bodies) == 2
 
 
-async def test_where_no_end_is_allowed_yet_the_reply_is_cut(server, teacher):
+async def test_if_no_end_is_allowed_yet_the_reply_is_cut(server, teacher):
     """With `min_tokens` vLLM writes no stop token, so stopping there would keep these tokens out entirely."""
     logprobs = {"token_logprobs": [-0.1, -0.2, -0.3], "top_logprobs": [{}, {}, {}]}
     last = {"token_logprobs": [-0.4], "top_logprobs": [{}]}
@@ -135,9 +135,7 @@ async def test_a_bad_word_does_not_begin_in_the_prompt(server, teacher):
 
 
 @pytest.mark.parametrize("tokens", [1, LONG])
-async def test_a_teacher_that_writes_nothing_but_bad_words_is_given_up_and_not_blamed(
-    server, teacher, tokens
-):
+async def test_a_teacher_that_writes_only_bad_words_is_given_up_and_not_blamed(server, teacher, tokens):
     server.answers = [either(tokens, choice([9], "length"))]
     error = await failure(write(teacher, tokens, params=bad_words([6, 9]), **WRITTEN))
     assert (error.reason, error.well) == ("nonsense", True)
@@ -154,6 +152,6 @@ async def test_a_stream_is_cut_where_the_bad_word_would_end(server, teacher):
     assert [piece.token_ids for piece in pieces] == [[7], [8], [11], [12]]
 
 
-def test_a_screen_that_has_nothing_to_cut_looks_at_nothing():
+def test_a_screen_without_rules_looks_at_no_token():
     screen = Screen.of(SamplingParams(frequency_penalty=1.0), [5, 6])
     assert (screen.charged, screen.bad_words, screen.reach) == (frozenset(), (), 0)

@@ -139,14 +139,14 @@ async def test_a_teacher_without_the_model_is_refused(server, models, wanted, sa
     assert error.value.reason == "status"
 
 
-async def test_what_is_not_a_model_list_is_nonsense(server, teacher):
+async def test_an_unusable_list_of_models_is_reported_as_nonsense(server, teacher):
     server.models = {"models": ["llama"]}
     with pytest.raises(TeacherError, match="/v1/models") as error:
         await teacher.connect()
     assert error.value.reason == "nonsense"
 
 
-async def test_health_is_what_the_teacher_says(server, teacher):
+async def test_the_teachers_health_check_decides(server, teacher):
     assert await teacher.healthy() is True
     server.health = 503
     assert await teacher.healthy() is False

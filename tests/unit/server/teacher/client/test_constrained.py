@@ -96,7 +96,7 @@ async def test_the_connection_of_a_stream_ends_with_the_refused_token(config, gr
     assert [asked["max_tokens"] for asked in server.bodies] == [20, 1, 18]
 
 
-async def test_a_refused_token_is_excluded_where_too_many_are_allowed_to_name_them(
+async def test_a_refused_token_is_excluded_if_too_many_are_allowed_to_list_them(
     config, grammars, server, teacher, monkeypatch
 ):
     monkeypatch.setattr(constrained, "MOST_ALLOWED", 3)
@@ -118,7 +118,7 @@ async def test_a_token_that_is_asked_for_alone_is_one_of_those_allowed(config, g
     assert (asked["allowed_token_ids"], asked["min_tokens"]) == (sorted(DIGITS), 0)
 
 
-async def test_a_caller_may_leave_less_than_the_grammar(config, grammars, server, teacher):
+async def test_a_caller_may_allow_fewer_tokens_than_the_grammar(config, grammars, server, teacher):
     constraint = await constraint_of(config, grammars, "1", regex="[0-9]{3}")
     server.answers = [body(choice(DIGITS[7:8]))]
     params = SamplingParams(allowed_token_ids=[*ids("x"), DIGITS[7]])

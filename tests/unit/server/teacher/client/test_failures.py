@@ -42,7 +42,7 @@ async def impatient(server) -> AsyncIterator[Teacher]:
 
 
 @EITHER
-async def test_a_teacher_that_is_not_there(tokens):
+async def test_a_missing_teacher_is_unreachable(tokens):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -54,7 +54,7 @@ async def test_a_teacher_that_is_not_there(tokens):
 
 @EITHER
 @pytest.mark.parametrize("status", [400, 401, 404, 429, 500, 503])
-async def test_a_teacher_that_refuses(server, teacher, tokens, status):
+async def test_a_refusal_by_the_teacher_has_its_status(server, teacher, tokens, status):
     server.answers = [body({"error": {"message": "not today"}}, status)]
     error = await failure(write(teacher, tokens))
     assert error.reason == "status"
@@ -86,25 +86,25 @@ async def test_a_teacher_that_refuses(server, teacher, tokens, status):
     ],
     ids=lambda reply: str(reply)[:60],
 )
-async def test_a_teacher_that_talks_nonsense(server, teacher, tokens, reply):
+async def test_an_unusable_reply_is_nonsense(server, teacher, tokens, reply):
     server.answers = [stream(reply) if tokens > STREAM_ABOVE else body(reply)]
     assert (await failure(write(teacher, tokens))).reason == "nonsense"
 
 
-async def test_a_stream_that_writes_too_much_in_all(server, teacher):
+async def test_a_stream_with_too_many_tokens_is_nonsense(server, teacher):
     server.answers = [stream(choice([1] * 5, None), choice([2] * 5))]
     pieces = write(teacher, LONG)
     assert (await anext(pieces)).token_ids == [1] * 5
     assert (await failure(pieces)).reason == "nonsense"
 
 
-async def test_the_last_visible_token_is_one(server, teacher):
+async def test_the_last_visible_token_is_accepted(server, teacher):
     server.answers = [body(choice([0, VOCABULARY - 1]))]
     assert (await collect(write(teacher, SHORT)))[0].token_ids == [0, VOCABULARY - 1]
 
 
 @EITHER
-async def test_a_reply_without_an_ending(server, teacher, tokens):
+async def test_a_reply_without_an_ending_is_nonsense(server, teacher, tokens):
     server.answers = [either(tokens, choice([7], None))]
     pieces = write(teacher, tokens)
     assert (await anext(pieces)).token_ids == [7]  # written tokens stay valid
@@ -114,7 +114,7 @@ async def test_a_reply_without_an_ending(server, teacher, tokens):
 
 
 @EITHER
-async def test_a_teacher_that_hangs(server, impatient, tokens):
+async def test_a_teacher_that_hangs_is_a_timeout(server, impatient, tokens):
     async def answer(request: web.Request) -> web.StreamResponse:
         await server.until_lost()
         return web.Response()
@@ -124,7 +124,7 @@ async def test_a_teacher_that_hangs(server, impatient, tokens):
     await asyncio.wait_for(server.lost.wait(), PATIENCE)  # and the call is ended at the teacher
 
 
-async def test_a_teacher_that_hangs_amid_a_stream(server, impatient):
+async def test_a_teacher_that_hangs_amid_a_stream_is_a_timeout(server, impatient):
     async def answer(request: web.Request) -> web.StreamResponse:
         response = await begin_events(request)
         await response.write(event(choice([7], None)))
@@ -139,7 +139,7 @@ async def test_a_teacher_that_hangs_amid_a_stream(server, impatient):
 
 
 @EITHER
-async def test_a_teacher_that_drips_bytes_but_no_tokens(server, impatient, tokens):
+async def test_a_teacher_that_sends_bytes_but_no_tokens_is_a_timeout(server, impatient, tokens):
     async def answer(request: web.Request) -> web.StreamResponse:
         response = await begin_events(request)
         while True:
@@ -163,7 +163,7 @@ async def test_the_deadline_counts_from_the_start_of_the_span(server, teacher):
     assert error.reason == "timeout"
 
 
-async def test_no_token_comes_behind_the_deadline(server, teacher):
+async def test_no_token_comes_after_the_deadline(server, teacher):
     async def answer(request: web.Request) -> web.StreamResponse:
         response = await begin_events(request)
         await response.write(event(choice([7], None)))
@@ -183,7 +183,7 @@ async def test_a_span_that_moves_on_may_be_as_long_as_it_is(server):
         assert len(await collect(write(teacher, SPAN + 2))) == 3
 
 
-async def test_a_teacher_that_hangs_behind_its_last_token_holds_nobody_up(server, teacher):
+async def test_a_teacher_that_hangs_after_its_last_token_delays_no_client(server, teacher):
     async def answer(request: web.Request) -> web.StreamResponse:
         response = await begin_events(request)
         await response.write(event(choice([7])))
@@ -198,7 +198,7 @@ async def test_a_teacher_that_hangs_behind_its_last_token_holds_nobody_up(server
 
 
 @EITHER
-async def test_a_teacher_that_dies_amid_its_reply(server, teacher, tokens):
+async def test_a_teacher_that_dies_amid_its_reply_is_an_error(server, teacher, tokens):
     async def answer(request: web.Request) -> web.StreamResponse:
         response = await begin_events(request)
         if tokens > STREAM_ABOVE:

@@ -47,7 +47,7 @@ async def test_the_teacher_is_asked_for_the_named_tokens(server, teacher, tokens
     assert (server.bodies[0]["logprobs"], server.bodies[0]["logprob_token_ids"]) == (4, named)
 
 
-async def test_a_teacher_that_leaves_out_a_named_token_is_not_believed(server, teacher):
+async def test_a_reply_that_leaves_out_a_named_token_is_refused(server, teacher):
     """An older server does not know the parameter, and sends the best tokens."""
     logprobs = {"token_logprobs": [-0.5], "top_logprobs": [top(t7=-0.5)]}
     server.answers = [body(choice([7], logprobs=logprobs))]
@@ -97,7 +97,7 @@ async def test_alternatives_are_ranked_by_probability(server, teacher):
     assert {token: entry.rank for token, entry in piece.logprobs[0].items()} == {7: 3, 4: 1, 5: 2}
 
 
-async def test_no_alternatives_were_asked_for(server, teacher):
+async def test_without_a_request_for_alternatives_there_are_none(server, teacher):
     server.answers = [body(choice([7], logprobs={"token_logprobs": [-0.5], "top_logprobs": None}))]
     (piece,) = await collect(write(teacher, 1, params=SamplingParams(logprobs=0)))
     assert piece.logprobs == [{7: Logprob(-0.5)}]
@@ -162,7 +162,7 @@ async def test_lines_may_end_in_any_way(server, teacher):
     assert [piece.token_ids for piece in await collect(write(teacher, LONG))] == [[7], [8]]
 
 
-async def test_an_error_of_ours_is_the_calls(server, teacher, monkeypatch, caplog):
+async def test_an_error_of_our_own_ends_the_call(server, teacher, monkeypatch, caplog):
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("never thought of")
 
@@ -229,7 +229,7 @@ async def test_log_probabilities_end_with_the_tokens(server, teacher):
     ]
 
 
-async def test_a_teacher_that_writes_nothing_else_is_given_up_and_not_blamed(server):
+async def test_a_teacher_that_writes_only_unknown_ids_is_given_up_and_not_blamed(server):
     async with client(server.url, failures=1) as teacher:
         server.answers = [body(choice([VOCABULARY + 3]))]
         error = await failure(write(teacher, SHORT))

@@ -62,7 +62,7 @@ async def test_a_teacher_that_offers_it_is_asked_by_token_ids_alone(server, teac
     ],
     ids=["logprobs", "bad words", "text", "grammar"],
 )
-async def test_what_needs_text_is_asked_as_of_any_teacher(server, teacher, given):
+async def test_a_call_that_needs_text_is_sent_as_to_any_teacher(server, teacher, given):
     server.generates = 400
     top = {"token_logprobs": [-1.0], "top_logprobs": [{"token_id:7": -1.0}]}
     entry = choice([7], logprobs=top)
@@ -80,7 +80,7 @@ async def test_a_teacher_without_the_endpoint_is_asked_for_a_completion(server, 
     assert await paths(server, teacher) == [COMPLETIONS]
 
 
-async def test_what_refuses_any_request_does_not_offer_the_endpoint(server, teacher):
+async def test_a_server_that_refuses_any_request_does_not_offer_the_endpoint(server, teacher):
     """A proxy may refuse any request, for example."""
     server.generates = 400
     server.missing = "no such route"
@@ -110,13 +110,13 @@ async def test_a_teacher_that_forbids_both_is_lost(server, teacher):
     assert [request.path for request in server.requests] == [GENERATE, COMPLETIONS]
 
 
-def test_ids_are_spelled_as_json() -> None:
+def test_ids_are_written_as_json() -> None:
     ids = SpelledIds()
     assert bytes(ids.spell([12, 3])) == b"[12,3]"
     assert bytes(ids.spell([12, 3, 400], [5])) == b"[12,3,400,5]"
 
 
-def test_what_is_asked_for_once_is_not_remembered() -> None:
+def test_ids_of_one_call_are_not_kept_for_the_next() -> None:
     ids = SpelledIds()
     assert spelled(ids, [1], [2, 3]) == [1, 2, 3]
     assert spelled(ids, [1, 9]) == [1, 9]
@@ -124,7 +124,7 @@ def test_what_is_asked_for_once_is_not_remembered() -> None:
     assert spelled(SpelledIds(), [], [4]) == [4]
 
 
-def test_an_id_is_spelled_once() -> None:
+def test_an_id_is_written_once() -> None:
     """Ids that were spelled before are not spelled again, however many they are."""
     ids = SpelledIds()
     ids.spell([1, 2])

@@ -93,7 +93,7 @@ async def test_another_replica_takes_over_before_the_first_token():
     assert running(pool) == [0, 0, 0]
 
 
-async def test_but_once():
+async def test_a_call_moves_to_another_replica_only_once():
     pool = await pool_of(3)
     for teacher in teachers(pool):
         teacher.fails_before = 0
@@ -103,7 +103,7 @@ async def test_but_once():
     assert running(pool) == [0, 0, 0]
 
 
-async def test_what_was_streamed_is_not_written_again():
+async def test_streamed_tokens_are_not_written_again():
     pool = await pool_of(2)
     slot = await pool.admit(KEYS[0])
     slot.replica.teacher.fails_before = 1
@@ -121,7 +121,7 @@ async def test_a_single_replica_has_nobody_to_take_over():
     assert pool.replicas[0].teacher.calls == 1
 
 
-async def test_nobody_takes_over_what_the_teacher_refuses():
+async def test_no_replica_takes_over_a_request_that_the_teacher_refuses():
     pool = await pool_of(2)
     slot = await pool.admit(KEYS[0])
 

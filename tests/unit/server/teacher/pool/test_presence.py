@@ -42,7 +42,7 @@ async def test_one_replica_is_enough_to_start_and_others_join_when_they_answer()
     assert {await where(pool, key) for key in KEYS} == {"replica-0:8000", "replica-1:8000"}
 
 
-async def test_without_any_there_is_no_start():
+async def test_without_any_replica_the_gateway_does_not_start():
     pool = absent(unconnected(2), 0, 1)
     with pytest.raises(TeacherError, match="the script says so"):
         await pool.connect()
@@ -102,7 +102,7 @@ async def test_a_busy_replica_may_miss_one_probe_but_not_two():
     assert up == [True, True, True, False, True, True]
 
 
-async def test_healthy_is_who_has_one_that_answers():
+async def test_a_pool_with_one_replica_that_answers_is_healthy():
     pool = await pool_of(2)
     assert await absent(pool, 0).healthy()
     assert not await absent(pool, 1).healthy()
@@ -124,7 +124,7 @@ async def test_calls_under_way_are_counted_by_replica():
     assert REGISTRY.get_sample_value(*running) == 0
 
 
-async def test_who_stays_out_is_not_healthy_and_is_told_of_once(caplog: pytest.LogCaptureFixture):
+async def test_a_replica_that_stays_out_is_unhealthy_and_logged_once(caplog: pytest.LogCaptureFixture):
     pool = await pool_of(1)
     (replica,) = pool.replicas
     replica.teacher.vocabulary = "another"
@@ -165,7 +165,7 @@ async def test_a_slow_replica_delays_no_probe_of_another():
     watching.cancel()
 
 
-async def test_a_slow_replica_does_not_delay_whether_one_is_ready():
+async def test_a_slow_replica_does_not_delay_the_check_for_readiness():
     pool = await pool_of(2)
 
     async def hangs() -> bool:

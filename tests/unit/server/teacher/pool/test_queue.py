@@ -43,7 +43,7 @@ async def test_a_call_that_waits_too_long_is_refused(queue):
     assert (await pool.admit(KEYS[0])).replica.running == 1
 
 
-async def test_whoever_gives_up_when_it_is_his_turn_passes_it_on():
+async def test_a_call_that_is_given_up_at_its_turn_passes_the_turn_on():
     pool = await pool_of(1, concurrency=1)
     slot = await pool.admit(KEYS[0])
     leaving, waiting = (asyncio.create_task(pool.admit(key)) for key in KEYS[:2])
@@ -56,7 +56,7 @@ async def test_whoever_gives_up_when_it_is_his_turn_passes_it_on():
     assert running(pool) == [1]
 
 
-async def test_never_more_than_allowed_and_nothing_leaks():
+async def test_calls_never_exceed_the_bound_and_no_place_leaks():
     pool, most = await pool_of(2, concurrency=3, queue=0.02), 0
 
     async def call(key: bytes) -> bool:
@@ -84,7 +84,7 @@ async def test_never_more_than_allowed_and_nothing_leaks():
 # A queue at the teacher
 
 
-async def test_a_newcomer_does_not_overtake_who_waits():
+async def test_a_new_call_does_not_overtake_waiting_ones():
     pool = await pool_of(1, concurrency=1)
     first, order = await pool.admit(KEYS[0]), []
 
@@ -96,7 +96,7 @@ async def test_a_newcomer_does_not_overtake_who_waits():
     assert order == [0, 1, 2, 99]
 
 
-async def test_who_waits_hears_at_once_that_all_are_down():
+async def test_waiting_calls_learn_at_once_that_all_replicas_are_down():
     pool = await pool_of(1, concurrency=1)
     slot = await pool.admit(KEYS[0])
     waiting = asyncio.create_task(pool.admit(KEYS[1]))
@@ -108,7 +108,7 @@ async def test_who_waits_hears_at_once_that_all_are_down():
     assert error.value.reason == "breaker"
 
 
-async def test_a_call_that_moves_on_takes_nobodys_place():
+async def test_a_call_that_moves_on_takes_no_other_calls_place():
     pool = await pool_of(2, concurrency=1)
     slot = await pool.admit(KEYS[0])
     (other,) = [replica for replica in pool.replicas if replica is not slot.replica]

@@ -70,9 +70,7 @@ async def test_a_character_that_no_grant_can_hold_is_left_to_the_student(pair: A
     assert (written.report.tokens, written.report.calls) == (0, 4)
 
 
-async def test_what_the_student_writes_between_puts_an_end_to_what_was_kept(
-    pair: Any, tokenizer: Any
-) -> None:
+async def test_text_of_the_student_discards_the_kept_rest_of_the_teacher(pair: Any, tokenizer: Any) -> None:
     """The kept rest of the teacher's word fits only the beginning that the teacher wrote."""
     student = RecitingLLM(tokenizer, "s", ask_at={1, 7})
     async with pair("demonstration", vllm=student) as (engine, teacher):
@@ -81,9 +79,7 @@ async def test_what_the_student_writes_between_puts_an_end_to_what_was_kept(
     assert [prompt.rsplit("\n", 1)[-1] for prompt in teacher.prompts] == ["s", "sdemoss"]
 
 
-async def test_the_students_special_tokens_are_text_where_the_teacher_writes_them(
-    pair: Any, tokenizer: Any
-) -> None:
+async def test_special_tokens_that_the_teacher_writes_are_text(pair: Any, tokenizer: Any) -> None:
     student = RecitingLLM(tokenizer, "x", ask_at={1})
     text = "see <eos> and <eos>?"
     async with pair(text, vllm=student, span_tokens=30) as (engine, _):
@@ -113,7 +109,7 @@ async def test_the_teachers_prompt_has_no_special_token_of_what_was_written(
     assert teacher.tokenizer.decode(prompt).endswith(typed)
 
 
-async def test_characters_that_the_student_cannot_write_are_left_to_it(pair: Any, tokenizer: Any) -> None:
+async def test_characters_without_tokens_of_the_student_are_left_to_it(pair: Any, tokenizer: Any) -> None:
     student = RecitingLLM(tokenizer, "s", ask_at={1})
     async with pair(f"ab{FACE}", vllm=student, span_tokens=8) as (engine, _):
         words = engine.engine.cooperation.teachers.models[0].translator.student
@@ -163,7 +159,7 @@ async def test_a_teacher_that_cannot_tokenize_is_lost_for_a_while(pair: Any, tok
     assert (written.report.denied, written.report.degraded) == ({"status": 1}, True)
 
 
-async def test_what_came_before_a_fault_is_kept(pair: Any, tokenizer: Any) -> None:
+async def test_text_before_a_fault_is_kept(pair: Any, tokenizer: Any) -> None:
     student = RecitingLLM(tokenizer, "s", ask_at={1})
     async with pair("One two three", vllm=student, span_tokens=40) as (engine, teacher):
 
@@ -179,7 +175,7 @@ async def test_what_came_before_a_fault_is_kept(pair: Any, tokenizer: Any) -> No
     assert written.report.denied == {"unreachable": 1}
 
 
-async def test_an_error_is_an_error_where_it_is_asked_for(pair: Any, tokenizer: Any) -> None:
+async def test_a_lost_teacher_is_an_error_if_so_configured(pair: Any, tokenizer: Any) -> None:
     student = RecitingLLM(tokenizer, "s", ask_at={3})
     async with pair("TEACHER", vllm=student, on_teacher_error="error") as (engine, teacher):
         teacher.tokenizer = None

@@ -24,7 +24,7 @@ async def test_the_completion_is_the_teachers_text(pair: Any) -> None:
     assert written.report.own_tokens == len(own) + 1 == written.report.as_dict()["own_tokens"]
 
 
-async def test_a_client_that_waits_gets_the_same(pair: Any) -> None:
+async def test_a_client_without_a_stream_gets_the_same_text(pair: Any) -> None:
     async with pair(TEXT) as (engine, _):
         written = await engine.write(1, output_kind=FINAL_ONLY)
     assert (written.text, written.finish) == (TEXT, ("stop", None))
@@ -42,7 +42,7 @@ async def test_the_teacher_reads_its_own_template_and_no_token_of_the_student(pa
 
 
 @pytest.mark.parametrize("leased", [4, 5, 7, 16])
-async def test_several_calls_are_as_one(pair: Any, leased: int) -> None:
+async def test_several_calls_give_the_text_of_one_call(pair: Any, leased: int) -> None:
     """A shared limit gives a few tokens at a time. Each call goes on with the ids that the teacher wrote."""
     async with pair(TEXT, limits=[tokens_a_window(1000)], span_tokens=leased) as (engine, teacher):
         written = await engine.write({"fraction": 1.0, "calls": 900})
@@ -60,7 +60,7 @@ def spans(written: Any) -> list[list[int]]:
     return [written.ids[start:end] for start, end in written.report.spans]
 
 
-async def test_what_a_call_brought_too_much_comes_next_without_another_call(pair: Any) -> None:
+async def test_surplus_text_of_a_call_comes_next_without_another_call(pair: Any) -> None:
     """One token of the teacher is 14 tokens of the student, and a span takes four."""
     text = " demonstration" * 3
     theirs = byte_level([text])

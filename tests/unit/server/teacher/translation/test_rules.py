@@ -62,7 +62,7 @@ async def test_a_text_is_cut_where_the_grammar_refuses_it_and_the_student_goes_o
     assert len(teacher.prompts) == 4  # one of them in vain: the teacher insists on a refused text
 
 
-async def test_the_teacher_gets_a_grammar_that_it_can_keep_to_from_its_beginning_on(pair: Any) -> None:
+async def test_only_the_call_at_the_beginning_gets_the_grammar(pair: Any) -> None:
     async with pair("WELL! no", ask_at={5}, student=without(ord("!"))) as (engine, teacher):
         await engine.write(1, max_tokens=10, **CONSTRAINED)
     assert [sent.get("structured_outputs") for sent in teacher.bodies] == [
@@ -88,7 +88,7 @@ async def test_a_text_that_fits_ends_as_the_teacher_ends_it(pair: Any) -> None:
     assert written.report.calls == 1
 
 
-async def test_the_teachers_end_is_none_while_the_grammar_wants_more(pair: Any) -> None:
+async def test_the_teacher_cannot_end_while_the_grammar_wants_more(pair: Any) -> None:
     async with pair("WELL", student=without(EOS), ends_at=6) as (engine, _):
         written = await engine.write(1, **CONSTRAINED)
     assert written.text == "WELLef"  # the student's own engine knows whether it may end
@@ -96,7 +96,7 @@ async def test_the_teachers_end_is_none_while_the_grammar_wants_more(pair: Any) 
     assert written.report.spans[-1] == [4, 4]  # the teacher had nothing more to write
 
 
-async def test_no_bad_word_comes_of_the_teachers_text(pair: Any) -> None:
+async def test_the_teachers_text_never_contains_a_bad_word(pair: Any) -> None:
     async with pair("A BAD END", ends_at=9) as (engine, teacher):
         written = await engine.write(1, bad_words=["BAD"], max_tokens=12)
     assert written.text == "A BAefghi"
@@ -120,7 +120,7 @@ async def test_a_stop_token_ends_the_completion_whoever_wrote_it(pair: Any, show
     assert written.report.tokens == 5
 
 
-async def test_a_teachers_end_that_is_to_be_ignored_is_none(pair: Any) -> None:
+async def test_an_ignored_end_of_the_teacher_does_not_end_the_completion(pair: Any) -> None:
     async with pair("One. ") as (engine, teacher):
         written = await engine.write(1, ignore_eos=True, max_tokens=12)
     assert written.text == "One. One. On"
