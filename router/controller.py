@@ -15,7 +15,7 @@ from router.ledger.base import SUB_WINDOWS
 from router.policy import Prices
 
 GAIN = 100.0
-"""An error of one hundredth of what a window allows moves the rate by a factor e."""
+"""An error of one hundredth of a window's allowance moves the rate by a factor e."""
 LAG_SECONDS = 2.0
 """Shortest time in which the rate follows: a new price reaches a request with its next segment."""
 STEP = 0.05

@@ -1,4 +1,4 @@
-"""The Helm chart: linted, rendered, validated, compared with what it was, and refused where it should be."""
+"""The Helm chart: linted, rendered, validated, compared with golden files, and refused for wrong values."""
 
 import json
 import re

@@ -162,7 +162,7 @@ def rounded(prompt_logprobs: list[Any]) -> dict[tuple[int, str], float]:
 async def test_all_log_probabilities_are_those_of_stock_vllm(
     gateway: AsyncOpenAI, stock: AsyncOpenAI, sources: list[str], budget: float
 ) -> None:
-    """At every token of prompt and completion, all of the tokenizer's tokens have one, and no other row."""
+    """At every token of prompt and completion, all tokens of the tokenizer have one, and no other row."""
     extra = {"prompt_logprobs": -1, "return_tokens_as_token_ids": True}
     asked = {"max_tokens": 12, "logprobs": True, "top_logprobs": -1, "extra_body": extra}
     expected = await own(stock, sources[1], "tuned", **asked)

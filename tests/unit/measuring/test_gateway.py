@@ -1,4 +1,4 @@
-"""The client that measures a running gateway: what it asks, and what it refuses to believe."""
+"""The client that measures a running gateway: its requests, and replies that it refuses."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""The `wheels` command: what it prints, and that it prints it fast."""
+"""The `wheels` command: its output and exit status, and its speed."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""vLLM's parsers of reasoning and tool calls over what the gateway streams, in whatever pieces it came.
+"""vLLM's parsers of reasoning and tool calls read the gateway's streams, whatever pieces the text comes in.
 
 Two scripted models recite one text each in pieces of several tokens, as a busy vLLM merges them and a teacher
 sends them. A parser must read the same from the stream as from the whole answer.

@@ -142,7 +142,7 @@ async def test_a_denial_tells_when_to_ask_again(ledger: MemoryLedger, clock: Clo
     await ledger.reserve([MINUTE], 100)
     clock.ms += 10_000
     assert (await ledger.reserve([MINUTE], 1)).retry_after_seconds == 20, "when the lease ends"
-    # 12 - (8 + 4/3) short of room, each needs 3 student tokens, of which 60 s bring 1: the whole window.
+    # 12 - (8 + 4/3) tokens are missing, each needs 3 student tokens, and 60 s bring 1: the whole window.
     assert (await ledger.reserve([QUARTER], 12, student_tokens=1)).retry_after_seconds == 60
     # 8 + 4/3 + 90/3 = 39: two tokens short, 6 student tokens, 90 a minute: 4 s.
     assert (await ledger.reserve([QUARTER], 42, student_tokens=89)).retry_after_seconds == 4

@@ -1,4 +1,4 @@
-"""The heavy teacher writes what the teacher writes."""
+"""The heavy teacher writes the same text as the teacher."""
 
 import json
 from pathlib import Path

@@ -36,7 +36,7 @@ async def test_a_proxy_may_send_the_root_path_or_leave_it_out(path):
         assert upstream.exchange.budget == Budget(fraction=0.25)
     upstream, body = Upstream(), request(teacher_budget=2)
     await post(upstream, body, path="/apix/v1/completions", root_path="/api")
-    assert upstream.body == body  # another path, which is nobody's
+    assert upstream.body == body  # a path that has no route of ours
 
 
 def test_every_surface_has_the_field():

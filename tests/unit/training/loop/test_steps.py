@@ -221,7 +221,7 @@ def test_training_ends_when_validations_get_no_better(task, tokenizer, tmp_path)
 
 
 class Dies(Scripted):
-    """Validations of which the last one raises."""
+    """Validations whose last one raises."""
 
     def __call__(self, model):
         if len(self.seen) == len(self.qualities):
