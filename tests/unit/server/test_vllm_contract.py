@@ -266,7 +266,7 @@ def test_an_adapter_of_the_original_fits_a_copy_with_more_rows(adapted_scores):
     )
     (weights,) = made.loras.values()
     assert weights.lora_a.tolist() == [[1.0] * 6 + [0.0] * 2] * 2
-    with pytest.raises(RuntimeError, match="must be consistent"):  # another model's adapter is refused as before
+    with pytest.raises(RuntimeError, match="must be consistent"):  # as before for other models
         LoRAModel.from_lora_tensors(
             lora_model_id=1,
             tensors=tensors | {f"{name}A": torch.ones(2, 5)},
