@@ -15,6 +15,7 @@ from measuring.examples import sources_of
 from training.config import Recipe
 from training.gating.rollout import ROWS, ClosedLoop, Request
 from training.gating.router_stage import FrozenPair, RouterStage
+from training.gating.tree import KEPT_BYTES
 from training.models import parameters
 from training.tasks import Task
 from training.tokenizer import encode_prompts
@@ -42,6 +43,8 @@ class RouterTrial(NamedTuple):
     """Number of completions written at once."""
     memory: float | None
     """Bytes that writing them takes in addition to the models; None: not known on this system."""
+    prompts: float
+    """Bytes of the validation prompts' keys and values, which the calibration keeps, at most."""
     positions: int
     """Number of positions that the gate is fitted on, at most."""
     states: int
@@ -67,6 +70,7 @@ def try_router(recipe: Recipe, pair: FrozenPair, task: Task, *, trained: bool) -
     memory = memory_of(loop, prompts, rows)  # first: later steps free memory that would be reused
     weights = sum(map(parameters, (loop.student, loop.teacher, *loop.cheaper))) * torch.float32.itemsize
     width = loop.student.config.get_text_config().hidden_size
+    kept = min(KEPT_BYTES, loop.token_bytes * sum(map(len, prompts)))
     del loop
     examples = EXAMPLES if trained else 0
     first = small_stage(recipe, pair, task, PROMPTS, examples)
@@ -81,6 +85,7 @@ def try_router(recipe: Recipe, pair: FrozenPair, task: Task, *, trained: bool) -
         calibration=calibration,
         rows=rows,
         memory=memory,
+        prompts=kept,
         positions=positions,
         states=positions * width * torch.float32.itemsize,
         weights=weights,

@@ -273,8 +273,12 @@ class ClosedLoop:
 
     def rows_of(self, prompt: int) -> int:
         """Number of completions that fit into CACHE, after prompts of `prompt` tokens."""
-        token = sum(map(cache_bytes, (self.student, *self.cheaper, self.teacher)))
-        return max(1, int(CACHE / (token * (prompt + self.max_tokens))))
+        return max(1, int(CACHE / (self.token_bytes * (prompt + self.max_tokens))))
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in all models."""
+        return sum(map(cache_bytes, (self.student, *self.cheaper, self.teacher)))
 
     def _write(
         self,

@@ -21,7 +21,7 @@ from training.pieces import pieces_of
 from training.read_prompts import ReadPrompts
 from training.reading import Readout
 
-PROMPTS = 4e9
+KEPT_BYTES = 4e9
 """Most bytes of prompts' keys and values that a tree keeps."""
 ScoreGate = Gate | Callable[[Positions], Tensor]
 """A gate, or an oracle that sees more of a position than a gate sees."""
@@ -142,7 +142,7 @@ class Tree:
         self._gates: dict[str, ScoreGate] = {}
         self._roots: dict[int, Node] = {}
         self._size = 0
-        self._read_prompts = ReadPrompts(PROMPTS)
+        self._read_prompts = ReadPrompts(KEPT_BYTES)
         self._grow([Prefix(number, ()) for number in range(len(prompts))])
         for name, gate in gates.items():
             self.add(name, gate)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from measuring.examples import sources_of
 from router.gate import RandomGate
 from router.reserved import ReservedRows
 from tests.helpers.commands import train
@@ -15,7 +16,8 @@ from training.model_config import Shape
 from training.models import load_model, new_model
 from training.router_dry_run import Timed, projected
 from training.served_dry_run import try_served_router
-from training.tokenizer import load_tokenizer
+from training.tasks import make_task
+from training.tokenizer import encode_prompts, load_tokenizer
 
 torch.set_num_threads(1)
 
@@ -38,6 +40,9 @@ def test_a_dry_run_covers_the_router_before_its_student_is_there(recipe, tmp_pat
     assert "100 at once, of at most 8 tokens" in told
     assert "1,600" in told
     assert f"{1600 * 64 * 4 / 1e6:.1f} MB" in told
+    prompts = encode_prompts(tokenizer_of_numbers(), sources_of(make_task("numbers").valid()[:40]))
+    kept = sum(map(len, prompts)) * (512 + 256)  # of two layers, and of the one that is left of them
+    assert f"{kept / 1e6:.1f} MB during the calibration" in told
     assert "student: kd" not in told
     assert "unknown until both models are trained" in told
     assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml"}
@@ -92,6 +97,7 @@ def test_completions_whose_caches_would_not_fit_are_written_in_turns(untrained_p
     student, teacher = (load_model(untrained_pair / role) for role in ("student", "teacher"))
     assert cache_bytes(student) == cache_bytes(teacher) == 2 * 2 * 32 * 4
     loop = ClosedLoop(student, teacher, RandomGate(ReservedRows(300, 32)), 300, 1, max_tokens=4)
+    assert loop.token_bytes == 2 * 512
     requests = [Request(list(range(5, 5 + length))) for length in (6, 2, 6, 2, 6)]
     whole = loop.write(requests)
     monkeypatch.setattr(rollout, "CACHE", 2 * 1024 * (6 + 4))

@@ -301,7 +301,7 @@ def test_a_tree_reads_a_prompt_once(pair, prompts, monkeypatch):
     longer = [(prompt * 40)[: 40 - number] for number, prompt in enumerate(prompts[:6])]
     trees = []
     for limit in (0, 10**9):
-        monkeypatch.setattr(tree_module, "PROMPTS", limit)
+        monkeypatch.setattr(tree_module, "KEPT_BYTES", limit)
         with reads_counted(pair, monkeypatch) as read:
             tree = Tree(pair, longer, {"gate": EntropyGate(RESERVED)})
         assert max(read) == 6 * 40
