@@ -6,5 +6,5 @@ GateName = Literal["learned", "random", "entropy", "margin", "max_probability"]
 LEARNED: GateName = "learned"
 """The gate that is trained with a router."""
 UNTRAINED_GATE: GateName = "entropy"
-"""Gate of a pair without a router: the best untrained one in docs/results/synopses.md."""
+"""Gate of a pair without a router; docs/results/synopses.md compares it with the other untrained gates."""
 GATE_NAMES: tuple[GateName, ...] = get_args(GateName)
