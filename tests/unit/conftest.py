@@ -1,6 +1,7 @@
 """Fixtures of the unit tests. They import torch when used: the process that distributes tests needs none."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 # The same examples at every run, and no deadline: machines that run tests are busy.
 settings.register_profile("unit", derandomize=True, deadline=None, database=None)
 settings.load_profile("unit")
+# Collections go through all objects of torch and vLLM again and again, and find next to nothing.
+gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
