@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     with _progress(console) as progress:
         start = partial(_start, progress, len(prompts))
         kept = {} if own is None else own.prices()
-        gateway = nullcontext(options.gateway) if own is None else _served(own, options.timeout, console)
+        gateway = nullcontext(options.gateway) if own is None else _served(own, console)
         with gateway as url:
             client = GatewayClient(
                 url,
@@ -136,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--timeout",
         type=float,
+        default=argparse.SUPPRESS,
         help=f"longest wait for the gateway to start, in seconds (default: {START_SECONDS:.0f})",
     )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON at the end of stdout")
@@ -169,6 +170,8 @@ class OwnGateway(NamedTuple):
     vllm_flags: list[str]
     directory: Path
     """Directory in which it saves its prices."""
+    timeout: float
+    """Longest wait until it is ready, in seconds."""
 
     def prices(self) -> dict[Path, FileState]:
         """State of every file of prices, by its path."""
@@ -182,16 +185,13 @@ def _own_gateway(options: argparse.Namespace, vllm_flags: list[str]) -> OwnGatew
         ConfigError: the arguments name a running gateway and settings too, or a setting is wrong or missing.
         NothingToLearn: the gateway would not learn prices.
     """
-    names = {"config", *ServeConfig.model_fields} & vars(options).keys()
-    flags = {name: getattr(options, name) for name in names}
+    names = {"config", "timeout", *ServeConfig.model_fields} & vars(options).keys()
     if options.gateway is not None:
-        if options.timeout is not None:
-            names.add("timeout")
         if names or vllm_flags:
             named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names)) or "what follows --"
             raise ConfigError(f"leave out {named}: the gateway at {options.gateway} has its own settings")
         return None
-    settings = read_settings(flags)
+    settings = read_settings({name: getattr(options, name) for name in names - {"timeout"}})
     config = checked(settings, vllm_flags)
     if config.price is not None or config.gate == "random":
         fixed = "the random gate needs no price" if config.price is None else "the price is fixed by --price"
@@ -201,7 +201,7 @@ def _own_gateway(options: argparse.Namespace, vllm_flags: list[str]) -> OwnGatew
         raise ConfigError(f"leave out --{shared[0]}: only `wheels calibrate` calls this gateway")
     kept = {name: value for name, value in settings.items() if name not in SHARED}
     kept["vllm"] = _without_shared(checked(settings, []).vllm)
-    return OwnGateway(kept, vllm_flags, config.cache / "prices")
+    return OwnGateway(kept, vllm_flags, config.cache / "prices", getattr(options, "timeout", START_SECONDS))
 
 
 def _without_shared(settings: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def _without_shared(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _served(own: OwnGateway, timeout: float | None, console: Console) -> Iterator[str]:
+def _served(own: OwnGateway, console: Console) -> Iterator[str]:
     """Start the gateway and yield its URL when it is ready; the gateway ends with the block."""
     port = free_port()
     url = f"http://{HOST}:{port}"
@@ -226,7 +226,7 @@ def _served(own: OwnGateway, timeout: float | None, console: Console) -> Iterato
             hidden=(*variables, "VLLM_API_KEY"),
         )
         console.print("Starting the gateway", highlight=False)
-        with running([service], timeout=timeout or START_SECONDS) as (gateway,):
+        with running([service], timeout=own.timeout) as (gateway,):
             try:
                 yield url
             except GatewayError:

@@ -25,8 +25,6 @@ from training.workspace import STAGES, Stage
 TURNS = "turns"
 SPANS = (1, 2, 4)
 """Lengths of teacher calls that a pair is measured with, in tokens, unless `--spans` sets others."""
-CONCURRENCY = 16
-"""Number of concurrent requests to a measured gateway, unless `--concurrency` sets another."""
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -174,7 +172,11 @@ def _add_gateway_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help=f"budgets to measure; 0 and 1 are always added (default: {' '.join(map(str, BUDGETS))})",
     )
-    served.add_argument("--concurrency", type=positive, help=f"concurrent requests (default: {CONCURRENCY})")
+    served.add_argument(
+        "--concurrency",
+        type=positive,
+        help=f"concurrent requests (default: {RunningGateway.concurrency})",
+    )
     served.add_argument(
         "--span-tokens",
         type=positive,
@@ -196,7 +198,7 @@ def evaluate(argv: list[str]) -> int:
             overrides.append(argument)
         else:
             pairs.append(Path(argument))
-    if len(pairs) > 1 or not (pairs or args.gateway):
+    if len(pairs) > 1 or (not pairs and args.gateway is None):
         raise RecipeError("expected one PAIR, or --gateway URL")
     check_options(args, bool(pairs))
     recipe = load_recipe(find_recipe(args.recipe), overrides)
@@ -209,8 +211,9 @@ def evaluate(argv: list[str]) -> int:
     for pair in pairs:
         reports.append(evaluate_pair(pair, task, examples, curve_spans(args), recipe.max_tokens, others))
         span_tokens = span_tokens or RouterCheckpoint.load(pair / "router").config.span_tokens
-    if args.gateway:
-        gateway = RunningGateway(args.gateway, recipe.max_tokens, args.concurrency or CONCURRENCY)
+    if args.gateway is not None:
+        at_once = args.concurrency or RunningGateway.concurrency
+        gateway = RunningGateway(args.gateway, recipe.max_tokens, at_once)
         measured = measure(gateway, task, examples, args.budgets or BUDGETS, span_tokens)
         reports.append(gateway_report(measured))
     report = reports[0] if len(reports) == 1 else joined(*reports)
@@ -236,7 +239,7 @@ def check_options(args: argparse.Namespace, has_pair: bool) -> None:
         if given and not has_pair:
             raise RecipeError(f"{option} needs a PAIR: a gateway has one router, and no curves")
     for option, given in of_gateways.items():
-        if given and not args.gateway:
+        if given and args.gateway is None:
             raise RecipeError(f"{option} needs --gateway URL: it says how a running gateway is measured")
 
 

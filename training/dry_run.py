@@ -178,7 +178,7 @@ def report_router(run: RouterTrial, pair: FrozenPair) -> None:
         "completions": f"{run.rows:,} at once, of at most {pair.max_tokens} tokens",
         "memory": f"models {megabytes(run.weights)}, completions {beyond}, "
         f"states of at most {run.positions:,} positions {megabytes(run.states)}",
-        "kept": f"prompts that were read, {megabytes(run.prompts)} during the calibration",
+        "kept": f"prompts that were read, {megabytes(run.kept)} during the calibration",
     }
     if run.calibration is None:
         rows["rollouts"] = f"at most {seconds(run.rollouts)}, with the fit of the gate"

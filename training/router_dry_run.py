@@ -43,7 +43,7 @@ class RouterTrial(NamedTuple):
     """Number of completions written at once."""
     memory: float | None
     """Bytes that writing them takes in addition to the models; None: not known on this system."""
-    prompts: float
+    kept: float
     """Bytes of the validation prompts' keys and values, which the calibration keeps, at most."""
     positions: int
     """Number of positions that the gate is fitted on, at most."""
@@ -85,7 +85,7 @@ def try_router(recipe: Recipe, pair: FrozenPair, task: Task, *, trained: bool) -
         calibration=calibration,
         rows=rows,
         memory=memory,
-        prompts=kept,
+        kept=kept,
         positions=positions,
         states=positions * width * torch.float32.itemsize,
         weights=weights,

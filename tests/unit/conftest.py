@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # The same examples at every run, and no deadline: machines that run tests are busy.
 settings.register_profile("unit", derandomize=True, deadline=None, database=None)
 settings.load_profile("unit")
-# Collections go through all objects of torch and vLLM again and again, and find next to nothing.
+# Each full collection goes through all objects of torch and vLLM.
 gc.set_threshold(100_000, 50, 100)
 
 

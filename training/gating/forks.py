@@ -11,6 +11,7 @@ the same token. Only positions at which they differ cost rollouts.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,9 +90,36 @@ def worth_of_asking(
     return total
 
 
-def room_left(begun: list[int], end: int, longest: int) -> int:
-    """Number of tokens that may follow a begun completion: 0 after its end token."""
-    return 0 if begun[-1] == end else max(0, longest - len(begun))
+class Unfinished(NamedTuple):
+    """A begun completion that the student has to go on with."""
+
+    number: int
+    """Its place among all begun completions."""
+    prompt: list[int]
+    """Token ids of its prompt."""
+    tokens: list[int]
+    """Token ids that are written already."""
+    room: int
+    """Number of tokens that may follow, at least 1."""
+
+
+def unfinished(
+    prompts: Sequence[list[int]], rows: Sequence[int], begun: Sequence[list[int]], end: int, longest: int
+) -> list[Unfinished]:
+    """Those of the begun completions that neither end with the end token nor are full.
+
+    Args:
+        prompts: the prompt of each row, as token ids.
+        rows: the row of each begun completion.
+        begun: the tokens of each begun completion.
+        end: id of the end-of-sequence token.
+        longest: most tokens in a completion.
+    """
+    going = []
+    for number, (row, tokens) in enumerate(zip(rows, begun, strict=True)):
+        if tokens[-1] != end and len(tokens) < longest:
+            going.append(Unfinished(number, prompts[row], tokens, longest - len(tokens)))
+    return going
 
 
 @torch.inference_mode()
@@ -107,16 +135,11 @@ def finished(
         begun: the tokens of each begun completion.
     """
     whole = list(map(list, begun))
-    going = []
-    requests = []
-    for number, (row, tokens) in enumerate(zip(rows, begun, strict=True)):
-        left = room_left(tokens, loop.end, loop.max_tokens)
-        if left:
-            going.append(number)
-            requests.append(Request(prompts[row], begun=tokens, max_tokens=left))
+    going = unfinished(prompts, rows, begun, loop.end, loop.max_tokens)
+    requests = [Request(each.prompt, begun=each.tokens, max_tokens=each.room) for each in going]
     for together in loop.batches(requests):
         for place, rest in zip(together, _rests(loop, [requests[place] for place in together]), strict=True):
-            whole[going[place]] += rest
+            whole[going[place].number] += rest
     return whole
 
 

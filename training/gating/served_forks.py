@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from measuring.trajectories import Trajectory
-from training.gating.forks import room_left, worth_of_asking
+from training.gating.forks import unfinished, worth_of_asking
 from training.gating.judge import TEMPERATURE, Draw, Judge
 from training.gating.lessons import Trajectories
 from training.gating.rollout import Rollout
@@ -71,23 +71,16 @@ class ServedForks:
             rows: the row of each begun completion.
             begun: the tokens of each begun completion.
         """
-        going = []
-        read = []
-        rooms = []
-        for place, (row, tokens) in enumerate(zip(rows, begun, strict=True)):
-            room = room_left(tokens, self.end, self.max_tokens)
-            if room:
-                going.append(place)
-                read.append([*prompts[row], *tokens])
-                rooms.append(room)
+        going = unfinished(prompts, rows, begun, self.end, self.max_tokens)
+        read = [[*each.prompt, *each.tokens] for each in going]
 
         def write(missing: list[int]) -> list[list[int]]:
-            return self.gateway.rests([read[i] for i in missing], [rooms[i] for i in missing])
+            return self.gateway.rests([read[i] for i in missing], [going[i].room for i in missing])
 
-        keys = [key_of("rest", self.student, *pair) for pair in zip(rooms, read, strict=True)]
+        keys = [key_of("rest", self.student, each.room, ids) for each, ids in zip(going, read, strict=True)]
         whole = list(map(list, begun))
-        for place, rest in zip(going, self.kept.of(keys, write), strict=True):
-            whole[place] += rest
+        for each, rest in zip(going, self.kept.of(keys, write), strict=True):
+            whole[each.number] += rest
         return whole
 
 

@@ -105,6 +105,13 @@ def test_an_impossible_calibration_is_reported_in_one_line(
     assert len(told.splitlines()) == 1
 
 
+def test_a_timeout_of_zero_waits_no_time(
+    prompts: str, settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert wheels.main(["calibrate", prompts, *settings, "--timeout", "0"]) == 1
+    assert "the gateway was not ready after 0 s" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "problem"),
     [
@@ -158,7 +165,7 @@ def test_a_gateway_that_does_not_start_is_explained_by_its_own_words(
     monkeypatch.setenv("WHEELS_NONSENSE", "1")  # not a setting: a gateway that got it would report it
     with (
         pytest.raises(ServiceError, match="wheels serve: span_tokens: ") as told,
-        _served(wrong, 100, Console()),
+        _served(wrong, Console()),
     ):
         raise AssertionError("it started")
     assert "nonsense" not in str(told.value)

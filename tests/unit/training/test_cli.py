@@ -27,6 +27,7 @@ from wheels import main
         ),
         (["evaluate", "/no/where"], "no router checkpoint in /no/where/router"),
         (["evaluate"], "expected one PAIR, or --gateway URL"),
+        (["evaluate", "--gateway", ""], "the gateway at : Connection error"),
         (["evaluate", "--gateway", "http://127.0.0.1:9", "--no-curves"], "--no-curves needs a PAIR"),
         (["evaluate", "--gateway", "http://127.0.0.1:9", "--router", "a=x"], "--router needs a PAIR"),
         (["evaluate", "--gateway", "http://127.0.0.1:9", "--spans"], "--spans needs a PAIR"),
