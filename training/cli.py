@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,15 @@ from training.dry_run import dry_run
 from training.evaluation.gateway import BUDGETS, measure
 from training.evaluation.in_process import evaluate_pair
 from training.evaluation.plots import plot
-from training.evaluation.report import METHODS, gateway_report, joined, table
+from training.evaluation.report import (
+    GATEWAY,
+    METHODS,
+    QualityReport,
+    compared,
+    gateway_report,
+    joined,
+    table,
+)
 from training.hub import check_hub, push
 from training.pipeline import run, task_of
 from training.running_gateway import RunningGateway
@@ -182,6 +190,13 @@ def _add_gateway_options(parser: argparse.ArgumentParser) -> None:
         type=positive,
         help="span_tokens of the gateway, as part of the bound (default: PAIR's)",
     )
+    served.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="compare with an earlier measurement of a gateway, which --out wrote to DIR (repeatable)",
+    )
 
 
 def evaluate(argv: list[str]) -> int:
@@ -202,7 +217,8 @@ def evaluate(argv: list[str]) -> int:
         raise RecipeError("expected one PAIR, or --gateway URL")
     check_options(args, bool(pairs))
     recipe = load_recipe(find_recipe(args.recipe), overrides)
-    others = routers(args.router)
+    others = directories("--router", args.router, METHODS)
+    earlier = earlier_reports(args.against, {*METHODS, *others} if pairs else {GATEWAY})
     task = task_of(recipe)
     torch.set_num_threads(recipe.threads)
     examples = task.test()[: args.examples]
@@ -217,6 +233,8 @@ def evaluate(argv: list[str]) -> int:
         measured = measure(gateway, task, examples, args.budgets or BUDGETS, span_tokens)
         reports.append(gateway_report(measured))
     report = reports[0] if len(reports) == 1 else joined(*reports)
+    for name, other in earlier.items():
+        report = compared(report, name, other)
     print(table(report))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -234,6 +252,7 @@ def check_options(args: argparse.Namespace, has_pair: bool) -> None:
         "--budgets": args.budgets,
         "--concurrency": args.concurrency,
         "--span-tokens": args.span_tokens,
+        "--against": args.against,
     }
     for option, given in of_pairs.items():
         if given and not has_pair:
@@ -268,8 +287,8 @@ def positive(text: str) -> int:
     return value
 
 
-def routers(entries: list[str]) -> dict[str, Path]:
-    """Router directories by name, from entries NAME=DIR.
+def directories(option: str, entries: list[str], taken: Collection[str]) -> dict[str, Path]:
+    """Directories by name, from entries NAME=DIR of an option.
 
     Raises:
         RecipeError: an entry has no name or no directory, or its name is taken.
@@ -278,8 +297,16 @@ def routers(entries: list[str]) -> dict[str, Path]:
     for entry in entries:
         name, equals, path = entry.partition("=")
         if not (name and equals and path):
-            raise RecipeError(f"--router {entry!r}: expected NAME=DIR")
-        if name in METHODS or name in named:
-            raise RecipeError(f"--router {entry!r}: {name} is already the name of a method")
+            raise RecipeError(f"{option} {entry!r}: expected NAME=DIR")
+        if name in taken or name in named:
+            raise RecipeError(f"{option} {entry!r}: {name} is already the name of a method")
         named[name] = Path(path)
     return named
+
+
+def earlier_reports(entries: list[str], taken: Collection[str]) -> dict[str, QualityReport]:
+    """Earlier reports by name. Raises WheelsError if a name is taken, or there is no report of a gateway."""
+    reports = {}
+    for name, directory in directories("--against", entries, taken).items():
+        reports[name] = QualityReport.read(directory)
+    return reports

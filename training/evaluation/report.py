@@ -4,9 +4,11 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
+from measuring.json_lines import DataError
 from router.gate import CONFIDENCE_GATES
 from router.gate_names import LEARNED
 from training.evaluation.gateway import MeasuredGateway
@@ -20,6 +22,8 @@ BINS = 10
 SPENT = "learned, aim: rate"
 """Name of the learned gate with its spare prices, which aim at the rate."""
 GATEWAY = "gateway"
+SETTLED = "settled_rate"
+"""Column that only the rows of gateways have."""
 METHODS = (LEARNED, *CONFIDENCE_GATES, "oracle", "oracle_kl", PERIODIC, "query", "query_oracle", GATEWAY)
 """Names that no further router can have."""
 
@@ -58,6 +62,22 @@ class QualityReport:
         """All fields, as one JSON object."""
         return json.dumps(asdict(self))
 
+    @classmethod
+    def read(cls, directory: Path) -> "QualityReport":
+        """The report of a gateway that `wheels evaluate --out` wrote in this directory.
+
+        Raises:
+            DataError: there is none, or no gateway was measured.
+        """
+        file = directory / "report.json"
+        try:
+            report = cls(**json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{file}: not a report of `wheels evaluate --out`: {error}") from error
+        if GATEWAY not in report.budgets:
+            raise DataError(f"{file}: not of a gateway: `wheels evaluate --gateway` had not been used")
+        return report
+
 
 def gateway_report(measured: MeasuredGateway) -> QualityReport:
     """The report of a gateway alone."""
@@ -81,6 +101,16 @@ def joined(report: QualityReport, gateway: QualityReport) -> QualityReport:
         curves=report.curves | gateway.curves,
         area=report.area | gateway.area,
         budgets=report.budgets | gateway.budgets,
+    )
+
+
+def compared(report: QualityReport, name: str, other: QualityReport) -> QualityReport:
+    """The report with the rows of another report's gateway, under this name."""
+    return replace(
+        report,
+        curves=report.curves | {name: other.curves[GATEWAY]},
+        area=report.area | {name: other.area[GATEWAY]},
+        budgets=report.budgets | {name: other.budgets[GATEWAY]},
     )
 
 
@@ -133,8 +163,9 @@ def table(report: QualityReport) -> str:
     lines = [f"student {report.student:.4f}, teacher {report.teacher:.4f}"]
     if LEARNED in report.budgets:
         lines += ["", *_in_process(report)]
-    if GATEWAY in report.budgets:
-        lines += ["", *_of_gateway(report.budgets[GATEWAY])]
+    for name, rows in report.budgets.items():
+        if SETTLED in rows[0]:
+            lines += ["", *_of_gateway(name, rows)]
     return "\n".join(lines)
 
 
@@ -175,9 +206,10 @@ def _in_process(report: QualityReport) -> list[str]:
     return [*lines, "", f"aiming at the rate: mean |realised - requested| {report.calibration_mae:.4f}"]
 
 
-def _of_gateway(rows: Sequence[Row]) -> list[str]:
-    columns = ("budget", "quality", "similarity", "pgr", "rate", "settled_rate", *COSTS, "excess", "degraded")
-    lines = ["the gateway; calls, runs and positions per request", _cells(columns, ">13")]
+def _of_gateway(name: str, rows: Sequence[Row]) -> list[str]:
+    columns = ("budget", "quality", "similarity", "pgr", "rate", SETTLED, *COSTS, "excess", "degraded")
+    title = "the gateway" if name == GATEWAY else name
+    lines = [f"{title}; calls, runs and positions per request", _cells(columns, ">13")]
     for row in rows:
         lines.append(_cells(map(row.__getitem__, columns), ">13.4g"))
-    return lines
+    return [*lines, f"area below the PGR at each rate: {area(rate_and_pgr(rows)):.3f}"]

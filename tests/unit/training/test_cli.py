@@ -34,6 +34,23 @@ from wheels import main
         (["evaluate", "deploy/demo", "--budgets", "0.1"], "--budgets needs --gateway URL"),
         (["evaluate", "deploy/demo", "--concurrency", "4"], "--concurrency needs --gateway URL"),
         (["evaluate", "deploy/demo", "--span-tokens", "4"], "--span-tokens needs --gateway URL"),
+        (["evaluate", "deploy/demo", "--against", "a=x"], "--against needs --gateway URL"),
+        (
+            ["evaluate", "--gateway", "http://127.0.0.1:9", "--against", "a"],
+            "--against 'a': expected NAME=DIR",
+        ),
+        (
+            ["evaluate", "--gateway", "http://127.0.0.1:9", "--against", "gateway=x"],
+            "gateway is already the name of a method",
+        ),
+        (
+            ["evaluate", "deploy/demo", "--gateway", "http://127.0.0.1:9", "--against", "entropy=x"],
+            "entropy is already the name of a method",
+        ),
+        (
+            ["evaluate", "--gateway", "http://127.0.0.1:9", "--against", "before=/no/where"],
+            "/no/where/report.json: not a report of",
+        ),
         (
             ["evaluate", "deploy/demo", "--spans", "2", "--no-curves"],
             "--no-curves leaves out what --spans asks",

@@ -1,6 +1,7 @@
 """The counts of `wheels evaluate`, by hand, and the spare price in the closed loop."""
 
 import math
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from measuring.gateway import GatewayReply
+from measuring.json_lines import DataError
 from measuring.scores import excess
 from router.budget import Bucket, Budget
 from router.gate import EntropyGate
@@ -16,7 +18,16 @@ from training.evaluation.baselines import hesitation, query_level
 from training.evaluation.gateway import measure
 from training.evaluation.in_process import evaluate_pair
 from training.evaluation.plots import plot
-from training.evaluation.report import BUDGETS, QualityReport, area, at_rate, gateway_report, joined, table
+from training.evaluation.report import (
+    BUDGETS,
+    QualityReport,
+    area,
+    at_rate,
+    compared,
+    gateway_report,
+    joined,
+    table,
+)
 from training.evaluation.scoring import teacher_positions
 from training.gating.calibration import spare_prices, teacher_rate
 from training.gating.rollout import ClosedLoop, Rollout
@@ -107,6 +118,34 @@ def test_rows_of_a_gateway_are_shown_next_to_those_computed_in_process():
     assert (both.student, both.curves.keys()) == (0.1, {"learned", "gateway"})
     (row,) = (line for line in table(both).splitlines() if line.startswith("gateway") and "(" in line)
     assert row.split() == ["gateway", "0.67", "(0.400)"]  # it has one of the budgets in the table's head
+
+
+def test_a_gateway_is_compared_with_an_earlier_measurement(tmp_path):
+    earlier = gateway_report(measure(ScriptedGateway(), make_task("numbers"), EXAMPLES, (0.1,), 1))
+    (tmp_path / "report.json").write_text(earlier.to_json())
+    now = gateway_report(measure(ScriptedGateway(), make_task("numbers"), EXAMPLES, (0.2,), 1))
+    both = compared(now, "entropy", QualityReport.read(tmp_path))
+    assert both.budgets == {"gateway": now.budgets["gateway"], "entropy": earlier.budgets["gateway"]}
+    assert both.area == {"gateway": now.area["gateway"], "entropy": earlier.area["gateway"]}
+    text = table(both)
+    assert f"area below the PGR at each rate: {now.area['gateway']:.3f}\n\nentropy; calls" in text
+    plot(both, tmp_path)
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"student": 1}', "[]"])
+def test_only_a_report_can_be_compared(tmp_path, text):
+    if text is not None:
+        (tmp_path / "report.json").write_text(text)
+    with pytest.raises(DataError, match=r"report\.json: not a report of `wheels evaluate --out`"):
+        QualityReport.read(tmp_path)
+
+
+def test_only_a_report_of_a_gateway_can_be_compared(tmp_path):
+    report = gateway_report(measure(ScriptedGateway(), make_task("numbers"), EXAMPLES, (0.2,), 1))
+    (tmp_path / "report.json").write_text(replace(report, budgets={}).to_json())
+    with pytest.raises(DataError, match=r"report\.json: not of a gateway"):
+        QualityReport.read(tmp_path)
 
 
 def test_a_further_router_has_rows_under_the_bucket_at_its_own_prices():
