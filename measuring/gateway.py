@@ -10,6 +10,7 @@ from openai import APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIE
 
 from measuring.chats import Source, messages_of
 from measuring.trajectories import in_order, within
+from router.address import base_url
 from router.errors import PeerError
 
 SHOWN_PROBLEM = 300
@@ -89,7 +90,7 @@ class GatewayClient:
         transport: DefaultAsyncHttpxClient | None = None,
         temperature: float | None = 0.0,
     ) -> None:
-        self._url = url.rstrip("/")
+        self._url = base_url(url)
         self._optional: dict[str, Any] = {}
         if max_tokens is not None:
             self._optional["max_tokens"] = max_tokens

@@ -3,6 +3,7 @@
 WheelsError
 ├── UnusableInput                 an input of a command cannot be used
 │   ├── ConfigError               settings of the gateway
+│   │   ├── UsageError            an unknown word of a command line
 │   │   └── UnsupportedVllm       this vLLM lacks what the gateway reaches into
 │   ├── RecipeError               settings of training
 │   ├── CheckpointError           a router, or the pair that it is used with

@@ -245,6 +245,10 @@ def _config(model: Path) -> dict[str, Any]:
     file = model / MODEL_CONFIG
     try:
         config = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{model} has no {MODEL_CONFIG}: it is no model in Hugging Face's format"
+        ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
     if not isinstance(config, dict):

@@ -25,6 +25,8 @@ from measuring.gateway import GatewayClient, GatewayError
 from measuring.pair import GATEWAY, HOST, free_port
 from measuring.processes import Service, exit_at_signals, running
 from measuring.prompts import load_prompts
+from router.checkpoint import RouterCheckpoint
+from router.gate_names import LEARNED
 from server.config import (
     ENVIRONMENT_PREFIX,
     CommandLine,
@@ -32,6 +34,7 @@ from server.config import (
     ServeConfig,
     add_settings,
     checked,
+    parse,
     read_settings,
 )
 from server.file_state import FileState
@@ -56,7 +59,7 @@ def main(argv: list[str]) -> int:
         WheelsError: the arguments or prompts cannot be used, a server failed, or there is nothing to learn.
     """
     words, vllm_flags = CommandLine.of(argv)
-    options = _parser().parse_args(words)
+    options = parse(_parser(), words)
     own = _own_gateway(options, vllm_flags)
     prompts = load_prompts(options.prompts)
     console = Console(stderr=options.json)  # with --json, stdout is for the one object
@@ -196,12 +199,24 @@ def _own_gateway(options: argparse.Namespace, vllm_flags: list[str]) -> OwnGatew
     if config.price is not None or config.gate == "random":
         fixed = "the random gate needs no price" if config.price is None else "the price is fixed by --price"
         raise NothingToLearn(f"{fixed}: there is nothing to find")
+    if config.gate in (None, LEARNED) and _has_prices(config.router):
+        raise NothingToLearn(
+            f"the prices of {config.router} were measured in training: there is nothing to find; "
+            "`wheels evaluate --gateway` shows what they realise"
+        )
     shared = sorted(set(VLLM_SHARED) & read_flags(vllm_flags).keys())
     if shared:
         raise ConfigError(f"leave out --{shared[0]}: only `wheels calibrate` calls this gateway")
     kept = {name: value for name, value in settings.items() if name not in SHARED}
     kept["vllm"] = _without_shared(checked(settings, []).vllm)
     return OwnGateway(kept, vllm_flags, config.cache / "prices", getattr(options, "timeout", START_SECONDS))
+
+
+def _has_prices(router: Path | None) -> bool:
+    """Whether a router in a directory has prices for its gate; False for a name on the hub."""
+    if router is None or not router.is_dir() or not any(router.iterdir()):
+        return False
+    return LEARNED in RouterCheckpoint.load(router).config.calibration
 
 
 def _without_shared(settings: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from router.errors import UnusableInput
 from router.gate_names import GATE_NAMES, UNTRAINED_GATE, GateName
 from router.ledger import LedgerConfig, Limit, MemoryLedgerConfig
 from router.money import PriceList, TokenPrices
+from router.problems import meant, problem
 from server.sources import TEACHER
 from server.teacher_settings import Setting, TeacherSettings, check_names, words
 from server.vllm_flags import read_flags, setting_name
@@ -41,6 +42,12 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", re.ASCII)
 
 class ConfigError(UnusableInput):
     """The configuration cannot be used; the message is one line for the operator."""
+
+
+class UsageError(ConfigError):
+    """A word of the command line is unknown."""
+
+    exit_status = 2
 
 
 def _directory(value: Any) -> Path:
@@ -189,7 +196,7 @@ class ServeConfig(BaseModel):
     )
     span_tokens: PositiveInt | None = Field(
         None,
-        description="longest span, and initial credit of a fraction, in tokens; default: the router's, or 4",
+        description="initial credit of a fraction, in tokens; default: the router's, or 4",
     )
     ask_tokens: PositiveInt | None = Field(
         None, description="tokens that a teacher call asks for; default: the router's, or 1"
@@ -235,7 +242,8 @@ class ServeConfig(BaseModel):
         1000, description="size at which a gateway stops recording, in megabytes"
     )
     cache: Path = Field(
-        Path.home() / ".cache" / "training-wheels", description="directory for students merged with a router"
+        Path.home() / ".cache" / "training-wheels",
+        description="directory for copies of the student with its router, and for learned prices",
     )
     vllm: Annotated[dict[str, Any], BeforeValidator(_vllm_settings)] = Field(
         default_factory=dict, description="vLLM settings for the student, by flag name"
@@ -363,7 +371,20 @@ def load(argv: list[str]) -> ServeConfig:
         allow_abbrev=False,
     )
     add_settings(parser)
-    return checked(read_settings(vars(parser.parse_args(words))), vllm_flags)
+    return checked(read_settings(vars(parse(parser, words))), vllm_flags)
+
+
+def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+    """The parsed words. Raises UsageError for an unknown one, because many are flags of vLLM's server."""
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        word = unknown[0]
+        flags = [f"--{name.replace('_', '-')}" for name in ServeConfig.model_fields]
+        raise UsageError(
+            f"unknown argument {word}{meant(word, flags)}; the models are --student and --teacher, and flags "
+            "of vLLM's own server come after --"
+        )
+    return options
 
 
 def add_settings(parser: argparse._ActionsContainer) -> None:
@@ -422,16 +443,10 @@ def _merged(settings: Any, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _problem(entry: Any) -> str:
-    if not entry["loc"]:  # the error is about several settings
-        return str(entry["msg"].removeprefix("Value error, "))
-    name = entry["loc"][0]
-    # A part in parentheses is a kind of value, not a part of the setting's name.
-    path = ".".join(str(part) for part in entry["loc"] if not str(part).startswith("("))
     if entry["type"] == "missing" and len(entry["loc"]) == 1:
+        name = str(entry["loc"][0])
         return f"{name} is required (--{name.replace('_', '-')})"
-    if entry["type"] == "extra_forbidden":
-        return f"unknown setting {path}"
-    return f"{path}: {entry['msg'].removeprefix('Value error, ')}"
+    return problem(entry, known=ServeConfig.model_fields)
 
 
 class _YamlLoader(yaml.SafeLoader):

@@ -32,6 +32,9 @@ def several(value: Any) -> Any:
         value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     )
     values = [entry.strip() if isinstance(entry, str) else entry for entry in values]
+    for entry in values:
+        if isinstance(entry, str) and "://" not in entry:
+            raise ValueError(f"{entry!r} is no URL; expected one like http://{entry}")
     if len(set(map(str, values))) < len(values):
         raise ValueError("a value is given twice")
     return values

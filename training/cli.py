@@ -37,9 +37,21 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def find_recipe(name: str) -> Path:
-    """The path of a recipe, given as a path or as the name of a recipe that ships with the project."""
+    """The path of a recipe, given as a path or as the name of a recipe that ships with the project.
+
+    Raises:
+        RecipeError: there is none.
+    """
     shipped = RECIPES / f"{name}.yaml"
-    return shipped if shipped.exists() else Path(name)
+    path = shipped if shipped.exists() else Path(name)
+    if not path.exists():
+        raise RecipeError(f"no recipe {name}: expected a YAML file, or one of {shipped_recipes()}")
+    return path
+
+
+def shipped_recipes() -> str:
+    """Names of the recipes that ship with the project, separated by commas."""
+    return ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
 
 
 def training_parser() -> argparse.ArgumentParser:
@@ -48,11 +60,11 @@ def training_parser() -> argparse.ArgumentParser:
         "wheels train",
         description="Train a pair from a recipe. Repeat the command to resume an interrupted run.",
     )
-    shipped = ", ".join(recipe.stem for recipe in RECIPES.glob("*.yaml"))
-    parser.add_argument("recipe", help=f"a YAML file, or one of: {shipped}")
+    parser.add_argument("recipe", help=f"a YAML file, or one of: {shipped_recipes()}")
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="key=value",
         help="override a field of the recipe, e.g. teacher.schedule.steps=100",
     )
@@ -137,8 +149,7 @@ def evaluation_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--recipe",
-        default="demo",
-        help="the recipe that sets the task and the longest completion (default: demo)",
+        help="the recipe that sets the task and the longest completion (default for a PAIR: demo)",
     )
     parser.add_argument(
         "--examples", type=positive, default=1000, help="number of test examples (default: %(default)s)"
@@ -176,7 +187,7 @@ def _add_gateway_options(parser: argparse.ArgumentParser) -> None:
     served.add_argument("--gateway", metavar="URL", help="address of the gateway, without /v1")
     served.add_argument(
         "--budgets",
-        type=fraction,
+        type=fractions,
         nargs="+",
         help=f"budgets to measure; 0 and 1 are always added (default: {' '.join(map(str, BUDGETS))})",
     )
@@ -215,13 +226,21 @@ def evaluate(argv: list[str]) -> int:
             pairs.append(Path(argument))
     if len(pairs) > 1 or (not pairs and args.gateway is None):
         raise RecipeError("expected one PAIR, or --gateway URL")
+    for pair in pairs:
+        if not pair.is_dir():
+            raise RecipeError(f"no such directory: {pair}")
     check_options(args, bool(pairs))
-    recipe = load_recipe(find_recipe(args.recipe), overrides)
+    if not pairs and args.recipe is None:
+        raise RecipeError("--gateway URL needs --recipe, which sets the task: demo is the demo pair's")
+    name = args.recipe or "demo"
+    recipe = load_recipe(find_recipe(name), overrides)
     others = directories("--router", args.router, METHODS)
     earlier = earlier_reports(args.against, {*METHODS, *others} if pairs else {GATEWAY})
     task = task_of(recipe)
     torch.set_num_threads(recipe.threads)
     examples = task.test()[: args.examples]
+    if args.recipe is None:
+        print(f"{len(examples):,} test examples of the recipe {name}; --recipe names another")
     span_tokens = args.span_tokens or 0
     reports = []
     for pair in pairs:
@@ -230,7 +249,7 @@ def evaluate(argv: list[str]) -> int:
     if args.gateway is not None:
         at_once = args.concurrency or RunningGateway.concurrency
         gateway = RunningGateway(args.gateway, recipe.max_tokens, at_once)
-        measured = measure(gateway, task, examples, args.budgets or BUDGETS, span_tokens)
+        measured = measure(gateway, task, examples, sum(args.budgets or [BUDGETS], ()), span_tokens)
         reports.append(gateway_report(measured))
     report = reports[0] if len(reports) == 1 else joined(*reports)
     for name, other in earlier.items():
@@ -271,12 +290,15 @@ def curve_spans(args: argparse.Namespace) -> Sequence[int] | None:
     return SPANS if args.spans is None else args.spans
 
 
-def fraction(text: str) -> float:
-    """The number of an argument in [0, 1]. Raises ValueError, which argparse reports."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ValueError(text)
-    return value
+def fractions(text: str) -> tuple[float, ...]:
+    """The numbers of an argument, separated by commas, each in [0, 1]."""
+    try:
+        values = tuple(map(float, text.split(",")))
+    except ValueError:
+        values = (-1.0,)
+    if not all(0 <= value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r}: a budget is a number from 0 to 1")
+    return values
 
 
 def positive(text: str) -> int:

@@ -15,7 +15,7 @@ from pydantic import (
 
 from router.budget import TeacherName
 from router.errors import UnusableInput
-from router.problems import problems
+from router.problems import field_names, problems
 from training.gate_config import (
     DifferenceObjective,
     GateConfig,
@@ -241,7 +241,8 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(f"{path}: {problems(error)}") from error
+        where = f"{path} with the overrides" if overrides else path
+        raise RecipeError(f"{where}: {problems(error, data, field_names(Recipe))}") from error
 
 
 def _override(data: dict[str, Any], override: str) -> None:

@@ -181,7 +181,7 @@ class GateConfig(Frozen):
     """The gate for the frozen pair, and its calibration."""
 
     span_tokens: PositiveInt
-    """Longest span in tokens, which is also the initial credit of a fraction."""
+    """Initial credit of a fraction, in tokens."""
     ask_tokens: PositiveInt
     """Number of tokens in one teacher call; at most `span_tokens`."""
     width: PositiveInt = 64

@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
+from router.address import base_url
 from training.method_config import MethodConfig, RolloutConfig, Schedule, TrainingPlan
 from training.settings import Frozen
 
@@ -147,7 +148,7 @@ class ServedConfig(Frozen):
     @property
     def known_as(self) -> str:
         """Name under which the cache keeps the teacher's answers: its URL."""
-        return self.url.rstrip("/")
+        return base_url(self.url)
 
 
 class CheaperReadyConfig(Frozen):
@@ -170,13 +171,13 @@ def _kind(value: Any) -> str | None:
     keys = value.keys() if isinstance(value, dict) else value.__dict__.keys()
     for kind in ("shape", "pretrained", "prune", "url"):
         if kind in keys:
-            return kind
+            return f"({kind})"
     return None
 
 
-Scratch = Annotated[ScratchConfig, Tag("shape")]
-Pretrained = Annotated[PretrainedConfig, Tag("pretrained")]
-Pruned = Annotated[PrunedConfig, Tag("prune")]
+Scratch = Annotated[ScratchConfig, Tag("(shape)")]
+Pretrained = Annotated[PretrainedConfig, Tag("(pretrained)")]
+Pruned = Annotated[PrunedConfig, Tag("(prune)")]
 WHICH = Discriminator(
     _kind,
     custom_error_type="model",
@@ -184,9 +185,9 @@ WHICH = Discriminator(
 )
 ModelConfig = ScratchConfig | PretrainedConfig | PrunedConfig
 StudentConfig = Annotated[Scratch | Pretrained | Pruned, WHICH]
-TeacherConfig = Annotated[Scratch | Pretrained | Annotated[ServedConfig, Tag("url")], WHICH]
+TeacherConfig = Annotated[Scratch | Pretrained | Annotated[ServedConfig, Tag("(url)")], WHICH]
 CheaperConfig = Annotated[
-    Annotated[CheaperReadyConfig, Tag("pretrained")] | Annotated[CheaperServedConfig, Tag("url")],
+    Annotated[CheaperReadyConfig, Tag("(pretrained)")] | Annotated[CheaperServedConfig, Tag("(url)")],
     Discriminator(
         _kind, custom_error_type="model", custom_error_message="a cheaper teacher has pretrained or url"
     ),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from router.address import base_url
 from router.errors import PeerError
 from router.vocabulary import OTHER_SPLIT, questions
 from training.batches import Batch
@@ -75,7 +76,7 @@ class VLLMServer:
         self, role: str, url: str, model: str | None, client: httpx.Client | None = None, timeout: float = 300
     ) -> None:
         self._role = role
-        self.url = url.rstrip("/")
+        self.url = base_url(url)
         self._client = client or httpx.Client(timeout=timeout)
         self.model = model or self._only_model()
 

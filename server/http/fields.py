@@ -7,6 +7,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from router.budget import Budget
 from router.errors import BadRequest
+from router.problems import problem
 from server.exchange import EXCHANGE, NO_PRICES, Exchange
 from server.http.access import owner_of
 from server.http.asgi import App, Message, Receive, Send, route_path
@@ -188,13 +189,12 @@ def _session(name: str, value: Any) -> SessionBudget | None:
 
 
 def _explain(name: str, value: Any, error: ValidationError, expected: str, *, unlike: bool) -> str:
-    problems = []
+    found = []
     for entry in error.errors():
-        path = ".".join([name, *map(str, entry["loc"])])
-        problems.append(f"{path}: {entry['msg'].removeprefix('Value error, ')}")
+        found.append(problem(entry | {"loc": (name, *entry["loc"])}))
     if unlike:
-        problems = [f"{name}: not {json.dumps(value)[:80]}"]
-    return f"{'; '.join(problems)}; {expected}"
+        found = [f"{name}: not {json.dumps(value)[:80]}"]
+    return f"{'; '.join(found)}; {expected}"
 
 
 async def _read(receive: Receive) -> bytes | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from router.address import base_url
 from server.completion import Piece
 from server.metrics import BREAKER_OPEN, TEACHER_CALL_SECONDS, TEACHER_CALLS
 from server.teacher.adapters import Adapters
@@ -100,7 +101,7 @@ class Teacher:
         Raises:
             TeacherError: the URL has a password, and there is an API key too.
         """
-        self._connection = Connection(url, api_key=api_key, connect_timeout=timeout)
+        self._connection = Connection(base_url(url), api_key=api_key, connect_timeout=timeout)
         self.model = model
         self.adapters = Adapters()
         self.max_model_len: int | None = None

@@ -38,7 +38,7 @@ def configuration() -> str:
         "",
         GENERATED,
         "",
-        "Every setting of `wheels serve`. You can set each one with a flag (`--teacher-timeout 5`),",
+        "Every setting of `wheels serve`. You can set all but `vllm` with a flag (`--teacher-timeout 5`),",
         "an environment variable (`WHEELS_TEACHER_TIMEOUT=5`), or a line of the YAML file that `--config`",
         "names. Flags override variables, and variables override the file. An unknown name or a wrong value",
         "stops the start with an error that names it. Put flags of the student's vLLM server after `--`,",

@@ -17,7 +17,9 @@ def test_a_gateway_gives_the_results_of_the_pair_in_process(
 ):
     asked = ["--gateway", stack.gateway, "--budgets", *map(str, BUDGETS), "--spans"]
     assert evaluate([str(DEMO), *asked, "--examples", str(EXAMPLES), "--json"]) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == f"{EXAMPLES} test examples of the recipe demo; --recipe names another"
+    report = json.loads(shown[-1])
     served = {row["budget"]: row for row in report["budgets"]["gateway"]}
     computed = {row["budget"]: row for row in report["budgets"]["learned"]}
     print(json.dumps({b: [served[b], computed[b]] for b in BUDGETS}, indent=1))
@@ -34,14 +36,18 @@ def test_a_gateway_gives_the_results_of_the_pair_in_process(
 
 
 def test_a_gateway_needs_no_checkpoints(stack: Serving, capsys: pytest.CaptureFixture[str], tmp_path):
-    asked = ["--gateway", stack.gateway, "--budgets", "0.2", "--span-tokens", "4", "--out", str(tmp_path)]
-    assert evaluate([*asked, "--examples", "10"]) == 0
+    asked = ["--recipe", "demo", "--gateway", f"{stack.gateway}/v1", "--span-tokens", "4", "--examples", "10"]
+    assert evaluate([*asked, "--budgets", "0.2", "--out", str(tmp_path)]) == 0
     assert "degraded" in capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["curves"].keys() == {"gateway"}
     assert {"quality.png", "calibration.png", "where.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert evaluate([*asked, "--budgets", "0.1,0.3", "--against", f"before={tmp_path}", "--json"]) == 0
+    both = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert both["budgets"]["before"] == report["budgets"]["gateway"]
+    assert [row["budget"] for row in both["budgets"]["gateway"]] == [0.0, 0.1, 0.3, 1.0]
 
 
 def test_a_server_that_is_not_a_gateway_is_named(stack: Serving, capsys: pytest.CaptureFixture[str]):
-    assert evaluate(["--gateway", stack.teacher, "--examples", "1"]) == 2
+    assert evaluate(["--recipe", "demo", "--gateway", stack.teacher, "--examples", "1"]) == 2
     assert capsys.readouterr().err.startswith(f"wheels evaluate: the gateway at {stack.teacher}: ")

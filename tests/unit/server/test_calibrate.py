@@ -92,6 +92,10 @@ def test_ctrl_c_shows_the_known_prices_and_leaves_the_gateway_running(
         ([], "student is required (--student)"),
         (["SETTINGS", "--price", "2"], "the price is fixed by --price: there is nothing to find"),
         (["SETTINGS", "--gate", "random"], "the random gate needs no price: there is nothing to find"),
+        (
+            ["SETTINGS", "--router", "deploy/demo/router"],
+            "the prices of deploy/demo/router were measured in training: there is nothing to find",
+        ),
         (["SETTINGS", "--", "--api-key", "k"], "leave out --api-key: only `wheels calibrate` calls"),
     ],
 )
@@ -103,6 +107,11 @@ def test_an_impossible_calibration_is_reported_in_one_line(
     told = capsys.readouterr().err
     assert problem in told
     assert len(told.splitlines()) == 1
+
+
+def test_an_unknown_argument_is_a_usage_error(prompts: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert wheels.main(["calibrate", prompts, "--max-model-len", "9"]) == 2
+    assert "wheels calibrate: unknown argument --max-model-len;" in capsys.readouterr().err
 
 
 def test_a_timeout_of_zero_waits_no_time(

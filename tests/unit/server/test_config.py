@@ -117,7 +117,7 @@ def test_a_budget_can_be_text(needed, environment, text, budget):
         ("a lot", "default_budget: neither a fraction nor JSON: 'a lot'"),
         ('{"tokens": ', "default_budget: neither a fraction nor JSON"),
         ('{"tokens": 1.5}', "default_budget.tokens: Input should be a valid integer"),
-        ('{"dollars": 3}', "unknown setting default_budget.dollars"),
+        ('{"dollars": 3}', "default_budget.dollars: unknown field"),
         ("{}", "default_budget: set at least one of fraction, tokens, calls"),
         ("null", "default_budget: Input should be a valid dictionary"),
         ("true", "default_budget: Input should be a valid dictionary"),
@@ -157,7 +157,7 @@ def test_names_of_models_have_budgets(needed, environment, write, how):
         ('{"a": 0, "b": 0, "a": 0.5}', "models: two entries named 'a'"),
         ('{"a": 2}', "models.a.fraction: Input should be less than or equal to 1"),
         ('{"a": null}', "models.a: Input should be a valid dictionary"),
-        ('{"a": {"dollars": 1}}', "unknown setting models.a.dollars"),
+        ('{"a": {"dollars": 1}}', "models.a.dollars: unknown field"),
         ('["a"]', "models: Input should be a valid dictionary"),
         ("a", "models: not JSON: 'a'"),
     ],
@@ -184,20 +184,31 @@ def test_a_mapping_that_another_one_extends_is_no_duplicate(needed, write):
 
 
 def test_an_unknown_key_in_the_file_is_named(needed, write):
-    assert refusal([*needed, *write({"prot": 9000})]) == "unknown setting prot"
+    assert refusal([*needed, *write({"prot": 9000})]) == "prot: unknown field (did you mean port?)"
 
 
 def test_an_unknown_variable_is_named(needed, environment):
     environment.setenv("WHEELS_PROT", "9000")
-    assert refusal(needed) == "unknown setting prot"
+    assert refusal(needed) == "prot: unknown field (did you mean port?)"
 
 
-@pytest.mark.parametrize("flag", ["--prot", "--por", "--vllm"])
-def test_an_unknown_flag_is_named(needed, capsys, flag):
-    with pytest.raises(SystemExit) as end:
-        load([*needed, flag, "9000"])
-    assert end.value.code == 2
-    assert f"unrecognized arguments: {flag} 9000" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--prot", "9000"], "--prot (did you mean --port?);"),
+        (["--por", "9000"], "--por (did you mean --port?);"),
+        (["--vllm", "9000"], "--vllm"),
+        (["org/Small"], "org/Small; the models are --student and --teacher,"),
+        (
+            ["--max-model-len", "9000"],
+            "--max-model-len; the models are --student and --teacher, and flags of vLLM",
+        ),
+    ],
+)
+def test_an_unknown_word_is_named(needed, words, named):
+    told = refusal([*needed, *words])
+    assert told.startswith(f"unknown argument {named}")
+    assert told.endswith("flags of vLLM's own server come after --")
 
 
 def test_every_problem_is_named_at_once(needed):

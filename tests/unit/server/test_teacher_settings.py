@@ -46,11 +46,11 @@ def test_named_teachers_can_be_in_a_file_and_in_a_variable(needed, write, enviro
         ({}, "teacher: Dictionary should have at least 1 item"),
         ({"student": "http://a"}, "teacher: a teacher cannot be named 'student'"),
         ({"a b": "http://a"}, "teacher.a b"),
-        ({"a": "b:1"}, "teacher.a.url.0: URL"),
+        ({"a": "b:1"}, "teacher.a.url: 'b:1' is no URL; expected one like http://b:1"),
         ({"a": {"url": "http://a", "tool": "http://b"}}, "teacher.a: set either url or tool"),
         ({"a": {"model": "x"}}, "teacher.a: set either url or tool"),
         ({"a": {"tool": "http://a", "model": "x"}}, "teacher.a: a tool cannot have a model or a vocabulary"),
-        ({"a": {"url": "http://a", "port": 1}}, "unknown setting teacher.a.port"),
+        ({"a": {"url": "http://a", "port": 1}}, "teacher.a.port: unknown field (did you mean port?)"),
         ({str(n): "http://a" for n in range(9)}, "teacher: at most 8 teachers can be models, but 9 are"),
     ],
 )

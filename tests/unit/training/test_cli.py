@@ -25,9 +25,28 @@ from wheels import main
             ["evaluate", "deploy/demo", "--router", "a=x", "--router", "a=y"],
             "a is already the name of a method",
         ),
-        (["evaluate", "/no/where"], "no router checkpoint in /no/where/router"),
+        (
+            ["train", "synopses", "student.shedule.steps=1"],
+            r"student.shedule: unknown field \(did you mean sch",
+        ),
+        (
+            ["train", "hf-pair", "student.method={type: kd, temprature: 2}"],
+            "overrides: student.method.temprature",
+        ),
+        (["train", "demo", "router.width=x"], "the overrides: router.width: Input should be a valid integer"),
+        (["train", "demos"], "no recipe demos: expected a YAML file, or one of demo, hf-pair, multi30k,"),
+        (
+            ["evaluate", "--recipe", "demos", "deploy/demo"],
+            "no recipe demos: expected a YAML file, or one of",
+        ),
+        (
+            ["evaluate", "--gateway", "http://127.0.0.1:9"],
+            "--gateway URL needs --recipe, which sets the task",
+        ),
+        (["evaluate", "/no/where"], "no such directory: /no/where"),
+        (["evaluate", "deploy"], "no router checkpoint in deploy/router"),
         (["evaluate"], "expected one PAIR, or --gateway URL"),
-        (["evaluate", "--gateway", ""], "the gateway at : Connection error"),
+        (["evaluate", "--recipe", "demo", "--gateway", ""], "the gateway at : Connection error"),
         (["evaluate", "--gateway", "http://127.0.0.1:9", "--no-curves"], "--no-curves needs a PAIR"),
         (["evaluate", "--gateway", "http://127.0.0.1:9", "--router", "a=x"], "--router needs a PAIR"),
         (["evaluate", "--gateway", "http://127.0.0.1:9", "--spans"], "--spans needs a PAIR"),
@@ -36,11 +55,11 @@ from wheels import main
         (["evaluate", "deploy/demo", "--span-tokens", "4"], "--span-tokens needs --gateway URL"),
         (["evaluate", "deploy/demo", "--against", "a=x"], "--against needs --gateway URL"),
         (
-            ["evaluate", "--gateway", "http://127.0.0.1:9", "--against", "a"],
+            ["evaluate", "--recipe", "demo", "--gateway", "http://127.0.0.1:9", "--against", "a"],
             "--against 'a': expected NAME=DIR",
         ),
         (
-            ["evaluate", "--gateway", "http://127.0.0.1:9", "--against", "gateway=x"],
+            ["evaluate", "--recipe", "demo", "--gateway", "http://127.0.0.1:9", "--against", "gateway=x"],
             "gateway is already the name of a method",
         ),
         (
@@ -48,7 +67,15 @@ from wheels import main
             "entropy is already the name of a method",
         ),
         (
-            ["evaluate", "--gateway", "http://127.0.0.1:9", "--against", "before=/no/where"],
+            [
+                "evaluate",
+                "--recipe",
+                "demo",
+                "--gateway",
+                "http://127.0.0.1:9",
+                "--against",
+                "before=/no/where",
+            ],
             "/no/where/report.json: not a report of",
         ),
         (
@@ -57,7 +84,7 @@ from wheels import main
         ),
         (["evaluate", "a", "b", "--gateway", "http://127.0.0.1:9"], "expected one PAIR"),
         (
-            ["evaluate", "--gateway", "http://127.0.0.1:9"],
+            ["evaluate", "--recipe", "demo", "--gateway", "http://127.0.0.1:9/v1"],
             "the gateway at http://127.0.0.1:9: Connection error",
         ),
     ],

@@ -171,9 +171,9 @@ def test_a_dry_run_knows_the_student_before_its_teacher_is_trained(recipe, tmp_p
     ("overrides", "problem"),
     [
         (["student.prune.layers=5"], "student.prune.layers 5: the teacher has 4 layers"),
-        (["student.prune.layers=0"], "student.prune.prune.layers: Input should be greater than 0"),
+        (["student.prune.layers=0"], "student.prune.layers: Input should be greater than 0"),
         (["teacher={url: 'http://127.0.0.1:9'}"], "student.prune: the layers of a teacher behind a URL"),
-        (["student={prune: {layers: 2}}"], "student.prune.method: Field required"),
+        (["student={prune: {layers: 2}}"], "student.method: Field required"),
         (["--stage", "student"], "no teacher in"),
         (["--stage", "student", f"student={SUPERVISED}"], "no teacher in"),
     ],
