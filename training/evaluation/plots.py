@@ -48,12 +48,13 @@ def _plot_quality(report: QualityReport, file: Path) -> None:
     curves = report.curves if measured else report.budgets  # a gateway's rows are in both
     names = [name for name in curves if "@" not in name]  # the router's own calls
     others = [name for name in names if name not in SHOWN]
+    main = LEARNED if LEARNED in names else GATEWAY
     colours = iter(pyplot.colormaps["tab20"](range(20)))
-    for name in dict.fromkeys((LEARNED, *others, *SHOWN)):
+    for name in dict.fromkeys((main, *others, *SHOWN)):
         if name not in names:
             continue
         rows = curves[name]
-        style = {"linestyle": "--"} if "oracle" in name else {"linewidth": 2.5 if name == LEARNED else 1.5}
+        style = {"linestyle": "--"} if "oracle" in name else {"linewidth": 2.5 if name == main else 1.5}
         axes.plot(
             [100 * rate for rate in column(rows, "rate")],
             column(rows, "quality"),
