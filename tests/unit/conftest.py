@@ -42,10 +42,12 @@ def _one_clock(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _ctrl_c_arrives() -> None:
-    """Let SIGINT arrive even if a shell started the tests in the background, where processes ignore it."""
+def _signals_arrive() -> None:
+    """Let SIGINT and SIGHUP arrive even if a shell in the background, or nohup, started the tests."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
