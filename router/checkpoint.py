@@ -335,6 +335,11 @@ def new_gate(reserved: ReservedRows, width: int, costs: Sequence[float] = ()) ->
     return TeachersGate(reserved, width, costs) if costs else LearnedGate(reserved, width)
 
 
+def is_awaited(directory: Path) -> bool:
+    """Whether the router of a directory is still to come: the directory is empty."""
+    return not any(directory.iterdir())
+
+
 def fingerprint(model: Path, reserved_start: int) -> str:
     """Identity of a model's weights: hex SHA-256 over name, shape, type and first 4 KiB of every tensor.
 

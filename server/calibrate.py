@@ -25,7 +25,6 @@ from measuring.gateway import GatewayClient, GatewayError
 from measuring.pair import GATEWAY, HOST, free_port
 from measuring.processes import Service, exit_at_signals, running
 from measuring.prompts import load_prompts
-from router.checkpoint import RouterCheckpoint
 from router.gate_names import LEARNED
 from server.config import (
     ENVIRONMENT_PREFIX,
@@ -34,6 +33,7 @@ from server.config import (
     ServeConfig,
     add_settings,
     checked,
+    flag_of,
     parse,
     read_settings,
 )
@@ -113,9 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="JSON lines with source, prompt or messages; or a text file with a prompt on each line",
     )
-    parser.add_argument(
-        "--gateway", metavar="URL", help="a running gateway, without /v1 (key: OPENAI_API_KEY)"
-    )
+    parser.add_argument("--gateway", metavar="URL", help="a running gateway (key: OPENAI_API_KEY)")
     parser.add_argument(
         "--rates",
         type=_rates,
@@ -191,7 +189,7 @@ def _own_gateway(options: argparse.Namespace, vllm_flags: list[str]) -> OwnGatew
     names = {"config", "timeout", *ServeConfig.model_fields} & vars(options).keys()
     if options.gateway is not None:
         if names or vllm_flags:
-            named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names)) or "what follows --"
+            named = ", ".join(map(flag_of, sorted(names))) or "what follows --"
             raise ConfigError(f"leave out {named}: the gateway at {options.gateway} has its own settings")
         return None
     settings = read_settings({name: getattr(options, name) for name in names - {"timeout"}})
@@ -214,7 +212,9 @@ def _own_gateway(options: argparse.Namespace, vllm_flags: list[str]) -> OwnGatew
 
 def _has_prices(router: Path | None) -> bool:
     """Whether a router in a directory has prices for its gate; False for a name on the hub."""
-    if router is None or not router.is_dir() or not any(router.iterdir()):
+    from router.checkpoint import RouterCheckpoint, is_awaited  # not at the top: it imports torch
+
+    if router is None or not router.is_dir() or is_awaited(router):
         return False
     return LEARNED in RouterCheckpoint.load(router).config.calibration
 

@@ -379,7 +379,7 @@ def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespa
     options, unknown = parser.parse_known_args(words)
     if unknown:
         word = unknown[0]
-        flags = [f"--{name.replace('_', '-')}" for name in ServeConfig.model_fields]
+        flags = [flag_of(name) for name in ServeConfig.model_fields if name != "vllm"]
         raise UsageError(
             f"unknown argument {word}{meant(word, flags)}; the models are --student and --teacher, and flags "
             "of vLLM's own server come after --"
@@ -393,8 +393,14 @@ def add_settings(parser: argparse._ActionsContainer) -> None:
     for name, field in ServeConfig.model_fields.items():
         if name != "vllm":
             action = "append" if name == "teacher" else "store"
-            flag = f"--{name.replace('_', '-')}"
-            parser.add_argument(flag, action=action, help=(field.description or "") + _default(field))
+            parser.add_argument(
+                flag_of(name), action=action, help=(field.description or "") + _default(field)
+            )
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _default(field: FieldInfo) -> str:
@@ -445,7 +451,7 @@ def _merged(settings: Any, flags: dict[str, Any]) -> dict[str, Any]:
 def _problem(entry: Any) -> str:
     if entry["type"] == "missing" and len(entry["loc"]) == 1:
         name = str(entry["loc"][0])
-        return f"{name} is required (--{name.replace('_', '-')})"
+        return f"{name} is required ({flag_of(name)})"
     return problem(entry, known=ServeConfig.model_fields)
 
 

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from router.adaptive import AdaptiveCalibration
-from router.checkpoint import MERGED_ROUTER, CheckpointError, RouterCheckpoint, fingerprint, vocabulary
+from router.checkpoint import (
+    MERGED_ROUTER,
+    CheckpointError,
+    RouterCheckpoint,
+    fingerprint,
+    is_awaited,
+    vocabulary,
+)
 from router.gate_names import LEARNED, UNTRAINED_GATE
 from router.policy import Calibration, GateOutput, Policy
 from router.reserved import ReservedRows, visible_rows
@@ -190,7 +197,7 @@ class _Merged(NamedTuple):
 def _merged(config: ServeConfig) -> _Merged:
     """Merge the router, if there is one, into a student that the engine loads."""
     merged_router = config.student / MERGED_ROUTER
-    if config.router is None or _is_awaited(config.router):
+    if config.router is None or is_awaited(config.router):
         if merged_router.is_dir():
             return _Merged(RouterCheckpoint.load(merged_router), config.student)
         if config.gate == LEARNED:
@@ -206,11 +213,6 @@ def _merged(config: ServeConfig) -> _Merged:
     if not merged.is_dir():
         router.merge(config.student, merged)
     return _Merged(router, merged)
-
-
-def _is_awaited(router: Path) -> bool:
-    """Whether the router is still to come: its directory is empty."""
-    return not any(router.iterdir())
 
 
 def _with_rows(config: ServeConfig) -> Path:

@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Collection, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,7 +20,6 @@ from training.evaluation.report import (
     GATEWAY,
     METHODS,
     QualityReport,
-    compared,
     gateway_report,
     joined,
     table,
@@ -184,7 +184,7 @@ def _add_gateway_options(parser: argparse.ArgumentParser) -> None:
     served = parser.add_argument_group(
         "to measure a running gateway, with or without a PAIR (API key: OPENAI_API_KEY)"
     )
-    served.add_argument("--gateway", metavar="URL", help="address of the gateway, without /v1")
+    served.add_argument("--gateway", metavar="URL", help="address of the gateway")
     served.add_argument(
         "--budgets",
         type=fractions,
@@ -249,11 +249,15 @@ def evaluate(argv: list[str]) -> int:
     if args.gateway is not None:
         at_once = args.concurrency or RunningGateway.concurrency
         gateway = RunningGateway(args.gateway, recipe.max_tokens, at_once)
-        measured = measure(gateway, task, examples, sum(args.budgets or [BUDGETS], ()), span_tokens)
+        measured = measure(
+            gateway, task, examples, list(chain.from_iterable(args.budgets or [BUDGETS])), span_tokens
+        )
         reports.append(gateway_report(measured))
-    report = reports[0] if len(reports) == 1 else joined(*reports)
+    report = reports[0]
+    for gateway_alone in reports[1:]:
+        report = joined(report, gateway_alone)
     for name, other in earlier.items():
-        report = compared(report, name, other)
+        report = joined(report, other, name)
     print(table(report))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -94,18 +94,8 @@ def gateway_report(measured: MeasuredGateway) -> QualityReport:
     )
 
 
-def joined(report: QualityReport, gateway: QualityReport) -> QualityReport:
-    """The report of a pair in process, with the gateway's rows added."""
-    return replace(
-        report,
-        curves=report.curves | gateway.curves,
-        area=report.area | gateway.area,
-        budgets=report.budgets | gateway.budgets,
-    )
-
-
-def compared(report: QualityReport, name: str, other: QualityReport) -> QualityReport:
-    """The report with the rows of another report's gateway, under this name."""
+def joined(report: QualityReport, other: QualityReport, name: str = GATEWAY) -> QualityReport:
+    """The report, with the rows of the other report's gateway added under this name."""
     return replace(
         report,
         curves=report.curves | {name: other.curves[GATEWAY]},

@@ -9,6 +9,7 @@ from functools import partial
 from openai import OpenAI, OpenAIError
 
 from measuring.chats import Source, messages_of
+from router.address import base_url
 from router.errors import PeerError
 
 QUESTION = (
@@ -43,7 +44,7 @@ class ServedJudge:
         Raises:
             JudgeError: the judge cannot be reached, or a reply is not a rating.
         """
-        with OpenAI(base_url=f"{self.url.rstrip('/')}/v1", api_key=self.api_key) as client:
+        with OpenAI(base_url=f"{base_url(self.url)}/v1", api_key=self.api_key) as client:
             try:
                 model = self.model or client.models.list().data[0].id
                 rated = partial(self._rated, client, model)

@@ -197,7 +197,7 @@ def test_an_unknown_variable_is_named(needed, environment):
     [
         (["--prot", "9000"], "--prot (did you mean --port?);"),
         (["--por", "9000"], "--por (did you mean --port?);"),
-        (["--vllm", "9000"], "--vllm"),
+        (["--vllm", "9000"], "--vllm; the models are"),
         (["org/Small"], "org/Small; the models are --student and --teacher,"),
         (
             ["--max-model-len", "9000"],

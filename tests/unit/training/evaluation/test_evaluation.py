@@ -23,7 +23,6 @@ from training.evaluation.report import (
     QualityReport,
     area,
     at_rate,
-    compared,
     gateway_report,
     joined,
     table,
@@ -124,7 +123,7 @@ def test_a_gateway_is_compared_with_an_earlier_measurement(tmp_path):
     earlier = gateway_report(measure(ScriptedGateway(), make_task("numbers"), EXAMPLES, (0.1,), 1))
     (tmp_path / "report.json").write_text(earlier.to_json())
     now = gateway_report(measure(ScriptedGateway(), make_task("numbers"), EXAMPLES, (0.2,), 1))
-    both = compared(now, "entropy", QualityReport.read(tmp_path))
+    both = joined(now, QualityReport.read(tmp_path), "entropy")
     assert both.budgets == {"gateway": now.budgets["gateway"], "entropy": earlier.budgets["gateway"]}
     assert both.area == {"gateway": now.area["gateway"], "entropy": earlier.area["gateway"]}
     text = table(both)
