@@ -91,13 +91,13 @@ def test_no_interleaving_exceeds_the_bound_or_leaks_tokens(
 
 @contextmanager
 def gateways(url: str, count: int, directory: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Worker processes; their output goes to DIRECTORY/0, 1, …"""
+    """Worker processes that wait for the end of their input; their output goes to DIRECTORY/0, 1, …"""
     processes = []
     try:
         for i in range(count):
             with (directory / str(i)).open("wb") as output:
                 command = [sys.executable, "-m", worker.__name__, url, str(i)]
-                processes.append(subprocess.Popen(command, stdout=output, cwd=ROOT))
+                processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, cwd=ROOT))
         yield processes
     finally:
         for process in processes:
@@ -128,7 +128,14 @@ async def test_four_gateways_stay_within_the_limit_though_two_are_killed(
     async def half_spent() -> bool:
         return (await everybody()).spent > limit / 2
 
+    async def all_started() -> bool:
+        return all(lines(tmp_path, i) for i in range(4))
+
     with gateways(redis_server.url, 4, tmp_path) as processes:
+        await until(all_started, 240)
+        for process in processes:
+            assert process.stdin
+            process.stdin.close()
         await until(half_spent, 240)
         for victim in processes[:2]:
             victim.send_signal(signal.SIGKILL)
