@@ -136,8 +136,8 @@ class ServeConfig(BaseModel):
         description="student checkpoint, a Hugging Face directory or hub name: OWNER/NAME[@REVISION]"
     )
     teacher: Annotated[Setting, BeforeValidator(_teacher)] = Field(
-        description="base URL of the teacher's vLLM server, without /v1; separate replicas with commas; "
-        "for several teachers, NAME=URL for each (see docs/budgets.md)"
+        description="base URL of the teacher's vLLM server, with or without /v1; separate replicas with "
+        "commas; for several teachers, NAME=URL for each (see docs/budgets.md)"
     )
     router: Checkpoint | None = Field(
         None,

@@ -49,7 +49,7 @@ class TeacherSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     url: Addresses | None = None
-    """Base URLs of the teacher's replicas, without /v1."""
+    """Base URLs of the teacher's replicas, with or without /v1."""
     tool: Addresses | None = None
     """URLs of a tool's replicas, an HTTP function that is called in place of a model at ``url``."""
     model: str | None = None

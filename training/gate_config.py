@@ -106,8 +106,8 @@ class GatewayRollouts(Frozen):
 
     type: Literal["gateway"]
     url: str | None = None
-    """Address of a running gateway, without /v1. None: the stage starts a gateway on this machine, and also
-    the teacher's server unless the teacher is behind a URL.
+    """Address of a running gateway, with or without /v1. None: the stage starts a gateway on this machine,
+    and also the teacher's server unless the teacher is behind a URL.
     """
     concurrency: PositiveInt = 16
     """Number of concurrent requests."""

@@ -181,7 +181,7 @@ class RolloutConfig(Frozen):
     """A vLLM server that writes the model's own completions; see `training.rollout_server`."""
 
     url: str
-    """Address of the vLLM server, without /v1."""
+    """Address of the vLLM server, with or without /v1."""
     directory: Path | None = None
     """Directory for passing the weights, which trainer and server can read; None: `rollouts` in the model's
     work directory.

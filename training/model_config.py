@@ -137,7 +137,7 @@ class ServedConfig(Frozen):
     method: ClassVar[None] = None
     plan: ClassVar[None] = None
     url: str
-    """Address of the vLLM server, without /v1."""
+    """Address of the vLLM server, with or without /v1."""
     model: str | None = None
     """The model's name at the server; None: the only model there."""
     top_logprobs: int = Field(default=20, ge=2)

@@ -31,7 +31,7 @@ class ServedJudge:
     """A judge behind an OpenAI-style URL, which rates each answer from 0 to 10."""
 
     url: str
-    """Base URL of the server, without /v1."""
+    """Base URL of the server, with or without /v1."""
     model: str | None = None
     """The model's name at the server; None: the first model there."""
     question: str = QUESTION
