@@ -1,7 +1,7 @@
 """The target of `gain: quality`: the expected change of the metric by one teacher token.
 
 The metric of one completion is nearly all noise: the student's state and confidence explain less than one
-percent of a token's effect on it. So a critic predicts this effect, and the gate learns the prediction. The
+percent of a token's effect on it. So critics predict this effect, and the gate learns the prediction. A
 critic also sees the teacher's distribution, which the gate never sees (an asymmetric critic: Pinto et al.
 2017, arXiv 1710.06542).
 """
@@ -14,6 +14,8 @@ from training.gating.head import Head
 from training.gating.lessons import Lessons
 
 FOLDS = 5
+CRITICS = 4
+"""Number of critics for each fold, whose predictions are averaged: one alone is noisy."""
 EPOCHS = 12
 BATCH = 2048
 WIDTH = 32
@@ -22,7 +24,7 @@ WIDTH = 32
 def expected_gain(head: Head, lessons: Lessons, seed: int, known: Tensor | None = None) -> Tensor:
     """(N,) the expectation of the lessons' target if student and teacher differ, and 0 if they agree.
 
-    Each source gets it from a critic that was fitted on other sources.
+    Each source gets it from critics that were fitted on other sources.
 
     Args:
         head: computes the gate's features.
@@ -46,7 +48,8 @@ def expected_gain(head: Head, lessons: Lessons, seed: int, known: Tensor | None 
     for held_out in fold.unique().tolist():
         inside = fold != held_out
         if inside.any():
-            found[~inside] = _fit(x[inside], target[inside], x[~inside], seed)
+            values = [_fit(x[inside], target[inside], x[~inside], CRITICS * seed + i) for i in range(CRITICS)]
+            found[~inside] = torch.stack(values).mean(0)
     result[differ] = found
     return result
 
