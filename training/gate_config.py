@@ -237,8 +237,6 @@ class GateConfig(Frozen):
         if self.ask_tokens > self.span_tokens:
             raise ValueError(f"ask_tokens {self.ask_tokens} is more than span_tokens {self.span_tokens}")
         looks_ahead = isinstance(self.gain, QualityGain)
-        if looks_ahead and not isinstance(self.objective, DifferenceObjective):
-            raise ValueError("gain quality needs objective difference")
         if looks_ahead and not isinstance(self.conditioning, PriceConditioning):
             raise ValueError("gain quality needs conditioning price")
         if looks_ahead and self.ask_tokens != 1:
@@ -278,6 +276,12 @@ class GateConfig(Frozen):
                 f"objective constrained: rounds {self.rounds} must be more than its start_rounds "
                 f"{objective.start_rounds}"
             )
+        if isinstance(self.gain, QualityGain):
+            if not in_process:
+                raise ValueError("objective constrained with gain quality needs rollouts in_process")
+            idle = sorted(objective.model_fields_set & {"prices", "temperature", "clip"})
+            if idle:
+                raise ValueError(f"gain quality does not use objective.{idle[0]}: leave it out")
         if not isinstance(self.conditioning, PriceConditioning):
             raise ValueError("objective constrained needs conditioning price")
         if "rate" in self.conditioning.model_fields_set:

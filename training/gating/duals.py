@@ -46,6 +46,12 @@ def wanted_rate(completions: Sequence[Rollout]) -> float:
     return spent / (spent + decisions - wanted) if decisions else 0.0
 
 
+def policy_rate(completions: Sequence[Rollout]) -> float:
+    """The teacher rate of the policy itself: of walks in a tree the realised rate, else `wanted_rate`."""
+    walks = not any(completion.wanted for completion in completions)
+    return teacher_rate(completions) if walks else wanted_rate(completions)
+
+
 def asking_share(rate: float, tokens: int) -> float:
     """The share of decisions at which a gate must ask to realise a teacher rate.
 

@@ -10,6 +10,10 @@ from torch import Tensor
 from training.gate_config import RatioGain, RegretGain
 from training.gating.rollout import ROWS, ClosedLoop, Positions, Request, Rollout, concatenate
 
+KL = 5
+ENTROPY = 6
+"""Columns of `teacher_view`."""
+
 
 @dataclass(frozen=True)
 class Trajectories:

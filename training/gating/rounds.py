@@ -21,18 +21,29 @@ from measuring.marking import marked
 from router.gate import Gate, RandomGate
 from router.gate_names import LEARNED
 from training.gate_config import ConstrainedObjective, GateConfig, QualityGain
+from training.gating.advantages import advantages
 from training.gating.agreement import correlation, score_of
 from training.gating.branches import Branches, both_ways
+from training.gating.calibration import price_at_rate
 from training.gating.constrained import Choices, Critic, fit_constrained
-from training.gating.duals import RECENT, ascended, asking_price, settling, wanted_rate
+from training.gating.duals import RECENT, ascended, asking_price, policy_rate, settling
 from training.gating.expected_gain import expected_gain
 from training.gating.fitting import fit
 from training.gating.forks import Worth, finished, worth_of_asking
 from training.gating.head import Head
-from training.gating.lessons import Lessons, Trajectories, collect, span_gain, teacher_view, token_gain
+from training.gating.lessons import (
+    ENTROPY,
+    KL,
+    Lessons,
+    Trajectories,
+    collect,
+    span_gain,
+    teacher_view,
+    token_gain,
+)
 from training.gating.prompts import Prompts
 from training.gating.rollout import FREE, ClosedLoop, Request, Rollout, with_gate
-from training.gating.tree import Setting, Tree
+from training.gating.tree import ScoreGate, Setting, Tree, WalkPlan
 from training.loop.progress import Log, console
 from training.tokenizer import decode_answer
 
@@ -48,7 +59,18 @@ class Played(NamedTuple):
     metrics: dict[str, float]
     """Scalars to log."""
     asked: list[Rollout]
-    """The completions of the half of the prompts whose gate may ask."""
+    """The completions whose gate may ask."""
+
+
+class RoundRollouts(NamedTuple):
+    """The rollouts of one round."""
+
+    taught: Lessons
+    """Their positions, with the gain of asking."""
+    asked: list[Rollout]
+    """The completions whose gate may ask."""
+    aims: Sequence[float]
+    """The teacher rate that each of these completions aims at."""
 
 
 @dataclass(frozen=True)
@@ -98,38 +120,83 @@ class Rounds:
 
     def play(self, prompts: Prompts) -> Played:
         """Play one round of rollouts, and fit the gate on this round and all before it."""
+        first = not self.seen
+        torch.manual_seed(self.seed * 1_000_003 + len(self.seen))  # so a resumed run draws the same
+        written = self._by_policy(prompts) if self._looks_ahead else self._by_gate(prompts)
+        taught, asked, aims = written
+        self.seen.append(taught)
+        if first:
+            self.head.start_from(taught.states)
+        metrics = self._fit()
+        self.head.install(self.loop.student)
+        kl, entropy = taught.view[:, KL], taught.view[:, ENTROPY]
+        rate = policy_rate(asked)
+        metrics |= {
+            "price": sum(self.prices.values()) / len(self.prices),
+            "rate": rate,
+            "violation": rate - sum(aims) / len(aims),
+            "kl": kl.mean().item(),
+            "entropy": entropy.mean().item(),
+            "gate_kl": correlation(self.head.scores(taught.states), kl),
+            "gate_gain": correlation(
+                self.head.scores(taught.states), score_of(self.head.gate, taught.target)
+            ),
+        }
+        return Played(metrics | self._priced(written), asked)
+
+    def _by_gate(self, prompts: Prompts) -> RoundRollouts:
+        """Rollouts of one round, with the gain of asking for one token at each position."""
         config = self.config
         loop = self.loop
         first = not self.seen
-        torch.manual_seed(self.seed * 1_000_003 + len(self.seen))  # so a resumed run draws the same
         gate: Gate = RandomGate(self.head.gate.reserved) if first else self.head.gate
         asking = with_gate(loop, gate, 0.0 if first else config.explore)
         # Half of the rollouts never ask: most of a served completion is the student's own path.
         half = len(prompts) // 2
         trajectories, completions = collect(asking, self._requests(prompts, half))
         taught = self._lessons(prompts, trajectories, completions)
-        self.seen.append(taught)
-        if isinstance(config.objective, ConstrainedObjective):
+        if self._branches_out:
             self.branches.append(both_ways(loop, prompts, trajectories, completions, config.ask_tokens))
-        if first:
-            self.head.start_from(taught.states)
-        metrics = self._fit()
-        self.head.install(loop.student)
-        asked = completions[half:]
-        aims = prompts.rates[half:]
-        seen = trajectories.positions
-        metrics |= {
-            "price": sum(self.prices.values()) / len(self.prices),
-            "rate": wanted_rate(asked),
-            "violation": wanted_rate(asked) - sum(aims) / len(aims),
-            "kl": seen.kl.mean().item(),
-            "entropy": seen.entropy.mean().item(),
-            "gate_kl": correlation(self.head.scores(seen.states), seen.kl),
-            "gate_gain": correlation(
-                self.head.scores(taught.states), score_of(self.head.gate, taught.target)
-            ),
-        }
-        return Played(metrics | self._priced(asked, aims), asked)
+        return RoundRollouts(taught, completions[half:], prompts.rates[half:])
+
+    def _by_policy(self, prompts: Prompts) -> RoundRollouts:
+        """Completions by the policy inside its buckets, with the advantage of asking at each position.
+
+        Before that, the dual variables are set to the prices at which the policy spends each budget.
+        """
+        config = self.config
+        spans = (config.span_tokens, config.ask_tokens)
+        gates: dict[str, ScoreGate] = {LEARNED: self.head.gate}
+        places: dict[tuple[int, ...], int] = {}  # a prompt that comes again shares its tree
+        for ids in prompts.ids:
+            places.setdefault(tuple(ids), len(places))
+        unique = list(map(list, places))
+        rates = list(self.prices)
+        sample = Tree(self.loop, unique[: config.calibration_examples], gates)
+        self.prices = dict(zip(rates, price_at_rate(sample, LEARNED, rates, spans), strict=True))
+        plans = []
+        for ids, rate in zip(prompts.ids, prompts.rates, strict=True):
+            plans.append(WalkPlan(places[tuple(ids)], Setting(LEARNED, self.prices[rate], rate, *spans)))
+        found = advantages(Tree(self.loop, unique, gates), plans, self._worth_in_this_round)
+        taught = self._taught(prompts, found.trajectories, found.advantage).where(found.known)
+        return RoundRollouts(taught, found.completions, prompts.rates)
+
+    @property
+    def _branches_out(self) -> bool:
+        """Whether a critic of both actions' next states is trained."""
+        return isinstance(self.config.objective, ConstrainedObjective) and not self._judges_wholes
+
+    @property
+    def _judges_wholes(self) -> bool:
+        """Whether the gain is that of whole completions."""
+        return isinstance(self.config.gain, QualityGain)
+
+    @property
+    def _looks_ahead(self) -> bool:
+        """Whether the next round's completions are written by the policy, with whole completions judged."""
+        objective = self.config.objective
+        policy = isinstance(objective, ConstrainedObjective) and len(self.seen) >= objective.start_rounds
+        return policy and self._judges_wholes
 
     @property
     def _constrained(self) -> ConstrainedObjective | None:
@@ -164,14 +231,16 @@ class Rounds:
     def _fit(self) -> dict[str, float]:
         """Fit the gate to all rounds so far, and return scalars to log."""
         config = self.config
-        data = Lessons.join(self.seen)
-        if objective := self._constrained:
+        objective = self._constrained
+        if objective and self._branches_out:
+            data = Lessons.join(self.seen)
             choices = Choices(data, Branches.join(self.branches))
             metrics = fit_constrained(self.head, self.critic, choices, config, objective, self.seed)
         else:
+            data = Lessons.join(self.seen[objective.start_rounds :] if objective else self.seen)
             mean, known = span_gain(data.target, data.row, data.asked, config.ask_tokens)
             data = replace(data, target=mean).where(known)
-            if isinstance(config.gain, QualityGain):
+            if self._judges_wholes:
                 data = replace(data, target=expected_gain(self.head, data, self.seed))
             metrics = fit(self.head, data, config, self.seed)
         return metrics | {"positions": len(data), "variance": data.target.var().item()}
@@ -180,21 +249,26 @@ class Rounds:
         self, prompts: Prompts, trajectories: Trajectories, completions: Sequence[Rollout]
     ) -> Lessons:
         """The positions of the rollouts, with the recipe's gain of asking for one token at each."""
-        config = self.config
-        seen = trajectories.positions
-        source = torch.tensor(prompts.sources)[seen.row]
-        if isinstance(config.gain, QualityGain):
+        gain = self.config.gain
+        if isinstance(gain, QualityGain):
             finish = partial(finished, self.loop, prompts.ids)
             target = worth_of_asking(trajectories, completions, finish, self._worth_in_this_round)
         else:
-            target = token_gain(config.gain, seen)
+            target = token_gain(gain, trajectories.positions)
+        return self._taught(prompts, trajectories, target)
+
+    @staticmethod
+    def _taught(prompts: Prompts, trajectories: Trajectories, target: Tensor) -> Lessons:
+        """The positions of some prompts' completions, with a target (N,) or (N, K)."""
+        seen = trajectories.positions
+        source = torch.tensor(prompts.sources)[seen.row]
         return Lessons(seen.states, target, trajectories.by_teacher, seen.row, source, teacher_view(seen))
 
     def _worth_in_this_round(self, rows: Sequence[int], whole: Sequence[list[int]]) -> Tensor:
         first = len(self.seen) * self.config.prompts
         return self.worth([first + row for row in rows], whole)
 
-    def _priced(self, asked: Sequence[Rollout], aims: Sequence[float]) -> dict[str, float]:
+    def _priced(self, written: RoundRollouts) -> dict[str, float]:
         """Move the prices, judge the round, and return scalars to log."""
         scores = self.head.scores(torch.cat([taught.states for taught in self.seen])[-RECENT:])
         objective = self.config.objective
@@ -204,20 +278,20 @@ class Rounds:
             for rate in self.prices:
                 self.prices[rate] = asking_price(scores, rate, tokens)
         else:
-            metrics = self._ascend(asked, aims, scores)
+            metrics = self._ascend(written, scores)
         if self._is_judged:
             metrics["judged"] = self._judge()
         return metrics
 
-    def _ascend(self, asked: Sequence[Rollout], aims: Sequence[float], scores: Tensor) -> dict[str, float]:
+    def _ascend(self, written: RoundRollouts, scores: Tensor) -> dict[str, float]:
         """Move every dual variable by the excess of its rollouts' rate, and return scalars to log."""
         metrics = {}
         step = (len(self.seen) - 1) ** -0.5
         by_aim: dict[float, list[Rollout]] = defaultdict(list)
-        for completion, aim in zip(asked, aims, strict=True):
+        for completion, aim in zip(written.asked, written.aims, strict=True):
             by_aim[aim].append(completion)
         for aim, completions in sorted(by_aim.items()):
-            realised = wanted_rate(completions)
+            realised = policy_rate(completions)
             metrics[f"dual/{aim:g}"] = self.prices[aim]
             metrics[f"realised/{aim:g}"] = realised
             self.prices[aim] = ascended(self.prices[aim], realised, aim, scores, step, self.config.ask_tokens)

@@ -91,6 +91,16 @@ def ends(gate: str) -> list[Setting]:
     return [Setting(gate, math.inf, 0.0, 1), Setting(gate, -math.inf, 1.0, 1)]
 
 
+class WalkPlan(NamedTuple):
+    """How one completion is written."""
+
+    prompt: int
+    """Number of the prompt."""
+    setting: Setting
+    decisions: Sequence[bool] = ()
+    """Whether to ask at each of the first tokens, for calls of one token. After them, the gate decides."""
+
+
 @dataclass(frozen=True)
 class Walk:
     """One completion on its way through the tree."""
@@ -174,30 +184,35 @@ class Tree:
 
     def run(self, settings: Sequence[Setting]) -> list[list[Rollout]]:
         """The completions of all prompts, for each setting."""
-        runs = []
+        count = len(self._prompts)
+        written = self.write([WalkPlan(prompt, setting) for setting in settings for prompt in range(count)])
+        return [written[number * count : (number + 1) * count] for number in range(len(settings))]
+
+    def write(self, plans: Sequence[WalkPlan]) -> list[Rollout]:
+        """The completion of each plan."""
+        completions = [Rollout() for _ in plans]
         walks = []
-        for setting in settings:
-            run = []
-            for prompt in range(len(self._prompts)):
-                done = Rollout()
-                run.append(done)
-                walks.append(Walk(prompt, done, self._walk(self._roots[prompt], setting, done)))
-            runs.append(run)
+        for plan, done in zip(plans, completions, strict=True):
+            walks.append(Walk(plan.prompt, done, self._walk(plan, done)))
         while walks:
             walks = [walk for walk in walks if walk.goes_on()]
             missing = dict.fromkeys(walk.prefix for walk in walks)
             self._grow(list(missing))
-        return runs
+        return completions
 
-    def _walk(self, node: Node, setting: Setting, done: Rollout) -> Iterator[None]:
+    def _walk(self, plan: WalkPlan, done: Rollout) -> Iterator[None]:
         """Write a completion into `done`; yields whenever the tree has to grow before the walk can go on."""
+        _, setting, decisions = plan
+        node = self._roots[plan.prompt]
         bucket = Bucket(Budget(fraction=setting.fraction), setting.span_tokens, setting.ask_tokens)
         end = self._loop.end
         max_tokens = self._loop.max_tokens
         draft = Draft(bucket, max_tokens, done)
         for length in range(max_tokens):
             whom = None
-            if draft.span_left == 0:
+            if length < len(decisions):
+                whom = len(node.theirs) - 1 if decisions[length] else None
+            elif draft.span_left == 0:
                 whom = self._asked(node, length, setting, bucket)
             token = draft.write(node.own, node.theirs, whom is not None, whom or 0)
             if token == end or length + 1 == max_tokens:

@@ -59,12 +59,20 @@ def test_a_key_of_an_older_recipe_is_answered_with_the_new_one(changes, problem)
             "objective constrained needs conditioning price",
         ),
         (
-            {"gain": {"type": "quality"}, "objective": {"type": "constrained"}},
-            "gain quality needs objective difference",
+            {"gain": {"type": "quality"}, "objective": {"type": "constrained", "clip": 4}},
+            "gain quality does not use objective.clip: leave it out",
         ),
         (
             {"gain": {"type": "quality"}, "conditioning": {"type": "prompt"}},
             "gain quality needs conditioning price",
+        ),
+        (
+            {
+                "gain": {"type": "quality"},
+                "objective": {"type": "constrained"},
+                "rollouts": {"type": "gateway", "url": "http://there"},
+            },
+            "objective constrained with gain quality needs rollouts in_process",
         ),
         ({"objective": {"type": "constrained", "prices": [2, 1]}}, "the lower price first"),
         ({"objective": {"type": "difference", "window": 1}}, "window"),

@@ -99,12 +99,15 @@ def log_of(directory):
     return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.type)
-def test_a_killed_run_continues_after_its_last_round(objective, sources, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("objective", "gain"),
+    [*((objective, CONFIG.gain) for objective in OBJECTIVES), (OBJECTIVES[1], QUALITY)],
+    ids=lambda choice: choice.type,
+)
+def test_a_killed_run_continues_after_its_last_round(objective, gain, sources, tmp_path, monkeypatch):
     monkeypatch.setattr(duals, "SETTLING", 2)
-    config = CONFIG.model_copy(
-        update={"objective": objective, "prompts": 12, "epochs": 1, "calibration_examples": 5}
-    )
+    changes = {"objective": objective, "gain": gain, "prompts": 12, "epochs": 1, "calibration_examples": 5}
+    config = CONFIG.model_copy(update=changes)
     prompts = rollout_prompts(Letters(), sources, config, 0)
     with monkeypatch.context() as patch:
         save = Rounds.save
@@ -126,7 +129,8 @@ def test_a_killed_run_continues_after_its_last_round(objective, sources, tmp_pat
 
     last = log_of(tmp_path / "a")[config.rounds - 1]
     assert last["violation"] == pytest.approx(last["rate"] - RATE)
-    assert ({"value", "value_cost", "residual"} <= last.keys()) is (objective.type == "constrained")
+    with_critic = objective.type == "constrained" and gain.type == "regret"
+    assert ({"value", "value_cost", "residual"} <= last.keys()) is with_critic
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.type)
@@ -211,6 +215,28 @@ def test_a_gate_may_learn_what_asking_changes_in_the_tasks_own_quality(sources, 
     # Once in each round, for that round's prompts.
     assert [max(of) // config.prompts for of in numbers] == [0, 1]
     assert [min(of) // config.prompts for of in numbers] == [0, 1]
+
+
+def test_a_constrained_policy_may_learn_quality(sources, tmp_path, monkeypatch):
+    """After the regression, the policy writes inside its buckets, at prices that spend each budget.
+
+    The gate is then fitted on the policy's own completions alone.
+    """
+    monkeypatch.setattr(duals, "SETTLING", 1)
+    objective = ConstrainedObjective(type="constrained")
+    config = CONFIG.model_copy(update={"gain": QUALITY, "objective": objective})
+    prompts = rollout_prompts(Letters(), sources, config, 0)
+    played = rounds(config, prompts, 24, layers=2)
+    trained = train_gate(played, prompts, Letters(), tmp_path, "pair")
+    start, *by_policy = log_of(tmp_path)[: config.rounds]
+    assert start["positions"] == len(played.seen[0])
+    for number, line in enumerate(by_policy, 2):
+        assert line["positions"] == sum(map(len, played.seen[1:number]))
+        for budget in config.budgets:
+            assert line[f"realised/{budget:g}"] == pytest.approx(budget, abs=0.05)
+        assert line["dual/0.1"] > line["dual/0.3"]
+    assert trained.prices.keys() == set(config.budgets)
+    assert not played.branches
 
 
 def test_rounds_of_other_data_or_another_metric_are_not_continued(tmp_path):
