@@ -40,7 +40,11 @@ class DifferenceObjective(Frozen):
 
 
 class ConstrainedObjective(Frozen):
-    """The score is a policy of asking, with a price for each budget; see `training.gating.constrained`."""
+    """The score is a policy of asking, with a price for each budget.
+
+    See `training.gating.constrained`, and for the gain `quality` `training.gating.advantages`. That gain uses
+    neither `prices` nor `temperature` nor `clip`.
+    """
 
     type: Literal["constrained"]
     start_rounds: PositiveInt = 1
