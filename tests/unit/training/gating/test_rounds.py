@@ -226,7 +226,7 @@ def test_a_constrained_policy_may_learn_quality(sources, tmp_path, monkeypatch):
     objective = ConstrainedObjective(type="constrained")
     config = CONFIG.model_copy(update={"gain": QUALITY, "objective": objective})
     prompts = rollout_prompts(Letters(), sources, config, 0)
-    played = rounds(config, prompts, 24, layers=2)
+    played = rounds(config, prompts)
     trained = train_gate(played, prompts, Letters(), tmp_path, "pair")
     start, *by_policy = log_of(tmp_path)[: config.rounds]
     assert start["positions"] == len(played.seen[0])
