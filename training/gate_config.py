@@ -283,9 +283,17 @@ class GateConfig(Frozen):
         if isinstance(self.gain, QualityGain):
             if not in_process:
                 raise ValueError("objective constrained with gain quality needs rollouts in_process")
-            idle = sorted(objective.model_fields_set & {"prices", "temperature", "clip"})
+            idle = [
+                f"objective.{name}"
+                for name in ("prices", "temperature", "clip")
+                if name in objective.model_fields_set
+            ]
+            if objective.start_rounds == 1 and "explore" in self.model_fields_set:
+                idle.append(
+                    "explore"
+                )  # the first round asks at random, and the policy's rounds do not explore
             if idle:
-                raise ValueError(f"gain quality does not use objective.{idle[0]}: leave it out")
+                raise ValueError(f"gain quality does not use {idle[0]}: leave it out")
         if not isinstance(self.conditioning, PriceConditioning):
             raise ValueError("objective constrained needs conditioning price")
         if "rate" in self.conditioning.model_fields_set:

@@ -26,7 +26,7 @@ def wanted_rate(completions: Sequence[Rollout]) -> float:
     """The teacher rate (teacher tokens / completion tokens) of the policy itself, without exploration.
 
     The gate decides at positions outside spans. If it asks at a share p of them, and a call has n tokens, the
-    rate is p n / (p n + 1 - p).
+    rate is p n / (p n + 1 - p). Walks in a tree do not explore: they asked wherever the policy may ask.
     """
     decisions = 0
     wanted = 0
@@ -36,20 +36,13 @@ def wanted_rate(completions: Sequence[Rollout]) -> float:
         starts = set(completion.starts)
         calls += len(starts)
         teacher_tokens += completion.teacher_tokens
-        for place, (wants, by_teacher) in enumerate(
-            zip(completion.wanted, completion.by_teacher, strict=True)
-        ):
+        wishes = completion.wanted or [place in starts for place in range(len(completion.tokens))]
+        for place, (wants, by_teacher) in enumerate(zip(wishes, completion.by_teacher, strict=True)):
             if place in starts or not by_teacher:
                 decisions += 1
                 wanted += wants
     spent = wanted * (teacher_tokens / calls if calls else 1.0)
     return spent / (spent + decisions - wanted) if decisions else 0.0
-
-
-def policy_rate(completions: Sequence[Rollout]) -> float:
-    """The teacher rate of the policy itself: of walks in a tree the realised rate, else `wanted_rate`."""
-    walks = not any(completion.wanted for completion in completions)
-    return teacher_rate(completions) if walks else wanted_rate(completions)
 
 
 def asking_share(rate: float, tokens: int) -> float:

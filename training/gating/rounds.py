@@ -26,7 +26,7 @@ from training.gating.agreement import correlation, score_of
 from training.gating.branches import Branches, both_ways
 from training.gating.calibration import price_at_rate
 from training.gating.constrained import Choices, Critic, fit_constrained
-from training.gating.duals import RECENT, ascended, asking_price, policy_rate, settling
+from training.gating.duals import RECENT, ascended, asking_price, settling, wanted_rate
 from training.gating.expected_gain import expected_gain
 from training.gating.fitting import fit
 from training.gating.forks import Worth, finished, worth_of_asking
@@ -104,11 +104,11 @@ class Rounds:
     judged: Judged
     """Judges the gates of a constrained objective's rounds, to find the best one."""
     critic: Critic = field(init=False)
-    """Critic of a constrained objective."""
+    """Critic of a constrained objective whose gain is in nats."""
     seen: list[Lessons] = field(default_factory=list)
     """The lessons of each past round."""
     branches: list[Branches] = field(default_factory=list)
-    """The branches of each past round, for a constrained objective."""
+    """The branches of each past round, for a constrained objective whose gain is in nats."""
     best: BestRound | None = None
     """Best round of a constrained objective so far: one of its own rounds, or the last regression's."""
 
@@ -122,7 +122,8 @@ class Rounds:
         """Play one round of rollouts, and fit the gate on this round and all before it."""
         first = not self.seen
         torch.manual_seed(self.seed * 1_000_003 + len(self.seen))  # so a resumed run draws the same
-        written = self._by_policy(prompts) if self._looks_ahead else self._by_gate(prompts)
+        looks_ahead = self._judges_wholes and self._policy(len(self.seen) + 1) is not None
+        written = self._by_policy(prompts) if looks_ahead else self._by_gate(prompts)
         taught, asked, aims = written
         self.seen.append(taught)
         if first:
@@ -130,17 +131,16 @@ class Rounds:
         metrics = self._fit()
         self.head.install(self.loop.student)
         kl, entropy = taught.view[:, KL], taught.view[:, ENTROPY]
-        rate = policy_rate(asked)
+        rate = wanted_rate(asked)
+        scores = self.head.scores(taught.states)
         metrics |= {
             "price": sum(self.prices.values()) / len(self.prices),
             "rate": rate,
             "violation": rate - sum(aims) / len(aims),
             "kl": kl.mean().item(),
             "entropy": entropy.mean().item(),
-            "gate_kl": correlation(self.head.scores(taught.states), kl),
-            "gate_gain": correlation(
-                self.head.scores(taught.states), score_of(self.head.gate, taught.target)
-            ),
+            "gate_kl": correlation(scores, kl),
+            "gate_gain": correlation(scores, score_of(self.head.gate, taught.target)),
         }
         return Played(metrics | self._priced(written), asked)
 
@@ -191,18 +191,10 @@ class Rounds:
         """Whether the gain is that of whole completions."""
         return isinstance(self.config.gain, QualityGain)
 
-    @property
-    def _looks_ahead(self) -> bool:
-        """Whether the next round's completions are written by the policy, with whole completions judged."""
+    def _policy(self, number: int) -> ConstrainedObjective | None:
+        """The constrained objective if this round, from 1, is one of its own; None if it is a regression."""
         objective = self.config.objective
-        policy = isinstance(objective, ConstrainedObjective) and len(self.seen) >= objective.start_rounds
-        return policy and self._judges_wholes
-
-    @property
-    def _constrained(self) -> ConstrainedObjective | None:
-        """The constrained objective, if the present round is one of its own; None in rounds of regression."""
-        objective = self.config.objective
-        if isinstance(objective, ConstrainedObjective) and len(self.seen) > objective.start_rounds:
+        if isinstance(objective, ConstrainedObjective) and number > objective.start_rounds:
             return objective
         return None
 
@@ -231,7 +223,7 @@ class Rounds:
     def _fit(self) -> dict[str, float]:
         """Fit the gate to all rounds so far, and return scalars to log."""
         config = self.config
-        objective = self._constrained
+        objective = self._policy(len(self.seen))
         if objective and self._branches_out:
             data = Lessons.join(self.seen)
             choices = Choices(data, Branches.join(self.branches))
@@ -291,7 +283,7 @@ class Rounds:
         for completion, aim in zip(written.asked, written.aims, strict=True):
             by_aim[aim].append(completion)
         for aim, completions in sorted(by_aim.items()):
-            realised = policy_rate(completions)
+            realised = wanted_rate(completions)
             metrics[f"dual/{aim:g}"] = self.prices[aim]
             metrics[f"realised/{aim:g}"] = realised
             self.prices[aim] = ascended(self.prices[aim], realised, aim, scores, step, self.config.ask_tokens)

@@ -63,6 +63,10 @@ def test_a_key_of_an_older_recipe_is_answered_with_the_new_one(changes, problem)
             "gain quality does not use objective.clip: leave it out",
         ),
         (
+            {"gain": {"type": "quality"}, "objective": {"type": "constrained"}, "explore": 0.1},
+            "gain quality does not use explore: leave it out",
+        ),
+        (
             {"gain": {"type": "quality"}, "conditioning": {"type": "prompt"}},
             "gain quality needs conditioning price",
         ),

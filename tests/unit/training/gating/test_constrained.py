@@ -194,6 +194,8 @@ def test_the_rate_of_the_policy_does_not_count_decisions_that_exploration_change
     )
     assert wanted_rate([called]) == pytest.approx(0.3)
     assert wanted_rate([Rollout()]) == 0
+    walk = replace(called, wanted=[])
+    assert wanted_rate([walk]) == pytest.approx(0.3)
 
 
 def test_the_loop_keeps_the_decisions_of_the_gate(pair, prompts):
