@@ -18,7 +18,7 @@ from router.errors import PeerError
 from router.vocabulary import OTHER_SPLIT, questions
 from training.batches import Batch
 from training.teacher_cache import TeacherCache, key_of
-from training.tokenizer import for_router
+from training.tokenizer import TextTokenizer
 
 TRIES = 6
 FIRST_PAUSE = 0.5
@@ -218,7 +218,7 @@ class ServedTeacher:
             ServerError: the teacher has another vocabulary, or its server cannot be used.
         """
         warned = False
-        for question in questions(for_router(tokenizer)):
+        for question in questions(TextTokenizer(tokenizer)):
             body = {"model": self.server.model, **question.body}
             problem = question.difference(self.server.ask(question.path, body, dict[str, object]))
             if problem and not question.binding and not warned:

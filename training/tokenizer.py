@@ -7,6 +7,7 @@ worth more.
 
 import string
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +17,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from measuring.chats import Source, messages_of, shown
 from measuring.json_lines import DataError
 from router.reserved import visible_rows
-from router.vocabulary import Tokenizer as TextTokenizer
 
 UNK = "<|unk|>"
 END = "<|end|>"
@@ -79,9 +79,28 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(directory)
 
 
-def for_router(tokenizer: PreTrainedTokenizerBase) -> TextTokenizer:
-    """The same tokenizer, with the type that `router.vocabulary` expects: a list of ids decodes to a text."""
-    return cast(TextTokenizer, tokenizer)
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer as `router.vocabulary` expects it. No model reads its texts, so they may be very long."""
+
+    whole: PreTrainedTokenizerBase
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids of tokens such as the end of a sequence."""
+        return self.whole.all_special_ids
+
+    def get_vocab(self) -> dict[str, int]:
+        """The id of every token, added tokens included."""
+        return self.whole.get_vocab()
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The ids as text."""
+        return str(self.whole.decode(token_ids))
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The text as ids, without a warning that it is too long for a model."""
+        return self.whole.encode(text, add_special_tokens=add_special_tokens, verbose=False)
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]) -> list[list[int]]:

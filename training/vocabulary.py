@@ -15,7 +15,7 @@ from training.hub import directory_of
 from training.model_config import ROLES, PretrainedConfig, PrunedConfig, ServedConfig
 from training.served import ServedTeacher, VLLMServer
 from training.teacher_cache import TeacherCache
-from training.tokenizer import for_router, rendered, visible_ids
+from training.tokenizer import TextTokenizer, rendered, visible_ids
 
 PROBE = "Which way?"
 
@@ -100,7 +100,7 @@ def check_rows(student: str, known: int) -> None:
 
 def check_vocabulary(role: str, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises RecipeError, with the first difference, if a model's ids are not those of `tokenizer`."""
-    found = differences(for_router(tokenizer), for_router(_load(name)))
+    found = differences(TextTokenizer(tokenizer), TextTokenizer(_load(name)))
     if found.ids:
         raise RecipeError(
             f"the {role} {name} has a different vocabulary from {tokenizer.name_or_path}: "

@@ -1,6 +1,7 @@
 """Ready pairs: checked before any compute is spent, trained in whole or by adapters, exported plainly."""
 
 import json
+import logging
 from pathlib import Path
 
 import httpx
@@ -124,6 +125,20 @@ def test_a_teacher_that_splits_texts_otherwise_is_taken_with_a_warning(untrained
     check_vocabulary("teacher", str(tmp_path), load_tokenizer(untrained_pair / "student"))
     (warning,) = capsys.readouterr().out.splitlines()
     assert warning.startswith(f"the teacher {tmp_path} {OTHER_SPLIT}: ")
+
+
+def test_comparing_vocabularies_says_nothing_about_texts_that_a_model_could_not_read(untrained_pair, caplog):
+    tokenizer = load_tokenizer(untrained_pair / "student")
+    tokenizer.model_max_length = 8
+    told = logging.getLogger("transformers")
+    told.addHandler(caplog.handler)
+    try:
+        check_vocabulary("teacher", str(untrained_pair / "teacher"), tokenizer)
+        assert not caplog.records
+        tokenizer("one hundred and twenty-three")
+        assert "longer than the specified maximum" in caplog.text  # it would have been seen
+    finally:
+        told.removeHandler(caplog.handler)
 
 
 @pytest.fixture
