@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+import torch
+
 from measuring.chats import Source
 from measuring.examples import Example, sources_of
 from measuring.gateway import GatewayReply
 from measuring.scores import recovered
-from training.evaluation.scoring import Row, point
+from training.evaluation.scoring import Row, error_of_share, point
 from training.gating.calibration import teacher_rate
 from training.gating.rollout import Rollout
 from training.gating.tree import Setting
@@ -34,10 +36,11 @@ class MeasuredGateway:
     teacher: float
     """Quality at budget 1."""
     rows: list[Row]
-    """A row for each budget: a `training.evaluation.scoring.Point` with `pgr`, `settled_rate` and `degraded`.
+    """A row for each budget: a `training.evaluation.scoring.Point`, and four further values.
 
-    `settled_rate` is the teacher rate without the first third of the requests, in which a gate without a
-    calibration learns its price. `degraded` is the number of requests that lost their teacher.
+    These are `pgr`, its standard error `pgr_error`, `settled_rate` and `degraded`. `settled_rate` is the
+    teacher rate without the first third of the requests, in which a gate without a calibration learns its
+    price. `degraded` is the number of requests that lost their teacher.
     """
     completions: list[list[Rollout]]
     """The completions of each row."""
@@ -59,6 +62,7 @@ def measure(
         GatewayError: the gateway cannot be measured.
     """
     points = []
+    qualities = []
     lost = []
     completions = []
     for budget in sorted({0.0, *budgets, 1.0}):
@@ -74,14 +78,20 @@ def measure(
             sum(scores.similarity) / len(examples),
         )
         points.append(measured)
+        qualities.append(torch.tensor(scores.quality))
         lost.append([reply.degraded for reply in replies].count(True))
     student = points[0].quality
     teacher = points[-1].quality
     rows = []
-    for measured, degraded, written in zip(points, lost, completions, strict=True):
-        share = recovered(measured.quality, student, teacher)
-        settled = teacher_rate(written[len(written) // 3 :])
-        rows.append(asdict(measured) | {"pgr": share, "settled_rate": settled, "degraded": degraded})
+    for number, measured in enumerate(points):
+        settled = completions[number][len(examples) // 3 :]
+        further = {
+            "pgr": recovered(measured.quality, student, teacher),
+            "pgr_error": error_of_share(qualities[number], qualities[0], qualities[-1]),
+            "settled_rate": teacher_rate(settled),
+            "degraded": lost[number],
+        }
+        rows.append(asdict(measured) | further)
     return MeasuredGateway(student, teacher, rows, completions)
 
 

@@ -24,7 +24,7 @@ from training.evaluation.report import (
     rate_and_pgr,
     where_asked,
 )
-from training.evaluation.scoring import Row, point, relative_cost
+from training.evaluation.scoring import Row, error_of_share, point, relative_cost
 from training.gating.cheaper import Cheaper, alone
 from training.gating.head import Head
 from training.gating.lessons import regret
@@ -116,11 +116,14 @@ class Evaluation:
         self.alone, self.taught = self.tree.run(ends(LEARNED))
         self.student = self.scorer(self.alone).quality
         self.teacher = self.scorer(self.taught).quality
+        self.ends = (self.scorer.qualities(self.alone), self.scorer.qualities(self.taught))
 
     def row(self, completions: Sequence[Rollout], setting: Setting) -> Row:
         """The row of a setting: the scores and counts of its completions."""
         measured = point(completions, self.tree.prompt_tokens, setting, *self.scorer(completions))
-        row = asdict(measured) | {"pgr": recovered(measured.quality, self.student, self.teacher)}
+        share = recovered(measured.quality, self.student, self.teacher)
+        error = error_of_share(self.scorer.qualities(completions), *self.ends)
+        row = asdict(measured) | {"pgr": share, "pgr_error": error}
         if self.router.outputs:
             row["cost"] = relative_cost(completions, [output.cost for output in self.router.outputs])
         return row
@@ -169,8 +172,8 @@ class Evaluation:
         ask = self.spans[1]
         curves = self._gate_curves(ask, "")
         curves["query"] = self.query_level(hesitation(self.tree, self.alone))
-        gained = self.scorer.qualities(self.taught) - self.scorer.qualities(self.alone)
-        curves["query_oracle"] = self.query_level(gained)
+        student, teacher = self.ends
+        curves["query_oracle"] = self.query_level(teacher - student)
         for span in spans:
             if span != ask:
                 curves |= self._gate_curves(span, f"@{span}")

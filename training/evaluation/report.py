@@ -1,6 +1,7 @@
 """The report of `wheels evaluate`: quality against realised teacher rate by method, as JSON and a table."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -24,6 +25,8 @@ SPENT = "learned, aim: rate"
 GATEWAY = "gateway"
 SETTLED = "settled_rate"
 """Column that only the rows of gateways have."""
+ERROR = "pgr_error"
+"""Standard error of a PGR; reports of older versions have none."""
 METHODS = (LEARNED, *CONFIDENCE_GATES, "oracle", "oracle_kl", PERIODIC, "query", "query_oracle", GATEWAY)
 """Names that no further router can have."""
 
@@ -183,6 +186,8 @@ def _in_process(report: QualityReport) -> list[str]:
             if row["budget"] in shown:
                 shown[row["budget"]] = f"{row['pgr']:.2f} ({row['rate']:.3f})"
         lines.append(f"{name:<22}" + _cells(shown.values(), ">15"))
+    errors = [row.get(ERROR, math.nan) for row in report.budgets[LEARNED]]
+    lines.append(f"{'± (learned)':<22}" + _cells(errors, ">15.2f"))
     if "cost" in report.budgets[LEARNED][0]:
         lines += [
             "",
@@ -197,9 +202,9 @@ def _in_process(report: QualityReport) -> list[str]:
 
 
 def _of_gateway(name: str, rows: Sequence[Row]) -> list[str]:
-    columns = ("budget", "quality", "similarity", "pgr", "rate", SETTLED, *COSTS, "excess", "degraded")
+    columns = ("budget", "quality", "similarity", "pgr", "rate", SETTLED, *COSTS, "excess", "degraded", ERROR)
     title = "the gateway" if name == GATEWAY else name
     lines = [f"{title}; calls, runs and positions per request", _cells(columns, ">13")]
     for row in rows:
-        lines.append(_cells(map(row.__getitem__, columns), ">13.4g"))
+        lines.append(_cells([row.get(name, math.nan) for name in columns], ">13.4g"))
     return [*lines, f"area below the PGR at each rate: {area(rate_and_pgr(rows)):.3f}"]

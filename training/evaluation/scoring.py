@@ -1,11 +1,14 @@
 """Scores and counts of a set of completions: quality, teacher rate, calls and costs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul
 
+from torch import Tensor
+
 from measuring.scores import excess
-from training.gating.calibration import teacher_rate
+from training.gating.calibration import standard_error, teacher_rate
 from training.gating.rollout import Rollout
 from training.gating.tree import Setting
 
@@ -83,6 +86,26 @@ def point(
         tokens=tokens / count,
         excess=max(excesses) - span,
     )
+
+
+def error_of_share(qualities: Tensor, student: Tensor, teacher: Tensor) -> float:
+    """Standard error of the share of the gap between student and teacher that is recovered; nan if no gap.
+
+    The share r is a ratio of two means over the same examples. So, by the delta method, its error is that of
+    the mean of (quality - student) - r (teacher - student), divided by the gap. For a metric of whole sets,
+    the examples' own qualities take its place.
+
+    Args:
+        qualities: (examples,) quality of each answer.
+        student: (examples,) quality of the student's own answers.
+        teacher: (examples,) quality of the teacher's own answers.
+    """
+    gap = teacher - student
+    gained = qualities - student
+    size = gap.mean().item()
+    if size == 0:
+        return math.nan
+    return standard_error(gained - gained.mean() / size * gap) / abs(size)
 
 
 def relative_cost(completions: Sequence[Rollout], costs: Sequence[float]) -> float:

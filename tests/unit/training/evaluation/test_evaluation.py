@@ -27,7 +27,7 @@ from training.evaluation.report import (
     joined,
     table,
 )
-from training.evaluation.scoring import teacher_positions
+from training.evaluation.scoring import error_of_share, teacher_positions
 from training.gating.calibration import spare_prices, teacher_rate
 from training.gating.rollout import ClosedLoop, Rollout
 from training.gating.tree import PERIODIC, Setting, Tree
@@ -102,9 +102,25 @@ def test_the_rows_of_a_gateway_are_computed_as_by_hand():
     assert (some["calls"], some["runs"], some["positions"]) == pytest.approx((2 / 3, 2 / 3, 2 / 3 * 6))
     assert some["excess"] == pytest.approx(2 - 0.4 - 1)
     assert (everything["pgr"], everything["excess"]) == (1.0, 0.0)
+    # Of three gains of 1, 1 and 0 where 1 was possible, the standard deviation is 1 / sqrt(3).
+    assert [row["pgr_error"] for row in of.budgets["gateway"]] == pytest.approx([0, 0, 1 / 3, 0])
     assert of.area["gateway"] == pytest.approx(0.4 * (2 / 3) / 2 + 0.6 * (2 / 3 + 1) / 2)
     assert of.calibration_mae == pytest.approx((0.1 + 0.2) / 2)
     assert "0.6667" in table(of)
+
+
+def test_the_error_of_a_share_is_that_of_resampled_examples():
+    """The spread of the share over bootstrap samples of the same 400 examples."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, mixed = torch.rand(3, 400, generator=generator)
+    teacher += 1
+    mixed = 0.5 * mixed + 0.3 * student + 0.2 * teacher
+    samples = torch.randint(400, (4000, 400), generator=generator)
+    s, t, q = (quality[samples].mean(1) for quality in (student, teacher, mixed))
+    spread = ((q - s) / (t - s)).std().item()
+    assert error_of_share(mixed, student, teacher) == pytest.approx(spread, rel=0.05)
+    assert error_of_share(teacher, student, teacher) == error_of_share(student, student, teacher) == 0
+    assert math.isnan(error_of_share(mixed, student, student))
 
 
 def test_rows_of_a_gateway_are_shown_next_to_those_computed_in_process():
@@ -117,6 +133,8 @@ def test_rows_of_a_gateway_are_shown_next_to_those_computed_in_process():
     assert (both.student, both.curves.keys()) == (0.1, {"learned", "gateway"})
     (row,) = (line for line in table(both).splitlines() if line.startswith("gateway") and "(" in line)
     assert row.split() == ["gateway", "0.67", "(0.400)"]  # it has one of the budgets in the table's head
+    (errors,) = (line for line in table(both).splitlines() if line.startswith("±"))
+    assert errors.split()[2:] == ["nan", "nan"]  # an older report has none
 
 
 def test_a_gateway_is_compared_with_an_earlier_measurement(tmp_path):
@@ -153,6 +171,8 @@ def test_a_further_router_has_rows_under_the_bucket_at_its_own_prices():
     rows = report.budgets["again"]
     assert [row["budget"] for row in rows] == list(BUDGETS)
     assert rows == report.budgets["learned"]
+    (errors,) = (line for line in table(report).splitlines() if line.startswith("± (learned)"))
+    assert errors.split()[2:] == [f"{row['pgr_error']:.2f}" for row in rows]
 
 
 def test_the_budgets_alone_are_measured_and_drawn(tmp_path):
