@@ -289,9 +289,8 @@ class GateConfig(Frozen):
                 if name in objective.model_fields_set
             ]
             if objective.start_rounds == 1 and "explore" in self.model_fields_set:
-                idle.append(
-                    "explore"
-                )  # the first round asks at random, and the policy's rounds do not explore
+                # The first round asks at random, and the policy's rounds do not explore.
+                idle.append("explore")
             if idle:
                 raise ValueError(f"gain quality does not use {idle[0]}: leave it out")
         if not isinstance(self.conditioning, PriceConditioning):

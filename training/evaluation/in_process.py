@@ -116,13 +116,15 @@ class Evaluation:
         self.alone, self.taught = self.tree.run(ends(LEARNED))
         self.student = self.scorer(self.alone).quality
         self.teacher = self.scorer(self.taught).quality
-        self.ends = (self.scorer.qualities(self.alone), self.scorer.qualities(self.taught))
+        self.alone_qualities = self.scorer.qualities(self.alone)
+        self.taught_qualities = self.scorer.qualities(self.taught)
 
     def row(self, completions: Sequence[Rollout], setting: Setting) -> Row:
         """The row of a setting: the scores and counts of its completions."""
         measured = point(completions, self.tree.prompt_tokens, setting, *self.scorer(completions))
         share = recovered(measured.quality, self.student, self.teacher)
-        error = error_of_share(self.scorer.qualities(completions), *self.ends)
+        qualities = self.scorer.qualities(completions)
+        error = error_of_share(qualities, self.alone_qualities, self.taught_qualities)
         row = asdict(measured) | {"pgr": share, "pgr_error": error}
         if self.router.outputs:
             row["cost"] = relative_cost(completions, [output.cost for output in self.router.outputs])
@@ -172,8 +174,7 @@ class Evaluation:
         ask = self.spans[1]
         curves = self._gate_curves(ask, "")
         curves["query"] = self.query_level(hesitation(self.tree, self.alone))
-        student, teacher = self.ends
-        curves["query_oracle"] = self.query_level(teacher - student)
+        curves["query_oracle"] = self.query_level(self.taught_qualities - self.alone_qualities)
         for span in spans:
             if span != ask:
                 curves |= self._gate_curves(span, f"@{span}")

@@ -206,5 +206,5 @@ def _of_gateway(name: str, rows: Sequence[Row]) -> list[str]:
     title = "the gateway" if name == GATEWAY else name
     lines = [f"{title}; calls, runs and positions per request", _cells(columns, ">13")]
     for row in rows:
-        lines.append(_cells([row.get(name, math.nan) for name in columns], ">13.4g"))
+        lines.append(_cells([row.get(key, math.nan) for key in columns], ">13.4g"))
     return [*lines, f"area below the PGR at each rate: {area(rate_and_pgr(rows)):.3f}"]
