@@ -192,7 +192,7 @@ class RouterStage:
         """Facts about the training, to keep in the checkpoint."""
         config = self.config
         facts: dict[str, Fact] = {
-            "objective": config.objective.type,
+            "objective": fitted.trained.objective,
             "gain": config.gain.type,
             "task": self.task.name,
             "seed": self.seed,
