@@ -222,6 +222,12 @@ class GateConfig(Frozen):
         """The template of the budget in words; None unless `conditioning` is `prompt`."""
         return self.conditioning.words if isinstance(self.conditioning, PromptConditioning) else None
 
+    def policy(self, number: int) -> ConstrainedObjective | None:
+        """The constrained objective if this round, from 1, is one of its own; None if it is a regression."""
+        if isinstance(self.objective, ConstrainedObjective) and number > self.objective.start_rounds:
+            return self.objective
+        return None
+
     @model_validator(mode="before")
     @classmethod
     def _older_recipe(cls, data: Any) -> Any:

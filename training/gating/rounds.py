@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from measuring.marking import marked
 from router.gate import Gate, RandomGate
 from router.gate_names import LEARNED
-from training.gate_config import ConstrainedObjective, DifferenceObjective, GateConfig, QualityGain
+from training.gate_config import ConstrainedObjective, GateConfig, QualityGain
 from training.gating.advantages import advantages
 from training.gating.agreement import correlation, score_of
 from training.gating.branches import Branches, both_ways
@@ -122,7 +122,7 @@ class Rounds:
         """Play one round of rollouts, and fit the gate on this round and all before it."""
         first = not self.seen
         torch.manual_seed(self.seed * 1_000_003 + len(self.seen))  # so a resumed run draws the same
-        looks_ahead = self._judges_wholes and self.policy(len(self.seen) + 1) is not None
+        looks_ahead = self._judges_wholes and self.config.policy(len(self.seen) + 1) is not None
         written = self._by_policy(prompts) if looks_ahead else self._by_gate(prompts)
         taught, asked, aims = written
         self.seen.append(taught)
@@ -191,13 +191,6 @@ class Rounds:
         """Whether the gain is that of whole completions."""
         return isinstance(self.config.gain, QualityGain)
 
-    def policy(self, number: int) -> ConstrainedObjective | None:
-        """The constrained objective if this round, from 1, is one of its own; None if it is a regression."""
-        objective = self.config.objective
-        if isinstance(objective, ConstrainedObjective) and number > objective.start_rounds:
-            return objective
-        return None
-
     @property
     def _is_judged(self) -> bool:
         """Whether the present round is one of the policy's rounds, or the regression that it starts from.
@@ -223,7 +216,7 @@ class Rounds:
     def _fit(self) -> dict[str, float]:
         """Fit the gate to all rounds so far, and return scalars to log."""
         config = self.config
-        objective = self.policy(len(self.seen))
+        objective = config.policy(len(self.seen))
         if objective and self._branches_out:
             data = Lessons.join(self.seen)
             choices = Choices(data, Branches.join(self.branches))
@@ -342,8 +335,6 @@ class Trained(NamedTuple):
     """The dual variables of a constrained objective, by budget; empty for other objectives."""
     round: int
     """Number of the round that the gate comes from, from 1."""
-    objective: str
-    """Objective of that round: `constrained` begins with rounds of `difference`."""
 
 
 def train_gate(
@@ -378,13 +369,11 @@ def train_gate(
             rounds.save(file, run)
         head = rounds.head.requires_grad_(False).eval()
         if rounds.best is None:
-            return Trained(head, {}, config.rounds, DifferenceObjective().type)
+            return Trained(head, {}, config.rounds)
         head.load_state_dict(rounds.best.head)
         head.install(rounds.loop.student)
         last = prompts.part(config.rounds - 1, config.prompts).ids[: config.calibration_examples]
-        prices = settled(rounds, rounds.best.prices, last, log)
-        objective = rounds.policy(rounds.best.round) or DifferenceObjective()
-        return Trained(head, prices, rounds.best.round, objective.type)
+        return Trained(head, settled(rounds, rounds.best.prices, last, log), rounds.best.round)
 
 
 def settled(

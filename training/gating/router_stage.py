@@ -18,7 +18,7 @@ from router.gate import CONFIDENCE_GATES, Gate, RandomGate, TeachersGate
 from router.gate_names import LEARNED
 from router.reserved import ReservedRows
 from training.config import RecipeError
-from training.gate_config import GateConfig, QualityGain
+from training.gate_config import DifferenceObjective, GateConfig, QualityGain
 from training.gating.calibration import calibrate, spare_prices
 from training.gating.cheaper import TEACHER, Cheaper, alone, costs_of
 from training.gating.checkpoint import Calibrated, checkpoint_of
@@ -191,8 +191,9 @@ class RouterStage:
     def _facts(self, fitted: Fitted) -> dict[str, Fact]:
         """Facts about the training, to keep in the checkpoint."""
         config = self.config
+        objective = config.policy(fitted.trained.round) or DifferenceObjective()
         facts: dict[str, Fact] = {
-            "objective": fitted.trained.objective,
+            "objective": objective.type,
             "gain": config.gain.type,
             "task": self.task.name,
             "seed": self.seed,

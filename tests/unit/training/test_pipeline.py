@@ -17,6 +17,7 @@ from tests.helpers.numbers import save_untrained_pair, tokenizer_of_numbers
 from tests.helpers.recipes import SCHEDULE, write_recipe
 from training import cli, export, pipeline
 from training.config import load_recipe
+from training.gating.validation import GateValidation
 from training.hub import HubError, check_hub, push
 from training.loop import trainer
 from training.lora import LoraError, add_lora, merged
@@ -113,6 +114,20 @@ def test_prompts_without_answers_train_a_student_that_learns_from_its_teacher(re
     assert "student.method kd: some examples have no answer" in capsys.readouterr().err
     assert train([recipe, judged, "max_tokens=4", "student.method.type=seqkd"]) == 0
     assert (tmp_path / "out" / "router" / "router.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("judged", "objective"), [((1, 2), "constrained"), ((2, 1), "difference")], ids=["policy", "regression"]
+)
+def test_router_json_names_the_objective_of_the_exported_round(
+    recipe, tmp_path, monkeypatch, judged, objective
+):
+    scores = iter(judged)
+    monkeypatch.setattr(GateValidation, "judged", lambda validation, gate: next(scores))
+    constrained = ["router.objective={type: constrained}", "router.rounds=2"]
+    assert train([recipe, *constrained]) == 0
+    training = RouterCheckpoint.load(tmp_path / "out" / "router").config.training
+    assert training["objective"] == objective
 
 
 def test_an_exported_stage_of_another_recipe_is_named_and_kept(done, tmp_path, capsys):
